@@ -1,0 +1,3014 @@
+#!/usr/bin/env -S uv run --script
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["streamlink>=8.6.2,<9", "pyyaml>=6"]
+# ///
+"""StreamPipe: watch HLS channels over plain HTTP.
+
+`GET /news` answers with an endless stream that VLC, Kodi, TVHeadend, Plex or curl can read.  A live
+channel is pulled once, by streamlink, however many watch it; everything stays in memory.
+
+Data flow
+    origin -> streamlink's threads -> Ring -> feeder -> framer -> Window -> viewers -> sockets
+    The Ring is where an upstream hands over bytes and marks (a segment or an initialization
+    section starts here).  The framer cuts the bytes into whole packets, boxes or frames and finds
+    the join points.  The Window keeps the newest bytes of a live channel; each viewer has a Place
+    in it.  What has an end takes the same road, one upstream and window for each viewer, and the
+    window then waits for its viewer instead of moving on.
+
+Threads
+    main           parses arguments, waits for a signal, closes everything
+    listener       accepts connections
+    viewer-N       one for each connection; reads a request, then only takes from a Window
+    feed-NAME-N    one for each channel: opens its upstream, moves Ring to Window, closes
+    pump-NAME-N    for a source that is no segmented stream: moves its body to the Ring
+    close-NAME-N   ends an upstream, which may take as long as streamlink's threads do
+    (streamlink names its own after the channel: a worker, a writer and the downloads)
+
+Locks
+    Channels._lock  the registry, every channel's state and viewers
+    Window._lock    blocks, join points and places of one window
+    Ring._lock      what an upstream has handed over and the feeder has not taken
+    Taken in that order, and none is held across a socket write, an upstream call or a join.
+
+Reading order
+    Configuration and Media are pure.  Read Window, Channel.feed and Channels.watch, then
+    Handler.stream_channel; Upstream is all there is of streamlink.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import base64
+import contextlib
+import difflib
+import enum
+import functools
+import importlib.metadata
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import lzma
+import math
+import os
+import re
+import signal
+import socket
+import socketserver
+import sys
+import threading
+import time
+import traceback
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import parse_qs, unquote, urlsplit
+
+try:
+    import requests
+    import yaml
+    from requests.adapters import HTTPAdapter
+    from streamlink.options import Options as PluginOptions
+    from streamlink.plugins import hls as _hls_plugin  # noqa: F401  (the first viewer would wait for it)
+    from streamlink.plugins import http as _http_plugin  # noqa: F401
+    from streamlink.session.session import Streamlink
+    from streamlink.stream.dash.dash import DASHStream
+    from streamlink.stream.ffmpegmux import FFMPEGMuxer, MuxedStream
+    from streamlink.stream.hls.hls import HLSStream
+    from streamlink.stream.http import HTTPStream
+    from streamlink.utils.url import update_scheme
+except ImportError as error:
+    sys.exit(f"StreamPipe needs its packages ({error}): pip install -r requirements.txt")
+
+__version__ = "1.0.0"
+
+log = logging.getLogger("streampipe")
+
+
+# --------------------------------------------------------------------------------------------------
+# Constants: what nobody needs to configure
+# --------------------------------------------------------------------------------------------------
+
+KIB, MIB = 1 << 10, 1 << 20
+
+TURN_LIMIT = 1 * MIB  # bytes a feeder takes from its ring in one turn; more would delay viewers
+BLOCK_LIMIT = 64 * KIB  # bytes of a block; a viewer's send gathers whole blocks
+SEND_LIMIT = 256 * KIB  # bytes a viewer holds at once, whatever the window holds
+PRIVATE_WINDOW = 1 * MIB  # bytes between an upstream that has an end and its one viewer
+PLAYLIST_LIMIT = 8 * MIB  # bytes of a playlist, a key or a page; more is an attack or a mistake
+SNIFF_LIMIT = 752  # bytes: three TS packets at any offset, to tell a container
+
+FOREMOST_PATIENCE = 5.0  # seconds without a byte until the foremost viewer counts as paused
+KEY_FRAME_BACK = 6.0  # seconds; libavformat wants 5 s of stream before it shows a picture
+FAILURE_MEMORY = 2.0  # seconds; VLC asks a second time at once when the first answer is an error
+HEAD_TIMEOUT = 10.0  # seconds a client has to send its request head
+HEAD_LIMIT = 64 * KIB  # bytes of a request head
+FEEDER_TICK = 1.0  # seconds at most between two looks of a feeder at its viewers and upstream
+DRAIN_TIME = 1.0  # seconds in which new streams get 503 before the listener goes away
+EXIT_TIME = 4.0  # seconds until the process ends, whatever still hangs
+
+STREAM_NAME = re.compile(r"[a-z0-9-]+")
+RESERVED_NAMES = frozenset({"health", "status", "metrics", "playlist"})
+
+
+# --------------------------------------------------------------------------------------------------
+# Errors
+# --------------------------------------------------------------------------------------------------
+
+
+class PipeError(Exception):
+    """Root of StreamPipe's own errors."""
+
+
+class ConfigError(PipeError):
+    """The configuration cannot be used; `mistakes` holds one line for each reason."""
+
+    def __init__(self, mistakes: Sequence[str]) -> None:
+        super().__init__("\n".join(mistakes))
+        self.mistakes = tuple(mistakes)
+
+
+class StreamError(PipeError):
+    """A stream cannot be served: `status` and `reason` are what its viewer may be told."""
+
+    def __init__(self, status: HTTPStatus, reason: str, retry_after: int | None = None) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+        self.retry_after = retry_after  # seconds
+
+
+class UpstreamError(StreamError):
+    """The origin failed, in words that name neither address nor exception."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(HTTPStatus.BAD_GATEWAY, reason)
+
+
+class ViewerGone(PipeError):
+    """The viewer closed its connection or took no byte for too long."""
+
+
+class WindowEnded(PipeError):
+    """No more bytes will come; `complete` tells whether the source truly ended."""
+
+    def __init__(self, complete: bool) -> None:
+        super().__init__("complete" if complete else "broken off")
+        self.complete = complete
+
+
+# --------------------------------------------------------------------------------------------------
+# Configuration: dataclasses, and the reader that turns YAML into them or into a list of mistakes
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    host: str = "0.0.0.0"
+    port: int = 8080
+    max_viewers: int = 1000  # 0 = no limit
+    max_upstreams: int = 64  # 0 = no limit
+    token: str | None = None
+    trusted: tuple[str, ...] = ()  # networks in CIDR form
+    public_url: str | None = None
+    name: str = "StreamPipe"
+    epg: str | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    user_agent: str = "StreamPipe/1.0"
+    threads: int = 4
+    timeout: float = 20.0  # seconds
+    buffer_size: int = 8192  # bytes
+    ringbuffer_size: int = 16 * MIB  # bytes
+    linger: float = 10.0  # seconds
+    reconnect: float = 60.0  # seconds
+    viewer_timeout: float = 600.0  # seconds
+    streamlink: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """An entry of `streams:`; its `options` are the file's with the stream's own laid over."""
+
+    name: str
+    urls: tuple[str, ...]
+    title: str = ""
+    logo: str | None = None
+    group: str | None = None
+    tvg_id: str | None = None
+    number: int | None = None
+    quality: str = "best"
+    headers: Mapping[str, str] = field(default_factory=dict)
+    proxy: str | None = None
+    options: Options = field(default_factory=Options)
+
+
+@dataclass(frozen=True)
+class Config:
+    server: ServerSettings = field(default_factory=ServerSettings)
+    streams: Mapping[str, StreamSettings] = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
+
+
+# What the upstream's engine offers under `streamlink:`: each option with an example of its type.
+EngineOptions = Mapping[str, Any]
+Read = Callable[["ConfigReader", yaml.Node, str], Any]
+T = TypeVar("T")
+
+
+def load_config(path: Path, engine: EngineOptions) -> Config:
+    """Read and check a file; `engine` lists the options allowed under `streamlink:`.
+
+    Raises ConfigError with every mistake in it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(
+            [
+                f"{path}: no such file; copy config.example.yml to {path} and edit it, "
+                "or try: python pipe.py --demo"
+            ]
+        ) from None
+    except (OSError, UnicodeError) as error:
+        raise ConfigError([f"{path}: cannot be read: {error}"]) from None
+    return ConfigReader(str(path), engine).read(text)
+
+
+class ConfigReader:
+    """Turns one YAML document into a Config and collects the mistakes on the way.
+
+    Scalars are taken as written, so `on:` and `007:` are names and `token: 0123` is text: the
+    nodes are read, not the values that YAML 1.1 would make of them.
+    """
+
+    def __init__(self, file: str, engine: EngineOptions) -> None:
+        self.file = file
+        self.engine = engine
+        self.mistakes: list[tuple[int, str]] = []  # line, text
+
+    def read(self, text: str) -> Config:
+        """Parse and check; raises ConfigError."""
+        config = self._config(self._compose(text))
+        if self.mistakes:
+            lines = [f"{self.file}:{line}: {text}" for line, text in sorted(self.mistakes)]
+            raise ConfigError(list(dict.fromkeys(lines)))
+        return config
+
+    def mistake(self, node: yaml.Node, path: str, text: str) -> None:
+        self.mistakes.append((node.start_mark.line + 1, f"{path}: {text}" if path else text))
+
+    def _compose(self, text: str) -> yaml.Node | None:
+        try:
+            loader = yaml.SafeLoader(text)
+            node = loader.get_single_node()
+            _flatten(loader, node, set())
+            return node
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = mark.line + 1 if mark else 1
+            raise ConfigError([f"{self.file}:{line}: {_yaml_problem(error, text, line)}"]) from None
+
+    def _config(self, root: yaml.Node | None) -> Config:
+        if root is None or _is_null(root):
+            return Config()
+        sections = self.table(root, "", dict.fromkeys(("server", "streams", "options"), _keep))
+        server = self._section(sections.get("server"), "server", SERVER_KEYS)
+        options = self._section(sections.get("options"), "options", OPTION_KEYS)
+        shared = replace(Options(), **options)
+        streams = self._streams(sections.get("streams"), shared)
+        return Config(replace(ServerSettings(), **server), streams, shared)
+
+    def _section(
+        self, node: yaml.Node | None, path: str, keys: Mapping[str, Read]
+    ) -> dict[str, Any]:
+        return {} if node is None else self.table(node, path, keys)
+
+    def _streams(self, node: yaml.Node | None, shared: Options) -> dict[str, StreamSettings]:
+        streams: dict[str, StreamSettings] = {}
+        numbers: dict[int, str] = {}
+        for key, value in self.pairs(node, "streams") if node is not None else ():
+            path = f"streams.{key.value}"
+            if not self._stream_name(key, path):
+                continue
+            stream = self._stream(value, path, key.value, shared)
+            if stream.number is not None and stream.number in numbers:
+                other = numbers[stream.number]
+                self.mistake(value, f"{path}.number", f"{stream.number} is {other}'s already")
+            elif stream.number is not None:
+                numbers[stream.number] = stream.name
+            streams[stream.name] = stream
+        return streams
+
+    def _stream_name(self, key: yaml.ScalarNode, path: str) -> bool:
+        if not STREAM_NAME.fullmatch(key.value):
+            self.mistake(key, path, "a name holds only a-z, 0-9 and -, e.g. channel-1")
+        elif key.value in RESERVED_NAMES:
+            self.mistake(key, path, "this name is reserved, choose another")
+        else:
+            return True
+        return False
+
+    def _stream(self, node: yaml.Node, path: str, name: str, shared: Options) -> StreamSettings:
+        if isinstance(node, yaml.ScalarNode):
+            return StreamSettings(name, as_urls(self, node, path), title=name, options=shared)
+        values = self.table(node, path, STREAM_KEYS | STREAM_OPTION_KEYS)
+        if "url" not in values and isinstance(node, yaml.MappingNode) and node.value:
+            self.mistake(node, path, "url is missing")
+        own = {key: values.pop(key) for key in tuple(values) if key in STREAM_OPTION_KEYS}
+        if "streamlink" in own:
+            own["streamlink"] = {**shared.streamlink, **own["streamlink"]}
+        addresses = values.pop("url", ())
+        values["title"] = values.get("title") or name
+        return StreamSettings(name, addresses, **values, options=replace(shared, **own))
+
+    def pairs(self, node: yaml.Node, path: str) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
+        """The entries of a mapping; what is none, and a key that comes twice, is a mistake."""
+        where = f"{path}." if path else ""
+        if _is_null(node):
+            self.mistake(node, path, "this section is empty: remove it or fill it")
+        elif not isinstance(node, yaml.MappingNode):
+            self.mistake(node, path, f'expected "key: value" lines, got {_shown(node)}')
+        else:
+            seen: set[str] = set()
+            for key, value in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    self.mistake(key, path, "a key must be plain text")
+                elif key.value in seen:
+                    self.mistake(key, where + key.value, "this name stands here twice")
+                else:
+                    seen.add(key.value)
+                    yield key, value
+
+    def table(self, node: yaml.Node, path: str, keys: Mapping[str, Read]) -> dict[str, Any]:
+        """A mapping with known keys; values that are mistakes, and nulls, are left out."""
+        values: dict[str, Any] = {}
+        for key, value in self.pairs(node, path):
+            name, where = key.value, f"{path}.{key.value}" if path else key.value
+            if name not in keys:
+                self.mistake(key, where, f"unknown key{_nearest(name, keys)}")
+                continue
+            found = len(self.mistakes)
+            result = keys[name](self, value, where)
+            if len(self.mistakes) == found and result is not None:
+                values[name] = result
+        return values
+
+
+def _keep(reader: ConfigReader, node: yaml.Node, path: str) -> yaml.Node:
+    return node
+
+
+def _flatten(loader: yaml.SafeLoader, node: yaml.Node | None, seen: set[int]) -> None:
+    """Resolve `<<: *name` in every mapping, each node once even where an alias makes a circle."""
+    if node is None or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        written = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        loader.flatten_mapping(node)
+        if "<<" in written:  # merged keys come first, and a key that is written here wins
+            node.value = list({key.value: (key, value) for key, value in node.value}.values())
+        for key, value in node.value:
+            _flatten(loader, key, seen)
+            _flatten(loader, value, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _flatten(loader, item, seen)
+
+
+def _yaml_problem(error: yaml.YAMLError, text: str, line: int) -> str:
+    lines = text.splitlines()
+    if 0 < line <= len(lines) and "\t" in lines[line - 1][: len(lines[line - 1]) // 2 + 1]:
+        return "broken YAML: a tab stands here, use spaces"
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"broken YAML: {problem}"
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return bool(node.tag == "tag:yaml.org,2002:null")
+
+
+def _shown(node: yaml.Node) -> str:
+    """What a mistake quotes: secrets stand in addresses and headers, so only short plain words."""
+    if not isinstance(node, yaml.ScalarNode):
+        return "a list" if isinstance(node, yaml.SequenceNode) else "a section"
+    return f'"{node.value}"' if re.fullmatch(r"[\w.+-]{1,20}", node.value) else "this text"
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(names), 1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+# What a value may be.  Each reads one node, reports what is wrong with it and returns None then.
+
+
+def as_text(reader: ConfigReader, node: yaml.Node, path: str) -> str | None:
+    if isinstance(node, yaml.ScalarNode):
+        return None if _is_null(node) else str(node.value)
+    reader.mistake(node, path, f"expected text, got {_shown(node)}")
+    return None
+
+
+def as_number(kind: type[int] | type[float], least: float, most: float = math.inf) -> Read:
+    """A reader of whole numbers or seconds within bounds."""
+    what = "a whole number" if kind is int else "a number"
+    bounds = f"{least:g} or more" if most == math.inf else f"from {least:g} to {most:g}"
+
+    def read(reader: ConfigReader, node: yaml.Node, path: str) -> float | None:
+        with contextlib.suppress(ValueError):
+            if isinstance(node, yaml.ScalarNode) and re.fullmatch(r"[-+.\d_eE]+", node.value):
+                value = kind(node.value)
+                if least <= value <= most:
+                    return value
+        reader.mistake(node, path, f"expected {what}, {bounds}, got {_shown(node)}")
+        return None
+
+    return read
+
+
+def as_url(*schemes: str) -> Read:
+    """A reader of absolute addresses with one of these schemes."""
+
+    def read(reader: ConfigReader, node: yaml.Node, path: str) -> str | None:
+        value = as_text(reader, node, path)
+        if value is None or (_split(value)[0] in schemes and _split(value)[1]):
+            return value
+        wanted = " or ".join(f"{scheme}://" for scheme in schemes[:2])
+        reader.mistake(node, path, f"expected an address that begins with {wanted}")
+        return None
+
+    return read
+
+
+def _split(address: str) -> tuple[str, str]:
+    """Scheme and host; nothing where the address is malformed."""
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(address)
+        if parts.port is None or parts.port:
+            return parts.scheme.lower(), parts.hostname or ""
+    return "", ""
+
+
+def as_urls(reader: ConfigReader, node: yaml.Node, path: str) -> tuple[str, ...]:
+    """One address or a list of them, for the upstream to open."""
+    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if not items:
+        reader.mistake(node, path, "the list of addresses is empty")
+    addresses = []
+    for item in items:
+        address = (as_text(reader, item, path) or "").strip()
+        if not address:
+            reader.mistake(item, path, "the address is missing")
+        elif "file://" in address.lower():
+            reader.mistake(item, path, "file:// is never opened; use an http(s) address")
+        elif re.search(r"[\x00-\x1f]", address):
+            reader.mistake(item, path, "the address holds a control character")
+        addresses.append(address)
+    return tuple(addresses)
+
+
+def as_networks(reader: ConfigReader, node: yaml.Node, path: str) -> tuple[str, ...]:
+    if not isinstance(node, yaml.SequenceNode):
+        reader.mistake(node, path, f'expected a list like ["192.168.0.0/16"], got {_shown(node)}')
+        return ()
+    for item in node.value:
+        try:
+            ipaddress.ip_network(item.value if isinstance(item, yaml.ScalarNode) else "")
+        except ValueError:
+            reader.mistake(
+                item, path, f"expected a network like 192.168.0.0/16, got {_shown(item)}"
+            )
+    return tuple(str(item.value) for item in node.value)
+
+
+def as_headers(reader: ConfigReader, node: yaml.Node, path: str) -> dict[str, str]:
+    found = {}
+    for key, value in reader.pairs(node, path):
+        content = as_text(reader, value, f"{path}.{key.value}") or ""
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", key.value):
+            reader.mistake(key, path, "this is no name of an HTTP header")
+        elif re.search(r"[\r\n\x00]", content):
+            reader.mistake(value, f"{path}.{key.value}", "a header is one line")
+        else:
+            found[key.value] = content
+    return found
+
+
+def as_engine_options(reader: ConfigReader, node: yaml.Node, path: str) -> dict[str, Any]:
+    """The `streamlink:` map, each value of the type its option has."""
+    found: dict[str, Any] = {}
+    for key, value in reader.pairs(node, path) if node.value or _is_null(node) else ():
+        name, where = key.value.replace("_", "-"), f"{path}.{key.value}"
+        if name not in reader.engine:
+            reader.mistake(key, where, f"unknown streamlink option{_nearest(name, reader.engine)}")
+        elif reader.engine[name] is Ellipsis:
+            reader.mistake(key, where, "StreamPipe sets this itself, for safety; remove it")
+        elif name in GLOBAL_ENGINE_OPTIONS and path != "options.streamlink":
+            reader.mistake(key, where, "acts on the whole process: set it under options.streamlink")
+        else:
+            found[name] = _engine_value(reader, value, where, reader.engine[name])
+    return found
+
+
+GLOBAL_ENGINE_OPTIONS = frozenset({"ipv4", "ipv6"})
+
+
+def _engine_value(reader: ConfigReader, node: yaml.Node, path: str, example: Any) -> Any:
+    """A value like `example`; where that is None or text, text (numbers too, as written)."""
+    try:
+        value = yaml.SafeLoader("").construct_object(node, deep=True)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        value = None  # an alias inside itself, or a date that is none
+    kinds: dict[type, tuple[tuple[type, ...], str]] = {
+        bool: ((bool,), "true or false"),
+        int: ((int,), "a whole number"),
+        float: ((int, float), "a number"),
+        list: ((list,), "a list"),
+        dict: ((dict,), "a section of keys and values"),
+    }
+    allowed, words = kinds.get(type(example), ((str, int, float, list), "text"))
+    if isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool)):
+        is_text = str in allowed and isinstance(node, yaml.ScalarNode)
+        return str(node.value) if is_text else value
+    reader.mistake(node, path, f"expected {words}, got {_shown(node)}")
+    return None
+
+
+SERVER_KEYS: dict[str, Read] = {
+    "host": as_text,
+    "port": as_number(int, 0, 65535),
+    "max_viewers": as_number(int, 0),
+    "max_upstreams": as_number(int, 0),
+    "token": as_text,
+    "trusted": as_networks,
+    "public_url": as_url("http", "https"),
+    "name": as_text,
+    "epg": as_url("http", "https"),
+}
+OPTION_KEYS: dict[str, Read] = {
+    "user_agent": as_text,
+    "threads": as_number(int, 1, 64),
+    "timeout": as_number(float, 0.1, 3600),
+    "buffer_size": as_number(int, 1, 64 * MIB),
+    "ringbuffer_size": as_number(int, 256 * KIB, 4096 * MIB),
+    "linger": as_number(float, 0, 86400),
+    "reconnect": as_number(float, 0, 86400),
+    "viewer_timeout": as_number(float, 0.1, 86400),
+    "streamlink": as_engine_options,
+}
+STREAM_KEYS: dict[str, Read] = {
+    "url": as_urls,
+    "title": as_text,
+    "logo": as_url("http", "https"),
+    "group": as_text,
+    "tvg_id": as_text,
+    "number": as_number(int, 1),
+    "quality": as_text,
+    "headers": as_headers,
+    "proxy": as_url("http", "socks5h", "https", "socks5", "socks4", "socks4a"),
+}
+STREAM_OPTION_KEYS = OPTION_KEYS
+
+
+# --------------------------------------------------------------------------------------------------
+# Media: telling containers apart, cutting them into whole units, finding join points
+#
+# A framer is fed an upstream's bytes in order and hands all of them on, cut into blocks that end
+# where a unit of its container ends (a packet, a frame, a box), so that a viewer who is moved from
+# one block to another never gets half a unit.  It reports the places where a decoder can start.
+# --------------------------------------------------------------------------------------------------
+
+TS_PACKET = 188
+TS_SYNC = b"G"
+TIMESTAMP_MODULUS = 1 << 33
+
+
+class Container(enum.Enum):
+    """What a stream is made of; the value is its media type."""
+
+    MPEG_TS = "video/mp2t"
+    FMP4 = "video/mp4"
+    AAC = "audio/aac"
+    MATROSKA = "video/x-matroska"
+    OTHER = "application/octet-stream"
+
+
+def sniff(start: bytes, is_all: bool = False) -> Container | None:
+    """Tell the container from a stream's first bytes; None asks for more of them.
+
+    With `is_all`, no more will come.  Never None from SNIFF_LIMIT bytes on.
+    """
+    enough = is_all or len(start) >= SNIFF_LIMIT
+    if start[:3] == b"ID3" or (start[:1] == b"\xff" and start[1:2] and start[1] & 0xF6 == 0xF0):
+        return Container.AAC
+    if start[:4] == b"\x1a\x45\xdf\xa3":
+        return Container.MATROSKA
+    if start[4:8] in FMP4_FIRST_BOXES:
+        return Container.FMP4
+    if enough:
+        offset = start.find(TS_SYNC)
+        while 0 <= offset < TS_PACKET:
+            if start[offset : offset + 3 * TS_PACKET : TS_PACKET].strip(TS_SYNC) == b"":
+                return Container.MPEG_TS
+            offset = start.find(TS_SYNC, offset + 1)
+        return Container.OTHER
+    # A first packet that is whole and followed by another's sync byte needs no more proof.
+    return Container.MPEG_TS if start[: TS_PACKET + 1 : TS_PACKET] == 2 * TS_SYNC else None
+
+
+class JoinKind(enum.IntEnum):
+    """How good a place to start is; a window offers its best kind."""
+
+    ANY = 0  # a unit starts here; nothing better is known of this stream
+    KEY_FRAME = 1
+    SEGMENT = 2
+
+
+@dataclass(frozen=True)
+class JoinPoint:
+    """A decoder can start at `position` (bytes since the channel began) after `prefix`."""
+
+    position: int
+    prefix: bytes  # PAT and PMT, or an initialization section; empty where the stream has them
+    kind: JoinKind
+    time: float = field(default_factory=time.monotonic)
+
+
+class Framer:
+    """Base of the framers, and the one for containers without a known structure.
+
+    Not thread-safe: a feeder owns it.  `joins` collects the points found since they were last
+    taken away.
+    """
+
+    def __init__(self) -> None:
+        self.position = 0  # bytes handed on
+        self.joins: list[JoinPoint] = []
+        self._in_segments = False
+        self._prefix = bytearray()  # the initialization section, as far as it has come
+        self._in_prefix = False
+
+    def start_prefix(self) -> None:
+        """An initialization section starts with the next byte."""
+        self._prefix.clear()
+        self._in_prefix = True
+
+    def start_segment(self) -> None:
+        """A segment starts with the next byte."""
+        self._in_segments, self._in_prefix = True, False
+        self._join(self.position, JoinKind.SEGMENT)
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Take any bytes, give back those that make whole units; the rest waits for more."""
+        if self._in_prefix:
+            self._prefix += data
+        elif not self._in_segments:
+            self._join(self.position, JoinKind.ANY)
+        return self._hand_on([data])
+
+    def flush(self) -> list[bytes]:
+        """What is held back; called where no more will come that belongs to it."""
+        return []
+
+    def _join(self, position: int, kind: JoinKind, prefix: bytes | None = None) -> None:
+        self.joins.append(
+            JoinPoint(position, bytes(self._prefix if prefix is None else prefix), kind)
+        )
+
+    def _hand_on(self, pieces: Iterable[bytes], unit: int = 1) -> list[bytes]:
+        """Pieces as blocks of at most BLOCK_LIMIT, cut at multiples of `unit` bytes."""
+        size = BLOCK_LIMIT - BLOCK_LIMIT % unit
+        blocks = []
+        for piece in pieces:
+            self.position += len(piece)
+            blocks += [piece[at : at + size] for at in range(0, len(piece), size)]
+        return blocks
+
+
+# MPEG-TS (ISO/IEC 13818-1)
+
+VIDEO_TYPES = frozenset({0x01, 0x02, 0x10, 0x1B, 0x20, 0x24, 0x33, 0x42, 0xD1, 0xEA})
+_UNIT_START = re.compile(rb"[\x40-\x7f\xc0-\xff]")  # a packet's second byte, with that bit set
+# Start codes of what only stands in front of a picture that needs no other, by stream type.
+_KEY_UNITS = {
+    0x01: re.compile(rb"\x00\x00\x01\xb3"),  # MPEG-1 and -2: sequence header
+    0x02: re.compile(rb"\x00\x00\x01\xb3"),
+    0x1B: re.compile(rb"\x00\x00\x01[\x25\x45\x65\x27\x47\x67]"),  # H.264: IDR slice, SPS
+    0x24: re.compile(rb"\x00\x00\x01[\x20-\x2b\x40-\x43]"),  # H.265: IRAP picture, VPS, SPS
+}
+
+
+def pid_of(packet: bytes | bytearray) -> int:
+    return (packet[1] & 0x1F) << 8 | packet[2]
+
+
+def payload_start(packet: bytes | bytearray) -> int:
+    """Where the payload begins, behind the adaptation field if there is one (2.4.3.2)."""
+    return 5 + packet[4] if packet[3] & 0x20 else 4
+
+
+def read_timestamp(data: bytes | bytearray, at: int) -> int:
+    """The PTS or DTS in the five bytes at `at`, in ticks of 1/90000 s (2.4.3.7)."""
+    value = int.from_bytes(data[at : at + 5], "big")
+    return value >> 3 & 0x1_C000_0000 | value >> 2 & 0x3FFF_8000 | value >> 1 & 0x7FFF
+
+
+def write_timestamp(packet: bytearray, at: int, value: int) -> None:
+    """Replace the PTS or DTS at `at`; its four prefix and three marker bits stay."""
+    kept = int.from_bytes(packet[at : at + 5], "big") & 0xF1_0001_0001
+    bits = (value & 0x1_C000_0000) << 3 | (value & 0x3FFF_8000) << 2 | (value & 0x7FFF) << 1
+    packet[at : at + 5] = (kept | bits).to_bytes(5, "big")
+
+
+class ProgramTables:
+    """The newest PAT and PMT of a transport stream, as packets, and what they tell (2.4.4)."""
+
+    def __init__(self) -> None:
+        self.program_pid = -1  # where the PMT is
+        self.video_pid = -1  # -1: none, or no PMT yet
+        self.video_type = 0
+        self.pids: frozenset[int] = frozenset()  # elementary streams
+        self._packets: dict[int, bytes] = {}  # PAT and PMT by PID, as they came
+        self._parts: dict[int, bytearray] = {}  # sections that go on in a further packet
+
+    @property
+    def packets(self) -> bytes:
+        """PAT and PMT to put before a join point; empty until both were seen."""
+        complete = 0 in self._packets and self.program_pid in self._packets
+        return self._packets[0] + self._packets[self.program_pid] if complete else b""
+
+    @property
+    def is_split(self) -> bool:
+        """Whether a section waits for its further packets."""
+        return bool(self._parts)
+
+    def add(self, pid: int, packet: bytes) -> None:
+        """Take a packet of the PAT or PMT, the first of its section or a further one."""
+        if packet[1] & 0x40:
+            self._parts[pid] = bytearray(packet)
+        elif pid in self._parts:
+            self._parts[pid] += packet
+        packets = self._parts.get(pid, b"")
+        section = _section(packets)
+        if section is not None:
+            self._packets[pid] = bytes(packets)
+            del self._parts[pid]
+            self._read(pid, section)
+        elif len(packets) > 8 * TS_PACKET:  # a section has at most 1,024 bytes
+            del self._parts[pid]
+
+    def _read(self, pid: int, section: bytes) -> None:
+        if pid == 0 and section[0] == 0x00:
+            self._read_pat(section)
+        elif pid != 0 and section[0] == 0x02:
+            self._read_pmt(section)
+
+    def _read_pat(self, section: bytes) -> None:
+        entries = (section[at : at + 4] for at in range(8, len(section) - 4, 4))
+        programs = [(e[2] & 0x1F) << 8 | e[3] for e in entries if e[:2] != b"\0\0"]
+        if programs and self.program_pid not in programs:
+            self.program_pid = programs[0]
+
+    def _read_pmt(self, section: bytes) -> None:
+        streams: dict[int, int] = {}
+        at = 12 + ((section[10] & 0x0F) << 8 | section[11])
+        while at + 5 <= len(section) - 4:
+            streams[(section[at + 1] & 0x1F) << 8 | section[at + 2]] = section[at]
+            at += 5 + ((section[at + 3] & 0x0F) << 8 | section[at + 4])
+        video = [(pid, kind) for pid, kind in streams.items() if kind in VIDEO_TYPES]
+        self.video_pid, self.video_type = video[0] if video else (-1, 0)
+        self.pids = frozenset(streams)
+
+
+def _section(packets: bytes | bytearray) -> bytes | None:
+    """The section these packets of one PID hold, or None while it is not complete."""
+    data = bytearray()
+    for at in range(0, len(packets), TS_PACKET):
+        packet = packets[at : at + TS_PACKET]
+        start = payload_start(packet)
+        if packet[1] & 0x40 and start < TS_PACKET:
+            start += 1 + packet[start]  # pointer_field
+        data += packet[start:]
+    if len(data) < 3:
+        return None
+    length = 3 + ((data[1] & 0x0F) << 8 | data[2])
+    return bytes(data[:length]) if 12 <= length <= len(data) else None
+
+
+class TsFramer(Framer):
+    """Whole packets, and join points at key frames.
+
+    A segment's join point is its first byte where PAT, PMT and a key frame come first in it, as
+    RFC 8216 section 3 asks; otherwise its first key frame, with PAT and PMT put before it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._carry = b""  # the start of a packet
+        self.tables = ProgramTables()
+        self._seen_key_frame = False
+        self._segment: int | None = None  # where the segment began that has no join point yet
+        self._first_unit: int | None = None  # its first PES packet that starts a unit
+        self._has_tables = False  # PAT and PMT came in it
+
+    def start_prefix(self) -> None:
+        self._segment = None
+
+    def start_segment(self) -> None:
+        if self._segment is not None and self._first_unit is not None and self.tables.packets:
+            # No key frame in the whole last segment: its first picture has to do.
+            self._join(self._first_unit, JoinKind.SEGMENT, self.tables.packets)
+        self._in_segments = True
+        self._segment, self._first_unit, self._has_tables = self.position, None, False
+
+    def feed(self, data: bytes) -> list[bytes]:
+        data = self._carry + data if self._carry else data
+        at, blocks = 0, []
+        while len(data) - at >= TS_PACKET:
+            count = _packets_in_sync(data, at)
+            end = at + count * TS_PACKET if count else _next_sync(data, at + 1)
+            piece = data[at:end]
+            if count:
+                self._scan(piece)
+            blocks += self._hand_on([piece], TS_PACKET)
+            at = end
+        self._carry = data[at:]
+        return blocks
+
+    def flush(self) -> list[bytes]:
+        carry, self._carry = self._carry, b""
+        return self._hand_on([carry]) if carry else []
+
+    def _scan(self, packets: bytes) -> None:
+        """Look at each packet that starts a section or a PES packet; one in fifty does."""
+        starts = [match.start() for match in _UNIT_START.finditer(packets[1::TS_PACKET])]
+        if self.tables.is_split:
+            starts = list(range(len(packets) // TS_PACKET))
+        for index in starts:
+            at = index * TS_PACKET
+            packet = packets[at : at + TS_PACKET]
+            pid = pid_of(packet)
+            if pid in (0, self.tables.program_pid):
+                self._see_tables(pid, packet, packets[at + TS_PACKET :])
+            elif packet[1] & 0x40 and pid in self.tables.pids:
+                self._see_unit(pid, packet, self.position + at)
+
+    def _see_tables(self, pid: int, packet: bytes, behind: bytes) -> None:
+        self.tables.add(pid, packet)
+        for at in range(0, len(behind), TS_PACKET):
+            if not self.tables.is_split:
+                break
+            further = behind[at : at + TS_PACKET]
+            if pid_of(further) == pid and not further[1] & 0x40:
+                self.tables.add(pid, further)
+        if pid == self.tables.program_pid:
+            self._has_tables = True
+
+    def _see_unit(self, pid: int, packet: bytes, position: int) -> None:
+        tables = self.tables
+        is_key_frame = pid == tables.video_pid and self._is_key_frame(packet)
+        is_random_access = is_key_frame or tables.video_pid < 0
+        if self._segment is not None and is_random_access:
+            self._join_segment(self._segment, position)
+            self._segment = None
+        elif is_key_frame:
+            self._join(position, JoinKind.KEY_FRAME, tables.packets)
+        elif not (self._in_segments or self._seen_key_frame or self.joins):  # one a turn is enough
+            self._join(position, JoinKind.ANY, tables.packets)
+        if self._first_unit is None and pid == (tables.video_pid if tables.video_pid >= 0 else pid):
+            self._first_unit = position
+        self._seen_key_frame |= is_key_frame
+
+    def _join_segment(self, start: int, position: int) -> None:
+        if self._first_unit is not None:  # pictures that need others come first
+            self._join(position, JoinKind.SEGMENT, self.tables.packets)
+        else:
+            self._join(start, JoinKind.SEGMENT, b"" if self._has_tables else self.tables.packets)
+
+    def _is_key_frame(self, packet: bytes) -> bool:
+        """random_access_indicator (2.4.3.4), or the units only a key frame has."""
+        if packet[3] & 0x20 and packet[4] and packet[5] & 0x40:
+            return True
+        units = _KEY_UNITS.get(self.tables.video_type)
+        return bool(units and units.search(packet, payload_start(packet)))
+
+
+def _packets_in_sync(data: bytes, at: int) -> int:
+    """How many whole packets from `at` on begin with a sync byte."""
+    whole = (len(data) - at) // TS_PACKET
+    first_bytes = data[at : at + whole * TS_PACKET : TS_PACKET]
+    return whole - len(first_bytes.lstrip(TS_SYNC))
+
+
+def _next_sync(data: bytes, at: int) -> int:
+    """The next place that looks like a packet's start, or the end of the data."""
+    found = data.find(TS_SYNC, at)
+    while found >= 0:
+        if data[found + TS_PACKET : found + TS_PACKET + 1] in (TS_SYNC, b""):
+            return found
+        found = data.find(TS_SYNC, found + 1)
+    return len(data)
+
+
+# Fragmented MP4 (ISO/IEC 14496-12)
+
+FMP4_FIRST_BOXES = frozenset({b"ftyp", b"styp", b"moov", b"moof", b"sidx", b"emsg", b"prft"})
+FRAGMENT_BOXES = FMP4_FIRST_BOXES - {b"ftyp", b"moov"}  # what a fragment may begin with
+
+
+class Fmp4Framer(Framer):
+    """Boxes; a fragment begins with `moof` or what stands before it, and ends with `mdat`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._carry = b""  # the start of a box header
+        self._left: float = 0  # bytes of the open box still to come
+        self._in_fragment = False  # between a fragment's first box and its media
+        self._in_prefix = True
+        self._joined = -1  # the newest join point's position
+
+    def start_prefix(self) -> None:
+        super().start_prefix()
+        self._carry, self._left, self._in_fragment = b"", 0, False
+
+    def start_segment(self) -> None:
+        super().start_segment()
+        self._carry, self._left, self._in_fragment = b"", 0, False
+        self._joined = self.position
+
+    def feed(self, data: bytes) -> list[bytes]:
+        data, at, done, blocks = self._carry + data, 0, 0, []
+        while at < len(data):
+            if not self._left:
+                size = _box_size(data[at : at + 16])
+                if size is None:
+                    break
+                if self._opens_fragment(data[at + 4 : at + 8]):
+                    blocks += self._hand_on([data[done:at]])
+                    done = at
+                    self._join_fragment()
+                self._left = size
+            taken = int(min(self._left, len(data) - at))
+            if self._in_prefix:
+                self._prefix += data[at : at + taken]
+            self._left -= taken
+            at += taken
+        self._carry = data[at:]
+        return blocks + self._hand_on([data[done:at]])
+
+    def flush(self) -> list[bytes]:
+        carry, self._carry = self._carry, b""
+        return self._hand_on([carry]) if carry else []
+
+    def _opens_fragment(self, kind: bytes) -> bool:
+        """Note what box opens, and tell whether it is the first of a fragment."""
+        if kind == b"ftyp":
+            self._prefix.clear()
+            self._in_prefix = True
+        is_first = kind in FRAGMENT_BOXES and not self._in_fragment
+        if is_first or kind == b"mdat":
+            self._in_prefix = False
+        self._in_fragment = (self._in_fragment or is_first) and kind != b"mdat"
+        return is_first
+
+    def _join_fragment(self) -> None:
+        if self.position != self._joined:  # where a segment starts, its join point is there
+            self._joined = self.position
+            self._join(self.position, JoinKind.KEY_FRAME)
+
+
+def _box_size(header: bytes) -> float | None:
+    """The size of the box with this header of up to 16 bytes; None asks for more of it."""
+    size = int.from_bytes(header[:4], "big")
+    if len(header) < (16 if size == 1 else 8):
+        return None
+    if size == 1:
+        size = int.from_bytes(header[8:], "big")
+    return size if size >= 8 else math.inf  # 0: up to the end; less: not a box at all
+
+
+# AAC in ADTS frames (ISO/IEC 13818-7), with ID3 tags in front of a segment's first (RFC 8216, 3.4)
+
+
+class AacFramer(Framer):
+    """Whole frames; ID3 tags, of any version, are taken out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._carry = b""
+        self._tag_left = 0  # bytes of an open ID3 tag still to come
+        self._is_adts = True  # until a segment shows otherwise
+
+    def start_segment(self) -> None:
+        super().start_segment()
+        self._is_adts = True
+
+    def feed(self, data: bytes) -> list[bytes]:
+        data, at, pieces = self._carry + data, 0, []
+        if not self._in_segments:
+            self._join(self.position, JoinKind.ANY)
+        while at < len(data):
+            end, is_media = self._next_run(data, at)
+            if is_media:
+                pieces.append(data[at:end])
+            if end == at:  # the next frame or tag has not come whole
+                break
+            at = end
+        self._carry = data[at:]
+        return self._hand_on(pieces)
+
+    def flush(self) -> list[bytes]:
+        carry, self._carry = self._carry, b""
+        return self._hand_on([carry]) if carry else []
+
+    def _next_run(self, data: bytes, at: int) -> tuple[int, bool]:
+        """Where the frames or the tag from `at` on end, and whether they are media."""
+        start = data[at : at + 10]
+        if (
+            self._is_adts
+            and not self._tag_left
+            and b"ID3" in (start[:3], start + b"ID3"[len(start) :])
+        ):
+            if len(start) < 10:
+                return at, False
+            self._tag_left = _id3_size(start)
+        if self._tag_left:
+            end = min(at + self._tag_left, len(data))
+            self._tag_left -= end - at
+            return end, False
+        return self._frames_end(data, at), True
+
+    def _frames_end(self, data: bytes, at: int) -> int:
+        """Where the run of whole frames from `at` on ends; all of it where these are no frames."""
+        while self._is_adts and at + 7 <= len(data) and data[at : at + 3] != b"ID3":
+            size = (data[at + 3] & 3) << 11 | data[at + 4] << 3 | data[at + 5] >> 5
+            self._is_adts = data[at] == 0xFF and data[at + 1] & 0xF6 == 0xF0 and size >= 7
+            if at + size > len(data):
+                break
+            at += size
+        return at if self._is_adts else len(data)
+
+
+def _id3_size(header: bytes) -> int:
+    """Bytes of the tag with this header of ten: a 28-bit size, and a footer in version 4."""
+    size = functools.reduce(lambda total, byte: total << 7 | byte & 0x7F, header[6:10], 0)
+    has_footer = header[3] >= 4 and header[5] & 0x10
+    return 10 + size + (10 if has_footer else 0)
+
+
+def framer_for(container: Container) -> Framer:
+    kinds = {
+        Container.MPEG_TS: TsFramer,
+        Container.FMP4: Fmp4Framer,
+        Container.AAC: AacFramer,
+    }
+    return kinds.get(container, Framer)()
+
+
+# --------------------------------------------------------------------------------------------------
+# Test card: a clip of 1.92 s that goes on without a seam
+# --------------------------------------------------------------------------------------------------
+
+# Colour bars and silence, made by tests/make_test_card.py: 48 pictures at 25 a second and 90 AAC
+# frames at 48 kHz, which both last exactly as long.
+TEST_CARD_TICKS = 172_800
+TEST_CARD = """
+0RR911poj4|NsC0{{SP9cj1F~Cq=cePhJYo#&*}E!{f?}<L99n2u3Vy_&dJtI3F$}8%}K`WSwTjOGP>`x|2^EYI@3zP@%Q=R
+o5@xAlKDxmAym11>9B1IDMSE&p5m*tin9Khww1ekc{>cf!5-jd-zv^ZoO4rQ-Tx)vEv1%l<VmUV8}WGXtHkMIrkx!|ILRFHY
+_~a`Q!b}V*5fsdCD?;$x<=wO8h~wH=k+npX495??fr2r1C}Rnss20Y&op2nO9;br>GiTCu5Clz}Rv#*fZ|7u@F|aZQGC%gLR
+=`OMoTBT<vqUJ9xcbmjfL?InOWY;8(+IhP4{%pY<p`isF_wN=F(gky<<zs0Iy>18mLzy^itn4eQr!@N>7^aQ4$asw~$@oUzt
+h2ze+upYuT;jE0fHV7R#|*hd)}(G&WyI+(A2=>8*RkUqXfd6bmv_jkcT+$JIG+_MSQ(&&E3yh5Qahn?ALVNEF3fYDR=LoJ}o
++@|fehX+<;9l(%`?Cc|^;iz0g$|i6*!gcC@0N9rAd_!2PenL3)DCdfDlr4w#RB7l>_v!&CzDAfQ(m?OlPjjJn^9%9Lc6AQ`Y
+sUZH)Kpq?FHh>$YY?+|<AGSpCyTgD!avV!j3aw4>}Vl#p{IVI9)f(K0C4da23-5%WTQXsVb&Ve|Iw^7QXXF~QWW3kktU@xgY
+k-970T&rU<qn#R%_)xsfBm+Wy)F$HJo>bqXGiys5uwtb6y~KDnW6hz`b=}--Hf(@nR~Wc81KeJO`-7nB%79?2;9TF2Qgsj+W
+&JnN%|0z-GSWuJ-TPy3-K_ZG_c0dx|>?xpW+kvyB6DkbwE0s<5B5frJk9M~=c@{$#JwW*e%y6uhewQV;Y_v;^M6Qf03F<&F<
+Yn<&;;kzb-74Eu#O@6wsDcDfFkz#atExvTTz0?D7KTXmy{cR2Dnjr)N0ih1Y98TyZNB$C;P$CIAKz=iSmF_0D-D8b;-W%{)7
+Y+%_@GMf+F1!q}Cwai<hzP)9J8a-f@YHl+8NOd7B+*!~N#b&)az14+aTR6YJVbFzl)cG6qTz2SC`g)<m>YQK@vCz+WjvTq=U
+(V;$Aa74?X}HawgnUg@`|GDBdrGgqq^V#cCJmo*I2}n7X^VnO9ArozlCD+zTUkZ%K`F^$;UCYq;QOO})=uS29zA_sG)O5|nt
+O6F{i~4MW17@XWlBCdYWgP#H>f%JJ~s?<njhqKG)9XB6v)`d-kJ!`M+Hb29YGszgVQb7SVl@MkbhLeofJ1uv*^ZEUHRQxI+0
+6kXoovTOuNjvHRCCdkt`TaLnzh$plTSC{gW9H{=dPc?91ZUBKEz$U+~R00+}#r)+#+TAjN4`YhzxHda7MeS=Y#S128HJN;V@
+u^#Rj!F9(Ek9uXy?$ntq;)U6O}vIB<)$l59w09d<Jc-r-X;KQnnaP9S=VYSj<WgF^7BSKR5_@eNdYVlz_`h(xG^pY=&MvCV6
+l*qLW%>MopmU{)fVq?%X+bF;N$NK>v<@ver(8q-yP!K?>RAbs3zphQVi<03wStAN5WbWeOu37JVit6MPq0Yp>zy~ngLoz}zS
+S5PSTlUy1wH)?GB{46d(^`QlJ)rSIsEA2FA5D48rt43<2(Fa^bz{1<)E|EkA<jxjr42#-FZU-rA>hd!Q1^LGR8Zi^NA$8Cv2
+RQ=*7@E{QCKIDAJa@N1i}m`1{Sq2amR9|))I7@OFlbNW&b9<mJViHYpPp}E=e0I`^-FZihG87=-m_bFR1$FP=!SvH=fE6$EX
+7ze}{aId?W%VW3YEtmWFIOSgb!%W$Ig~^G;Apq%^B^6zTMtp;s?VMpwfDQA1dyM+x^kN2s%$wtx?bzn4ZLVvdzR&A<DitByF
+ARQW~icGV8)==U@g6TZBY>8OcN{DwU^2qL3^ajW+oYk3<eyPTRZbc}ho`$W5#MxgFGYgl3!c~yPh=S%M_o^yq;P%&0dnJ<u<
+uxOw0kJ?}k${E>Mx|8e{OSysemdtvJu&weIg%k6Oj$$gP=AUyW`#d7K3%S%7_v?U*rKhkAUe_~6>pf}CKK28Zy$(NQ=8ldul
+rz5V*o2#sOvbpkI$v;QlnW%U<I!TKjd;2!j#3Dd{j%&a(W);#IIwh`8Rc?-t0i&@%gs<%$5~+4e*mzP`75_$(IZIOO)|dU#m
+4uz4aXIi)8CeNzmY59`&SccRY>KaBVu-tx+Tj~-1`f9A$YdDD+Bg1KN9zI6+>+Q#pZ_A
+"""
+
+
+def timestamp_positions(packet: bytes | bytearray) -> Iterator[int]:
+    """Where a PES header in this packet holds its PTS and DTS (2.4.3.6)."""
+    start = payload_start(packet)
+    starts_unit, has_payload = packet[1] & 0x40, packet[3] & 0x10
+    if starts_unit and has_payload and packet[start : start + 3] == b"\0\0\1":
+        flags = packet[start + 7]
+        if flags & 0x80:
+            yield start + 9
+        if flags & 0x40:
+            yield start + 14
+
+
+def delay_timestamps(packet: bytearray, ticks: int) -> None:
+    for at in timestamp_positions(packet):
+        write_timestamp(packet, at, (read_timestamp(packet, at) + ticks) % TIMESTAMP_MODULUS)
+
+
+def delay_pcr(packet: bytearray, ticks: int) -> None:
+    """Move the 33-bit base of the PCR, if there is one; its 9-bit extension stays (2.4.3.5)."""
+    if packet[3] & 0x20 and packet[4] and packet[5] & 0x10:
+        base, rest = divmod(int.from_bytes(packet[6:12], "big"), 1 << 15)
+        base = (base + ticks) % TIMESTAMP_MODULUS
+        packet[6:12] = (base << 15 | rest).to_bytes(6, "big")
+
+
+@functools.cache
+def test_card_packets() -> tuple[bytes, ...]:
+    clip = lzma.decompress(base64.b85decode("".join(TEST_CARD.split())))
+    return tuple(clip[at : at + TS_PACKET] for at in range(0, len(clip), TS_PACKET))
+
+
+@functools.cache
+def test_card_counts() -> Counter[int]:
+    """How far one loop moves the continuity counter of each PID.
+
+    Only packets with a payload count (2.4.3.3).
+    """
+    return Counter(pid_of(packet) for packet in test_card_packets() if packet[3] & 0x10)
+
+
+def test_card_segment(number: int) -> bytes:
+    """The test card as loop `number`, which continues loop `number - 1` without a seam."""
+    segment = bytearray()
+    for original in test_card_packets():
+        packet = bytearray(original)
+        counter = packet[3] + number * test_card_counts()[pid_of(packet)]
+        packet[3] = packet[3] & 0xF0 | counter & 0x0F
+        delay_pcr(packet, number * TEST_CARD_TICKS)
+        delay_timestamps(packet, number * TEST_CARD_TICKS)
+        segment += packet
+    return bytes(segment)
+
+
+# --------------------------------------------------------------------------------------------------
+# Ring: where an upstream hands over to its feeder
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What the bytes after it are: a segment, or an initialization section."""
+
+    number: int  # media sequence number
+    is_prefix: bool = False
+
+
+class Ring:
+    """Bytes and marks on their way from an upstream's threads to the feeder, bounded.
+
+    Its writer waits while it is full, which is the back-pressure on every download.  The lower-case
+    interface (write, wait_free, close, length, ...) is what streamlink asks of a reader's buffer.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit  # bytes; never changes
+        self.written_once = False
+        # _lock guards everything below.
+        self._lock = threading.Lock()
+        self._not_full = threading.Condition(self._lock)  # the writer waits; take() notifies
+        self._not_empty = threading.Condition(self._lock)  # the feeder waits; the rest notifies
+        self._items: deque[bytes | Mark] = deque()
+        self._woken = False
+        self.length = 0  # bytes
+        self.closed = False
+
+    # Upstream's threads
+
+    def write(self, data: bytes) -> None:
+        """Append, waiting for room as long as it takes; dropped once the ring is closed."""
+        if not data:
+            return
+        with self._lock:
+            self._not_full.wait_for(lambda: self.length < self.limit or self.closed)
+            if not self.closed:
+                self._items.append(bytes(data))
+                self.length += len(data)
+                self.written_once = True
+                self._not_empty.notify()
+
+    def mark(self, mark: Mark) -> None:
+        with self._lock:
+            self._items.append(mark)
+            self._not_empty.notify()
+
+    def wait_free(self, timeout: float | None = None) -> bool:
+        """Block until there is room: streamlink loads no playlist before."""
+        with self._lock:
+            return self._not_full.wait_for(lambda: self.length < self.limit or self.closed, timeout)
+
+    def close(self) -> None:
+        """No more will be written; what is there can still be taken.  Idempotent."""
+        with self._lock:
+            self.closed = True
+            self._not_full.notify_all()
+            self._not_empty.notify_all()
+
+    # Feeder
+
+    def take(self, limit: int, timeout: float) -> list[bytes | Mark]:
+        """What is waiting, about `limit` bytes of it at most; empty after `timeout` or a wake()."""
+        with self._lock:
+            self._not_empty.wait_for(lambda: self._items or self.closed or self._woken, timeout)
+            self._woken = False
+            items: list[bytes | Mark] = []
+            size = 0
+            while self._items and size < limit:
+                items.append(self._items.popleft())
+                size += 0 if isinstance(items[-1], Mark) else len(items[-1])
+            self.length -= size
+            if self.length < self.limit:
+                self._not_full.notify_all()
+            return items
+
+    def wake(self) -> None:
+        """Make a waiting take() return, from any thread."""
+        with self._lock:
+            self._woken = True
+            self._not_empty.notify()
+
+    @property
+    def is_exhausted(self) -> bool:
+        with self._lock:
+            return self.closed and not self._items
+
+
+# --------------------------------------------------------------------------------------------------
+# Window: the newest bytes of a channel, and its viewers' places in them
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Place:
+    """Where a viewer is.  Guarded by its window's lock, but for `moved`.
+
+    `moved` is written by the viewer's thread alone, after each send that took a byte.
+    """
+
+    next: int | None = 0  # number of the block to take next; None: waits for a join point
+    pending: list[bytes] = field(default_factory=list)  # to be sent before that block
+    position: int = 0  # bytes since the channel began, of the block to take next
+    is_waiting: bool = True  # for blocks; such a viewer is not paused, however long ago it moved
+    moved: float = field(default_factory=time.monotonic)
+    skips: int = 0  # how often it fell behind
+    skipped_bytes: int = 0
+
+
+class Window:
+    """A channel's newest blocks; the feeder appends, each viewer takes from its own place.
+
+    Blocks are numbered from 0 and positions counted in bytes since the channel began, so eviction
+    moves nobody: a place with a number below the oldest block's has fallen behind.
+    """
+
+    def __init__(self, limit: int, patience: float = FOREMOST_PATIENCE) -> None:
+        self.limit = limit  # bytes; never changes
+        self.patience = patience  # seconds; changes once, before the first viewer takes anything
+        self.has_units = False  # set before the first append: only a join point may be left behind
+        self.live_edge = 3  # segments; likewise
+        # _lock guards everything below.
+        self._lock = threading.Lock()
+        self._grown = threading.Condition(self._lock)  # viewers wait; append() and end() notify
+        self._taken = threading.Condition(self._lock)  # the feeder waits; viewers notify
+        self._feeder_waits = False
+        self._blocks: deque[bytes] = deque()
+        self._first = 0  # number of the oldest block
+        self._tail = 0  # its position
+        self._head = 0  # position behind the newest block
+        self._joins: deque[JoinPoint] = deque()
+        self._past_joins: deque[int] = deque(maxlen=4096)  # positions of evicted ones
+        self._best_kind = JoinKind.ANY
+        self._places: set[Place] = set()
+        self._end: WindowEnded | Exception | None = None
+        self._is_cut = False  # viewers leave at once, whatever they have not taken
+
+    # Feeder
+
+    def append(self, blocks: Iterable[bytes], joins: Iterable[JoinPoint] = ()) -> None:
+        """Add blocks and join points, evicting the oldest.
+
+        Blocks while the foremost viewer still takes but has not taken what would have to go.
+        """
+        with self._lock:
+            for block in blocks:
+                self._make_room(len(block))
+                if self._is_cut:
+                    return
+                self._blocks.append(block)
+                self._head += len(block)
+            for join in joins:
+                if join.position >= self._tail:
+                    self._joins.append(join)
+                    self._best_kind = max(self._best_kind, join.kind)
+            self._grown.notify_all()
+
+    def end(self, reason: Exception) -> None:
+        """No more will come: viewers take the rest, then take() raises `reason`.  Idempotent."""
+        with self._lock:
+            self._end = self._end or reason
+            self._grown.notify_all()
+
+    def cut(self, reason: Exception) -> None:
+        """Like end(), at once, from any thread: nobody gets the rest."""
+        with self._lock:
+            self._is_cut = True
+            self._end = reason
+            self._grown.notify_all()
+            self._taken.notify_all()
+
+    def _make_room(self, size: int) -> None:
+        while self._blocks and self._head - self._tail + size > self.limit and not self._is_cut:
+            wait = self._foremost_wait()
+            if wait <= 0:
+                self._evict()
+            else:
+                self._grown.notify_all()  # they must know what they are waited for
+                self._feeder_waits = True
+                self._taken.wait(min(wait, FEEDER_TICK))
+                self._feeder_waits = False
+
+    def _foremost_wait(self) -> float:
+        """Seconds to wait for the foremost viewer to take the oldest block; 0 or less: none."""
+        if any(place.next is None or place.next > self._first for place in self._places):
+            return 0
+        if any(place.is_waiting for place in self._places):
+            return self.patience
+        moved = max((place.moved for place in self._places), default=-math.inf)
+        return moved + self.patience - time.monotonic()
+
+    def _evict(self) -> None:
+        self._tail += len(self._blocks.popleft())
+        self._first += 1
+        while self._joins and self._joins[0].position < self._tail:
+            self._past_joins.append(self._joins.popleft().position)
+
+    # Viewers
+
+    def enter(self, place: Place, from_start: bool) -> None:
+        """Put a viewer where a decoder can start; `from_start` is for those who waited for it."""
+        with self._lock:
+            place.moved = time.monotonic()
+            self._places.add(place)
+            if not from_start or self._first:
+                self._seek(place)
+
+    def leave(self, place: Place) -> None:
+        with self._lock:
+            self._places.discard(place)
+            self._taken.notify_all()
+
+    def take(self, place: Place, timeout: float | None) -> list[bytes]:
+        """The next blocks, SEND_LIMIT bytes of them at most; empty when none come in `timeout`.
+
+        A place that fell behind goes on where a new viewer would.  Raises the reason given to
+        end() or cut(), and ViewerGone where the viewer holds half of a unit that is gone.
+        """
+        with self._lock:
+            place.is_waiting = True
+            self._grown.wait_for(lambda: self._has_more(place) or self._end, timeout)
+            place.is_waiting = False
+            if self._is_cut or (self._end and not self._has_more(place)):
+                assert self._end is not None
+                raise self._end
+            if place.next is not None and place.next < self._first:
+                self._skip(place)
+            elif place.next is None:
+                self._seek(place)
+            return self._gather(place)
+
+    def _has_more(self, place: Place) -> bool:
+        if place.next is None:
+            return self._join_point() is not None
+        return bool(place.pending) or place.next < self._first + len(self._blocks)
+
+    def _gather(self, place: Place) -> list[bytes]:
+        taken, place.pending = place.pending, []
+        size = sum(map(len, taken))
+        while place.next is not None and place.next < self._first + len(self._blocks):
+            block = self._blocks[place.next - self._first]
+            if taken and size + len(block) > SEND_LIMIT:
+                break
+            taken.append(block)
+            size += len(block)
+            place.next += 1
+            place.position += len(block)
+        if self._feeder_waits:
+            self._taken.notify_all()
+        return taken
+
+    def _skip(self, place: Place) -> None:
+        starts = itertools.chain(self._past_joins, (join.position for join in self._joins))
+        if self.has_units and place.position not in starts:
+            raise ViewerGone("fell behind in the middle of a fragment")
+        before = place.position
+        self._seek(place)
+        place.skips += 1
+        place.skipped_bytes += max(0, place.position - before)
+
+    def _seek(self, place: Place) -> None:
+        """Move to the join point a new viewer gets, or to waiting for the next."""
+        join = self._join_point()
+        if join is None:
+            place.next, place.pending, place.position = None, [], self._head
+            return
+        at, number = self._tail, self._first
+        for block in self._blocks:
+            if at + len(block) > join.position:
+                break
+            at, number = at + len(block), number + 1
+        place.pending = [join.prefix] if join.prefix else []
+        place.next, place.position = number, at
+        if join.position > at:
+            place.pending.append(self._blocks[number - self._first][join.position - at :])
+            place.next, place.position = number + 1, at + len(self._blocks[number - self._first])
+
+    def _join_point(self) -> JoinPoint | None:
+        """Where a new viewer starts (SPEC: joining), by the best kind there is."""
+        segments = [join for join in self._joins if join.kind == JoinKind.SEGMENT]
+        if segments:
+            return segments[-self.live_edge :][0]
+        least = min(self._best_kind, JoinKind.KEY_FRAME)
+        joins = [join for join in self._joins if join.kind >= least]
+        back = time.monotonic() - KEY_FRAME_BACK
+        old_enough = [join for join in joins if join.time <= back]
+        return next(iter(old_enough[-1:] or joins), None)
+
+    # Anybody
+
+    def is_short(self) -> bool:
+        """Whether blocks were evicted and fewer than two segment starts are left."""
+        with self._lock:
+            held = sum(join.kind == JoinKind.SEGMENT for join in self._joins)
+            return self._best_kind == JoinKind.SEGMENT and self._first > 0 and held < 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Upstream: all there is of streamlink
+#
+# A Session is streamlink prepared for one channel.  It resolves an address to variants and opens
+# one as an Upstream, whose bytes and marks come through a Ring.  HLS goes through streamlink's own
+# reader with our Ring as its buffer; whatever else there is (a raw body, ffmpeg's output) is moved
+# to the Ring by a pump thread.
+# --------------------------------------------------------------------------------------------------
+
+# Nobody can switch these back: a browser, files on disk, and the environment's proxies and
+# credentials have no place in a server (reference: streamlink's CVE-2026-44353 and -92164).
+SAFETY_OPTIONS: Mapping[str, Any] = {
+    "webbrowser": False,
+    "no-plugin-cache": True,
+    "http-trust-env": False,
+    "user-input-requester": None,
+    "ffmpeg-verbose": False,
+    "ffmpeg-verbose-path": None,
+}
+engine_version = importlib.metadata.version("streamlink")
+LEAST_STREAMLINK = (8, 6, 2)  # older ones hand out local files over a redirect
+REST = ("best", "worst", "best-unfiltered", "worst-unfiltered")  # names for other names
+
+
+def check_engine() -> None:
+    """Raise PipeError where the installed streamlink is too old to be safe."""
+    numbers = tuple(int(n) for n in re.findall(r"\d+", engine_version)[:3])
+    if numbers < LEAST_STREAMLINK:
+        raise PipeError(f"streamlink {engine_version} is too old: pip install -r requirements.txt")
+
+
+def engine_options() -> EngineOptions:
+    """Streamlink's session options with an example of each one's type; `...` where it is ours."""
+    known = dict(Streamlink(plugins_builtin=False).options.defaults)
+    by_http = {
+        "http-headers": {}, "http-cookies": {}, "http-query-params": {}, "http-cookies-files": [],
+        "http-proxy": "", "http-ssl-cert": "", "http-ssl-verify": True, "http-timeout": 20.0,
+        "http-disable-dh": False, "http-trust-env": False,
+    }  # fmt: skip
+    return known | by_http | {"hls-playlist-reload-time": ""} | dict.fromkeys(SAFETY_OPTIONS, ...)
+
+
+class Session:
+    """Streamlink for one channel: nothing in it is shared with another.
+
+    Used by the channel's feeder alone, but for cut().
+    """
+
+    def __init__(self, stream: StreamSettings, name: str) -> None:
+        self.name = name
+        self.buffer_size = stream.options.buffer_size
+        self.timeout = stream.options.timeout
+        self.engine = Streamlink()
+        for settings in (_own_options(stream), stream.options.streamlink, SAFETY_OPTIONS):
+            for option, value in settings.items():
+                self.engine.set_option(option, value)
+        self.engine.http.adapters.pop("file://", None)
+        self._transports = [self._mount(prefix) for prefix in ("https://", "http://")]
+
+    def _mount(self, prefix: str) -> Transport:
+        """Put our transport in the place of an adapter, with what its options made of it."""
+        adapter: Any = self.engine.http.adapters[prefix]
+        size = self.engine.get_option("stream-segment-threads") + 4
+        transport = _transport_class(adapter.__class__)(pool_connections=16, pool_maxsize=size)
+        transport.poolmanager.connection_pool_kw.update(adapter.poolmanager.connection_pool_kw)
+        self.engine.http.mount(prefix, transport)
+        return transport
+
+    def cut(self) -> None:
+        """End every request now and refuse further ones, from any thread."""
+        for transport in self._transports:
+            transport.cut()
+
+    def resolve(self, address: str) -> Variants:
+        """What an address offers.  Blocks for as long as the origin takes, up to its time-outs.
+
+        Raises UpstreamError.
+        """
+        try:
+            variants = self._resolve(update_scheme("https://", address, force=False))
+        except Exception as error:  # a plugin may raise anything
+            log.debug("cannot resolve", exc_info=True)
+            raise UpstreamError(explain(error)) from error
+        if not variants.streams:
+            raise UpstreamError("the origin offers no stream there")
+        return variants
+
+    def _resolve(self, address: str) -> Variants:
+        match = self.engine.plugins.match_url(address)
+        if match is None:
+            return Variants(self, self._judge(address))
+        plugin = match[1](self.engine, address, PluginOptions())
+        try:
+            return Variants(self, dict(plugin.streams()))
+        finally:
+            # Every plugin leaves its cache with atexit, for ever.
+            atexit.unregister(plugin.cache._save)
+
+    def _judge(self, address: str) -> dict[str, Any]:
+        """The streams of an address that no plugin knows, told by its first bytes."""
+        response = self.request(url=address)
+        start = response.raw.read1(64, decode_content=True)
+        while start and len(start) < 16 and (more := response.raw.read1(64, decode_content=True)):
+            start += more
+        if not start.lstrip(b"\xef\xbb\xbf \r\n").startswith(b"#EXTM3U"):
+            return {"live": OpenResponse(response, start)}
+        response.close()
+        streams = HLSStream.parse_variant_playlist(self.engine, address)
+        return dict(streams) or {"live": HLSStream(self.engine, address)}
+
+    def request(self, **arguments: Any) -> requests.Response:
+        """A request whose body is still to be read; raises what streamlink makes of a failure."""
+        arguments.setdefault("method", "GET")
+        response: requests.Response = self.engine.http.request(
+            stream=True, timeout=self.timeout, **arguments
+        )
+        return response
+
+
+def _own_options(stream: StreamSettings) -> dict[str, Any]:
+    """A stream's settings in streamlink's words."""
+    options = stream.options
+    proxy = {"http-proxy": stream.proxy} if stream.proxy else {}
+    return proxy | {
+        "http-headers": {"User-Agent": options.user_agent, **stream.headers},
+        "http-timeout": options.timeout,
+        "stream-timeout": options.timeout,
+        "stream-segment-timeout": options.timeout,
+        "stream-segment-threads": options.threads,
+        "ringbuffer-size": options.ringbuffer_size,
+        # The channel judges its upstream, nobody else does.
+        "stream-segmented-queue-deadline": 0,
+        "hls-playlist-reload-attempts": 0,
+        "ffmpeg-fout": "mpegts",  # the default, Matroska, plays in few set-top boxes
+    }
+
+
+# Transport: how requests leave.  What is not streamed (playlists, keys, pages) is bounded in size
+# and time, and every socket can be shut down from another thread, at once.
+
+
+class TooMuch(requests.RequestException):
+    """A playlist, key or page beyond PLAYLIST_LIMIT or its time."""
+
+
+class Transport(HTTPAdapter):
+    def __init__(self, **arguments: Any) -> None:
+        # _lock guards these two.
+        self._lock = threading.Lock()
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._is_cut = False
+        super().__init__(**arguments)
+
+    def init_poolmanager(self, *arguments: Any, **more: Any) -> None:
+        super().init_poolmanager(*arguments, **more)
+        self._watch(self.poolmanager)
+
+    def proxy_manager_for(self, proxy: str, **arguments: Any) -> Any:
+        is_new = proxy not in self.proxy_manager
+        manager = super().proxy_manager_for(proxy, **arguments)
+        if is_new:
+            self._watch(manager)
+        return manager
+
+    def _watch(self, manager: Any) -> None:
+        """Have the manager's connections report their sockets, before and after TLS."""
+        add = self._add
+
+        def watched(pool: Any) -> type:
+            class Connection(pool.ConnectionCls):  # type: ignore[misc]
+                def _new_conn(self) -> socket.socket:
+                    return add(super()._new_conn())
+
+                def connect(self) -> None:
+                    super().connect()
+                    add(self.sock)
+
+            return type("Pool", (pool,), {"ConnectionCls": Connection})
+
+        pools = manager.pool_classes_by_scheme
+        manager.pool_classes_by_scheme = {scheme: watched(pool) for scheme, pool in pools.items()}
+
+    def _add(self, sock: socket.socket) -> socket.socket:
+        with self._lock:
+            self._sockets.add(sock)
+            is_cut = self._is_cut
+        if is_cut:
+            _shut(sock)
+        return sock
+
+    def cut(self) -> None:
+        with self._lock:
+            self._is_cut = True
+            sockets = list(self._sockets)
+        for sock in sockets:
+            _shut(sock)
+
+    def send(  # type: ignore[override]  # the rest is handed on as it comes
+        self, request: Any, stream: bool = False, timeout: Any = None, **arguments: Any
+    ) -> requests.Response:
+        if self._is_cut:
+            raise requests.ConnectionError("closed")
+        began = time.monotonic()
+        response = super().send(request, stream=stream, timeout=timeout, **arguments)
+        if not (stream or getattr(_whole_segments, "here", False)):
+            seconds = timeout if isinstance(timeout, (int, float)) else math.inf
+            _read_bounded(response, began + seconds)
+        return response
+
+
+# Segments have no bound: the threads that fetch them set `here`.
+_whole_segments = threading.local()
+
+
+@functools.cache
+def _transport_class(adapter: type) -> type[Transport]:
+    """Our transport over an adapter of streamlink's that an option brought in."""
+    return type("Transport", (Transport, adapter), {})
+
+
+def _shut(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # past TLS, which would want to say goodbye
+
+
+def _read_bounded(response: requests.Response, deadline: float) -> None:
+    """Read a body to its end and keep it in the response; raises TooMuch."""
+    parts: list[bytes] = []
+    size = 0
+    while part := response.raw.read1(64 * KIB, decode_content=True):
+        parts.append(part)
+        size += len(part)
+        if size > PLAYLIST_LIMIT or time.monotonic() > deadline:
+            response.close()
+            raise TooMuch("too large" if size > PLAYLIST_LIMIT else "too slow")
+    vars(response).update(_content=b"".join(parts), _content_consumed=True)
+
+
+# What is opened
+
+
+@dataclass(frozen=True)
+class OpenResponse:
+    """A raw response, found by opening it; `start` was read already."""
+
+    response: requests.Response
+    start: bytes
+
+
+class Variants:
+    """The streams an address resolved to, by streamlink's names for them."""
+
+    def __init__(self, session: Session, streams: Mapping[str, Any]) -> None:
+        self.session = session
+        self.streams = streams
+
+    @property
+    def names(self) -> list[str]:
+        """The names that stand for themselves, in streamlink's order."""
+        return [name for name in self.streams if name not in REST] or list(self.streams)
+
+    @property
+    def canonical(self) -> dict[str, str]:
+        """For each name the one of `names` that means the same stream."""
+        by_stream = {id(self.streams[name]): name for name in reversed(self.names)}
+        return {name: by_stream.get(id(stream), name) for name, stream in self.streams.items()}
+
+    def open(self, name: str) -> Upstream:
+        """Open one; raises UpstreamError."""
+        stream = self.streams[name]
+        try:
+            return self._open(stream)
+        except UpstreamError:
+            raise
+        except Exception as error:
+            log.debug("cannot open", exc_info=True)
+            raise UpstreamError(explain(error)) from error
+
+    def _open(self, stream: Any) -> Upstream:
+        if isinstance(stream, HLSStream):
+            return SegmentedUpstream(self.session, stream)
+        if isinstance(stream, OpenResponse):
+            return RawUpstream(self.session, stream.response, stream.start)
+        if isinstance(stream, HTTPStream):
+            return RawUpstream(self.session, self.session.request(**stream.args), b"")
+        if (
+            isinstance(stream, DASHStream)
+            and stream.video_representation
+            and (stream.audio_representation and not FFMPEGMuxer.is_usable(self.session.engine))
+        ):
+            raise UpstreamError("its sound comes apart from its picture: install ffmpeg")
+        return ProcessUpstream(self.session, stream)
+
+
+class Upstream:
+    """An open source.  The feeder reads; close() may come from any thread."""
+
+    def __init__(self, session: Session, ring: Ring) -> None:
+        self.session = session
+        self.ring = ring
+        self.live_edge: int = session.engine.get_option("hls-live-edge")
+        self._is_closed = False
+
+    @property
+    def has_end(self) -> bool:
+        """Whether this source ends by itself; known from its first bytes on."""
+        return False
+
+    @property
+    def target_duration(self) -> float:
+        """Seconds; 0 where there are no segments."""
+        return 0.0
+
+    def read(self, timeout: float) -> list[bytes | Mark]:
+        """What has come, in order; empty after `timeout`, or when the ring was woken.
+
+        Raises WindowEnded where the source truly ended, UpstreamError where it broke off.
+        """
+        items = self.ring.take(TURN_LIMIT, timeout)
+        if not items and (self.ring.is_exhausted or self._is_dead()):
+            raise self._ending()
+        return items
+
+    def close(self) -> None:
+        """End everything, on a thread of its own; returns at once.  Idempotent."""
+        if not self._is_closed:
+            self._is_closed = True
+            self.ring.close()
+            self.session.cut()
+            threading.Thread(
+                target=self._close, name=f"close-{self.session.name}", daemon=True
+            ).start()
+
+    def _is_dead(self) -> bool:
+        """Whether a thread has died that should have closed the ring."""
+        return False
+
+    def _ending(self) -> Exception:
+        raise NotImplementedError
+
+    def _close(self) -> None:
+        raise NotImplementedError
+
+
+class SegmentedUpstream(Upstream):
+    """An HLS stream by streamlink's own pipeline, with our Ring as its reader's buffer."""
+
+    def __init__(self, session: Session, stream: HLSStream) -> None:
+        stream.name = session.name  # part of its threads' names, and so of their log lines
+        stream.parse_packed_audio = False  # the framer removes ID3, of every version
+        vars(stream)["__reader__"] = _hooked_reader(type(stream).__reader__)
+        self._reader = stream.open()
+        self._reader.timeout = 2.0  # seconds that close() waits for each of two threads
+        super().__init__(session, self._reader.buffer)
+
+    @property
+    def has_end(self) -> bool:
+        return self._reader.worker.playlist_end is not None
+
+    @property
+    def target_duration(self) -> float:
+        return float(self._reader.worker.playlist_targetduration)
+
+    def _is_dead(self) -> bool:
+        return not self._reader.writer.is_alive()
+
+    def _ending(self) -> Exception:
+        worker, writer = self._reader.worker, self._reader.writer
+        if writer.is_drained and self.has_end and worker.sequence > worker.playlist_end:
+            return WindowEnded(complete=True)
+        return UpstreamError(worker.failure or "the origin sends no more segments")
+
+    def _close(self) -> None:
+        self._reader.close()
+
+
+@functools.cache
+def _hooked_reader(base: Any) -> Any:
+    """A reader class, perhaps a plugin's own, with our buffer and our eyes in its threads."""
+
+    class Writer(base.__writer__):  # type: ignore[misc]
+        is_drained = False  # the worker's end of the stream was reached, in order
+
+        def fetch(self, segment: Any) -> Any:
+            _whole_segments.here = True
+            return super().fetch(segment)
+
+        def write(self, segment: Any, result: Any, *data: Any) -> None:
+            is_prefix = bool(data and data[0])
+            if is_prefix or not self.should_filter_segment(segment):
+                self.reader.buffer.mark(Mark(segment.num, is_prefix))
+            try:
+                super().write(segment, result, *data)
+            except Exception:  # must not end the writer's thread, and with it the stream
+                log.exception("segment %d cannot be handed on", segment.num)
+
+        def _queue_get(self) -> Any:
+            item = super()._queue_get()
+            self.is_drained = item is None
+            return item
+
+    class Worker(base.__worker__):  # type: ignore[misc]
+        failure: str | None = None  # of the newest playlist
+
+        def reload(self) -> None:
+            try:
+                super().reload()
+                self.failure = None
+            except Exception as error:
+                self.failure = explain(error)
+                raise
+
+    class Reader(base):  # type: ignore[misc]
+        __writer__ = Writer
+        __worker__ = Worker
+
+        def __init__(self, stream: Any, name: str | None = None) -> None:
+            super().__init__(stream, name=name)
+            self.buffer = Ring(self.session.get_option("ringbuffer-size"))
+
+    # The names of streamlink's threads are those of their classes.
+    Writer.__name__, Worker.__name__ = base.__writer__.__name__, base.__worker__.__name__
+    return Reader
+
+
+class PumpedUpstream(Upstream):
+    """A source without segments, moved to the ring by a thread as its bytes come."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session, Ring(session.engine.get_option("ringbuffer-size")))
+        self._failure: str | None = None
+        self._pump = threading.Thread(target=self._run, name=f"pump-{session.name}", daemon=True)
+        self._pump.start()
+
+    def _run(self) -> None:
+        try:
+            while not self.ring.closed and (data := self._read_source()):
+                self.ring.write(data)
+        except Exception as error:
+            if not self._is_closed:
+                log.debug("the source broke off", exc_info=True)
+                self._failure = explain(error)
+        finally:
+            self.ring.close()
+
+    def _read_source(self) -> bytes:
+        """The next bytes as soon as there are any; empty at the end."""
+        raise NotImplementedError
+
+    def _ending(self) -> Exception:
+        if self.has_end and not self._failure:
+            return WindowEnded(complete=True)
+        return UpstreamError(self._failure or "the origin closed the connection")
+
+
+class RawUpstream(PumpedUpstream):
+    """A plain HTTP body: it has an end where it has a length, and is live otherwise."""
+
+    def __init__(self, session: Session, response: requests.Response, start: bytes) -> None:
+        self._response = response
+        self._start = start
+        self._has_end = "Content-Length" in response.headers
+        super().__init__(session)
+
+    @property
+    def has_end(self) -> bool:
+        return self._has_end
+
+    def _read_source(self) -> bytes:
+        data, self._start = self._start, b""
+        limit = max(self.session.buffer_size, 64 * KIB)
+        return data or bytes(self._response.raw.read1(limit, decode_content=True))
+
+    def _close(self) -> None:
+        self._pump.join()
+        self._response.close()
+
+
+class ProcessUpstream(PumpedUpstream):
+    """Tracks that ffmpeg puts together, and whatever else streamlink opens as a file."""
+
+    def __init__(self, session: Session, stream: Any) -> None:
+        self._tracks: list[Any] = []
+        if isinstance(stream, MuxedStream):
+            self._remember_tracks(stream, session.name)
+        try:
+            self._file = stream.open()
+        except BaseException:
+            for track in self._tracks:
+                track.close()
+            raise
+        is_muxer = isinstance(self._file, FFMPEGMuxer)
+        self._read = self._file.process.stdout.read1 if is_muxer else self._file.read
+        super().__init__(session)
+
+    def _remember_tracks(self, stream: Any, name: str) -> None:
+        """Keep what streamlink opens: it forgets the tracks when the muxer then fails."""
+        open_tracks = stream._open_streams
+
+        def remember() -> list[Any]:
+            self._tracks = open_tracks()
+            return self._tracks
+
+        stream._open_streams = remember
+        for index, track in enumerate(stream.substreams):
+            track.name = f"{name}--{index}"
+
+    @property
+    def has_end(self) -> bool:
+        ends = [getattr(track, "worker", None) for track in self._tracks or [self._file]]
+        return all(
+            getattr(worker, "playlist_end", None) is not None
+            or getattr(getattr(worker, "mpd", None), "type", None) == "static"
+            for worker in ends
+        )
+
+    def _read_source(self) -> bytes:
+        return bytes(self._read(64 * KIB))
+
+    def _close(self) -> None:
+        self._file.close()
+        self._pump.join()
+
+
+def explain(error: BaseException) -> str:
+    """Why an upstream failed, in words for anybody: no address, no text of the exception's."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = getattr(cause, "err", None) or cause.__cause__ or cause.__context__
+    for cause in chain:
+        if isinstance(cause, requests.HTTPError) and cause.response is not None:
+            return f"the origin answered {cause.response.status_code}"
+        for kinds, words in _EXPLANATIONS:
+            if isinstance(cause, kinds):
+                return words
+    told = " ".join(str(cause) for cause in chain)
+    if "insecure resource" in told or "Disallowed redirection" in told:
+        return "the origin goes from https to http: configure the http:// address"
+    if "EXTM3U" in told or "variant playlist" in told:
+        return "the origin's playlist is none"
+    return "the origin's stream cannot be opened"
+
+
+_EXPLANATIONS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
+    ((requests.Timeout, TimeoutError), "the origin did not answer in time"),
+    ((TooMuch,), "the origin's playlist is too large or too slow"),
+    ((requests.exceptions.SSLError,), "the origin's certificate is not accepted"),
+    ((requests.exceptions.ProxyError,), "the proxy does not answer"),
+    ((requests.exceptions.InvalidSchema,), "the origin names an address that is never opened"),
+    ((requests.ConnectionError, ConnectionError), "the origin cannot be reached"),
+    ((FileNotFoundError,), "ffmpeg cannot be run"),
+)
+
+
+# --------------------------------------------------------------------------------------------------
+# Channel: one upstream and its viewers
+#
+#   STARTING  its upstream is being opened; viewers wait
+#   LIVE      shared by everyone who asks for this variant
+#   PRIVATE   its source has an end: it is its first viewer's alone, the others start their own
+#   MERGED    the variant it was to open is another channel's; its viewers go there
+#   CLOSED    nothing more comes; `failure` tells why nothing came at all
+#
+#   STARTING -> LIVE | PRIVATE | MERGED | CLOSED      LIVE | PRIVATE -> CLOSED
+# --------------------------------------------------------------------------------------------------
+
+
+class State(enum.Enum):
+    STARTING = "starting"
+    LIVE = "live"
+    PRIVATE = "private"
+    MERGED = "merged"
+    CLOSED = "closed"
+
+
+@dataclass(eq=False)
+class Viewer:
+    """One response that receives a channel."""
+
+    address: str
+    agent: str = ""
+    since: float = field(default_factory=time.monotonic)
+    place: Place = field(default_factory=Place)  # a new one in each window it enters
+    sent: int = 0  # bytes of media; the viewer's thread alone adds to it
+
+
+class Channel:
+    """The run-time object of a stream and variant.
+
+    `state`, `variant`, `viewers`, `idle_since` and `failure` are guarded by Channels._lock.  The
+    container is set once, before the window gets its first block.
+    """
+
+    def __init__(self, stream: StreamSettings, wanted: str, is_alone: bool) -> None:
+        self.stream = stream
+        self.wanted = wanted  # the quality asked for
+        self.is_alone = is_alone  # for one viewer: it knows that the source has an end
+        self.session = Session(stream, stream.name)
+        self.window = Window(stream.options.ringbuffer_size)
+        self.container = Container.MPEG_TS
+        self.state = State.STARTING
+        self.variant = ""
+        self.viewers: dict[Viewer, None] = {}  # in order of arrival
+        self.idle_since = math.inf  # when the last viewer left
+        self.failure: StreamError | None = None
+        self.wake: Callable[[], None] = lambda: None  # makes the feeder look at its channel
+
+    @property
+    def linger(self) -> float:
+        """Seconds to stay open without viewers."""
+        return 0.0 if self.state is State.PRIVATE else self.stream.options.linger
+
+    def stop(self) -> None:
+        """Let the viewers go and end whatever the feeder waits for; returns at once."""
+        self.window.cut(WindowEnded(complete=False))
+        self.session.cut()
+        self.wake()
+
+
+class Channels:
+    """All channels: finds, starts and shares them."""
+
+    def __init__(self) -> None:
+        # _lock guards everything below, and what Channel says of itself.
+        self._lock = threading.Lock()
+        self._settled = threading.Condition(self._lock)  # a channel left STARTING
+        self._retired = threading.Condition(self._lock)  # a feeder ended
+        self._fed: set[Channel] = set()  # with a running feeder
+        self._starting: dict[tuple[str, str], Channel] = {}  # by stream and wanted quality
+        self._shared: dict[tuple[str, str], Channel] = {}  # by stream and variant
+        self._variants: dict[str, Mapping[str, str]] = {}  # by stream: name to variant
+        self._failures: dict[tuple[str, str], tuple[float, StreamError]] = {}
+        self._containers: dict[str, Container] = {}  # last seen, by stream
+        self.is_stopping = False
+
+    # Viewers' threads
+
+    def watch(self, stream: StreamSettings, quality: str | None, viewer: Viewer) -> Channel:
+        """Attach a viewer to the channel it asks for, started where none is running.
+
+        Blocks until it has media, for the stream's `timeout` at most.  Raises StreamError.
+        """
+        wanted = quality or stream.quality
+        deadline = time.monotonic() + stream.options.timeout
+        is_alone = False
+        while True:
+            channel = self._attach(stream, wanted, viewer, is_alone)
+            if self._await_start(channel, viewer, deadline):
+                return channel
+            is_alone = channel.state is State.PRIVATE
+
+    def leave(self, channel: Channel, viewer: Viewer) -> None:
+        """Detach; the last to leave starts the linger time."""
+        with self._lock:
+            self._detach(channel, viewer)
+        channel.wake()
+
+    def container_of(self, stream: StreamSettings) -> Container:
+        """The container last seen, for an answer that opens nothing."""
+        with self._lock:
+            return self._containers.get(stream.name, Container.MPEG_TS)
+
+    def viewer_count(self) -> int:
+        with self._lock:
+            return sum(len(channel.viewers) for channel in self._fed)
+
+    def _attach(
+        self, stream: StreamSettings, wanted: str, viewer: Viewer, is_alone: bool
+    ) -> Channel:
+        with self._lock:
+            if self.is_stopping:
+                raise stopping_error()
+            channel = None if is_alone else self._find(stream, wanted)
+            is_new = channel is None
+            if channel is None:
+                self._recall_failure(stream, wanted)
+                channel = Channel(stream, wanted, is_alone)
+                self._fed.add(channel)
+                if not is_alone:
+                    self._starting[stream.name, wanted] = channel
+            channel.viewers[viewer] = None
+            channel.idle_since = math.inf
+            viewer.place = Place()
+            channel.window.enter(viewer.place, from_start=channel.state is State.STARTING)
+        if is_new:
+            Feeder(self, channel).start()
+        return channel
+
+    def _find(self, stream: StreamSettings, wanted: str) -> Channel | None:
+        """The channel that has, or will have, the first of the wanted qualities that exists."""
+        variants = self._variants.get(stream.name, {})
+        names = (name.strip() for name in wanted.split(","))
+        variant = next((variants[name] for name in names if name in variants), "")
+        return self._shared.get((stream.name, variant)) or self._starting.get((stream.name, wanted))
+
+    def _recall_failure(self, stream: StreamSettings, wanted: str) -> None:
+        now = time.monotonic()
+        for key, (at, _) in tuple(self._failures.items()):
+            if now - at > FAILURE_MEMORY:
+                del self._failures[key]
+        if (stream.name, wanted) in self._failures:
+            raise self._failures[stream.name, wanted][1]
+
+    def _await_start(self, channel: Channel, viewer: Viewer, deadline: float) -> bool:
+        """Wait until the channel has media for this viewer; False where it has to go elsewhere."""
+        with self._lock:
+            remaining = max(0.0, deadline - time.monotonic())
+            if not self._settled.wait_for(lambda: channel.state is not State.STARTING, remaining):
+                self._detach(channel, viewer)
+                raise no_media_error(channel.stream)
+            if channel.failure:
+                self._detach(channel, viewer)
+                raise channel.failure
+            if channel.state is State.MERGED:
+                self._detach(channel, viewer)
+            return viewer in channel.viewers
+
+    def _detach(self, channel: Channel, viewer: Viewer) -> None:
+        channel.viewers.pop(viewer, None)
+        channel.window.leave(viewer.place)
+        if not channel.viewers:
+            channel.idle_since = time.monotonic()
+
+    # Feeders' threads
+
+    def claim(self, channel: Channel, canonical: Mapping[str, str], variant: str) -> bool:
+        """Note what a start resolved to; False where another channel has that variant already."""
+        with self._lock:
+            self._variants[channel.stream.name] = canonical
+            channel.variant = variant
+            return channel.is_alone or self._share(channel)
+
+    def settle(self, channel: Channel, container: Container, has_end: bool) -> bool:
+        """Make a channel with media at hand LIVE or PRIVATE; False where it became MERGED."""
+        with self._lock:
+            self._containers[channel.stream.name] = container
+            channel.container = container
+            if not has_end and not self._share(channel):
+                return False
+            self._forget(channel, keep_shared=not has_end)
+            channel.state = State.PRIVATE if has_end else State.LIVE
+            for viewer in tuple(channel.viewers)[1:] if has_end else ():
+                self._detach(channel, viewer)
+            self._settled.notify_all()
+            return True
+
+    def is_abandoned(self, channel: Channel) -> bool:
+        """Whether a feeder shall end; nobody can attach to the channel from then on."""
+        with self._lock:
+            is_idle = time.monotonic() - channel.idle_since >= channel.linger
+            if is_idle and not channel.viewers and channel.state is not State.STARTING:
+                channel.state = State.CLOSED
+                self._forget(channel)
+            return self.is_stopping or channel.state is State.CLOSED
+
+    def retire(self, channel: Channel, ending: Exception) -> None:
+        """A feeder has ended; called once for each, with the reason."""
+        with self._lock:
+            if channel.state is State.STARTING:
+                channel.failure = self._failure_of(ending)
+                key = channel.stream.name, channel.wanted
+                self._failures[key] = time.monotonic(), channel.failure
+            if channel.state is not State.MERGED:
+                channel.state = State.CLOSED
+            self._forget(channel)
+            self._fed.discard(channel)
+            self._settled.notify_all()
+            self._retired.notify_all()
+        is_complete = isinstance(ending, WindowEnded) and ending.complete
+        channel.window.end(WindowEnded(is_complete))
+
+    def _share(self, channel: Channel) -> bool:
+        """Offer the channel to all who want its variant, or merge it with the one that is."""
+        other = self._shared.setdefault((channel.stream.name, channel.variant), channel)
+        if other is channel:
+            return True
+        channel.state = State.MERGED
+        self._forget(channel)
+        self._settled.notify_all()
+        return False
+
+    def _forget(self, channel: Channel, keep_shared: bool = False) -> None:
+        """Let nobody find the channel any more, or only by its variant."""
+        for registry in (self._starting,) if keep_shared else (self._starting, self._shared):
+            for key in [key for key, value in registry.items() if value is channel]:
+                del registry[key]
+
+    def _failure_of(self, ending: Exception) -> StreamError:
+        if isinstance(ending, StreamError):
+            return ending
+        return stopping_error() if self.is_stopping else UpstreamError("the origin sent no media")
+
+    # Main
+
+    def stop(self, timeout: float) -> bool:
+        """Let all viewers go and end all feeders; False where one still runs after `timeout`."""
+        with self._lock:
+            self.is_stopping = True
+            channels = tuple(self._fed)
+        for channel in channels:
+            channel.stop()
+        with self._lock:
+            return self._retired.wait_for(lambda: not self._fed, timeout)
+
+
+def stopping_error() -> StreamError:
+    return StreamError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", retry_after=5)
+
+
+def no_media_error(stream: StreamSettings) -> StreamError:
+    reason = f"no media within {stream.options.timeout:g} s"
+    return StreamError(HTTPStatus.GATEWAY_TIMEOUT, reason)
+
+
+class Feeder:
+    """The thread of a channel: opens its upstream, moves the bytes to the window, closes.
+
+    What is here belongs to that thread alone.
+    """
+
+    def __init__(self, channels: Channels, channel: Channel) -> None:
+        self.channels = channels
+        self.channel = channel
+        self._framer: Framer | None = None  # None until the container is known
+        self._start: list[bytes | Mark] = []  # what came before it was
+        self._segment_size = 0  # bytes
+        self._is_warned = False
+
+    def start(self) -> None:
+        name = f"feed-{self.channel.stream.name}-0"
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def _run(self) -> None:
+        ending: Exception = WindowEnded(complete=False)
+        try:
+            upstream = self._open()
+            if upstream:
+                with contextlib.closing(upstream):
+                    self._feed(upstream)
+        except (WindowEnded, StreamError) as error:
+            ending = error
+        except Exception:
+            log.exception("the feeder failed")
+            ending = UpstreamError("StreamPipe failed, its log says why")
+        finally:
+            self.channel.session.cut()
+            self.channels.retire(self.channel, ending)
+        if isinstance(ending, StreamError) and not self.channels.is_stopping:
+            log.warning("%s: ended: %s", self.channel.stream.name, ending.reason)
+
+    def _open(self) -> Upstream | None:
+        """Try the addresses in turn; None where another channel has what they resolve to."""
+        urls = self.channel.stream.urls
+        for position, address in enumerate(urls, 1):
+            try:
+                return self._open_address(address)
+            except UpstreamError as error:
+                failure = error
+                log.info("%s: %s", origin_of(address, position, len(urls)), error.reason)
+        raise failure
+
+    def _open_address(self, address: str) -> Upstream | None:
+        channel = self.channel
+        variants = channel.session.resolve(address)
+        name = self._choose(variants)
+        canonical = variants.canonical
+        if not self.channels.claim(channel, canonical, canonical[name]):
+            return None
+        return variants.open(name)
+
+    def _choose(self, variants: Variants) -> str:
+        """The first of the wanted qualities that exists."""
+        wanted = self.channel.wanted
+        for name in map(str.strip, wanted.split(",")):
+            if name in variants.streams:
+                return name
+        offered = ", ".join(variants.names)
+        if wanted == self.channel.stream.quality:
+            raise UpstreamError(f"the configured quality does not exist, only: {offered}")
+        reason = f"this quality does not exist, only: {offered}"
+        raise StreamError(HTTPStatus.NOT_FOUND, reason)
+
+    def _feed(self, upstream: Upstream) -> None:
+        """Move what comes, until it ends or fails or nobody is left to watch."""
+        self.channel.wake = upstream.ring.wake
+        tick = min(FEEDER_TICK, max(self.channel.linger, 0.05))
+        last = time.monotonic()
+        while not self.channels.is_abandoned(self.channel):
+            try:
+                items = upstream.read(tick)
+            except WindowEnded:
+                self._finish(upstream)
+                raise
+            if items:
+                self._move(upstream, items)
+                last = time.monotonic()
+            elif time.monotonic() - last > self._patience(upstream):
+                raise self._silence()
+
+    def _patience(self, upstream: Upstream) -> float:
+        """Seconds without a byte after which an upstream has failed."""
+        return max(self.channel.stream.options.timeout, 2 * upstream.target_duration)
+
+    def _silence(self) -> StreamError:
+        if self._framer is None:
+            return no_media_error(self.channel.stream)
+        return UpstreamError("the origin went silent")
+
+    def _move(self, upstream: Upstream, items: list[bytes | Mark]) -> None:
+        if self._framer is None:
+            self._start += items
+            container = sniff(self._first_bytes())
+            if container is None:
+                return
+            self._begin(upstream, container)
+            items = self._start
+        for is_mark, group in itertools.groupby(items, lambda item: isinstance(item, Mark)):
+            if is_mark:
+                for item in group:
+                    self._pass_mark(item)  # type: ignore[arg-type]
+            else:
+                self._pass_bytes(b"".join(group))  # type: ignore[arg-type]
+
+    def _first_bytes(self) -> bytes:
+        return b"".join(item for item in self._start if not isinstance(item, Mark))[:SNIFF_LIMIT]
+
+    def _begin(self, upstream: Upstream, container: Container) -> None:
+        """The first media is here: the viewers who wait for it can go on."""
+        channel, has_end = self.channel, upstream.has_end
+        window = channel.window
+        window.live_edge = max(1, upstream.live_edge)
+        window.has_units = container is Container.FMP4
+        if has_end:
+            window.limit, window.patience = min(PRIVATE_WINDOW, window.limit), math.inf
+        self._framer = framer_for(container)
+        if not self.channels.settle(channel, container, has_end):
+            raise WindowEnded(complete=False)
+        log.info(
+            "%s: %s, %s, %s", channel.stream.name, "has an end" if has_end else "live",
+            channel.variant, container.value,
+        )  # fmt: skip
+
+    def _pass_mark(self, mark: Mark) -> None:
+        assert self._framer
+        self._append(self._framer.flush())
+        if mark.is_prefix:
+            self._framer.start_prefix()
+        else:
+            self._framer.start_segment()
+            self._check_window()
+            self._segment_size = 0
+
+    def _pass_bytes(self, data: bytes) -> None:
+        assert self._framer
+        self._segment_size += len(data)
+        self._append(self._framer.feed(data))
+
+    def _append(self, blocks: list[bytes]) -> None:
+        assert self._framer
+        joins, self._framer.joins = self._framer.joins, []
+        self.channel.window.append(blocks, joins)
+
+    def _check_window(self) -> None:
+        """Say once that the window is too small to hold two segments."""
+        window = self.channel.window
+        if not self._is_warned and self.channel.state is State.LIVE and window.is_short():
+            self._is_warned = True
+            fitting = math.ceil(3 * self._segment_size / MIB) * MIB
+            log.warning(
+                "%s: the window holds fewer than two segments, late viewers start badly: "
+                "set ringbuffer_size: %d", self.channel.stream.name, fitting,
+            )  # fmt: skip
+
+    def _finish(self, upstream: Upstream) -> None:
+        """The source truly ended: hand on what was held back for more to come."""
+        if self._framer is None and (start := self._first_bytes()):
+            container = sniff(start, is_all=True)
+            assert container
+            self._begin(upstream, container)
+            self._move(upstream, self._start)
+        if self._framer:
+            self._append(self._framer.flush())
+
+
+def origin_of(address: str, position: int, count: int) -> str:
+    """An address as logs may show it: `b.example, 2 of 2`."""
+    host = _split(re.sub(r"^(?:hls|hlsvariant|httpstream|dash)://(?=\w+://)", "", address))[1]
+    return f"{host or 'address'}, {position} of {count}"
+
+
+# --------------------------------------------------------------------------------------------------
+# HTTP: requests and answers (RFC 9110, RFC 9112)
+#
+# Every answer closes its connection.  A media body is chunked for HTTP/1.1 and bare for HTTP/1.0;
+# its final chunk is sent only where the source truly ended, so that a client that can reconnect
+# does when it is missing.
+# --------------------------------------------------------------------------------------------------
+
+METHODS = ("GET", "HEAD", "OPTIONS")
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection: reads a request head, answers, closes."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+    server_version = f"StreamPipe/{__version__}"
+    sys_version = ""
+
+    def handle(self) -> None:
+        self.close_connection = True
+        try:
+            head = self._receive_head()
+            self.rfile = io.BytesIO(head)  # parse_request() must not wait for the socket
+            self.raw_requestline = self.rfile.readline(HEAD_LIMIT)
+            if head and self.parse_request():
+                self.close_connection = True
+                self._answer_request()
+        except (ViewerGone, OSError):
+            log.debug("%s left", self.client_address[0])
+
+    def _receive_head(self) -> bytes:
+        """The bytes up to the empty line; raises ViewerGone where they do not come in time."""
+        head = b""
+        deadline = time.monotonic() + HEAD_TIMEOUT
+        while not re.search(rb"\r?\n\r?\n", head):
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or len(head) >= HEAD_LIMIT:
+                raise ViewerGone("no request")
+            self.connection.settimeout(remaining)
+            data = self.connection.recv(HEAD_LIMIT - len(head))
+            if not data:
+                raise ViewerGone("no request")
+            head += data
+        return head
+
+    def _answer_request(self) -> None:
+        if self.request_version == "HTTP/0.9":
+            self.answer_error(HTTPStatus.BAD_REQUEST, "HTTP/0.9 is not spoken here")
+        elif self.command not in METHODS:
+            headers = {"Allow": ", ".join(METHODS)}
+            self.answer_error(HTTPStatus.METHOD_NOT_ALLOWED, "use GET", headers)
+        elif self.command == "OPTIONS":
+            self.answer(HTTPStatus.NO_CONTENT, headers={"Allow": ", ".join(METHODS)})
+        else:
+            self._route()
+
+    def _route(self) -> None:
+        try:
+            target = urlsplit(self.path)
+            path, query = unquote(target.path, errors="strict"), parse_qs(target.query)
+        except ValueError:
+            path, query = "", {}
+        stream = self.server.config.streams.get(path[1:]) if path[:1] == "/" else None
+        if path in ("/", "/health"):
+            self.answer_health()
+        elif stream is None:
+            self.answer_error(HTTPStatus.NOT_FOUND, "there is no such stream")
+        elif self.command == "HEAD":
+            self.answer_head(stream)
+        else:
+            self.stream_channel(stream, query.get("quality", [""])[-1] or None)
+
+    # Short answers
+
+    def answer(
+        self,
+        status: HTTPStatus,
+        body: bytes = b"",
+        kind: str = "application/json",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Send a whole answer; its body is left out for HEAD."""
+        self.send_response(status)
+        if status is not HTTPStatus.NO_CONTENT:  # RFC 9110, 8.6: no length without content
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+        self._end_headers({"Cache-Control": "no-store"} | dict(headers or {}))
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def answer_json(
+        self, status: HTTPStatus, content: object, headers: Mapping[str, str] | None = None
+    ) -> None:
+        self.answer(status, json.dumps(content).encode() + b"\n", headers=headers)
+
+    def answer_error(
+        self, status: HTTPStatus, reason: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        self.answer_json(status, {"error": reason}, headers)
+
+    def answer_stream_error(self, error: StreamError) -> None:
+        retry = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+        self.answer_error(error.status, error.reason, retry)
+
+    def answer_health(self) -> None:
+        is_stopping = self.server.channels.is_stopping
+        content = {
+            "status": "stopping" if is_stopping else "ok",
+            "streams": len(self.server.config.streams),
+            "viewers": self.server.channels.viewer_count(),
+            "uptime_seconds": int(time.monotonic() - self.server.started),
+        }
+        status = HTTPStatus.SERVICE_UNAVAILABLE if is_stopping else HTTPStatus.OK
+        self.answer_json(status, content, {"Retry-After": "5"} if is_stopping else None)
+
+    def answer_head(self, stream: StreamSettings) -> None:
+        """HEAD of a stream costs nothing: Kodi and Jellyfin probe with it before they play."""
+        if self.server.channels.is_stopping:
+            self.answer_stream_error(stopping_error())
+        else:
+            self.send_response(HTTPStatus.OK)
+            self._end_media_headers(self.server.channels.container_of(stream))
+
+    def _end_headers(self, headers: Mapping[str, str]) -> None:
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Connection", "close")
+        self.end_headers()
+
+    # A channel
+
+    def stream_channel(self, stream: StreamSettings, quality: str | None) -> None:
+        """Answer with the channel's media for as long as there is any and the viewer takes it."""
+        viewer = Viewer(self.client_address[0], self.headers.get("User-Agent", ""))
+        try:
+            channel = self.server.channels.watch(stream, quality, viewer)
+        except StreamError as error:
+            self.answer_stream_error(error)
+            return
+        try:
+            self._stream(channel, viewer)
+        finally:
+            self.server.channels.leave(channel, viewer)
+
+    def _stream(self, channel: Channel, viewer: Viewer) -> None:
+        try:
+            first = self._first_blocks(channel, viewer)
+        except StreamError as error:
+            self.answer_stream_error(error)
+            return
+        name = channel.stream.name
+        threading.current_thread().name = f"viewer-{name}-{self.server.count()}"
+        log.info("%s: %s watches", name, viewer.address)
+        ending = "left"
+        try:
+            self._send_body(channel, viewer, first)
+            ending = "got everything"
+        except WindowEnded:
+            ending = "was let go"
+        except TimeoutError:
+            ending = f"took nothing for {channel.stream.options.viewer_timeout:g} s"
+        except ViewerGone as gone:
+            ending = str(gone)
+        except OSError:
+            pass
+        finally:
+            seconds = time.monotonic() - viewer.since
+            log.info("%s: %s %s: %d bytes in %.1f s, %d skips", name, viewer.address, ending,
+                     viewer.sent, seconds, viewer.place.skips)  # fmt: skip
+
+    def _first_blocks(self, channel: Channel, viewer: Viewer) -> list[bytes]:
+        """The media that makes the answer a 200; raises StreamError."""
+        try:
+            blocks = channel.window.take(viewer.place, channel.stream.options.timeout)
+        except WindowEnded:
+            is_stopping = self.server.channels.is_stopping
+            error = UpstreamError("the stream has just ended")
+            raise stopping_error() if is_stopping else error from None
+        if not blocks:
+            raise no_media_error(channel.stream)
+        return blocks
+
+    def _send_body(self, channel: Channel, viewer: Viewer, blocks: list[bytes]) -> None:
+        """Send blocks as they come.  Returns where the source truly ended.
+
+        Raises WindowEnded where it did not, OSError and ViewerGone for the viewer's part.
+        """
+        is_chunked = self.request_version != "HTTP/1.0"
+        self.connection.settimeout(channel.stream.options.viewer_timeout)
+        self.send_response(HTTPStatus.OK)
+        if is_chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        self._end_media_headers(channel.container)
+        try:
+            while True:
+                if blocks:
+                    self._send_blocks(blocks, viewer, is_chunked)
+                blocks = channel.window.take(viewer.place, None)
+        except WindowEnded as ending:
+            if not ending.complete:
+                raise
+        if is_chunked:
+            self.wfile.write(b"0\r\n\r\n")
+
+    def _end_media_headers(self, container: Container) -> None:
+        self.send_header("Content-Type", container.value)
+        self._end_headers(
+            {
+                "Cache-Control": "no-store",
+                "X-Accel-Buffering": "no",  # nginx would spool a slow viewer's stream to its disk
+                "Accept-Ranges": "none",
+            }
+        )
+
+    def _send_blocks(self, blocks: list[bytes], viewer: Viewer, is_chunked: bool) -> None:
+        """One gathered send for all there is; each that takes a byte is a viewer's progress."""
+        size = sum(map(len, blocks))
+        pieces: list[bytes | memoryview] = list(blocks)
+        if is_chunked:
+            pieces = [b"%x\r\n" % size, *blocks, b"\r\n"]
+        while pieces:
+            sent = send_some(self.connection, pieces)
+            viewer.place.moved = time.monotonic()
+            while pieces and sent >= len(pieces[0]):
+                sent -= len(pieces.pop(0))
+            if sent:
+                pieces[0] = memoryview(pieces[0])[sent:]
+        viewer.sent += size
+
+    # What the standard library asks of a handler
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """The library's own errors, for heads it cannot read, in our form."""
+        self.request_version = "HTTP/1.1"
+        self.command = getattr(self, "command", None) or "GET"
+        status = HTTPStatus(code)
+        self.answer_error(status, message or status.phrase)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug("%s: %s", self.client_address[0], format % args)
+
+
+def send_some(sock: socket.socket, pieces: Sequence[bytes | memoryview]) -> int:
+    """Send as much of the pieces as there is room for, at least a byte; raises TimeoutError."""
+    if hasattr(sock, "sendmsg"):
+        return sock.sendmsg(pieces)
+    return sock.send(b"".join(pieces))  # Windows
+
+
+# --------------------------------------------------------------------------------------------------
+# Server: connections and their threads
+# --------------------------------------------------------------------------------------------------
+
+
+class Server(ThreadingHTTPServer):
+    """Accepts connections, each with a thread of its own.  Used by main and the listener."""
+
+    request_queue_size = 1024  # IPTV clients come in bursts; the library's 5 would drop some
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, config: Config, channels: Channels) -> None:
+        """Bind and listen; raises OSError."""
+        self.config = config
+        self.channels = channels
+        self.started = time.monotonic()
+        self._counter = itertools.count(1)
+        # _open_lock guards _open, the sockets of all connections.
+        self._open_lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+        host, port = config.server.host, config.server.port
+        if ":" in host:
+            self.address_family = socket.AF_INET6
+        super().__init__((host, port), Handler)
+
+    @property
+    def port(self) -> int:
+        return int(self.server_address[1])
+
+    def count(self) -> int:
+        """A number nobody had before."""
+        return next(self._counter)
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's asks DNS for a name we never use
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._open_lock:
+            self._open.add(request)
+        thread = threading.Thread(
+            target=self.process_request_thread,
+            args=(request, client_address),
+            name=f"viewer-{self.count()}",
+            daemon=True,
+        )
+        thread.start()
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._open_lock:
+            self._open.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.error("a request of %s failed:\n%s", client_address[0], traceback.format_exc())
+
+    def hang_up(self) -> None:
+        """Shut every connection, so that its thread ends."""
+        with self._open_lock:
+            for sock in self._open:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+
+# --------------------------------------------------------------------------------------------------
+# Demo: a live HLS origin of our own, so that a newcomer sees a picture without a network
+# --------------------------------------------------------------------------------------------------
+
+DEMO_STREAM = "test-card"
+DEMO_SEGMENTS = 6  # listed at a time
+
+
+class DemoHandler(BaseHTTPRequestHandler):
+    """`/live.m3u8` slides by the clock; `/N.ts` is the clip as loop N."""
+
+    protocol_version = "HTTP/1.1"
+    started = time.monotonic()
+
+    def do_GET(self) -> None:
+        newest = DEMO_SEGMENTS + int((time.monotonic() - self.started) * 90_000 / TEST_CARD_TICKS)
+        number = re.fullmatch(r"/(\d{1,12})\.ts", self.path)
+        if self.path == "/live.m3u8":
+            self._answer("application/vnd.apple.mpegurl", self._playlist(newest))
+        elif number and int(number[1]) <= newest:
+            self._answer(Container.MPEG_TS.value, test_card_segment(int(number[1])))
+        else:
+            self.send_error(HTTPStatus.NOT_FOUND)
+
+    def _playlist(self, newest: int) -> bytes:
+        seconds = TEST_CARD_TICKS / 90_000
+        first = newest - DEMO_SEGMENTS + 1
+        lines = ["#EXTM3U", "#EXT-X-VERSION:3", f"#EXT-X-TARGETDURATION:{math.ceil(seconds)}"]
+        lines.append(f"#EXT-X-MEDIA-SEQUENCE:{first}")
+        for number in range(first, newest + 1):
+            lines += [f"#EXTINF:{seconds:.3f},", f"{number}.ts"]
+        return "\n".join(lines).encode() + b"\n"
+
+    def _answer(self, kind: str, body: bytes) -> None:
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug("demo origin: %s", format % args)
+
+
+@contextlib.contextmanager
+def demo_origin() -> Iterator[str]:
+    """Run the origin on loopback; yields the address of its playlist."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), DemoHandler) as origin:
+        origin.daemon_threads = True
+        origin.block_on_close = False
+        threading.Thread(target=origin.serve_forever, args=(0.1,), name="demo", daemon=True).start()
+        try:
+            yield f"hls://http://127.0.0.1:{origin.server_address[1]}/live.m3u8"
+        finally:
+            origin.shutdown()
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pipe.py", description="Watch HLS channels over plain HTTP."
+    )
+    parser.add_argument(
+        "-c", "--config", metavar="FILE", type=Path, help="the configuration (default: config.yml)"
+    )
+    parser.add_argument("--host", metavar="ADDR", help="listen here instead of the file's host")
+    parser.add_argument("--port", metavar="N", type=_port, help="... and on this port")
+    parser.add_argument(
+        "--demo", action="store_true", help=f"serve /{DEMO_STREAM}, a channel that needs no network"
+    )
+    parser.add_argument(
+        "--log-level", metavar="LEVEL", default="info",
+        choices=("debug", "info", "warning", "error"),
+        help="debug, info, warning or error (default: info)",
+    )  # fmt: skip
+    version = f"StreamPipe {__version__}, streamlink {engine_version}, Python "
+    version += ".".join(map(str, sys.version_info[:3]))
+    parser.add_argument("--version", action="version", version=version)
+    return parser
+
+
+def _port(value: str) -> int:
+    port = int(value)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError("a port is a number from 0 to 65535")
+    return port
+
+
+def read_settings(arguments: argparse.Namespace) -> Config:
+    """The file's configuration with the command line's laid over; raises ConfigError."""
+    config = Config()
+    if arguments.config or not arguments.demo:
+        config = load_config(arguments.config or Path("config.yml"), engine_options())
+    server = config.server
+    if arguments.host is not None:
+        server = replace(server, host=arguments.host)
+    if arguments.port is not None:
+        server = replace(server, port=arguments.port)
+    return replace(config, server=server)
+
+
+def with_demo(config: Config, address: str) -> Config:
+    """The configuration with the demo's stream added; raises ConfigError."""
+    if DEMO_STREAM in config.streams:
+        raise ConfigError(
+            [f"streams.{DEMO_STREAM}: --demo adds a stream of this name, rename yours"]
+        )
+    demo = StreamSettings(DEMO_STREAM, (address,), title="Test card", options=config.options)
+    return replace(config, streams={**config.streams, DEMO_STREAM: demo})
+
+
+# Logging
+
+_ADDRESS = re.compile(
+    r"\b([a-z][a-z0-9+.-]*://)(?:[^\s/@'\"]*@)?([^\s/?#'\"<>()]*)[^\s'\"<>()]*", re.I
+)
+_REQUEST_PATH = re.compile(r"(\burl: )/\S*")
+_CHANNEL_THREAD = re.compile(r"[A-Za-z]+-([a-z0-9-]+?)(?:--\w+)?-\d+(?:-executor_\d+)?")
+
+
+class LogFormatter(logging.Formatter):
+    """One line for an event, with the channel; no address further than its host."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        match = _CHANNEL_THREAD.fullmatch(record.threadName or "")
+        is_ours = record.name == log.name
+        record.channel = f" {match[1]}:" if match and not is_ours else ""
+        text = super().format(record)
+        if record.exc_info or not is_ours:
+            text = _REQUEST_PATH.sub(r"\1/...", _ADDRESS.sub(r"\1\2/...", text))
+        return "\n".join(line.encode("unicode_escape").decode() for line in text.splitlines())
+
+
+def set_up_logging(level: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s%(channel)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    log.setLevel(level.upper())
+    logging.getLogger("streamlink").setLevel("DEBUG" if level == "debug" else level.upper())
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # "pool is full": noise
+
+
+# Running
+
+
+def serve(config: Config, stop: threading.Event) -> int:
+    """Serve until `stop` is set; blocks.  Returns the exit status."""
+    channels = Channels()
+    try:
+        server = Server(config, channels)
+    except (OSError, OverflowError) as error:
+        where = f"{config.server.host} port {config.server.port}"
+        log.error("cannot listen on %s: %s; choose another with --port", where, error)
+        return EXIT_FAILED
+    with server:
+        threading.Thread(
+            target=server.serve_forever, args=(0.1,), name="listener", daemon=True
+        ).start()
+        announce(config, server)
+        stop.wait()
+        close(server, channels)
+    return EXIT_OK
+
+
+def announce(config: Config, server: Server) -> None:
+    host = config.server.host
+    shown = "localhost" if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
+    if not config.streams:
+        log.warning("no streams are configured: add some under streams: and start again")
+    for name in config.streams:
+        log.info("watch http://%s:%d/%s", shown, server.port, name)
+    log.info("StreamPipe %s listens on %s port %d", __version__, host, server.port)
+
+
+def close(server: Server, channels: Channels) -> None:
+    """Let the viewers go and end everything, within EXIT_TIME whatever hangs."""
+    log.info("shutting down")
+    began = time.monotonic()
+    if not channels.stop(timeout=EXIT_TIME):
+        log.warning("an upstream did not end in time")
+    # A little while longer, a load balancer may read from /health why nobody is served.
+    threading.Event().wait(max(0.0, began + DRAIN_TIME - time.monotonic()))
+    server.shutdown()
+    server.hang_up()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
+    arguments = build_parser().parse_args(argv)
+    set_up_logging(arguments.log_level)
+    stop = threading.Event()
+    try:
+        check_engine()
+        with contextlib.ExitStack() as stack:
+            config = read_settings(arguments)
+            if arguments.demo:
+                config = with_demo(config, stack.enter_context(demo_origin()))
+            stack.enter_context(signals(stop))
+            return serve(config, stop)
+    except ConfigError as error:
+        print(*error.mistakes, sep="\n", file=sys.stderr)  # noqa: T201
+        return EXIT_USAGE
+    except PipeError as error:
+        log.error("%s", error)
+        return EXIT_FAILED
+
+
+@contextlib.contextmanager
+def signals(stop: threading.Event) -> Iterator[None]:
+    """Set `stop` at the first SIGINT or SIGTERM; the second ends the process at once."""
+
+    def handle(number: int, frame: object) -> None:
+        if stop.is_set():
+            os._exit(EXIT_FAILED)
+        stop.set()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process without waiting for downloads that hang: Python would join their threads."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    leave(main())

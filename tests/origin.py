@@ -1,0 +1,1339 @@
+"""A real HLS origin on loopback, with faults on command.
+
+    with Origin() as origin:
+        news = origin.add(Playlist("news", ts_segments(), mode="live"))
+        stall = origin.fault(news.segment_path(6), Stall(at=1000))
+        news.advance()
+        ...
+        stall.release()
+
+`Playlist` is one media playlist and its segments under /<name>/, and moves when a test says so (or
+by the clock). `Origin` serves playlists, files and endless bodies over HTTP/1.1 with persistent
+connections, Range and validators, keeps a log of the requests, and lets chosen requests meet a
+`Fault`. `python tests/origin.py` serves ready-made channels for trying things out by hand.
+
+Threads: one accepts, one serves each connection. `Origin.stop` ends them all, whatever they wait
+for. Locks: each `Playlist` guards its own position; `Origin._changed` guards everything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import gzip
+import itertools
+import selectors
+import socket
+import socketserver
+import struct
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from functools import cached_property
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+from Crypto.Cipher import AES
+from Crypto.Util.Padding import pad
+
+PIECE = 64 * 1024  # bytes of a body written at once
+TICK = 0.02  # seconds of a capped rate written at once: the burst a client may see
+MODIFIED = 1_700_000_000  # Unix time of every Last-Modified: strong, since it is long ago
+
+TYPES = {
+    ".m3u8": "application/vnd.apple.mpegurl",
+    ".ts": "video/mp2t",
+    ".m4s": "video/iso.segment",
+    ".mp4": "video/mp4",
+    ".aac": "audio/aac",
+}
+DEFAULT_TYPE = "application/octet-stream"
+
+
+#### What can be served ####
+
+
+@dataclass(frozen=True)
+class Content:
+    """A body of known length."""
+
+    body: bytes
+    type: str = DEFAULT_TYPE
+
+    @cached_property
+    def etag(self) -> str:
+        """A strong validator: equal for equal bytes, also after a restart of the origin."""
+        return f'"{zlib.crc32(self.body):08x}-{len(self.body)}"'
+
+
+@dataclass(frozen=True)
+class Endless:
+    """A body without a length; each request reads an iterator of its own."""
+
+    source: Callable[[], Iterable[bytes]]
+    type: str | None = None
+    chunked: bool = False
+
+
+class Served(Protocol):
+    """Something that owns paths of the origin."""
+
+    def attach(self, origin: Origin) -> None:
+        """Called once, when it is added."""
+
+    def find(self, path: str) -> Content | None:
+        """What is at `path` (no query) right now."""
+
+
+ServedT = TypeVar("ServedT", bound=Served)
+
+
+#### Playlists ####
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The media of one segment as a viewer shall get it, and what the playlist says of it."""
+
+    data: bytes
+    duration: float = 1.0
+    discontinuity: bool = False
+    tags: tuple[str, ...] = ()  # more lines in front of its address
+
+
+class Playlist:
+    """One media playlist at /<name>/index.m3u8 and its segments at /<name>/<number><extension>.
+
+    `vod` lists everything and ends. `event` and `live` begin with `listed` segments (default:
+    `window`) and grow by `advance`; `live` keeps the newest `window` listed. The media repeats
+    endlessly, with a discontinuity where it starts over.
+
+    Which media a number has: `vod` and `event` count from `first_sequence`; in `live`, number k is
+    segments[k % len(segments)], so that two origins of one channel agree.
+
+    `keep` segments that left the list can still be fetched (None: all); others are 404.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        segments: Sequence[bytes | Segment],
+        *,
+        mode: Literal["vod", "event", "live"] = "vod",
+        window: int = 5,
+        first_sequence: int = 0,
+        init: bytes | None = None,
+        extension: str = ".ts",
+        aes_key: bytes | None = None,
+        aes_iv: bytes | None = None,
+        byte_ranges: bool = False,
+        target_duration: int | None = None,
+        listed: int | None = None,
+        keep: int | None = None,
+        clock: bool = False,
+    ) -> None:
+        if byte_ranges and aes_key and not aes_iv:
+            raise ValueError("one file for all segments cannot be encrypted by their numbers")
+        self.name = name
+        self.override: bytes | None = None  # served instead of the playlist
+        self._mode, self._extension, self._keep = mode, extension, keep
+        self._window = window if mode == "live" else None
+        self._initial = len(segments) if mode == "vod" else window if listed is None else listed
+        self._aes_key, self._aes_iv, self._byte_ranges = aes_key, aes_iv, byte_ranges
+        self._target_duration = target_duration
+        self._origin: Origin | None = None
+        # Guards everything below. Reentrant: public methods use each other.
+        self._lock = threading.RLock()
+        self._due: float | None = None  # when the clock publishes the next segment
+        self._load_locked(segments, init)
+        self._number_locked(first_sequence)
+        if clock:
+            self.run_by_clock()
+
+    def _load_locked(self, segments: Sequence[bytes | Segment], init: bytes | None) -> None:
+        self._media = [s if isinstance(s, Segment) else Segment(s) for s in segments]
+        type_ = TYPES.get(self._extension, DEFAULT_TYPE)
+        # Kept for their validators, which are costly for large segments.
+        self._contents = [Content(media.data, type_) for media in self._media]
+        self._files: dict[str, Content] = {}
+        if init is not None:
+            self._files["init.mp4"] = Content(init, TYPES[".mp4"])
+        if self._aes_key:
+            self._files["key"] = Content(self._aes_key)
+        if self._byte_ranges:
+            bodies = [self._encrypted(media.data, 0) for media in self._media]
+            self._offsets = [0, *itertools.accumulate(map(len, bodies))]
+            self._files[f"all{self._extension}"] = Content(b"".join(bodies), type_)
+
+    def _number_locked(self, first: int) -> None:
+        self._first = self._oldest = self._stop = first
+        self._discontinuities = 0  # that have left the list
+        self._ended = self._mode == "vod"
+        self._publish_locked(self._initial)
+
+    # Position. `_oldest` to `_stop` (excluded) are listed.
+
+    def _publish_locked(self, count: int) -> None:
+        self._stop += count
+        if self._window is not None:
+            self._leave_locked(self._stop - self._window)
+
+    def _leave_locked(self, oldest: int) -> None:
+        """Takes the numbers below `oldest` from the list."""
+        for number in range(self._oldest, min(oldest, self._stop)):
+            self._discontinuities += self._starts_anew_locked(number)
+            self._oldest = number + 1
+
+    def _index_locked(self, number: int) -> int:
+        base = 0 if self._mode == "live" else self._first
+        return (number - base) % len(self._media)
+
+    def _starts_anew_locked(self, number: int) -> bool:
+        index = self._index_locked(number)
+        return self._media[index].discontinuity or (index == 0 and number != self._first)
+
+    def _follow_clock_locked(self) -> None:
+        while self._due is not None and time.monotonic() >= self._due and not self._ended:
+            self._due += self._media[self._index_locked(self._stop)].duration
+            self._publish_locked(1)
+            used_up = self._stop - self._first >= len(self._media)
+            self._ended = self._mode == "event" and used_up
+
+    def advance(self, count: int = 1) -> None:
+        """Publishes `count` more segments."""
+        with self._lock:
+            self._publish_locked(count)
+
+    def drop(self, count: int = 1) -> None:
+        """Takes the `count` oldest segments from the list before their time."""
+        with self._lock:
+            self._leave_locked(self._oldest + count)
+
+    def end(self) -> None:
+        """Adds EXT-X-ENDLIST."""
+        with self._lock:
+            self._ended = True
+
+    def restart(
+        self,
+        first_sequence: int = 0,
+        *,
+        segments: Sequence[bytes | Segment] | None = None,
+        init: bytes | None = None,
+    ) -> None:
+        """Numbers anew from `first_sequence`, as an encoder that was started again; with
+        `segments` (and `init`), with other media."""
+        with self._lock:
+            if segments is not None:
+                self._load_locked(segments, init)
+            self._number_locked(first_sequence)
+
+    def run_by_clock(self) -> None:
+        """From now on a segment appears whenever its duration has passed. An `event` ends with
+        its media."""
+        with self._lock:
+            self._due = time.monotonic() + self._media[self._index_locked(self._stop)].duration
+
+    @property
+    def oldest(self) -> int:
+        """The first number listed."""
+        with self._lock:
+            self._follow_clock_locked()
+            return self._oldest
+
+    @property
+    def newest(self) -> int:
+        """The last number listed; one less than `oldest` when none is."""
+        with self._lock:
+            self._follow_clock_locked()
+            return self._stop - 1
+
+    # Addresses and media, for a test's expectations.
+
+    @property
+    def path(self) -> str:
+        return f"/{self.name}/index.m3u8"
+
+    @property
+    def url(self) -> str:
+        return self._absolute(self.path)
+
+    @property
+    def init_path(self) -> str:
+        return f"/{self.name}/init.mp4"
+
+    @property
+    def key_path(self) -> str:
+        return f"/{self.name}/key"
+
+    def segment_path(self, number: int) -> str:
+        """Where segment `number` is fetched; one path for all of them with byte ranges."""
+        return f"/{self.name}/{self._file(number)}"
+
+    def segment_url(self, number: int) -> str:
+        return self._absolute(self.segment_path(number))
+
+    def plain(self, first: int, stop: int) -> bytes:
+        """The media of the segments `first` to `stop` (excluded), as a viewer shall get it."""
+        with self._lock:
+            numbers = range(first, stop)
+            return b"".join(self._media[self._index_locked(n)].data for n in numbers)
+
+    def _file(self, number: int) -> str:
+        return f"{'all' if self._byte_ranges else number}{self._extension}"
+
+    def _absolute(self, path: str) -> str:
+        if self._origin is None:
+            raise RuntimeError(f"{self.name} was not added to an origin")
+        return self._origin.url + path
+
+    # Serving.
+
+    def attach(self, origin: Origin) -> None:
+        self._origin = origin
+
+    def find(self, path: str) -> Content | None:
+        folder, _, file = path.rpartition("/")
+        if folder != f"/{self.name}":
+            return None
+        with self._lock:
+            self._follow_clock_locked()
+            if file == "index.m3u8":
+                text = self._text_locked().encode() if self.override is None else self.override
+                return Content(text, TYPES[".m3u8"])
+            return self._files.get(file) or self._segment_locked(file)
+
+    def _segment_locked(self, file: str) -> Content | None:
+        stem = file.removesuffix(self._extension)
+        if self._byte_ranges or stem == file or not stem.isdecimal():
+            return None
+        number = int(stem)
+        kept = self._first if self._keep is None else self._oldest - self._keep
+        if not max(self._first, kept) <= number < self._stop:
+            return None
+        content = self._contents[self._index_locked(number)]
+        if self._aes_key:
+            return Content(self._encrypted(content.body, number), content.type)
+        return content
+
+    def _encrypted(self, data: bytes, number: int) -> bytes:
+        if not self._aes_key:
+            return data
+        iv = self._aes_iv or number.to_bytes(16, "big")
+        encrypted: bytes = AES.new(self._aes_key, AES.MODE_CBC, iv).encrypt(pad(data, 16))
+        return encrypted
+
+    def _text_locked(self) -> str:
+        lines = list(self._head_locked())
+        for number in range(self._oldest, self._stop):
+            lines.extend(self._entry_locked(number))
+        if self._ended:
+            lines.append("#EXT-X-ENDLIST")
+        return "\n".join([*lines, ""])
+
+    def _head_locked(self) -> Iterator[str]:
+        longest = max(media.duration for media in self._media)
+        has_map = "init.mp4" in self._files
+        yield "#EXTM3U"
+        yield f"#EXT-X-VERSION:{6 if has_map else 4 if self._byte_ranges else 3}"
+        yield f"#EXT-X-TARGETDURATION:{self._target_duration or max(1, round(longest))}"
+        yield f"#EXT-X-MEDIA-SEQUENCE:{self._oldest}"
+        if self._discontinuities:
+            yield f"#EXT-X-DISCONTINUITY-SEQUENCE:{self._discontinuities}"
+        if self._mode != "live":
+            yield f"#EXT-X-PLAYLIST-TYPE:{self._mode.upper()}"
+        if has_map:  # before the key, which would apply to it
+            yield '#EXT-X-MAP:URI="init.mp4"'
+        if self._aes_key:
+            iv = f",IV=0x{self._aes_iv.hex()}" if self._aes_iv else ""
+            yield f'#EXT-X-KEY:METHOD=AES-128,URI="key"{iv}'
+
+    def _entry_locked(self, number: int) -> Iterator[str]:
+        media = self._media[self._index_locked(number)]
+        if self._starts_anew_locked(number):
+            yield "#EXT-X-DISCONTINUITY"
+        yield from media.tags
+        yield f"#EXTINF:{media.duration:.6f},"
+        if self._byte_ranges:
+            yield self._range_locked(number)
+        yield self._file(number)
+
+    def _range_locked(self, number: int) -> str:
+        """With its offset for even numbers; odd ones follow the one before where there is one."""
+        index = self._index_locked(number)
+        start, stop = self._offsets[index : index + 2]
+        implicit = number % 2 and index and number != self._oldest
+        return f"#EXT-X-BYTERANGE:{stop - start}" + ("" if implicit else f"@{start}")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A playlist of a multivariant playlist, with the attributes that tell it from the others."""
+
+    playlist: Playlist
+    bandwidth: int
+    resolution: tuple[int, int] | None = None
+    codecs: str = "avc1.42c00b,mp4a.40.2"
+
+
+class Multivariant:
+    """A multivariant playlist at /<name>/master.m3u8; `audio` is a separate rendition of the
+    sound of every variant. Adding it adds its playlists."""
+
+    def __init__(
+        self, name: str, variants: Sequence[Variant], audio: Playlist | None = None
+    ) -> None:
+        self.name, self.variants, self.audio = name, tuple(variants), audio
+        self.override: bytes | None = None  # served instead
+        self._origin: Origin | None = None
+
+    @property
+    def path(self) -> str:
+        return f"/{self.name}/master.m3u8"
+
+    @property
+    def url(self) -> str:
+        if self._origin is None:
+            raise RuntimeError(f"{self.name} was not added to an origin")
+        return self._origin.url + self.path
+
+    def attach(self, origin: Origin) -> None:
+        self._origin = origin
+        for playlist in dict.fromkeys(variant.playlist for variant in self.variants):
+            origin.add(playlist)
+        if self.audio:
+            origin.add(self.audio)
+
+    def find(self, path: str) -> Content | None:
+        if path != self.path:
+            return None
+        text = "\n".join([*self._lines(), ""]).encode()
+        return Content(text if self.override is None else self.override, TYPES[".m3u8"])
+
+    def _lines(self) -> Iterator[str]:
+        yield "#EXTM3U"
+        if self.audio:
+            media = 'TYPE=AUDIO,GROUP-ID="sound",NAME="Sound",DEFAULT=YES,AUTOSELECT=YES'
+            yield f'#EXT-X-MEDIA:{media},URI="{self.audio.path}"'
+        for variant in self.variants:
+            attributes = f'BANDWIDTH={variant.bandwidth},CODECS="{variant.codecs}"'
+            if variant.resolution:
+                attributes += ",RESOLUTION={}x{}".format(*variant.resolution)
+            if self.audio:
+                attributes += ',AUDIO="sound"'
+            yield f"#EXT-X-STREAM-INF:{attributes}"
+            yield variant.playlist.path
+
+
+def master(
+    name: str, variants: Mapping[str, Playlist], audio: Playlist | None = None
+) -> Multivariant:
+    """A multivariant playlist of variants named by height ("720p"), 16:9, at a plausible rate."""
+    heights = {int(key.removesuffix("p")): playlist for key, playlist in variants.items()}
+    return Multivariant(
+        name,
+        [
+            Variant(playlist, height * 5000, (height * 16 // 9, height))
+            for height, playlist in heights.items()
+        ],
+        audio,
+    )
+
+
+#### Faults ####
+
+
+@dataclass
+class Answer:
+    """What one request is about to get, as things were when it arrived.
+
+    Faults change it before anything is sent.
+    """
+
+    content: Content | Endless
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    ranges: bool = True
+    validators: bool = True
+    changed: bool = False  # other validators than usual
+    length_error: int = 0  # added to the true Content-Length
+    hang_up: bool = False  # before the status line
+    stall_headers: bool = False
+    stall_at: int | None = None  # bytes of the body
+    break_at: int | None = None  # bytes of the body
+    reset: bool = False  # break with a TCP reset
+    byte_pause: float = 0.0  # seconds before each byte
+
+    def etag(self) -> str | None:
+        if not self.validators or not isinstance(self.content, Content):
+            return None
+        return f'"changed-{self.content.etag[1:]}' if self.changed else self.content.etag
+
+    def last_modified(self) -> str | None:
+        if not self.validators or not isinstance(self.content, Content):
+            return None
+        return formatdate(MODIFIED + 3600 * self.changed, usegmt=True)
+
+
+class Fault(Protocol):
+    """Something that goes wrong with a request; several may be combined."""
+
+    def apply(self, answer: Answer) -> None: ...
+
+
+@dataclass(frozen=True)
+class Status:
+    """Another status."""
+
+    code: int
+    body: bytes = b""
+    headers: tuple[tuple[str, str], ...] = ()
+
+    def apply(self, answer: Answer) -> None:
+        answer.status, answer.content = self.code, Content(self.body, "text/plain")
+        answer.headers |= dict(self.headers)
+
+
+@dataclass(frozen=True)
+class Redirect:
+    """A redirect to `url`, absolute or not."""
+
+    url: str
+    code: int = 302
+
+    def apply(self, answer: Answer) -> None:
+        Status(self.code, headers=(("Location", self.url),)).apply(answer)
+
+
+@dataclass(frozen=True)
+class Body:
+    """Another body, also where there is none."""
+
+    body: bytes
+    content_type: str = DEFAULT_TYPE
+
+    def apply(self, answer: Answer) -> None:
+        answer.status, answer.content = 200, Content(self.body, self.content_type)
+
+
+@dataclass(frozen=True)
+class Gzip:
+    """Compressed, though nobody asked for it. Length, ranges and ETag are the compressed body's."""
+
+    def apply(self, answer: Answer) -> None:
+        if isinstance(answer.content, Content):
+            body = gzip.compress(answer.content.body, mtime=0)
+            answer.content = Content(body, answer.content.type)
+            answer.headers["Content-Encoding"] = "gzip"
+
+
+@dataclass(frozen=True)
+class Close:
+    """The connection closes before the status line."""
+
+    reset: bool = False
+
+    def apply(self, answer: Answer) -> None:
+        answer.hang_up, answer.reset = True, self.reset
+
+
+@dataclass(frozen=True)
+class Break:
+    """The connection closes after `at` bytes of this answer's body."""
+
+    at: int
+    reset: bool = False
+
+    def apply(self, answer: Answer) -> None:
+        answer.break_at, answer.reset = self.at, self.reset
+
+
+@dataclass(frozen=True)
+class StallHeaders:
+    """Nothing is sent until the fault's handle is released."""
+
+    def apply(self, answer: Answer) -> None:
+        answer.stall_headers = True
+
+
+@dataclass(frozen=True)
+class Stall:
+    """After `at` bytes of this answer's body nothing is sent until the handle is released."""
+
+    at: int = 0
+
+    def apply(self, answer: Answer) -> None:
+        answer.stall_at = self.at
+
+
+@dataclass(frozen=True)
+class Drip:
+    """The body comes byte by byte."""
+
+    per_byte_seconds: float
+
+    def apply(self, answer: Answer) -> None:
+        answer.byte_pause = self.per_byte_seconds
+
+
+@dataclass(frozen=True)
+class WrongLength:
+    """Content-Length is `extra` too much (or, negative, too little); then the connection closes."""
+
+    extra: int
+
+    def apply(self, answer: Answer) -> None:
+        answer.length_error = self.extra
+
+
+@dataclass(frozen=True)
+class NoRange:
+    """Range is ignored."""
+
+    def apply(self, answer: Answer) -> None:
+        answer.ranges = False
+
+
+@dataclass(frozen=True)
+class ChangedValidator:
+    """ETag and Last-Modified are others than in an answer without this fault."""
+
+    def apply(self, answer: Answer) -> None:
+        answer.changed = True
+
+
+class _Bell:
+    """An event that a selector can watch beside sockets. It stays rung."""
+
+    def __init__(self) -> None:
+        self._watched, self._rung = socket.socketpair()
+
+    def fileno(self) -> int:
+        return self._watched.fileno()
+
+    def ring(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            self._rung.send(b"!")
+
+    def close(self) -> None:
+        self._watched.close()
+        self._rung.close()
+
+
+class FaultHandle:
+    """A fault that was ordered with `Origin.fault`."""
+
+    def __init__(
+        self, origin: Origin, pattern: str, faults: tuple[Fault, ...], times: int | None
+    ) -> None:
+        self.pattern, self.faults = pattern, faults
+        self._origin = origin
+        self._released = _Bell()
+        # Guarded by the origin's condition:
+        self._left = times
+        self._taken = self._held = 0
+
+    @property
+    def taken(self) -> int:
+        """Requests that met the fault."""
+        with self._origin._changed:
+            return self._taken
+
+    @property
+    def held(self) -> int:
+        """Requests that stall right now."""
+        with self._origin._changed:
+            return self._held
+
+    def wait(self, times: int = 1, timeout: float = 10) -> None:
+        """Until `times` requests have met the fault."""
+        what = f"{times} requests meet the fault on {self.pattern}"
+        self._origin.wait_until(lambda: self._taken >= times, what, timeout)
+
+    def wait_held(self, count: int = 1, timeout: float = 10) -> None:
+        """Until `count` requests stall at the same time: all they shall get has been sent."""
+        what = f"{count} requests stall on {self.pattern}"
+        self._origin.wait_until(lambda: self._held >= count, what, timeout)
+
+    def release(self) -> None:
+        """Answers that stall go on; later ones do not stall."""
+        self._released.ring()
+
+    def clear(self) -> None:
+        """No further request meets the fault; those that stall go on stalling."""
+        with self._origin._changed:
+            self._left = 0
+
+    def _take_locked(self, path: str) -> bool:
+        if self._left == 0 or not _matches(path, self.pattern):
+            return False
+        self._left = self._left and self._left - 1
+        self._taken += 1
+        return True
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Whether `pattern`, exact or with wildcards, means `path`, with or without its query."""
+    candidates = (path, path.partition("?")[0])
+    return pattern in candidates or any(fnmatch.fnmatchcase(c, pattern) for c in candidates)
+
+
+#### The log ####
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request as it is at the moment of asking."""
+
+    method: str
+    path: str  # with the query
+    headers: Mapping[str, str]  # names in lower case
+    connection: int  # equal for requests on one connection
+    time: float  # time.monotonic() when its head was read
+    sent: int  # bytes of the body so far; counted just after they left
+    status: int  # 0 before the status line
+    done: bool  # nothing more will be sent
+
+
+@dataclass
+class _Record:
+    """The state behind a `Request`; guarded by the origin's condition."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    connection: int
+    time: float
+    began: int  # position among all beginnings and ends
+    ended: int | None = None
+    sent: int = 0
+    status: int = 0
+
+    def snapshot(self) -> Request:
+        return Request(
+            self.method,
+            self.path,
+            self.headers,
+            self.connection,
+            self.time,
+            self.sent,
+            self.status,
+            self.ended is not None,
+        )
+
+
+def _most_at_once(records: Iterable[_Record]) -> int:
+    """How many of the requests were being answered at the same time at most."""
+    steps = []
+    for record in records:
+        steps.append((record.began, 1))
+        if record.ended is not None:
+            steps.append((record.ended, -1))
+    return max(itertools.accumulate(step for _, step in sorted(steps)), default=0)
+
+
+#### Serving a connection ####
+
+
+class _HangUp(Exception):
+    """The connection shall close now."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One connection of a client. Runs in a thread of its own."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: _Server
+
+    def setup(self) -> None:
+        super().setup()
+        self._origin = self.server.origin
+        self._paid_until = 0.0  # the moment at which the capped rate allows the next piece
+
+    def handle(self) -> None:
+        # A client that went away, or a stop of the origin: nobody is left to tell.
+        with contextlib.suppress(OSError, _HangUp):
+            super().handle()
+
+    def do_GET(self) -> None:
+        record, handle = self._origin._arrived(self)
+        try:
+            answer = self._origin._answer(self.path)
+            for fault in handle.faults if handle else ():
+                fault.apply(answer)
+            self._send(answer, record, handle)
+        finally:
+            self._origin._ended(record)
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """The log is `Origin.requests`."""
+
+    def _send(self, answer: Answer, record: _Record, handle: FaultHandle | None) -> None:
+        self._wait(self._origin.delay)
+        if answer.stall_headers and handle:
+            self._stall(handle)
+        if answer.hang_up:
+            self._hang_up(answer)
+        body = self._select(answer)
+        self._send_head(answer, body)
+        self._origin._progress(record, status=answer.status)
+        if self.command != "HEAD":
+            self._send_body(answer, body, record, handle)
+        if answer.length_error:
+            self._hang_up(answer)
+
+    def _hang_up(self, answer: Answer) -> None:
+        if answer.reset:
+            # Closed with no time to linger, a socket resets its connection. The orderly shutdown
+            # that the server would do first then finds it closed.
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.connection.close()
+        raise _HangUp
+
+    # Head.
+
+    def _select(self, answer: Answer) -> memoryview | Endless:
+        """The part of the content to send; a part or its impossibility changes the status."""
+        if isinstance(answer.content, Endless):
+            return answer.content
+        body = memoryview(answer.content.body)
+        if not answer.ranges or answer.status != 200:
+            return body
+        answer.headers["Accept-Ranges"] = "bytes"
+        wanted = self._wanted_range(len(body)) if self._range_holds(answer) else None
+        if wanted is None:
+            return body
+        if not wanted:
+            answer.status, answer.content = 416, Content(b"")
+            answer.headers["Content-Range"] = f"bytes */{len(body)}"
+            return memoryview(b"")
+        answer.status = 206
+        last = wanted.stop - 1
+        answer.headers["Content-Range"] = f"bytes {wanted.start}-{last}/{len(body)}"
+        return body[wanted.start : wanted.stop]
+
+    def _range_holds(self, answer: Answer) -> bool:
+        """RFC 9110 13.1.5: If-Range needs the strong entity tag or the exact date."""
+        condition = self.headers["If-Range"]
+        if self.command != "GET" or "Range" not in self.headers:
+            return False
+        return condition is None or condition in (answer.etag(), answer.last_modified())
+
+    def _wanted_range(self, length: int) -> range | None:
+        """The bytes asked for, none if they do not exist; None for what may be ignored: a
+        malformed Range or several at once."""
+        unit, _, spec = self.headers["Range"].partition("=")
+        first, dash, last = spec.strip().partition("-")
+        numbers = [text for text in (first, last) if text]
+        if unit != "bytes" or not dash or not numbers or not all(map(str.isdecimal, numbers)):
+            return None
+        if not first:
+            return range(max(0, length - int(last)), length)
+        if last and int(last) < int(first):
+            return None
+        return range(int(first), min(length, int(last) + 1 if last else length))
+
+    def _send_head(self, answer: Answer, body: memoryview | Endless) -> None:
+        self.send_response(answer.status)
+        for name, value in (answer.headers | self._usual_headers(answer)).items():
+            self.send_header(name, value)
+        if isinstance(body, memoryview):
+            self.send_header("Content-Length", str(len(body) + answer.length_error))
+        elif self._is_chunked(body):
+            self.send_header("Transfer-Encoding", "chunked")
+        else:
+            self.send_header("Connection", "close")
+        self.end_headers()
+
+    def _usual_headers(self, answer: Answer) -> dict[str, str]:
+        headers = {"Content-Type": answer.content.type}
+        if answer.status in (200, 206):
+            headers |= {"ETag": answer.etag(), "Last-Modified": answer.last_modified()}
+        return {name: value for name, value in headers.items() if value is not None}
+
+    def _is_chunked(self, body: memoryview | Endless) -> bool:
+        new_enough = self.request_version != "HTTP/1.0"
+        return isinstance(body, Endless) and body.chunked and new_enough
+
+    # Body.
+
+    def _send_body(
+        self,
+        answer: Answer,
+        body: memoryview | Endless,
+        record: _Record,
+        handle: FaultHandle | None,
+    ) -> None:
+        chunked = self._is_chunked(body)
+        sent = 0
+        self._reach(sent, answer, handle)
+        with _blocks(body) as blocks:
+            for piece in self._pieces(blocks, answer):
+                self._pace(len(piece), answer.byte_pause)
+                self._write(piece, chunked)
+                sent += len(piece)
+                self._origin._progress(record, sent=len(piece))
+                self._reach(sent, answer, handle)
+        if answer.break_at is not None:  # beyond the end of the body
+            self._hang_up(answer)
+        if chunked:
+            self._write(memoryview(b""), chunked)
+
+    def _write(self, piece: memoryview, chunked: bool) -> None:
+        framed = b"".join((b"%x\r\n" % len(piece), piece, b"\r\n")) if chunked else piece
+        self.connection.sendall(framed)
+
+    def _reach(self, sent: int, answer: Answer, handle: FaultHandle | None) -> None:
+        """Does what shall happen after `sent` bytes of the body."""
+        if answer.stall_at == sent and handle:
+            self._stall(handle)
+        if answer.break_at == sent:
+            self._hang_up(answer)
+
+    def _pieces(self, blocks: Iterable[memoryview], answer: Answer) -> Iterator[memoryview]:
+        """Cuts the body into what is written at once, and where something shall happen."""
+        marks = [mark for mark in (answer.stall_at, answer.break_at) if mark is not None]
+        done = 0
+        for block in blocks:
+            while block:
+                to_marks = [mark - done for mark in marks if mark > done]
+                size = min([self._piece_size(answer), *to_marks])
+                yield block[:size]
+                done += len(block[:size])
+                block = block[size:]
+
+    def _piece_size(self, answer: Answer) -> int:
+        if answer.byte_pause:
+            return 1
+        rate = self._origin.rate
+        return min(PIECE, max(1, int(rate * TICK))) if rate else PIECE
+
+    def _pace(self, size: int, byte_pause: float) -> None:
+        """Waits until `size` more bytes are due. A thread that woke late catches up, by a tick."""
+        self._wait(byte_pause)
+        rate = self._origin.rate
+        if rate:
+            self._wait(self._paid_until - time.monotonic())
+            self._paid_until = max(self._paid_until, time.monotonic() - TICK) + size / rate
+
+    # Waiting.
+
+    def _stall(self, handle: FaultHandle) -> None:
+        self._origin._hold(handle, 1)
+        try:
+            self._wait(None, handle._released)
+        finally:
+            self._origin._hold(handle, -1)
+
+    def _wait(self, seconds: float | None, bell: _Bell | None = None) -> None:
+        """Waits for the time or for the bell.
+
+        Raises `_HangUp` as soon as the origin stops or the client has left.
+        """
+        if seconds is not None and seconds <= 0:
+            return
+        with selectors.DefaultSelector() as selector:
+            for source in filter(None, (self.connection, self.server.stopping, bell)):
+                selector.register(source, selectors.EVENT_READ)
+            ready = {key.fileobj for key, _ in selector.select(seconds)}
+        if self.server.stopping in ready or self.connection in ready:
+            # No client of these tests sends ahead: what can be read is the end of the connection.
+            raise _HangUp
+
+
+@contextlib.contextmanager
+def _blocks(body: memoryview | Endless) -> Iterator[Iterable[memoryview]]:
+    """The blocks of a body. An endless source that is a generator is closed at the end."""
+    if isinstance(body, memoryview):
+        yield (body,)
+        return
+    source = body.source()
+    try:
+        yield map(memoryview, source)
+    finally:
+        if isinstance(source, Generator):
+            source.close()
+
+
+class _Server(ThreadingHTTPServer):
+    """The listener of an `Origin` and its connections, from one start to one stop."""
+
+    daemon_threads = True
+    request_queue_size = 128
+    allow_reuse_port = False  # a port that is taken shall be an error
+
+    def __init__(self, origin: Origin, port: int) -> None:
+        self.origin = origin
+        self.stopping = _Bell()
+        self._numbers: dict[socket.socket, int] = {}  # guarded by the origin's condition
+        self._handlers: list[threading.Thread] = []  # used by the accepting thread until it ended
+        try:
+            super().__init__(("127.0.0.1", port), _Handler)
+        except OSError:
+            self.stopping.close()
+            raise
+        self._acceptor = threading.Thread(
+            target=self.serve_forever, args=(0.05,), name="origin-accept", daemon=True
+        )
+
+    def start(self) -> None:
+        self._acceptor.start()
+
+    def stop(self) -> None:
+        """Closes the listener and every connection, and waits for their threads."""
+        self.stopping.ring()
+        # Where the system allows it, this wakes the accepting thread, which otherwise polls.
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.shutdown()
+        self._acceptor.join()
+        self.server_close()
+        with self.origin._changed:
+            for connection in self._numbers:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+        for thread in self._handlers:
+            thread.join()
+        self.stopping.close()
+
+    def number(self, connection: socket.socket) -> int:
+        return self._numbers[connection]
+
+    def open_connections(self) -> int:
+        return len(self._numbers)
+
+    def server_bind(self) -> None:
+        """Without the base class's search for the machine's name, which may ask a name server."""
+        socketserver.TCPServer.server_bind(self)
+
+    # Overridden from socketserver, which forgets daemon threads.
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self.origin._changed:
+            self._numbers[request] = self.origin._connected(len(self._numbers) + 1)
+        thread = threading.Thread(
+            target=self.process_request_thread,
+            args=(request, client_address),
+            name="origin-connection",
+            daemon=True,
+        )
+        self._handlers = [*filter(threading.Thread.is_alive, self._handlers), thread]
+        thread.start()
+
+    def shutdown_request(self, request: Any) -> None:
+        with self.origin._changed:
+            self._numbers.pop(request, None)
+            self.origin._changed.notify_all()
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A fault of the origin itself (or of an endless source): raised by `Origin.close`."""
+        error = sys.exc_info()[1]
+        if error is not None:
+            self.origin._errors.append(error)
+
+
+#### The origin ####
+
+
+class Origin:
+    """An HTTP/1.1 origin on 127.0.0.1; a context manager that starts and closes it.
+
+    The settings may be changed at any time and count from the next answer (`rate`: next piece) on.
+    """
+
+    def __init__(self, port: int = 0) -> None:
+        self.delay = 0.0  # seconds before each status line
+        self.rate = 0.0  # bytes of bodies a second on each connection; 0: no cap
+        self.ranges = True  # False: Range is ignored
+        self.validators = True  # whether ETag and Last-Modified are sent
+        self._port = port
+        self._server: _Server | None = None  # while it runs
+        self._errors: list[BaseException] = []
+        # Guards everything below, the servers' connections and the faults' counts; notified when
+        # any of it changes, for `wait_until`. Reentrant: conditions waited for may use properties.
+        self._changed = threading.Condition(threading.RLock())
+        self._served: list[Served] = []
+        self._files: dict[str, Content | Endless] = {}
+        self._handles: list[FaultHandle] = []
+        self._records: list[_Record] = []
+        self._steps = itertools.count()
+        self._connection_numbers = itertools.count(1)
+        self._peak_connections = 0
+
+    # Life.
+
+    def start(self) -> None:
+        """Listens; after a stop on the same port again."""
+        if self._server is None:
+            self._server = _Server(self, self._port)
+            self._port = self._server.server_address[1]
+            self._server.start()
+
+    def stop(self) -> None:
+        """Closes the listener and every connection; no thread is left. `start` may follow."""
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+
+    def restart(self) -> None:
+        """A crash: everything closes, and the same content is there again at once."""
+        self.stop()
+        self.start()
+
+    def close(self) -> None:
+        """Stops for good. Raises what went wrong inside the origin, if anything did."""
+        self.stop()
+        for handle in self._handles:
+            handle._released.close()
+        if self._errors:
+            raise self._errors[0]
+
+    def __enter__(self) -> Origin:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def port(self) -> int:
+        if not self._port:
+            raise RuntimeError("the origin was not started")
+        return self._port
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    # Content.
+
+    def add(self, served: ServedT) -> ServedT:
+        """Serves a playlist, or a multivariant playlist with all of its playlists.
+
+        It takes the place of an earlier one of the same name.
+        """
+        served.attach(self)
+        with self._changed:
+            self._served.insert(0, served)
+        return served
+
+    def add_file(self, path: str, data: bytes, *, content_type: str = DEFAULT_TYPE) -> str:
+        """Serves `data` at `path`, instead of what was there, and returns the address."""
+        with self._changed:
+            self._files[path] = Content(data, content_type)
+        return self.url + path
+
+    def add_endless(
+        self,
+        path: str,
+        source: Callable[[], Iterable[bytes]],
+        *,
+        content_type: str | None = None,
+        chunked: bool = False,
+    ) -> str:
+        """Serves what a fresh iterator of `source` yields, until it, the client or the origin ends.
+
+        The end is told by closing the connection, or `chunked` by the final chunk. A source must
+        not block for long: `stop` waits for it.
+        """
+        with self._changed:
+            self._files[path] = Endless(source, content_type, chunked)
+        return self.url + path
+
+    # Faults.
+
+    def fault(self, path: str, *faults: Fault, times: int | None = 1) -> FaultHandle:
+        """The next `times` requests (None: all) for `path`, exact or a pattern, meet all `faults`.
+
+        Orders that match the same request are used up one after the other, the oldest first.
+        """
+        handle = FaultHandle(self, path, faults, times)
+        with self._changed:
+            self._handles.append(handle)
+        return handle
+
+    def clear_faults(self) -> None:
+        """All is well again: no request meets a fault, and answers that stall go on."""
+        with self._changed:
+            for handle in self._handles:
+                handle.clear()
+                handle.release()
+
+    # The log.
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """All requests so far, in the order of arrival."""
+        with self._changed:
+            return tuple(record.snapshot() for record in self._records)
+
+    def clear_requests(self) -> None:
+        """Forgets the log and the peaks."""
+        with self._changed:
+            self._records.clear()
+            self._peak_connections = self.connections
+
+    def count(self, path: str) -> int:
+        """Requests so far for `path`, exact or a pattern."""
+        return sum(_matches(request.path, path) for request in self.requests)
+
+    def wait_for(self, path: str, times: int = 1, timeout: float = 10) -> None:
+        """Until `path`, exact or a pattern, has been requested `times` times."""
+        self.wait_until(lambda: self.count(path) >= times, f"{times} requests of {path}", timeout)
+
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = 10) -> None:
+        """Until `condition` holds, asked again whenever something happened at the origin.
+
+        Fails with `what` and the log of requests.
+        """
+        with self._changed:
+            if not self._changed.wait_for(condition, timeout):
+                raise AssertionError(f"not within {timeout} s: {what}\n{self.log()}")
+
+    def log(self) -> str:
+        """The requests as text, one a line."""
+        lines = [
+            f"  #{request.connection} {request.method} {request.path}"
+            f" {request.headers.get('range', '')} -> {request.status or '-'}"
+            f" {request.sent} bytes{'' if request.done else ' ...'}"
+            for request in self.requests
+        ]
+        return "\n".join([f"{len(lines)} requests:", *lines])
+
+    @property
+    def connections(self) -> int:
+        """Connections open now."""
+        with self._changed:
+            return self._server.open_connections() if self._server else 0
+
+    def wait_connections(self, count: int, timeout: float = 10) -> None:
+        """Until exactly `count` connections are open."""
+        self.wait_until(lambda: self.connections == count, f"{count} connections", timeout)
+
+    @property
+    def peak_connections(self) -> int:
+        with self._changed:
+            return self._peak_connections
+
+    @property
+    def peak_transfers(self) -> int:
+        """The most requests that were being answered at the same time."""
+        return self.peak("*")
+
+    def peak(self, path: str) -> int:
+        """The same, of the requests for `path`, exact or a pattern."""
+        with self._changed:
+            return _most_at_once(r for r in self._records if _matches(r.path, path))
+
+    # For the connections' threads.
+
+    def _connected(self, now_open: int) -> int:
+        """Counts a new connection and returns its number. The caller holds the condition."""
+        self._peak_connections = max(self._peak_connections, now_open)
+        self._changed.notify_all()
+        return next(self._connection_numbers)
+
+    def _arrived(self, handler: _Handler) -> tuple[_Record, FaultHandle | None]:
+        """Logs a request and finds the fault that it shall meet."""
+        headers = {name.lower(): value for name, value in handler.headers.items()}
+        with self._changed:
+            number = handler.server.number(handler.connection)
+            moment, step = time.monotonic(), next(self._steps)
+            record = _Record(handler.command, handler.path, headers, number, moment, step)
+            self._records.append(record)
+            handle = next((h for h in self._handles if h._take_locked(handler.path)), None)
+            self._changed.notify_all()
+        return record, handle
+
+    def _answer(self, path: str) -> Answer:
+        content = self._find(path.partition("?")[0])
+        answer = Answer(content or Content(b"not found\n", "text/plain"))
+        answer.status = 200 if content else 404
+        answer.ranges, answer.validators = self.ranges, self.validators
+        return answer
+
+    def _find(self, path: str) -> Content | Endless | None:
+        with self._changed:
+            file, served = self._files.get(path), list(self._served)
+        found = (owner.find(path) for owner in served)
+        return file or next(filter(None, found), None)
+
+    def _progress(self, record: _Record, *, status: int | None = None, sent: int = 0) -> None:
+        with self._changed:
+            record.status = status or record.status
+            record.sent += sent
+            self._changed.notify_all()
+
+    def _ended(self, record: _Record) -> None:
+        with self._changed:
+            record.ended = next(self._steps)
+            self._changed.notify_all()
+
+    def _hold(self, handle: FaultHandle, change: int) -> None:
+        with self._changed:
+            handle._held += change
+            self._changed.notify_all()
+
+
+#### By hand ####
+
+
+def _add_channels(origin: Origin) -> list[str]:
+    """Adds a channel of every kind, moving by the clock, and returns their addresses."""
+    from tests import media
+
+    ts = media.ts_segments(30)
+    init, fragments = media.fmp4(30)
+    key = bytes(range(16))
+    jumping = [Segment(data, discontinuity=n % 5 == 0) for n, data in enumerate(ts)]
+    playlists = [
+        Playlist("live-ts", ts, mode="live", clock=True),
+        Playlist("live-fmp4", fragments, mode="live", init=init, extension=".m4s", clock=True),
+        Playlist("live-aac", media.aac_segments(30), mode="live", extension=".aac", clock=True),
+        Playlist("vod-ts", ts),
+        Playlist("vod-fmp4", fragments, init=init, extension=".m4s"),
+        Playlist("vod-aes", ts, aes_key=key),
+        Playlist("vod-byterange", ts, byte_ranges=True),
+        Playlist("event", ts, mode="event", clock=True),
+        Playlist("discontinuity", jumping, mode="live", clock=True),
+    ]
+    sound = Playlist("sound", media.audio_only_segments(30), mode="live", clock=True)
+    picture = Playlist("picture", media.video_only_segments(30), mode="live", clock=True)
+    small = Playlist("small", ts, mode="live", clock=True)
+    large = Playlist("large", ts, mode="live", clock=True)
+    masters = [
+        master("multivariant", {"360p": small, "720p": large}),
+        master("separate-audio", {"360p": picture}, audio=sound),
+    ]
+    addresses = [origin.add(playlist).url for playlist in playlists]
+    return addresses + [origin.add(multivariant).url for multivariant in masters]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Serve ready-made HLS channels on loopback.")
+    parser.add_argument("--port", type=int, default=0, help="default: any free one")
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds before each answer")
+    parser.add_argument("--rate", type=float, default=0.0, help="bytes/s on each connection")
+    arguments = parser.parse_args()
+    with Origin(arguments.port) as origin, contextlib.suppress(KeyboardInterrupt):
+        origin.delay, origin.rate = arguments.delay, arguments.rate
+        sys.stdout.write("\n".join([*_add_channels(origin), ""]))
+        sys.stdout.flush()
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    # Run as a script, Python looks for modules in this folder instead of the one above.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    main()
