@@ -46,6 +46,7 @@ import difflib
 import enum
 import functools
 import importlib.metadata
+import inspect
 import io
 import ipaddress
 import itertools
@@ -63,26 +64,35 @@ import threading
 import time
 import traceback
 import weakref
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
 try:
     import requests
     import yaml
+    from Crypto.Util.Padding import unpad
     from requests.adapters import HTTPAdapter
+    from streamlink.exceptions import StreamError as EngineStreamError
     from streamlink.options import Options as PluginOptions
     from streamlink.plugins import hls as _hls_plugin  # noqa: F401  (the first viewer would wait for it)
     from streamlink.plugins import http as _http_plugin  # noqa: F401
     from streamlink.session.session import Streamlink
     from streamlink.stream.dash.dash import DASHStream
     from streamlink.stream.ffmpegmux import FFMPEGMuxer, MuxedStream
-    from streamlink.stream.hls.hls import HLSStream
+    from streamlink.stream.hls.hls import (
+        HLSStream,
+        HLSStreamReader,
+        HLSStreamWorker,
+        HLSStreamWriter,
+    )
     from streamlink.stream.http import HTTPStream
     from streamlink.utils.url import update_scheme
 except ImportError as error:
@@ -163,6 +173,42 @@ class WindowEnded(PipeError):
     def __init__(self, complete: bool) -> None:
         super().__init__("complete" if complete else "broken off")
         self.complete = complete
+
+
+class TooMuch(requests.RequestException):
+    """A playlist, key or page beyond PLAYLIST_LIMIT or its time."""
+
+
+def explain(error: BaseException) -> str:
+    """Why an upstream failed, in words for anybody: no address, no text of the exception's."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = getattr(cause, "err", None) or cause.__cause__ or cause.__context__
+    for cause in chain:
+        if isinstance(cause, requests.HTTPError) and cause.response is not None:
+            return f"the origin answered {cause.response.status_code}"
+        for kinds, words in _EXPLANATIONS:
+            if isinstance(cause, kinds):
+                return words
+    told = " ".join(str(cause) for cause in chain)
+    if "insecure resource" in told or "Disallowed redirection" in told:
+        return "the origin goes from https to http: configure the http:// address"
+    if "EXTM3U" in told or "variant playlist" in told:
+        return "the origin's playlist is none"
+    return "the origin's stream cannot be opened"
+
+
+_EXPLANATIONS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
+    ((requests.Timeout, TimeoutError), "the origin did not answer in time"),
+    ((TooMuch,), "the origin's playlist is too large or too slow"),
+    ((requests.exceptions.SSLError,), "the origin's certificate is not accepted"),
+    ((requests.exceptions.ProxyError,), "the proxy does not answer"),
+    ((requests.exceptions.InvalidSchema,), "the origin names an address that is never opened"),
+    ((requests.ConnectionError, ConnectionError), "the origin cannot be reached"),
+    ((FileNotFoundError,), "ffmpeg cannot be run"),
+)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -682,6 +728,9 @@ class Framer:
         """What is held back; called where no more will come that belongs to it."""
         return []
 
+    def drop(self) -> None:
+        """Forget what is held back: the rest of its unit will not come."""
+
     def _join(self, position: int, kind: JoinKind, prefix: bytes | None = None) -> None:
         self.joins.append(
             JoinPoint(position, bytes(self._prefix if prefix is None else prefix), kind)
@@ -851,6 +900,9 @@ class TsFramer(Framer):
         carry, self._carry = self._carry, b""
         return self._hand_on([carry]) if carry else []
 
+    def drop(self) -> None:
+        self._carry = b""
+
     def _scan(self, packets: bytes) -> None:
         """Look at each packet that starts a section or a PES packet; one in fifty does."""
         starts = [match.start() for match in _UNIT_START.finditer(packets[1::TS_PACKET])]
@@ -972,6 +1024,9 @@ class Fmp4Framer(Framer):
         carry, self._carry = self._carry, b""
         return self._hand_on([carry]) if carry else []
 
+    def drop(self) -> None:
+        self._carry = b""
+
     def _opens_fragment(self, kind: bytes) -> bool:
         """Note what box opens, and tell whether it is the first of a fragment."""
         if kind == b"ftyp":
@@ -1032,6 +1087,9 @@ class AacFramer(Framer):
     def flush(self) -> list[bytes]:
         carry, self._carry = self._carry, b""
         return self._hand_on([carry]) if carry else []
+
+    def drop(self) -> None:
+        self._carry = b""
 
     def _next_run(self, data: bytes, at: int) -> tuple[int, bool]:
         """Where the frames or the tag from `at` on end, and whether they are media."""
@@ -1169,12 +1227,19 @@ def test_card_segment(number: int) -> bytes:
 # --------------------------------------------------------------------------------------------------
 
 
+class MarkKind(enum.Enum):
+    """What a mark tells of its place between the bytes."""
+
+    PREFIX = "an initialization section starts"
+    SEGMENT = "a segment starts"
+    GAP = "the rest of the segment is missing"
+    FILTERED = "a segment was left out on purpose"
+
+
 @dataclass(frozen=True)
 class Mark:
-    """What the bytes after it are: a segment, or an initialization section."""
-
+    kind: MarkKind
     number: int  # media sequence number
-    is_prefix: bool = False
 
 
 class Ring:
@@ -1466,6 +1531,190 @@ class Window:
 
 
 # --------------------------------------------------------------------------------------------------
+# Download: one segment's body, handed on as it comes and resumed where it broke off
+# --------------------------------------------------------------------------------------------------
+
+PART_LIMIT = 256 * KIB  # bytes of one read; larger ones save little and delay the first
+RETRY_PAUSES = (0.1, 0.2, 0.4, 0.8)  # seconds, the last one again and again
+
+
+class GaveUp(PipeError):
+    """A segment, or the rest of it, cannot be had."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a download asks of its upstream."""
+
+    get: Callable[[Mapping[str, str], float], requests.Response]  # with headers and a time-out
+    patience: Callable[[], float]  # seconds without a byte until it is given up
+    is_wanted: Callable[[], bool]  # False where trying again is of no use
+    pause: Callable[[float], bool]  # wait so many seconds; False where the upstream is closing
+
+
+class Download:
+    """A body on its way: one thread runs it, another takes its bytes meanwhile.
+
+    To the taker it looks like a response of requests', as far as streamlink asks.
+    """
+
+    def __init__(self, terms: Terms, first: int = 0, last: int | None = None) -> None:
+        self.terms = terms
+        self.first = first  # of the resource's bytes; with `last`, a range of them
+        self.size = None if last is None else last - first + 1
+        # The runner's own: what it had and how to ask for the rest.
+        self._got = 0
+        self._checksum = 0
+        self._moved = 0.0  # when the newest byte came
+        self._validator: str | None = None
+        self._can_resume = True
+        # _changed guards everything below; notified with each part and at the end.
+        self._changed = threading.Condition()
+        self._parts: list[bytes] = []
+        self._is_done = False
+        self._failure: str | None = None
+
+    # The runner
+
+    def run(self) -> None:
+        """Fetch the body, trying again as the terms allow."""
+        failure: str | None = None
+        try:
+            self._moved = time.monotonic()
+            self._try_until_done()
+        except GaveUp as error:
+            failure = str(error)
+        except Exception:
+            log.exception("a download failed")
+            failure = "StreamPipe failed"
+        self.finish(failure)
+
+    def finish(self, failure: str | None) -> None:
+        """Let the taker know that no more comes, and why; the first call counts."""
+        with self._changed:
+            if not self._is_done:
+                self._is_done, self._failure = True, failure
+                self._changed.notify_all()
+
+    def _try_until_done(self) -> None:
+        for pause in itertools.chain(RETRY_PAUSES, itertools.repeat(RETRY_PAUSES[-1])):
+            try:
+                self._transfer()
+                return
+            except GaveUp:
+                raise
+            except Exception as error:  # requests', urllib3's, streamlink's and the system's
+                log.debug("a download broke off", exc_info=True)
+                reason = explain(error)
+            if self._is_done:
+                raise GaveUp("closed")
+            if not self.terms.is_wanted():
+                raise GaveUp(f"{reason}, and the playlist no longer lists it")
+            if time.monotonic() + pause - self._moved > self.terms.patience():
+                raise GaveUp(reason)
+            if not self.terms.pause(pause):
+                raise GaveUp("closed")
+
+    def _transfer(self) -> None:
+        """One request and its body; what is there already is asked for again if it must be."""
+        with contextlib.closing(self._ask()) as response:
+            offset = self._offset_of(response)
+            self._take(response, offset)
+
+    def _ask(self) -> requests.Response:
+        headers = {"Accept-Encoding": "identity"}
+        first, last = self.first, "" if self.size is None else str(self.first + self.size - 1)
+        if self._resumes:
+            assert self._validator
+            first += self._got
+            headers["If-Range"] = self._validator  # RFC 9110, 13.1.5: all of it if it changed
+        if first or last:
+            headers["Range"] = f"bytes={first}-{last}"
+        return self.terms.get(headers, self.terms.patience() / 2)
+
+    @property
+    def _resumes(self) -> bool:
+        return bool(self._got and self._validator and self._can_resume)
+
+    def _offset_of(self, response: requests.Response) -> int:
+        """Where the body starts, in bytes from ours: negative where more comes than was asked."""
+        start = 0
+        if response.status_code == HTTPStatus.PARTIAL_CONTENT:
+            match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+            start = int(match[1]) if match else -1
+        offset = start - self.first
+        if offset not in ({self._got} if self._resumes else {0, -self.first}) | {-self.first}:
+            self._can_resume = False
+            raise ConnectionError("another range than asked for")
+        if not self._got and response.headers.get("Content-Encoding", "identity") == "identity":
+            etag = response.headers.get("ETag", "")
+            is_strong = etag and not etag.startswith("W/")
+            self._validator = etag if is_strong else response.headers.get("Last-Modified")
+        return offset
+
+    def _take(self, response: requests.Response, offset: int) -> None:
+        """Read the body from `offset` on: compare what we had, add what is new."""
+        at, checksum = offset, 0
+        while self.size is None or self._got < self.size:
+            part = response.raw.read1(PART_LIMIT, decode_content=True)
+            if not part:
+                break
+            known = part[max(0, -at) : max(0, self._got - at)]
+            checksum = zlib.crc32(known, checksum)
+            new = part[max(0, self._got - at) :]
+            at += len(part)
+            if known and at >= self._got and checksum != self._checksum:
+                raise GaveUp("it changed meanwhile")
+            if new:
+                self._add(new if self.size is None else new[: self.size - self._got])
+        if at < self._got:
+            raise GaveUp("it became shorter meanwhile")
+        if self.size is not None and self._got < self.size:
+            raise ConnectionError("the range ended early")
+
+    def _add(self, part: bytes) -> None:
+        self._got += len(part)
+        self._checksum = zlib.crc32(part, self._checksum)
+        self._moved = time.monotonic()
+        with self._changed:
+            self._parts.append(part)
+            self._changed.notify_all()
+
+    # The taker
+
+    def iter_content(self, chunk_size: int = 1, keep: bool = False) -> Iterator[bytes]:
+        """The bytes as they come, from the first; raises GaveUp where the rest cannot be had.
+
+        They are gone once taken, unless all takers `keep` them.
+        """
+        taken = 0
+        while True:
+            with self._changed:
+                while taken == len(self._parts) and not self._is_done:
+                    self._changed.wait()
+                if taken == len(self._parts):
+                    break
+                part = self._parts[taken]
+                if not keep:
+                    self._parts[taken] = b""
+                taken += 1
+            yield part
+        if self._failure:
+            raise GaveUp(self._failure)
+
+    @property
+    def content(self) -> bytes:
+        return b"".join(self.iter_content())
+
+    @property
+    def raw(self) -> Download:
+        return self
+
+    def drain_conn(self) -> None:
+        """Asked for a filtered segment, of which nothing was fetched."""
+
+
+# --------------------------------------------------------------------------------------------------
 # Upstream: all there is of streamlink
 #
 # A Session is streamlink prepared for one channel.  It resolves an address to variants and opens
@@ -1490,10 +1739,15 @@ REST = ("best", "worst", "best-unfiltered", "worst-unfiltered")  # names for oth
 
 
 def check_engine() -> None:
-    """Raise PipeError where the installed streamlink is too old to be safe."""
+    """Raise PipeError where the installed streamlink is too old to be safe; warn if too new."""
     numbers = tuple(int(n) for n in re.findall(r"\d+", engine_version)[:3])
     if numbers < LEAST_STREAMLINK:
         raise PipeError(f"streamlink {engine_version} is too old: pip install -r requirements.txt")
+    if not hooks_fit():
+        log.warning(
+            "streamlink %s is unknown: segments are downloaded its own way and channels start "
+            "later; pip install -r requirements.txt gets a known one", engine_version,
+        )  # fmt: skip
 
 
 def engine_options() -> EngineOptions:
@@ -1522,6 +1776,11 @@ class Session:
             for option, value in settings.items():
                 self.engine.set_option(option, value)
         self.engine.http.adapters.pop("file://", None)
+        self._is_resolving = False
+        self._kept: dict[str, requests.Response] = {}  # playlists to be used a second time
+        self._moved: dict[str, str] = {}  # playlists' addresses, to where a redirect led
+        self._load = self.engine.http.request
+        vars(self.engine.http)["request"] = self._request
         self._transports = [self._mount(prefix) for prefix in ("https://", "http://")]
 
     def _mount(self, prefix: str) -> Transport:
@@ -1543,11 +1802,14 @@ class Session:
 
         Raises UpstreamError.
         """
+        self._is_resolving = True
         try:
             variants = self._resolve(update_scheme("https://", address, force=False))
         except Exception as error:  # a plugin may raise anything
             log.debug("cannot resolve", exc_info=True)
             raise UpstreamError(explain(error)) from error
+        finally:
+            self._is_resolving = False
         if not variants.streams:
             raise UpstreamError("the origin offers no stream there")
         return variants
@@ -1571,17 +1833,46 @@ class Session:
             start += more
         if not start.lstrip(b"\xef\xbb\xbf \r\n").startswith(b"#EXTM3U"):
             return {"live": OpenResponse(response, start)}
-        response.close()
+        _read_bounded(response, time.monotonic() + self.timeout, start)
+        self._keep(response)
         streams = HLSStream.parse_variant_playlist(self.engine, address)
         return dict(streams) or {"live": HLSStream(self.engine, address)}
 
     def request(self, **arguments: Any) -> requests.Response:
         """A request whose body is still to be read; raises what streamlink makes of a failure."""
-        arguments.setdefault("method", "GET")
-        response: requests.Response = self.engine.http.request(
-            stream=True, timeout=self.timeout, **arguments
-        )
+        defaults = {"method": "GET", "exception": EngineStreamError, "timeout": self.timeout}
+        response: requests.Response = self._load(**{**defaults, "stream": True, **arguments})
         return response
+
+    def _request(self, method: str, url: str, **arguments: Any) -> Any:
+        """Stand in for the engine's request(): a start costs no playlist a second round trip.
+
+        What resolving loaded is used again by the worker, once; reloads go to where the first load
+        was redirected, until that fails (a CDN's redirect may be slow, and lead elsewhere).
+        """
+        if method != "GET" or arguments.get("stream"):
+            return self._load(method, url, **arguments)
+        kept = self._kept.pop(url, None)
+        if not self._is_resolving:
+            self._kept.clear()
+        if kept:
+            self._keep(kept)
+            return kept
+        try:
+            response = self._load(method, self._moved.get(url, url), **arguments)
+        except Exception:
+            self._moved.pop(url, None)
+            raise
+        if response.content[:7] == b"#EXTM3U":
+            self._keep(response)
+        return response
+
+    def _keep(self, response: requests.Response) -> None:
+        asked = (response.history or [response])[0].request.url
+        if asked and self._is_resolving:
+            self._kept[asked] = response
+        if asked and response.history and not self.engine.http.params:
+            self._moved[asked] = response.url
 
 
 def _own_options(stream: StreamSettings) -> dict[str, Any]:
@@ -1604,10 +1895,6 @@ def _own_options(stream: StreamSettings) -> dict[str, Any]:
 
 # Transport: how requests leave.  What is not streamed (playlists, keys, pages) is bounded in size
 # and time, and every socket can be shut down from another thread, at once.
-
-
-class TooMuch(requests.RequestException):
-    """A playlist, key or page beyond PLAYLIST_LIMIT or its time."""
 
 
 class Transport(HTTPAdapter):
@@ -1669,14 +1956,11 @@ class Transport(HTTPAdapter):
             raise requests.ConnectionError("closed")
         began = time.monotonic()
         response = super().send(request, stream=stream, timeout=timeout, **arguments)
-        if not (stream or getattr(_whole_segments, "here", False)):
+        is_segment = "-executor" in threading.current_thread().name  # DASH: whole, of any size
+        if not stream and not is_segment:
             seconds = timeout if isinstance(timeout, (int, float)) else math.inf
             _read_bounded(response, began + seconds)
         return response
-
-
-# Segments have no bound: the threads that fetch them set `here`.
-_whole_segments = threading.local()
 
 
 @functools.cache
@@ -1690,10 +1974,10 @@ def _shut(sock: socket.socket) -> None:
         socket.socket.shutdown(sock, socket.SHUT_RDWR)  # past TLS, which would want to say goodbye
 
 
-def _read_bounded(response: requests.Response, deadline: float) -> None:
-    """Read a body to its end and keep it in the response; raises TooMuch."""
-    parts: list[bytes] = []
-    size = 0
+def _read_bounded(response: requests.Response, deadline: float, start: bytes = b"") -> None:
+    """Read a body to its end and keep it in the response, after `start`; raises TooMuch."""
+    parts = [start]
+    size = len(start)
     while part := response.raw.read1(64 * KIB, decode_content=True):
         parts.append(part)
         size += len(part)
@@ -1744,7 +2028,7 @@ class Variants:
             raise UpstreamError(explain(error)) from error
 
     def _open(self, stream: Any) -> Upstream:
-        if isinstance(stream, HLSStream):
+        if isinstance(stream, HLSStream) and hooks_fit():
             return SegmentedUpstream(self.session, stream)
         if isinstance(stream, OpenResponse):
             return RawUpstream(self.session, stream.response, stream.start)
@@ -1810,14 +2094,11 @@ class Upstream:
 
 
 class SegmentedUpstream(Upstream):
-    """An HLS stream by streamlink's own pipeline, with our Ring as its reader's buffer."""
+    """An HLS stream: streamlink's worker and writer with our downloads and our Ring."""
 
     def __init__(self, session: Session, stream: HLSStream) -> None:
-        stream.name = session.name  # part of its threads' names, and so of their log lines
-        stream.parse_packed_audio = False  # the framer removes ID3, of every version
-        vars(stream)["__reader__"] = _hooked_reader(type(stream).__reader__)
+        hook(stream, session.name, has_ring=True)
         self._reader = stream.open()
-        self._reader.timeout = 2.0  # seconds that close() waits for each of two threads
         super().__init__(session, self._reader.buffer)
 
     @property
@@ -1835,59 +2116,270 @@ class SegmentedUpstream(Upstream):
         worker, writer = self._reader.worker, self._reader.writer
         if writer.is_drained and self.has_end and worker.sequence > worker.playlist_end:
             return WindowEnded(complete=True)
-        return UpstreamError(worker.failure or "the origin sends no more segments")
+        return UpstreamError(
+            worker.failure or writer.failure or "the origin sends no more segments"
+        )
 
     def _close(self) -> None:
         self._reader.close()
 
 
+def hook(stream: Any, name: str, has_ring: bool) -> None:
+    """Put our downloads into an HLS stream, perhaps a plugin's own, before it is opened."""
+    stream.name = name  # part of its threads' names, and so of their log lines
+    base = type(stream).__reader__
+    vars(stream)["__reader__"] = _hooked(base, has_ring)
+
+
 @functools.cache
-def _hooked_reader(base: Any) -> Any:
-    """A reader class, perhaps a plugin's own, with our buffer and our eyes in its threads."""
+def _hooked(base: Any, has_ring: bool) -> Any:
+    """Plugins' own readers and writers (Twitch's advertisement filter) stay in the class chain."""
 
-    class Writer(base.__writer__):  # type: ignore[misc]
-        is_drained = False  # the worker's end of the stream was reached, in order
+    def over(hooks: type, stock: type) -> type:
+        return type(stock.__name__, (hooks, stock), {})  # the name is its threads'
 
-        def fetch(self, segment: Any) -> Any:
-            _whole_segments.here = True
-            return super().fetch(segment)
+    members = {
+        "__writer__": over(DownloadingWriter, base.__writer__),
+        "__worker__": over(WatchedWorker, base.__worker__),
+        "has_ring": has_ring,
+    }
+    return type(base.__name__, (RingReader, base), members)
 
-        def write(self, segment: Any, result: Any, *data: Any) -> None:
-            is_prefix = bool(data and data[0])
-            if is_prefix or not self.should_filter_segment(segment):
-                self.reader.buffer.mark(Mark(segment.num, is_prefix))
-            try:
+
+class RingReader(HLSStreamReader):
+    has_ring = True  # False: a track for ffmpeg, which reads streamlink's own buffer
+
+    def __init__(self, stream: Any, name: str | None = None) -> None:
+        super().__init__(stream, name=name)
+        self.timeout = 2.0  # seconds that close() waits for each of two threads
+        if self.has_ring:
+            self.buffer: Any = Ring(self.session.get_option("ringbuffer-size"))
+            stream.parse_packed_audio = False  # the framer removes ID3 tags, of every version
+
+
+class WatchedWorker(HLSStreamWorker):
+    failure: str | None = None  # of the newest playlist, in words
+
+    def reload(self) -> None:
+        try:
+            super().reload()  # type: ignore[no-untyped-call]
+            self.failure = None
+        except Exception as error:
+            self.failure = explain(error)
+            raise
+
+
+class DownloadingWriter(HLSStreamWriter):
+    """Runs up to `threads` downloads at once and hands on the oldest one's bytes as they come.
+
+    put() is the worker's, write() the writer's thread.  A segment takes one of `threads + 1` slots
+    before its request and gives it back when its last byte is in the ring: that bounds memory.
+    """
+
+    def __init__(self, reader: Any, **arguments: Any) -> None:
+        super().__init__(reader, **arguments)
+        self.is_drained = False  # the worker's end of the stream was reached, in order
+        self.failure: str | None = None
+        self._is_closing = False
+        self._slots = threading.Semaphore(self.threads + 1)
+        self._map: tuple[object, Download] | None = None  # the newest EXT-X-MAP
+        self._running: weakref.WeakSet[Download] = weakref.WeakSet()
+
+    # The worker's thread
+
+    def put(self, segment: Any) -> None:
+        if segment is None:
+            self.queue(None, None)
+            return
+        self._slots.acquire()
+        if self._is_closing:
+            return
+        if segment.map is not None:
+            self._put_map(segment)
+        self.queue(segment, _at_once(self._start(segment, segment, is_map=False)), False)
+
+    def _put_map(self, segment: Any) -> None:
+        """Hand on the initialization section where it changed, or the stream is discontinuous."""
+        key = segment.map.uri, segment.map.byterange
+        if self._map is None or self._map[0] != key:
+            self._map = key, self._start(segment, segment.map, is_map=True)
+        elif not segment.discontinuity:
+            return
+        self.queue(segment, _at_once(self._map[1]), True)
+
+    def _start(self, segment: Any, part: Any, is_map: bool) -> Download:
+        """A download of a segment or of its map, in the executor's queue."""
+        try:
+            first, last = self._range_of(segment, part, is_map)
+        except EngineStreamError as error:  # an offset is missing
+            download = Download(self._terms(segment, part))
+            download.finish(explain(error))
+            return download
+        download = Download(self._terms(segment, part), first, last)
+        if not is_map and self.should_filter_segment(segment):
+            download.finish(None)
+        else:
+            self._running.add(download)
+            with contextlib.suppress(RuntimeError):  # closed in this moment
+                self.executor.submit(download.run)
+        return download
+
+    def _range_of(self, segment: Any, part: Any, is_map: bool) -> tuple[int, int | None]:
+        if not part.byterange:
+            return 0, None
+        if is_map:
+            return self.byterange.uncached(part.byterange)
+        return self.byterange.cached(segment.num, part.byterange)
+
+    def _terms(self, segment: Any, part: Any) -> Terms:
+        arguments = dict(self.reader.request_params)
+        own = arguments.pop("headers", None) or {}
+        worker = self.reader.worker
+
+        def get(headers: Mapping[str, str], timeout: float) -> requests.Response:
+            response: requests.Response = self.session.http.get(
+                part.uri, headers={**own, **headers}, stream=True,
+                timeout=min(timeout, self.timeout), **arguments,
+            )  # fmt: skip
+            return response
+
+        def patience() -> float:
+            is_live = worker.playlist_end is None
+            return 2 * (worker.playlist_targetduration or 1.0) if is_live else float(self.timeout)
+
+        def is_wanted() -> bool:
+            listed = worker.playlist_segments
+            return worker.playlist_end is not None or not listed or segment.num >= listed[0].num
+
+        return Terms(get, patience, is_wanted, self.wait)
+
+    # The writer's thread
+
+    def write(self, segment: Any, result: Any, *data: Any) -> None:
+        is_map = bool(data and data[0])
+        try:
+            if self.should_filter_segment(segment):
                 super().write(segment, result, *data)
-            except Exception:  # must not end the writer's thread, and with it the stream
-                log.exception("segment %d cannot be handed on", segment.num)
+                self._mark(MarkKind.FILTERED, segment)
+            else:
+                self._mark(MarkKind.PREFIX if is_map else MarkKind.SEGMENT, segment)
+                self._hand_on(segment, result, is_map)
+        except Exception as error:  # must not end the writer's thread, and with it the stream
+            if not self._is_closing:
+                reason = str(error) if isinstance(error, GaveUp) else explain(error)
+                log.warning("segment %d is given up: %s", segment.num, reason)
+                self._mark(MarkKind.GAP, segment)
+        finally:
+            if not is_map:
+                self._slots.release()
 
-        def _queue_get(self) -> Any:
-            item = super()._queue_get()
-            self.is_drained = item is None
-            return item
+    def _mark(self, kind: MarkKind, segment: Any) -> None:
+        if isinstance(self.reader.buffer, Ring):
+            self.reader.buffer.mark(Mark(kind, segment.num))
 
-    class Worker(base.__worker__):  # type: ignore[misc]
-        failure: str | None = None  # of the newest playlist
+    def _hand_on(self, segment: Any, download: Download, is_map: bool) -> None:
+        key = segment.map.key if is_map else segment.key
+        if is_map:
+            pieces: Iterator[bytes] = download.iter_content(keep=True)
+        else:
+            pieces = self.iter_segment_content(segment, cast(Any, download))
+        if key and key.method != "NONE" and not self.passthrough_encrypted:
+            pieces = _decrypted(pieces, self._decryptor(key, segment.num))
+        if self.stream.parse_packed_audio and not is_map:
+            pieces = self._parse_packed_audio_timestamp(_without_old_id3(pieces))
+        for piece in pieces:
+            self.reader.buffer.write(piece)
+        if self.reader.is_paused():
+            self.reader.resume()
 
-        def reload(self) -> None:
-            try:
-                super().reload()
-                self.failure = None
-            except Exception as error:
-                self.failure = explain(error)
-                raise
+    def _decryptor(self, key: Any, number: int) -> Any:
+        """Without its key a stream cannot go on, so this failure ends it."""
+        try:
+            return self.create_decryptor(key, number)
+        except Exception as error:
+            self.failure = f"its key cannot be had: {explain(error)}"
+            self.close()
+            raise
 
-    class Reader(base):  # type: ignore[misc]
-        __writer__ = Writer
-        __worker__ = Worker
+    def _queue_get(self) -> Any:
+        item = super()._queue_get()
+        self.is_drained = item is None
+        return item
 
-        def __init__(self, stream: Any, name: str | None = None) -> None:
-            super().__init__(stream, name=name)
-            self.buffer = Ring(self.session.get_option("ringbuffer-size"))
+    # Any thread
 
-    # The names of streamlink's threads are those of their classes.
-    Writer.__name__, Worker.__name__ = base.__writer__.__name__, base.__worker__.__name__
-    return Reader
+    def close(self) -> None:
+        """Wake all that wait here, then end as streamlink does."""
+        self._is_closing = True
+        self._wait.set()
+        for download in tuple(self._running):
+            download.finish("closed")
+        self._slots.release(self.threads + 2)
+        super().close()
+
+
+def _at_once(result: Any) -> Future[Any]:
+    """A future that is done: streamlink's writer waits for it, and shall not."""
+    future: Future[Any] = Future()
+    future.set_result(result)
+    return future
+
+
+def _decrypted(pieces: Iterable[bytes], cipher: Any) -> Iterator[bytes]:
+    """AES-128-CBC, as the bytes come; the last block waits, for it holds the padding."""
+    held = b""
+    for piece in pieces:
+        held += piece
+        whole = max(0, len(held) - 1) // 16 * 16
+        if whole:
+            yield cipher.decrypt(held[:whole])
+            held = held[whole:]
+    yield unpad(cipher.decrypt(held), 16, style="pkcs7")
+
+
+def _without_old_id3(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Take out ID3 tags that streamlink cannot read: it knows version 4 alone."""
+    start = b""
+    for piece in pieces:
+        start += piece
+        if len(start) >= 10:
+            break
+    if start[:3] == b"ID3" and start[3:4] != b"\x04":
+        left = _id3_size(start.ljust(10, b"\0"))
+        for piece in itertools.chain([start], pieces):
+            yield piece[left:]
+            left = max(0, left - len(piece))
+    else:
+        yield start
+        yield from pieces
+
+
+@functools.cache
+def hooks_fit() -> bool:
+    """Whether this streamlink has what the hooks above override and call."""
+    wanted: tuple[tuple[Any, Mapping[str, str]], ...] = (
+        (HLSStreamWriter, {
+            "put": "self segment", "queue": "self segment future *data",
+            "write": "self segment result *data", "close": "self",
+            "should_filter_segment": "self segment", "create_decryptor": "self key num",
+            "iter_segment_content": "self segment response",
+            "_parse_packed_audio_timestamp": "self iterator", "_queue_get": "self",
+        }),
+        (HLSStreamWorker, {"reload": "self"}),
+        (HLSStreamReader, {"is_paused": "self", "resume": "self"}),
+    )  # fmt: skip
+    return all(
+        _signature(getattr(owner, name, None)) == signature
+        for owner, methods in wanted
+        for name, signature in methods.items()
+    )
+
+
+def _signature(function: Any) -> str:
+    if function is None:
+        return ""
+    parameters = inspect.signature(function).parameters.values()
+    return " ".join("*" * (p.kind is p.VAR_POSITIONAL) + p.name for p in parameters)
 
 
 class PumpedUpstream(Upstream):
@@ -1970,7 +2462,8 @@ class ProcessUpstream(PumpedUpstream):
 
         stream._open_streams = remember
         for index, track in enumerate(stream.substreams):
-            track.name = f"{name}--{index}"
+            if isinstance(track, HLSStream) and hooks_fit():
+                hook(track, f"{name}--{index}", has_ring=False)
 
     @property
     def has_end(self) -> bool:
@@ -1987,38 +2480,6 @@ class ProcessUpstream(PumpedUpstream):
     def _close(self) -> None:
         self._file.close()
         self._pump.join()
-
-
-def explain(error: BaseException) -> str:
-    """Why an upstream failed, in words for anybody: no address, no text of the exception's."""
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = getattr(cause, "err", None) or cause.__cause__ or cause.__context__
-    for cause in chain:
-        if isinstance(cause, requests.HTTPError) and cause.response is not None:
-            return f"the origin answered {cause.response.status_code}"
-        for kinds, words in _EXPLANATIONS:
-            if isinstance(cause, kinds):
-                return words
-    told = " ".join(str(cause) for cause in chain)
-    if "insecure resource" in told or "Disallowed redirection" in told:
-        return "the origin goes from https to http: configure the http:// address"
-    if "EXTM3U" in told or "variant playlist" in told:
-        return "the origin's playlist is none"
-    return "the origin's stream cannot be opened"
-
-
-_EXPLANATIONS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
-    ((requests.Timeout, TimeoutError), "the origin did not answer in time"),
-    ((TooMuch,), "the origin's playlist is too large or too slow"),
-    ((requests.exceptions.SSLError,), "the origin's certificate is not accepted"),
-    ((requests.exceptions.ProxyError,), "the proxy does not answer"),
-    ((requests.exceptions.InvalidSchema,), "the origin names an address that is never opened"),
-    ((requests.ConnectionError, ConnectionError), "the origin cannot be reached"),
-    ((FileNotFoundError,), "ffmpeg cannot be run"),
-)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2072,6 +2533,7 @@ class Channel:
         self.viewers: dict[Viewer, None] = {}  # in order of arrival
         self.idle_since = math.inf  # when the last viewer left
         self.failure: StreamError | None = None
+        self.gaps = 0  # segments given up; the feeder's alone
         self.wake: Callable[[], None] = lambda: None  # makes the feeder look at its channel
 
     @property
@@ -2411,8 +2873,16 @@ class Feeder:
 
     def _pass_mark(self, mark: Mark) -> None:
         assert self._framer
-        self._append(self._framer.flush())
-        if mark.is_prefix:
+        if mark.kind is MarkKind.GAP:
+            self._framer.drop()
+            self.channel.gaps += 1
+        elif mark.kind is not MarkKind.FILTERED:
+            self._append(self._framer.flush())
+            self._start_part(mark)
+
+    def _start_part(self, mark: Mark) -> None:
+        assert self._framer
+        if mark.kind is MarkKind.PREFIX:
             self._framer.start_prefix()
         else:
             self._framer.start_segment()
