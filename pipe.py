@@ -72,7 +72,7 @@ from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
 try:
@@ -266,10 +266,23 @@ class Config:
     options: Options = field(default_factory=Options)
 
 
-# What the upstream's engine offers under `streamlink:`: each option with an example of its type.
+# What the upstream's engine offers under `streamlink:`: each option with an example of its type,
+# or `...` where StreamPipe sets it and nobody else may.
 EngineOptions = Mapping[str, Any]
-Read = Callable[["ConfigReader", yaml.Node, str], Any]
-T = TypeVar("T")
+GLOBAL_ENGINE_OPTIONS = frozenset({"ipv4", "ipv6"})  # they act on the whole process
+FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+@dataclass
+class Entry:
+    """A value of the file as it is written, and where."""
+
+    line: int
+    value: str | list[Entry] | dict[str, Entry] | None  # None: nothing, `null` or `~`
+    key_line: int = 0
+
+
+Read = Callable[["ConfigReader", Entry, str], Any]
 
 
 def load_config(path: Path, engine: EngineOptions) -> Config:
@@ -286,8 +299,9 @@ def load_config(path: Path, engine: EngineOptions) -> Config:
                 "or try: python pipe.py --demo"
             ]
         ) from None
-    except (OSError, UnicodeError) as error:
-        raise ConfigError([f"{path}: cannot be read: {error}"]) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError([f"{path}: cannot be read: {reason}"]) from None
     return ConfigReader(str(path), engine).read(text)
 
 
@@ -295,114 +309,155 @@ class ConfigReader:
     """Turns one YAML document into a Config and collects the mistakes on the way.
 
     Scalars are taken as written, so `on:` and `007:` are names and `token: 0123` is text: the
-    nodes are read, not the values that YAML 1.1 would make of them.
+    parser's nodes are read, not the values that YAML 1.1 would make of them.
     """
 
     def __init__(self, file: str, engine: EngineOptions) -> None:
         self.file = file
         self.engine = engine
         self.mistakes: list[tuple[int, str]] = []  # line, text
+        self._room = 100_000  # entries; an alias of aliases of aliases may mean any number
 
     def read(self, text: str) -> Config:
         """Parse and check; raises ConfigError."""
-        config = self._config(self._compose(text))
+        config = self._config(self._parse(text))
         if self.mistakes:
-            lines = [f"{self.file}:{line}: {text}" for line, text in sorted(self.mistakes)]
-            raise ConfigError(list(dict.fromkeys(lines)))
+            raise ConfigError(
+                list(
+                    dict.fromkeys(
+                        f"{self.file}:{line}: {text}" for line, text in sorted(self.mistakes)
+                    )
+                )
+            )
         return config
 
-    def mistake(self, node: yaml.Node, path: str, text: str) -> None:
-        self.mistakes.append((node.start_mark.line + 1, f"{path}: {text}" if path else text))
+    def mistake(self, line: int, path: str, text: str) -> None:
+        text = f"{path}: {text}" if path else text
+        self.mistakes.append((line, "".join(c if c.isprintable() else "?" for c in text)))
 
-    def _compose(self, text: str) -> yaml.Node | None:
+    # YAML to entries
+
+    def _parse(self, text: str) -> Entry:
         try:
-            loader = yaml.SafeLoader(text)
-            node = loader.get_single_node()
-            _flatten(loader, node, set())
-            return node
+            node = yaml.compose(text, yaml.SafeLoader)
+            return Entry(1, None) if node is None else self._entry(node, "", 0)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
-            line = mark.line + 1 if mark else 1
-            raise ConfigError([f"{self.file}:{line}: {_yaml_problem(error, text, line)}"]) from None
+            at = getattr(error, "position", 0)  # of a character that YAML does not allow
+            line = mark.line + 1 if mark else text.count("\n", 0, at) + 1
+            problem = _yaml_problem(error, text, line)
+        except RecursionError:
+            line, problem = 1, "it is nested too deeply"
+        raise ConfigError([f"{self.file}:{line}: broken YAML: {problem}"])
 
-    def _config(self, root: yaml.Node | None) -> Config:
-        if root is None or _is_null(root):
+    def _entry(self, node: yaml.Node, path: str, depth: int) -> Entry:
+        line = node.start_mark.line + 1
+        self._room -= 1
+        if depth > 20 or self._room < 0:
+            problem = "broken YAML: it is nested too deeply, or an alias holds itself"
+            raise ConfigError([f"{self.file}:{line}: {problem}"])
+        if isinstance(node, yaml.MappingNode):
+            return Entry(line, self._mapping(node, path, depth))
+        if isinstance(node, yaml.SequenceNode):
+            return Entry(line, [self._entry(item, path, depth + 1) for item in node.value])
+        is_null = node.tag == "tag:yaml.org,2002:null"
+        return Entry(line, None if is_null else str(node.value))
+
+    def _mapping(self, node: yaml.MappingNode, path: str, depth: int) -> dict[str, Entry]:
+        """A mapping's entries, with those of `<<: *other` behind what is written here."""
+        entries: dict[str, Entry] = {}
+        merged: dict[str, Entry] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            where = (f"{path}." if path else "") + _known(str(key.value))
+            entry = self._entry(value, where, depth + 1)
+            entry.key_line = line
+            if not isinstance(key, yaml.ScalarNode):
+                self.mistake(line, path, "a key must be plain text")
+            elif key.tag == "tag:yaml.org,2002:merge":
+                merged = {**self._merged(entry, path), **merged}
+            elif key.value in entries:
+                self.mistake(line, where, "this name stands here twice")
+            else:
+                entries[key.value] = entry
+        return {**merged, **entries}
+
+    def _merged(self, entry: Entry, path: str) -> dict[str, Entry]:
+        """What `<<` brings in: of several sections the first one's entries win."""
+        merged: dict[str, Entry] = {}
+        for other in entry.value if isinstance(entry.value, list) else [entry]:
+            if isinstance(other.value, dict):
+                merged = {**other.value, **merged}
+            else:
+                self.mistake(other.line, path, "<< takes a section, or a list of them")
+        return merged
+
+    # Entries to settings
+
+    def _config(self, root: Entry) -> Config:
+        if root.value is None:
             return Config()
         sections = self.table(root, "", dict.fromkeys(("server", "streams", "options"), _keep))
         server = self._section(sections.get("server"), "server", SERVER_KEYS)
-        options = self._section(sections.get("options"), "options", OPTION_KEYS)
-        shared = replace(Options(), **options)
-        streams = self._streams(sections.get("streams"), shared)
+        shared = replace(
+            Options(), **self._section(sections.get("options"), "options", OPTION_KEYS)
+        )
+        streams = self._streams(sections["streams"], shared) if "streams" in sections else {}
         return Config(replace(ServerSettings(), **server), streams, shared)
 
-    def _section(
-        self, node: yaml.Node | None, path: str, keys: Mapping[str, Read]
-    ) -> dict[str, Any]:
-        return {} if node is None else self.table(node, path, keys)
+    def _section(self, entry: Entry | None, path: str, keys: Mapping[str, Read]) -> dict[str, Any]:
+        return {} if entry is None else self.table(entry, path, keys)
 
-    def _streams(self, node: yaml.Node | None, shared: Options) -> dict[str, StreamSettings]:
+    def _streams(self, entry: Entry, shared: Options) -> dict[str, StreamSettings]:
         streams: dict[str, StreamSettings] = {}
         numbers: dict[int, str] = {}
-        for key, value in self.pairs(node, "streams") if node is not None else ():
-            path = f"streams.{key.value}"
-            if not self._stream_name(key, path):
-                continue
-            stream = self._stream(value, path, key.value, shared)
-            if stream.number is not None and stream.number in numbers:
-                other = numbers[stream.number]
-                self.mistake(value, f"{path}.number", f"{stream.number} is {other}'s already")
-            elif stream.number is not None:
-                numbers[stream.number] = stream.name
-            streams[stream.name] = stream
+        for name, value in self.pairs(entry, "streams"):
+            path = f"streams.{_known(name)}"
+            if not STREAM_NAME.fullmatch(name):
+                self.mistake(
+                    value.key_line, path, "a name holds only a-z, 0-9 and -, e.g. channel-1"
+                )
+            elif name in RESERVED_NAMES:
+                self.mistake(value.key_line, path, "this name is reserved, choose another")
+            else:
+                stream = streams[name] = self._stream(value, path, name, shared)
+                if stream.number is not None and numbers.setdefault(stream.number, name) != name:
+                    assert isinstance(value.value, dict)
+                    line, other = value.value["number"].line, numbers[stream.number]
+                    self.mistake(line, f"{path}.number", f"{stream.number} is {other}'s already")
         return streams
 
-    def _stream_name(self, key: yaml.ScalarNode, path: str) -> bool:
-        if not STREAM_NAME.fullmatch(key.value):
-            self.mistake(key, path, "a name holds only a-z, 0-9 and -, e.g. channel-1")
-        elif key.value in RESERVED_NAMES:
-            self.mistake(key, path, "this name is reserved, choose another")
-        else:
-            return True
-        return False
-
-    def _stream(self, node: yaml.Node, path: str, name: str, shared: Options) -> StreamSettings:
-        if isinstance(node, yaml.ScalarNode):
-            return StreamSettings(name, as_urls(self, node, path), title=name, options=shared)
-        values = self.table(node, path, STREAM_KEYS | STREAM_OPTION_KEYS)
-        if "url" not in values and isinstance(node, yaml.MappingNode) and node.value:
-            self.mistake(node, path, "url is missing")
-        own = {key: values.pop(key) for key in tuple(values) if key in STREAM_OPTION_KEYS}
+    def _stream(self, entry: Entry, path: str, name: str, shared: Options) -> StreamSettings:
+        if not isinstance(entry.value, dict):
+            return StreamSettings(name, as_urls(self, entry, path), title=name, options=shared)
+        if "url" not in entry.value:
+            self.mistake(entry.line, path, "url is missing")
+        values = self.table(entry, path, STREAM_KEYS | OPTION_KEYS)
+        own = {key: values.pop(key) for key in tuple(values) if key in OPTION_KEYS}
         if "streamlink" in own:
             own["streamlink"] = {**shared.streamlink, **own["streamlink"]}
         addresses = values.pop("url", ())
         values["title"] = values.get("title") or name
         return StreamSettings(name, addresses, **values, options=replace(shared, **own))
 
-    def pairs(self, node: yaml.Node, path: str) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
-        """The entries of a mapping; what is none, and a key that comes twice, is a mistake."""
-        where = f"{path}." if path else ""
-        if _is_null(node):
-            self.mistake(node, path, "this section is empty: remove it or fill it")
-        elif not isinstance(node, yaml.MappingNode):
-            self.mistake(node, path, f'expected "key: value" lines, got {_shown(node)}')
+    def pairs(self, entry: Entry, path: str) -> Iterable[tuple[str, Entry]]:
+        """The entries of a mapping; anything else is a mistake and has none."""
+        if isinstance(entry.value, dict):
+            return entry.value.items()
+        if entry.value is None:
+            self.mistake(entry.line, path, "this section is empty: remove it or fill it")
         else:
-            seen: set[str] = set()
-            for key, value in node.value:
-                if not isinstance(key, yaml.ScalarNode):
-                    self.mistake(key, path, "a key must be plain text")
-                elif key.value in seen:
-                    self.mistake(key, where + key.value, "this name stands here twice")
-                else:
-                    seen.add(key.value)
-                    yield key, value
+            got = "text" if isinstance(entry.value, str) else "a list"  # the text may be a secret
+            self.mistake(entry.line, path, f'expected "key: value" lines, got {got}')
+        return ()
 
-    def table(self, node: yaml.Node, path: str, keys: Mapping[str, Read]) -> dict[str, Any]:
+    def table(self, entry: Entry, path: str, keys: Mapping[str, Read]) -> dict[str, Any]:
         """A mapping with known keys; values that are mistakes, and nulls, are left out."""
         values: dict[str, Any] = {}
-        for key, value in self.pairs(node, path):
-            name, where = key.value, f"{path}.{key.value}" if path else key.value
+        for name, value in self.pairs(entry, path):
+            where = f"{path}.{_known(name)}" if path else _known(name)
             if name not in keys:
-                self.mistake(key, where, f"unknown key{_nearest(name, keys)}")
+                self.mistake(value.key_line, where, f"unknown key{_nearest(name, keys)}")
                 continue
             found = len(self.mistakes)
             result = keys[name](self, value, where)
@@ -411,45 +466,31 @@ class ConfigReader:
         return values
 
 
-def _keep(reader: ConfigReader, node: yaml.Node, path: str) -> yaml.Node:
-    return node
-
-
-def _flatten(loader: yaml.SafeLoader, node: yaml.Node | None, seen: set[int]) -> None:
-    """Resolve `<<: *name` in every mapping, each node once even where an alias makes a circle."""
-    if node is None or id(node) in seen:
-        return
-    seen.add(id(node))
-    if isinstance(node, yaml.MappingNode):
-        written = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        loader.flatten_mapping(node)
-        if "<<" in written:  # merged keys come first, and a key that is written here wins
-            node.value = list({key.value: (key, value) for key, value in node.value}.values())
-        for key, value in node.value:
-            _flatten(loader, key, seen)
-            _flatten(loader, value, seen)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _flatten(loader, item, seen)
+def _keep(reader: ConfigReader, entry: Entry, path: str) -> Entry:
+    return entry
 
 
 def _yaml_problem(error: yaml.YAMLError, text: str, line: int) -> str:
     lines = text.splitlines()
-    if 0 < line <= len(lines) and "\t" in lines[line - 1][: len(lines[line - 1]) // 2 + 1]:
-        return "broken YAML: a tab stands here, use spaces"
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"broken YAML: {problem}"
+    if 0 < line <= len(lines) and "\t" in lines[line - 1]:
+        return "a tab stands here, use spaces"
+    problem = getattr(error, "problem", None) or str(error)
+    return re.sub(r"alias .*", "alias", problem.splitlines()[0])  # its name may be a secret's
 
 
-def _is_null(node: yaml.Node) -> bool:
-    return bool(node.tag == "tag:yaml.org,2002:null")
+def _known(name: str) -> str:
+    """A key as a mistake may show it: one that is an address or odd may be a secret."""
+    return name if re.fullmatch(r"[\w .%/-]{0,40}", name) else "(a key)"
 
 
-def _shown(node: yaml.Node) -> str:
-    """What a mistake quotes: secrets stand in addresses and headers, so only short plain words."""
-    if not isinstance(node, yaml.ScalarNode):
-        return "a list" if isinstance(node, yaml.SequenceNode) else "a section"
-    return f'"{node.value}"' if re.fullmatch(r"[\w.+-]{1,20}", node.value) else "this text"
+def _shown(entry: Entry) -> str:
+    """What a mistake quotes of a value that is no secret."""
+    if isinstance(entry.value, str):
+        is_short = re.fullmatch(r"[\w.+-]{0,20}", entry.value)
+        return f'"{entry.value}"' if is_short else "something else"
+    if entry.value is None:
+        return "nothing"
+    return "a list" if isinstance(entry.value, list) else "a section"
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
@@ -457,28 +498,36 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f", did you mean {close[0]}?" if close else ""
 
 
-# What a value may be.  Each reads one node, reports what is wrong with it and returns None then.
+# What a value may be.  Each reads one entry, reports what is wrong with it and returns None then.
 
 
-def as_text(reader: ConfigReader, node: yaml.Node, path: str) -> str | None:
-    if isinstance(node, yaml.ScalarNode):
-        return None if _is_null(node) else str(node.value)
-    reader.mistake(node, path, f"expected text, got {_shown(node)}")
-    return None
+def as_text(reader: ConfigReader, entry: Entry, path: str) -> str | None:
+    if isinstance(entry.value, (list, dict)):
+        reader.mistake(entry.line, path, f"expected text, got {_shown(entry)}")
+        return None
+    return entry.value
+
+
+def as_words(reader: ConfigReader, entry: Entry, path: str) -> str | None:
+    """Text that is not empty: an empty token would let everybody in."""
+    value = as_text(reader, entry, path)
+    if value == "":
+        reader.mistake(entry.line, path, "the text is empty: remove this key or fill it")
+    return value
 
 
 def as_number(kind: type[int] | type[float], least: float, most: float = math.inf) -> Read:
     """A reader of whole numbers or seconds within bounds."""
     what = "a whole number" if kind is int else "a number"
-    bounds = f"{least:g} or more" if most == math.inf else f"from {least:g} to {most:g}"
+    bounds = f"{least} or more" if most == math.inf else f"from {least} to {most}"
 
-    def read(reader: ConfigReader, node: yaml.Node, path: str) -> float | None:
+    def read(reader: ConfigReader, entry: Entry, path: str) -> float | None:
         with contextlib.suppress(ValueError):
-            if isinstance(node, yaml.ScalarNode) and re.fullmatch(r"[-+.\d_eE]+", node.value):
-                value = kind(node.value)
+            if isinstance(entry.value, str) and re.fullmatch(r"[-+.\d_eE]+", entry.value):
+                value = kind(entry.value)
                 if least <= value <= most:
                     return value
-        reader.mistake(node, path, f"expected {what}, {bounds}, got {_shown(node)}")
+        reader.mistake(entry.line, path, f"expected {what}, {bounds}, got {_shown(entry)}")
         return None
 
     return read
@@ -487,12 +536,12 @@ def as_number(kind: type[int] | type[float], least: float, most: float = math.in
 def as_url(*schemes: str) -> Read:
     """A reader of absolute addresses with one of these schemes."""
 
-    def read(reader: ConfigReader, node: yaml.Node, path: str) -> str | None:
-        value = as_text(reader, node, path)
+    def read(reader: ConfigReader, entry: Entry, path: str) -> str | None:
+        value = as_text(reader, entry, path)
         if value is None or (_split(value)[0] in schemes and _split(value)[1]):
             return value
         wanted = " or ".join(f"{scheme}://" for scheme in schemes[:2])
-        reader.mistake(node, path, f"expected an address that begins with {wanted}")
+        reader.mistake(entry.line, path, f"expected an address that begins with {wanted}")
         return None
 
     return read
@@ -507,104 +556,117 @@ def _split(address: str) -> tuple[str, str]:
     return "", ""
 
 
-def as_urls(reader: ConfigReader, node: yaml.Node, path: str) -> tuple[str, ...]:
+def as_urls(reader: ConfigReader, entry: Entry, path: str) -> tuple[str, ...]:
     """One address or a list of them, for the upstream to open."""
-    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    items = entry.value if isinstance(entry.value, list) else [entry]
     if not items:
-        reader.mistake(node, path, "the list of addresses is empty")
-    addresses = []
-    for item in items:
-        address = (as_text(reader, item, path) or "").strip()
-        if not address:
-            reader.mistake(item, path, "the address is missing")
-        elif "file://" in address.lower():
-            reader.mistake(item, path, "file:// is never opened; use an http(s) address")
-        elif re.search(r"[\x00-\x1f]", address):
-            reader.mistake(item, path, "the address holds a control character")
-        addresses.append(address)
-    return tuple(addresses)
+        reader.mistake(entry.line, path, "the list of addresses is empty")
+    return tuple(_address(reader, item, path) for item in items)
 
 
-def as_networks(reader: ConfigReader, node: yaml.Node, path: str) -> tuple[str, ...]:
-    if not isinstance(node, yaml.SequenceNode):
-        reader.mistake(node, path, f'expected a list like ["192.168.0.0/16"], got {_shown(node)}')
+def _address(reader: ConfigReader, entry: Entry, path: str) -> str:
+    found = len(reader.mistakes)
+    address = (as_text(reader, entry, path) or "").strip()
+    if len(reader.mistakes) > found:
+        return ""
+    if not address:
+        reader.mistake(entry.line, path, "the address is missing")
+    elif re.match(r"(\w+://)*file:", address, re.I):
+        reader.mistake(entry.line, path, "file:// is never opened; use an http(s) address")
+    elif not address.isprintable():
+        reader.mistake(entry.line, path, "the address holds a control character")
+    return address
+
+
+def as_networks(reader: ConfigReader, entry: Entry, path: str) -> tuple[str, ...]:
+    if not isinstance(entry.value, list):
+        reader.mistake(entry.line, path, 'expected a list like ["192.168.0.0/16"]')
         return ()
-    for item in node.value:
-        try:
-            ipaddress.ip_network(item.value if isinstance(item, yaml.ScalarNode) else "")
-        except ValueError:
-            reader.mistake(
-                item, path, f"expected a network like 192.168.0.0/16, got {_shown(item)}"
-            )
-    return tuple(str(item.value) for item in node.value)
+    networks = []
+    for item in entry.value:
+        with contextlib.suppress(ValueError):
+            ipaddress.ip_network(item.value)  # type: ignore[arg-type]
+            networks.append(str(item.value))
+            continue
+        reader.mistake(item.line, path, "expected a network like 192.168.0.0/16")
+    return tuple(networks)
 
 
-def as_headers(reader: ConfigReader, node: yaml.Node, path: str) -> dict[str, str]:
+def as_header_value(reader: ConfigReader, entry: Entry, path: str) -> str | None:
+    """One line that HTTP can carry (RFC 9110, 5.5)."""
+    value = as_text(reader, entry, path)
+    if value is None or (value.isprintable() and value.isascii() and value.strip() == value):
+        return value
+    reader.mistake(entry.line, path, "a header's value is one line of ASCII text")
+    return None
+
+
+def as_headers(reader: ConfigReader, entry: Entry, path: str) -> dict[str, str]:
     found = {}
-    for key, value in reader.pairs(node, path):
-        content = as_text(reader, value, f"{path}.{key.value}") or ""
-        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", key.value):
-            reader.mistake(key, path, "this is no name of an HTTP header")
-        elif re.search(r"[\r\n\x00]", content):
-            reader.mistake(value, f"{path}.{key.value}", "a header is one line")
+    for name, value in reader.pairs(entry, path):
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+            reader.mistake(value.key_line, path, "this is no name of an HTTP header")
         else:
-            found[key.value] = content
+            found[name] = as_header_value(reader, value, f"{path}.{_known(name)}") or ""
     return found
 
 
-def as_engine_options(reader: ConfigReader, node: yaml.Node, path: str) -> dict[str, Any]:
+def as_engine_options(reader: ConfigReader, entry: Entry, path: str) -> dict[str, Any]:
     """The `streamlink:` map, each value of the type its option has."""
     found: dict[str, Any] = {}
-    for key, value in reader.pairs(node, path) if node.value or _is_null(node) else ():
-        name, where = key.value.replace("_", "-"), f"{path}.{key.value}"
+    for key, value in reader.pairs(entry, path):
+        name, where = key.replace("_", "-"), f"{path}.{_known(key)}"
         if name not in reader.engine:
-            reader.mistake(key, where, f"unknown streamlink option{_nearest(name, reader.engine)}")
+            nearest = _nearest(name, reader.engine)
+            reader.mistake(value.key_line, where, f"unknown streamlink option{nearest}")
         elif reader.engine[name] is Ellipsis:
-            reader.mistake(key, where, "StreamPipe sets this itself, for safety; remove it")
+            reader.mistake(
+                value.key_line, where, "StreamPipe sets this itself, for safety; remove it"
+            )
         elif name in GLOBAL_ENGINE_OPTIONS and path != "options.streamlink":
-            reader.mistake(key, where, "acts on the whole process: set it under options.streamlink")
-        else:
+            words = "acts on the whole process: set it under options.streamlink"
+            reader.mistake(value.key_line, where, words)
+        elif value.value is not None:
             found[name] = _engine_value(reader, value, where, reader.engine[name])
     return found
 
 
-GLOBAL_ENGINE_OPTIONS = frozenset({"ipv4", "ipv6"})
-
-
-def _engine_value(reader: ConfigReader, node: yaml.Node, path: str, example: Any) -> Any:
-    """A value like `example`; where that is None or text, text (numbers too, as written)."""
-    try:
-        value = yaml.SafeLoader("").construct_object(node, deep=True)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        value = None  # an alias inside itself, or a date that is none
-    kinds: dict[type, tuple[tuple[type, ...], str]] = {
-        bool: ((bool,), "true or false"),
-        int: ((int,), "a whole number"),
-        float: ((int, float), "a number"),
-        list: ((list,), "a list"),
-        dict: ((dict,), "a section of keys and values"),
-    }
-    allowed, words = kinds.get(type(example), ((str, int, float, list), "text"))
-    if isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool)):
-        is_text = str in allowed and isinstance(node, yaml.ScalarNode)
-        return str(node.value) if is_text else value
-    reader.mistake(node, path, f"expected {words}, got {_shown(node)}")
+def _engine_value(reader: ConfigReader, entry: Entry, path: str, example: Any) -> Any:
+    """A value of the type of `example`."""
+    value = entry.value
+    if isinstance(example, bool):
+        if isinstance(value, str) and value.lower() in FLAGS:
+            return FLAGS[value.lower()]
+        reader.mistake(entry.line, path, f"expected true or false, got {_shown(entry)}")
+    elif isinstance(example, (int, float)):
+        with contextlib.suppress(ValueError, TypeError):
+            return type(example)(value)  # type: ignore[arg-type]
+        what = "a whole number" if isinstance(example, int) else "a number"
+        reader.mistake(entry.line, path, f"expected {what}, got {_shown(entry)}")
+    elif isinstance(example, dict):
+        return as_headers(reader, entry, path)  # cookies and query parameters are such text, too
+    elif not isinstance(example, list):
+        return as_text(reader, entry, path)
+    elif isinstance(value, list):
+        return [as_text(reader, item, path) or "" for item in value]
+    else:
+        reader.mistake(entry.line, path, f"expected a list, got {_shown(entry)}")
     return None
 
 
 SERVER_KEYS: dict[str, Read] = {
-    "host": as_text,
+    "host": as_words,
     "port": as_number(int, 0, 65535),
     "max_viewers": as_number(int, 0),
     "max_upstreams": as_number(int, 0),
-    "token": as_text,
+    "token": as_words,
     "trusted": as_networks,
     "public_url": as_url("http", "https"),
     "name": as_text,
     "epg": as_url("http", "https"),
 }
 OPTION_KEYS: dict[str, Read] = {
-    "user_agent": as_text,
+    "user_agent": as_header_value,
     "threads": as_number(int, 1, 64),
     "timeout": as_number(float, 0.1, 3600),
     "buffer_size": as_number(int, 1, 64 * MIB),
@@ -621,11 +683,10 @@ STREAM_KEYS: dict[str, Read] = {
     "group": as_text,
     "tvg_id": as_text,
     "number": as_number(int, 1),
-    "quality": as_text,
+    "quality": as_words,
     "headers": as_headers,
     "proxy": as_url("http", "socks5h", "https", "socks5", "socks4", "socks4a"),
 }
-STREAM_OPTION_KEYS = OPTION_KEYS
 
 
 # --------------------------------------------------------------------------------------------------
@@ -656,22 +717,34 @@ def sniff(start: bytes, is_all: bool = False) -> Container | None:
 
     With `is_all`, no more will come.  Never None from SNIFF_LIMIT bytes on.
     """
-    enough = is_all or len(start) >= SNIFF_LIMIT
-    if start[:3] == b"ID3" or (start[:1] == b"\xff" and start[1:2] and start[1] & 0xF6 == 0xF0):
-        return Container.AAC
     if start[:4] == b"\x1a\x45\xdf\xa3":
         return Container.MATROSKA
     if start[4:8] in FMP4_FIRST_BOXES:
         return Container.FMP4
-    if enough:
-        offset = start.find(TS_SYNC)
-        while 0 <= offset < TS_PACKET:
-            if start[offset : offset + 3 * TS_PACKET : TS_PACKET].strip(TS_SYNC) == b"":
-                return Container.MPEG_TS
-            offset = start.find(TS_SYNC, offset + 1)
-        return Container.OTHER
+    if start[:3] == b"ID3" or _is_adts(start, headers=2):
+        return Container.AAC
+    if is_all or len(start) >= SNIFF_LIMIT:
+        if any(_is_in_sync(start, offset) for offset in range(TS_PACKET)):
+            return Container.MPEG_TS
+        return Container.AAC if _is_adts(start, headers=1) else Container.OTHER
     # A first packet that is whole and followed by another's sync byte needs no more proof.
     return Container.MPEG_TS if start[: TS_PACKET + 1 : TS_PACKET] == 2 * TS_SYNC else None
+
+
+def _is_adts(start: bytes, headers: int) -> bool:
+    """Whether so many frames in a row begin like one of AAC's (ISO/IEC 13818-7, 6.2)."""
+    at = 0
+    for _ in range(headers):
+        if start[at : at + 1] != b"\xff" or start[at + 1 : at + 2] not in ADTS_SECOND_BYTES:
+            return False
+        at += max(7, _adts_size(start[at : at + 7]))
+    return True
+
+
+def _is_in_sync(start: bytes, offset: int) -> bool:
+    """Whether up to three packets begin at `offset`, the first of them whole."""
+    syncs = start[offset : offset + 3 * TS_PACKET : TS_PACKET]
+    return offset + TS_PACKET <= len(start) and not syncs.strip(TS_SYNC)
 
 
 class JoinKind(enum.IntEnum):
@@ -1057,6 +1130,9 @@ def _box_size(header: bytes) -> float | None:
 # AAC in ADTS frames (ISO/IEC 13818-7), with ID3 tags in front of a segment's first (RFC 8216, 3.4)
 
 
+ADTS_SECOND_BYTES = (b"\xf0", b"\xf1", b"\xf8", b"\xf9")
+
+
 class AacFramer(Framer):
     """Whole frames; ID3 tags, of any version, are taken out."""
 
@@ -1068,7 +1144,7 @@ class AacFramer(Framer):
 
     def start_segment(self) -> None:
         super().start_segment()
-        self._is_adts = True
+        self._is_adts, self._tag_left = True, 0
 
     def feed(self, data: bytes) -> list[bytes]:
         data, at, pieces = self._carry + data, 0, []
@@ -1108,12 +1184,16 @@ class AacFramer(Framer):
             return end, False
         return self._frames_end(data, at), True
 
-    def _frames_end(self, data: bytes, at: int) -> int:
-        """Where the run of whole frames from `at` on ends; all of it where these are no frames."""
+    def _frames_end(self, data: bytes, start: int) -> int:
+        """Where a block's worth of whole frames from `start` on ends.
+
+        That is the end of the data where these are no frames of AAC.
+        """
+        at = start
         while self._is_adts and at + 7 <= len(data) and data[at : at + 3] != b"ID3":
-            size = (data[at + 3] & 3) << 11 | data[at + 4] << 3 | data[at + 5] >> 5
-            self._is_adts = data[at] == 0xFF and data[at + 1] & 0xF6 == 0xF0 and size >= 7
-            if at + size > len(data):
+            size = _adts_size(data[at : at + 7])
+            self._is_adts = size >= 7 and _is_adts(data[at : at + 2], headers=1)
+            if at + size > min(len(data), start + BLOCK_LIMIT):
                 break
             at += size
         return at if self._is_adts else len(data)
@@ -1124,6 +1204,13 @@ def _id3_size(header: bytes) -> int:
     size = functools.reduce(lambda total, byte: total << 7 | byte & 0x7F, header[6:10], 0)
     has_footer = header[3] >= 4 and header[5] & 0x10
     return 10 + size + (10 if has_footer else 0)
+
+
+def _adts_size(header: bytes) -> int:
+    """Bytes of the frame with this header, which is part of it; 0 for less than a header."""
+    if len(header) < 7:
+        return 0
+    return (header[3] & 3) << 11 | header[4] << 3 | header[5] >> 5
 
 
 def framer_for(container: Container) -> Framer:
@@ -1340,6 +1427,7 @@ class Place:
     moved: float = field(default_factory=time.monotonic)
     skips: int = 0  # how often it fell behind
     skipped_bytes: int = 0
+    left_at: int | None = None  # where it fell behind, until it goes on
 
 
 class Window:
@@ -1378,17 +1466,25 @@ class Window:
         Blocks while the foremost viewer still takes but has not taken what would have to go.
         """
         with self._lock:
+            new = deque(joins)
             for block in blocks:
                 self._make_room(len(block))
                 if self._is_cut:
                     return
                 self._blocks.append(block)
                 self._head += len(block)
-            for join in joins:
-                if join.position >= self._tail:
-                    self._joins.append(join)
-                    self._best_kind = max(self._best_kind, join.kind)
+                while new and new[0].position < self._head:  # viewers may need it meanwhile
+                    self._add_join(new.popleft())
+            for join in new:
+                self._add_join(join)
             self._grown.notify_all()
+
+    def _add_join(self, join: JoinPoint) -> None:
+        if join.position < self._tail:
+            self._past_joins.append(join.position)
+        else:
+            self._joins.append(join)
+            self._best_kind = max(self._best_kind, join.kind)
 
     def end(self, reason: Exception) -> None:
         """No more will come: viewers take the rest, then take() raises `reason`.  Idempotent."""
@@ -1417,11 +1513,13 @@ class Window:
 
     def _foremost_wait(self) -> float:
         """Seconds to wait for the foremost viewer to take the oldest block; 0 or less: none."""
-        if any(place.next is None or place.next > self._first for place in self._places):
+        if not self._places or any(
+            place.next is None or place.next > self._first for place in self._places
+        ):
             return 0
         if any(place.is_waiting for place in self._places):
             return self.patience
-        moved = max((place.moved for place in self._places), default=-math.inf)
+        moved = max(place.moved for place in self._places)
         return moved + self.patience - time.monotonic()
 
     def _evict(self) -> None:
@@ -1470,6 +1568,7 @@ class Window:
         return bool(place.pending) or place.next < self._first + len(self._blocks)
 
     def _gather(self, place: Place) -> list[bytes]:
+        place.moved = time.monotonic()
         taken, place.pending = place.pending, []
         size = sum(map(len, taken))
         while place.next is not None and place.next < self._first + len(self._blocks):
@@ -1488,17 +1587,19 @@ class Window:
         starts = itertools.chain(self._past_joins, (join.position for join in self._joins))
         if self.has_units and place.position not in starts:
             raise ViewerGone("fell behind in the middle of a fragment")
-        before = place.position
-        self._seek(place)
         place.skips += 1
-        place.skipped_bytes += max(0, place.position - before)
+        place.left_at = place.position
+        self._seek(place)
 
     def _seek(self, place: Place) -> None:
         """Move to the join point a new viewer gets, or to waiting for the next."""
         join = self._join_point()
         if join is None:
-            place.next, place.pending, place.position = None, [], self._head
+            place.next, place.pending = None, []
             return
+        if place.left_at is not None:
+            place.skipped_bytes += join.position - place.left_at
+            place.left_at = None
         at, number = self._tail, self._first
         for block in self._blocks:
             if at + len(block) > join.position:
@@ -1817,7 +1918,11 @@ class Session:
     def _resolve(self, address: str) -> Variants:
         match = self.engine.plugins.match_url(address)
         if match is None:
-            return Variants(self, self._judge(address))
+            if raw := self._judge(address):
+                return Variants(self, dict.fromkeys(("live", "best", "worst"), raw))
+            address = f"hls://{address}"
+            match = self.engine.plugins.match_url(address)
+            assert match
         plugin = match[1](self.engine, address, PluginOptions())
         try:
             return Variants(self, dict(plugin.streams()))
@@ -1825,18 +1930,17 @@ class Session:
             # Every plugin leaves its cache with atexit, for ever.
             atexit.unregister(plugin.cache._save)
 
-    def _judge(self, address: str) -> dict[str, Any]:
-        """The streams of an address that no plugin knows, told by its first bytes."""
+    def _judge(self, address: str) -> OpenResponse | None:
+        """Open an address that no plugin knows; None where its first bytes are a playlist's."""
         response = self.request(url=address)
         start = response.raw.read1(64, decode_content=True)
         while start and len(start) < 16 and (more := response.raw.read1(64, decode_content=True)):
             start += more
         if not start.lstrip(b"\xef\xbb\xbf \r\n").startswith(b"#EXTM3U"):
-            return {"live": OpenResponse(response, start)}
+            return OpenResponse(response, start)
         _read_bounded(response, time.monotonic() + self.timeout, start)
         self._keep(response)
-        streams = HLSStream.parse_variant_playlist(self.engine, address)
-        return dict(streams) or {"live": HLSStream(self.engine, address)}
+        return None
 
     def request(self, **arguments: Any) -> requests.Response:
         """A request whose body is still to be read; raises what streamlink makes of a failure."""
@@ -2717,9 +2821,11 @@ class Channels:
                 del registry[key]
 
     def _failure_of(self, ending: Exception) -> StreamError:
+        if self.is_stopping:
+            return stopping_error()
         if isinstance(ending, StreamError):
             return ending
-        return stopping_error() if self.is_stopping else UpstreamError("the origin sent no media")
+        return UpstreamError("the origin sent no media")
 
     # Main
 
@@ -2944,7 +3050,6 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
     server_version = f"StreamPipe/{__version__}"
-    sys_version = ""
 
     def handle(self) -> None:
         self.close_connection = True
@@ -2970,11 +3075,12 @@ class Handler(BaseHTTPRequestHandler):
             data = self.connection.recv(HEAD_LIMIT - len(head))
             if not data:
                 raise ViewerGone("no request")
-            head += data
+            head = (head + data).lstrip(b"\r\n")  # RFC 9112, 2.2: empty lines may come first
         return head
 
     def _answer_request(self) -> None:
         if self.request_version == "HTTP/0.9":
+            self.request_version = "HTTP/1.0"  # or no head would be sent
             self.answer_error(HTTPStatus.BAD_REQUEST, "HTTP/0.9 is not spoken here")
         elif self.command not in METHODS:
             headers = {"Allow": ", ".join(METHODS)}
@@ -3166,6 +3272,9 @@ class Handler(BaseHTTPRequestHandler):
         status = HTTPStatus(code)
         self.answer_error(status, message or status.phrase)
 
+    def version_string(self) -> str:
+        return self.server_version
+
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("%s: %s", self.client_address[0], format % args)
 
@@ -3331,7 +3440,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _port(value: str) -> int:
-    port = int(value)
+    port = int(value) if value.isdecimal() else -1
     if not 0 <= port <= 65535:
         raise argparse.ArgumentTypeError("a port is a number from 0 to 65535")
     return port
@@ -3399,7 +3508,7 @@ def serve(config: Config, stop: threading.Event) -> int:
     channels = Channels()
     try:
         server = Server(config, channels)
-    except (OSError, OverflowError) as error:
+    except (OSError, ValueError, TypeError, OverflowError) as error:  # odd hosts raise all four
         where = f"{config.server.host} port {config.server.port}"
         log.error("cannot listen on %s: %s; choose another with --port", where, error)
         return EXIT_FAILED

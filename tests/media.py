@@ -301,6 +301,18 @@ def decode(data: bytes, *, strict: bool = True) -> Decoded:
     return Decoded(tuple(times["video"]), tuple(times["audio"]), bool(first_key))
 
 
+def first_picture(data: bytes) -> tuple[float, bool]:
+    """The time of the first picture in `data`, which may break off anywhere behind it, and whether
+    a key frame came first. Raises where no picture can be decoded."""
+    with av.open(io.BytesIO(data), options={"err_detect": "explode"}) as container:
+        is_key: bool | None = None
+        for packet in container.demux(video=0):
+            is_key = packet.is_keyframe if is_key is None else is_key
+            for frame in packet.decode():
+                return _seconds(frame), is_key
+    raise ValueError("no picture")
+
+
 def _seconds(frame: object) -> float:
     """The presentation time of a decoded frame, which must have one."""
     if not isinstance(frame, (av.VideoFrame, av.AudioFrame)) or frame.time is None:

@@ -1,0 +1,444 @@
+"""The program as its users run it: a real process, a real origin, real sockets and signals."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pipe
+from tests import media
+from tests.origin import Fault, Origin, Playlist, Stall, StallHeaders
+from tests.server import Watch
+
+PIPE = Path(pipe.__file__)
+TIMEOUT = 20.0  # seconds; nothing a test waits for takes as long
+EXIT_TIME = 5.0  # seconds in which the program ends, whatever hangs
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (debug|info|warning|error)\b.+", re.I)
+SECRET = "hunter2"
+
+
+class Program:
+    """A running `python pipe.py`; killed where a test leaves it running."""
+
+    def __init__(self, *arguments: str, cwd: Path, python: tuple[str, ...] = ()) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, *python, str(PIPE), *arguments],
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+        self._read = threading.Condition()  # guards the two below
+        self._lines: list[str] = []
+        self._is_closed = False
+        self._reader = threading.Thread(target=self._read_log)
+        self._reader.start()
+
+    def _read_log(self) -> None:
+        assert self._process.stderr
+        for line in self._process.stderr:
+            with self._read:
+                self._lines.append(line.rstrip("\n"))
+                self._read.notify_all()
+        with self._read:
+            self._is_closed = True
+            self._read.notify_all()
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """The first line on stderr that has the pattern, waited for."""
+        with self._read:
+            self._read.wait_for(lambda: self._is_closed or self._find(pattern), TIMEOUT)
+            found = self._find(pattern)
+            assert found, f"{pattern!r} is not in {self._lines}"
+            return found
+
+    def _find(self, pattern: str) -> re.Match[str] | None:
+        return next(filter(None, (re.search(pattern, line) for line in self._lines)), None)
+
+    def listening_port(self) -> int:
+        return int(self.wait_for(r"listens on \S+ port (\d+)")[1])
+
+    def send(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def wait(self, timeout: float = TIMEOUT) -> int:
+        """Its exit status; fails where it does not end in time."""
+        return self._process.wait(timeout)
+
+    def errors(self) -> list[str]:
+        """What it wrote to stderr in its whole life."""
+        self.wait()
+        self._reader.join(TIMEOUT)
+        return self._lines
+
+    def output(self) -> str:
+        """What it wrote to stdout in its whole life."""
+        self.wait()
+        assert self._process.stdout
+        return self._process.stdout.read()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait(TIMEOUT)
+        self._reader.join(TIMEOUT)
+        for stream in (self._process.stdout, self._process.stderr):
+            assert stream
+            stream.close()
+
+
+Run = Callable[..., Program]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    """Start the program in an empty folder: `run("--demo")`; it ends with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments: str, python: tuple[str, ...] = ()) -> Program:
+            program = Program(*arguments, cwd=tmp_path, python=python)
+            stack.callback(program.close)
+            return program
+
+        yield start
+
+
+@pytest.fixture
+def configure(tmp_path: Path) -> Callable[[str], None]:
+    """Write config.yml to the program's folder."""
+
+    def write(text: str) -> None:
+        (tmp_path / "config.yml").write_text(text, encoding="utf-8")
+
+    return write
+
+
+Configure = Callable[[str], None]
+HERE = ("--host", "127.0.0.1", "--port", "0")
+
+
+def get_json(port: int, path: str) -> Any:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        response = connection.getresponse()
+        assert response.status == 200
+        return json.loads(response.read())
+
+
+def ask(port: int, path: str) -> socket.socket:
+    """A connection that has sent a request and waits for no answer."""
+    sock = socket.create_connection(("127.0.0.1", port), TIMEOUT)
+    sock.sendall(f"GET {path} HTTP/1.1\r\nHost: tv\r\n\r\n".encode())
+    return sock
+
+
+#### Serving ####
+
+
+def test_health_of_the_running_process(run: Run) -> None:
+    port = run("--demo", *HERE).listening_port()
+    health = get_json(port, "/health")
+    assert 0 <= health.pop("uptime_seconds") < TIMEOUT
+    assert health == {"status": "ok", "streams": 1, "viewers": 0}
+
+
+def test_demo_plays_without_a_configuration(run: Run) -> None:
+    port = run("--demo", *HERE).listening_port()
+    with Watch(port, "/test-card") as viewer:
+        assert viewer.status == 200
+        assert viewer.headers["Content-Type"] == "video/mp2t"
+        clip = viewer.read(len(pipe.test_card_segment(0)))
+        assert get_json(port, "/health")["viewers"] == 1
+    assert media.decode(clip).starts_with_key
+
+
+def test_demo_does_not_look_at_the_default_file(run: Run, configure: Configure) -> None:
+    configure("broken: [")
+    port = run("--demo", *HERE).listening_port()
+    assert get_json(port, "/health")["streams"] == 1
+
+
+def test_demo_is_added_to_the_streams_of_a_named_file(run: Run, configure: Configure) -> None:
+    configure("streams: {news: 'http://origin.example/x.m3u8'}")
+    program = run("--demo", "-c", "config.yml", *HERE)
+    assert get_json(program.listening_port(), "/health")["streams"] == 2
+    program.wait_for(r"watch http://127\.0\.0\.1:\d+/news$")
+    program.wait_for(r"watch http://127\.0\.0\.1:\d+/test-card$")
+
+
+def test_stream_of_the_default_file_is_served(
+    run: Run, configure: Configure, origin: Origin
+) -> None:
+    news = origin.add(Playlist("news", media.ts_segments(4)))
+    configure(f"streams: {{news: '{news.url}'}}")
+    port = run(*HERE).listening_port()
+    with Watch(port, "/news") as viewer:
+        assert viewer.read_all() == (news.plain(0, 4), True)
+
+
+def test_command_line_overrides_host_and_port_of_the_file(run: Run, configure: Configure) -> None:
+    configure("server: {host: 192.0.2.1, port: 1}")
+    program = run(*HERE)
+    assert program.wait_for(r"listens on (\S+) port")[1] == "127.0.0.1"
+    assert get_json(program.listening_port(), "/health")["status"] == "ok"
+
+
+def test_without_streams_it_warns_and_runs(run: Run, configure: Configure) -> None:
+    configure("server: {name: TV}")
+    program = run(*HERE)
+    assert get_json(program.listening_port(), "/")["streams"] == 0
+    program.wait_for(r"(?i) warning no streams are configured")
+
+
+#### Ending ####
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_lets_the_viewers_go_and_ends_with_status_0(
+    run: Run, number: signal.Signals
+) -> None:
+    program = run("--demo", *HERE)
+    port = program.listening_port()
+    with Watch(port, "/test-card") as first, Watch(port, "/test-card") as second:
+        assert first.read(188)[:1] == second.read(188)[:1] == b"G"
+        program.send(number)
+        assert program.wait(EXIT_TIME) == 0
+        for viewer in (first, second):
+            assert not viewer.read_all()[1], "no final chunk tells players to reconnect"
+
+
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [
+        pytest.param("/news/index.m3u8", StallHeaders(), id="playlist's head"),
+        pytest.param("/news/index.m3u8", Stall(20), id="playlist's body"),
+        pytest.param("/news/*.ts", StallHeaders(), id="segments' heads"),
+        pytest.param("/news/*.ts", Stall(1000), id="segments' bodies"),
+    ],
+)
+def test_hanging_origin_does_not_delay_the_end(
+    run: Run, configure: Configure, origin: Origin, path: str, fault: Fault
+) -> None:
+    news = origin.add(Playlist("news", media.ts_segments(), mode="live"))
+    configure(f"streams: {{news: 'hls://{news.url}'}}")
+    program = run(*HERE)
+    stall = origin.fault(path, fault, times=None)
+    with contextlib.closing(ask(program.listening_port(), "/news")):
+        stall.wait_held()
+        program.send(signal.SIGTERM)
+        assert program.wait(EXIT_TIME) == 0
+
+
+def test_silent_viewer_does_not_delay_the_end(run: Run) -> None:
+    program = run("--demo", *HERE)
+    port = program.listening_port()
+    with socket.create_connection(("127.0.0.1", port), TIMEOUT):
+        get_json(port, "/health")  # the silent connection was accepted before this one
+        program.send(signal.SIGTERM)
+        assert program.wait(EXIT_TIME) == 0
+
+
+def test_second_signal_ends_at_once(run: Run) -> None:
+    program = run("--demo", *HERE)
+    program.listening_port()
+    program.send(signal.SIGINT)
+    program.wait_for("shutting down")
+    program.send(signal.SIGINT)
+    assert program.wait(EXIT_TIME) == 1, "the first signal alone ends with 0"
+
+
+#### What cannot run ####
+
+
+def test_port_that_is_taken_is_one_line(run: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        program = run("--demo", "--host", "127.0.0.1", "--port", str(port))
+        assert program.wait() == 1
+    (line,) = program.errors()
+    assert f" cannot listen on 127.0.0.1 port {port}: " in line
+    assert LOG_LINE.fullmatch(line)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "fe80::x", "a\\0b"])
+def test_host_that_is_none_is_one_line(run: Run, configure: Configure, host: str) -> None:
+    configure(f'server: {{host: "{host}", port: 0}}')
+    program = run()
+    assert program.wait() in (1, 2)
+    assert len(program.errors()) == 1
+
+
+def test_missing_packages_are_told(run: Run) -> None:
+    program = run("--demo", python=("-S",))
+    assert program.wait() == 1
+    (line,) = program.errors()
+    assert re.fullmatch(r"StreamPipe needs its packages \(.+\): pip install -r .+", line)
+
+
+def test_usage_error_ends_with_status_2(run: Run) -> None:
+    program = run("--port", "70000")
+    assert program.wait() == 2
+    usage, *_, last = program.errors()
+    assert usage.startswith("usage: pipe.py [-h] ")
+    assert last == "pipe.py: error: argument --port: a port is a number from 0 to 65535"
+    assert program.output() == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        pytest.param(["--port", "-1"], "a port is a number from 0 to 65535", id="negative port"),
+        pytest.param(["--port", "http"], "a port is a number from 0 to 65535", id="port's name"),
+        pytest.param(["--port"], "expected one argument", id="no port"),
+        pytest.param(["--colour"], "unrecognized arguments: --colour", id="unknown option"),
+        pytest.param(["news.m3u8"], "unrecognized arguments: news.m3u8", id="argument"),
+        pytest.param(["--log-level", "loud"], "invalid choice: 'loud'", id="unknown level"),
+    ],
+)
+def test_usage_error_is_told(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        pipe.main(arguments)
+    assert caught.value.code == 2
+    assert reason in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_missing_default_file(run: Run) -> None:
+    program = run()
+    assert program.wait() == 2
+    assert program.errors() == [
+        "config.yml: no such file; copy config.example.yml to config.yml and edit it, "
+        "or try: python pipe.py --demo"
+    ]
+
+
+def test_missing_named_file(run: Run) -> None:
+    program = run("--demo", "--config", "tv.yml")
+    assert program.wait() == 2
+    (line,) = program.errors()
+    assert line.startswith("tv.yml: no such file; ")
+    assert "config.example.yml" in line
+
+
+def test_every_mistake_of_the_file_is_a_line(run: Run, configure: Configure) -> None:
+    configure("server: {port: 99999}\nstreams:\n  health: u\n  a: {titel: A}\n")
+    program = run()
+    assert program.wait() == 2
+    assert program.errors() == [
+        'config.yml:1: server.port: expected a whole number, from 0 to 65535, got "99999"',
+        "config.yml:3: streams.health: this name is reserved, choose another",
+        "config.yml:4: streams.a.titel: unknown key, did you mean title?",
+        "config.yml:4: streams.a: url is missing",
+    ]
+    assert program.output() == ""
+
+
+def test_broken_yaml_is_a_line(run: Run, configure: Configure) -> None:
+    configure("streams:\n\tnews: u\n")
+    program = run()
+    assert program.wait() == 2
+    assert program.errors() == ["config.yml:2: broken YAML: a tab stands here, use spaces"]
+
+
+def test_demo_beside_a_stream_of_its_name_is_a_mistake(run: Run, configure: Configure) -> None:
+    configure("streams: {test-card: 'http://origin.example/x.m3u8'}")
+    program = run("--demo", "-c", "config.yml")
+    assert program.wait() == 2
+    (line,) = program.errors()
+    assert line.endswith("streams.test-card: --demo adds a stream of this name, rename yours")
+
+
+#### What it writes ####
+
+
+def test_version_names_all_three(run: Run) -> None:
+    program = run("--version")
+    assert program.wait() == 0
+    numbers = r"\d+\.\d+\.\d+\S*"
+    pattern = rf"StreamPipe {numbers}, streamlink {numbers}, Python {numbers}\n"
+    assert re.fullmatch(pattern, program.output())
+    assert program.errors() == []
+
+
+def test_help_goes_to_stdout(run: Run) -> None:
+    program = run("--help")
+    assert program.wait() == 0
+    assert program.output().startswith("usage: pipe.py [-h] ")
+    assert program.errors() == []
+
+
+def test_logs_go_to_stderr_alone(run: Run) -> None:
+    program = run("--demo", *HERE)
+    port = program.listening_port()
+    with Watch(port, "/test-card") as viewer:
+        viewer.read(188)
+    program.send(signal.SIGTERM)
+    assert program.wait(EXIT_TIME) == 0
+    assert program.output() == ""
+    lines = program.errors()
+    assert len(lines) >= 4
+    assert [line for line in lines if not LOG_LINE.fullmatch(line)] == []
+
+
+def test_viewers_arrival_and_departure_are_logged(run: Run) -> None:
+    program = run("--demo", *HERE)
+    with Watch(program.listening_port(), "/test-card") as viewer:
+        viewer.read(188)
+        program.wait_for(r" test-card: 127\.0\.0\.1 watches$")
+    program.wait_for(r" test-card: 127\.0\.0\.1 left: \d+ bytes in \d+\.\d s, 0 skips$")
+
+
+def test_log_level_error_is_silent(run: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    program = run("--demo", "--host", "127.0.0.1", "--port", str(port), "--log-level", "error")
+    wait_for_listener(port)
+    with Watch(port, "/test-card") as viewer:
+        assert viewer.read(188)[:1] == b"G"
+    program.send(signal.SIGTERM)
+    assert program.wait(EXIT_TIME) == 0
+    assert (program.errors(), program.output()) == ([], "")
+
+
+def wait_for_listener(port: int) -> None:
+    """For a program whose log does not tell: try until somebody listens."""
+    deadline = time.monotonic() + TIMEOUT
+    pause = threading.Event()
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), TIMEOUT).close()
+            return
+        pause.wait(0.02)
+    pytest.fail("nobody listens")
+
+
+@pytest.mark.parametrize("level", ["info", "debug"])
+def test_logs_show_no_more_of_an_address_than_its_host(
+    run: Run, configure: Configure, origin: Origin, level: str
+) -> None:
+    address = f"http://user:{SECRET}@127.0.0.1:{origin.port}/{SECRET}/x.m3u8?token={SECRET}"
+    configure(f"streams: {{news: {{url: '{address}', headers: {{Cookie: {SECRET}}}}}}}")
+    program = run(*HERE, "--log-level", level)
+    with Watch(program.listening_port(), "/news") as viewer:
+        assert viewer.status == 502
+        assert viewer.read_all() == (b'{"error": "the origin answered 404"}\n', True)
+    program.send(signal.SIGTERM)
+    assert program.wait(EXIT_TIME) == 0
+    assert any("127.0.0.1, 1 of 1" in line for line in program.errors())
+    assert [line for line in program.errors() if SECRET in line] == []

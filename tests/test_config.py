@@ -1,0 +1,827 @@
+"""The configuration: pure; streamlink's options are the real ones, files are under tmp_path."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pipe
+
+ENGINE = pipe.engine_options()
+URL = "http://origin.example/live.m3u8"
+SECRET = "hunter2"
+
+
+def read(text: str) -> pipe.Config:
+    return pipe.ConfigReader("test.yml", ENGINE).read(text)
+
+
+def mistakes(text: str) -> list[str]:
+    """What is reported of a text that has mistakes."""
+    with pytest.raises(pipe.ConfigError) as caught:
+        read(text)
+    return list(caught.value.mistakes)
+
+
+def server(keys: str) -> str:
+    return f"server: {{{keys}}}"
+
+
+def options(keys: str) -> str:
+    return f"options: {{{keys}}}"
+
+
+def engine(keys: str) -> str:
+    return f"options: {{streamlink: {{{keys}}}}}"
+
+
+def stream(keys: str) -> str:
+    """A stream `a` that has an address, and more keys."""
+    return f'streams: {{a: {{url: "{URL}", {keys}}}}}'
+
+
+def read_stream(keys: str) -> pipe.StreamSettings:
+    return read(stream(keys)).streams["a"]
+
+
+#### Defaults ####
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# nothing\n", "null\n", "server: {}\nstreams: {}\noptions: {}\n"]
+)
+def test_nothing_written_means_the_defaults(text: str) -> None:
+    config = read(text)
+    assert dataclasses.asdict(config.server) == {
+        "host": "0.0.0.0",
+        "port": 8080,
+        "max_viewers": 1000,
+        "max_upstreams": 64,
+        "token": None,
+        "trusted": (),
+        "public_url": None,
+        "name": "StreamPipe",
+        "epg": None,
+    }
+    assert dataclasses.asdict(config.options) == {
+        "user_agent": "StreamPipe/1.0",
+        "threads": 4,
+        "timeout": 20.0,
+        "buffer_size": 8192,
+        "ringbuffer_size": 16777216,
+        "linger": 10.0,
+        "reconnect": 60.0,
+        "viewer_timeout": 600.0,
+        "streamlink": {},
+    }
+    assert config.streams == {}
+
+
+def test_stream_with_an_address_alone_has_the_defaults() -> None:
+    expected = pipe.StreamSettings("a", (URL,), title="a")
+    assert read(f"streams: {{a: '{URL}'}}").streams == {"a": expected}
+    assert dataclasses.asdict(expected) == {
+        "name": "a",
+        "urls": (URL,),
+        "title": "a",
+        "logo": None,
+        "group": None,
+        "tvg_id": None,
+        "number": None,
+        "quality": "best",
+        "headers": {},
+        "proxy": None,
+        "options": dataclasses.asdict(pipe.Options()),
+    }
+
+
+@pytest.mark.parametrize("key", ["token", "public_url", "name", "epg", "host"])
+def test_null_means_the_default(key: str) -> None:
+    assert read(server(f"{key}: null")) == pipe.Config()
+
+
+#### Every key ####
+
+SERVER_VALUES: dict[str, tuple[str, object]] = {
+    "host": ('"::1"', "::1"),
+    "port": ("81", 81),
+    "max_viewers": ("0", 0),
+    "max_upstreams": ("7", 7),
+    "token": ("s3cret", "s3cret"),
+    "trusted": ('["10.0.0.0/8", "::1"]', ("10.0.0.0/8", "::1")),
+    "public_url": ("https://tv.example/x", "https://tv.example/x"),
+    "name": ('"My TV"', "My TV"),
+    "epg": ("http://epg.example/x.xml", "http://epg.example/x.xml"),
+}
+OPTION_VALUES: dict[str, tuple[str, object]] = {
+    "user_agent": ("VLC/3", "VLC/3"),
+    "threads": ("8", 8),
+    "timeout": ("2.5", 2.5),
+    "buffer_size": ("1", 1),
+    "ringbuffer_size": ("1048576", 1048576),
+    "linger": ("0", 0.0),
+    "reconnect": ("5", 5.0),
+    "viewer_timeout": ("1e2", 100.0),
+    "streamlink": ("{hls-live-edge: 2}", {"hls-live-edge": 2}),
+}
+STREAM_VALUES: dict[str, tuple[str, object]] = {
+    "title": ('"Channel Two"', "Channel Two"),
+    "logo": ("https://e.example/2.png", "https://e.example/2.png"),
+    "group": ("News", "News"),
+    "tvg_id": ("two.example", "two.example"),
+    "number": ("2", 2),
+    "quality": ('"720p,best"', "720p,best"),
+    "headers": ('{Referer: "https://e.example/"}', {"Referer": "https://e.example/"}),
+    "proxy": ('"socks5h://127.0.0.1:1080"', "socks5h://127.0.0.1:1080"),
+}
+
+
+def keys_and_values(values: Mapping[str, tuple[str, object]]) -> pytest.MarkDecorator:
+    cases = [(key, text, value) for key, (text, value) in values.items()]
+    return pytest.mark.parametrize(("key", "text", "value"), cases, ids=list(values))
+
+
+def field_names(settings: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(settings)}
+
+
+def test_every_key_has_a_test() -> None:
+    assert set(SERVER_VALUES) == field_names(pipe.ServerSettings)
+    assert set(OPTION_VALUES) == field_names(pipe.Options)
+    assert set(STREAM_VALUES) == field_names(pipe.StreamSettings) - {"name", "urls", "options"}
+
+
+@keys_and_values(SERVER_VALUES)
+def test_server_key_sets_its_field_alone(key: str, text: str, value: Any) -> None:
+    assert read(server(f"{key}: {text}")).server == pipe.ServerSettings(**{key: value})
+
+
+@keys_and_values(OPTION_VALUES)
+def test_option_sets_its_field_alone(key: str, text: str, value: Any) -> None:
+    assert read(options(f"{key}: {text}")).options == pipe.Options(**{key: value})
+
+
+@keys_and_values(STREAM_VALUES)
+def test_stream_key_sets_its_field_alone(key: str, text: str, value: Any) -> None:
+    expected = dataclasses.replace(pipe.StreamSettings("a", (URL,), title="a"), **{key: value})
+    assert read_stream(f"{key}: {text}") == expected
+
+
+@keys_and_values(OPTION_VALUES)
+def test_stream_has_its_own_options(key: str, text: str, value: Any) -> None:
+    config = read(stream(f"{key}: {text}"))
+    assert config.streams["a"].options == pipe.Options(**{key: value})
+    assert config.options == pipe.Options()
+
+
+def test_options_hold_for_every_stream_that_does_not_say_otherwise() -> None:
+    config = read(f"""
+        streams:
+          a: {{url: "{URL}", threads: 2}}
+          b: {URL}
+        options: {{threads: 8, timeout: 5}}
+    """)
+    assert config.options == pipe.Options(threads=8, timeout=5.0)
+    assert config.streams["a"].options == pipe.Options(threads=2, timeout=5.0)
+    assert config.streams["b"].options == config.options
+
+
+def test_streamlink_map_of_a_stream_is_merged_over_the_global_one() -> None:
+    config = read(f"""
+        options: {{streamlink: {{hls-live-edge: 2, stream-segment-attempts: 5}}}}
+        streams: {{a: {{url: "{URL}", streamlink: {{hls-live-edge: 6}}}}}}
+    """)
+    merged = {"hls-live-edge": 6, "stream-segment-attempts": 5}
+    assert config.streams["a"].options.streamlink == merged
+    assert config.options.streamlink == {"hls-live-edge": 2, "stream-segment-attempts": 5}
+
+
+@pytest.mark.parametrize(
+    ("value", "urls"),
+    [
+        pytest.param(URL, (URL,), id="text"),
+        pytest.param(f"['{URL}', 'hls://b']", (URL, "hls://b"), id="list"),
+        pytest.param(f"{{url: '{URL}'}}", (URL,), id="map"),
+        pytest.param(f"{{url: ['{URL}', 'hls://b']}}", (URL, "hls://b"), id="map with a list"),
+        pytest.param(f"'  {URL} '", (URL,), id="blanks around it"),
+    ],
+)
+def test_forms_of_an_address(value: str, urls: tuple[str, ...]) -> None:
+    assert read(f"streams: {{a: {value}}}").streams["a"].urls == urls
+
+
+def test_streams_keep_the_order_of_the_file() -> None:
+    assert list(read("streams: {z: u, a: u, m: u}").streams) == ["z", "a", "m"]
+
+
+#### As written ####
+
+
+@pytest.mark.parametrize(
+    "name", ["on", "yes", "no", "null", "123", "007", "1e3", "2020-01-01", "a-b", "-"]
+)
+def test_name_is_taken_as_written(name: str) -> None:
+    streams = read(f"streams:\n  {name}: {URL}\n").streams
+    assert streams == {name: pipe.StreamSettings(name, (URL,), title=name)}
+
+
+@pytest.mark.parametrize("value", ["0123", "on", "1e3", "0x1F", "2020-01-01", "1_000", "12:30"])
+def test_text_is_taken_as_written(value: str) -> None:
+    assert read(server(f"token: {value}")).server.token == value
+    assert read_stream(f"title: {value}").title == value
+    assert read_stream(f"headers: {{X: {value}}}").headers == {"X": value}
+
+
+@pytest.mark.parametrize("value", ["0123", "on", "2020-01-01", "1_000"])
+def test_text_in_a_map_of_streamlink_is_taken_as_written(value: str) -> None:
+    maps = ("http-headers", "http-cookies", "http-query-params")
+    found = read(engine(", ".join(f"{option}: {{X: {value}}}" for option in maps)))
+    assert found.options.streamlink == {option: {"X": value} for option in maps}
+
+
+@pytest.mark.parametrize("value", ["0123", "127.0.0.1", "on"])
+def test_text_for_streamlink_is_taken_as_written(value: str) -> None:
+    assert read(engine(f"interface: {value}")).options.streamlink == {"interface": value}
+
+
+def test_numbers_are_decimal_as_written() -> None:
+    assert read(server("port: 0080")).server.port == 80
+    assert read(server("port: '81'")).server.port == 81
+
+
+def test_streamlink_options_may_have_underscores() -> None:
+    assert read(engine("hls_live_edge: 2")).options.streamlink == {"hls-live-edge": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("ipv4: true", True),
+        ("hls-live-edge: 2", 2),
+        ("stream-timeout: 5", 5),
+        ("stream-timeout: 0.5", 0.5),
+        ("hls-audio-select: [en, de]", ["en", "de"]),
+        ("http-cookies: {a: b}", {"a": "b"}),
+        ("http-proxy: http://p.example", "http://p.example"),
+    ],
+)
+def test_streamlink_value_has_the_type_of_its_option(text: str, value: object) -> None:
+    assert list(read(engine(text)).options.streamlink.values()) == [value]
+
+
+#### YAML's own means ####
+
+
+def test_anchor_and_merge_key_share_settings_and_what_is_written_wins() -> None:
+    config = read(f"""
+        streams:
+          a: &shared {{url: "{URL}", title: A, group: News, threads: 2}}
+          b: {{<<: *shared, title: B}}
+    """)
+    a, b = config.streams.values()
+    assert (a.title, b.title) == ("A", "B")
+    assert b.urls == (URL,)
+    assert (b.group, b.options.threads) == ("News", 2)
+
+
+def test_alias_stands_for_a_whole_stream() -> None:
+    config = read(f"streams:\n  a: &a {{url: '{URL}', group: G}}\n  b: *a\n")
+    assert config.streams["b"] == pipe.StreamSettings("b", (URL,), title="b", group="G")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("&a [*a]", id="document"),
+        pytest.param("streams: &s {a: *s}", id="streams"),
+        pytest.param("streams: {a: &a {url: [*a]}}", id="address"),
+        pytest.param("streams: &s {<<: *s, a: u}", id="merge"),
+        pytest.param("streams: {a: &a {url: u, headers: {X: *a}}}", id="header"),
+        pytest.param("server: {trusted: &t [*t]}", id="networks"),
+        pytest.param("options: {streamlink: &x {http-headers: *x}}", id="map of streamlink"),
+        pytest.param("options: {streamlink: {hls-audio-select: &x [*x]}}", id="list of streamlink"),
+    ],
+)
+def test_alias_inside_itself_is_a_mistake(text: str) -> None:
+    assert mistakes(text)
+
+
+@pytest.mark.parametrize("merge", ["x", "[x]", "[[x]]", ""])
+def test_merge_of_what_is_no_section_is_a_mistake(merge: str) -> None:
+    (mistake,) = mistakes(f"streams:\n  a: {{<<: {merge}, url: u}}\n")
+    assert mistake.startswith("test.yml:2: ")
+
+
+def test_first_of_several_merged_sections_wins() -> None:
+    config = read("""
+        streams:
+          a: &a {url: u, title: A}
+          b: &b {url: v, title: B, group: B}
+          c: {<<: [*a, *b], quality: 720p}
+    """)
+    expected = pipe.StreamSettings("c", ("u",), title="A", group="B", quality="720p")
+    assert config.streams["c"] == expected
+
+
+def test_merge_does_not_hide_a_key_that_comes_twice() -> None:
+    text = "streams:\n  a: &a {url: u}\n  b: {<<: *a, title: x, title: y}\n"
+    assert mistakes(text) == ["test.yml:3: streams.b.title: this name stands here twice"]
+
+
+def test_key_that_is_no_text_beside_a_merge() -> None:
+    text = "streams:\n  a: &a {url: u}\n  b: {<<: *a, [x]: y}\n"
+    assert mistakes(text) == ["test.yml:3: streams.b: a key must be plain text"]
+
+
+#### Mistakes ####
+
+
+@pytest.mark.parametrize(
+    ("text", "mistake"),
+    [
+        ("sever: {}", "sever: unknown key, did you mean server?"),
+        ("x: 1", "x: unknown key"),
+        ("server: {prt: 1}", "server.prt: unknown key, did you mean port?"),
+        ("options: {thread: 1}", "options.thread: unknown key, did you mean threads?"),
+        (stream("qualty: x"), "streams.a.qualty: unknown key, did you mean quality?"),
+        (stream("host: x"), "streams.a.host: unknown key"),
+        (
+            "options: {streamlink: {hls-liv-edge: 2}}",
+            "options.streamlink.hls-liv-edge: unknown streamlink option, "
+            "did you mean hls-live-edge?",
+        ),
+    ],
+)  # fmt: skip
+def test_unknown_key_is_reported_with_the_nearest_valid_one(text: str, mistake: str) -> None:
+    assert mistakes(text) == [f"test.yml:1: {mistake}"]
+
+
+NUMBER_BOUNDS = [
+    (server, "port", "a whole number, from 0 to 65535", ["-1", "65536", "80.5", "http", "nan"]),
+    (server, "max_viewers", "a whole number, 0 or more", ["-1", "1.5", "many"]),
+    (server, "max_upstreams", "a whole number, 0 or more", ["-1", "1.5", "many"]),
+    (options, "threads", "a whole number, from 1 to 64", ["0", "65", "2.5", "two"]),
+    (options, "timeout", "a number, from 0.1 to 3600", ["0", "3601", "nan", "inf", "long"]),
+    (options, "buffer_size", "a whole number, from 1 to 67108864", ["0", "67108865", "8K"]),
+    (options, "ringbuffer_size", "a whole number, from 262144 to 4294967296", ["262143", "16M"]),
+    (options, "linger", "a number, from 0 to 86400", ["-0.1", "86401", "nan"]),
+    (options, "reconnect", "a number, from 0 to 86400", ["-0.1", "86401", "nan"]),
+    (options, "viewer_timeout", "a number, from 0.1 to 86400", ["0", "86401", "nan"]),
+    (stream, "number", "a whole number, 1 or more", ["0", "-1", "1.5", "one"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "expected", "value"),
+    [
+        pytest.param(section, key, expected, value, id=f"{key}: {value}")
+        for section, key, expected, values in NUMBER_BOUNDS
+        for value in values
+    ],
+)
+def test_number_of_another_type_or_out_of_range(
+    section: Any, key: str, expected: str, value: str
+) -> None:
+    where = {server: "server", options: "options", stream: "streams.a"}[section]
+    text = section(f"{key}: {value}")
+    assert mistakes(text) == [f'test.yml:1: {where}.{key}: expected {expected}, got "{value}"']
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        server("port: 0"),
+        server("port: 65535"),
+        options("threads: 64"),
+        options("timeout: 0.1"),
+        options("ringbuffer_size: 262144"),
+        options("linger: 86400"),
+        stream("number: 1"),
+    ],
+)
+def test_bounds_are_valid_themselves(text: str) -> None:
+    read(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "start"),
+    [
+        (server("token: [x]"), "server.token: expected text"),
+        (server("name: {x: y}"), "server.name: expected text"),
+        (stream("title: {}"), "streams.a.title: expected text"),
+        (stream("headers: {X: [y]}"), "streams.a.headers.X: expected text"),
+        ("hello", 'expected "key: value" lines'),
+        ("[]", 'expected "key: value" lines'),
+        ("server: [x]", 'server: expected "key: value" lines'),
+        ("streams: u", 'streams: expected "key: value" lines'),
+        (server("trusted: 10.0.0.0/8"), 'server.trusted: expected a list like ["192.168.0.0/16"]'),
+        (server("trusted: [lan]"), "server.trusted: expected a network like 192.168.0.0/16"),
+        (server("trusted: [10.1.1.1/8]"), "server.trusted: expected a network like "),
+        (server("trusted: [[x]]"), "server.trusted: expected a network like 192.168.0.0/16"),
+        (engine("hls-live-edge: two"), "options.streamlink.hls-live-edge: expected a whole number"),
+        (
+            engine("hls-live-edge: true"),
+            "options.streamlink.hls-live-edge: expected a whole number",
+        ),
+        (engine("stream-timeout: soon"), "options.streamlink.stream-timeout: expected a number"),
+        (engine("ipv4: 1"), "options.streamlink.ipv4: expected true or false"),
+        (engine("hls-audio-select: en"), "options.streamlink.hls-audio-select: expected a list"),
+        (engine("locale: {}"), "options.streamlink.locale: expected text"),
+        (engine("http-proxy: [u]"), "options.streamlink.http-proxy: expected text"),
+        (engine("http-cookies: u"), 'options.streamlink.http-cookies: expected "key: value" lines'),
+    ],
+)
+def test_value_of_another_type(text: str, start: str) -> None:
+    (mistake,) = mistakes(text)
+    assert mistake.startswith(f"test.yml:1: {start}")
+
+
+@pytest.mark.parametrize("value", ["[]", "''", "x", "[hls-live-edge]"])
+def test_streamlink_options_that_are_no_map(value: str) -> None:
+    (mistake,) = mistakes(options(f"streamlink: {value}"))
+    assert mistake.startswith('test.yml:1: options.streamlink: expected "key: value" lines')
+
+
+@pytest.mark.parametrize("value", ["!!bool x", "!!int ''", "!!float ''", "!!timestamp x"])
+def test_tag_that_its_value_does_not_fit(value: str) -> None:
+    (mistake,) = mistakes(engine(f"hls-live-edge: {value}"))
+    assert mistake.startswith("test.yml:1: options.streamlink.hls-live-edge: expected a whole num")
+
+
+@pytest.mark.parametrize(
+    ("keys", "schemes"),
+    [
+        ("logo: e.example/1.png", "http:// or https://"),
+        ("logo: ftp://e.example/1.png", "http:// or https://"),
+        ("proxy: 127.0.0.1:1080", "http:// or socks5h://"),
+        ("proxy: socks5h://", "http:// or socks5h://"),
+    ],
+)
+def test_address_without_a_usable_scheme_or_host(keys: str, schemes: str) -> None:
+    key = keys.partition(":")[0]
+    expected = f"test.yml:1: streams.a.{key}: expected an address that begins with {schemes}"
+    assert mistakes(stream(keys)) == [expected]
+
+
+@pytest.mark.parametrize("key", ["public_url", "epg"])
+@pytest.mark.parametrize(
+    "value", ["tv.example", "ftp://tv.example", "http://", "http://tv.example:port", "'http://[x'"]
+)
+def test_address_of_the_server_that_is_none(key: str, value: str) -> None:
+    expected = f"server.{key}: expected an address that begins with http:// or https://"
+    assert mistakes(server(f"{key}: {value}")) == [f"test.yml:1: {expected}"]
+
+
+@pytest.mark.parametrize("name", ["A", "a_b", "a b", "ä", "a.m3u", ".."])
+def test_bad_name(name: str) -> None:
+    expected = "a name holds only a-z, 0-9 and -, e.g. channel-1"
+    assert mistakes(f"streams:\n  '{name}': u\n") == [f"test.yml:2: streams.{name}: {expected}"]
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "%61", "a\\nb", "a" * 100 + "/", "日本"])
+def test_odd_name(name: str) -> None:
+    (mistake,) = mistakes(f'streams:\n  "{name}": u\n')
+    assert mistake.startswith("test.yml:2: streams.")
+    assert mistake.endswith(": a name holds only a-z, 0-9 and -, e.g. channel-1")
+
+
+@pytest.mark.parametrize("name", ["health", "status", "metrics", "playlist"])
+def test_reserved_name(name: str) -> None:
+    expected = f"test.yml:1: streams.{name}: this name is reserved, choose another"
+    assert mistakes(f"streams: {{{name}: u}}") == [expected]
+
+
+@pytest.mark.parametrize("names", [("a", "a"), ("007", "'007'")])
+def test_name_that_stands_twice(names: tuple[str, str]) -> None:
+    text = "streams:\n  {}: u\n  {}: v\n".format(*names)
+    assert mistakes(text) == [f"test.yml:3: streams.{names[0]}: this name stands here twice"]
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("server: {}\nserver: {}\n", "server"),
+        ("server: {port: 1,\n  port: 2}", "server.port"),
+        ("streams: {a: {url: u,\n  url: v}}", "streams.a.url"),
+        ("options: {streamlink: {ipv4: true,\n  ipv4: false}}", "options.streamlink.ipv4"),
+    ],
+)
+def test_key_that_stands_twice(text: str, path: str) -> None:
+    assert mistakes(text) == [f"test.yml:2: {path}: this name stands here twice"]
+
+
+def test_number_that_another_stream_has() -> None:
+    text = """\
+streams:
+  a:
+    url: u
+    number: 7
+  b:
+    url: u
+    number: 07
+"""
+    assert mistakes(text) == ["test.yml:7: streams.b.number: 7 is a's already"]
+
+
+@pytest.mark.parametrize(
+    ("value", "mistake"),
+    [
+        pytest.param("", "streams.a: the address is missing", id="nothing"),
+        pytest.param("''", "streams.a: the address is missing", id="empty text"),
+        pytest.param("~", "streams.a: the address is missing", id="null"),
+        pytest.param("{}", "streams.a: url is missing", id="empty map"),
+        pytest.param("{title: T}", "streams.a: url is missing", id="no url"),
+        pytest.param("{url: }", "streams.a.url: the address is missing", id="null url"),
+        pytest.param("{url: []}", "streams.a.url: the list of addresses is empty", id="empty list"),
+        pytest.param("{url: [u, '']}", "streams.a.url: the address is missing", id="empty item"),
+        pytest.param("[]", "streams.a: the list of addresses is empty", id="bare empty list"),
+    ],
+)
+def test_missing_address_is_one_mistake(value: str, mistake: str) -> None:
+    assert mistakes(f"streams:\n  a: {value}\n") == [f"test.yml:2: {mistake}"]
+
+
+@pytest.mark.parametrize("value", ["{x: y}", "[{x: y}]", "[[u]]"])
+def test_address_of_another_type_is_one_mistake(value: str) -> None:
+    (mistake,) = mistakes(f"streams: {{a: {{url: {value}}}}}")
+    assert mistake.startswith("test.yml:1: streams.a.url: expected ")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "file:///etc/passwd",
+        "FILE:///etc/passwd",
+        "hls://file:///etc/passwd",
+        "httpstream://file://x",
+        "file:/etc/passwd",
+    ],
+)
+def test_file_is_refused(address: str) -> None:
+    expected = "test.yml:1: streams.a.url: file:// is never opened; use an http(s) address"
+    assert mistakes(f"streams: {{a: {{url: ['{address}']}}}}") == [expected]
+
+
+def test_control_character_in_an_address() -> None:
+    expected = ["test.yml:1: streams.a: the address holds a control character"]
+    assert mistakes('streams: {a: "http://h/\\nx"}') == expected
+
+
+@pytest.mark.parametrize("name", ["Bad Name", "", "X:", "Größe", "a\\nb"])
+def test_bad_name_of_a_header(name: str) -> None:
+    (mistake,) = mistakes(stream(f'headers: {{"{name}": x}}'))
+    assert mistake.startswith("test.yml:1: streams.a.headers")
+    assert mistake.endswith(" is no name of an HTTP header")
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        (stream("headers: {X: 日本}"), "streams.a.headers.X"),
+        (stream('headers: {X: "a\\r\\nb"}'), "streams.a.headers.X"),
+        (stream('headers: {X: " a"}'), "streams.a.headers.X"),
+        (engine("http-headers: {X: 日本}"), "options.streamlink.http-headers.X"),
+        (options("user_agent: 日本"), "options.user_agent"),
+        (options('user_agent: "a\\nb"'), "options.user_agent"),
+    ],
+)
+def test_header_that_cannot_be_sent_is_a_mistake(text: str, path: str) -> None:
+    (mistake,) = mistakes(text)
+    assert mistake.startswith(f"test.yml:1: {path}: ")
+
+
+@pytest.mark.parametrize("option", sorted(pipe.SAFETY_OPTIONS))
+@pytest.mark.parametrize("section", ["options", "streams.a"])
+def test_safety_option_is_refused(option: str, section: str) -> None:
+    write = {"options": options, "streams.a": stream}[section]
+    (mistake,) = mistakes(write(f"streamlink: {{{option}: true}}"))
+    assert mistake.startswith(f"test.yml:1: {section}.streamlink.{option}: StreamPipe sets this ")
+
+
+@pytest.mark.parametrize("option", ["ipv4", "ipv6"])
+def test_ip_version_is_no_option_of_a_stream(option: str) -> None:
+    expected = "acts on the whole process: set it under options.streamlink"
+    path = f"streams.a.streamlink.{option}"
+    assert mistakes(stream(f"streamlink: {{{option}: true}}")) == [
+        f"test.yml:1: {path}: {expected}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("server:\nstreams: {}\n", "server"),
+        ("streams:\n", "streams"),
+        ("options:\n", "options"),
+        ("options: {streamlink: }", "options.streamlink"),
+        (stream("headers: "), "streams.a.headers"),
+    ],
+)
+def test_empty_section(text: str, path: str) -> None:
+    assert mistakes(text) == [f"test.yml:1: {path}: this section is empty: remove it or fill it"]
+
+
+@pytest.mark.parametrize(
+    ("text", "mistake"),
+    [
+        pytest.param(
+            "streams:\n\ta: u\n", "2: broken YAML: a tab stands here, use spaces", id="tab",
+        ),
+        pytest.param(
+            "streams:\n  a: {\n  url: [u}\n", "3: broken YAML: expected ',' or ']', but got '}'",
+            id="bracket closed by another",
+        ),
+        pytest.param(
+            "streams:\n  a: [u\n", "3: broken YAML: expected ',' or ']', but got '<stream end>'",
+            id="bracket never closed",
+        ),
+        pytest.param(
+            "streams:\n  a: u\n   b: v\n", "3: broken YAML: mapping values are not allowed here",
+            id="indentation",
+        ),
+        pytest.param("a: 1\n---\nb: 2\n", "2: broken YAML: but found another document", id="two"),
+    ],
+)  # fmt: skip
+def test_broken_yaml_is_one_line_at_its_place(text: str, mistake: str) -> None:
+    assert mistakes(text) == [f"test.yml:{mistake}"]
+
+
+def test_control_character_in_yaml_is_reported_at_its_line() -> None:
+    (mistake,) = mistakes("streams:\n  a: u\n  b: '\x07'\n")
+    assert mistake.startswith("test.yml:3: broken YAML: ")
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "{a: " * 5000, "streams: {a: " + "[" * 5000])
+def test_endless_nesting_is_a_mistake(text: str) -> None:
+    assert len(mistakes(text)) == 1
+
+
+def test_every_mistake_is_reported_at_once_by_line() -> None:
+    text = """\
+sever: {}
+server:
+  port: http
+  nmae: TV
+streams:
+  Bad: u
+  health: u
+  a: file:///x
+  b:
+    title: B
+    thread: 2
+  c: {url: u, number: 1}
+  d: {url: u, number: 1}
+  c: u
+options:
+  timeout: 0
+  streamlink:
+    hls-live: 2
+    webbrowser: true
+"""
+    assert [": ".join(mistake.split(": ")[:2]) for mistake in mistakes(text)] == [
+        "test.yml:1: sever",
+        "test.yml:3: server.port",
+        "test.yml:4: server.nmae",
+        "test.yml:6: streams.Bad",
+        "test.yml:7: streams.health",
+        "test.yml:8: streams.a",
+        "test.yml:10: streams.b",
+        "test.yml:11: streams.b.thread",
+        "test.yml:13: streams.d.number",
+        "test.yml:14: streams.c",
+        "test.yml:16: options.timeout",
+        "test.yml:18: options.streamlink.hls-live",
+        "test.yml:19: options.streamlink.webbrowser",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        server(f"token: [{SECRET}]"),
+        server(f"token: *{SECRET}"),
+        server(f'token: "{SECRET}'),
+        f"server:\n  token: {SECRET}\n {SECRET}\n",
+        f"streams: {{a: 'file:///{SECRET}'}}",
+        f'streams: {{a: "http://h/\\n{SECRET}"}}',
+        f"streams: {{a: {{url: {{x: {SECRET}}}}}}}",
+        f"streams:\n  http://user:{SECRET}@h/x: u\n",
+        stream(f"headers: {SECRET}"),
+        stream(f"headers: {{Cookie: [{SECRET}]}}"),
+        stream(f'headers: {{Cookie: "{SECRET}\\n"}}'),
+        stream(f'headers: {{"Cookie: {SECRET}": x}}'),
+        stream(f"proxy: ftp://user:{SECRET}@p.example"),
+        stream(f"logo: /{SECRET}"),
+        server(f"public_url: {SECRET}"),
+        server(f"trusted: {SECRET}"),
+        engine(f"http-cookies: {SECRET}"),
+        engine(f"http-headers: {SECRET}"),
+        engine(f"http-proxy: {{x: {SECRET}}}"),
+    ],
+)
+def test_secret_is_never_quoted(text: str) -> None:
+    assert all(SECRET not in mistake for mistake in mistakes(text))
+
+
+#### Files ####
+
+
+def test_file_is_read_and_named_in_its_mistakes(tmp_path: Path) -> None:
+    path = tmp_path / "tv.yml"
+    path.write_text("server: {port: 81}", encoding="utf-8")
+    assert pipe.load_config(path, ENGINE).server.port == 81
+    path.write_text("\nserver: {port: x}", encoding="utf-8")
+    with pytest.raises(pipe.ConfigError) as caught:
+        pipe.load_config(path, ENGINE)
+    expected = 'server.port: expected a whole number, from 0 to 65535, got "x"'
+    assert caught.value.mistakes == (f"{path}:2: {expected}",)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_file_is_utf_8_with_or_without_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "tv.yml"
+    path.write_text("server: {name: Fernsehen für alle 📺}", encoding=encoding)
+    assert pipe.load_config(path, ENGINE).server.name == "Fernsehen für alle 📺"
+
+
+def test_missing_file_is_told_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "config.yml"
+    with pytest.raises(pipe.ConfigError) as caught:
+        pipe.load_config(path, ENGINE)
+    (mistake,) = caught.value.mistakes
+    assert mistake.startswith(f"{path}: no such file; copy config.example.yml to ")
+
+
+def test_unreadable_file_is_one_line(tmp_path: Path) -> None:
+    binary = tmp_path / "clip.ts"
+    binary.write_bytes(b"\x47\xff\xfe\n")
+    for path in (tmp_path, binary):
+        with pytest.raises(pipe.ConfigError) as caught:
+            pipe.load_config(path, ENGINE)
+        (mistake,) = caught.value.mistakes
+        assert mistake.startswith(f"{path}: cannot be read: ")
+        assert len(mistake.splitlines()) == 1
+
+
+#### Whatever is written ####
+
+WORDS = [
+    *("server", "streams", "options", "url", "streamlink", "headers", "trusted", "number"),
+    *("port", "token", "timeout", "hls-live-edge", "http-headers", "a", "<<", "=", "", "~"),
+    *("1", "-1", "1e999", "0x1", "2020-99-99", "on", ".nan", "http://h/", "file:///x", "\n"),
+]
+SCALARS = st.sampled_from(WORDS) | st.text(max_size=8) | st.integers() | st.none() | st.floats()
+TREES = st.recursive(
+    SCALARS,
+    lambda nodes: (
+        st.lists(nodes, max_size=4) | st.dictionaries(st.sampled_from(WORDS), nodes, max_size=5)
+    ),
+    max_leaves=20,
+)
+SYNTAX = st.sampled_from(
+    [*WORDS, ": ", "- ", "\n", "\n  ", "\t", "{", "}", "[", "]", ",", "&a ", "*a", "!!int ", "!x ",
+     "'", '"', "#", "? ", "| ", "--- ", "%", "@", "\\", "\0", "\x85", "\ufeff", "!!merge "]
+)  # fmt: skip
+
+
+def found_mistakes(text: str) -> tuple[str, ...]:
+    """What is reported, or nothing; any other exception than a ConfigError fails the test."""
+    try:
+        config = read(text)
+    except pipe.ConfigError as error:
+        return error.mistakes
+    assert all(stream.urls and all(stream.urls) for stream in config.streams.values())
+    return ()
+
+
+def check_outcome(text: str) -> None:
+    """A configuration, or mistakes that are one line each and say where."""
+    for mistake in found_mistakes(text):
+        assert re.fullmatch(r"test\.yml:[1-9][0-9]*: .+", mistake)
+        assert len(mistake.splitlines()) == 1
+
+
+@settings(deadline=None)
+@given(st.lists(SYNTAX, max_size=25).map("".join) | st.text())
+def test_any_text_is_a_configuration_or_a_list_of_mistakes(text: str) -> None:
+    check_outcome(text)
+
+
+@settings(deadline=None)
+@given(TREES)
+def test_any_tree_is_a_configuration_or_a_list_of_mistakes(tree: object) -> None:
+    check_outcome(yaml.safe_dump(tree, allow_unicode=True))
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from(WORDS), TREES), st.sampled_from(["options", "server"]))
+def test_any_values_of_a_section_are_read_or_reported(tree: object, section: str) -> None:
+    check_outcome(yaml.safe_dump({section: tree, "streams": {"a": tree, "b": {"url": tree}}}))

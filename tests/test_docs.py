@@ -1,0 +1,229 @@
+"""README, config.example.yml, --help and requirements.txt, held against the code; pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import pipe
+
+ROOT = Path(pipe.__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLE = (ROOT / "config.example.yml").read_text(encoding="utf-8")
+NOT_YET = "accepted, not used yet"
+
+SERVER = {field.name for field in dataclasses.fields(pipe.ServerSettings)}
+OPTIONS = {field.name for field in dataclasses.fields(pipe.Options)}
+# What the file calls `url` are the `urls`; the name is the key, `options` are keys of their own.
+FIELDS = {field.name for field in dataclasses.fields(pipe.StreamSettings)}
+STREAM = FIELDS - {"name", "urls", "options"} | {"url"}
+
+
+def as_yaml(value: object) -> object:
+    """A default as YAML has it."""
+    if isinstance(value, tuple | list):
+        return list(value)
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def defaults(settings: object, prefix: str, names: set[str]) -> dict[str, object]:
+    return {f"{prefix}.{name}": as_yaml(getattr(settings, name)) for name in names}
+
+
+EVERY_DEFAULT = {
+    **defaults(pipe.ServerSettings(), "server", SERVER),
+    **defaults(pipe.Options(), "options", OPTIONS),
+    **defaults(pipe.StreamSettings("", ()), "streams.NAME", STREAM - {"url"}),
+    # Two that no literal shows.
+    "streams.NAME.url": "required",
+    "streams.NAME.title": "the name",
+}
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of README in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def table(title: str) -> list[list[str]]:
+    """The cells of a section's table, without its head."""
+    rows = re.findall(r"^\| ?(.*?) ?\|$", section(title), re.M)[2:]
+    return [re.split(r" ?\| ?", row) for row in rows]
+
+
+def option_table() -> dict[str, tuple[object, str]]:
+    """Default and "when to change" by option, as README has them."""
+    rows = {}
+    for option, default, _, when in table("Configuration"):
+        literal = re.fullmatch(r"`(.+)`", default)
+        rows[option.strip("`")] = (yaml.safe_load(literal[1]) if literal else default, when)
+    return rows
+
+
+def typed(values: Mapping[str, object]) -> dict[str, tuple[type, object]]:
+    """Values that compare unequal where only their types differ, as 20 and 20.0."""
+    return {key: (type(value), value) for key, value in values.items()}
+
+
+#### The defaults ####
+
+
+def test_readme_lists_every_option_with_its_default() -> None:
+    assert typed({key: default for key, (default, _) in option_table().items()}) == typed(
+        EVERY_DEFAULT
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "names"),
+    [("server", pipe.ServerSettings(), SERVER), ("options", pipe.Options(), OPTIONS)],
+    ids=["server", "options"],
+)
+def test_example_has_every_key_with_its_default(
+    name: str, settings: object, names: set[str]
+) -> None:
+    written = yaml.safe_load(EXAMPLE)[name]
+    assert typed({f"{name}.{key}": value for key, value in written.items()}) == typed(
+        defaults(settings, name, names)
+    )
+
+
+def test_example_shows_every_key_of_a_stream_and_one_of_options() -> None:
+    streams: dict[str, Any] = yaml.safe_load(EXAMPLE)["streams"]
+    keys = {key for stream in streams.values() if isinstance(stream, dict) for key in stream}
+    assert keys == STREAM | {"threads"}
+    assert any(isinstance(stream, str) for stream in streams.values())
+
+
+def test_example_says_the_default_of_quality() -> None:
+    assert f"default: {pipe.StreamSettings('', ()).quality}\n" in EXAMPLE
+
+
+def test_example_can_be_used_as_it_is() -> None:
+    config = pipe.load_config(ROOT / "config.example.yml", pipe.engine_options())
+    assert list(config.streams) == ["channel1", "channel2"]
+    hosts = re.findall(r"[a-z0-9+]+://([^/\"]+)", EXAMPLE)
+    assert {host.split(":")[0] for host in hosts} == {
+        *("example.com", "a.example.com", "b.example.com", "127.0.0.1")
+    }
+
+
+def test_every_key_of_the_example_has_a_comment() -> None:
+    body = EXAMPLE[EXAMPLE.index("server:") :]
+    bare = [
+        line.strip() for line in body.splitlines() if line.startswith("  ") and "# " not in line
+    ]
+    assert [line.split(":")[0] for line in bare] == ["channel1", "channel2"]
+
+
+def test_readme_repeats_the_example() -> None:
+    assert EXAMPLE in blocks("yaml")
+
+
+def test_readme_and_example_agree_on_what_is_not_used_yet() -> None:
+    marked = re.findall(r"^ +([a-z_]+):.*# \(\*\)", EXAMPLE, re.M)
+    said = [key for key, (_, when) in option_table().items() if when == NOT_YET]
+    assert sorted(marked) == sorted(key.rsplit(".", 1)[1] for key in said)
+
+
+@pytest.mark.parametrize(
+    "option", [key for key, (_, when) in option_table().items() if when == NOT_YET]
+)
+def test_what_is_not_used_yet_is_not_used(option: str) -> None:
+    source = Path(pipe.__file__).read_text(encoding="utf-8")
+    reader = source[source.index("\nclass ConfigReader") : source.index("\n# Media: ")]
+    owner, key = {"streams": "stream"}.get(option.split(".")[0], option.split(".")[0]), option
+    use = rf"\b(?:{owner}|settings)\.{key.rsplit('.', 1)[1]}\b"
+    assert re.findall(use, source.replace(reader, "")) == [], "say in README what it does now"
+
+
+#### The command line ####
+
+
+def parser_options() -> dict[str, Any]:
+    """Default by option, of every option that has one to tell."""
+    actions = pipe.build_parser()._actions
+    return {name: action.default for action in actions for name in action.option_strings}
+
+
+def option_names(text: str) -> set[str]:
+    """The options that a help text lists (its layout differs between versions of Python)."""
+    listed = text[text.index("options:") :]
+    return set(
+        re.findall(r"(?<![\w-])--?[a-z][a-z-]*", " ".join(re.findall(r"^  (-.*)", listed, re.M)))
+    )
+
+
+def test_readme_has_the_options_of_the_parser() -> None:
+    (block,) = [text for text in blocks("text") if text.startswith("usage: ")]
+    assert option_names(block) == set(parser_options())
+    assert option_names(block) == option_names(pipe.build_parser().format_help())
+
+
+def test_help_says_the_same_in_readme() -> None:
+    for action in pipe.build_parser()._actions:
+        assert str(action.help) in " ".join(section("Command line").split()), action.dest
+
+
+def test_help_tells_the_defaults() -> None:
+    told = {
+        action.dest: found[1]
+        for action in pipe.build_parser()._actions
+        if (found := re.search(r"\(default: (\S+)\)", action.help or ""))
+    }
+    assert told == {"config": "config.yml", "log_level": parser_options()["--log-level"]}
+
+
+#### Commands, packages, files ####
+
+
+def test_first_two_commands_run_the_demo_and_the_tests() -> None:
+    commands = "".join(blocks("sh")).splitlines()
+    assert commands[:2] == [
+        "pip install -r requirements.txt && python pipe.py --demo",
+        "pip install -r tests/requirements.txt && python -m pytest",
+    ]
+
+
+def test_first_two_blocks_of_readme_are_commands() -> None:
+    assert re.findall(r"^```([a-z]+)$", README, re.M)[:2] == ["sh", "sh"]
+
+
+def test_requirements_are_those_of_the_script() -> None:
+    source = Path(pipe.__file__).read_text(encoding="utf-8")
+    metadata = re.search(r"^# /// script\n((?:# .*\n)+)# ///$", source, re.M)
+    assert metadata
+    python, packages = re.findall(r"^# [a-z-]+ = (.+)$", metadata[1], re.M)
+    assert python == '">=3.10"'
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert yaml.safe_load(packages) == requirements
+    least = ".".join(map(str, pipe.LEAST_STREAMLINK))
+    assert f"streamlink>={least},<{pipe.LEAST_STREAMLINK[0] + 1}" in requirements
+
+
+def test_top_level_is_what_it_shall_be() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    command = ["git", "ls-files", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    names = {path.split("/")[0] for path in listed.split("\0") if path}
+    assert {name for name in names if not name.startswith(".")} == {
+        *("pipe.py", "config.example.yml", "requirements.txt", "tests", "README.md", "LICENSE")
+    }
+
+
+def test_readme_shows_an_answer_of_this_version() -> None:
+    (answer,) = blocks("console")
+    assert f"\nServer: StreamPipe/{pipe.__version__}\n" in answer
+    assert f"\nContent-Type: {pipe.Container.MPEG_TS.value}\n" in answer

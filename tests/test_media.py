@@ -1,0 +1,969 @@
+"""Framers and the test card: real H.264 and AAC, cut in every way; all of it pure."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import lzma
+import os
+import shutil
+import subprocess
+from base64 import b85decode
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import av
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+import pipe
+from pipe import Container, JoinKind
+from tests import make_test_card, media
+
+PACKET = media.PACKET
+SIZES = (1, 7, 187, 188, 189, 4096, 1 << 20)  # bytes fed at a time
+SPLITS = st.lists(st.integers(0, 1 << 20), max_size=10)  # places to cut at, modulo the length
+
+Join = tuple[int, bytes, JoinKind]
+
+
+def stepwise(data: bytes, size: int) -> Iterator[bytes]:
+    return (data[at : at + size] for at in range(0, len(data), size))
+
+
+def cut(data: bytes, places: Iterable[int]) -> Iterator[bytes]:
+    edges = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
+    return (data[start:stop] for start, stop in itertools.pairwise(edges))
+
+
+def joins_of(framer: pipe.Framer) -> list[Join]:
+    """The join points found so far, without the moments they were found at."""
+    return [(join.position, join.prefix, join.kind) for join in framer.joins]
+
+
+def feed(framer: pipe.Framer, parts: Iterable[bytes]) -> list[bytes]:
+    """All that a framer makes of a whole stream."""
+    blocks = [block for part in parts for block in framer.feed(part)]
+    return blocks + framer.flush()
+
+
+def feed_segments(framer: pipe.Framer, segments: Iterable[bytes], size: int = 4096) -> list[bytes]:
+    """The same for a stream in segments, called as a feeder does."""
+    blocks = []
+    for segment in segments:
+        blocks += framer.flush()
+        framer.start_segment()
+        for part in stepwise(segment, size):
+            blocks += framer.feed(part)
+    return blocks + framer.flush()
+
+
+def edges_of(blocks: Iterable[bytes]) -> set[int]:
+    """The positions where blocks begin and end."""
+    return {0, *itertools.accumulate(map(len, blocks))}
+
+
+def decodes_from(join: Join, stream: bytes) -> media.Decoded:
+    position, prefix, _ = join
+    return media.decode(prefix + stream[position:])
+
+
+#### What the streams are made of ####
+
+
+def key_frames(stream: bytes) -> list[int]:
+    """The positions of the packets that start a key frame: libav sets their indicator."""
+    return [
+        number * PACKET
+        for number, packet in enumerate(media.packets(stream))
+        if media.pid(packet) == 0x100 and packet[1] & 0x40 and packet[3] & 0x20 and packet[5] & 0x40
+    ]
+
+
+def pictures(stream: bytes) -> list[int]:
+    """The positions of the packets that start a picture of any kind."""
+    return [
+        number * PACKET
+        for number, packet in enumerate(media.packets(stream))
+        if media.pid(packet) == 0x100 and packet[1] & 0x40
+    ]
+
+
+def without_tables(segment: bytes) -> bytes:
+    return b"".join(p for p in media.packets(segment) if media.pid(p) not in (0, 0x1000))
+
+
+def newest_tables(stream: bytes, position: int) -> bytes:
+    """The last PAT and the last PMT in front of a position."""
+    before = list(media.packets(stream[:position]))
+    return b"".join([p for p in before if media.pid(p) == pid][-1] for pid in (0, 0x1000))
+
+
+def box(kind: bytes, body: bytes) -> bytes:
+    return (8 + len(body)).to_bytes(4, "big") + kind + body
+
+
+def boxes(data: bytes) -> Iterator[bytes]:
+    while data:
+        size = int.from_bytes(data[:4], "big")
+        yield data[:size]
+        data = data[size:]
+
+
+def adts_frames(data: bytes) -> Iterator[bytes]:
+    while data:
+        size = (data[3] & 3) << 11 | data[4] << 3 | data[5] >> 5
+        yield data[:size]
+        data = data[size:]
+
+
+def footed(tag: bytes) -> bytes:
+    """An ID3 tag of version 4 with a footer, which its size does not count."""
+    tag = tag[:5] + b"\x10" + tag[6:]
+    return tag + b"3DI" + tag[3:10]
+
+
+TAGS = {
+    "version 2": media.id3_timestamp(1, 2),
+    "version 3": media.id3_timestamp(1, 3),
+    "version 4": media.id3_timestamp(1, 4),
+    "footer": footed(media.id3_timestamp(1, 4)),
+    "empty": b"ID3\4\0\0\0\0\0\0",
+    "large": b"ID3\3\0\0\0\0\2\4" + b"ID3\xff\xf1" * 52,  # 2 * 128 + 4
+}
+
+STREAMS: dict[str, tuple[Container, Callable[[], bytes]]] = {
+    "ts": (Container.MPEG_TS, lambda: b"".join(media.ts_segments(4)[:2])),
+    "ts sound": (Container.MPEG_TS, lambda: b"".join(media.audio_only_segments(4))),
+    "fmp4": (Container.FMP4, lambda: media.fmp4(4)[0] + b"".join(media.fmp4(4)[1][:2])),
+    "aac": (Container.AAC, lambda: b"".join(media.aac_segments(4))),
+    "other": (Container.OTHER, lambda: bytes(range(256)) * 300),
+}
+of_every_stream = pytest.mark.parametrize("name", STREAMS)
+
+
+def stream_of(name: str) -> tuple[Container, bytes]:
+    container, make = STREAMS[name]
+    return container, make()
+
+
+#### Telling containers apart ####
+
+STARTS = {
+    "ts": (Container.MPEG_TS, lambda: media.ts_segments(4)[0]),
+    "fmp4": (Container.FMP4, lambda: media.fmp4(4)[0]),
+    "fmp4 fragment": (Container.FMP4, lambda: media.fmp4(4)[1][0]),
+    "adts": (Container.AAC, lambda: media.aac_segments(4)[0]),
+    "id3": (Container.AAC, lambda: TAGS["version 4"] + media.aac_segments(4)[0]),
+    "id3 version 2": (Container.AAC, lambda: TAGS["version 2"] + media.aac_segments(4)[0]),
+    "matroska": (Container.MATROSKA, lambda: matroska()),
+    "flv": (Container.OTHER, lambda: b"FLV\1\5\0\0\0\t" + bytes(1000)),
+    "mp3": (Container.OTHER, lambda: b"\xff\xfb\x90\x64" + bytes(1000)),
+    "text": (Container.OTHER, lambda: b"Good day, this is no media. Go away.\n" * 30),
+}
+of_every_start = pytest.mark.parametrize(("container", "make"), STARTS.values(), ids=list(STARTS))
+
+
+def matroska() -> bytes:
+    """One second of the sound, in Matroska."""
+    target = io.BytesIO()
+    with (
+        av.open(io.BytesIO(media.aac_segments(4)[0])) as source,
+        av.open(target, "w", format="matroska") as out,
+    ):
+        stream = out.add_stream_from_template(source.streams.audio[0])
+        for packet in source.demux():
+            if packet.dts is not None:
+                packet.stream = stream
+                out.mux(packet)
+    return target.getvalue()
+
+
+@of_every_start
+def test_container_is_told_from_the_first_bytes(
+    container: Container, make: Callable[[], bytes]
+) -> None:
+    assert pipe.sniff(make()[: pipe.SNIFF_LIMIT]) is container
+
+
+@of_every_start
+def test_fewer_bytes_give_the_same_answer_or_ask_for_more(
+    container: Container, make: Callable[[], bytes]
+) -> None:
+    start = make()[: pipe.SNIFF_LIMIT]
+    answers = [pipe.sniff(start[:size]) for size in range(len(start) + 1)]
+    assert answers[0] is None
+    assert set(answers) == {None, container}
+    first = answers.index(container)
+    assert answers[first:] == [container] * (len(answers) - first), "an answer is final"
+
+
+def test_one_packet_and_a_sync_byte_are_enough_for_a_transport_stream() -> None:
+    start = media.ts_segments(4)[0]
+    assert pipe.sniff(start[:PACKET]) is None
+    assert pipe.sniff(start[: PACKET + 1]) is Container.MPEG_TS
+
+
+def test_transport_stream_may_start_anywhere_in_a_packet() -> None:
+    """Also where sound starts, which looks like a stream of its own."""
+    stream = media.ts_segments(4)[0]
+    starts = range(len(stream) - pipe.SNIFF_LIMIT)
+    wrong = {at: pipe.sniff(stream[at : at + pipe.SNIFF_LIMIT]) for at in starts}
+    assert {at: told for at, told in wrong.items() if told is not Container.MPEG_TS} == {}
+
+
+TINY = {
+    "nothing": (b"", Container.OTHER),
+    "a byte": (b"\xff", Container.OTHER),
+    "sync byte of adts": (b"\xff\xf1", Container.AAC),
+    "id3": (b"ID3", Container.AAC),
+    "half a box": (b"\0\0\0\x18fty", Container.OTHER),
+    "a box header": (b"\0\0\0\x18ftyp", Container.FMP4),
+    "matroska": (b"\x1a\x45\xdf\xa3", Container.MATROSKA),
+    "a picture": (b"GIF89a\1\0\1\0", Container.OTHER),
+    "a word": (b"Gone", Container.OTHER),
+    "a sentence": (b"This programme starts at 8. Good bye.", Container.OTHER),
+}
+
+
+@pytest.mark.parametrize(("body", "container"), TINY.values(), ids=list(TINY))
+def test_whole_body_is_judged_however_short(body: bytes, container: Container) -> None:
+    assert pipe.sniff(body, is_all=True) is container
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_whole_body_of_few_packets_is_a_transport_stream(count: int) -> None:
+    body = media.ts_segments(4)[0][: count * PACKET]
+    assert pipe.sniff(body, is_all=True) is Container.MPEG_TS
+
+
+@given(start=st.binary(max_size=2 * pipe.SNIFF_LIMIT))
+def test_sniffing_always_ends(start: bytes) -> None:
+    assert pipe.sniff(start, is_all=True)
+    if len(start) >= pipe.SNIFF_LIMIT:
+        assert pipe.sniff(start)
+
+
+#### Every byte, once, in order ####
+
+
+@of_every_stream
+@pytest.mark.parametrize("size", SIZES)
+def test_stream_fed_in_equal_parts_is_unaltered(name: str, size: int) -> None:
+    container, stream = stream_of(name)
+    stream = stream[:40_000] if size == 1 else stream
+    framer = pipe.framer_for(container)
+    assert b"".join(feed(framer, stepwise(stream, size))) == stream
+    assert framer.position == len(stream)
+
+
+@of_every_stream
+@settings(deadline=None, max_examples=40)
+@given(places=SPLITS)
+def test_any_split_gives_the_same_bytes_and_join_points(name: str, places: list[int]) -> None:
+    container, stream = stream_of(name)
+    whole, split = pipe.framer_for(container), pipe.framer_for(container)
+    assert b"".join(feed(split, cut(stream, places))) == stream
+    feed(whole, [stream])
+    # One kind is reported once for each feed(): it says no more than that a unit starts here.
+    assert [join for join in joins_of(split) if join[2] > JoinKind.ANY] == [
+        join for join in joins_of(whole) if join[2] > JoinKind.ANY
+    ]
+
+
+@of_every_stream
+@settings(deadline=None, max_examples=25)
+@given(places=st.lists(SPLITS, min_size=3, max_size=3))
+def test_any_split_of_segments_gives_the_same_bytes_and_join_points(
+    name: str, places: list[list[int]]
+) -> None:
+    container, stream = stream_of(name)
+    thirds = stepwise(stream, len(stream) // 3 + 1)  # a segment need not begin with a unit
+    whole, split = pipe.framer_for(container), pipe.framer_for(container)
+    out = []
+    for third, cuts in zip(thirds, places, strict=True):
+        for framer, parts in ((whole, [third]), (split, cut(third, cuts))):
+            framer.start_segment()
+            blocks = feed(framer, parts)
+            out += blocks if framer is split else []
+    assert b"".join(out) == stream
+    assert [join for join in joins_of(split) if join[2] > JoinKind.ANY] == [
+        join for join in joins_of(whole) if join[2] > JoinKind.ANY
+    ]
+
+
+FRAMERS = [pipe.TsFramer, pipe.Fmp4Framer, pipe.AacFramer, pipe.Framer]
+BOXES = st.builds(
+    lambda size, kind, body: size.to_bytes(4, "big") + kind + body,
+    st.sampled_from([0, 1, 2, 7, 8, 9, 16, 24, 1 << 31]),
+    st.sampled_from([b"ftyp", b"moov", b"moof", b"mdat", b"styp", b"free"]),
+    st.binary(max_size=24),
+)
+TABLE_LIKE = st.builds(
+    lambda head, body: (b"G" + head + body)[:PACKET].ljust(PACKET, b"\xff"),
+    st.tuples(
+        st.sampled_from([0x00, 0x40, 0x50, 0x1F]),
+        st.sampled_from([0x00, 0x01, 0xFF]),
+        st.sampled_from([0x10, 0x20, 0x30, 0xFF]),
+    ).map(bytes),
+    st.binary(max_size=24),
+)
+GARBAGE = st.lists(
+    st.binary(max_size=200)
+    | BOXES
+    | TABLE_LIKE
+    | st.integers(0, 300).map(lambda count: b"G" * count),
+    max_size=8,
+).map(b"".join)
+
+
+@pytest.mark.parametrize("make", FRAMERS)
+@settings(deadline=None, max_examples=200)
+@given(garbage=GARBAGE, places=SPLITS, segments=st.booleans(), is_prefixed=st.booleans())
+def test_garbage_passes_unaltered(
+    make: Callable[[], pipe.Framer],
+    garbage: bytes,
+    places: list[int],
+    segments: bool,
+    is_prefixed: bool,
+) -> None:
+    assume(make is not pipe.AacFramer or b"ID3" not in garbage)
+    framer = make()
+    out = []
+    if is_prefixed:
+        framer.start_prefix()
+    for part in cut(garbage, places):
+        if segments:
+            out += framer.flush()
+            framer.start_segment()
+        out += framer.feed(part)
+    out += framer.flush()
+    assert b"".join(out) == garbage
+    assert framer.position == len(garbage)
+    assert all(0 <= join.position <= len(garbage) for join in framer.joins)
+
+
+#### Blocks ####
+
+
+@of_every_stream
+@pytest.mark.parametrize("size", [5_000, 1 << 24])
+def test_blocks_are_bounded(name: str, size: int) -> None:
+    container, stream = stream_of(name)
+    blocks = feed(pipe.framer_for(container), stepwise(stream * 4, size))
+    assert all(0 < len(block) <= pipe.BLOCK_LIMIT for block in blocks)
+    assert max(map(len, blocks)) > min(size, 25_000) * 0.9, "and not cut for nothing"
+
+
+def frame_edges(stream: bytes) -> set[int]:
+    return edges_of(adts_frames(stream))
+
+
+@pytest.mark.parametrize("size", [4_999, 1 << 24])
+@pytest.mark.parametrize(
+    ("name", "edges"),
+    [("ts", lambda stream: set(range(0, len(stream) + 1, PACKET))), ("aac", frame_edges)],
+    ids=["packets", "frames"],
+)
+def test_blocks_end_where_units_end(
+    name: str, edges: Callable[[bytes], set[int]], size: int
+) -> None:
+    container, stream = stream_of(name)
+    stream *= 6
+    blocks = feed(pipe.framer_for(container), stepwise(stream, size))
+    assert edges_of(blocks) <= edges(stream)
+
+
+@pytest.mark.parametrize("size", [1, 4_999, 1 << 24])
+def test_fragments_begin_with_a_block(size: int) -> None:
+    framer = pipe.Fmp4Framer()
+    blocks = feed(framer, stepwise(stream_of("fmp4")[1], size))
+    assert len(framer.joins) == 2
+    assert {join.position for join in framer.joins} <= edges_of(blocks)
+
+
+@pytest.mark.parametrize(
+    ("name", "cut_off"), [("ts", 100), ("fmp4", 4), ("aac", 100)], ids=["packet", "box", "frame"]
+)
+def test_dropped_rest_of_a_unit_is_not_handed_on(name: str, cut_off: int) -> None:
+    """What follows a gap starts anew."""
+    container, stream = stream_of(name)
+    unit = {"ts": PACKET, "aac": len(next(adts_frames(stream)))}.get(name, len(media.fmp4(4)[0]))
+    framer = pipe.framer_for(container)
+    framer.start_segment()
+    out = framer.feed(stream[: unit + cut_off])
+    framer.drop()
+    assert framer.flush() == []
+    framer.start_segment()
+    out += framer.feed(stream) + framer.flush()
+    assert b"".join(out) == stream[:unit] + stream
+    assert framer.joins[-1].kind in (JoinKind.SEGMENT, JoinKind.KEY_FRAME)
+    assert unit in {join.position for join in framer.joins}
+
+
+def test_drop_forgets_nothing_where_all_was_handed_on() -> None:
+    framer = pipe.Framer()
+    out = framer.feed(b"data")
+    framer.drop()
+    assert out + framer.flush() == [b"data"]
+
+
+#### Join points of MPEG-TS ####
+
+
+@pytest.mark.parametrize("size", [1, 188, 1000, 1 << 20])
+@pytest.mark.parametrize(
+    "make", [media.ts_segments, media.video_only_segments, media.audio_only_segments]
+)
+def test_segment_that_opens_with_its_tables_joins_at_its_first_byte(
+    make: Callable[[int], tuple[bytes, ...]], size: int
+) -> None:
+    segments = make(4)
+    starts = itertools.accumulate(map(len, segments[:-1]), initial=0)
+    framer = pipe.TsFramer()
+    feed_segments(framer, segments, size)
+    expected = [(start, b"", JoinKind.SEGMENT) for start in starts]
+    assert joins_of(framer) == expected
+    for join in expected:
+        decodes_from(join, b"".join(segments))
+
+
+@pytest.mark.parametrize("make", [media.ts_segments, media.audio_only_segments])
+def test_segment_without_tables_gets_them_put_before_it(
+    make: Callable[[int], tuple[bytes, ...]],
+) -> None:
+    first, *rest = make(3)
+    segments = [first, *map(without_tables, rest)]
+    framer = pipe.TsFramer()
+    feed_segments(framer, segments)
+    starts = itertools.accumulate(map(len, segments[:-1]), initial=0)
+    prefixes = [b"", first[: 2 * PACKET], first[: 2 * PACKET]]
+    assert joins_of(framer) == [
+        (start, prefix, JoinKind.SEGMENT) for start, prefix in zip(starts, prefixes, strict=True)
+    ]
+    for join in joins_of(framer):
+        decoded = decodes_from(join, b"".join(segments))
+        assert decoded.starts_with_key is (make is media.ts_segments)
+
+
+def test_segment_that_opens_with_other_pictures_joins_at_its_key_frame() -> None:
+    stream = b"".join(media.ts_segments(4))
+    keys = key_frames(stream)
+    early = [min(at for at in pictures(stream) if at > key) for key in keys[:-1]]
+    segments = list(cut(stream, early))  # each opens with the second picture of a group
+    framer = pipe.TsFramer()
+    feed_segments(framer, segments)
+    first, *others = joins_of(framer)
+    assert first == (0, b"", JoinKind.SEGMENT)
+    assert others == [(key, newest_tables(stream, key), JoinKind.SEGMENT) for key in keys[1:]]
+    for number, join in enumerate(others, 1):
+        decoded = decodes_from(join, stream)
+        assert decoded.starts_with_key
+        assert decoded.video_frames == (4 - number) * media.FPS
+
+
+def test_segment_without_key_frame_joins_at_its_first_picture() -> None:
+    first, second, *_ = media.ts_segments(4)
+    middle = pictures(first)[12]
+    segments = [first[:middle], first[middle:], second]
+    framer = pipe.TsFramer()
+    feed_segments(framer, segments)
+    assert joins_of(framer) == [
+        (0, b"", JoinKind.SEGMENT),
+        (middle, newest_tables(first, middle), JoinKind.SEGMENT),
+        (len(first), b"", JoinKind.SEGMENT),
+    ]
+
+
+def test_further_key_frames_of_a_segment_are_join_points_of_less_worth() -> None:
+    segments = media.ts_segments(4)
+    stream = b"".join(segments)
+    framer = pipe.TsFramer()
+    feed_segments(framer, [stream])
+    first, *others = key_frames(stream)
+    assert first == 2 * PACKET
+    assert joins_of(framer) == [
+        (0, b"", JoinKind.SEGMENT),
+        *((key, newest_tables(stream, key), JoinKind.KEY_FRAME) for key in others),
+    ]
+
+
+@pytest.mark.parametrize("offset", [0, 1, 100, 187])
+def test_stream_without_segments_joins_at_its_key_frames(offset: int) -> None:
+    stream = b"".join(media.ts_segments(4))
+    framer = pipe.TsFramer()
+    feed(framer, stepwise(stream[offset:], 1000))
+    found = [join for join in joins_of(framer) if join[2] is not JoinKind.ANY]
+    keys = key_frames(stream)[1 if offset else 0 :]  # without the first PAT nothing is known
+    assert found == [(key - offset, newest_tables(stream, key), JoinKind.KEY_FRAME) for key in keys]
+    for join in found:
+        assert decodes_from(join, stream[offset:]).starts_with_key
+
+
+def test_stream_of_sound_joins_where_a_frame_starts() -> None:
+    stream = b"".join(media.audio_only_segments(4))
+    framer = pipe.TsFramer()
+    found = []
+    for part in stepwise(stream, 1000):
+        framer.feed(part)
+        found += joins_of(framer)
+        framer.joins.clear()  # as a feeder takes them
+    assert len(found) >= 10
+    assert {kind for _, _, kind in found} == {JoinKind.ANY}
+    for join in found[:-2:4]:  # of less than that the demuxer makes nothing
+        assert join[1] == newest_tables(stream, join[0])
+        packet = stream[join[0] : join[0] + PACKET]
+        assert packet[1] & 0x40, "a PES starts"
+        assert decodes_from(join, stream).audio_frames > 0
+
+
+def long_section(pid: int, table_id: int, body: bytes) -> bytes:
+    """A section over as many packets as it takes, the first counter being 0."""
+    writer = make_test_card.Writer()
+    data = make_test_card.section(table_id, body)
+    data += b"\xff" * (-len(data) % (PACKET - 4))
+    writer.write(pid, data)
+    return bytes(writer.stream)
+
+
+def long_pat() -> bytes:
+    programs = [(1, 0x1000), *((number, 0x1100 + number) for number in range(2, 60))]
+    return b"".join(n.to_bytes(2, "big") + (0xE000 | pid).to_bytes(2, "big") for n, pid in programs)
+
+
+def long_pmt() -> bytes:
+    """The real streams behind descriptors that fill more than a packet."""
+    pmt = media.ts_segments(4)[0][PACKET : 2 * PACKET]
+    streams = pmt[17 : 5 + 3 + (int.from_bytes(pmt[6:8], "big") & 0xFFF) - 4]
+    text = b"\x05\x04StPi" * 40
+    return b"\xe1\x00" + (0xF000 | len(text)).to_bytes(2, "big") + text + streams
+
+
+def split_tables(which: str) -> list[bytes]:
+    pat, pmt = itertools.islice(media.packets(media.ts_segments(4)[0]), 2)
+    if which != "pmt":
+        pat = long_section(0, 0, long_pat())
+    if which != "pat":
+        pmt = long_section(0x1000, 2, long_pmt())
+    return [pat, pmt]
+
+
+@pytest.mark.parametrize("which", ["pat", "pmt", "both"])
+@pytest.mark.parametrize("size", [1, 188, 1 << 20])
+@pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
+def test_tables_may_be_split_over_packets(which: str, size: int, apart: bool) -> None:
+    pat, pmt = split_tables(which)
+    assert len(pat + pmt) > 2 * PACKET
+    between = media.packets(b"".join([b"\x47\x1f\xff\x10" + bytes(184)] * 9))
+    packets = [*media.packets(pat), *media.packets(pmt)]
+    head = b"".join(p + next(between) * apart for p in packets)
+    segments = [head + without_tables(segment) for segment in media.ts_segments(4)[:2]]
+    segments.append(without_tables(media.ts_segments(4)[2]))
+    stream = b"".join(segments)
+    framer = pipe.TsFramer()
+    assert b"".join(feed_segments(framer, segments, size)) == stream
+    first, second = len(segments[0]), len(segments[0] + segments[1])
+    assert joins_of(framer) == [
+        (0, b"", JoinKind.SEGMENT),
+        (first, b"", JoinKind.SEGMENT),
+        (second, pat + pmt, JoinKind.SEGMENT),
+    ]
+    # Their counters do not go on, which is no matter where a decoder starts.
+    assert media.decode(pat + pmt + stream[second:], strict=False).video_frames == media.FPS
+
+
+@settings(deadline=None, max_examples=60)
+@given(garbage=GARBAGE, places=SPLITS)
+@example(garbage=b"G" * 400, places=[])
+@example(garbage=b"G", places=[])
+@example(garbage=b"\0" * 187, places=list(range(37_000, 38_500)))
+def test_alignment_is_found_again_behind_garbage(garbage: bytes, places: list[int]) -> None:
+    segments = media.ts_segments(4)
+    assert not garbage.startswith(b"\xff" * PACKET)
+    stream = segments[0] + garbage + segments[1] + segments[2]
+    last = len(segments[0] + garbage + segments[1])
+    framer = pipe.TsFramer()
+    assert b"".join(feed(framer, cut(stream, places))) == stream
+    position, prefix, kind = joins_of(framer)[-1]
+    assert (position, kind) == (last + 2 * PACKET, JoinKind.KEY_FRAME)
+    assert len(prefix) % PACKET == 0
+
+
+def test_garbage_of_one_segment_does_not_reach_the_next() -> None:
+    segments = [data[:-100] for data in media.ts_segments(4)]  # each ends in half a packet
+    framer = pipe.TsFramer()
+    assert b"".join(feed_segments(framer, segments)) == b"".join(segments)
+    starts = itertools.accumulate(map(len, segments[:-1]), initial=0)
+    assert joins_of(framer) == [(start, b"", JoinKind.SEGMENT) for start in starts]
+
+
+#### Join points of fMP4 ####
+
+
+@pytest.mark.parametrize("size", [1, 1000, 1 << 20])
+def test_fragments_of_segments_follow_the_initialization_section(size: int) -> None:
+    init, segments = media.fmp4(4)
+    framer = pipe.Fmp4Framer()
+    framer.start_prefix()
+    out = [block for part in stepwise(init, size) for block in framer.feed(part)]
+    out += feed_segments(framer, segments, size)
+    stream = init + b"".join(segments)
+    assert b"".join(out) == stream
+    starts = itertools.accumulate(map(len, segments[:-1]), initial=len(init))
+    assert joins_of(framer) == [(start, init, JoinKind.SEGMENT) for start in starts]
+    for number, join in enumerate(joins_of(framer)):
+        decoded = decodes_from(join, stream)
+        assert decoded.starts_with_key
+        assert decoded.video_frames == (4 - number) * media.FPS
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+def test_fragments_without_segments_follow_ftyp_and_moov(size: int) -> None:
+    init, fragments = media.fmp4(4)
+    stream = init + b"".join(fragments)
+    framer = pipe.Fmp4Framer()
+    feed(framer, stepwise(stream, size))
+    starts = itertools.accumulate(map(len, fragments[:-1]), initial=len(init))
+    assert joins_of(framer) == [(start, init, JoinKind.KEY_FRAME) for start in starts]
+    for join in joins_of(framer):
+        assert decodes_from(join, stream).starts_with_key
+
+
+def test_fragment_begins_with_what_stands_before_its_moof() -> None:
+    init, fragments = media.fmp4(4)
+    before = box(b"styp", b"msdh\0\0\0\0msdh") + box(b"prft", bytes(24)) + box(b"emsg", bytes(20))
+    bare = [b"".join(b for b in boxes(f) if b[4:8] in (b"moof", b"mdat")) for f in fragments]
+    stream = init + b"".join(before + fragment for fragment in bare)
+    framer = pipe.Fmp4Framer()
+    feed(framer, [stream])
+    starts = itertools.accumulate((len(before + f) for f in bare[:-1]), initial=len(init))
+    assert [join.position for join in framer.joins] == list(starts)
+
+
+def test_several_fragments_of_a_segment_are_join_points_of_less_worth() -> None:
+    init, fragments = media.fmp4(4)
+    framer = pipe.Fmp4Framer()
+    framer.start_prefix()
+    framer.feed(init)
+    feed_segments(framer, [fragments[0] + fragments[1], fragments[2]])
+    first, second = len(init), len(init + fragments[0])
+    assert joins_of(framer) == [
+        (first, init, JoinKind.SEGMENT),
+        (second, init, JoinKind.KEY_FRAME),
+        (second + len(fragments[1]), init, JoinKind.SEGMENT),
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 1000, 1 << 20])
+def test_new_initialization_section_replaces_the_old_one(size: int) -> None:
+    init, fragments = media.fmp4(4)
+    other = init + box(b"free", b"another one")
+    stream = init + fragments[0] + other + fragments[1]
+    framer = pipe.Fmp4Framer()
+    feed(framer, stepwise(stream, size))
+    assert joins_of(framer) == [
+        (len(init), init, JoinKind.KEY_FRAME),
+        (len(init + fragments[0] + other), other, JoinKind.KEY_FRAME),
+    ]
+    assert decodes_from(joins_of(framer)[1], stream).video_frames == media.FPS
+
+
+def test_announced_initialization_section_replaces_the_old_one() -> None:
+    init, fragments = media.fmp4(4)
+    other = init + box(b"free", b"another one")
+    framer = pipe.Fmp4Framer()
+    for head, fragment in ((init, fragments[0]), (other, fragments[1])):
+        framer.flush()
+        framer.start_prefix()
+        framer.feed(head)
+        feed_segments(framer, [fragment])
+    assert joins_of(framer) == [
+        (len(init), init, JoinKind.SEGMENT),
+        (len(init + fragments[0] + other), other, JoinKind.SEGMENT),
+    ]
+
+
+def large(whole: bytes) -> bytes:
+    """The box with its size in 64 bits."""
+    return b"\0\0\0\1" + whole[4:8] + (len(whole) + 8).to_bytes(8, "big") + whole[8:]
+
+
+@pytest.mark.parametrize("size", [1, 5, 1 << 20])
+def test_large_sizes_are_understood(size: int) -> None:
+    init, fragments = media.fmp4(4)
+    grown = [b"".join(map(large, boxes(fragment))) for fragment in fragments]
+    stream = b"".join(map(large, boxes(init))) + b"".join(grown)
+    framer = pipe.Fmp4Framer()
+    assert b"".join(feed(framer, stepwise(stream, size))) == stream
+    assert len(framer.joins) == 4
+    assert {join.prefix for join in framer.joins} == {b"".join(map(large, boxes(init)))}
+    assert framer.joins[-1].position == len(stream) - len(grown[-1])
+
+
+@pytest.mark.parametrize("size", [1, 5, 1 << 20])
+def test_box_of_size_zero_goes_on_to_the_end(size: int) -> None:
+    init, fragments = media.fmp4(4)
+    *head, mdat = boxes(fragments[0])
+    stream = init + b"".join(head) + bytes(4) + mdat[4:] + fragments[1]
+    framer = pipe.Fmp4Framer()
+    assert b"".join(feed(framer, stepwise(stream, size))) == stream
+    assert joins_of(framer) == [(len(init), init, JoinKind.KEY_FRAME)]
+
+
+def test_box_that_its_segment_breaks_off_does_not_reach_the_next() -> None:
+    init, fragments = media.fmp4(4)
+    broken = [fragment[:-1000] for fragment in fragments]
+    framer = pipe.Fmp4Framer()
+    framer.start_prefix()
+    framer.feed(init)
+    assert b"".join(feed_segments(framer, broken)) == b"".join(broken)
+    starts = itertools.accumulate(map(len, broken[:-1]), initial=len(init))
+    assert joins_of(framer) == [(start, init, JoinKind.SEGMENT) for start in starts]
+
+
+#### AAC ####
+
+
+@pytest.mark.parametrize("size", [1, 9, 10, 11, 1 << 20])
+@pytest.mark.parametrize("tag", TAGS.values(), ids=list(TAGS))
+def test_id3_tag_in_front_of_a_segment_is_removed(tag: bytes, size: int) -> None:
+    segments = media.aac_segments(4)
+    framer = pipe.AacFramer()
+    out = feed_segments(framer, [tag + segment for segment in segments], size)
+    assert b"".join(out) == b"".join(segments)
+    starts = itertools.accumulate(map(len, segments[:-1]), initial=0)
+    assert joins_of(framer) == [(start, b"", JoinKind.SEGMENT) for start in starts]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    items=st.lists(st.sampled_from(sorted(TAGS)) | st.integers(1, 4), max_size=12), places=SPLITS
+)
+@example(items=["version 2", "version 3", "version 4", "footer", "large", "empty", 2], places=[])
+def test_only_id3_tags_are_removed(items: Sequence[str | int], places: list[int]) -> None:
+    """Wherever they stand between frames, and however many in a row."""
+    frames = list(adts_frames(media.aac_segments(4)[0]))
+    parts = [TAGS[item] if isinstance(item, str) else b"".join(frames[:item]) for item in items]
+    media_alone = [part for item, part in zip(items, parts, strict=True) if item not in TAGS]
+    framer = pipe.AacFramer()
+    assert b"".join(feed(framer, cut(b"".join(parts), places))) == b"".join(media_alone)
+    assert framer.position == len(b"".join(media_alone))
+
+
+def test_frames_that_contain_the_letters_of_a_tag_stay() -> None:
+    payload = b"ID3\4\0\0\0\0\0\x7f" * 20
+    frame = make_test_card.adts(payload)
+    stream = frame * 10
+    for size in SIZES:
+        assert b"".join(feed(pipe.AacFramer(), stepwise(stream, size))) == stream
+
+
+@pytest.mark.parametrize("is_whole", [True, False], ids=["size too large", "broken off"])
+def test_tag_takes_nothing_of_the_next_segment(is_whole: bool) -> None:
+    first, second, *_ = media.aac_segments(4)
+    tag = b"ID3\4\0\0\0\x7f\x7f\x7f" + bytes(20)  # claims 2 MiB
+    segments = [tag + first if is_whole else tag, second]
+    out = b"".join(feed_segments(pipe.AacFramer(), segments))
+    assert out.endswith(second)
+
+
+def test_packed_audio_of_another_kind_passes_without_its_tags() -> None:
+    mp3 = b"\xff\xfb\x90\x64" + bytes(range(200)) * 2
+    out = feed_segments(pipe.AacFramer(), [TAGS["version 4"] + mp3 * 3] * 3, 100)
+    assert b"".join(out) == mp3 * 9
+
+
+@pytest.mark.parametrize("size", [1, 333, 1 << 20])
+def test_stream_of_frames_joins_where_a_frame_starts(size: int) -> None:
+    stream = b"".join(media.aac_segments(4))
+    framer = pipe.AacFramer()
+    feed(framer, stepwise(stream, size))
+    assert {join.position for join in framer.joins} <= frame_edges(stream)
+    assert {(join.prefix, join.kind) for join in framer.joins} == {(b"", JoinKind.ANY)}
+    assert len(framer.joins) == -(-len(stream) // size)
+
+
+#### Other containers ####
+
+
+def test_unknown_container_joins_at_its_segments_behind_its_prefix() -> None:
+    framer = pipe.Framer()
+    framer.start_prefix()
+    framer.feed(b"he")
+    framer.feed(b"ad")
+    assert b"".join(feed_segments(framer, [b"one", b"two"])) == b"onetwo"
+    assert joins_of(framer) == [
+        (4, b"head", JoinKind.SEGMENT),
+        (7, b"head", JoinKind.SEGMENT),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("container", "kind"),
+    [
+        (Container.MPEG_TS, pipe.TsFramer),
+        (Container.FMP4, pipe.Fmp4Framer),
+        (Container.AAC, pipe.AacFramer),
+        (Container.MATROSKA, pipe.Framer),
+        (Container.OTHER, pipe.Framer),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_each_container_has_its_framer(container: Container, kind: type[pipe.Framer]) -> None:
+    assert type(pipe.framer_for(container)) is kind
+
+
+#### Time stamps ####
+
+
+@given(value=st.integers(0, pipe.TIMESTAMP_MODULUS - 1), at=st.integers(0, 10))
+def test_time_stamp_is_read_as_it_was_written(value: int, at: int) -> None:
+    packet = bytearray(b"\xa5" * 16)
+    packet[at : at + 5] = b"\x21\x00\x01\x00\x01"
+    pipe.write_timestamp(packet, at, value)
+    assert pipe.read_timestamp(packet, at) == value
+    stamp = packet[at : at + 5]
+    assert (stamp[0] & 0xF1, stamp[2] & 1, stamp[4] & 1) == (0x21, 1, 1), "marker bits stay"
+    assert packet[:at] + packet[at + 5 :] == b"\xa5" * 11
+
+
+def test_time_stamp_is_coded_as_the_standard_says() -> None:
+    pes = make_test_card.pes(0xE0, 0x1_2345_6789, b"")
+    assert pipe.read_timestamp(pes, 9) == 0x1_2345_6789
+
+
+#### The test card ####
+
+WRAP = pipe.TIMESTAMP_MODULUS // pipe.TEST_CARD_TICKS - 2  # a few loops before time stamps wrap
+
+
+def stamps(stream: bytes, pid: int) -> list[int]:
+    """The PTS of a PID's PES packets."""
+    found = []
+    for packet in media.packets(stream):
+        if media.pid(packet) == pid and packet[1] & 0x40:
+            start = 5 + packet[4] if packet[3] & 0x20 else 4
+            assert packet[start : start + 3] == b"\0\0\1"
+            found.append(pipe.read_timestamp(packet, start + 9))
+    return found
+
+
+def clock(stream: bytes) -> list[int]:
+    """All of the PCR, in ticks of 90 kHz."""
+    return [
+        int.from_bytes(packet[6:12], "big") >> 15
+        for packet in media.packets(stream)
+        if packet[3] & 0x20 and packet[4] and packet[5] & 0x10
+    ]
+
+
+def steps(values: Sequence[int]) -> set[int]:
+    pairs = itertools.pairwise(values)
+    return {(after - before) % pipe.TIMESTAMP_MODULUS for before, after in pairs}
+
+
+def loops(first: int, count: int) -> bytes:
+    return b"".join(pipe.test_card_segment(first + number) for number in range(count))
+
+
+over_seams = pytest.mark.parametrize("first", [0, 1000, WRAP], ids=["start", "later", "wrap"])
+
+
+@over_seams
+def test_counters_of_the_test_card_go_on(first: int) -> None:
+    last: dict[int, int] = {}
+    for packet in media.packets(loops(first, 20)):
+        pid = media.pid(packet)
+        assert packet[3] & 0x10, "each has a payload, so each counts"
+        assert packet[3] & 15 == (last.get(pid, packet[3] - 1) + 1) & 15
+        last[pid] = packet[3] & 15
+    assert len(last) == 4
+
+
+@over_seams
+def test_time_stamps_of_the_test_card_go_on(first: int) -> None:
+    stream = loops(first, 5)
+    card = make_test_card
+    pictures, sounds = stamps(stream, card.VIDEO_PID), stamps(stream, card.AUDIO_PID)
+    assert len(pictures) == 5 * card.PICTURES
+    assert steps(pictures) == {card.PICTURE_TICKS}
+    assert steps(sounds) == {card.AAC_FRAME_TICKS * card.AAC_FRAMES_PER_PES}
+    assert steps(clock(stream)) == {card.PICTURE_TICKS}
+    assert (pictures[0] - clock(stream)[0]) % pipe.TIMESTAMP_MODULUS == card.PCR_LEAD
+
+
+def test_time_stamps_of_the_test_card_do_wrap() -> None:
+    found = stamps(loops(WRAP, 5), make_test_card.VIDEO_PID)
+    assert found[0] > found[-1]
+
+
+@over_seams
+def test_test_card_decodes_over_its_seams(first: int) -> None:
+    decoded = media.decode(loops(first, 10))
+    assert decoded.starts_with_key
+    assert decoded.video_frames == 10 * make_test_card.PICTURES
+    assert decoded.audio_frames == 10 * make_test_card.AAC_FRAMES
+    for times, step in ((decoded.video, 1 / 25), (decoded.audio, 1024 / 48_000)):
+        assert all(b - a == pytest.approx(step, abs=1e-4) for a, b in itertools.pairwise(times))
+
+
+def test_each_loop_of_the_test_card_starts_with_its_tables() -> None:
+    for number in (0, 7):
+        pat, pmt, picture = itertools.islice(media.packets(pipe.test_card_segment(number)), 3)
+        assert [media.pid(pat), media.pid(pmt)] == [0, make_test_card.PMT_PID]
+        assert media.pid(picture) == make_test_card.VIDEO_PID
+    framer = pipe.TsFramer()
+    feed_segments(framer, [pipe.test_card_segment(number) for number in range(3)])
+    size = len(pipe.test_card_segment(0))
+    assert joins_of(framer) == [(n * size, b"", JoinKind.SEGMENT) for n in range(3)]
+
+
+@pytest.mark.long
+def test_two_minutes_of_the_test_card_decode_without_a_warning() -> None:
+    ffmpeg = shutil.which("ffmpeg")
+    if not ffmpeg and "CI" not in os.environ:
+        pytest.skip("there is no ffmpeg")
+    command = [ffmpeg or "ffmpeg", "-v", "warning", "-xerror", "-i", "-", "-f", "null", "-"]
+    ran = subprocess.run(command, input=loops(0, 63), capture_output=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"", b"")
+
+
+#### The test card and the program that made it ####
+
+
+def test_clip_has_the_form_its_maker_gives_it() -> None:
+    card = make_test_card
+    clip = lzma.decompress(b85decode("".join(pipe.TEST_CARD.split())))
+    assert len(clip) % PACKET == 0
+    assert clip == pipe.test_card_segment(0)
+    assert {media.pid(packet) for packet in media.packets(clip)} == {
+        0, card.PMT_PID, card.VIDEO_PID, card.AUDIO_PID,
+    }  # fmt: skip
+    assert stamps(clip, card.VIDEO_PID)[0] == card.FIRST_PTS
+    assert stamps(clip, card.AUDIO_PID)[0] == card.FIRST_PTS
+    assert len(stamps(clip, card.VIDEO_PID)) == card.PICTURES
+    assert len(stamps(clip, card.AUDIO_PID)) == card.AAC_FRAMES // card.AAC_FRAMES_PER_PES
+
+
+def test_clip_has_the_tables_its_maker_writes() -> None:
+    card = make_test_card
+    writer = card.Writer()
+    for _ in range(card.PICTURES // card.PICTURES_PER_TABLES):
+        writer.tables()
+    written = media.packets(pipe.test_card_segment(0))
+    of_tables = [packet for packet in written if media.pid(packet) in (0, card.PMT_PID)]
+    assert b"".join(of_tables) == bytes(writer.stream)
+
+
+def test_loop_lasts_as_long_as_its_pictures_and_its_sound() -> None:
+    card = make_test_card
+    assert card.PICTURES * card.PICTURE_TICKS == pipe.TEST_CARD_TICKS
+    assert card.AAC_FRAMES * card.AAC_FRAME_TICKS == pipe.TEST_CARD_TICKS
+
+
+def test_clip_is_packed_as_its_maker_packs_it() -> None:
+    packed = b85decode("".join(pipe.TEST_CARD.split()))
+    assert lzma.decompress(packed, lzma.FORMAT_ALONE) == pipe.test_card_segment(0)
+    *lines, last = pipe.TEST_CARD.split()
+    assert {len(line) for line in lines} == {96}
+    assert len(last) <= 96

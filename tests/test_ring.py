@@ -1,0 +1,261 @@
+"""The ring between an upstream and its feeder: real threads, caught at waiting."""
+
+from __future__ import annotations
+
+import functools
+import random
+
+import pytest
+
+from pipe import Mark, MarkKind, Ring
+from tests.threads import TIMEOUT, Observed, Task
+
+
+def segment(number: int) -> Mark:
+    return Mark(MarkKind.SEGMENT, number)
+
+
+def full_ring(limit: int = 10) -> tuple[Ring, Observed]:
+    """A ring without room, and the condition that its writers wait for."""
+    ring = Ring(limit)
+    ring._not_full = room = Observed(ring._lock)
+    ring.write(b"x" * limit)
+    return ring, room
+
+
+def empty_ring(limit: int = 10) -> tuple[Ring, Observed]:
+    """A ring without anything, and the condition that its feeder waits for."""
+    ring = Ring(limit)
+    ring._not_empty = things = Observed(ring._lock)
+    return ring, things
+
+
+def waiting_take(ring: Ring, things: Observed) -> Task[list[bytes | Mark]]:
+    task = Task(functools.partial(ring.take, 100, TIMEOUT))
+    assert things.saw_wait()
+    return task
+
+
+#### Order and bounds ####
+
+
+def test_bytes_and_marks_come_in_the_order_they_were_given() -> None:
+    ring = Ring(100)
+    ring.mark(Mark(MarkKind.PREFIX, 7))
+    ring.write(b"init")
+    ring.mark(segment(7))
+    ring.write(b"one")
+    ring.write(b"two")
+    ring.mark(segment(8))
+    ring.close()
+    expected = [Mark(MarkKind.PREFIX, 7), b"init", segment(7), b"one", b"two", segment(8)]
+    assert ring.take(100, 0) == expected
+    assert ring.take(100, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (1, [b"12345"]),
+        (5, [b"12345"]),
+        (6, [b"12345", b"67890"]),
+        (10, [b"12345", b"67890"]),
+        (11, [b"12345", b"67890", segment(1), b"abc"]),
+    ],
+)
+def test_take_stops_as_soon_as_it_has_enough(limit: int, expected: list[bytes | Mark]) -> None:
+    ring = Ring(100)
+    for item in (b"12345", b"67890", segment(1), b"abc", b"def"):
+        if isinstance(item, Mark):
+            ring.mark(item)
+        else:
+            ring.write(item)
+    assert ring.take(limit, 0) == expected
+    assert ring.length == 16 - sum(len(i) for i in expected if not isinstance(i, Mark))
+
+
+def test_length_counts_the_bytes_that_wait() -> None:
+    ring = Ring(100)
+    assert (ring.length, ring.written_once) == (0, False)
+    ring.write(b"12345")
+    ring.mark(segment(1))
+    ring.write(b"678")
+    assert (ring.length, ring.written_once) == (8, True)
+    ring.take(1, 0)
+    assert ring.length == 3
+
+
+def test_nothing_written_is_nothing_handed_over() -> None:
+    ring = Ring(100)
+    ring.write(b"")
+    assert not ring.written_once
+    assert ring.take(100, 0) == []
+
+
+def test_nothing_written_does_not_wait_for_room() -> None:
+    ring, _ = full_ring()
+    Task(functools.partial(ring.write, b"")).result()
+
+
+#### Back-pressure ####
+
+
+def test_writer_waits_while_the_ring_is_full() -> None:
+    ring, room = full_ring()
+    writer = Task(functools.partial(ring.write, b"more"))
+    assert room.saw_wait()
+    assert ring.length == 10
+    assert ring.take(1, 0) == [b"x" * 10]
+    writer.result()
+    assert ring.take(1, 0) == [b"more"]
+
+
+def test_writer_goes_on_waiting_until_there_is_room() -> None:
+    ring = Ring(4)
+    ring._not_full = room = Observed(ring._lock)
+    ring.write(b"abc")
+    ring.write(b"defgh")  # any room will do for the whole of it
+    assert ring.length == 8
+    writer = Task(functools.partial(ring.write, b"i"))
+    assert room.saw_wait()
+    ring.take(1, 0)  # 5 bytes are still more than 4
+    with pytest.raises(TimeoutError):
+        writer.result(0)
+    ring.take(1, 0)
+    writer.result()
+    assert ring.take(1, 0) == [b"i"]
+
+
+def test_marks_need_no_room() -> None:
+    ring, _ = full_ring()
+    Task(functools.partial(ring.mark, segment(1))).result()
+    assert ring.take(100, 0) == [b"x" * 10, segment(1)]
+
+
+def test_wait_free_tells_whether_there_is_room() -> None:
+    ring, _ = full_ring()
+    assert not ring.wait_free(0)
+    ring.take(1, 0)
+    assert ring.wait_free(0)
+
+
+def test_wait_free_waits_for_room() -> None:
+    ring, room = full_ring()
+    waiter = Task(ring.wait_free)
+    assert room.saw_wait()
+    ring.take(1, 0)
+    assert waiter.result()
+
+
+#### Waiting for bytes ####
+
+
+def test_take_waits_until_something_is_written() -> None:
+    ring, things = empty_ring()
+    taker = waiting_take(ring, things)
+    ring.write(b"data")
+    assert taker.result() == [b"data"]
+
+
+def test_take_waits_until_something_is_marked() -> None:
+    ring, things = empty_ring()
+    taker = waiting_take(ring, things)
+    ring.mark(segment(3))
+    assert taker.result() == [segment(3)]
+
+
+def test_take_gives_up_in_time() -> None:
+    assert Ring(10).take(100, 0.001) == []
+
+
+def test_wake_ends_the_wait_for_bytes() -> None:
+    ring, things = empty_ring()
+    taker = waiting_take(ring, things)
+    ring.wake()
+    assert taker.result() == []
+
+
+def test_wake_counts_for_one_take_that_comes_later() -> None:
+    ring, things = empty_ring()
+    ring.wake()
+    ring.wake()
+    assert Task(functools.partial(ring.take, 100, TIMEOUT)).result() == []
+    taker = waiting_take(ring, things)
+    ring.write(b"data")
+    assert taker.result() == [b"data"]
+
+
+#### The end ####
+
+
+def test_close_ends_the_wait_for_bytes() -> None:
+    ring, things = empty_ring()
+    taker = waiting_take(ring, things)
+    ring.close()
+    assert taker.result() == []
+    assert ring.is_exhausted
+
+
+def test_close_frees_a_waiting_writer_and_drops_what_it_had() -> None:
+    ring, room = full_ring()
+    writer = Task(functools.partial(ring.write, b"dropped"))
+    assert room.saw_wait()
+    ring.close()
+    writer.result()
+    assert ring.take(100, 0) == [b"x" * 10]
+    assert ring.is_exhausted
+
+
+def test_close_frees_who_waits_for_room() -> None:
+    ring, room = full_ring()
+    waiter = Task(ring.wait_free)
+    assert room.saw_wait()
+    ring.close()
+    assert waiter.result()
+
+
+def test_what_is_there_can_be_taken_after_close() -> None:
+    ring = Ring(100)
+    ring.write(b"rest")
+    ring.close()
+    ring.close()
+    ring.write(b"too late")
+    assert ring.closed
+    assert not ring.is_exhausted
+    assert ring.take(100, TIMEOUT) == [b"rest"]
+    assert ring.is_exhausted
+
+
+def test_open_ring_is_not_exhausted() -> None:
+    assert not Ring(10).is_exhausted
+
+
+#### All at once ####
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_pace_hands_over_the_same_bytes_within_the_limit(seed: int) -> None:
+    dice = random.Random(seed)
+    ring, most = Ring(64), 40
+    items = [bytes([n % 251]) * dice.randint(1, most) for n in range(2000)]
+
+    def write() -> None:
+        for number, item in enumerate(items):
+            if number % 10 == 0:
+                ring.mark(segment(number))
+            ring.write(item)
+        ring.close()
+
+    writer = Task(write)
+    lengths, taken = [0], list[bytes | Mark]()
+    while not ring.is_exhausted:
+        lengths.append(ring.length)
+        taken += ring.take(dice.randint(1, 200), TIMEOUT)
+    writer.result()
+    marks = [item for item in taken if isinstance(item, Mark)]
+    assert marks == [segment(number) for number in range(0, 2000, 10)]
+    assert [item for item in taken if not isinstance(item, Mark)] == items
+    behind_marks = [taken[taken.index(mark) + 1] for mark in marks]
+    assert behind_marks == items[::10]
+    assert 0 < max(lengths) < 64 + most
+    assert ring.length == 0

@@ -1,0 +1,881 @@
+"""The window of a channel and the places in it: real threads, caught at waiting."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pipe
+from pipe import JoinKind, JoinPoint, Place, ViewerGone, Window, WindowEnded
+from tests.threads import TIMEOUT, Observed, Task
+
+SIZE = 10  # bytes of the blocks below
+LONG = 1000.0  # seconds; no test waits as long
+SEGMENT, KEY_FRAME, ANY = JoinKind.SEGMENT, JoinKind.KEY_FRAME, JoinKind.ANY
+
+
+def block(number: int) -> bytes:
+    """SIZE bytes that tell their number."""
+    return b"%08d, " % number
+
+
+def blocks(first: int, stop: int) -> list[bytes]:
+    return [block(number) for number in range(first, stop)]
+
+
+def join(number: int, kind: JoinKind = SEGMENT, ago: float = 0.0) -> JoinPoint:
+    """A join point where block `number` starts, `ago` seconds old, with a prefix of its own."""
+    return JoinPoint(number * SIZE, b"<%d>" % number, kind, time.monotonic() - ago)
+
+
+def enter(window: Window, *, from_start: bool = False) -> Place:
+    place = Place()
+    window.enter(place, from_start)
+    return place
+
+
+def observed(window: Window) -> tuple[Observed, Observed]:
+    """The conditions that viewers and the feeder wait for."""
+    grown, taken = Observed(window._lock), Observed(window._lock)
+    window._grown, window._taken = grown, taken
+    return grown, taken
+
+
+def append(window: Window, first: int, stop: int, *joins: JoinPoint) -> None:
+    """Blocks `first` to `stop`; fails where the window waits for a viewer."""
+    Task(functools.partial(window.append, blocks(first, stop), joins)).result()
+
+
+def segments(window: Window, first: int, stop: int, length: int = 2) -> None:
+    """Blocks `first` to `stop`, of which each `length` make a segment."""
+    for number in range(first, stop):
+        append(window, number, number + 1, *([join(number)] if number % length == 0 else []))
+
+
+def pause(place: Place) -> None:
+    """Make a viewer one that has not taken a byte for long."""
+    place.moved = time.monotonic() - LONG
+
+
+def take(window: Window, place: Place) -> bytes:
+    """What there is for the viewer now."""
+    return b"".join(window.take(place, 0))
+
+
+def take_all(window: Window, place: Place) -> bytes:
+    """All there is for the viewer now."""
+    return b"".join(iter(lambda: take(window, place), b""))
+
+
+def text(first: int, stop: int) -> bytes:
+    return b"".join(blocks(first, stop))
+
+
+#### Taking ####
+
+
+def test_reader_waits_until_a_block_arrives() -> None:
+    window = Window(1000)
+    grown, _ = observed(window)
+    place = enter(window, from_start=True)
+    reader = Task(functools.partial(window.take, place, None))
+    assert grown.saw_wait()
+    append(window, 0, 1)
+    assert reader.result() == [block(0)]
+
+
+def test_take_gives_up_in_time() -> None:
+    window = Window(1000)
+    place = enter(window, from_start=True)
+    assert window.take(place, 0.001) == []
+    append(window, 0, 1)
+    assert window.take(place, 0.001) == [block(0)]
+
+
+def test_reader_gets_every_block_once() -> None:
+    window = Window(1000)
+    place = enter(window, from_start=True)
+    append(window, 0, 3)
+    assert take(window, place) == text(0, 3)
+    append(window, 3, 5)
+    assert take(window, place) == text(3, 5)
+    assert take(window, place) == b""
+
+
+def test_readers_share_the_same_blocks() -> None:
+    window = Window(1000)
+    given = blocks(0, 3)
+    window.append(given)
+    readers = [enter(window, from_start=True) for _ in range(3)]
+    for place in readers:
+        taken = window.take(place, 0)
+        assert all(a is b for a, b in zip(taken, given, strict=True)), "none is a copy"
+
+
+def test_one_take_is_bounded() -> None:
+    window = Window(100 * pipe.SEND_LIMIT)
+    given = [bytes([n]) * pipe.BLOCK_LIMIT for n in range(10)]
+    window.append(given)
+    place = enter(window, from_start=True)
+    whole = pipe.SEND_LIMIT // pipe.BLOCK_LIMIT
+    assert [window.take(place, 0) for _ in range(3)] == [
+        given[:whole], given[whole : 2 * whole], given[2 * whole :],
+    ]  # fmt: skip
+
+
+def test_prefix_counts_for_the_bound_of_a_take() -> None:
+    window = Window(100 * pipe.SEND_LIMIT)
+    given = [bytes([n]) * pipe.BLOCK_LIMIT for n in range(10)]
+    window.append(given, [JoinPoint(0, b"prefix", SEGMENT)])
+    place = enter(window)
+    taken = window.take(place, 0)
+    assert taken[0] == b"prefix"
+    assert 0 < sum(map(len, taken)) <= pipe.SEND_LIMIT
+    assert window.take(place, 0)[0] is given[len(taken) - 1]
+
+
+def test_block_beyond_the_bound_is_taken_alone() -> None:
+    window = Window(100 * pipe.SEND_LIMIT)
+    large = bytes(2 * pipe.SEND_LIMIT)
+    window.append([large, b"small"])
+    place = enter(window, from_start=True)
+    assert [window.take(place, 0), window.take(place, 0)] == [[large], [b"small"]]
+
+
+#### Joining ####
+
+
+def test_viewer_who_waited_for_the_start_gets_everything() -> None:
+    window = Window(1000)
+    place = enter(window, from_start=True)
+    segments(window, 0, 6)
+    assert take(window, place) == text(0, 6)
+
+
+def test_viewer_who_waited_too_long_for_the_start_joins_like_others() -> None:
+    window = Window(4 * SIZE)
+    segments(window, 0, 7)
+    assert take(window, enter(window, from_start=True)) == b"<4>" + text(4, 7)
+
+
+@pytest.mark.parametrize("live_edge", [1, 2, 3, 4])
+def test_viewer_joins_live_edge_segments_back(live_edge: int) -> None:
+    window = Window(1000)
+    window.live_edge = live_edge
+    segments(window, 0, 11)  # the last one, from block 10 on, is being written
+    first = 10 - 2 * (live_edge - 1)
+    assert take(window, enter(window)) == b"<%d>" % first + text(first, 11)
+
+
+def test_viewer_joins_at_the_oldest_segment_where_there_are_few() -> None:
+    window = Window(1000)
+    segments(window, 0, 3)
+    assert take(window, enter(window)) == b"<0>" + text(0, 3)
+
+
+def test_join_point_may_be_inside_a_block() -> None:
+    window = Window(1000)
+    append(window, 0, 4, JoinPoint(14, b"<>", SEGMENT))
+    place = enter(window)
+    assert take(window, place) == b"<>" + text(0, 4)[14:]
+    append(window, 4, 5)
+    assert take(window, place) == block(4)
+
+
+def test_join_point_may_be_behind_the_newest_block() -> None:
+    window = Window(1000)
+    append(window, 0, 2, join(2))
+    place = enter(window)
+    append(window, 2, 4)
+    assert take_all(window, place) == b"<2>" + text(2, 4)
+
+
+def test_join_point_without_prefix_adds_nothing() -> None:
+    window = Window(1000)
+    append(window, 0, 2, JoinPoint(SIZE, b"", SEGMENT))
+    assert window.take(enter(window), 0) == [block(1)]
+
+
+def test_prefix_is_sent_once() -> None:
+    window = Window(1000)
+    segments(window, 0, 2)
+    place = enter(window)
+    assert take(window, place) == b"<0>" + text(0, 2)
+    segments(window, 2, 4)
+    assert take(window, place) == text(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("ages", "chosen"),
+    [
+        ([30.0, 10.0, 6.5, 5.5, 1.0], 2),
+        ([5.0, 3.0, 1.0], 0),
+        ([30.0, 20.0], 1),
+        ([0.0], 0),
+    ],
+    ids=["newest old enough", "oldest where none is", "all old enough", "only one"],
+)
+def test_without_segments_viewer_joins_at_a_key_frame_some_seconds_back(
+    ages: list[float], chosen: int
+) -> None:
+    window = Window(1000)
+    for number, ago in enumerate(ages):
+        append(window, number, number + 1, join(number, KEY_FRAME, ago))
+    first = b"<%d>" % chosen
+    assert take(window, enter(window)) == first + text(chosen, len(ages))
+
+
+def test_key_frames_count_for_nothing_beside_segments() -> None:
+    window = Window(1000)
+    append(window, 0, 1, join(0, SEGMENT, ago=20))
+    append(window, 1, 2, join(1, KEY_FRAME, ago=10))
+    assert take(window, enter(window)) == b"<0>" + text(0, 2)
+
+
+def test_key_frame_has_to_do_where_no_segment_start_is_left() -> None:
+    window = Window(4 * SIZE)
+    append(window, 0, 1, join(0))
+    append(window, 1, 6, join(4, KEY_FRAME))
+    assert take(window, enter(window)) == b"<4>" + text(4, 6)
+
+
+def test_any_unit_is_a_join_point_where_no_key_frame_was_seen() -> None:
+    window = Window(1000)
+    append(window, 0, 3, join(0, ANY, ago=20), join(1, ANY, ago=10), join(2, ANY))
+    assert take(window, enter(window)) == b"<1>" + text(1, 3)
+
+
+def test_no_other_unit_is_one_once_a_key_frame_was_seen() -> None:
+    window = Window(3 * SIZE)
+    append(window, 0, 1, join(0, KEY_FRAME))
+    append(window, 1, 5, join(3, ANY))
+    place = enter(window)
+    assert take(window, place) == b""
+    append(window, 5, 6, join(5, KEY_FRAME))
+    assert take(window, place) == b"<5>" + block(5)
+
+
+def test_viewer_waits_for_a_join_point_where_there_is_none() -> None:
+    window = Window(1000)
+    grown, _ = observed(window)
+    append(window, 0, 2)
+    place = enter(window)
+    reader = Task(functools.partial(window.take, place, None))
+    assert grown.saw_wait()
+    append(window, 2, 4)
+    assert grown.saw_wait(), "blocks alone are not enough"
+    append(window, 4, 6, join(5))
+    assert b"".join(reader.result()) == b"<5>" + block(5)
+    assert place.skips == 0
+
+
+#### Eviction ####
+
+
+def test_oldest_blocks_leave_when_the_window_is_full() -> None:
+    window = Window(5 * SIZE)
+    segments(window, 0, 21)
+    window.live_edge = 100
+    assert take(window, enter(window)) == b"<16>" + text(16, 21)
+
+
+def test_block_larger_than_the_window_is_kept_alone() -> None:
+    window = Window(5 * SIZE)
+    place = enter(window, from_start=True)
+    append(window, 0, 2)
+    assert take(window, place) == text(0, 2)
+    Task(functools.partial(window.append, [bytes(100)])).result()
+    assert take(window, place) == bytes(100)
+
+
+def test_nobody_is_waited_for_without_viewers() -> None:
+    window = Window(2 * SIZE, patience=LONG)
+    append(window, 0, 100)
+
+
+def test_slow_viewer_is_not_waited_for_where_another_is_ahead() -> None:
+    window = Window(2 * SIZE, patience=LONG)
+    slow, fast = (enter(window, from_start=True) for _ in range(2))
+    for number in range(100):
+        append(window, number, number + 1)
+        assert take(window, fast) == block(number)
+    assert (fast.skips, slow.skips) == (0, 0), "the slow one has not come back yet"
+
+
+def test_feeder_waits_for_the_foremost_viewer_while_it_takes() -> None:
+    window = Window(3 * SIZE, patience=LONG)
+    _, taken = observed(window)
+    place = enter(window, from_start=True)
+    feeder = Task(functools.partial(window.append, blocks(0, 30)))
+    got = b""
+    while len(got) < 30 * SIZE:
+        got += b"".join(window.take(place, TIMEOUT))
+        place.moved = time.monotonic()
+    feeder.result()
+    assert taken.saw_wait(0), "the feeder had to wait"
+    assert got == text(0, 30)
+    assert place.skips == 0
+
+
+def test_waiting_viewer_gets_the_blocks_of_a_turn_that_waits_for_it() -> None:
+    window = Window(3 * SIZE, patience=LONG)
+    grown, _ = observed(window)
+    place = enter(window, from_start=True)
+    reader = Task(functools.partial(window.take, place, None))
+    assert grown.saw_wait()
+    feeder = Task(functools.partial(window.append, blocks(0, 4)))
+    assert b"".join(reader.result()) == text(0, 3)
+    feeder.result()
+
+
+def test_feeder_waits_while_the_foremost_viewer_sends() -> None:
+    window = Window(2 * SIZE, patience=LONG)
+    _, taken = observed(window)
+    place = enter(window, from_start=True)
+    append(window, 0, 2)
+    assert window.take(place, 0) == blocks(0, 2)
+    place.moved = time.monotonic()
+    append(window, 2, 4)
+    feeder = Task(functools.partial(window.append, blocks(4, 5)))
+    assert taken.saw_wait()
+    assert take(window, place) == text(2, 4)
+    feeder.result()
+
+
+def test_viewer_that_had_nothing_to_take_is_not_a_paused_one() -> None:
+    """After a long silence the next blocks may come faster than the first of them is sent."""
+    window = Window(2 * SIZE, patience=LONG)
+    grown, taken = observed(window)
+    place = enter(window, from_start=True)
+    place.moved = time.monotonic() - 10 * LONG  # before the silence
+    reader = Task(functools.partial(window.take, place, None))
+    assert grown.saw_wait()
+    append(window, 0, 1)
+    assert reader.result() == [block(0)]
+    feeder = Task(functools.partial(window.append, blocks(1, 6)))
+    is_waited_for = taken.saw_wait(1)
+    got = b""
+    while feeder.is_running:
+        got += take(window, place)
+    got += take_all(window, place)
+    feeder.result()
+    assert is_waited_for
+    assert got == text(1, 6)
+
+
+def test_paused_viewer_is_not_waited_for() -> None:
+    window = Window(2 * SIZE, patience=LONG)
+    place = enter(window, from_start=True)
+    segments(window, 0, 2)
+    assert take(window, place) == text(0, 2)
+    pause(place)
+    segments(window, 2, 9)
+    assert take(window, place) == b"<8>" + block(8)
+    assert place.skips == 1
+
+
+def test_viewer_that_stops_taking_is_waited_for_no_longer_than_patience() -> None:
+    window = Window(2 * SIZE, patience=0.05)
+    _, taken = observed(window)
+    place = enter(window, from_start=True)
+    segments(window, 0, 2)
+    assert take(window, place) == text(0, 2)
+    place.moved = time.monotonic()
+    began = time.monotonic()
+    segments(window, 2, 9)
+    assert taken.saw_wait(0)
+    assert time.monotonic() - began >= 0.04
+    assert take(window, place) == b"<8>" + block(8)
+
+
+def test_viewer_that_waits_for_a_join_point_holds_nothing_up() -> None:
+    window = Window(2 * SIZE, patience=LONG)
+    append(window, 0, 2)
+    enter(window)
+    append(window, 2, 20)
+
+
+def test_leaving_frees_a_waiting_feeder() -> None:
+    window = Window(2 * SIZE, patience=LONG)
+    _, taken = observed(window)
+    place = enter(window, from_start=True)
+    feeder = Task(functools.partial(window.append, blocks(0, 20)))
+    assert taken.saw_wait()
+    window.leave(place)
+    feeder.result()
+
+
+def test_another_viewer_does_not_make_the_foremost_one_lose_bytes() -> None:
+    """Join points of a turn can be used as soon as their blocks are there."""
+    window = Window(4 * SIZE, patience=LONG)
+    _, taken = observed(window)
+    first = enter(window, from_start=True)
+    joins = [join(number) for number in range(0, 8, 2)]
+    feeder = Task(functools.partial(window.append, blocks(0, 8), joins))
+    assert taken.saw_wait()
+    second = enter(window)
+    window.leave(Place())  # somebody else's leaving makes the feeder look again
+    assert taken.saw_wait(1), "it waits for the first viewer"
+    got = {first: b"", second: b""}
+    while feeder.is_running:
+        for place in got:
+            got[place] += take(window, place)
+            place.moved = time.monotonic()
+    for place in got:
+        got[place] += take_all(window, place)
+    feeder.result()
+    assert (first.skips, second.skips) == (0, 0)
+    assert got[first] == text(0, 8)
+    assert got[second] == b"<0>" + text(0, 8)
+
+
+#### A viewer's own window ####
+
+
+def test_private_window_keeps_what_its_viewer_has_not_taken() -> None:
+    window = Window(2 * SIZE, patience=math.inf)
+    _, taken = observed(window)
+    place = enter(window, from_start=True)
+    feeder = Task(functools.partial(window.append, blocks(0, 10)))
+    got = b""
+    while len(got) < 8 * SIZE:  # the last two blocks need no more room
+        assert taken.saw_wait()
+        pause(place)
+        got += take(window, place)
+    feeder.result()
+    got += take(window, place)
+    assert got == text(0, 10)
+    assert place.skips == 0
+
+
+def test_private_window_without_viewer_holds_up_nobody() -> None:
+    window = Window(2 * SIZE, patience=math.inf)
+    _, taken = observed(window)
+    place = enter(window, from_start=True)
+    feeder = Task(functools.partial(window.append, blocks(0, 10)))
+    assert taken.saw_wait()
+    window.leave(place)
+    try:
+        feeder.result(2)
+    finally:
+        window.cut(WindowEnded(complete=False))
+
+
+#### Falling behind ####
+
+
+@pytest.mark.parametrize("live_edge", [1, 2, 3])
+def test_position_before_tail_means_fell_behind(live_edge: int) -> None:
+    window = Window(8 * SIZE, patience=0)
+    window.live_edge = live_edge
+    place = enter(window, from_start=True)
+    segments(window, 0, 2)
+    assert take(window, place) == text(0, 2)
+    segments(window, 2, 21)
+    first = 20 - 2 * (live_edge - 1)
+    assert take(window, place) == b"<%d>" % first + text(first, 21)
+    assert take(window, enter(window)) == b"<%d>" % first + text(first, 21), "as a new viewer"
+    assert place.skips == 1
+    assert place.skipped_bytes == (first - 2) * SIZE
+
+
+def test_oldest_block_left_is_not_fallen_behind() -> None:
+    window = Window(4 * SIZE, patience=0)
+    place = enter(window, from_start=True)
+    segments(window, 0, 2)
+    assert take(window, place) == text(0, 2)
+    segments(window, 2, 6)
+    assert take(window, place) == text(2, 6)
+    assert place.skips == 0
+
+
+def test_each_fall_is_counted() -> None:
+    window = Window(4 * SIZE, patience=0)
+    place = enter(window, from_start=True)
+    for number in range(5):
+        segments(window, number * 10, number * 10 + 10)
+        take_all(window, place)
+        assert place.skips == number + 1
+    assert place.skipped_bytes == 6 * SIZE * 5
+
+
+def test_skipped_bytes_are_those_the_viewer_does_not_get() -> None:
+    """Also where the join point is inside a block."""
+    window = Window(3 * SIZE, patience=0)
+    place = enter(window, from_start=True)
+    append(window, 0, 2)
+    assert take(window, place) == text(0, 2)
+    append(window, 2, 9, JoinPoint(7 * SIZE + 4, b"<>", SEGMENT))
+    assert take(window, place) == b"<>" + text(0, 9)[7 * SIZE + 4 :]
+    assert place.skipped_bytes == 5 * SIZE + 4
+
+
+def test_viewer_that_fell_behind_waits_where_no_join_point_is_left() -> None:
+    window = Window(3 * SIZE, patience=0)
+    place = enter(window, from_start=True)
+    append(window, 0, 2, join(0))
+    assert take(window, place) == text(0, 2)
+    append(window, 2, 9)
+    assert take(window, place) == b""
+    append(window, 9, 11, join(10))
+    assert take(window, place) == b"<10>" + block(10)
+    assert place.skips == 1
+    assert place.skipped_bytes == 8 * SIZE, "those that passed while it waited, too"
+
+
+def test_pending_prefix_of_a_place_that_is_gone_is_not_sent() -> None:
+    window = Window(4 * SIZE, patience=0)
+    segments(window, 0, 4)
+    place = enter(window)
+    segments(window, 4, 20)
+    assert take(window, place) == b"<16>" + text(16, 20)
+    assert place.skips == 1
+
+
+#### Units ####
+
+
+def unit_window(taken: int) -> tuple[Window, Place]:
+    """Fragments of two blocks, and a viewer that got `taken` blocks before they left."""
+    window = Window(4 * SIZE, patience=0)
+    window.has_units = True
+    place = enter(window, from_start=True)
+    segments(window, 0, taken)
+    assert take(window, place) == text(0, taken)
+    segments(window, taken, 21)
+    return window, place
+
+
+@pytest.mark.parametrize("taken", [1, 3])
+def test_viewer_with_half_a_fragment_is_let_go(taken: int) -> None:
+    window, place = unit_window(taken)
+    with pytest.raises(ViewerGone):
+        window.take(place, 0)
+
+
+@pytest.mark.parametrize("taken", [2, 4])
+def test_viewer_between_fragments_goes_on_at_another(taken: int) -> None:
+    window, place = unit_window(taken)
+    assert take(window, place) == b"<18>" + text(18, 21)
+    assert place.skips == 1
+
+
+def test_viewer_with_half_a_fragment_goes_on_where_it_can() -> None:
+    window = Window(100 * SIZE)
+    window.has_units = True
+    place = enter(window, from_start=True)
+    segments(window, 0, 1)
+    assert take(window, place) == block(0)
+    segments(window, 1, 9)
+    assert take(window, place) == text(1, 9)
+
+
+def test_fragment_may_leave_within_the_turn_that_brought_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipe, "FEEDER_TICK", 0.01)
+    window = Window(2 * SIZE, patience=LONG)
+    window.has_units = True
+    _, taken = observed(window)
+    place = enter(window, from_start=True)
+    joins = [join(number) for number in range(0, 10, 2)]
+    feeder = Task(functools.partial(window.append, blocks(0, 9), joins))
+    assert taken.saw_wait()
+    assert take(window, place) == text(0, 2)
+    pause(place)  # between two fragments of this turn
+    feeder.result()
+    assert take(window, place) == b"<8>" + block(8)
+
+
+#### The end ####
+
+
+def reason(complete: bool) -> WindowEnded:
+    return WindowEnded(complete)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_viewers_get_the_rest_before_the_end(complete: bool) -> None:
+    window, ending = Window(1000), reason(complete)
+    place = enter(window, from_start=True)
+    append(window, 0, 3)
+    window.end(ending)
+    assert take(window, place) == text(0, 3)
+    for _ in range(2):
+        with pytest.raises(WindowEnded) as raised:
+            window.take(place, None)
+        assert raised.value is ending
+
+
+def test_first_end_counts() -> None:
+    window = Window(1000)
+    window.end(reason(complete=True))
+    window.end(reason(complete=False))
+    with pytest.raises(WindowEnded) as raised:
+        window.take(enter(window, from_start=True), None)
+    assert raised.value.complete
+
+
+def test_viewer_that_fell_behind_gets_the_rest_before_the_end() -> None:
+    window = Window(4 * SIZE, patience=0)
+    place = enter(window, from_start=True)
+    segments(window, 0, 20)
+    window.end(reason(complete=True))
+    assert take(window, place) == b"<16>" + text(16, 20)
+    with pytest.raises(WindowEnded):
+        window.take(place, None)
+
+
+def test_viewer_that_waits_for_a_join_point_learns_of_the_end() -> None:
+    window = Window(1000)
+    append(window, 0, 3)
+    place = enter(window)
+    window.end(reason(complete=True))
+    with pytest.raises(WindowEnded):
+        window.take(place, None)
+
+
+@pytest.mark.parametrize("stop", [Window.end, Window.cut])
+def test_end_wakes_waiting_viewers(stop: Callable[[Window, Exception], None]) -> None:
+    window, ending = Window(1000), reason(complete=False)
+    grown, _ = observed(window)
+    places = [enter(window, from_start=True) for _ in range(3)]
+    readers = [Task(functools.partial(window.take, place, None)) for place in places]
+    assert all(grown.saw_wait() for _ in readers)
+    stop(window, ending)
+    for reader in readers:
+        with pytest.raises(WindowEnded) as raised:
+            reader.result()
+        assert raised.value is ending
+
+
+def test_cut_leaves_the_rest() -> None:
+    window = Window(1000)
+    place = enter(window, from_start=True)
+    append(window, 0, 3)
+    window.cut(reason(complete=False))
+    with pytest.raises(WindowEnded):
+        window.take(place, None)
+
+
+def test_cut_overrides_an_end() -> None:
+    window = Window(1000)
+    place = enter(window, from_start=True)
+    append(window, 0, 3)
+    window.end(reason(complete=True))
+    window.cut(reason(complete=False))
+    with pytest.raises(WindowEnded) as raised:
+        window.take(place, None)
+    assert not raised.value.complete
+
+
+@pytest.mark.parametrize("patience", [LONG, math.inf], ids=["live", "private"])
+def test_cut_frees_a_waiting_feeder(patience: float) -> None:
+    window = Window(2 * SIZE, patience)
+    _, taken = observed(window)
+    place = enter(window, from_start=True)
+    feeder = Task(functools.partial(window.append, blocks(0, 20)))
+    assert taken.saw_wait()
+    window.cut(reason(complete=False))
+    feeder.result()
+    with pytest.raises(WindowEnded):
+        window.take(place, None)
+
+
+#### What the window says of itself ####
+
+
+@pytest.mark.parametrize(
+    ("limit", "kind", "stop", "expected"),
+    [
+        (8, SEGMENT, 8, False),
+        (8, SEGMENT, 20, False),
+        (4, SEGMENT, 20, False),
+        (3, SEGMENT, 20, True),
+        (3, SEGMENT, 3, False),
+        (3, KEY_FRAME, 20, False),
+    ],
+    ids=["nothing left", "many held", "two held", "one held", "at the start", "no segments"],
+)
+def test_window_knows_that_it_holds_too_little(
+    limit: int, kind: JoinKind, stop: int, expected: bool
+) -> None:
+    window = Window(limit * SIZE)
+    for number in range(stop):
+        append(window, number, number + 1, *([join(number, kind)] if number % 2 == 0 else []))
+    assert window.is_short() is expected
+
+
+#### Any order of events ####
+
+
+@dataclass
+class Reader:
+    """A viewer and what it should have: `position` is None until it got its first byte."""
+
+    place: Place
+    position: int | None = None
+    skips: int = 0
+    lost: int = 0
+
+
+@dataclass
+class Model:
+    """A window without locks, in plain numbers, beside the real one."""
+
+    window: Window
+    stream: bytes = b""
+    tail: int = 0
+    sizes: list[int] = field(default_factory=list)  # of the blocks that are left
+    joins: list[int] = field(default_factory=list)
+    readers: list[Reader] = field(default_factory=list)
+
+    def append(self, sizes: Sequence[int], join_at: Iterable[int]) -> None:
+        start = len(self.stream)
+        for size in sizes:
+            self.stream += bytes((len(self.stream) + n) % 251 for n in range(size))
+            while self.sizes and sum(self.sizes) + size > self.window.limit:
+                self.tail += self.sizes.pop(0)
+            self.sizes.append(size)
+        given = sorted({start + at % sum(sizes) for at in join_at})
+        self.joins += given
+        edges = list(itertools.accumulate(sizes, initial=start))
+        self.window.append(
+            [self.stream[a:b] for a, b in itertools.pairwise(edges)],
+            [JoinPoint(at, self.prefix(at), SEGMENT) for at in given],
+        )
+
+    def prefix(self, position: int) -> bytes:
+        return b"<<<%d>>>" % position
+
+    def take(self, reader: Reader) -> None:
+        """The next bytes of a viewer are those that the plain numbers say."""
+        taken = b"".join(self.window.take(reader.place, 0))
+        is_behind = reader.position is not None and reader.position < self.tail
+        if is_behind:
+            reader.skips += 1
+        if reader.position is None or is_behind:
+            self.join(reader, taken)
+        else:
+            assert taken == self.stream[reader.position :]
+            reader.position = len(self.stream)
+        assert reader.place.skips == reader.skips
+
+    def join(self, reader: Reader, taken: bytes) -> None:
+        held = [position for position in self.joins if position >= self.tail]
+        if not held:
+            assert taken == b""
+            reader.position = None
+            return
+        start = held[-self.window.live_edge :][0]
+        assert taken == self.prefix(start) + self.stream[start:]
+        reader.position = len(self.stream)
+
+
+OPERATIONS = st.one_of(
+    st.tuples(
+        st.just("append"),
+        st.lists(st.integers(1, 40), min_size=1, max_size=4),
+        st.lists(st.integers(0, 200), max_size=2),
+    ),
+    st.just(("enter",)),
+    st.tuples(st.just("take"), st.integers(0, 9)),
+    st.tuples(st.just("leave"), st.integers(0, 9)),
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    operations=st.lists(OPERATIONS, max_size=40),
+    limit=st.integers(1, 300),
+    live_edge=st.integers(1, 4),
+)
+def test_each_viewer_gets_the_stream_from_a_join_point_on(
+    operations: list[tuple[str, ...]], limit: int, live_edge: int
+) -> None:
+    """All of it, but for what is counted as skipped."""
+    model = Model(Window(limit, patience=0))
+    model.window.live_edge = live_edge
+    for name, *arguments in operations:
+        if name == "append":
+            sizes, joins = arguments
+            model.append(sizes, joins)  # type: ignore[arg-type]
+        elif name == "enter":
+            reader = Reader(enter(model.window))
+            model.take(reader)
+            model.readers.append(reader)
+        elif model.readers:
+            reader = model.readers[int(arguments[0]) % len(model.readers)]
+            model.take(reader)
+            if name == "leave":
+                model.window.leave(reader.place)
+                model.readers.remove(reader)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_viewers_of_any_pace_get_the_same_stream(seed: int) -> None:
+    """Threads that take when they happen to run: whole blocks, in order, and every gap counted."""
+    count, length = 3000, 5
+    window = Window(40 * SIZE, patience=0)
+    turns = threading.Semaphore(0)  # makes the viewers as slow as the feeder allows
+
+    def rest(some: int) -> None:
+        for _ in range(some):
+            turns.acquire()
+
+    def watch(number: int) -> None:
+        dice = random.Random(seed * 100 + number)
+        place = enter(window)
+        got = take_to_the_end(window, place, lambda: rest(dice.randint(0, number)))
+        check_gaps(got, place, count)
+
+    segments(window, 0, 1, length)
+    viewers = [Task(functools.partial(watch, number)) for number in range(6)]
+    for number in range(1, count):
+        joins = [join(number)] if number % length == 0 else []
+        window.append(blocks(number, number + 1), joins)
+        turns.release(3)
+    window.end(WindowEnded(complete=True))
+    turns.release(100_000)
+    for viewer in viewers:
+        viewer.result()
+
+
+def take_to_the_end(window: Window, place: Place, rest: Callable[[], None]) -> bytes:
+    """All that a viewer gets, resting after each take."""
+    got = b""
+    while True:
+        try:
+            got += b"".join(window.take(place, TIMEOUT))
+        except WindowEnded as ending:
+            if not ending.complete:
+                raise
+            return got
+        rest()
+
+
+def check_gaps(got: bytes, place: Place, count: int) -> None:
+    """Runs of blocks, each behind the prefix of its join point and counted, up to the last."""
+    prefixes = [int(number) for number in re.findall(rb"<(\d+)>", got)]
+    runs = re.split(rb"<\d+>", got)
+    assert runs.pop(0) == b""
+    stops = []
+    for first, run in zip(prefixes, runs, strict=True):
+        assert run == text(first, first + len(run) // SIZE)
+        stops.append(first + len(run) // SIZE)
+    assert place.skips == len(prefixes) - 1
+    gaps = [start - stop for stop, start in zip(stops, prefixes[1:], strict=False)]
+    assert all(gap > 0 for gap in gaps)
+    assert place.skipped_bytes == sum(gaps) * SIZE
+    assert stops[-1] == count

@@ -1,0 +1,60 @@
+"""Real threads that a test starts, waits for and catches at waiting."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+TIMEOUT = 10.0  # seconds; nothing a test waits for takes as long
+
+T = TypeVar("T")
+
+
+class Task(Generic[T]):
+    """A function that runs in a thread of its own; `result` waits for it and has its outcome."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._values: list[T] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._values.append(self._function())
+        except BaseException as error:
+            self._error = error
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def result(self, timeout: float = TIMEOUT) -> T:
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            raise TimeoutError("the thread still runs")
+        if self._error:
+            raise self._error
+        return self._values[0]
+
+
+class Observed(threading.Condition):
+    """A condition in the place of another, to know when a thread waits for it.
+
+    Once `saw_wait` is true, the thread has let go of the lock: whoever takes it now finds the
+    thread waiting.
+    """
+
+    def __init__(self, lock: threading.Lock) -> None:
+        super().__init__(lock)
+        self._waits = threading.Semaphore(0)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self._waits.release()
+        return super().wait(timeout)
+
+    def saw_wait(self, timeout: float = TIMEOUT) -> bool:
+        """Whether a thread begins to wait, counting each time once."""
+        return self._waits.acquire(timeout=timeout)
