@@ -55,6 +55,7 @@ import logging
 import lzma
 import math
 import os
+import random
 import re
 import signal
 import socket
@@ -121,6 +122,13 @@ KEY_FRAME_BACK = 6.0  # seconds; libavformat wants 5 s of stream before it shows
 FAILURE_MEMORY = 2.0  # seconds; VLC asks a second time at once when the first answer is an error
 HEAD_TIMEOUT = 10.0  # seconds a client has to send its request head
 HEAD_LIMIT = 64 * KIB  # bytes of a request head
+SILENCE = 5.0  # seconds until null packets fill in: ExoPlayer gives up after 8
+NULL_PACKET = b"G\x1f\xff\x10" + 184 * b"\xff"  # ISO/IEC 13818-1, 2.4.1: carries nothing
+SEAM_PATIENCE = 30.0  # seconds a relay may send again what the viewers have had
+REOPEN_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # seconds between tries, the last again and again
+HEALTHY_TIME = 60.0  # seconds of media after which the pauses begin anew
+BAD_TIME = 60.0  # seconds that a start tries a failed address after the others
+STALE_NUMBERS = 2  # how far behind a backup's playlist may be and still be the same stream
 FEEDER_TICK = 1.0  # seconds at most between two looks of a feeder at its viewers and upstream
 DRAIN_TIME = 1.0  # seconds in which new streams get 503 before the listener goes away
 EXIT_TIME = 4.0  # seconds until the process ends, whatever still hangs
@@ -193,6 +201,8 @@ def explain(error: BaseException) -> str:
             if isinstance(cause, kinds):
                 return words
     told = " ".join(str(cause) for cause in chain)
+    if "file:" in told or "scheme='file'" in told:
+        return "the origin names a local file: refused"
     if "insecure resource" in told or "Disallowed redirection" in told:
         return "the origin goes from https to http: configure the http:// address"
     if "EXTM3U" in told or "variant playlist" in told:
@@ -763,6 +773,7 @@ class JoinPoint:
     prefix: bytes  # PAT and PMT, or an initialization section; empty where the stream has them
     kind: JoinKind
     time: float = field(default_factory=time.monotonic)
+    dts: int | None = None  # of a transport stream's key frame, in ticks
 
 
 class Framer:
@@ -804,10 +815,11 @@ class Framer:
     def drop(self) -> None:
         """Forget what is held back: the rest of its unit will not come."""
 
-    def _join(self, position: int, kind: JoinKind, prefix: bytes | None = None) -> None:
-        self.joins.append(
-            JoinPoint(position, bytes(self._prefix if prefix is None else prefix), kind)
-        )
+    def _join(
+        self, position: int, kind: JoinKind, prefix: bytes | None = None, dts: int | None = None
+    ) -> None:
+        prefix = bytes(self._prefix) if prefix is None else prefix
+        self.joins.append(JoinPoint(position, prefix, kind, dts=dts))
 
     def _hand_on(self, pieces: Iterable[bytes], unit: int = 1) -> list[bytes]:
         """Pieces as blocks of at most BLOCK_LIMIT, cut at multiples of `unit` bytes."""
@@ -854,6 +866,18 @@ def write_timestamp(packet: bytearray, at: int, value: int) -> None:
     packet[at : at + 5] = (kept | bits).to_bytes(5, "big")
 
 
+def timestamp_positions(packet: bytes | bytearray) -> Iterator[int]:
+    """Where a PES header in this packet holds its PTS and DTS (2.4.3.6)."""
+    start = payload_start(packet)
+    starts_unit, has_payload = packet[1] & 0x40, packet[3] & 0x10
+    if starts_unit and has_payload and packet[start : start + 3] == b"\0\0\1":
+        flags = packet[start + 7] if start + 19 <= len(packet) else 0
+        if flags & 0x80:
+            yield start + 9
+        if flags & 0x40:
+            yield start + 14
+
+
 class ProgramTables:
     """The newest PAT and PMT of a transport stream, as packets, and what they tell (2.4.4)."""
 
@@ -864,6 +888,11 @@ class ProgramTables:
         self.pids: frozenset[int] = frozenset()  # elementary streams
         self._packets: dict[int, bytes] = {}  # PAT and PMT by PID, as they came
         self._parts: dict[int, bytearray] = {}  # sections that go on in a further packet
+
+    @property
+    def main_pid(self) -> int:
+        """The picture's, or the first sound's."""
+        return self.video_pid if self.video_pid >= 0 else min(self.pids, default=-1)
 
     @property
     def packets(self) -> bytes:
@@ -944,6 +973,7 @@ class TsFramer(Framer):
         self._segment: int | None = None  # where the segment began that has no join point yet
         self._first_unit: int | None = None  # its first PES packet that starts a unit
         self._has_tables = False  # PAT and PMT came in it
+        self.last_dts: int | None = None  # of the picture, or of sound where there is none
 
     def start_prefix(self) -> None:
         self._segment = None
@@ -1005,22 +1035,26 @@ class TsFramer(Framer):
         tables = self.tables
         is_key_frame = pid == tables.video_pid and self._is_key_frame(packet)
         is_random_access = is_key_frame or tables.video_pid < 0
+        if pid == tables.main_pid:
+            for at in timestamp_positions(packet):
+                self.last_dts = read_timestamp(packet, at)
         if self._segment is not None and is_random_access:
             self._join_segment(self._segment, position)
             self._segment = None
         elif is_key_frame:
-            self._join(position, JoinKind.KEY_FRAME, tables.packets)
+            self._join(position, JoinKind.KEY_FRAME, tables.packets, self.last_dts)
         elif not (self._in_segments or self._seen_key_frame or self.joins):  # one a turn is enough
-            self._join(position, JoinKind.ANY, tables.packets)
+            self._join(position, JoinKind.ANY, tables.packets, self.last_dts)
         if self._first_unit is None and pid == (tables.video_pid if tables.video_pid >= 0 else pid):
             self._first_unit = position
         self._seen_key_frame |= is_key_frame
 
     def _join_segment(self, start: int, position: int) -> None:
         if self._first_unit is not None:  # pictures that need others come first
-            self._join(position, JoinKind.SEGMENT, self.tables.packets)
+            self._join(position, JoinKind.SEGMENT, self.tables.packets, self.last_dts)
         else:
-            self._join(start, JoinKind.SEGMENT, b"" if self._has_tables else self.tables.packets)
+            prefix = b"" if self._has_tables else self.tables.packets
+            self._join(start, JoinKind.SEGMENT, prefix, self.last_dts)
 
     def _is_key_frame(self, packet: bytes) -> bool:
         """random_access_indicator (2.4.3.4), or the units only a key frame has."""
@@ -1045,6 +1079,57 @@ def _next_sync(data: bytes, at: int) -> int:
             return found
         found = data.find(TS_SYNC, found + 1)
     return len(data)
+
+
+class Gate:
+    """Holds a transport stream back after a seam until a decoder can start.
+
+    `after` is the last DTS that viewers have had: a relay sends its backlog again, and nobody
+    shall see a second twice.  A feeder owns it.
+    """
+
+    def __init__(self, after: int | None, limit: int) -> None:
+        self.after = after
+        self.limit = limit  # bytes to hold
+        self._deadline = time.monotonic() + SEAM_PATIENCE
+        self._framer = TsFramer()
+        self._held = bytearray()
+        self._base = 0  # position of the first byte held
+
+    def start_segment(self) -> None:
+        self._hold(self._framer.flush())
+        self._framer.start_segment()
+
+    def learn(self, prefix: bytes) -> None:
+        """Take the tables from an initialization section."""
+        self._framer.feed(prefix)
+        self._held.clear()
+        self._base = self._framer.position
+
+    def feed(self, data: bytes) -> bytes | None:
+        """None while the gate is shut; once it opens, what goes on from there."""
+        self._hold(self._framer.feed(data))
+        joins, self._framer.joins = self._framer.joins, []
+        for join in joins:
+            if join.position >= self._base and self._is_good(join):
+                self._hold(self._framer.flush())
+                return join.prefix + bytes(self._held[join.position - self._base :])
+        return None
+
+    def _hold(self, blocks: Iterable[bytes]) -> None:
+        for block in blocks:
+            self._held += block
+        excess = len(self._held) - self.limit
+        if excess > 0:
+            del self._held[:excess]
+            self._base += excess
+
+    def _is_good(self, join: JoinPoint) -> bool:
+        if join.kind is JoinKind.ANY and self._framer.tables.video_pid >= 0:
+            return False
+        if self.after is None or join.dts is None or time.monotonic() > self._deadline:
+            return True
+        return 0 < (join.dts - self.after) % TIMESTAMP_MODULUS < TIMESTAMP_MODULUS // 2
 
 
 # Fragmented MP4 (ISO/IEC 14496-12)
@@ -1256,18 +1341,6 @@ rz5V*o2#sOvbpkI$v;QlnW%U<I!TKjd;2!j#3Dd{j%&a(W);#IIwh`8Rc?-t0i&@%gs<%$5~+4e*mzP`
 """
 
 
-def timestamp_positions(packet: bytes | bytearray) -> Iterator[int]:
-    """Where a PES header in this packet holds its PTS and DTS (2.4.3.6)."""
-    start = payload_start(packet)
-    starts_unit, has_payload = packet[1] & 0x40, packet[3] & 0x10
-    if starts_unit and has_payload and packet[start : start + 3] == b"\0\0\1":
-        flags = packet[start + 7]
-        if flags & 0x80:
-            yield start + 9
-        if flags & 0x40:
-            yield start + 14
-
-
 def delay_timestamps(packet: bytearray, ticks: int) -> None:
     for at in timestamp_positions(packet):
         write_timestamp(packet, at, (read_timestamp(packet, at) + ticks) % TIMESTAMP_MODULUS)
@@ -1319,6 +1392,7 @@ class MarkKind(enum.Enum):
 
     PREFIX = "an initialization section starts"
     SEGMENT = "a segment starts"
+    END = "the segment is complete"
     GAP = "the rest of the segment is missing"
     FILTERED = "a segment was left out on purpose"
 
@@ -1639,6 +1713,27 @@ PART_LIMIT = 256 * KIB  # bytes of one read; larger ones save little and delay t
 RETRY_PAUSES = (0.1, 0.2, 0.4, 0.8)  # seconds, the last one again and again
 
 
+class Fingerprint:
+    """A checksum of the first bytes of something, to tell whether it is the same a second time.
+
+    It takes every 16th byte: other media differs in nearly all of them, and all of them would cost
+    0.4 s of CPU for each GB, a fifth of what pulling it may cost.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0  # bytes
+        self.value = 0
+
+    def add(self, data: bytes) -> None:
+        self.value = zlib.crc32(data[-self.size % 16 :: 16], self.value)
+        self.size += len(data)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Fingerprint) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]  # it changes
+
+
 class GaveUp(PipeError):
     """A segment, or the rest of it, cannot be had."""
 
@@ -1664,8 +1759,7 @@ class Download:
         self.first = first  # of the resource's bytes; with `last`, a range of them
         self.size = None if last is None else last - first + 1
         # The runner's own: what it had and how to ask for the rest.
-        self._got = 0
-        self._checksum = 0
+        self._had = Fingerprint()
         self._moved = 0.0  # when the newest byte came
         self._validator: str | None = None
         self._can_resume = True
@@ -1727,7 +1821,7 @@ class Download:
         first, last = self.first, "" if self.size is None else str(self.first + self.size - 1)
         if self._resumes:
             assert self._validator
-            first += self._got
+            first += self._had.size
             headers["If-Range"] = self._validator  # RFC 9110, 13.1.5: all of it if it changed
         if first or last:
             headers["Range"] = f"bytes={first}-{last}"
@@ -1735,7 +1829,7 @@ class Download:
 
     @property
     def _resumes(self) -> bool:
-        return bool(self._got and self._validator and self._can_resume)
+        return bool(self._had.size and self._validator and self._can_resume)
 
     def _offset_of(self, response: requests.Response) -> int:
         """Where the body starts, in bytes from ours: negative where more comes than was asked."""
@@ -1744,10 +1838,13 @@ class Download:
             match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
             start = int(match[1]) if match else -1
         offset = start - self.first
-        if offset not in ({self._got} if self._resumes else {0, -self.first}) | {-self.first}:
+        if offset not in ({self._had.size} if self._resumes else {0, -self.first}) | {-self.first}:
             self._can_resume = False
             raise ConnectionError("another range than asked for")
-        if not self._got and response.headers.get("Content-Encoding", "identity") == "identity":
+        if (
+            not self._had.size
+            and response.headers.get("Content-Encoding", "identity") == "identity"
+        ):
             etag = response.headers.get("ETag", "")
             is_strong = etag and not etag.startswith("W/")
             self._validator = etag if is_strong else response.headers.get("Last-Modified")
@@ -1755,27 +1852,25 @@ class Download:
 
     def _take(self, response: requests.Response, offset: int) -> None:
         """Read the body from `offset` on: compare what we had, add what is new."""
-        at, checksum = offset, 0
-        while self.size is None or self._got < self.size:
+        at, again = offset, Fingerprint()
+        while self.size is None or self._had.size < self.size:
             part = response.raw.read1(PART_LIMIT, decode_content=True)
             if not part:
                 break
-            known = part[max(0, -at) : max(0, self._got - at)]
-            checksum = zlib.crc32(known, checksum)
-            new = part[max(0, self._got - at) :]
+            again.add(part[max(0, -at) : max(0, self._had.size - at)])
+            new = part[max(0, self._had.size - at) :]
             at += len(part)
-            if known and at >= self._got and checksum != self._checksum:
+            if offset <= 0 < again.size == self._had.size and again != self._had:
                 raise GaveUp("it changed meanwhile")
             if new:
-                self._add(new if self.size is None else new[: self.size - self._got])
-        if at < self._got:
+                self._add(new if self.size is None else new[: self.size - self._had.size])
+        if at < self._had.size:
             raise GaveUp("it became shorter meanwhile")
-        if self.size is not None and self._got < self.size:
+        if self.size is not None and self._had.size < self.size:
             raise ConnectionError("the range ended early")
 
     def _add(self, part: bytes) -> None:
-        self._got += len(part)
-        self._checksum = zlib.crc32(part, self._checksum)
+        self._had.add(part)
         self._moved = time.monotonic()
         with self._changed:
             self._parts.append(part)
@@ -1863,17 +1958,17 @@ def engine_options() -> EngineOptions:
 
 
 class Session:
-    """Streamlink for one channel: nothing in it is shared with another.
+    """Streamlink for one opening of a channel's upstream: nothing in it is shared with another.
 
     Used by the channel's feeder alone, but for cut().
     """
 
-    def __init__(self, stream: StreamSettings, name: str) -> None:
-        self.name = name
+    def __init__(self, stream: StreamSettings, timeout: float) -> None:
+        self.name = stream.name
         self.buffer_size = stream.options.buffer_size
-        self.timeout = stream.options.timeout
+        self.timeout = timeout  # seconds
         self.engine = Streamlink()
-        for settings in (_own_options(stream), stream.options.streamlink, SAFETY_OPTIONS):
+        for settings in (_own_options(stream, timeout), stream.options.streamlink, SAFETY_OPTIONS):
             for option, value in settings.items():
                 self.engine.set_option(option, value)
         self.engine.http.adapters.pop("file://", None)
@@ -1979,20 +2074,21 @@ class Session:
             self._moved[asked] = response.url
 
 
-def _own_options(stream: StreamSettings) -> dict[str, Any]:
+def _own_options(stream: StreamSettings, timeout: float) -> dict[str, Any]:
     """A stream's settings in streamlink's words."""
     options = stream.options
     proxy = {"http-proxy": stream.proxy} if stream.proxy else {}
     return proxy | {
         "http-headers": {"User-Agent": options.user_agent, **stream.headers},
-        "http-timeout": options.timeout,
-        "stream-timeout": options.timeout,
+        "http-timeout": timeout,
+        "stream-timeout": timeout,
         "stream-segment-timeout": options.timeout,
         "stream-segment-threads": options.threads,
         "ringbuffer-size": options.ringbuffer_size,
         # The channel judges its upstream, nobody else does.
         "stream-segmented-queue-deadline": 0,
         "hls-playlist-reload-attempts": 0,
+        "ffmpeg-copyts": True,  # time stamps go on over a seam only if they are the origin's
         "ffmpeg-fout": "mpegts",  # the default, Matroska, plays in few set-top boxes
     }
 
@@ -2094,7 +2190,7 @@ def _read_bounded(response: requests.Response, deadline: float, start: bytes = b
 # What is opened
 
 
-@dataclass(frozen=True)
+@dataclass
 class OpenResponse:
     """A raw response, found by opening it; `start` was read already."""
 
@@ -2120,9 +2216,13 @@ class Variants:
         by_stream = {id(self.streams[name]): name for name in reversed(self.names)}
         return {name: by_stream.get(id(stream), name) for name, stream in self.streams.items()}
 
-    def open(self, name: str) -> Upstream:
-        """Open one; raises UpstreamError."""
+    def open(self, name: str, first: int | None = None, is_other: bool = False) -> Upstream:
+        """Open one, from the segment `first` on where it is listed; raises UpstreamError.
+
+        `is_other`: another address gave that number, so the playlist may be a little behind it.
+        """
         stream = self.streams[name]
+        vars(stream).update(first_number=first, stale_numbers=STALE_NUMBERS if is_other else 0)
         try:
             return self._open(stream)
         except UpstreamError:
@@ -2262,7 +2362,17 @@ class RingReader(HLSStreamReader):
 
 
 class WatchedWorker(HLSStreamWorker):
+    """Tells why it failed, where it starts, and when the origin started anew."""
+
     failure: str | None = None  # of the newest playlist, in words
+    _below = 0  # successive playlists that end below the last number queued
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:
+            log.exception("the worker died")
+            self._fail(explain(error))
 
     def reload(self) -> None:
         try:
@@ -2270,7 +2380,37 @@ class WatchedWorker(HLSStreamWorker):
             self.failure = None
         except Exception as error:
             self.failure = explain(error)
+            if self.failure in EXPIRED:
+                self._fail(self.failure)  # the address may have expired: it is resolved anew
             raise
+
+    def process_segments(self, playlist: Any) -> None:
+        last = playlist.segments[-1].num
+        if self.sequence < 0:
+            self._choose_first(playlist.segments[0].num, last)
+        elif last < self.sequence - 1:  # caches serve playlists a number or two old
+            self._below += 1
+            if self._below == 3 or self.failure:
+                self._fail("the origin started anew")
+                return
+        else:
+            self._below = 0
+        super().process_segments(playlist)
+
+    def _choose_first(self, first: int, last: int) -> None:
+        """Go on where another opening stopped, unless the numbers tell nothing."""
+        wanted = getattr(self.stream, "first_number", None)
+        slack = getattr(self.stream, "stale_numbers", 0)
+        if wanted is not None and first <= wanted <= last + 1 + slack:
+            self.sequence = wanted
+
+    def _fail(self, reason: str) -> None:
+        self.failure = reason
+        self.reader.close()
+
+
+# What an address answers that is not valid any more, by explain()'s words.
+EXPIRED = frozenset(f"the origin answered {status}" for status in (401, 403, 404, 410))
 
 
 class DownloadingWriter(HLSStreamWriter):
@@ -2368,6 +2508,8 @@ class DownloadingWriter(HLSStreamWriter):
             else:
                 self._mark(MarkKind.PREFIX if is_map else MarkKind.SEGMENT, segment)
                 self._hand_on(segment, result, is_map)
+                if not is_map:
+                    self._mark(MarkKind.END, segment)
         except Exception as error:  # must not end the writer's thread, and with it the stream
             if not self._is_closing:
                 reason = str(error) if isinstance(error, GaveUp) else explain(error)
@@ -2582,6 +2724,10 @@ class ProcessUpstream(PumpedUpstream):
         return bytes(self._read(64 * KIB))
 
     def _close(self) -> None:
+        if process := getattr(self._file, "process", None):
+            process.kill()
+            process.stdin.close()  # streamlink leaves this open, and the process a zombie
+            process.wait()
         self._file.close()
         self._pump.join()
 
@@ -2595,7 +2741,14 @@ class ProcessUpstream(PumpedUpstream):
 #   MERGED    the variant it was to open is another channel's; its viewers go there
 #   CLOSED    nothing more comes; `failure` tells why nothing came at all
 #
-#   STARTING -> LIVE | PRIVATE | MERGED | CLOSED      LIVE | PRIVATE -> CLOSED
+#   STARTING -> LIVE | PRIVATE   media is at hand           (settle)
+#   STARTING -> MERGED           another channel has it     (claim, settle)
+#   STARTING -> CLOSED           all addresses failed       (retire)
+#   LIVE | PRIVATE -> CLOSED     nobody watches any more    (is_abandoned)
+#                                the source ended, or failed for `reconnect` seconds (retire)
+#
+# A channel that is LIVE or PRIVATE stays so while its feeder opens a failed upstream again:
+# `is_reopening` tells, and its viewers keep their connections.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -2625,11 +2778,12 @@ class Channel:
     container is set once, before the window gets its first block.
     """
 
-    def __init__(self, stream: StreamSettings, wanted: str, is_alone: bool) -> None:
+    def __init__(
+        self, channels: Channels, stream: StreamSettings, wanted: str, is_alone: bool
+    ) -> None:
         self.stream = stream
         self.wanted = wanted  # the quality asked for
         self.is_alone = is_alone  # for one viewer: it knows that the source has an end
-        self.session = Session(stream, stream.name)
         self.window = Window(stream.options.ringbuffer_size)
         self.container = Container.MPEG_TS
         self.state = State.STARTING
@@ -2637,8 +2791,7 @@ class Channel:
         self.viewers: dict[Viewer, None] = {}  # in order of arrival
         self.idle_since = math.inf  # when the last viewer left
         self.failure: StreamError | None = None
-        self.gaps = 0  # segments given up; the feeder's alone
-        self.wake: Callable[[], None] = lambda: None  # makes the feeder look at its channel
+        self.feeder = Feeder(channels, self)
 
     @property
     def linger(self) -> float:
@@ -2648,8 +2801,7 @@ class Channel:
     def stop(self) -> None:
         """Let the viewers go and end whatever the feeder waits for; returns at once."""
         self.window.cut(WindowEnded(complete=False))
-        self.session.cut()
-        self.wake()
+        self.feeder.stop()
 
 
 class Channels:
@@ -2666,6 +2818,7 @@ class Channels:
         self._variants: dict[str, Mapping[str, str]] = {}  # by stream: name to variant
         self._failures: dict[tuple[str, str], tuple[float, StreamError]] = {}
         self._containers: dict[str, Container] = {}  # last seen, by stream
+        self._bad: dict[str, float] = {}  # addresses, and when each failed last
         self.is_stopping = False
 
     # Viewers' threads
@@ -2688,7 +2841,7 @@ class Channels:
         """Detach; the last to leave starts the linger time."""
         with self._lock:
             self._detach(channel, viewer)
-        channel.wake()
+        channel.feeder.wake()
 
     def container_of(self, stream: StreamSettings) -> Container:
         """The container last seen, for an answer that opens nothing."""
@@ -2709,7 +2862,7 @@ class Channels:
             is_new = channel is None
             if channel is None:
                 self._recall_failure(stream, wanted)
-                channel = Channel(stream, wanted, is_alone)
+                channel = Channel(self, stream, wanted, is_alone)
                 self._fed.add(channel)
                 if not is_alone:
                     self._starting[stream.name, wanted] = channel
@@ -2718,7 +2871,7 @@ class Channels:
             viewer.place = Place()
             channel.window.enter(viewer.place, from_start=channel.state is State.STARTING)
         if is_new:
-            Feeder(self, channel).start()
+            channel.feeder.start()
         return channel
 
     def _find(self, stream: StreamSettings, wanted: str) -> Channel | None:
@@ -2778,6 +2931,22 @@ class Channels:
                 self._detach(channel, viewer)
             self._settled.notify_all()
             return True
+
+    def note_failure(self, address: str) -> None:
+        """Remember that an address failed, for the next starts."""
+        with self._lock:
+            self._bad[address] = time.monotonic()
+
+    def start_order(self, stream: StreamSettings) -> list[int]:
+        """The stream's addresses by position: as configured, those that failed lately last."""
+        with self._lock:
+            since = time.monotonic() - BAD_TIME
+            self._bad = {address: at for address, at in self._bad.items() if at > since}
+            return sorted(range(len(stream.urls)), key=lambda n: stream.urls[n] in self._bad)
+
+    def has_viewers(self, channel: Channel) -> bool:
+        with self._lock:
+            return bool(channel.viewers) and not self.is_stopping
 
     def is_abandoned(self, channel: Channel) -> bool:
         """Whether a feeder shall end; nobody can attach to the channel from then on."""
@@ -2852,179 +3021,430 @@ def no_media_error(stream: StreamSettings) -> StreamError:
 class Feeder:
     """The thread of a channel: opens its upstream, moves the bytes to the window, closes.
 
-    What is here belongs to that thread alone.
+    It alone judges the upstream, and opens a failed one again where it stopped.  But for start(),
+    stop() and wake(), what is here belongs to its thread.
     """
 
     def __init__(self, channels: Channels, channel: Channel) -> None:
         self.channels = channels
         self.channel = channel
-        self._framer: Framer | None = None  # None until the container is known
-        self._start: list[bytes | Mark] = []  # what came before it was
-        self._segment_size = 0  # bytes
-        self._is_warned = False
+        self.gaps = 0  # segments given up
+        self.restarts = 0  # upstreams opened again
+        self.is_reopening = False
+        self._stopped = threading.Event()
+        self._session: Session | None = None
+        self._upstream: Upstream | None = None
+        self._mover: Mover | None = None  # None until the first media came
+        self._address = 0  # position of the address in use
+        self._last_byte = 0.0  # when media came last
+
+    # Any thread
 
     def start(self) -> None:
         name = f"feed-{self.channel.stream.name}-0"
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
+    def stop(self) -> None:
+        """End whatever the thread waits for, and then the thread; returns at once."""
+        self._stopped.set()
+        session = self._session
+        if session:
+            session.cut()
+        self.wake()
+
+    def wake(self) -> None:
+        """Have the thread look at its channel."""
+        upstream = self._upstream
+        if upstream:
+            upstream.ring.wake()
+
+    # Its thread
+
     def _run(self) -> None:
         ending: Exception = WindowEnded(complete=False)
         try:
-            upstream = self._open()
-            if upstream:
-                with contextlib.closing(upstream):
-                    self._feed(upstream)
+            self._start()
+            self._keep_going()
         except (WindowEnded, StreamError) as error:
             ending = error
         except Exception:
             log.exception("the feeder failed")
             ending = UpstreamError("StreamPipe failed, its log says why")
         finally:
-            self.channel.session.cut()
+            self._close()
             self.channels.retire(self.channel, ending)
         if isinstance(ending, StreamError) and not self.channels.is_stopping:
             log.warning("%s: ended: %s", self.channel.stream.name, ending.reason)
 
-    def _open(self) -> Upstream | None:
-        """Try the addresses in turn; None where another channel has what they resolve to."""
-        urls = self.channel.stream.urls
-        for position, address in enumerate(urls, 1):
+    def _start(self) -> None:
+        """Try each address once, all within `timeout`, until one has media; raises StreamError."""
+        order = self.channels.start_order(self.channel.stream)
+        failure: UpstreamError | None = None
+        for self._address in order:
             try:
-                return self._open_address(address)
+                timeout = self.channel.stream.options.timeout / len(order)
+                self._open_and_feed(timeout, time.monotonic() + timeout)
             except UpstreamError as error:
+                self._note_failure(error)
                 failure = error
-                log.info("%s: %s", origin_of(address, position, len(urls)), error.reason)
+                if self._mover:
+                    return
+        assert failure
         raise failure
 
-    def _open_address(self, address: str) -> Upstream | None:
-        channel = self.channel
-        variants = channel.session.resolve(address)
+    def _keep_going(self) -> None:
+        """Open the failed upstream again and again, for `reconnect` seconds without media."""
+        tried = {self._address}  # since the last good byte
+        pauses = _pauses()
+        while True:
+            deadline = self._last_byte + self.channel.stream.options.reconnect
+            self._address = (self._address + 1) % len(self.channel.stream.urls)
+            pause = next(pauses) if self._address in tried else 0.0
+            tried.add(self._address)
+            self._wait(pause, deadline)
+            began = time.monotonic()
+            try:
+                timeout = min(self.channel.stream.options.timeout, deadline - began)
+                self._open_and_feed(max(timeout, 0.1), deadline)
+            except UpstreamError as error:
+                self._note_failure(error)
+            if self._last_byte > began:
+                tried = {self._address}
+            if self._last_byte - began > HEALTHY_TIME:
+                pauses = _pauses()
+
+    def _wait(self, seconds: float, deadline: float) -> None:
+        """Pause before a try; raises WindowEnded where there shall be none."""
+        self.is_reopening = True
+        until = min(time.monotonic() + seconds, deadline)
+        while not self._stopped.is_set() and self.channels.has_viewers(self.channel):
+            remaining = until - time.monotonic()
+            if remaining <= 0 and until < deadline:
+                return
+            if remaining <= 0:
+                raise UpstreamError("the origin did not come back")
+            self._stopped.wait(min(remaining, FEEDER_TICK))
+        raise WindowEnded(complete=False)
+
+    def _note_failure(self, error: UpstreamError) -> None:
+        self._close()
+        address = self.channel.stream.urls[self._address]
+        self.channels.note_failure(address)
+        log.warning("%s: %s: %s", self.channel.stream.name, self._shown_address, error.reason)
+
+    @property
+    def _shown_address(self) -> str:
+        urls = self.channel.stream.urls
+        return origin_of(urls[self._address], self._address + 1, len(urls))
+
+    def _close(self) -> None:
+        upstream, self._upstream = self._upstream, None
+        session, self._session = self._session, None
+        if upstream:
+            upstream.close()
+        elif session:
+            session.cut()
+
+    def _open_and_feed(self, timeout: float, deadline: float) -> NoReturn:
+        """One opening, from resolving to its end, with media before the deadline.
+
+        `timeout` is for each request of resolving.
+        Raises UpstreamError where it fails, WindowEnded where nothing more shall come.
+        """
+        session = self._session = Session(self.channel.stream, timeout)
+        if self._stopped.is_set():
+            raise WindowEnded(complete=False)
+        variants = session.resolve(self.channel.stream.urls[self._address])
+        upstream = self._upstream = self._open(variants)
+        self._feed(upstream, deadline)
+
+    def _open(self, variants: Variants) -> Upstream:
         name = self._choose(variants)
-        canonical = variants.canonical
-        if not self.channels.claim(channel, canonical, canonical[name]):
-            return None
-        return variants.open(name)
+        if self._mover is None:
+            canonical = variants.canonical
+            if not self.channels.claim(self.channel, canonical, canonical[name]):
+                raise WindowEnded(complete=False)
+            return variants.open(name)
+        is_other = self._mover.address != self._address
+        return variants.open(name, self._mover.number, is_other)
 
     def _choose(self, variants: Variants) -> str:
-        """The first of the wanted qualities that exists."""
-        wanted = self.channel.wanted
-        for name in map(str.strip, wanted.split(",")):
+        """The variant that is running, or the first of the wanted ones that exists."""
+        channel = self.channel
+        for name in (channel.variant, *map(str.strip, channel.wanted.split(","))):
             if name in variants.streams:
                 return name
         offered = ", ".join(variants.names)
-        if wanted == self.channel.stream.quality:
+        if channel.wanted == channel.stream.quality:
             raise UpstreamError(f"the configured quality does not exist, only: {offered}")
         reason = f"this quality does not exist, only: {offered}"
         raise StreamError(HTTPStatus.NOT_FOUND, reason)
 
-    def _feed(self, upstream: Upstream) -> None:
+    def _feed(self, upstream: Upstream, deadline: float) -> NoReturn:
         """Move what comes, until it ends or fails or nobody is left to watch."""
-        self.channel.wake = upstream.ring.wake
         tick = min(FEEDER_TICK, max(self.channel.linger, 0.05))
-        last = time.monotonic()
-        while not self.channels.is_abandoned(self.channel):
+        start: list[bytes | Mark] | None = []  # what came before the container was known
+        alive = time.monotonic()
+        while not (self._stopped.is_set() or self.channels.is_abandoned(self.channel)):
             try:
                 items = upstream.read(tick)
+                is_all = False
             except WindowEnded:
-                self._finish(upstream)
-                raise
-            if items:
-                self._move(upstream, items)
-                last = time.monotonic()
-            elif time.monotonic() - last > self._patience(upstream):
-                raise self._silence()
+                items, is_all = [], True
+            if start is not None and (items or is_all):
+                start += items
+                if self._begin(upstream, start, is_all):
+                    items, start = start, None
+            if start is None:
+                self._move(items)
+            if is_all:
+                self._finish()
+            if any(map(_is_sign_of_life, items)):
+                alive = time.monotonic()
+            self._judge(upstream, alive, deadline if start is not None else math.inf)
+        raise WindowEnded(complete=False)
 
-    def _patience(self, upstream: Upstream) -> float:
-        """Seconds without a byte after which an upstream has failed."""
-        return max(self.channel.stream.options.timeout, 2 * upstream.target_duration)
+    def _judge(self, upstream: Upstream, alive: float, deadline: float) -> None:
+        """Raise where an upstream is silent for too long."""
+        now = time.monotonic()
+        options = self.channel.stream.options
+        is_late = now > deadline
+        if is_late and self._mover is None and len(self.channel.stream.urls) == 1:
+            raise no_media_error(self.channel.stream)
+        if is_late or now - alive > max(options.timeout, 2 * upstream.target_duration):
+            raise UpstreamError("the origin sends nothing")
 
-    def _silence(self) -> StreamError:
-        if self._framer is None:
-            return no_media_error(self.channel.stream)
-        return UpstreamError("the origin went silent")
+    def _begin(self, upstream: Upstream, start: list[bytes | Mark], is_all: bool) -> bool:
+        """Tell the container from an opening's first bytes; False while more are needed."""
+        data = b"".join(item for item in start if not isinstance(item, Mark))
+        container = sniff(data[:SNIFF_LIMIT], is_all) if data else None
+        if container is None:
+            if is_all:
+                raise UpstreamError("the origin sent no media")
+            return False
+        if self._mover is None:
+            self._settle(upstream, container)
+        else:
+            self._resume(upstream, container)
+        return True
 
-    def _move(self, upstream: Upstream, items: list[bytes | Mark]) -> None:
-        if self._framer is None:
-            self._start += items
-            container = sniff(self._first_bytes())
-            if container is None:
-                return
-            self._begin(upstream, container)
-            items = self._start
-        for is_mark, group in itertools.groupby(items, lambda item: isinstance(item, Mark)):
-            if is_mark:
-                for item in group:
-                    self._pass_mark(item)  # type: ignore[arg-type]
-            else:
-                self._pass_bytes(b"".join(group))  # type: ignore[arg-type]
-
-    def _first_bytes(self) -> bytes:
-        return b"".join(item for item in self._start if not isinstance(item, Mark))[:SNIFF_LIMIT]
-
-    def _begin(self, upstream: Upstream, container: Container) -> None:
-        """The first media is here: the viewers who wait for it can go on."""
+    def _settle(self, upstream: Upstream, container: Container) -> None:
+        """The channel's first media is here: the viewers who wait for it can go on."""
         channel, has_end = self.channel, upstream.has_end
         window = channel.window
         window.live_edge = max(1, upstream.live_edge)
         window.has_units = container is Container.FMP4
         if has_end:
             window.limit, window.patience = min(PRIVATE_WINDOW, window.limit), math.inf
-        self._framer = framer_for(container)
+        self._mover = Mover(channel, container, self._address)
         if not self.channels.settle(channel, container, has_end):
             raise WindowEnded(complete=False)
+        kind = "has an end" if has_end else "live"
+        log.info("%s: %s, %s, %s", channel.stream.name, kind, channel.variant, container.value)
+
+    def _resume(self, upstream: Upstream, container: Container) -> None:
+        """An upstream that was opened again has media."""
+        assert self._mover
+        if container is not self.channel.container:
+            raise UpstreamError(f"it has become {container.value}")
+        silent = time.monotonic() - self._last_byte
         log.info(
-            "%s: %s, %s, %s", channel.stream.name, "has an end" if has_end else "live",
-            channel.variant, container.value,
-        )  # fmt: skip
+            "%s: %s: goes on after %.1f s", self.channel.stream.name, self._shown_address, silent
+        )
+        self.restarts += 1
+        self.is_reopening = False
+        self._mover.resume(self._address, upstream.has_end)
 
-    def _pass_mark(self, mark: Mark) -> None:
-        assert self._framer
-        if mark.kind is MarkKind.GAP:
-            self._framer.drop()
-            self.channel.gaps += 1
-        elif mark.kind is not MarkKind.FILTERED:
-            self._append(self._framer.flush())
-            self._start_part(mark)
+    def _move(self, items: list[bytes | Mark]) -> None:
+        assert self._mover
+        for is_mark, group in itertools.groupby(items, lambda item: isinstance(item, Mark)):
+            if is_mark:
+                for item in group:
+                    self._mover.pass_mark(cast(Mark, item))
+                    self.gaps += cast(Mark, item).kind is MarkKind.GAP
+            else:
+                self._mover.pass_bytes(b"".join(cast(Iterator[bytes], group)))
+                self._last_byte = time.monotonic()
 
-    def _start_part(self, mark: Mark) -> None:
-        assert self._framer
+    def _finish(self) -> NoReturn:
+        """The source truly ended: hand on what was held back for more to come."""
+        assert self._mover
+        self._mover.flush()
+        raise WindowEnded(complete=True)
+
+
+def _pauses() -> Iterator[float]:
+    """Seconds between tries, with jitter: a thousand channels shall not try in step."""
+    for pause in itertools.chain(REOPEN_PAUSES, itertools.repeat(REOPEN_PAUSES[-1])):
+        yield pause * random.uniform(0.8, 1.2)
+
+
+def _is_sign_of_life(item: bytes | Mark) -> bool:
+    """Bytes are, and so is a segment left out on purpose; a segment that failed is none."""
+    return not isinstance(item, Mark) or item.kind is MarkKind.FILTERED
+
+
+class Mover:
+    """Carries one channel's bytes from its upstreams to its window, without a repeat at the seams.
+
+    It knows what was passed on: `number` is the segment to go on with, and `_passed` tells the
+    bytes of it that viewers have had.  A feeder owns it.
+    """
+
+    def __init__(self, channel: Channel, container: Container, address: int) -> None:
+        self.channel = channel
+        self.address = address  # position of the address that gave the numbers
+        self.number: int | None = None  # media sequence number; None without segments
+        self._framer = framer_for(container)
+        self._passed = Fingerprint()
+        self._prefix = b""  # the newest initialization section
+        self._new_prefix: bytearray | None = None  # one that is coming
+        self._size = 0  # bytes of the newest whole segment
+        self._is_warned = False
+        # At a seam:
+        self._is_resumed = False  # nothing of the new opening was judged yet
+        self._again: Fingerprint | None = None  # compares what was passed on already
+        self._skips_segment = False  # the open segment is of no use
+        self._gate: Gate | None = None
+
+    def resume(self, address: int, has_end: bool) -> None:
+        """What comes next is from a new opening."""
+        self.address = address
+        self._is_resumed = True
+        self._again, self._skips_segment, self._gate = None, False, None
+        self._new_prefix = None
+        if self.number is None and has_end:
+            self._again = Fingerprint()  # the same body again, from its start
+        elif self.number is None:
+            self._start_seam(after=getattr(self._framer, "last_dts", None))
+
+    def pass_mark(self, mark: Mark) -> None:
         if mark.kind is MarkKind.PREFIX:
-            self._framer.start_prefix()
+            self._new_prefix = bytearray()
+        elif mark.kind is MarkKind.SEGMENT:
+            self._start_segment(mark.number)
+        elif mark.kind is MarkKind.GAP:
+            self._framer.drop()
+            self._close_segment(mark.number)
+        elif mark.kind is MarkKind.END:
+            self._append(self._framer.flush())
+            self._close_segment(mark.number)
         else:
-            self._framer.start_segment()
-            self._check_window()
-            self._segment_size = 0
+            self._close_segment(mark.number)
 
-    def _pass_bytes(self, data: bytes) -> None:
-        assert self._framer
-        self._segment_size += len(data)
+    def pass_bytes(self, data: bytes) -> None:
+        if self._new_prefix is not None:
+            self._new_prefix += data
+            return
+        if self._is_resumed and self.number is not None:  # this opening has no segments
+            self.number, self._is_resumed = None, False
+            self._start_seam(after=getattr(self._framer, "last_dts", None))
+        if not self._skips_segment:
+            if self._again is not None:
+                data = self._pass_again(data)
+            if data:
+                self._passed.add(data)
+                self._pass(data)
+
+    def flush(self) -> None:
+        self._append(self._framer.flush())
+
+    def _pass(self, data: bytes) -> None:
+        if self._gate:
+            opened = self._gate.feed(data)
+            if opened is None:
+                return
+            data, self._gate = opened, None
+            if self.number is not None:
+                self._framer.start_segment()
         self._append(self._framer.feed(data))
 
     def _append(self, blocks: list[bytes]) -> None:
-        assert self._framer
         joins, self._framer.joins = self._framer.joins, []
         self.channel.window.append(blocks, joins)
+
+    # Segments
+
+    def _start_segment(self, number: int) -> None:
+        goes_on = not self._is_resumed or number == self.number
+        had = self._passed.size if self._is_resumed and goes_on else 0
+        prefix, self._new_prefix = bytes(self._new_prefix or b""), None
+        is_new_prefix = bool(prefix) and (not self._is_resumed or prefix != self._prefix)
+        if had and is_new_prefix:  # other media: its next segment is the first of use
+            goes_on, had, self._skips_segment = False, 0, True
+        if not goes_on:
+            self._start_seam()
+        if is_new_prefix:
+            self._pass_prefix(prefix)
+        self._is_resumed = False
+        self.number = number
+        if had:
+            self._again = Fingerprint()
+            return
+        self._passed = Fingerprint()
+        self._open_part(self._framer.start_segment)
+
+    def _open_part(self, start: Callable[[], None]) -> None:
+        """A segment begins, for the framer or for the gate before it."""
+        if self._gate:
+            self._gate.start_segment()
+            return
+        self._append(self._framer.flush())
+        start()
+        self._check_window()
+
+    def _pass_prefix(self, prefix: bytes) -> None:
+        self._prefix = prefix
+        if self._gate:
+            self._gate.learn(prefix)
+            return
+        self._append(self._framer.flush())
+        self._framer.start_prefix()
+        self._append(self._framer.feed(prefix))
+
+    def _close_segment(self, number: int) -> None:
+        if self._again is not None:
+            self._give_up_segment()  # it ended before the place that viewers have reached
+        self._size = self._passed.size
+        self.number, self._passed = number + 1, Fingerprint()
+        self._skips_segment = False
+
+    def _pass_again(self, data: bytes) -> bytes:
+        """Compare what viewers have had already; what is behind it is returned."""
+        assert self._again is not None
+        left = self._passed.size - self._again.size
+        self._again.add(data[:left])
+        if self._again.size == self._passed.size:
+            if self._again != self._passed:
+                self._give_up_segment()
+                return b""
+            self._again = None
+        return data[left:]
+
+    def _give_up_segment(self) -> None:
+        """The open segment is other media than before: go on with the next."""
+        self._again = None
+        if self.number is None:
+            raise UpstreamError("it has changed")
+        self._skips_segment = True
+        self._start_seam()
+
+    def _start_seam(self, after: int | None = None) -> None:
+        """What comes next does not continue what was: begin where a decoder can start."""
+        self._framer.drop()
+        if isinstance(self._framer, TsFramer):
+            self._gate = Gate(after, self.channel.window.limit)
 
     def _check_window(self) -> None:
         """Say once that the window is too small to hold two segments."""
         window = self.channel.window
         if not self._is_warned and self.channel.state is State.LIVE and window.is_short():
             self._is_warned = True
-            fitting = math.ceil(3 * self._segment_size / MIB) * MIB
+            fitting = math.ceil(3 * self._size / MIB) * MIB
             log.warning(
                 "%s: the window holds fewer than two segments, late viewers start badly: "
                 "set ringbuffer_size: %d", self.channel.stream.name, fitting,
             )  # fmt: skip
-
-    def _finish(self, upstream: Upstream) -> None:
-        """The source truly ended: hand on what was held back for more to come."""
-        if self._framer is None and (start := self._first_bytes()):
-            container = sniff(start, is_all=True)
-            assert container
-            self._begin(upstream, container)
-            self._move(upstream, self._start)
-        if self._framer:
-            self._append(self._framer.flush())
 
 
 def origin_of(address: str, position: int, count: int) -> str:
@@ -3222,6 +3642,7 @@ class Handler(BaseHTTPRequestHandler):
         Raises WindowEnded where it did not, OSError and ViewerGone for the viewer's part.
         """
         is_chunked = self.request_version != "HTTP/1.0"
+        fills_silence, is_silent = channel.container is Container.MPEG_TS, False
         self.connection.settimeout(channel.stream.options.viewer_timeout)
         self.send_response(HTTPStatus.OK)
         if is_chunked:
@@ -3231,7 +3652,10 @@ class Handler(BaseHTTPRequestHandler):
             while True:
                 if blocks:
                     self._send_blocks(blocks, viewer, is_chunked)
-                blocks = channel.window.take(viewer.place, None)
+                blocks = channel.window.take(viewer.place, 1.0 if is_silent else SILENCE)
+                is_silent = not blocks
+                if is_silent and fills_silence and not viewer.sent % TS_PACKET:
+                    blocks = [NULL_PACKET]
         except WindowEnded as ending:
             if not ending.complete:
                 raise

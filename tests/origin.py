@@ -461,6 +461,8 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     ranges: bool = True
     validators: bool = True
+    etags: Literal["strong", "weak", "none"] = "strong"
+    dated: bool = True  # with Last-Modified
     changed: bool = False  # other validators than usual
     length_error: int = 0  # added to the true Content-Length
     hang_up: bool = False  # before the status line
@@ -471,12 +473,13 @@ class Answer:
     byte_pause: float = 0.0  # seconds before each byte
 
     def etag(self) -> str | None:
-        if not self.validators or not isinstance(self.content, Content):
+        if not self.validators or not isinstance(self.content, Content) or self.etags == "none":
             return None
-        return f'"changed-{self.content.etag[1:]}' if self.changed else self.content.etag
+        tag = f'"changed-{self.content.etag[1:]}' if self.changed else self.content.etag
+        return f"W/{tag}" if self.etags == "weak" else tag
 
     def last_modified(self) -> str | None:
-        if not self.validators or not isinstance(self.content, Content):
+        if not self.validators or not isinstance(self.content, Content) or not self.dated:
             return None
         return formatdate(MODIFIED + 3600 * self.changed, usegmt=True)
 
@@ -598,6 +601,17 @@ class NoRange:
 
     def apply(self, answer: Answer) -> None:
         answer.ranges = False
+
+
+@dataclass(frozen=True)
+class Validators:
+    """Only these: a strong ETag, a weak or none, and perhaps Last-Modified."""
+
+    etags: Literal["strong", "weak", "none"] = "strong"
+    dated: bool = False
+
+    def apply(self, answer: Answer) -> None:
+        answer.etags, answer.dated = self.etags, self.dated
 
 
 @dataclass(frozen=True)
@@ -827,7 +841,8 @@ class _Handler(BaseHTTPRequestHandler):
         condition = self.headers["If-Range"]
         if self.command != "GET" or "Range" not in self.headers:
             return False
-        return condition is None or condition in (answer.etag(), answer.last_modified())
+        strong = {answer.etag() if answer.etags == "strong" else None, answer.last_modified()}
+        return condition is None or condition in strong
 
     def _wanted_range(self, length: int) -> range | None:
         """The bytes asked for, none if they do not exist; None for what may be ignored: a

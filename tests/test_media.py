@@ -500,14 +500,84 @@ def test_stream_without_segments_joins_at_its_key_frames(offset: int) -> None:
         assert decodes_from(join, stream[offset:]).starts_with_key
 
 
-def test_stream_of_sound_joins_where_a_frame_starts() -> None:
-    stream = b"".join(media.audio_only_segments(4))
-    framer = pipe.TsFramer()
+def joins_by_turns(framer: pipe.Framer, stream: bytes) -> list[Join]:
+    """All join points, taken away after each turn, as a feeder does."""
     found = []
     for part in stepwise(stream, 1000):
         framer.feed(part)
         found += joins_of(framer)
-        framer.joins.clear()  # as a feeder takes them
+        framer.joins.clear()
+    return found
+
+
+def test_units_are_no_join_points_any_more_once_a_key_frame_came() -> None:
+    first, *others = media.ts_segments(4)
+    early = pictures(first)[1]
+    stream = first[: 2 * PACKET] + first[early:] + b"".join(others)
+    found = joins_by_turns(pipe.TsFramer(), stream)
+    kinds = [kind for _, _, kind in found]
+    assert kinds == [JoinKind.ANY] * kinds.count(JoinKind.ANY) + [JoinKind.KEY_FRAME] * 3
+    assert kinds.count(JoinKind.ANY) > 3
+
+
+def without_indicator(packet: bytes) -> bytes:
+    """The packet with its random_access_indicator cleared."""
+    has_flags = packet[3] & 0x20 and packet[4]
+    return packet[:5] + bytes([packet[5] & ~0x40]) + packet[6:] if has_flags else packet
+
+
+def of_unknown_type(packet: bytes) -> bytes:
+    """The packet with MPEG-4 Visual for H.264, if it is the PMT; nobody looks into that."""
+    return (
+        packet.replace(b"\x1b\xe1\x00", b"\x10\xe1\x00") if media.pid(packet) == 0x1000 else packet
+    )
+
+
+@pytest.mark.parametrize("change", [without_indicator, of_unknown_type])
+def test_key_frame_is_told_by_its_indicator_or_by_its_units(
+    change: Callable[[bytes], bytes],
+) -> None:
+    stream = b"".join(media.ts_segments(4))
+    changed = b"".join(map(change, media.packets(stream)))
+    assert changed != stream
+    framer = pipe.TsFramer()
+    feed(framer, [changed])
+    found = [position for position, _, kind in joins_of(framer) if kind is JoinKind.KEY_FRAME]
+    assert found == key_frames(stream)
+
+
+UNITS = {
+    "mpeg-2": (0x02, b"\0\0\1\xb3\x2d\2\x40", b"\0\0\1\0\0\x10"),
+    "h.264 sps": (0x1B, b"\0\0\0\1\x09\xf0\0\0\0\1\x67\x64", b"\0\0\0\1\x09\xf0\0\0\1\x41\x9a"),
+    "h.264 idr": (0x1B, b"\0\0\1\x65\x88", b"\0\0\1\x01\x9a"),
+    "h.265 vps": (0x24, b"\0\0\1\x46\1\x50\0\0\1\x40\1", b"\0\0\1\x46\1\x50\0\0\1\x02\1"),
+    "h.265 idr": (0x24, b"\0\0\1\x26\1", b"\0\0\1\x00\1"),
+    "h.265 cra": (0x24, b"\0\0\1\x2a\1", b"\0\0\1\x12\1"),
+}
+
+
+@pytest.mark.parametrize(("kind", "key", "other"), UNITS.values(), ids=list(UNITS))
+def test_units_of_key_frames_are_known(kind: int, key: bytes, other: bytes) -> None:
+    card = make_test_card
+    writer = card.Writer()
+    pid = (0xE000 | card.VIDEO_PID).to_bytes(2, "big")
+    pmt = card.section(2, pid + b"\xf0\0" + bytes([kind]) + pid + b"\xf0\0")
+    for table, payload in ((0, card.pat()), (card.PMT_PID, pmt)):
+        writer.packet(table, payload.ljust(PACKET - 4, b"\xff"), True, b"")
+    expected = []
+    for number, unit in enumerate([other, key, other, other, key]):
+        if unit is key:
+            expected.append(len(writer.stream))
+        writer.write(card.VIDEO_PID, card.pes(card.VIDEO_STREAM_ID, number * 3600, unit))
+    framer = pipe.TsFramer()
+    feed(framer, [bytes(writer.stream)])
+    found = [position for position, _, kind in joins_of(framer) if kind is JoinKind.KEY_FRAME]
+    assert found == expected
+
+
+def test_stream_of_sound_joins_where_a_frame_starts() -> None:
+    stream = b"".join(media.audio_only_segments(4))
+    found = joins_by_turns(pipe.TsFramer(), stream)
     assert len(found) >= 10
     assert {kind for _, _, kind in found} == {JoinKind.ANY}
     for join in found[:-2:4]:  # of less than that the demuxer makes nothing
@@ -666,6 +736,13 @@ def test_new_initialization_section_replaces_the_old_one(size: int) -> None:
         (len(init + fragments[0] + other), other, JoinKind.KEY_FRAME),
     ]
     assert decodes_from(joins_of(framer)[1], stream).video_frames == media.FPS
+
+
+def test_media_is_no_part_of_the_initialization_section() -> None:
+    init, fragments = media.fmp4(4)
+    framer = pipe.Fmp4Framer()
+    feed(framer, [init + box(b"mdat", bytes(100)) + box(b"free", bytes(100)) + fragments[0]])
+    assert joins_of(framer) == [(len(init) + 216, init, JoinKind.KEY_FRAME)]
 
 
 def test_announced_initialization_section_replaces_the_old_one() -> None:

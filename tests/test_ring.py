@@ -147,6 +147,15 @@ def test_wait_free_waits_for_room() -> None:
     assert waiter.result()
 
 
+def test_room_is_told_to_all_who_wait_for_it() -> None:
+    """Streamlink's worker waits for it beside its writer."""
+    ring, room = full_ring()
+    waiters = [Task(ring.wait_free) for _ in range(3)]
+    assert all(room.saw_wait() for _ in waiters)
+    ring.take(1, 0)
+    assert [waiter.result() for waiter in waiters] == [True] * 3
+
+
 #### Waiting for bytes ####
 
 

@@ -1,7 +1,7 @@
 """Everything is real: how viewers share a live channel, join it, fall behind and leave it.
 
-One helper looks at the registry of channels to count those that are open; all else is seen from
-the origin and from the viewers' sockets.
+Seen from the origin and from the viewers' sockets, but for one test, which counts open channels in
+their registry, and two, which shorten a patience.
 """
 
 from __future__ import annotations
@@ -297,16 +297,18 @@ def test_joining_and_leaving_around_the_teardown(
     dice, pause = random.Random(1), threading.Event()
 
     def arrive(seconds: float) -> Watch:
-        pause.wait(seconds)  # some come before, some while and some after the channel closes
+        pause.wait(seconds)  # some crowds come before, some while, some after it closes
         viewer = site.watch("/relay")
         assert_starts_like_a_segment(viewer.read(20_000))
         return viewer
 
     crowd: list[Watch] = []
     for _ in range(20):
-        delays = [dice.uniform(0, 0.05) for _ in range(15)]
-        moves = [partial(Watch.close, viewer) for viewer in crowd]
-        arrivals = all_at_once([*moves, *(partial(arrive, delay) for delay in delays)])
+        base = dice.uniform(0, 0.1)
+        delays = [base + dice.uniform(0, 0.02) for _ in range(15)]
+        moves: list[Callable[[], Watch | None]] = [partial(arrive, delay) for delay in delays]
+        moves += [partial(Watch.close, viewer) for viewer in crowd]
+        arrivals = all_at_once(moves)
         crowd = [viewer for viewer in arrivals if viewer]
     for viewer in crowd:
         viewer.close()
@@ -314,13 +316,23 @@ def test_joining_and_leaving_around_the_teardown(
     assert [record.message for record in caplog.records if record.levelno > logging.INFO] == []
     assert isinstance(site.channels, Census)
     assert site.channels.most_open == 1
+    assert site.channels.joined == {pipe.State.LIVE}
     assert 1 < origin.count("/feed") <= 20 * 15
 
 
 class Census(pipe.Channels):
-    """Counts the channels that have an upstream or are about to, whenever one is opened."""
+    """Counts the channels that have an upstream or are about to, whenever one is opened, and gives
+    viewers time to come between the decision to close one and its end."""
 
-    most_open = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.most_open = 0
+        self.joined: set[pipe.State] = set()  # of channels at the moment a viewer got one
+
+    def watch(self, *arguments: Any, **more: Any) -> pipe.Channel:
+        channel = super().watch(*arguments, **more)
+        self.joined.add(channel.state)
+        return channel
 
     def claim(self, channel: pipe.Channel, *arguments: Any, **more: Any) -> bool:
         is_claimed = super().claim(channel, *arguments, **more)
@@ -329,6 +341,12 @@ class Census(pipe.Channels):
         is_open = [state in (pipe.State.STARTING, pipe.State.LIVE) for state in states]
         self.most_open = max(self.most_open, sum(is_open))
         return is_claimed
+
+    def is_abandoned(self, channel: pipe.Channel) -> bool:
+        is_abandoned = super().is_abandoned(channel)
+        if is_abandoned:
+            threading.Event().wait(0.02)
+        return is_abandoned
 
 
 #### A start that fails ####

@@ -25,6 +25,12 @@ LONG = 1000.0  # seconds; no test waits as long
 SEGMENT, KEY_FRAME, ANY = JoinKind.SEGMENT, JoinKind.KEY_FRAME, JoinKind.ANY
 
 
+@pytest.fixture(autouse=True)
+def _nobody_looks_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A feeder that waits learns what happened by being told, not by looking now and then."""
+    monkeypatch.setattr(pipe, "FEEDER_TICK", LONG)
+
+
 def block(number: int) -> bytes:
     """SIZE bytes that tell their number."""
     return b"%08d, " % number
@@ -166,7 +172,9 @@ def test_viewer_who_waited_for_the_start_gets_everything() -> None:
 def test_viewer_who_waited_too_long_for_the_start_joins_like_others() -> None:
     window = Window(4 * SIZE)
     segments(window, 0, 7)
-    assert take(window, enter(window, from_start=True)) == b"<4>" + text(4, 7)
+    place = enter(window, from_start=True)
+    assert take(window, place) == b"<4>" + text(4, 7)
+    assert place.skips == 0
 
 
 @pytest.mark.parametrize("live_edge", [1, 2, 3, 4])
