@@ -45,6 +45,8 @@ import contextlib
 import difflib
 import enum
 import functools
+import hmac
+import html
 import importlib.metadata
 import inspect
 import io
@@ -55,6 +57,7 @@ import logging
 import lzma
 import math
 import os
+import queue
 import random
 import re
 import signal
@@ -68,13 +71,13 @@ import weakref
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NoReturn, cast
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlsplit
 
 try:
     import requests
@@ -109,6 +112,7 @@ log = logging.getLogger("streampipe")
 # --------------------------------------------------------------------------------------------------
 
 KIB, MIB = 1 << 10, 1 << 20
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
 TURN_LIMIT = 1 * MIB  # bytes a feeder takes from its ring in one turn; more would delay viewers
 BLOCK_LIMIT = 64 * KIB  # bytes of a block; a viewer's send gathers whole blocks
@@ -129,7 +133,11 @@ REOPEN_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # seconds between tries, the la
 HEALTHY_TIME = 60.0  # seconds of media after which the pauses begin anew
 BAD_TIME = 60.0  # seconds that a start tries a failed address after the others
 STALE_NUMBERS = 2  # how far behind a backup's playlist may be and still be the same stream
+JUDGE_GRACE = 1.5  # seconds more than a download has, so that it can give up a segment first
 FEEDER_TICK = 1.0  # seconds at most between two looks of a feeder at its viewers and upstream
+SPARE_CONNECTIONS = 256  # beyond max_viewers: for /health, pages and refusals
+MOST_CONNECTIONS = 4096  # where max_viewers is 0
+UNSENT_LIMIT = 128 * KIB  # bytes the kernel holds for a viewer and has not sent yet
 DRAIN_TIME = 1.0  # seconds in which new streams get 503 before the listener goes away
 EXIT_TIME = 4.0  # seconds until the process ends, whatever still hangs
 
@@ -267,6 +275,16 @@ class StreamSettings:
     headers: Mapping[str, str] = field(default_factory=dict)
     proxy: str | None = None
     options: Options = field(default_factory=Options)
+
+    def pulls_like(self, other: StreamSettings) -> bool:
+        """Whether the upstream would be the same, so that a reload disturbs nobody."""
+        keys = ("user_agent", "threads", "timeout", "buffer_size", "ringbuffer_size", "streamlink")
+        return all(getattr(self, key) == getattr(other, key) for key in UPSTREAM_KEYS) and all(
+            getattr(self.options, key) == getattr(other.options, key) for key in keys
+        )
+
+
+UPSTREAM_KEYS = ("urls", "quality", "headers", "proxy")
 
 
 @dataclass(frozen=True)
@@ -803,7 +821,7 @@ class Framer:
     def feed(self, data: bytes) -> list[bytes]:
         """Take any bytes, give back those that make whole units; the rest waits for more."""
         if self._in_prefix:
-            self._prefix += data
+            self._keep_prefix(data)
         elif not self._in_segments:
             self._join(self.position, JoinKind.ANY)
         return self._hand_on([data])
@@ -814,6 +832,12 @@ class Framer:
 
     def drop(self) -> None:
         """Forget what is held back: the rest of its unit will not come."""
+
+    def _keep_prefix(self, data: bytes) -> None:
+        self._prefix += data
+        if len(self._prefix) > PLAYLIST_LIMIT:  # no initialization section is that large
+            self._prefix.clear()
+            self._in_prefix = False
 
     def _join(
         self, position: int, kind: JoinKind, prefix: bytes | None = None, dts: int | None = None
@@ -1172,7 +1196,7 @@ class Fmp4Framer(Framer):
                 self._left = size
             taken = int(min(self._left, len(data) - at))
             if self._in_prefix:
-                self._prefix += data[at : at + taken]
+                self._keep_prefix(data[at : at + taken])
             self._left -= taken
             at += taken
         self._carry = data[at:]
@@ -1272,16 +1296,28 @@ class AacFramer(Framer):
     def _frames_end(self, data: bytes, start: int) -> int:
         """Where a block's worth of whole frames from `start` on ends.
 
-        That is the end of the data where these are no frames of AAC.
+        That is the next frame, or the end of the data, where no frame of AAC starts there.
         """
         at = start
         while self._is_adts and at + 7 <= len(data) and data[at : at + 3] != b"ID3":
             size = _adts_size(data[at : at + 7])
-            self._is_adts = size >= 7 and _is_adts(data[at : at + 2], headers=1)
-            if at + size > min(len(data), start + BLOCK_LIMIT):
+            if size < 7 or not _is_adts(data[at : at + 2], headers=1):
+                self._is_adts = False
+            elif at + size > min(len(data), start + BLOCK_LIMIT):
                 break
-            at += size
-        return at if self._is_adts else len(data)
+            else:
+                at += size
+        return at if self._is_adts or at > start else self._next_frame(data, at)
+
+    def _next_frame(self, data: bytes, at: int) -> int:
+        """Where two frames follow each other again."""
+        found = data.find(b"\xff", at + 1)
+        while found >= 0:
+            if _is_adts(data[found:], headers=2):
+                self._is_adts = True
+                return found
+            found = data.find(b"\xff", found + 1)
+        return len(data)
 
 
 def _id3_size(header: bytes) -> int:
@@ -1438,8 +1474,9 @@ class Ring:
 
     def mark(self, mark: Mark) -> None:
         with self._lock:
-            self._items.append(mark)
-            self._not_empty.notify()
+            if not self.closed:  # or the end of a segment whose bytes were dropped would be kept
+                self._items.append(mark)
+                self._not_empty.notify()
 
     def wait_free(self, timeout: float | None = None) -> bool:
         """Block until there is room: streamlink loads no playlist before."""
@@ -1698,6 +1735,12 @@ class Window:
 
     # Anybody
 
+    def held(self) -> tuple[int, float]:
+        """Bytes in the window, and about how many seconds ago the oldest came."""
+        with self._lock:
+            oldest = self._joins[0].time if self._joins else time.monotonic()
+            return self._head - self._tail, time.monotonic() - oldest
+
     def is_short(self) -> bool:
         """Whether blocks were evicted and fewer than two segment starts are left."""
         with self._lock:
@@ -1825,7 +1868,9 @@ class Download:
             headers["If-Range"] = self._validator  # RFC 9110, 13.1.5: all of it if it changed
         if first or last:
             headers["Range"] = f"bytes={first}-{last}"
-        return self.terms.get(headers, self.terms.patience() / 2)
+        patience = self.terms.patience()
+        left = self._moved + patience - time.monotonic()
+        return self.terms.get(headers, max(0.1, min(patience / 2, left)))
 
     @property
     def _resumes(self) -> bool:
@@ -1944,6 +1989,13 @@ def check_engine() -> None:
             "streamlink %s is unknown: segments are downloaded its own way and channels start "
             "later; pip install -r requirements.txt gets a known one", engine_version,
         )  # fmt: skip
+
+
+def warm_up() -> None:
+    """Load what streamlink loads late, so that the first viewer does not wait for it."""
+    engine = Streamlink()
+    engine.plugins.match_url("hls://localhost/")
+    engine.localization.equivalent(language="en")
 
 
 def engine_options() -> EngineOptions:
@@ -2231,6 +2283,17 @@ class Variants:
             log.debug("cannot open", exc_info=True)
             raise UpstreamError(explain(error)) from error
 
+    def missing(self, name: str) -> str | None:
+        """What a viewer of this one has to do without."""
+        stream = self.streams[name]
+        playlists = getattr(getattr(stream, "multivariant", None), "playlists", ())
+        is_single = isinstance(stream, HLSStream) and not FFMPEGMuxer.is_usable(self.session.engine)
+        for playlist in playlists if is_single else ():
+            sounds = (media for media in playlist.media if media.type == "AUDIO" and media.uri)
+            if playlist.uri == stream.url and any(sounds):
+                return "no sound: install ffmpeg"
+        return None
+
     def _open(self, stream: Any) -> Upstream:
         if isinstance(stream, HLSStream) and hooks_fit():
             return SegmentedUpstream(self.session, stream)
@@ -2272,7 +2335,7 @@ class Upstream:
         Raises WindowEnded where the source truly ended, UpstreamError where it broke off.
         """
         items = self.ring.take(TURN_LIMIT, timeout)
-        if not items and (self.ring.is_exhausted or self._is_dead()):
+        if self._is_broken() or (not items and (self.ring.is_exhausted or self._is_dead())):
             raise self._ending()
         return items
 
@@ -2288,6 +2351,10 @@ class Upstream:
 
     def _is_dead(self) -> bool:
         """Whether a thread has died that should have closed the ring."""
+        return False
+
+    def _is_broken(self) -> bool:
+        """Whether what still comes is of no use."""
         return False
 
     def _ending(self) -> Exception:
@@ -2512,12 +2579,20 @@ class DownloadingWriter(HLSStreamWriter):
                     self._mark(MarkKind.END, segment)
         except Exception as error:  # must not end the writer's thread, and with it the stream
             if not self._is_closing:
-                reason = str(error) if isinstance(error, GaveUp) else explain(error)
-                log.warning("segment %d is given up: %s", segment.num, reason)
-                self._mark(MarkKind.GAP, segment)
+                self._give_up(segment, is_map, error)
         finally:
             if not is_map:
                 self._slots.release()
+
+    def _give_up(self, segment: Any, is_map: bool, error: Exception) -> None:
+        """Leave a gap, or end where nothing could be decoded without what is missing."""
+        reason = str(error) if isinstance(error, GaveUp) else explain(error)
+        if is_map:
+            self.failure = f"its initialization section cannot be had: {reason}"
+            self.close()
+            return
+        log.warning("segment %d is given up: %s", segment.num, reason)
+        self._mark(MarkKind.GAP, segment)
 
     def _mark(self, kind: MarkKind, segment: Any) -> None:
         if isinstance(self.reader.buffer, Ring):
@@ -2720,6 +2795,14 @@ class ProcessUpstream(PumpedUpstream):
             for worker in ends
         )
 
+    def _is_broken(self) -> bool:
+        """Whether a track has failed: ffmpeg would go on with the others."""
+        return any(
+            track.buffer.closed and getattr(track.worker, "failure", None)
+            for track in self._tracks
+            if isinstance(track, RingReader)
+        )
+
     def _read_source(self) -> bytes:
         return bytes(self._read(64 * KIB))
 
@@ -2730,6 +2813,104 @@ class ProcessUpstream(PumpedUpstream):
             process.wait()
         self._file.close()
         self._pump.join()
+
+
+# --------------------------------------------------------------------------------------------------
+# Statistics: what each stream has done since the start
+# --------------------------------------------------------------------------------------------------
+
+SLOT = 5  # seconds of a bar in the page's charts
+SLOTS = 60  # of them are kept
+FIRST_BYTE_BOUNDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
+
+
+class Ledger:
+    """A stream's totals, whatever channels it had.  `lock` guards the rest, and is taken last."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.counts: Counter[str] = Counter()  # by name: arrivals, received, sent, gaps ...
+        self.errors: Counter[str] = Counter()  # of upstreams, by their words
+        self.drops: Counter[str] = Counter()  # of viewers, by reason
+        self.peak = 0  # viewers at once
+        self.last_error: str | None = None
+        self._slots: deque[tuple[int, int]] = deque(maxlen=SLOTS)  # number and bytes of each
+
+    def add(self, name: str, amount: int = 1) -> None:
+        with self.lock:
+            self.counts[name] += amount
+
+    def add_received(self, size: int) -> None:
+        slot = int(time.monotonic() / SLOT)
+        with self.lock:
+            self.counts["received"] += size
+            if self._slots and self._slots[-1][0] == slot:
+                size += self._slots.pop()[1]
+            self._slots.append((slot, size))
+
+    def add_error(self, reason: str) -> None:
+        with self.lock:
+            self.errors[reason] += 1
+            self.last_error = reason
+
+    def bitrates(self) -> list[float]:
+        """Bits a second in each of the last SLOTS slots but the open one, the oldest first."""
+        now = int(time.monotonic() / SLOT)
+        with self.lock:
+            slots = dict(self._slots)
+        return [slots.get(now - SLOTS + n, 0) * 8 / SLOT for n in range(SLOTS)]
+
+
+@dataclass(frozen=True)
+class ViewerReport:
+    address: str
+    agent: str
+    since: float  # seconds ago
+    sent: int  # bytes
+    skips: int
+
+
+@dataclass(frozen=True)
+class ChannelReport:
+    variant: str
+    state: str
+    note: str | None  # what is missing of it
+    uptime: float  # seconds
+    window_bytes: int
+    window_seconds: float
+    restarts: int
+    viewers: tuple[ViewerReport, ...]
+
+
+@dataclass(frozen=True)
+class StreamReport:
+    """A stream as it is now, for pages and monitoring; nothing in it changes any more."""
+
+    settings: StreamSettings
+    channels: tuple[ChannelReport, ...]
+    counts: Mapping[str, int]
+    errors: Mapping[str, int]
+    drops: Mapping[str, int]
+    peak: int
+    last_error: str | None
+    bitrates: tuple[float, ...]
+
+    @property
+    def viewers(self) -> int:
+        return sum(len(channel.viewers) for channel in self.channels)
+
+    @property
+    def state(self) -> str:
+        """The best state of its channels."""
+        states = {channel.state for channel in self.channels}
+        order = ("live", "private", "reopening", "starting")
+        return next((state for state in order if state in states), "idle")
+
+    @property
+    def bitrate(self) -> float:
+        """Bits a second over the newest slots."""
+        newest = self.bitrates[-3:]
+        return sum(newest) / len(newest)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2791,12 +2972,35 @@ class Channel:
         self.viewers: dict[Viewer, None] = {}  # in order of arrival
         self.idle_since = math.inf  # when the last viewer left
         self.failure: StreamError | None = None
+        self.note: str | None = None  # what is missing of it; the feeder sets it once
+        self.since = time.monotonic()
+        self.ledger = channels.ledger(stream.name)
         self.feeder = Feeder(channels, self)
 
     @property
     def linger(self) -> float:
         """Seconds to stay open without viewers."""
         return 0.0 if self.state is State.PRIVATE else self.stream.options.linger
+
+    def report(self) -> ChannelReport:
+        """As it is now.  Caller holds Channels._lock."""
+        now = time.monotonic()
+        is_running = self.state in (State.LIVE, State.PRIVATE)
+        state = "reopening" if is_running and self.feeder.is_reopening else self.state.value
+        held, seconds = self.window.held()
+        return ChannelReport(
+            self.variant,
+            state,
+            self.note,
+            now - self.since,
+            held,
+            seconds,
+            self.feeder.restarts,
+            tuple(
+                ViewerReport(v.address, v.agent, now - v.since, v.sent, v.place.skips)
+                for v in self.viewers
+            ),
+        )
 
     def stop(self) -> None:
         """Let the viewers go and end whatever the feeder waits for; returns at once."""
@@ -2807,9 +3011,10 @@ class Channel:
 class Channels:
     """All channels: finds, starts and shares them."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config) -> None:
         # _lock guards everything below, and what Channel says of itself.
         self._lock = threading.Lock()
+        self._config = config
         self._settled = threading.Condition(self._lock)  # a channel left STARTING
         self._retired = threading.Condition(self._lock)  # a feeder ended
         self._fed: set[Channel] = set()  # with a running feeder
@@ -2818,6 +3023,7 @@ class Channels:
         self._variants: dict[str, Mapping[str, str]] = {}  # by stream: name to variant
         self._failures: dict[tuple[str, str], tuple[float, StreamError]] = {}
         self._containers: dict[str, Container] = {}  # last seen, by stream
+        self._ledgers: dict[str, Ledger] = {}  # by stream
         self._bad: dict[str, float] = {}  # addresses, and when each failed last
         self.is_stopping = False
 
@@ -2848,6 +3054,41 @@ class Channels:
         with self._lock:
             return self._containers.get(stream.name, Container.MPEG_TS)
 
+    def qualities(self, stream: StreamSettings) -> list[str]:
+        """The variants that the stream's newest start found."""
+        with self._lock:
+            return list(dict.fromkeys(self._variants.get(stream.name, {}).values()))
+
+    def ledger(self, name: str) -> Ledger:
+        """The totals of a stream."""
+        return self._ledgers.setdefault(name, Ledger())
+
+    def report(self) -> list[StreamReport]:
+        """All configured streams as they are now."""
+        with self._lock:
+            return [self._report(stream) for stream in self._config.streams.values()]
+
+    def _report(self, stream: StreamSettings) -> StreamReport:
+        ledger = self.ledger(stream.name)
+        channels = [channel for channel in self._fed if channel.stream.name == stream.name]
+        open_ones = [c for c in channels if c.state not in (State.CLOSED, State.MERGED)]
+        bitrates = ledger.bitrates()
+        with ledger.lock:
+            counts = ledger.counts.copy()
+            for channel in channels:
+                counts["sent"] += sum(viewer.sent for viewer in channel.viewers)
+                counts["skips"] += sum(viewer.place.skips for viewer in channel.viewers)
+            return StreamReport(
+                stream,
+                tuple(channel.report() for channel in open_ones),
+                counts,
+                ledger.errors.copy(),
+                ledger.drops.copy(),
+                ledger.peak,
+                ledger.last_error,
+                tuple(bitrates),
+            )
+
     def viewer_count(self) -> int:
         with self._lock:
             return sum(len(channel.viewers) for channel in self._fed)
@@ -2858,21 +3099,44 @@ class Channels:
         with self._lock:
             if self.is_stopping:
                 raise stopping_error()
+            self._check_viewers()
             channel = None if is_alone else self._find(stream, wanted)
             is_new = channel is None
             if channel is None:
                 self._recall_failure(stream, wanted)
+                self._make_room()
                 channel = Channel(self, stream, wanted, is_alone)
                 self._fed.add(channel)
                 if not is_alone:
                     self._starting[stream.name, wanted] = channel
             channel.viewers[viewer] = None
             channel.idle_since = math.inf
+            watching = (len(c.viewers) for c in self._fed if c.stream.name == stream.name)
+            channel.ledger.peak = max(channel.ledger.peak, sum(watching))
             viewer.place = Place()
             channel.window.enter(viewer.place, from_start=channel.state is State.STARTING)
         if is_new:
             channel.feeder.start()
         return channel
+
+    def _check_viewers(self) -> None:
+        most = self._config.server.max_viewers
+        if most and sum(len(channel.viewers) for channel in self._fed) >= most:
+            raise full_error("there are too many viewers")
+
+    def _make_room(self) -> None:
+        """Let a lingering channel give way where another upstream would be one too many."""
+        most = self._config.server.max_upstreams
+        running = [channel for channel in self._fed if channel.state is not State.CLOSED]
+        if not most or len(running) < most:
+            return
+        lingering = [c for c in running if not c.viewers and c.state is not State.STARTING]
+        if not lingering:
+            raise full_error("there are too many upstreams")
+        channel = min(lingering, key=lambda c: c.idle_since)
+        channel.state = State.CLOSED
+        self._forget(channel)
+        channel.feeder.stop()
 
     def _find(self, stream: StreamSettings, wanted: str) -> Channel | None:
         """The channel that has, or will have, the first of the wanted qualities that exists."""
@@ -2904,7 +3168,10 @@ class Channels:
             return viewer in channel.viewers
 
     def _detach(self, channel: Channel, viewer: Viewer) -> None:
-        channel.viewers.pop(viewer, None)
+        if viewer in channel.viewers:
+            del channel.viewers[viewer]
+            channel.ledger.add("sent", viewer.sent)
+            channel.ledger.add("skips", viewer.place.skips)
         channel.window.leave(viewer.place)
         if not channel.viewers:
             channel.idle_since = time.monotonic()
@@ -2998,6 +3265,22 @@ class Channels:
 
     # Main
 
+    def reload(self, config: Config) -> None:
+        """Use other settings; ends the channels of streams that pull otherwise or are gone."""
+        with self._lock:
+            self._config = config
+            ended = []
+            for channel in self._fed:
+                stream = config.streams.get(channel.stream.name)
+                if stream and stream.pulls_like(channel.stream):
+                    channel.stream = stream
+                else:
+                    ended.append(channel)
+                    self._forget(channel)
+            self._failures.clear()
+        for channel in ended:
+            channel.stop()
+
     def stop(self, timeout: float) -> bool:
         """Let all viewers go and end all feeders; False where one still runs after `timeout`."""
         with self._lock:
@@ -3011,6 +3294,10 @@ class Channels:
 
 def stopping_error() -> StreamError:
     return StreamError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", retry_after=5)
+
+
+def full_error(reason: str) -> StreamError:
+    return StreamError(HTTPStatus.SERVICE_UNAVAILABLE, reason, retry_after=5)
 
 
 def no_media_error(stream: StreamSettings) -> StreamError:
@@ -3130,6 +3417,7 @@ class Feeder:
         self._close()
         address = self.channel.stream.urls[self._address]
         self.channels.note_failure(address)
+        self.channel.ledger.add_error(error.reason)
         log.warning("%s: %s: %s", self.channel.stream.name, self._shown_address, error.reason)
 
     @property
@@ -3164,9 +3452,15 @@ class Feeder:
             canonical = variants.canonical
             if not self.channels.claim(self.channel, canonical, canonical[name]):
                 raise WindowEnded(complete=False)
+            self._note_missing(variants, name)
             return variants.open(name)
         is_other = self._mover.address != self._address
         return variants.open(name, self._mover.number, is_other)
+
+    def _note_missing(self, variants: Variants, name: str) -> None:
+        self.channel.note = variants.missing(name)
+        if self.channel.note:
+            log.warning("%s: %s", self.channel.stream.name, self.channel.note)
 
     def _choose(self, variants: Variants) -> str:
         """The variant that is running, or the first of the wanted ones that exists."""
@@ -3211,7 +3505,8 @@ class Feeder:
         is_late = now > deadline
         if is_late and self._mover is None and len(self.channel.stream.urls) == 1:
             raise no_media_error(self.channel.stream)
-        if is_late or now - alive > max(options.timeout, 2 * upstream.target_duration):
+        patience = max(options.timeout, 2 * upstream.target_duration) + JUDGE_GRACE
+        if is_late or now - alive > patience:
             raise UpstreamError("the origin sends nothing")
 
     def _begin(self, upstream: Upstream, start: list[bytes | Mark], is_all: bool) -> bool:
@@ -3219,9 +3514,9 @@ class Feeder:
         data = b"".join(item for item in start if not isinstance(item, Mark))
         container = sniff(data[:SNIFF_LIMIT], is_all) if data else None
         if container is None:
-            if is_all:
+            if is_all and self._mover is None:
                 raise UpstreamError("the origin sent no media")
-            return False
+            return is_all  # an end that came while the upstream was down
         if self._mover is None:
             self._settle(upstream, container)
         else:
@@ -3252,6 +3547,7 @@ class Feeder:
             "%s: %s: goes on after %.1f s", self.channel.stream.name, self._shown_address, silent
         )
         self.restarts += 1
+        self.channel.ledger.add("restarts")
         self.is_reopening = False
         self._mover.resume(self._address, upstream.has_end)
 
@@ -3261,9 +3557,13 @@ class Feeder:
             if is_mark:
                 for item in group:
                     self._mover.pass_mark(cast(Mark, item))
-                    self.gaps += cast(Mark, item).kind is MarkKind.GAP
+                    if cast(Mark, item).kind is MarkKind.GAP:
+                        self.gaps += 1
+                        self.channel.ledger.add("gaps")
             else:
-                self._mover.pass_bytes(b"".join(cast(Iterator[bytes], group)))
+                data = b"".join(cast(Iterator[bytes], group))
+                self._mover.pass_bytes(data)
+                self.channel.ledger.add_received(len(data))
                 self._last_byte = time.monotonic()
 
     def _finish(self) -> NoReturn:
@@ -3306,11 +3606,14 @@ class Mover:
         self._again: Fingerprint | None = None  # compares what was passed on already
         self._skips_segment = False  # the open segment is of no use
         self._gate: Gate | None = None
+        self._owes_seam = False  # the next segment cannot go on, whatever its number
 
     def resume(self, address: int, has_end: bool) -> None:
         """What comes next is from a new opening."""
         self.address = address
         self._is_resumed = True
+        if self._gate:  # it is still shut: nobody has had what it swallowed
+            self._passed, self._owes_seam = Fingerprint(), True
         self._again, self._skips_segment, self._gate = None, False, None
         self._new_prefix = None
         if self.number is None and has_end:
@@ -3330,6 +3633,9 @@ class Mover:
             self._append(self._framer.flush())
             self._close_segment(mark.number)
         else:
+            if self._is_resumed and (mark.number != self.number or self._passed.size):
+                self._framer.drop()
+                self._owes_seam = True
             self._close_segment(mark.number)
 
     def pass_bytes(self, data: bytes) -> None:
@@ -3366,7 +3672,7 @@ class Mover:
     # Segments
 
     def _start_segment(self, number: int) -> None:
-        goes_on = not self._is_resumed or number == self.number
+        goes_on = not self._owes_seam and (not self._is_resumed or number == self.number)
         had = self._passed.size if self._is_resumed and goes_on else 0
         prefix, self._new_prefix = bytes(self._new_prefix or b""), None
         is_new_prefix = bool(prefix) and (not self._is_resumed or prefix != self._prefix)
@@ -3432,6 +3738,7 @@ class Mover:
     def _start_seam(self, after: int | None = None) -> None:
         """What comes next does not continue what was: begin where a decoder can start."""
         self._framer.drop()
+        self._owes_seam = False
         if isinstance(self._framer, TsFramer):
             self._gate = Gate(after, self.channel.window.limit)
 
@@ -3451,6 +3758,387 @@ def origin_of(address: str, position: int, count: int) -> str:
     """An address as logs may show it: `b.example, 2 of 2`."""
     host = _split(re.sub(r"^(?:hls|hlsvariant|httpstream|dash)://(?=\w+://)", "", address))[1]
     return f"{host or 'address'}, {position} of {count}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Pages: playlists, HDHomeRun's documents, status, metrics, the page for people
+# --------------------------------------------------------------------------------------------------
+
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """The server as one client sees it."""
+
+    config: Config
+    url: str  # without a slash at the end
+    started: float  # time.monotonic()
+
+    def link(self, path: str) -> str:
+        """An absolute address that the client can follow, with the token where one is set."""
+        token = self.config.server.token
+        tail = f"?token={quote(token, safe='')}" if token else ""
+        return f"{self.url.rstrip('/')}{path}{tail}"
+
+
+@dataclass(frozen=True)
+class Page:
+    body: bytes
+    kind: str
+
+
+def json_page(content: object) -> Page:
+    return Page(json.dumps(content, indent=1).encode() + b"\n", "application/json")
+
+
+# For players
+
+
+def playlist_page(site: Site, streams: Iterable[StreamSettings]) -> Page:
+    """An extended M3U: what Kodi, TVHeadend, Jellyfin, VLC and mpv read of it is all there is."""
+    epg = _attribute(site.config.server.epg)
+    lines = [f'#EXTM3U x-tvg-url="{epg}" url-tvg="{epg}"' if epg else "#EXTM3U"]
+    for stream in streams:
+        values = {
+            "tvg-id": stream.tvg_id,
+            "tvg-name": stream.title,
+            "tvg-logo": stream.logo,
+            "tvg-chno": stream.number,
+            "group-title": stream.group,
+        }
+        shown = [f' {key}="{_attribute(value)}"' for key, value in values.items() if value]
+        lines += [f"#EXTINF:-1{''.join(shown)},{_one_line(stream.title)}"]
+        lines += [site.link(f"/{stream.name}")]
+    return Page("\n".join(lines).encode() + b"\n", "audio/x-mpegurl")
+
+
+def _one_line(value: object) -> str:
+    return " ".join(str(value).split())
+
+
+def _attribute(value: object) -> str:
+    """A value between quotes; M3U has no way to escape one."""
+    return _one_line(value).replace('"', "'") if value else ""
+
+
+def discover_page(site: Site) -> Page:
+    """What makes Plex, Jellyfin and Emby take us for a tuner."""
+    server = site.config.server
+    device = f"{zlib.crc32(server.name.encode()):08X}"
+    return json_page({
+        "FriendlyName": server.name,
+        "ModelNumber": "HDHR4-2US",  # one with HDTC would make Jellyfin ask for transcoding
+        "FirmwareName": "hdhomerun4_atsc",
+        "FirmwareVersion": "20200907",
+        "DeviceID": device,
+        "DeviceAuth": "streampipe",
+        "BaseURL": site.url,
+        "LineupURL": f"{site.url.rstrip('/')}/lineup.json",
+        "TunerCount": server.max_upstreams or server.max_viewers or 16,  # a text became 49 in Plex
+    })  # fmt: skip
+
+
+def lineup_page(site: Site) -> Page:
+    streams = site.config.streams.values()
+    taken = {stream.number for stream in streams}
+    free = (number for number in itertools.count(1000) if number not in taken)
+    return json_page(
+        [
+            {
+                "GuideNumber": str(stream.number or next(free)),
+                "GuideName": stream.title,
+                "URL": site.link(f"/{stream.name}"),
+            }
+            for stream in streams
+        ]
+    )
+
+
+def lineup_status_page() -> Page:
+    return json_page(
+        {"ScanInProgress": 0, "ScanPossible": 1, "Source": "Cable", "SourceList": ["Cable"]}
+    )
+
+
+def device_page(site: Site) -> Page:
+    name = html.escape(site.config.server.name)
+    device = f"{zlib.crc32(site.config.server.name.encode()):08x}"
+    body = f"""<?xml version="1.0" encoding="UTF-8"?>
+<root xmlns="urn:schemas-upnp-org:device-1-0">
+  <specVersion><major>1</major><minor>0</minor></specVersion>
+  <URLBase>{html.escape(site.url)}</URLBase>
+  <device>
+    <deviceType>urn:schemas-upnp-org:device:MediaServer:1</deviceType>
+    <friendlyName>{name}</friendlyName>
+    <manufacturer>StreamPipe</manufacturer>
+    <modelName>HDHR4-2US</modelName>
+    <modelNumber>HDHR4-2US</modelNumber>
+    <serialNumber>{device}</serialNumber>
+    <UDN>uuid:{device}-0000-4000-8000-000000000000</UDN>
+  </device>
+</root>
+"""
+    return Page(body.encode(), "application/xml")
+
+
+# For monitoring
+
+
+def status_json(site: Site, reports: Iterable[StreamReport]) -> Page:
+    return json_page(
+        {
+            "name": site.config.server.name,
+            "version": __version__,
+            "uptime_seconds": round(time.monotonic() - site.started, 1),
+            "streams": [_stream_status(report) for report in reports],
+        }
+    )
+
+
+def _stream_status(report: StreamReport) -> dict[str, object]:
+    return {
+        "stream": report.settings.name,
+        "title": report.settings.title,
+        "group": report.settings.group,
+        "state": report.state,
+        "viewers": report.viewers,
+        "peak": report.peak,
+        "bytes_in": report.counts.get("received", 0),
+        "bytes_out": report.counts.get("sent", 0),
+        "bitrate": round(report.bitrate),
+        "restarts": report.counts.get("restarts", 0),
+        "gaps": report.counts.get("gaps", 0),
+        "last_error": report.last_error,
+        "channels": [_channel_status(channel) for channel in report.channels],
+    }
+
+
+def _channel_status(channel: ChannelReport) -> dict[str, object]:
+    return {
+        "variant": channel.variant,
+        "state": channel.state,
+        "note": channel.note,
+        "uptime_seconds": round(channel.uptime, 1),
+        "restarts": channel.restarts,
+        "window_bytes": channel.window_bytes,
+        "window_seconds": round(channel.window_seconds, 1),
+        "viewers": [
+            {
+                "address": viewer.address,
+                "user_agent": viewer.agent,
+                "since_seconds": round(viewer.since, 1),
+                "bytes": viewer.sent,
+                "skips": viewer.skips,
+            }
+            for viewer in channel.viewers
+        ],
+    }
+
+
+Sample = tuple[Mapping[str, object], float]  # labels and value
+
+
+def metrics_page(
+    site: Site, reports: list[StreamReport], answers: Mapping[int, int], first: list[float]
+) -> Page:
+    """Prometheus' text format, version 0.0.4."""
+    started = time.time() - (time.monotonic() - site.started)
+    families = [
+        _family("build_info", "gauge", "StreamPipe's version.", [({"version": __version__}, 1)]),
+        _family("start_time_seconds", "gauge", "When it started.", [({}, started)]),
+        _family(
+            "http_requests_total", "counter", "Answers by status.",
+            [({"code": code}, count) for code, count in sorted(answers.items())],
+        ),
+        *_stream_families(reports),
+        _first_byte_family(first),
+    ]  # fmt: skip
+    return Page("".join(families).encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+
+def _stream_families(reports: list[StreamReport]) -> Iterator[str]:
+    gauges: dict[str, tuple[str, Callable[[StreamReport], float]]] = {
+        "viewers": ("Viewers now.", lambda r: r.viewers),
+        "upstreams": ("Upstreams open now.", lambda r: len(r.channels)),
+        "window_bytes": ("Bytes in windows.", lambda r: sum(c.window_bytes for c in r.channels)),
+    }
+    for name, (words, value) in gauges.items():
+        samples = [({"stream": r.settings.name}, value(r)) for r in reports]
+        yield _family(name, "gauge", words, samples)
+    counters = {
+        "viewer_connections_total": ("Viewers that came.", "arrivals"),
+        "sent_bytes_total": ("Media sent to viewers.", "sent"),
+        "received_bytes_total": ("Media received from origins.", "received"),
+        "viewer_skips_total": ("Jumps of viewers that fell behind.", "skips"),
+        "segment_gaps_total": ("Segments given up.", "gaps"),
+        "upstream_restarts_total": ("Upstreams opened again.", "restarts"),
+    }
+    for name, (words, key) in counters.items():
+        samples = [({"stream": r.settings.name}, r.counts.get(key, 0)) for r in reports]
+        yield _family(name, "counter", words, samples)
+    for name, words, by_reason in (
+        ("upstream_errors_total", "Failures of upstreams.", [r.errors for r in reports]),
+        ("viewer_drops_total", "Viewers that were dropped.", [r.drops for r in reports]),
+    ):
+        pairs = zip(reports, by_reason, strict=True)
+        yield _family(
+            name, "counter", words,
+            [({"stream": r.settings.name, "reason": reason}, count)
+             for r, reasons in pairs for reason, count in sorted(reasons.items())],
+        )  # fmt: skip
+
+
+def _first_byte_family(first: list[float]) -> str:
+    count, total, *below = first
+    name = "streampipe_first_byte_seconds"
+    lines = [f"# HELP {name} From a request to its first media byte.", f"# TYPE {name} histogram"]
+    for bound, value in zip((*map(str, FIRST_BYTE_BOUNDS), "+Inf"), (*below, count), strict=True):
+        lines.append(f'{name}_bucket{{le="{bound}"}} {value:.0f}')
+    return "\n".join([*lines, f"{name}_sum {total!r}", f"{name}_count {count:.0f}", ""])
+
+
+def _family(name: str, kind: str, words: str, samples: Iterable[Sample]) -> str:
+    name = f"streampipe_{name}"
+    lines = [f"# HELP {name} {words}", f"# TYPE {name} {kind}"]
+    for labels, value in samples:
+        shown = ",".join(f'{key}="{_label(text)}"' for key, text in labels.items())
+        lines.append(f"{name}{{{shown}}} {value!r}" if shown else f"{name} {value!r}")
+    return "\n".join(lines) + "\n"
+
+
+def _label(text: object) -> str:
+    return str(text).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+# For people
+
+STATE_WORDS = {
+    "live": "live",
+    "private": "playing",
+    "reopening": "waiting for its origin",
+    "starting": "starting",
+    "idle": "idle",
+}
+PAGE_STYLE = """
+:root{color-scheme:light dark;--bg:#f4f5f7;--card:#fff;--ink:#1b1f24;--soft:#5b6570;--line:#dfe3e8;
+--live:#1a7f4b;--wait:#b35c00;--bar:#3a76d8}
+@media (prefers-color-scheme:dark){:root{--bg:#14171b;--card:#1e2227;--ink:#e8eaed;--soft:#9aa4b0;
+--line:#2e343b;--live:#4cc38a;--wait:#f0a04b;--bar:#6ea8ff}}
+*{box-sizing:border-box}
+body{margin:0;padding:16px;background:var(--bg);color:var(--ink);
+font:16px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:1200px;margin:0 auto}
+h1{font-size:1.4rem;margin:0}h2{font-size:1rem;margin:28px 0 10px;color:var(--soft)}
+header p{margin:2px 0 0;color:var(--soft)}
+ul{list-style:none;margin:0;padding:0;display:grid;gap:12px;
+grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr))}
+li{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px;
+display:flex;flex-direction:column;gap:8px;min-width:0}
+.top{display:flex;gap:12px;align-items:center;min-width:0}
+.logo{flex:none;width:44px;height:44px;border-radius:10px;background:var(--line);color:var(--soft);
+display:grid;place-items:center;font-weight:600}
+.name{min-width:0}.name b{display:block;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+.state{font-size:.875rem;color:var(--soft)}.state.live,.state.private{color:var(--live)}
+.state.reopening,.state.starting{color:var(--wait)}
+.facts{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:.875rem;color:var(--soft)}
+.facts b{color:var(--ink);font-weight:600}
+svg{display:block;width:100%;height:36px}svg rect{fill:var(--bar)}svg line{stroke:var(--line)}
+.error{font-size:.875rem;color:var(--wait);margin:0;overflow-wrap:anywhere}
+.links{display:flex;gap:8px;margin-top:auto}
+a{flex:1;text-align:center;padding:9px;border:1px solid var(--line);border-radius:8px;
+color:var(--ink);text-decoration:none}a:hover,a:focus{border-color:var(--bar)}
+"""
+
+
+def status_page(site: Site, reports: list[StreamReport]) -> Page:
+    """One document for a phone or a wall: no script, and nothing is loaded from elsewhere."""
+    name = html.escape(site.config.server.name)
+    groups: dict[str, list[StreamReport]] = {}
+    for report in reports:
+        groups.setdefault(report.settings.group or "", []).append(report)
+    viewers = sum(report.viewers for report in reports)
+    uptime = _duration(time.monotonic() - site.started)
+    summary = f"{_many(len(reports), 'stream')}, {_many(viewers, 'viewer')}, up {uptime}"
+    sections = [_group_section(site, group, members) for group, members in groups.items()]
+    body = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{name}</title>
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="refresh" content="10"><link rel="icon" href="data:,">
+<style>{PAGE_STYLE}</style></head><body><main>
+<header><h1>{name}</h1><p>{summary}</p></header>
+{"".join(sections) or "<p>No streams are configured: add some under streams: in the file.</p>"}
+</main></body></html>
+"""
+    return Page(body.encode(), "text/html; charset=utf-8")
+
+
+def _group_section(site: Site, group: str, reports: Iterable[StreamReport]) -> str:
+    title = f"<h2>{html.escape(group)}</h2>" if group else "<h2>Streams</h2>"
+    return (
+        f"<section>{title}<ul>{''.join(_card(site, report) for report in reports)}</ul></section>\n"
+    )
+
+
+def _card(site: Site, report: StreamReport) -> str:
+    stream = report.settings
+    title = html.escape(stream.title)
+    initials = "".join(word[0] for word in stream.title.split()[:2]).upper()
+    uptime = max((channel.uptime for channel in report.channels), default=0.0)
+    facts = [_fact(report.viewers, "viewer" if report.viewers == 1 else "viewers")]
+    if report.channels:
+        facts += [_fact(f"{report.bitrate / 1e6:.1f}", "Mbit/s"), _fact(_duration(uptime), "up")]
+    notes = [channel.note for channel in report.channels if channel.note]
+    if report.last_error:
+        notes.append(f"last error: {report.last_error}")
+    return (
+        f'<li id="{stream.name}"><div class="top">'
+        f'<div class="logo" aria-hidden="true">{html.escape(initials)}</div>'
+        f'<div class="name"><b title="{title}">{title}</b>'
+        f'<span class="state {report.state}">{STATE_WORDS[report.state]}</span></div></div>'
+        f'<div class="facts">{"".join(facts)}</div>{_chart(report.bitrates)}'
+        + "".join(f'<p class="error">{html.escape(note)}</p>' for note in notes)
+        + f'<div class="links"><a href="{html.escape(site.link("/" + stream.name))}">Watch</a>'
+        f'<a href="{html.escape(site.link("/" + stream.name + ".m3u"))}">.m3u</a></div></li>'
+    )
+
+
+def _fact(value: object, words: str) -> str:
+    return f"<span><b>{value}</b> {words}</span>"
+
+
+def _chart(bitrates: Sequence[float]) -> str:
+    """The last five minutes as bars, scaled to the highest."""
+    most = max(*bitrates, 1.0)
+    heights = [(n, 34 * rate / most) for n, rate in enumerate(bitrates) if rate]
+    bars = [
+        f'<rect x="{4 * n}" y="{36 - height:.1f}" width="3" height="{height:.1f}"/>'
+        for n, height in heights
+    ]
+    words = f"Bitrate of the last {SLOT * SLOTS // 60} minutes, at most {most / 1e6:.1f} Mbit/s"
+    return (
+        f'<svg viewBox="0 0 {4 * SLOTS} 36" preserveAspectRatio="none" role="img" '
+        f'aria-label="{words}"><line x1="0" y1="35.5" x2="{4 * SLOTS}" y2="35.5"/>'
+        f"{''.join(bars)}</svg>"
+    )
+
+
+def _many(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
+    if days:
+        return f"{days} d {hours % 24} h"
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min" if minutes else f"{int(seconds)} s"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3499,32 +4187,96 @@ class Handler(BaseHTTPRequestHandler):
         return head
 
     def _answer_request(self) -> None:
+        path, query = self._target()
+        allowed = (*METHODS, "POST") if path == "/lineup.post" else METHODS
         if self.request_version == "HTTP/0.9":
             self.request_version = "HTTP/1.0"  # or no head would be sent
             self.answer_error(HTTPStatus.BAD_REQUEST, "HTTP/0.9 is not spoken here")
-        elif self.command not in METHODS:
-            headers = {"Allow": ", ".join(METHODS)}
+        elif self.command not in allowed:
+            headers = {"Allow": ", ".join(allowed)}
             self.answer_error(HTTPStatus.METHOD_NOT_ALLOWED, "use GET", headers)
         elif self.command == "OPTIONS":
-            self.answer(HTTPStatus.NO_CONTENT, headers={"Allow": ", ".join(METHODS)})
+            self.answer(HTTPStatus.NO_CONTENT, headers={"Allow": ", ".join(allowed)})
         else:
-            self._route()
+            self.is_trusted = self._may_enter(query)
+            self._route(path, query)
 
-    def _route(self) -> None:
+    def _target(self) -> tuple[str, dict[str, list[str]]]:
+        """Path and query; an empty path where they cannot be read."""
         try:
             target = urlsplit(self.path)
-            path, query = unquote(target.path, errors="strict"), parse_qs(target.query)
+            return unquote(target.path, errors="strict"), parse_qs(target.query)
         except ValueError:
-            path, query = "", {}
-        stream = self.server.config.streams.get(path[1:]) if path[:1] == "/" else None
-        if path in ("/", "/health"):
+            return "", {}
+
+    def _route(self, path: str, query: Mapping[str, list[str]]) -> None:
+        is_browser = path == "/" and "text/html" in self.headers.get("Accept", "")
+        streams = self.server.config.streams
+        stream = streams.get(path[1:]) if path[:1] == "/" else None
+        if path in ("/", "/health") and not is_browser:
             self.answer_health()
+        elif not self.is_trusted:
+            headers = {"WWW-Authenticate": 'Basic realm="StreamPipe", charset="UTF-8"'}
+            self.answer_error(HTTPStatus.UNAUTHORIZED, "a token is needed", headers)
+        elif page := self.pages().get(path):
+            self.answer_page(page())
+        elif path[-4:] == ".m3u" and path[1:-4] in streams:
+            self.answer_page(playlist_page(self.site(), [streams[path[1:-4]]]))
         elif stream is None:
             self.answer_error(HTTPStatus.NOT_FOUND, "there is no such stream")
         elif self.command == "HEAD":
             self.answer_head(stream)
         else:
             self.stream_channel(stream, query.get("quality", [""])[-1] or None)
+
+    def pages(self) -> Mapping[str, Callable[[], Page]]:
+        """What else there is, by path."""
+        site, server = self.site(), self.server
+        streams = list(site.config.streams.values())
+        return {
+            "/": lambda: status_page(site, server.channels.report()),
+            "/status": lambda: status_json(site, server.channels.report()),
+            "/metrics": lambda: metrics_page(site, server.channels.report(), *server.counts()),
+            "/playlist.m3u": lambda: playlist_page(site, streams),
+            "/discover.json": lambda: discover_page(site),
+            "/lineup.json": lambda: lineup_page(site),
+            "/lineup_status.json": lineup_status_page,
+            "/lineup.post": lambda: json_page({}),
+            "/device.xml": lambda: device_page(site),
+        }
+
+    def site(self) -> Site:
+        """This server as the client sees it."""
+        config = self.server.config
+        return Site(config, config.server.public_url or self._own_url(), self.server.started)
+
+    def _own_url(self) -> str:
+        """Scheme, host and port by which the client reached us, through whatever proxies."""
+        scheme = self.headers.get("X-Forwarded-Proto", "").split(",")[0].strip()
+        for name in ("X-Forwarded-Host", "Host"):
+            host = self.headers.get(name, "").split(",")[0].strip()
+            if re.fullmatch(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", host):
+                break
+        else:
+            ip, port = self.connection.getsockname()[:2]
+            host = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+        return f"{scheme if scheme in ('http', 'https') else 'http'}://{host}"
+
+    def _may_enter(self, query: Mapping[str, list[str]]) -> bool:
+        """Whether this request has the token, or needs none."""
+        settings = self.server.config.server
+        if not settings.token or is_in(self.client_address[0], settings.trusted):
+            return True
+        offered = list(query.get("token", []))
+        scheme, _, credentials = self.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            offered.append(credentials.strip())
+        elif scheme.lower() == "basic":
+            with contextlib.suppress(ValueError):
+                pair = base64.b64decode(credentials, validate=True).decode()
+                offered.append(pair.partition(":")[2])
+        token = settings.token.encode()
+        return any(hmac.compare_digest(each.encode(), token) for each in offered)
 
     # Short answers
 
@@ -3558,14 +4310,18 @@ class Handler(BaseHTTPRequestHandler):
         retry = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
         self.answer_error(error.status, error.reason, retry)
 
+    def answer_page(self, page: Page) -> None:
+        self.answer(HTTPStatus.OK, page.body, page.kind, PAGE_HEADERS)
+
     def answer_health(self) -> None:
         is_stopping = self.server.channels.is_stopping
-        content = {
+        content: dict[str, object] = {
             "status": "stopping" if is_stopping else "ok",
             "streams": len(self.server.config.streams),
-            "viewers": self.server.channels.viewer_count(),
-            "uptime_seconds": int(time.monotonic() - self.server.started),
         }
+        if self.is_trusted:
+            content["viewers"] = self.server.channels.viewer_count()
+            content["uptime_seconds"] = int(time.monotonic() - self.server.started)
         status = HTTPStatus.SERVICE_UNAVAILABLE if is_stopping else HTTPStatus.OK
         self.answer_json(status, content, {"Retry-After": "5"} if is_stopping else None)
 
@@ -3604,6 +4360,8 @@ class Handler(BaseHTTPRequestHandler):
         except StreamError as error:
             self.answer_stream_error(error)
             return
+        channel.ledger.add("arrivals")
+        self.server.note_first_byte(time.monotonic() - viewer.since)
         name = channel.stream.name
         threading.current_thread().name = f"viewer-{name}-{self.server.count()}"
         log.info("%s: %s watches", name, viewer.address)
@@ -3614,9 +4372,12 @@ class Handler(BaseHTTPRequestHandler):
         except WindowEnded:
             ending = "was let go"
         except TimeoutError:
+            channel.ledger.drops["timeout"] += 1
             ending = f"took nothing for {channel.stream.options.viewer_timeout:g} s"
         except ViewerGone as gone:
             ending = str(gone)
+            if ending != "left":
+                channel.ledger.drops["fell behind"] += 1
         except OSError:
             pass
         finally:
@@ -3642,8 +4403,9 @@ class Handler(BaseHTTPRequestHandler):
         Raises WindowEnded where it did not, OSError and ViewerGone for the viewer's part.
         """
         is_chunked = self.request_version != "HTTP/1.0"
-        fills_silence, is_silent = channel.container is Container.MPEG_TS, False
-        self.connection.settimeout(channel.stream.options.viewer_timeout)
+        fills_silence = channel.container is Container.MPEG_TS
+        silent = 0  # seconds
+        tune(self.connection, channel.stream.options.viewer_timeout)
         self.send_response(HTTPStatus.OK)
         if is_chunked:
             self.send_header("Transfer-Encoding", "chunked")
@@ -3651,10 +4413,13 @@ class Handler(BaseHTTPRequestHandler):
         try:
             while True:
                 if blocks:
+                    self.connection.settimeout(channel.stream.options.viewer_timeout)
                     self._send_blocks(blocks, viewer, is_chunked)
-                blocks = channel.window.take(viewer.place, 1.0 if is_silent else SILENCE)
-                is_silent = not blocks
-                if is_silent and fills_silence and not viewer.sent % TS_PACKET:
+                blocks = channel.window.take(viewer.place, 1.0)
+                silent = 0 if blocks else silent + 1
+                if silent and has_left(self.connection):
+                    raise ViewerGone("left")
+                if silent >= SILENCE and fills_silence and not viewer.sent % TS_PACKET:
                     blocks = [NULL_PACKET]
         except WindowEnded as ending:
             if not ending.complete:
@@ -3699,8 +4464,56 @@ class Handler(BaseHTTPRequestHandler):
     def version_string(self) -> str:
         return self.server_version
 
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        self.server.note_answer(int(code))
+        path = self.path.partition("?")[0]  # a query may hold the token
+        log.debug("%s: %s %s: %s", self.client_address[0], self.command, path, code)
+
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("%s: %s", self.client_address[0], format % args)
+
+
+def is_in(address: str, networks: Iterable[str]) -> bool:
+    """Whether an address of a socket's is in one of these networks."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip  # "::" serves IPv4 under such addresses
+    return any(ip in ipaddress.ip_network(network) for network in networks)
+
+
+def refuse(sock: socket.socket) -> None:
+    """Answer 503 from the listener's thread, which must not wait for anybody."""
+    body = b'{"error": "there are too many connections"}\n'
+    head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
+    with contextlib.suppress(OSError):
+        sock.setblocking(False)
+        sock.send(head.encode() + body)
+
+
+def tune(sock: socket.socket, viewer_timeout: float) -> None:
+    """Bound what the kernel holds for a viewer, and have it find machines that vanished."""
+    idle = max(30, int(viewer_timeout / 4))  # a paused player's machine answers these, too
+    options = [
+        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+        (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
+        (socket.IPPROTO_TCP, "TCP_NOTSENT_LOWAT", UNSENT_LIMIT),
+        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", idle),
+        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 10),
+        (socket.IPPROTO_TCP, "TCP_KEEPCNT", 6),
+        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", int(max(60, viewer_timeout) * 1000)),
+    ]
+    for level, name, value in options:
+        with contextlib.suppress(OSError, AttributeError):  # not every platform has them all
+            sock.setsockopt(level, getattr(socket, name), value)
+
+
+def has_left(sock: socket.socket) -> bool:
+    """Whether the other end has closed, which no send would tell while there is none."""
+    sock.settimeout(0)
+    try:
+        return sock.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
 
 
 def send_some(sock: socket.socket, pieces: Sequence[bytes | memoryview]) -> int:
@@ -3724,10 +4537,14 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, config: Config, channels: Channels) -> None:
         """Bind and listen; raises OSError."""
-        self.config = config
+        self.config = config  # replaced whole by a reload
         self.channels = channels
         self.started = time.monotonic()
         self._counter = itertools.count(1)
+        # _counts_lock guards the two below.
+        self._counts_lock = threading.Lock()
+        self.answers: Counter[int] = Counter()  # by status
+        self.first_bytes = [0.0] * (2 + len(FIRST_BYTE_BOUNDS))  # count, sum, and each bound's
         # _open_lock guards _open, the sockets of all connections.
         self._open_lock = threading.Lock()
         self._open: set[socket.socket] = set()
@@ -3740,6 +4557,22 @@ class Server(ThreadingHTTPServer):
     def port(self) -> int:
         return int(self.server_address[1])
 
+    def note_first_byte(self, seconds: float) -> None:
+        with self._counts_lock:
+            self.first_bytes[0] += 1
+            self.first_bytes[1] += seconds
+            for index, bound in enumerate(FIRST_BYTE_BOUNDS, 2):
+                self.first_bytes[index] += seconds <= bound
+
+    def note_answer(self, status: int) -> None:
+        with self._counts_lock:
+            self.answers[status] += 1
+
+    def counts(self) -> tuple[Mapping[int, int], list[float]]:
+        """Answers by status, and the first bytes' histogram."""
+        with self._counts_lock:
+            return self.answers.copy(), list(self.first_bytes)
+
     def count(self) -> int:
         """A number nobody had before."""
         return next(self._counter)
@@ -3750,15 +4583,26 @@ class Server(ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)  # HTTPServer's asks DNS for a name we never use
 
     def process_request(self, request: Any, client_address: Any) -> None:
+        most = self.config.server.max_viewers
         with self._open_lock:
-            self._open.add(request)
+            is_full = len(self._open) >= (most + SPARE_CONNECTIONS if most else MOST_CONNECTIONS)
+            if not is_full:
+                self._open.add(request)
+        if is_full:
+            refuse(request)
+            self.shutdown_request(request)
+            return
         thread = threading.Thread(
             target=self.process_request_thread,
             args=(request, client_address),
             name=f"viewer-{self.count()}",
             daemon=True,
         )
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no thread left
+            refuse(request)
+            self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
         with self._open_lock:
@@ -3768,12 +4612,81 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.error("a request of %s failed:\n%s", client_address[0], traceback.format_exc())
 
+    def reload(self, config: Config) -> None:
+        """Use another configuration from now on; where it listens stays."""
+        old, new = self.config.server, config.server
+        if (old.host, old.port) != (new.host, new.port):
+            log.warning("server.host and server.port change with a restart only")
+        self.config = config
+        self.channels.reload(config)
+
     def hang_up(self) -> None:
         """Shut every connection, so that its thread ends."""
         with self._open_lock:
             for sock in self._open:
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
+
+
+# --------------------------------------------------------------------------------------------------
+# Check: opens every stream once and tells what comes
+# --------------------------------------------------------------------------------------------------
+
+CHECKS_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found of one stream."""
+
+    name: str
+    is_ok: bool
+    words: str
+
+    def __str__(self) -> str:
+        return f"{self.name}  {'ok' if self.is_ok else 'failed'}  {self.words}"
+
+
+def check_streams(streams: Sequence[StreamSettings], done: Callable[[int], None]) -> list[Finding]:
+    """Open all streams, a few at a time; blocks.  `done` is told how many are."""
+    with ThreadPoolExecutor(CHECKS_AT_ONCE, thread_name_prefix="check") as executor:
+        findings = [executor.submit(check_stream, stream) for stream in streams]
+        for count, _ in enumerate(as_completed(findings), 1):
+            done(count)
+        return [finding.result() for finding in findings]
+
+
+def check_stream(stream: StreamSettings) -> Finding:
+    """Start a stream as a viewer would, and end it with its first bytes."""
+    channels = Channels(Config(streams={stream.name: stream}))
+    viewer = Viewer("check")
+    began = time.monotonic()
+    try:
+        channel = channels.watch(stream, None, viewer)
+    except StreamError as error:
+        return Finding(stream.name, False, error.reason)
+    finally:
+        channels.stop(EXIT_TIME)
+    seconds = time.monotonic() - began
+    qualities = ", ".join(channels.qualities(stream))
+    words = [channel.container.value, qualities, f"first byte after {seconds:.2f} s"]
+    return Finding(stream.name, True, "; ".join([*words, *filter(None, [channel.note])]))
+
+
+def run_check(config: Config) -> int:
+    """Print a line for each stream; returns the exit status."""
+    streams = list(config.streams.values())
+
+    def show(count: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{count} of {len(streams)} checked", end="", file=sys.stderr, flush=True)  # noqa: T201
+
+    findings = check_streams(streams, show)
+    if streams and sys.stderr.isatty():
+        print(file=sys.stderr)  # noqa: T201
+    for finding in findings:
+        print(finding)  # noqa: T201
+    return EXIT_OK if all(finding.is_ok for finding in findings) else EXIT_FAILED
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3789,6 +4702,10 @@ class DemoHandler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     started = time.monotonic()
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # we hang up on ourselves
+            super().handle()
 
     def do_GET(self) -> None:
         newest = DEMO_SEGMENTS + int((time.monotonic() - self.started) * 90_000 / TEST_CARD_TICKS)
@@ -3837,8 +4754,6 @@ def demo_origin() -> Iterator[str]:
 # Command line
 # --------------------------------------------------------------------------------------------------
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
-
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -3851,6 +4766,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", metavar="N", type=_port, help="... and on this port")
     parser.add_argument(
         "--demo", action="store_true", help=f"serve /{DEMO_STREAM}, a channel that needs no network"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="open every stream, tell what comes, and end"
     )
     parser.add_argument(
         "--log-level", metavar="LEVEL", default="info",
@@ -3870,25 +4788,25 @@ def _port(value: str) -> int:
     return port
 
 
-def read_settings(arguments: argparse.Namespace) -> Config:
-    """The file's configuration with the command line's laid over; raises ConfigError."""
+def read_settings(arguments: argparse.Namespace, demo: str | None) -> Config:
+    """The file's configuration with the command line's laid over; raises ConfigError.
+
+    `demo` is the address of the demo's stream.
+    """
     config = Config()
     if arguments.config or not arguments.demo:
         config = load_config(arguments.config or Path("config.yml"), engine_options())
-    server = config.server
-    if arguments.host is not None:
-        server = replace(server, host=arguments.host)
-    if arguments.port is not None:
-        server = replace(server, port=arguments.port)
-    return replace(config, server=server)
+    given = {"host": arguments.host, "port": arguments.port}
+    server = replace(config.server, **{k: v for k, v in given.items() if v is not None})
+    config = replace(config, server=server)
+    return config if demo is None else with_demo(config, demo)
 
 
 def with_demo(config: Config, address: str) -> Config:
     """The configuration with the demo's stream added; raises ConfigError."""
     if DEMO_STREAM in config.streams:
-        raise ConfigError(
-            [f"streams.{DEMO_STREAM}: --demo adds a stream of this name, rename yours"]
-        )
+        mistake = f"streams.{DEMO_STREAM}: --demo adds a stream of this name, rename yours"
+        raise ConfigError([mistake])
     demo = StreamSettings(DEMO_STREAM, (address,), title="Test card", options=config.options)
     return replace(config, streams={**config.streams, DEMO_STREAM: demo})
 
@@ -3898,12 +4816,18 @@ def with_demo(config: Config, address: str) -> Config:
 _ADDRESS = re.compile(
     r"\b([a-z][a-z0-9+.-]*://)(?:[^\s/@'\"]*@)?([^\s/?#'\"<>()]*)[^\s'\"<>()]*", re.I
 )
-_REQUEST_PATH = re.compile(r"(\burl: )/\S*")
+_REQUEST_PATH = re.compile(r"(\burl: )/\S*")  # urllib3 names them without their host
 _CHANNEL_THREAD = re.compile(r"[A-Za-z]+-([a-z0-9-]+?)(?:--\w+)?-\d+(?:-executor_\d+)?")
+HIDDEN = "***"
+LEAST_SECRET = 4  # characters; shorter ones stand in every other word
 
 
 class LogFormatter(logging.Formatter):
-    """One line for an event, with the channel; no address further than its host."""
+    """One line for an event, with the channel, without a secret; no address beyond its host."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s%(channel)s %(message)s")
+        self.secrets: tuple[str, ...] = ()  # longest first; replaced whole by a reload
 
     def format(self, record: logging.LogRecord) -> str:
         match = _CHANNEL_THREAD.fullmatch(record.threadName or "")
@@ -3912,24 +4836,111 @@ class LogFormatter(logging.Formatter):
         text = super().format(record)
         if record.exc_info or not is_ours:
             text = _REQUEST_PATH.sub(r"\1/...", _ADDRESS.sub(r"\1\2/...", text))
-        return "\n".join(line.encode("unicode_escape").decode() for line in text.splitlines())
+        for secret in self.secrets:
+            text = text.replace(secret, HIDDEN)
+        lines = (line.encode("unicode_escape").decode() for line in text.split("\n"))
+        return "\n".join(lines)
 
 
-def set_up_logging(level: str) -> None:
+def secrets_of(config: Config) -> tuple[str, ...]:
+    """Every configured text that no log may show, the longest first."""
+    found = {config.server.token or ""}
+    for stream in config.streams.values():
+        for address in (*stream.urls, stream.proxy or ""):
+            found |= _secrets_of_address(address)
+        found |= set(stream.headers.values())
+        for option in ("http-headers", "http-cookies", "http-query-params"):
+            found |= set(stream.options.streamlink.get(option, {}).values())
+        found |= _secrets_of_address(stream.options.streamlink.get("http-proxy", ""))
+    found |= {quote(secret, safe="") for secret in found}
+    return tuple(sorted((s for s in found if len(s) >= LEAST_SECRET), key=len, reverse=True))
+
+
+def _secrets_of_address(address: str) -> set[str]:
+    """User, password, path and the values of the query."""
+    while match := re.match(r"\w+://(?=\w+://)", address):
+        address = address[match.end() :]
+    try:
+        parts = urlsplit(address)
+        users = {parts.username or "", parts.password or ""}
+    except ValueError:
+        return {address}
+    values = {value for _, value in parse_qsl(parts.query)}
+    tail = f"{parts.path}?{parts.query}" if parts.query else parts.path
+    return users | {unquote(user) for user in users} | values | {tail, parts.query}
+
+
+class RepeatFilter(logging.Filter):
+    """Lets five lines of a kind pass in ten seconds, and sums up the rest.
+
+    A player that knocks forty times a second shall not fill the disk.
+    """
+
+    PASSED, SPAN = 5, 10.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()  # guards _seen
+        self._seen: dict[tuple[object, ...], tuple[float, int]] = {}  # since when, how many
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno <= logging.DEBUG:
+            return True
+        stream = record.args[0] if isinstance(record.args, tuple) and record.args else ""
+        key = record.name, record.msg, str(stream)
+        with self._lock:
+            since, count = self._seen.get(key, (0.0, 0))
+            if record.created - since > self.SPAN:
+                self._seen = {k: v for k, v in self._seen.items() if record.created - v[0] <= 60.0}
+                self._seen[key] = record.created, 1
+            else:
+                self._seen[key] = since, count + 1
+                return count < self.PASSED
+        if count > self.PASSED:
+            record.msg = f"{record.msg} ({count - self.PASSED} more like this were left out)"
+        return True
+
+
+def set_up_logging(level: str) -> LogFormatter:
+    """Log to stderr; the formatter that is returned can be told the secrets."""
+    formatter = LogFormatter()
     handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s%(channel)s %(message)s"))
+    handler.setFormatter(formatter)
+    handler.addFilter(RepeatFilter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.captureWarnings(True)
     log.setLevel(level.upper())
-    logging.getLogger("streamlink").setLevel("DEBUG" if level == "debug" else level.upper())
+    logging.getLogger("streamlink").setLevel("WARNING" if level == "info" else level.upper())
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # "pool is full": noise
+    threading.excepthook = _log_dead_thread
+    return formatter
+
+
+def _log_dead_thread(dead: threading.ExceptHookArgs) -> None:
+    name = dead.thread.name if dead.thread else "a thread"
+    error = dead.exc_value or dead.exc_type()
+    log.error("%s died", name, exc_info=(dead.exc_type, error, dead.exc_traceback))
 
 
 # Running
 
 
-def serve(config: Config, stop: threading.Event) -> int:
-    """Serve until `stop` is set; blocks.  Returns the exit status."""
-    channels = Channels()
+class Command(enum.Enum):
+    """What a signal asks of main."""
+
+    STOP = enum.auto()
+    RELOAD = enum.auto()
+
+
+Commands = queue.SimpleQueue[Command]  # its put() may be called from a signal handler
+
+
+def serve(config: Config, commands: Commands, read_again: Callable[[], Config]) -> int:
+    """Serve until told to stop; blocks.  Returns the exit status.
+
+    `read_again` gives the configuration for a reload, or raises ConfigError.
+    """
+    channels = Channels(config)
     try:
         server = Server(config, channels)
     except (OSError, ValueError, TypeError, OverflowError) as error:  # odd hosts raise all four
@@ -3937,13 +4948,37 @@ def serve(config: Config, stop: threading.Event) -> int:
         log.error("cannot listen on %s: %s; choose another with --port", where, error)
         return EXIT_FAILED
     with server:
-        threading.Thread(
-            target=server.serve_forever, args=(0.1,), name="listener", daemon=True
-        ).start()
+        listener = threading.Thread(target=server.serve_forever, args=(0.1,), name="listener")
+        listener.daemon = True
+        listener.start()
         announce(config, server)
-        stop.wait()
+        while next_command(commands) is not Command.STOP:
+            reload(server, read_again)
         close(server, channels)
     return EXIT_OK
+
+
+def next_command(commands: Commands) -> Command:
+    """Wait for a command; looks twice a second.
+
+    The system may hand a signal to any thread, and Python runs its handler in this one only once
+    it does something: a wait without end would sleep through it.
+    """
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return commands.get(timeout=0.5)
+
+
+def reload(server: Server, read_again: Callable[[], Config]) -> None:
+    """Use the file as it is now; one that has mistakes changes nothing."""
+    try:
+        config = read_again()
+    except ConfigError as error:
+        for mistake in error.mistakes:
+            log.error("not reloaded: %s", mistake)
+        return
+    server.reload(config)
+    log.info("reloaded: %d streams", len(config.streams))
 
 
 def announce(config: Config, server: Server) -> None:
@@ -3971,34 +5006,53 @@ def close(server: Server, channels: Channels) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     arguments = build_parser().parse_args(argv)
-    set_up_logging(arguments.log_level)
-    stop = threading.Event()
+    formatter = set_up_logging("error" if arguments.check else arguments.log_level)
+    commands: Commands = queue.SimpleQueue()
     try:
         check_engine()
         with contextlib.ExitStack() as stack:
-            config = read_settings(arguments)
-            if arguments.demo:
-                config = with_demo(config, stack.enter_context(demo_origin()))
-            stack.enter_context(signals(stop))
-            return serve(config, stop)
+            demo = stack.enter_context(demo_origin()) if arguments.demo else None
+
+            def read() -> Config:
+                config = read_settings(arguments, demo)
+                formatter.secrets = secrets_of(config)
+                return config
+
+            config = read()
+            warm_up()
+            if arguments.check:
+                return run_check(config)
+            stack.enter_context(signals(commands))
+            return serve(config, commands, read)
     except ConfigError as error:
         print(*error.mistakes, sep="\n", file=sys.stderr)  # noqa: T201
         return EXIT_USAGE
     except PipeError as error:
         log.error("%s", error)
         return EXIT_FAILED
+    except KeyboardInterrupt:  # before the signals are ours, e.g. in a check
+        return EXIT_FAILED
 
 
 @contextlib.contextmanager
-def signals(stop: threading.Event) -> Iterator[None]:
-    """Set `stop` at the first SIGINT or SIGTERM; the second ends the process at once."""
+def signals(commands: Commands) -> Iterator[None]:
+    """Turn SIGINT, SIGTERM and SIGHUP into commands; a second end ends the process at once."""
+    is_ending = False
 
-    def handle(number: int, frame: object) -> None:
-        if stop.is_set():
+    def end(number: int, frame: object) -> None:
+        nonlocal is_ending
+        if is_ending:
             os._exit(EXIT_FAILED)
-        stop.set()
+        is_ending = True
+        commands.put(Command.STOP)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    def hang_up(number: int, frame: object) -> None:
+        commands.put(Command.RELOAD)
+
+    handlers = {signal.SIGINT: end, signal.SIGTERM: end}
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        handlers[signal.SIGHUP] = hang_up
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:

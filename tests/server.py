@@ -88,7 +88,7 @@ class Site:
             tree["options"] = options
         text = yaml.safe_dump(tree, sort_keys=False)
         self.config = pipe.ConfigReader("test.yml", pipe.engine_options()).read(text)
-        self.channels = pipe.Channels()
+        self.channels = pipe.Channels(self.config)
         self.server = pipe.Server(self.config, self.channels)
         self.port = self.server.port
         self.url = f"http://127.0.0.1:{self.port}"

@@ -745,6 +745,15 @@ def test_media_is_no_part_of_the_initialization_section() -> None:
     assert joins_of(framer) == [(len(init) + 216, init, JoinKind.KEY_FRAME)]
 
 
+def test_initialization_section_that_never_ends_is_not_kept() -> None:
+    init, _ = media.fmp4(4)
+    framer = pipe.Fmp4Framer()
+    framer.feed(init + b"\0\0\0\0free")  # a box up to the end
+    for _ in range(24):
+        framer.feed(bytes(1 << 20))
+    assert len(framer._prefix) < 1 << 24
+
+
 def test_announced_initialization_section_replaces_the_old_one() -> None:
     init, fragments = media.fmp4(4)
     other = init + box(b"free", b"another one")
@@ -858,6 +867,14 @@ def test_stream_of_frames_joins_where_a_frame_starts(size: int) -> None:
     assert {join.position for join in framer.joins} <= frame_edges(stream)
     assert {(join.prefix, join.kind) for join in framer.joins} == {(b"", JoinKind.ANY)}
     assert len(framer.joins) == -(-len(stream) // size)
+
+
+def test_frames_are_found_again_behind_garbage() -> None:
+    frames = list(adts_frames(b"".join(media.aac_segments(4))))
+    stream = b"".join([*frames[:20], b"no frame at all", *frames[20:]])
+    found = joins_by_turns(pipe.AacFramer(), stream)
+    edges = edges_of([*frames[:20], b"no frame at all", *frames[20:]])
+    assert {position for position, _, _ in found[-10:]} <= edges
 
 
 #### Other containers ####

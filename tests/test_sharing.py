@@ -324,8 +324,8 @@ class Census(pipe.Channels):
     """Counts the channels that have an upstream or are about to, whenever one is opened, and gives
     viewers time to come between the decision to close one and its end."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, config: pipe.Config) -> None:
+        super().__init__(config)
         self.most_open = 0
         self.joined: set[pipe.State] = set()  # of channels at the moment a viewer got one
 

@@ -1,0 +1,1409 @@
+"""Everything is real: the origin, streamlink, the downloads and what a viewer gets of them.
+
+Most tests look at a viewer's bytes and at the origin's log of requests. Where the question is how
+one body is resumed, a `Download` runs alone with streamlink's own HTTP session; where it is what an
+upstream asks for, the ring is read in place of the feeder. One test group takes the feature test of
+streamlink's internals for a ride by giving a method another signature.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import itertools
+import logging
+import os
+import random
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import requests
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from streamlink.session.session import Streamlink
+from streamlink.stream.ffmpegmux import FFMPEGMuxer
+from streamlink.stream.hls.hls import (
+    HLSStream,
+    HLSStreamReader,
+    HLSStreamWorker,
+    HLSStreamWriter,
+)
+from streamlink.stream.hls.segment import HLSSegment
+
+import pipe
+from tests import media
+from tests.origin import (
+    Body,
+    Break,
+    ChangedValidator,
+    Close,
+    Content,
+    Drip,
+    Fault,
+    FaultHandle,
+    Gzip,
+    NoRange,
+    Origin,
+    Playlist,
+    Redirect,
+    Request,
+    Segment,
+    Stall,
+    StallHeaders,
+    Status,
+    Validators,
+    WrongLength,
+    master,
+)
+from tests.server import TIMEOUT, Site
+from tests.threads import Task
+
+KEY, IV = bytes(range(16)), bytes(range(16, 32))
+MIB = 1 << 20
+PACKET = media.PACKET
+LIVE_EDGE = 3  # segments; streamlink's default
+
+CLOSING = 0.5  # seconds: what closing may take, whatever the origin does
+QUIET = 0.3  # seconds in which something would have happened if it were to happen
+
+SEGMENTS = "/news/*.ts"
+
+Serve = Callable[..., Site]
+
+
+#### What is streamed ####
+
+
+def show() -> bytes:
+    """All media of the usual eight segments."""
+    return b"".join(media.ts_segments())
+
+
+def pieces(count: int, seed: int = 1) -> list[bytes]:
+    """Real media cut between packets into many small segments, no two of them alike."""
+    packets = list(media.packets(show()))
+    cuts = sorted(random.Random(seed).sample(range(1, len(packets)), count - 1))
+    bounds = itertools.pairwise([0, *cuts, len(packets)])
+    return [b"".join(packets[start:stop]) for start, stop in bounds]
+
+
+def large(count: int, size: int) -> list[bytes]:
+    return [media.padded(segment, size) for segment in media.ts_segments(count)]
+
+
+def other(data: bytes) -> bytes:
+    """As long as `data` and still packets, of which the first one alone is the same."""
+    packets = list(media.packets(data))
+    return b"".join([packets[0], *(p[:4] + bytes(b ^ 0xFF for b in p[4:]) for p in packets[1:])])
+
+
+# How the segments of a playlist are kept at the origin.
+KINDS: dict[str, Mapping[str, Any]] = {
+    "plain": {},
+    "aes-128": {"aes_key": KEY, "aes_iv": IV},
+    "byte-ranges": {"byte_ranges": True},
+}
+by_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+# What an origin makes of Range and If-Range.
+ORIGINS: dict[str, Mapping[str, bool]] = {
+    "validators": {},
+    "no-validators": {"validators": False},
+    "range-ignored": {"ranges": False},
+    "neither": {"ranges": False, "validators": False},
+}
+by_origin = pytest.mark.parametrize("conduct", ORIGINS.values(), ids=ORIGINS)
+
+
+def behave(origin: Origin, conduct: Mapping[str, bool]) -> None:
+    for name, value in conduct.items():
+        setattr(origin, name, value)
+
+
+def file_of(playlist: Playlist, number: int) -> bytes:
+    """What the origin has for a segment: encrypted, where it is."""
+    content = playlist.find(playlist.segment_path(number))
+    assert content
+    return content.body
+
+
+#### Watching ####
+
+
+@dataclass
+class Played:
+    """What a viewer got, and what its channel counted."""
+
+    body: bytes
+    is_complete: bool
+    gaps: int
+
+
+class Watcher:
+    """A viewer as its thread is one, without the HTTP around it: its channel can be asked."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._viewer = pipe.Viewer("127.0.0.1")
+        stream = site.config.streams["news"]
+        self.channel = site.channels.watch(stream, None, self._viewer)
+        self.body = b""  # so far
+
+    def take(self) -> None:
+        blocks = self.channel.window.take(self._viewer.place, TIMEOUT)
+        assert blocks, "nothing came"
+        self.body += b"".join(blocks)
+
+    def take_until(self, size: int) -> None:
+        """Until there are `size` bytes."""
+        while len(self.body) < size:
+            self.take()
+
+    def leave(self) -> None:
+        self._site.channels.leave(self.channel, self._viewer)
+
+    def finish(self) -> Played:
+        """Watch to the end, and leave."""
+        try:
+            while True:
+                self.take()
+        except pipe.WindowEnded as ending:
+            return Played(self.body, ending.complete, self.channel.feeder.gaps)
+        finally:
+            self.leave()
+
+
+def play(site: Site) -> Played:
+    return Watcher(site).finish()
+
+
+@contextlib.contextmanager
+def opened(address: str, **options: object) -> Iterator[pipe.Upstream]:
+    """An upstream without a feeder: what it hands over waits in its ring."""
+    tree = {"streams": {"news": address}, "options": options}
+    config = pipe.ConfigReader("test.yml", pipe.engine_options()).read(yaml.safe_dump(tree))
+    session = pipe.Session(config.streams["news"], TIMEOUT)
+    with contextlib.closing(session.resolve(address).open("best")) as upstream:
+        yield upstream
+
+
+def drain(upstream: pipe.Upstream) -> bytes:
+    """All bytes that are still to come."""
+    parts: list[bytes] = []
+    try:
+        while True:
+            items = upstream.read(TIMEOUT)
+            assert items, "nothing came"
+            parts += [item for item in items if isinstance(item, bytes)]
+    except pipe.WindowEnded as ending:
+        if not ending.complete:
+            raise
+        return b"".join(parts)
+
+
+def nothing_more(origin: Origin, path: str, count: int) -> None:
+    """Exactly `count` requests for `path`, also after a while in which another could come."""
+    with pytest.raises(AssertionError):
+        origin.wait_for(path, count + 1, timeout=QUIET)
+    assert origin.count(path) == count
+
+
+def of(origin: Origin, path: str) -> list[Request]:
+    """The requests for exactly this path, in order."""
+    return [request for request in origin.requests if request.path == path]
+
+
+def given_up(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged of segments that were given up."""
+    messages = [record.getMessage() for record in caplog.records]
+    return [message for message in messages if "given up" in message]
+
+
+#### Bodies that break off ####
+
+
+@by_origin
+@by_kind
+def test_two_hundred_breaks_lose_and_repeat_nothing(
+    origin: Origin, serve: Serve, kind: Mapping[str, Any], conduct: Mapping[str, bool]
+) -> None:
+    behave(origin, conduct)
+    chance = random.Random(3)
+    playlist = origin.add(Playlist("news", pieces(200), **kind))
+    sizes = [len(file_of(playlist, number)) for number in range(200)]
+    breaks = [
+        origin.fault(playlist.segment_path(number), Break(chance.randrange(sizes[number])))
+        for number in range(200)
+    ]
+    played = play(serve({"news": playlist.url}, threads=16))
+    assert (played.body, played.is_complete, played.gaps) == (show(), True, 0)
+    assert sum(handle.taken for handle in breaks) == 200
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+@by_kind
+def test_large_bodies_break_again_and_again(
+    origin: Origin, serve: Serve, kind: Mapping[str, Any], reset: bool
+) -> None:
+    """Larger than what is read at once, and broken at a third, where a third of the rest is..."""
+    playlist = origin.add(Playlist("news", large(4, 700_000), **kind))
+    for number in range(4):
+        for at in (233_333, 155_555, 1, 100_000):
+            origin.fault(playlist.segment_path(number), Break(at, reset=reset))
+    played = play(serve({"news": playlist.url}))
+    assert (played.body, played.is_complete, played.gaps) == (playlist.plain(0, 4), True, 0)
+
+
+@pytest.mark.parametrize("kind", [KINDS["plain"], KINDS["aes-128"]], ids=["plain", "aes-128"])
+def test_broken_body_is_resumed_at_its_byte_if_it_is_still_the_same(
+    origin: Origin, serve: Serve, kind: Mapping[str, Any]
+) -> None:
+    playlist = origin.add(Playlist("news", media.ts_segments(), **kind))
+    origin.fault(playlist.segment_path(2), Break(12_345))
+    assert serve({"news": playlist.url}).get("/news").body == show()
+    first, second = of(origin, playlist.segment_path(2))
+    content = playlist.find(playlist.segment_path(2))
+    assert content
+    assert not {"range", "if-range"} & first.headers.keys()
+    assert second.headers["range"] == "bytes=12345-"
+    assert second.headers["if-range"] == content.etag
+    assert (second.status, second.sent) == (206, len(content.body) - 12_345)
+
+
+def test_broken_byte_range_is_resumed_within_itself(origin: Origin, serve: Serve) -> None:
+    segments = media.ts_segments()
+    playlist = origin.add(Playlist("news", segments, byte_ranges=True))
+    origin.fault(playlist.segment_path(0), Break(12_345))
+    assert serve({"news": playlist.url}, threads=1).get("/news").body == show()
+    first, second, *_ = of(origin, playlist.segment_path(0))
+    last = len(segments[0]) - 1
+    assert first.headers["range"] == f"bytes=0-{last}"
+    assert "if-range" not in first.headers
+    assert second.headers["range"] == f"bytes=12345-{last}"
+    assert second.headers["if-range"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Stall(at=0), Stall(at=10_000), StallHeaders(), WrongLength(1), WrongLength(5_000)],
+    ids=["stalls-at-once", "stalls", "no-headers", "closes-a-byte-early", "closes-early"],
+)
+@by_kind
+def test_stalled_or_short_body_is_taken_up_again(
+    origin: Origin, serve: Serve, kind: Mapping[str, Any], fault: Fault
+) -> None:
+    playlist = origin.add(Playlist("news", media.ts_segments(), **kind))
+    handle = origin.fault(playlist.segment_path(2), fault)
+    played = play(serve({"news": playlist.url}, timeout=2))
+    assert (played.body, played.is_complete, played.gaps) == (show(), True, 0)
+    assert handle.taken == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Status(404, b"not yet"),
+        Status(403, b"no"),
+        Status(500, b"oops"),
+        Status(503, b"busy"),
+        Close(),
+        Close(reset=True),
+    ],
+    ids=["404", "403", "500", "503", "closed", "reset"],
+)
+def test_segments_that_fail_at_first_are_not_lost(
+    origin: Origin, serve: Serve, fault: Fault
+) -> None:
+    playlist = origin.add(Playlist("news", media.ts_segments()))
+    for number in range(8):
+        origin.fault(playlist.segment_path(number), fault, times=2)
+    played = play(serve({"news": playlist.url}, threads=4))
+    assert (played.body, played.is_complete, played.gaps) == (show(), True, 0)
+    assert origin.peak(SEGMENTS) <= 4
+    assert origin.peak_connections <= 4 + 1, "an error's connection is given back or closed"
+
+
+def test_key_that_fails_at_first_ends_nothing(origin: Origin, serve: Serve) -> None:
+    playlist = origin.add(Playlist("news", media.ts_segments(), aes_key=KEY))
+    origin.fault(playlist.key_path, Status(503, b"busy"))
+    origin.fault(playlist.key_path, Close())
+    played = play(serve({"news": playlist.url}))
+    assert (played.body, played.is_complete, played.gaps) == (show(), True, 0)
+
+
+@pytest.mark.parametrize("at", [50, 5_000], ids=["start", "middle"])
+def test_gzip_nobody_asked_for_is_decoded(origin: Origin, serve: Serve, at: int) -> None:
+    playlist = origin.add(Playlist("news", media.ts_segments()))
+    for number in range(8):
+        origin.fault(playlist.segment_path(number), Gzip(), Break(at))
+        origin.fault(playlist.segment_path(number), Gzip(), times=None)
+    played = play(serve({"news": playlist.url}))
+    assert (played.body, played.is_complete, played.gaps) == (show(), True, 0)
+    assert all("range" not in request.headers for request in origin.requests)
+    assert {r.headers["accept-encoding"] for r in origin.requests if r.path.endswith(".ts")} == {
+        "identity"
+    }
+
+
+#### Gaps ####
+
+
+def assert_one_gap(played: Played, expected: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    assert len(played.body) % PACKET == 0
+    assert played.body == expected
+    assert played.is_complete
+    assert played.gaps == 1
+    assert len(given_up(caplog)) == 1
+
+
+@pytest.mark.parametrize("at", [188 * 40, 188 * 40 + 1, 188 * 41 - 1])
+@by_origin
+@pytest.mark.parametrize("kind", [KINDS["plain"], KINDS["aes-128"]], ids=["plain", "aes-128"])
+def test_segment_that_changed_is_given_up_at_a_packet(
+    origin: Origin,
+    serve: Serve,
+    caplog: pytest.LogCaptureFixture,
+    kind: Mapping[str, Any],
+    conduct: Mapping[str, bool],
+    at: int,
+) -> None:
+    behave(origin, conduct)
+    playlist = origin.add(Playlist("news", media.ts_segments(), **kind))
+    path = playlist.segment_path(3)
+    origin.fault(path, Break(at))
+    changed = Origin().add(Playlist("news", [*map(other, media.ts_segments())], **kind))
+    origin.fault(path, Body(file_of(changed, 3)), times=None)
+    played = play(serve({"news": playlist.url}))
+    taken = (at - 1) // 16 * 16 if kind else at  # a cipher block is held back
+    kept = playlist.plain(3, 4)[: taken // PACKET * PACKET]
+    assert_one_gap(played, playlist.plain(0, 3) + kept + playlist.plain(4, 8), caplog)
+    assert origin.count(path) == 2, "that it changed is known at once"
+
+
+@by_origin
+def test_byte_range_that_changed_is_given_up_at_a_packet(
+    origin: Origin,
+    serve: Serve,
+    caplog: pytest.LogCaptureFixture,
+    conduct: Mapping[str, bool],
+) -> None:
+    behave(origin, conduct)
+    segments = media.ts_segments()
+    playlist = origin.add(Playlist("news", segments, byte_ranges=True))
+    before = 0 if origin.ranges else sum(map(len, segments[:3]))
+    for _ in range(3):  # the first three are well: with one thread they come in order
+        origin.fault(playlist.segment_path(0))
+    origin.fault(playlist.segment_path(0), Break(before + 188 * 40 + 100))
+    origin.fault(playlist.segment_path(0), Body(other(show())))
+    played = play(serve({"news": playlist.url}, threads=1))
+    kept = segments[3][: 188 * 40]
+    assert_one_gap(played, playlist.plain(0, 3) + kept + playlist.plain(4, 8), caplog)
+
+
+@pytest.mark.parametrize("number", [0, 3, 7], ids=["first", "middle", "last"])
+@pytest.mark.parametrize("fault", [Status(404), Status(503), Close()], ids=["404", "503", "closed"])
+def test_segment_that_always_fails_is_one_gap(
+    origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture, fault: Fault, number: int
+) -> None:
+    playlist = origin.add(Playlist("news", media.ts_segments()))
+    origin.fault(playlist.segment_path(number), fault, times=None)
+    played = play(serve({"news": playlist.url}, timeout=2))
+    assert_one_gap(played, playlist.plain(0, number) + playlist.plain(number + 1, 8), caplog)
+
+
+@pytest.mark.parametrize("number", [3, 7], ids=["middle", "last"])
+@pytest.mark.parametrize(
+    ("fault", "kept"),
+    [
+        pytest.param(StallHeaders(), 0, id="headers"),
+        pytest.param(Stall(at=0), 0, id="body"),
+        pytest.param(Stall(at=188 * 40 + 100), 188 * 40, id="rest-of-the-body"),
+    ],
+)
+def test_segment_that_always_stalls_is_one_gap(
+    origin: Origin,
+    serve: Serve,
+    caplog: pytest.LogCaptureFixture,
+    fault: Fault,
+    kept: int,
+    number: int,
+) -> None:
+    playlist = origin.add(Playlist("news", media.ts_segments()))
+    path = playlist.segment_path(number)
+    origin.fault(path, fault)
+    origin.fault(path, Stall(at=0), times=None)  # what came is all there ever is
+    played = play(serve({"news": playlist.url}, timeout=2.2, reconnect=4))
+    rest = playlist.plain(number, number + 1)[:kept]
+    expected = playlist.plain(0, number) + rest + playlist.plain(number + 1, 8)
+    assert_one_gap(played, expected, caplog)
+
+
+def test_live_segment_is_tried_for_two_target_durations(
+    origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    playlist = origin.add(Playlist("news", media.ts_segments(), mode="live"))
+    origin.fault(playlist.segment_path(3), Status(404), times=None)
+    watcher = Watcher(serve({"news": playlist.url}, linger=0))
+    expected = playlist.plain(2, 3) + playlist.plain(4, 5)
+    watcher.take_until(len(expected))
+    tries = of(origin, playlist.segment_path(3))
+    playlist.end()
+    assert_one_gap(watcher.finish(), expected, caplog)
+    assert 1.0 < tries[-1].time - tries[0].time < 2.0 + 0.5
+
+
+def test_live_segment_that_left_the_playlist_is_not_waited_for(
+    origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two target durations would be a minute."""
+    playlist = origin.add(Playlist("news", media.ts_segments(), mode="live", target_duration=30))
+    origin.fault(playlist.segment_path(3), Status(404), times=None)
+    options = {"hls-playlist-reload-time": "segment"}
+    watcher = Watcher(serve({"news": playlist.url}, linger=0, threads=8, streamlink=options))
+    playlist.advance(2)
+    origin.wait_for(playlist.segment_path(6))
+    assert given_up(caplog) == []
+    playlist.advance(2)  # the oldest is number 4 now
+    expected = playlist.plain(2, 3) + playlist.plain(4, 9)
+    watcher.take_until(len(expected))
+    playlist.end()
+    assert_one_gap(watcher.finish(), expected, caplog)
+
+
+#### One download ####
+
+
+@dataclass
+class Outcome:
+    body: bytes
+    failure: str | None = None
+
+
+@pytest.fixture
+def engine() -> Iterator[Streamlink]:
+    """Streamlink's session, whose requests raise for an error's status."""
+    session = Streamlink(plugins_builtin=False)
+    session.http.adapters.pop("file://", None)
+    yield session
+    session.http.close()
+
+
+def download(
+    engine: Streamlink, url: str, *, first: int = 0, last: int | None = None, patience: float = 1.0
+) -> Outcome:
+    """Runs a download to its end, in this thread."""
+
+    def get(headers: Mapping[str, str], timeout: float) -> requests.Response:
+        response: requests.Response = engine.http.get(
+            url, headers=dict(headers), stream=True, timeout=timeout
+        )
+        return response
+
+    def pause(seconds: float) -> bool:
+        threading.Event().wait(seconds)
+        return True
+
+    one = pipe.Download(pipe.Terms(get, lambda: patience, lambda: True, pause), first, last)
+    one.run()
+    parts: list[bytes] = []
+    try:
+        parts.extend(one.iter_content(keep=True))  # what is taken before it fails counts
+    except pipe.GaveUp as error:
+        return Outcome(b"".join(part for part in parts), str(error))
+    return Outcome(b"".join(parts))
+
+
+DATA = random.Random(5).randbytes(50_000)
+PART = Break(20_000)
+
+
+@pytest.mark.parametrize(
+    ("usual", "if_range"),
+    [
+        pytest.param(Validators("strong"), "etag", id="etag"),
+        pytest.param(Validators("strong", dated=True), "etag", id="etag-and-date"),
+        pytest.param(Validators("none", dated=True), "date", id="date"),
+        pytest.param(Validators("weak"), None, id="weak-etag"),
+        pytest.param(Validators("none"), None, id="nothing"),
+    ],
+)
+def test_only_strong_validators_are_used(
+    origin: Origin, engine: Streamlink, usual: Validators, if_range: str | None
+) -> None:
+    url = origin.add_file("/body", DATA)
+    origin.fault("/body", usual, PART)
+    origin.fault("/body", usual, times=None)
+    assert download(engine, url) == Outcome(DATA)
+    _, second = origin.requests
+    condition = second.headers.get("if-range")
+    known = {"etag": Content(DATA).etag, "date": "Tue, 14 Nov 2023 22:13:20 GMT", None: None}
+    assert condition == known[if_range]
+    assert second.headers.get("range") == (condition and "bytes=20000-")
+    assert second.status == (206 if condition else 200)
+
+
+def part_of(data: bytes, start: int, stop: int, shown: str | None = None) -> Status:
+    """A 206 with these bytes, and what its Content-Range says of them; "": without one."""
+    text = f"bytes {start}-{stop - 1}/{len(data)}" if shown is None else shown
+    headers = (("Content-Range", text),) if text else ()
+    return Status(206, data[start:stop], headers)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(part_of(DATA, 30_000, 50_000), id="later"),
+        pytest.param(part_of(DATA, 10_000, 50_000), id="earlier"),
+        pytest.param(part_of(DATA, 0, 50_000), id="from-the-start"),
+        pytest.param(part_of(DATA, 20_000, 30_000), id="shorter-than-asked"),
+        pytest.param(part_of(DATA, 30_000, 50_000, ""), id="none"),
+        pytest.param(part_of(DATA, 30_000, 50_000, "bytes */50000"), id="star"),
+        pytest.param(part_of(DATA, 30_000, 50_000, "20000-49999"), id="garbled"),
+        pytest.param(Status(416, b"none"), id="416"),
+        pytest.param(NoRange(), id="ignored"),
+        pytest.param(ChangedValidator(), id="other-validator-same-bytes"),
+        pytest.param(Gzip(), id="compressed-now"),
+    ],
+)
+def test_strange_answer_to_a_range_costs_nothing(
+    origin: Origin, engine: Streamlink, answer: Fault
+) -> None:
+    url = origin.add_file("/body", DATA)
+    origin.fault("/body", PART)
+    origin.fault("/body", answer)
+    assert download(engine, url) == Outcome(DATA)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(part_of(DATA, 2_000, 3_000), id="later"),
+        pytest.param(part_of(DATA, 0, 1_000), id="earlier"),
+        pytest.param(part_of(DATA, 1_000, 1_500), id="shorter"),
+        pytest.param(part_of(DATA, 1_000, 2_000, ""), id="none"),
+        pytest.param(part_of(DATA, 1_000, 9_000), id="more-than-asked"),
+        pytest.param(Status(416), id="416"),
+        pytest.param(NoRange(), id="ignored"),
+    ],
+)
+def test_strange_answer_to_a_byte_range_costs_nothing(
+    origin: Origin, engine: Streamlink, answer: Fault
+) -> None:
+    url = origin.add_file("/body", DATA)
+    origin.fault("/body", answer)
+    assert download(engine, url, first=1_000, last=1_999) == Outcome(DATA[1_000:2_000])
+
+
+def test_origin_that_refuses_ranges_is_asked_for_all_of_it(
+    origin: Origin, engine: Streamlink
+) -> None:
+    url = origin.add_file("/body", DATA)
+    origin.fault("/body", PART)
+    origin.fault("/body", Status(416, b"none"))
+    assert download(engine, url) == Outcome(DATA)
+    assert "range" not in origin.requests[2].headers
+
+
+def test_body_announced_too_long_is_all_there(origin: Origin, engine: Streamlink) -> None:
+    """Its end looks like a break, and the range behind its last byte does not exist."""
+    url = origin.add_file("/body", DATA)
+    origin.fault("/body", WrongLength(100))
+    assert download(engine, url) == Outcome(DATA)
+
+
+@by_origin
+@pytest.mark.parametrize(
+    ("now", "expected"),
+    [
+        pytest.param(DATA + b"more", Outcome(DATA + b"more"), id="longer"),
+        pytest.param(DATA[:30_000], Outcome(DATA[:30_000]), id="shorter"),
+        pytest.param(DATA[:20_000], Outcome(DATA[:20_000]), id="no-longer-than-what-came"),
+        pytest.param(DATA[:10_000], Outcome(DATA[:20_000], "shorter"), id="shorter-than-that"),
+        pytest.param(b"", Outcome(DATA[:20_000], "shorter"), id="empty"),
+        pytest.param(DATA[::-1], Outcome(DATA[:20_000], "changed"), id="different"),
+        pytest.param(
+            DATA[:19_900] + bytes(30_100), Outcome(DATA[:20_000], "changed"), id="from-some-byte-on"
+        ),
+        pytest.param(DATA[1:], Outcome(DATA[:20_000], "changed"), id="moved-by-a-byte"),
+    ],
+)
+def test_body_that_changed_is_compared_with_what_came(
+    origin: Origin,
+    engine: Streamlink,
+    conduct: Mapping[str, bool],
+    now: bytes,
+    expected: Outcome,
+) -> None:
+    behave(origin, conduct)
+    url = origin.add_file("/body", DATA)
+    origin.fault("/body", PART)
+    origin.fault("/body", Body(now), times=None)
+    outcome = download(engine, url)
+    assert outcome.body == expected.body
+    assert (expected.failure or "") in (outcome.failure or "")
+    assert bool(outcome.failure) == bool(expected.failure)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    size=st.integers(0, 3_000),
+    breaks=st.lists(st.integers(0, 3_000), max_size=3),
+    conduct=st.sampled_from([*ORIGINS.values()]),
+    bounds=st.none() | st.tuples(st.integers(0, 2_999), st.integers(0, 2_999)),
+)
+def test_any_breaks_give_the_same_body(
+    origin: Origin,
+    engine: Streamlink,
+    size: int,
+    breaks: list[int],
+    conduct: Mapping[str, bool],
+    bounds: tuple[int, int] | None,
+) -> None:
+    behave(origin, {"validators": True, "ranges": True} | dict(conduct))
+    body = DATA[:size]
+    first, last = sorted(bounds) if bounds and max(bounds) < size else (0, None)
+    url = origin.add_file("/body", body)
+    handles = [origin.fault("/body", Break(at)) for at in breaks]
+    stop = size if last is None else last + 1
+    assert download(engine, url, first=first, last=last, patience=5) == Outcome(body[first:stop])
+    for handle in handles:
+        handle.clear()  # a body may be complete before all of them were met
+
+
+#### The first byte ####
+
+
+def fmp4_playlist() -> Playlist:
+    init, fragments = media.fmp4()
+    return Playlist("news", fragments, init=init, extension=".m4s")
+
+
+HALVES: dict[str, Callable[[], Playlist]] = {
+    "plain": lambda: Playlist("news", large(4, 400_000)),
+    "aes-128": lambda: Playlist("news", large(4, 400_000), aes_key=KEY),
+    "byte-ranges": lambda: Playlist("news", large(4, 400_000), byte_ranges=True),
+    "fmp4": fmp4_playlist,
+    "aac": lambda: Playlist("news", media.aac_segments(), extension=".aac"),
+}
+
+
+@pytest.mark.parametrize("make", HALVES.values(), ids=HALVES)
+def test_bytes_arrive_before_half_of_the_segment_was_sent(
+    origin: Origin, serve: Serve, make: Callable[[], Playlist]
+) -> None:
+    playlist = origin.add(make())
+    half = len(playlist.plain(0, 1)) // 2
+    stall = origin.fault(playlist.segment_path(0), Stall(at=half))
+    viewer = serve({"news": playlist.url}).watch("/news")
+    init = playlist.find(playlist.init_path)
+    whole = (init.body if init else b"") + playlist.plain(0, 4 if half > 100_000 else 8)
+    early = len(init.body if init else b"") + half - 1000  # half a unit may be held back
+    assert viewer.read(early) == whole[:early]
+    assert stall.held == 1, "the origin still keeps the rest"
+    stall.release()
+    assert viewer.read_all() == (whole[early:], True)
+
+
+def test_later_segments_arrive_as_they_come_too(origin: Origin, serve: Serve) -> None:
+    playlist = origin.add(Playlist("news", large(4, 200_000)))
+    stalls = [origin.fault(playlist.segment_path(n), Stall(at=100_000)) for n in range(4)]
+    viewer = serve({"news": playlist.url}, threads=4).watch("/news")
+    for stall in stalls:
+        stall.wait_held()
+    for number, stall in enumerate(stalls):
+        segment = playlist.plain(number, number + 1)
+        assert viewer.read(99_000) == segment[:99_000]
+        assert stall.held == 1
+        stall.release()
+        assert viewer.read(len(segment) - 99_000) == segment[99_000:]
+    assert viewer.read_all() == (b"", True)
+
+
+#### Parallel ####
+
+
+@by_kind
+def test_eight_threads_make_eight_transfers_and_no_more(
+    origin: Origin, serve: Serve, kind: Mapping[str, Any]
+) -> None:
+    playlist = origin.add(Playlist("news", large(32, 64_000), **kind))
+    stall = origin.fault(SEGMENTS, Stall(at=2_000), times=None)
+    viewer = serve({"news": playlist.url}, threads=8).watch("/news")
+    stall.wait_held(8)
+    nothing_more(origin, SEGMENTS, 8)
+    origin.rate = 1_000_000
+    stall.release()
+    assert viewer.read_all() == (playlist.plain(0, 32), True)
+    assert origin.peak(SEGMENTS) == 8
+    assert origin.peak_connections <= 8 + 1
+
+
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_breaks_and_errors_open_no_more_connections(
+    origin: Origin, serve: Serve, threads: int
+) -> None:
+    playlist = origin.add(Playlist("news", pieces(40)))
+    origin.rate = 200_000
+    for number in range(40):
+        origin.fault(playlist.segment_path(number), Break(100))
+        if number % 4 == 0:
+            origin.fault(playlist.segment_path(number), Status(503, b"busy"))
+    assert serve({"news": playlist.url}, threads=threads).get("/news").body == show()
+    assert origin.peak(SEGMENTS) <= threads
+    assert origin.peak_connections <= threads + 1
+
+
+def test_explicit_engine_option_sets_the_number_of_threads(origin: Origin, serve: Serve) -> None:
+    playlist = origin.add(Playlist("news", large(12, 64_000)))
+    stall = origin.fault(SEGMENTS, Stall(at=2_000), times=None)
+    options = {"stream-segment-threads": 2, "hls-segment-stream-data": True}
+    viewer = serve({"news": playlist.url}, threads=8, streamlink=options).watch("/news")
+    stall.wait_held(2)
+    nothing_more(origin, SEGMENTS, 2)
+    stall.release()
+    assert viewer.read_all() == (playlist.plain(0, 12), True)
+
+
+#### Memory ####
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_nobody_reads_is_not_asked_for(origin: Origin, threads: int) -> None:
+    """A segment's place is free once its last byte is in the ring, and not before."""
+    size = len(media.padded(media.ts_segments(8)[0], MIB))
+    playlist = origin.add(Playlist("news", large(8, MIB)))
+    ring = 262_144
+    with opened(playlist.url, threads=threads, ringbuffer_size=ring) as upstream:
+        origin.wait_for(SEGMENTS, threads + 1)
+        nothing_more(origin, SEGMENTS, threads + 1)
+        taken = bytearray()
+        while len(taken) < 3 * size:
+            taken += b"".join(i for i in upstream.read(TIMEOUT) if isinstance(i, bytes))
+            in_ring = (len(taken) + ring + pipe.PART_LIMIT) // size
+            assert origin.count(SEGMENTS) <= threads + 1 + in_ring
+        origin.wait_for(SEGMENTS, threads + 1 + 3)
+        assert bytes(taken) + drain(upstream) == playlist.plain(0, 8)
+
+
+@pytest.mark.long
+def test_thousand_segments_leave_nothing_behind(origin: Origin, serve: Serve) -> None:
+    """Breaks among them; what is held and who runs is the same after 100 and after all."""
+    segments = pieces(1_000)
+    playlist = origin.add(Playlist("news", segments))
+    for number in range(0, 1_000, 20):
+        origin.fault(playlist.segment_path(number), Break(100))
+    viewer = serve({"news": playlist.url}, threads=4).watch("/news")
+    at = 0
+    sizes: list[int] = []
+    threads: list[set[str]] = []
+    origin.rate = 100_000
+    tracemalloc.start()
+    try:
+        for number, segment in enumerate(segments, 1):
+            assert viewer.read(len(segment)) == segment
+            at += len(segment)
+            if number in (100, 400, 700, 990):
+                origin.clear_requests()
+                gc.collect()
+                sizes.append(tracemalloc.get_traced_memory()[0])
+                threads.append({t.name for t in channel_threads(set())})
+    finally:
+        tracemalloc.stop()
+    assert viewer.read_all() == (b"", True)
+    assert max(sizes[1:]) < sizes[0] + 256 * 1024
+    assert len(threads[-1]) <= len(threads[0])
+
+
+def channel_threads(before: set[threading.Thread]) -> list[threading.Thread]:
+    """What runs for a stream: all threads but the origin's and those that were there before."""
+    current = {threading.current_thread(), threading.main_thread()}
+    running = set(threading.enumerate()) - before - current
+    return [thread for thread in running if not thread.name.startswith("origin-")]
+
+
+#### Closing ####
+
+
+@dataclass
+class Stuck:
+    """A stream whose upstream hangs, once `handle` holds a request, or has met one."""
+
+    address: str
+    handle: FaultHandle
+
+    def wait(self) -> None:
+        """Until the upstream hangs."""
+        self.handle.wait()
+
+
+def stuck_segments(origin: Origin, fault: Fault, **kind: Any) -> Stuck:
+    """The first segment comes, the others do not."""
+    playlist = origin.add(Playlist("news", large(8, 64_000), **kind))
+    return Stuck(playlist.url, origin.fault("/news/[1-9].ts", fault, times=None))
+
+
+def stuck_start(origin: Origin, path: str, fault: Fault, **kind: Any) -> Stuck:
+    """Nothing comes."""
+    playlist = origin.add(Playlist("news", media.ts_segments(), **kind))
+    return Stuck(playlist.url, origin.fault(path, fault, times=None))
+
+
+def stuck_playlist(origin: Origin, fault: Fault) -> Stuck:
+    """The first playlist comes, the second does not."""
+    playlist = origin.add(Playlist("news", media.ts_segments(), mode="live"))
+    origin.fault(playlist.path, times=1)
+    return Stuck(playlist.url, origin.fault(playlist.path, fault, times=None))
+
+
+def stuck_body(origin: Origin, fault: Fault) -> Stuck:
+    address = origin.add_file("/news", show())
+    return Stuck(address, origin.fault("/news", fault, times=None))
+
+
+Cases = dict[str, Callable[[Origin], Stuck]]
+HANGING_STREAMS: Cases = {
+    "headers": lambda origin: stuck_segments(origin, StallHeaders()),
+    "body": lambda origin: stuck_segments(origin, Stall(at=1_000)),
+    "encrypted-body": lambda origin: stuck_segments(origin, Stall(at=1_000), aes_key=KEY),
+    "dripping-body": lambda origin: stuck_segments(origin, Drip(0.05)),
+    "errors": lambda origin: stuck_segments(origin, Status(503)),
+    "playlist-headers": lambda origin: stuck_playlist(origin, StallHeaders()),
+    "playlist-body": lambda origin: stuck_playlist(origin, Stall(at=20)),
+    "playlist-drips": lambda origin: stuck_playlist(origin, Drip(0.05)),
+    "raw-body": lambda origin: stuck_body(origin, Stall(at=50_000)),
+}
+HANGING_STARTS: Cases = {
+    "first-playlist": lambda o: stuck_start(o, "/news/index.m3u8", StallHeaders()),
+    "first-segment-headers": lambda o: stuck_start(o, SEGMENTS, StallHeaders()),
+    "first-segment-body": lambda o: stuck_start(o, SEGMENTS, Stall(at=100)),
+    "init": lambda o: stuck_start(o, "/news/init.mp4", Stall(at=10), init=b"init" * 100),
+    "key": lambda o: stuck_start(o, "/news/key", StallHeaders(), aes_key=KEY),
+    "raw-headers": lambda o: stuck_body(o, StallHeaders()),
+    "raw-first-bytes": lambda o: stuck_body(o, Stall(at=100)),
+}
+
+
+def assert_all_ends(origin: Origin, before: set[threading.Thread], began: float) -> None:
+    """No thread runs for the stream any more and no connection is open, in time."""
+    while running := channel_threads(before):
+        left = began + CLOSING - time.monotonic()
+        running[0].join(max(0.0, left))
+        assert left > 0, f"still runs: {', '.join(thread.name for thread in running)}"
+    origin.wait_connections(0, max(0.0, began + CLOSING - time.monotonic()))
+
+
+@pytest.mark.parametrize("case", [*HANGING_STREAMS.values()], ids=[*HANGING_STREAMS])
+def test_last_viewer_leaves_and_all_ends_at_once(
+    origin: Origin, serve: Serve, case: Callable[[Origin], Stuck]
+) -> None:
+    stuck = case(origin)
+    site = serve({"news": stuck.address}, linger=0)
+    before = set(threading.enumerate())
+    watcher = Watcher(site)
+    watcher.take()
+    stuck.wait()
+    began = time.monotonic()
+    watcher.leave()
+    assert_all_ends(origin, before, began)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*HANGING_STREAMS.values(), *HANGING_STARTS.values()],
+    ids=[*HANGING_STREAMS, *HANGING_STARTS],
+)
+def test_shutdown_ends_all_at_once(
+    origin: Origin, serve: Serve, case: Callable[[Origin], Stuck]
+) -> None:
+    stuck = case(origin)
+    site = serve({"news": stuck.address})
+    before = set(threading.enumerate())
+    watching = Task(lambda: site.get("/news"))
+    stuck.wait()
+    began = time.monotonic()
+    assert site.channels.stop(CLOSING)
+    answer = watching.result(CLOSING)
+    assert answer.status == 503 or not answer.is_complete
+    assert_all_ends(origin, before, began)
+
+
+def test_closing_wakes_a_writer_whose_ring_is_full(origin: Origin) -> None:
+    playlist = origin.add(Playlist("news", large(8, 400_000)))
+    before = set(threading.enumerate())
+    with opened(playlist.url, ringbuffer_size=262_144):
+        origin.wait_for(SEGMENTS, 4)
+        origin.wait_until(lambda: all(r.done for r in origin.requests), "all was sent")
+        began = time.monotonic()
+    assert_all_ends(origin, before, began)
+
+
+def test_closing_in_the_middle_of_anything_leaves_nothing(origin: Origin) -> None:
+    """The worker, the writer and the downloads are met wherever they happen to be."""
+    playlist = origin.add(Playlist("news", pieces(300)))
+    origin.rate = 1_000_000
+    chance = random.Random(7)
+    for _ in range(25):
+        before = set(threading.enumerate())
+        wanted = origin.count(SEGMENTS) + chance.randrange(0, 40)
+        with opened(playlist.url, threads=8):
+            origin.wait_for(SEGMENTS, wanted)
+            began = time.monotonic()
+        assert_all_ends(origin, before, began)
+
+
+#### What playlists may hold ####
+
+
+def with_init(init: bytes, number: int) -> bytes:
+    """Another initialization section of the same media: one more box, to be ignored."""
+    return init + (16).to_bytes(4, "big") + b"free" + number.to_bytes(8, "big")
+
+
+def mapped(data: bytes, name: str, discontinuity: bool = False) -> Segment:
+    return Segment(data, discontinuity=discontinuity, tags=(f'#EXT-X-MAP:URI="{name}"',))
+
+
+def test_initialization_section_comes_again_where_it_changes(origin: Origin, serve: Serve) -> None:
+    init, parts = media.fmp4()
+    first, second = with_init(init, 1), with_init(init, 2)
+    order = ["a", "a", "b", "b", "a", "a", "b", "b"]
+    segments = [mapped(data, f"{name}.mp4") for data, name in zip(parts, order, strict=True)]
+    playlist = origin.add(Playlist("news", segments, extension=".m4s"))
+    origin.add_file("/news/a.mp4", first)
+    origin.add_file("/news/b.mp4", second)
+    answer = serve({"news": playlist.url}, threads=1).get("/news")
+    expected = [first, *parts[:2], second, *parts[2:4], first, *parts[4:6], second, *parts[6:]]
+    assert answer.body == b"".join(expected)
+    assert answer.is_complete
+
+
+def test_initialization_section_comes_again_at_a_discontinuity(
+    origin: Origin, serve: Serve
+) -> None:
+    init, parts = media.fmp4()
+    segments = [mapped(data, "init.mp4", n in (2, 5)) for n, data in enumerate(parts)]
+    playlist = origin.add(Playlist("news", segments, init=init, extension=".m4s"))
+    answer = serve({"news": playlist.url}).get("/news")
+    assert answer.body == b"".join([init, *parts[:2], init, *parts[2:5], init, *parts[5:]])
+    assert origin.count(playlist.init_path) == 1
+
+
+def test_broken_initialization_section_is_resumed(origin: Origin, serve: Serve) -> None:
+    init, parts = media.fmp4()
+    playlist = origin.add(Playlist("news", parts, init=init, extension=".m4s"))
+    origin.fault(playlist.init_path, Status(404))
+    origin.fault(playlist.init_path, Break(500))
+    origin.fault(playlist.init_path, Break(100))
+    assert serve({"news": playlist.url}).get("/news").body == init + b"".join(parts)
+
+
+def test_initialization_section_that_was_lost_is_asked_for_again(
+    origin: Origin, serve: Serve
+) -> None:
+    """Without it nothing behind it can be played: the next segment asks for it once more."""
+    init, parts = media.fmp4()
+    playlist = origin.add(Playlist("news", parts, init=init, extension=".m4s", target_duration=1))
+    missing = origin.fault(playlist.init_path, Status(404), times=None)
+    site = serve({"news": playlist.url}, timeout=0.5, threads=1)
+    watching = Task(lambda: play(site))
+    missing.wait()
+    origin.wait_for("/news/*.m4s", 1)
+    missing.clear()
+    body = watching.result(TIMEOUT).body
+    assert init in body
+    assert media.decode(body[body.index(init) :]).starts_with_key
+
+
+def test_initialization_section_within_a_file(origin: Origin, serve: Serve) -> None:
+    """Its byte range is its own, and no segment's offset follows from it."""
+    init, parts = media.fmp4(4)
+    whole = b"".join([init, *parts])
+    offsets = itertools.accumulate(map(len, parts), initial=len(init))
+    lines = ["#EXTM3U", "#EXT-X-VERSION:6", "#EXT-X-TARGETDURATION:1"]
+    lines.append(f'#EXT-X-MAP:URI="all.mp4",BYTERANGE="{len(init)}@0"')
+    for data, offset in zip(parts, offsets, strict=False):
+        lines += ["#EXTINF:1.0,", f"#EXT-X-BYTERANGE:{len(data)}@{offset}", "all.mp4"]
+    text = "\n".join([*lines, "#EXT-X-ENDLIST", ""]).encode()
+    origin.add_file("/film/all.mp4", whole)
+    address = origin.add_file("/film/index.m3u8", text)
+    for at in (100, 700, 20_000, 1):
+        origin.fault("/film/all.mp4", Break(at))
+    answer = serve({"news": address}, threads=4).get("/news")
+    assert answer.body == whole
+    assert answer.is_complete
+
+
+@pytest.mark.parametrize(
+    "left_out", [(3, 5), (0,), (0, 1), (7,), (6, 7)], ids=lambda numbers: f"{numbers}"
+)
+def test_ignored_names_are_not_even_asked_for(
+    origin: Origin, serve: Serve, left_out: Sequence[int]
+) -> None:
+    playlist = origin.add(Playlist("news", media.ts_segments()))
+    names = [f"/{number}.ts" for number in left_out]
+    site = serve({"news": playlist.url}, streamlink={"hls-segment-ignore-names": names})
+    played = play(site)
+    rest = [number for number in range(8) if number not in left_out]
+    assert played.body == b"".join(playlist.plain(number, number + 1) for number in rest)
+    assert (played.is_complete, played.gaps) == (True, 0)
+    assert all(not origin.count(playlist.segment_path(number)) for number in left_out)
+
+
+@pytest.mark.parametrize("left_out", [(0,), (3,), (0, 1, 2)], ids=lambda numbers: f"{numbers}")
+def test_ignored_names_keep_their_initialization_section(
+    origin: Origin, serve: Serve, left_out: Sequence[int]
+) -> None:
+    init, parts = media.fmp4()
+    playlist = origin.add(Playlist("news", parts, init=init, extension=".m4s"))
+    names = [f"/{number}.m4s" for number in left_out]
+    site = serve({"news": playlist.url}, streamlink={"hls-segment-ignore-names": names})
+    rest = [data for number, data in enumerate(parts) if number not in left_out]
+    assert site.get("/news").body == init + b"".join(rest)
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_tag_of_packed_audio_may_break_anywhere(origin: Origin, serve: Serve, version: int) -> None:
+    frames = media.aac_segments()
+    tagged = [media.id3_timestamp(float(n), version) + data for n, data in enumerate(frames)]
+    playlist = origin.add(Playlist("news", tagged, extension=".aac"))
+    tag = len(tagged[0]) - len(frames[0])
+    for number, at in enumerate((1, 3, 9, 10, 11, tag - 1, tag, tag + 1)):
+        origin.fault(playlist.segment_path(number), Break(at))
+    played = play(serve({"news": playlist.url}))
+    assert (played.body, played.is_complete, played.gaps) == (b"".join(frames), True, 0)
+
+
+#### Plugins' own streams ####
+
+
+class AdvertWriter(HLSStreamWriter):
+    """A filter like Twitch's: it knows advertisements by what the playlist says of them."""
+
+    def should_filter_segment(self, segment: HLSSegment) -> bool:
+        is_advert = "advert" in (segment.title or "")
+        return is_advert or super().should_filter_segment(segment)
+
+
+class CountingWorker(HLSStreamWorker):
+    seen = 0
+
+    def process_segments(self, playlist: Any) -> None:
+        CountingWorker.seen += 1
+        super().process_segments(playlist)
+
+
+class AdvertReader(HLSStreamReader):
+    __writer__ = AdvertWriter
+    __worker__ = CountingWorker
+
+
+class AdvertStream(HLSStream):
+    __reader__ = AdvertReader
+
+
+def with_titles(playlist: Playlist, adverts: Sequence[int]) -> bytes:
+    """The playlist's text with a title for the advertisements."""
+    content = playlist.find(playlist.path)
+    assert content
+    parts = content.body.decode().split("#EXTINF:1.000000,")
+    titled = ["#EXTINF:1.0," + "advert" * (n in adverts) + p for n, p in enumerate(parts[1:])]
+    return "".join([parts[0], *titled]).encode()
+
+
+@contextlib.contextmanager
+def opened_as(
+    kind: type[HLSStream], address: str, *, threads: int = 4, **arguments: Any
+) -> Iterator[pipe.Upstream]:
+    """An upstream of a plugin's stream, made as the plugin does it."""
+    settings = pipe.StreamSettings("news", (address,), options=pipe.Options(threads=threads))
+    session = pipe.Session(settings, TIMEOUT)
+    stream = kind(session.engine, address, **arguments)
+    with contextlib.closing(pipe.SegmentedUpstream(session, stream)) as upstream:
+        yield upstream
+
+
+def test_plugins_filter_leaves_out_what_it_would(origin: Origin) -> None:
+    playlist = origin.add(Playlist("news", media.ts_segments()))
+    playlist.override = with_titles(playlist, (2, 3, 6))
+    CountingWorker.seen = 0
+    with opened_as(AdvertStream, playlist.url) as upstream:
+        body = drain(upstream)
+    wanted = (0, 1, 4, 5, 7)
+    assert body == b"".join(playlist.plain(number, number + 1) for number in wanted)
+    assert {r.path for r in origin.requests if r.path.endswith(".ts")} == {
+        playlist.segment_path(number) for number in wanted
+    }
+    assert CountingWorker.seen == 1, "its own worker stays, too"
+
+
+def test_plugins_filter_and_broken_bodies(origin: Origin) -> None:
+    playlist = origin.add(Playlist("news", media.ts_segments(), aes_key=KEY))
+    playlist.override = with_titles(playlist, (0, 4))
+    for number in range(8):
+        origin.fault(playlist.segment_path(number), Break(1_000 * number + 1))
+    with opened_as(AdvertStream, playlist.url) as upstream:
+        assert drain(upstream) == playlist.plain(1, 4) + playlist.plain(5, 8)
+
+
+def test_byte_ranges_with_headers_of_their_own_stay_exact(origin: Origin) -> None:
+    """Ten rounds: the stock writer shares one set of headers among its threads."""
+    playlist = origin.add(Playlist("news", pieces(60), byte_ranges=True, aes_key=KEY, aes_iv=IV))
+    headers = {"X-Own": "1"}
+    for _ in range(10):
+        for at in (10, 500):
+            origin.fault(playlist.segment_path(0), Break(at))
+        with opened_as(HLSStream, playlist.url, headers=headers) as upstream:
+            assert drain(upstream) == show()
+    assert all(request.headers["x-own"] == "1" for request in origin.requests)
+    others = [r for r in origin.requests if r.path != playlist.segment_path(0)]
+    assert {request.path for request in others} == {playlist.path, playlist.key_path}
+    assert not any("range" in request.headers for request in others)
+    assert headers == {"X-Own": "1"}
+
+
+#### Sound and picture apart ####
+
+
+@pytest.fixture(scope="session")
+def _ffmpeg() -> None:
+    """Needs ffmpeg; streamlink looks for it once, with a thread that idles for 10 s then."""
+    if not FFMPEGMuxer.is_usable(Streamlink()):
+        assert "CI" not in os.environ, "ffmpeg must be there"
+        pytest.skip("needs ffmpeg")
+
+
+def sound_ts() -> Playlist:
+    return Playlist("sound", media.audio_only_segments())
+
+
+def sound_aac(version: int) -> Playlist:
+    """Tags in front of each segment, which streamlink reads of version 4 alone."""
+    tag = functools.partial(media.id3_timestamp, version=version)
+    tagged = [tag(1.4 + n) + data for n, data in enumerate(media.aac_segments())]
+    return Playlist("sound", tagged, extension=".aac")
+
+
+SOUNDS: dict[str, Callable[[], Playlist]] = {
+    "ts": sound_ts,
+    "aac-id3v2.2": lambda: sound_aac(2),
+    "aac-id3v2.3": lambda: sound_aac(3),
+    "aac-id3v2.4": lambda: sound_aac(4),
+}
+
+
+@pytest.mark.usefixtures("_ffmpeg")
+@pytest.mark.parametrize("make", SOUNDS.values(), ids=SOUNDS)
+def test_both_tracks_survive_broken_bodies(
+    origin: Origin, serve: Serve, make: Callable[[], Playlist]
+) -> None:
+    chance = random.Random(11)
+    picture, sound = Playlist("picture", media.video_only_segments()), make()
+    both = origin.add(master("apart", {"360p": picture}, sound))
+    for track, number in itertools.product((picture, sound), range(8)):
+        size = len(track.plain(number, number + 1))
+        origin.fault(track.segment_path(number), Break(chance.randrange(size)))
+    answer = serve({"news": both.url}).get("/news")
+    assert answer.is_complete
+    decoded, sent = media.decode(answer.body), media.decode(show())
+    assert decoded.starts_with_key
+    assert decoded.video_frames == sent.video_frames
+    assert decoded.audio_frames == pytest.approx(sent.audio_frames, abs=1)
+
+
+#### The playlist ####
+
+
+def behind_redirect(origin: Origin, playlist: Playlist) -> str:
+    origin.fault("/entry.m3u8", Redirect(playlist.path), times=None)
+    return f"{origin.url}/entry.m3u8"
+
+
+def without_extension(origin: Origin, playlist: Playlist) -> str:
+    origin.fault("/watch", Redirect(playlist.path), times=None)
+    return f"{origin.url}/watch"
+
+
+def among_variants(origin: Origin, playlist: Playlist) -> str:
+    return origin.add(master("all", {"720p": playlist})).url
+
+
+ENTRIES: dict[str, tuple[Callable[[Origin, Playlist], str], str]] = {
+    "direct": (lambda origin, playlist: playlist.url, ""),
+    "hls-prefix": (lambda origin, playlist: f"hls://{playlist.url}", ""),
+    "redirect": (behind_redirect, "/entry.m3u8"),
+    "no-extension": (without_extension, "/watch"),
+    "variant": (among_variants, "/all/master.m3u8"),
+}
+by_entry = pytest.mark.parametrize(("enter", "entry"), ENTRIES.values(), ids=ENTRIES)
+
+
+@by_entry
+def test_playlist_of_a_film_is_loaded_once(
+    origin: Origin, serve: Serve, enter: Callable[[Origin, Playlist], str], entry: str
+) -> None:
+    playlist = origin.add(Playlist("news", media.ts_segments()))
+    assert serve({"news": enter(origin, playlist)}).get("/news").body == show()
+    assert origin.count(playlist.path) == 1
+    assert not entry or origin.count(entry) == 1
+
+
+@by_entry
+def test_playlist_of_a_live_channel_is_loaded_once_to_start_it(
+    origin: Origin, serve: Serve, enter: Callable[[Origin, Playlist], str], entry: str
+) -> None:
+    playlist = origin.add(Playlist("news", media.ts_segments(), mode="live", target_duration=15))
+    viewer = serve({"news": enter(origin, playlist)}, linger=0).watch("/news")
+    start = playlist.plain(5 - LIVE_EDGE, 5)
+    assert viewer.read(len(start)) == start
+    assert origin.count(playlist.path) == 1
+    assert not entry or origin.count(entry) == 1
+
+
+def test_second_start_loads_the_playlist_anew(origin: Origin, serve: Serve) -> None:
+    playlist = origin.add(Playlist("news", media.ts_segments()))
+    site = serve({"news": playlist.url})
+    assert [site.get("/news").body for _ in range(2)] == [show(), show()]
+    assert origin.count(playlist.path) == 2
+
+
+def test_reloads_go_where_the_redirect_led_until_that_fails(origin: Origin, serve: Serve) -> None:
+    playlist = origin.add(Playlist("news", media.ts_segments(), mode="live"))
+    address = behind_redirect(origin, playlist)
+    viewer = serve({"news": address}, linger=0).watch("/news")
+    start = playlist.plain(5 - LIVE_EDGE, 5)
+    assert viewer.read(len(start)) == start
+    origin.wait_for(playlist.path, 2)
+    assert origin.count("/entry.m3u8") == 1
+    origin.fault(playlist.path, Status(503)).wait()
+    origin.wait_for("/entry.m3u8", 2)
+    loads = [r.path for r in origin.requests if r.path.endswith(".m3u8")]
+    assert loads[-1] == "/entry.m3u8"
+    assert loads.count("/entry.m3u8") == 2
+    failed = len(of(origin, playlist.path))
+    origin.wait_for(playlist.path, failed + 2)
+    assert origin.count("/entry.m3u8") == 2, "from the new target again"
+    playlist.advance(2)
+    playlist.end()
+    assert viewer.read_all() == (playlist.plain(5, 7), True)
+
+
+def test_redirect_to_another_place_is_followed_after_a_failure(
+    origin: Origin, serve: Serve
+) -> None:
+    """The old target is gone for good, and the entry leads elsewhere by now."""
+    old = origin.add(Playlist("old", media.ts_segments(), mode="live"))
+    new = origin.add(Playlist("new", media.ts_segments(), mode="live"))
+    entry = origin.fault("/entry.m3u8", Redirect(old.path), times=1)
+    origin.fault("/entry.m3u8", Redirect(new.path), times=None)
+    viewer = serve({"news": f"{origin.url}/entry.m3u8"}, linger=0).watch("/news")
+    start = old.plain(5 - LIVE_EDGE, 5)
+    assert viewer.read(len(start)) == start
+    assert entry.taken == 1
+    origin.fault(old.path, Status(404), times=None)
+    new.advance(2)
+    new.end()
+    assert viewer.read_all() == (new.plain(5, 7), True)
+
+
+#### A streamlink of another make ####
+
+
+@pytest.fixture
+def _strange_engine() -> Iterator[None]:
+    """One of the methods that the hooks override has other parameters, and works as before."""
+    put = HLSStreamWriter.put
+
+    def changed(self: HLSStreamWriter, *arguments: Any) -> None:
+        put(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HLSStreamWriter, "put", changed)
+        pipe.hooks_fit.cache_clear()
+        yield
+    pipe.hooks_fit.cache_clear()
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    records = [r for r in caplog.records if r.name == "streampipe" and r.levelno == logging.WARNING]
+    return [record.getMessage() for record in records]
+
+
+def test_installed_streamlink_is_known(caplog: pytest.LogCaptureFixture) -> None:
+    assert pipe.hooks_fit()
+    pipe.check_engine()
+    assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (HLSStreamWriter, "put"),
+        (HLSStreamWriter, "queue"),
+        (HLSStreamWriter, "write"),
+        (HLSStreamWriter, "close"),
+        (HLSStreamWriter, "should_filter_segment"),
+        (HLSStreamWriter, "create_decryptor"),
+        (HLSStreamWriter, "iter_segment_content"),
+        (HLSStreamWorker, "reload"),
+        (HLSStreamReader, "is_paused"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_method_with_other_parameters_is_noticed(owner: type, name: str) -> None:
+    def strange(this: object, what: object) -> None: ...
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, strange)
+        pipe.hooks_fit.cache_clear()
+        assert not pipe.hooks_fit()
+    pipe.hooks_fit.cache_clear()
+    assert pipe.hooks_fit()
+
+
+@pytest.mark.usefixtures("_strange_engine")
+def test_strange_streamlink_is_told_of_once(
+    origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe.check_engine()
+    (warning,) = warnings_of(caplog)
+    assert pipe.engine_version in warning
+    playlist = origin.add(Playlist("news", media.ts_segments()))
+    site = serve({"news": playlist.url})
+    assert [site.get("/news").body for _ in range(2)] == [show(), show()]
+    assert warnings_of(caplog) == [warning]
+
+
+@pytest.mark.usefixtures("_strange_engine")
+@by_kind
+def test_strange_streamlink_reads_a_film_its_own_way(
+    origin: Origin, serve: Serve, kind: Mapping[str, Any]
+) -> None:
+    playlist = origin.add(Playlist("news", media.ts_segments(), **kind))
+    answer = serve({"news": playlist.url}).get("/news")
+    assert (answer.body, answer.is_complete) == (show(), True)
+
+
+@pytest.mark.usefixtures("_strange_engine")
+def test_strange_streamlink_reads_a_channel_its_own_way(origin: Origin, serve: Serve) -> None:
+    playlist = origin.add(Playlist("news", media.ts_segments(), mode="live"))
+    site = serve({"news": playlist.url}, linger=0)
+    first = site.watch("/news")
+    start = playlist.plain(5 - LIVE_EDGE, 5)
+    assert first.read(len(start)) == start
+    # As in a source without segments: the oldest key frame, where none is 6 s back.
+    late = site.watch("/news")
+    assert late.read(len(start)) == start
+    playlist.advance(2)
+    playlist.end()
+    rest = playlist.plain(5, 7)
+    assert [first.read_all(), late.read_all()] == [(rest, True), (rest, True)]
+    assert origin.count(playlist.segment_path(4)) == 1, "live is shared"
