@@ -9,31 +9,46 @@
 channel is pulled once, by streamlink, however many watch it; everything stays in memory.
 
 Data flow
-    origin -> streamlink's threads -> Ring -> feeder -> framer -> Window -> viewers -> sockets
-    The Ring is where an upstream hands over bytes and marks (a segment or an initialization
-    section starts here).  The framer cuts the bytes into whole packets, boxes or frames and finds
-    the join points.  The Window keeps the newest bytes of a live channel; each viewer has a Place
-    in it.  What has an end takes the same road, one upstream and window for each viewer, and the
-    window then waits for its viewer instead of moving on.
+    origin -> Downloads -> Ring -> feeder (Mover, framer) -> Window -> viewers -> sockets
+    Up to `threads` Downloads fetch segments at once; the oldest one's bytes go on as they come.
+    The Ring is where an upstream hands over bytes and marks (a segment starts here, ends here, is
+    missing).  The Mover makes one stream of what several openings of the upstream bring, without a
+    repeat at the seams.  The framer cuts it into whole packets, boxes or frames and finds the join
+    points.  The Window keeps the newest bytes of a live channel; each viewer has a Place in it.
+    What has an end takes the same road, one upstream and window for each viewer, and the window
+    then waits for its viewer instead of moving on.
 
 Threads
-    main           parses arguments, waits for a signal, closes everything
-    listener       accepts connections
-    viewer-N       one for each connection; reads a request, then only takes from a Window
-    feed-NAME-N    one for each channel: opens its upstream, moves Ring to Window, closes
+    main           parses arguments, waits for signals, reloads, closes everything
+    listener       accepts connections; refuses what is too much
+    viewer-N       one for each connection: reads a request, then only takes from a Window
+    feed-NAME-N    one for each channel: opens its upstream, judges it, opens it again
     pump-NAME-N    for a source that is no segmented stream: moves its body to the Ring
     close-NAME-N   ends an upstream, which may take as long as streamlink's threads do
-    (streamlink names its own after the channel: a worker, a writer and the downloads)
+    Streamlink's own are named after the channel: a worker loads playlists and puts segments, a
+    writer hands on the oldest download, an executor runs the downloads.
 
 Locks
-    Channels._lock  the registry, every channel's state and viewers
-    Window._lock    blocks, join points and places of one window
-    Ring._lock      what an upstream has handed over and the feeder has not taken
-    Taken in that order, and none is held across a socket write, an upstream call or a join.
+    Channels._lock    the registry; every channel's state and viewers
+    Window._lock      blocks, join points and places of one window
+    Ring._lock        what an upstream has handed over and the feeder has not taken
+    Ledger.lock       a stream's totals
+    Taken in that order.  Download._changed, Transport._lock and the Server's are taken alone.
+    None is held across a socket write, an upstream call or a join.
+
+Where to find what
+    a key of the configuration    Configuration: the dataclasses, then the *_KEYS tables
+    where a viewer starts         Window._join_point; what a join point is: Media
+    a slow or paused viewer       Window.take and Window._make_room
+    who shares an upstream        Channels.watch; the states stand above State
+    a fault of the origin         Feeder (what is tried when), Mover and Gate (what viewers see),
+                                  Download (within a segment), WatchedWorker (playlists)
+    an answer                     Handler._route; documents: Pages
+    a limit                       Constants, Channels._attach, Server.process_request
 
 Reading order
-    Configuration and Media are pure.  Read Window, Channel.feed and Channels.watch, then
-    Handler.stream_channel; Upstream is all there is of streamlink.
+    Window, Channels.watch, Feeder, Mover, then Handler.stream_channel.  Configuration, Media and
+    Pages are pure; Upstream is all there is of streamlink.
 """
 
 from __future__ import annotations
@@ -2286,12 +2301,12 @@ class Variants:
     def missing(self, name: str) -> str | None:
         """What a viewer of this one has to do without."""
         stream = self.streams[name]
-        playlists = getattr(getattr(stream, "multivariant", None), "playlists", ())
-        is_single = isinstance(stream, HLSStream) and not FFMPEGMuxer.is_usable(self.session.engine)
-        for playlist in playlists if is_single else ():
-            sounds = (media for media in playlist.media if media.type == "AUDIO" and media.uri)
-            if playlist.uri == stream.url and any(sounds):
-                return "no sound: install ffmpeg"
+        if not isinstance(stream, HLSStream) or stream.multivariant is None:
+            return None
+        playlist = next((p for p in stream.multivariant.playlists if p.uri == stream.url), None)
+        has_sound_apart = playlist and any(m.type == "AUDIO" and m.uri for m in playlist.media)
+        if has_sound_apart and not FFMPEGMuxer.is_usable(self.session.engine):
+            return "no sound: install ffmpeg"
         return None
 
     def _open(self, stream: Any) -> Upstream:
@@ -2346,7 +2361,7 @@ class Upstream:
             self.ring.close()
             self.session.cut()
             threading.Thread(
-                target=self._close, name=f"close-{self.session.name}", daemon=True
+                target=self._close, name=f"close-{self.session.name}-0", daemon=True
             ).start()
 
     def _is_dead(self) -> bool:
@@ -2709,7 +2724,7 @@ class PumpedUpstream(Upstream):
     def __init__(self, session: Session) -> None:
         super().__init__(session, Ring(session.engine.get_option("ringbuffer-size")))
         self._failure: str | None = None
-        self._pump = threading.Thread(target=self._run, name=f"pump-{session.name}", daemon=True)
+        self._pump = threading.Thread(target=self._run, name=f"pump-{session.name}-0", daemon=True)
         self._pump.start()
 
     def _run(self) -> None:
@@ -2839,6 +2854,10 @@ class Ledger:
     def add(self, name: str, amount: int = 1) -> None:
         with self.lock:
             self.counts[name] += amount
+
+    def add_drop(self, reason: str) -> None:
+        with self.lock:
+            self.drops[reason] += 1
 
     def add_received(self, size: int) -> None:
         slot = int(time.monotonic() / SLOT)
@@ -3018,6 +3037,7 @@ class Channels:
         self._settled = threading.Condition(self._lock)  # a channel left STARTING
         self._retired = threading.Condition(self._lock)  # a feeder ended
         self._fed: set[Channel] = set()  # with a running feeder
+        self._watched: set[Channel] = set()  # with viewers; some take the rest of an ended one
         self._starting: dict[tuple[str, str], Channel] = {}  # by stream and wanted quality
         self._shared: dict[tuple[str, str], Channel] = {}  # by stream and variant
         self._variants: dict[str, Mapping[str, str]] = {}  # by stream: name to variant
@@ -3070,8 +3090,9 @@ class Channels:
 
     def _report(self, stream: StreamSettings) -> StreamReport:
         ledger = self.ledger(stream.name)
-        channels = [channel for channel in self._fed if channel.stream.name == stream.name]
-        open_ones = [c for c in channels if c.state not in (State.CLOSED, State.MERGED)]
+        known = self._fed | self._watched
+        channels = [channel for channel in known if channel.stream.name == stream.name]
+        open_ones = [c for c in channels if c.viewers or c.state is not State.CLOSED]
         bitrates = ledger.bitrates()
         with ledger.lock:
             counts = ledger.counts.copy()
@@ -3091,7 +3112,7 @@ class Channels:
 
     def viewer_count(self) -> int:
         with self._lock:
-            return sum(len(channel.viewers) for channel in self._fed)
+            return sum(len(channel.viewers) for channel in self._watched)
 
     def _attach(
         self, stream: StreamSettings, wanted: str, viewer: Viewer, is_alone: bool
@@ -3099,6 +3120,9 @@ class Channels:
         with self._lock:
             if self.is_stopping:
                 raise stopping_error()
+            if stream.name not in self._config.streams:
+                raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
+            stream = self._config.streams[stream.name]  # a reload may have come in between
             self._check_viewers()
             channel = None if is_alone else self._find(stream, wanted)
             is_new = channel is None
@@ -3111,7 +3135,8 @@ class Channels:
                     self._starting[stream.name, wanted] = channel
             channel.viewers[viewer] = None
             channel.idle_since = math.inf
-            watching = (len(c.viewers) for c in self._fed if c.stream.name == stream.name)
+            self._watched.add(channel)
+            watching = (len(c.viewers) for c in self._watched if c.stream.name == stream.name)
             channel.ledger.peak = max(channel.ledger.peak, sum(watching))
             viewer.place = Place()
             channel.window.enter(viewer.place, from_start=channel.state is State.STARTING)
@@ -3121,7 +3146,7 @@ class Channels:
 
     def _check_viewers(self) -> None:
         most = self._config.server.max_viewers
-        if most and sum(len(channel.viewers) for channel in self._fed) >= most:
+        if most and sum(len(channel.viewers) for channel in self._watched) >= most:
             raise full_error("there are too many viewers")
 
     def _make_room(self) -> None:
@@ -3174,6 +3199,7 @@ class Channels:
             channel.ledger.add("skips", viewer.place.skips)
         channel.window.leave(viewer.place)
         if not channel.viewers:
+            self._watched.discard(channel)
             channel.idle_since = time.monotonic()
 
     # Feeders' threads
@@ -3227,7 +3253,10 @@ class Channels:
     def retire(self, channel: Channel, ending: Exception) -> None:
         """A feeder has ended; called once for each, with the reason."""
         with self._lock:
-            if channel.state is State.STARTING:
+            is_ended = channel.feeder.is_stopped and not self.is_stopping
+            if channel.state is State.STARTING and is_ended:
+                channel.state = State.MERGED  # a reload: who waits starts with the new settings
+            elif channel.state is State.STARTING:
                 channel.failure = self._failure_of(ending)
                 key = channel.stream.name, channel.wanted
                 self._failures[key] = time.monotonic(), channel.failure
@@ -3344,6 +3373,10 @@ class Feeder:
         upstream = self._upstream
         if upstream:
             upstream.ring.wake()
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._stopped.is_set()
 
     # Its thread
 
@@ -3812,7 +3845,8 @@ def playlist_page(site: Site, streams: Iterable[StreamSettings]) -> Page:
             "tvg-chno": stream.number,
             "group-title": stream.group,
         }
-        shown = [f' {key}="{_attribute(value)}"' for key, value in values.items() if value]
+        cleaned = {key: _attribute(value) for key, value in values.items()}
+        shown = [f' {key}="{value}"' for key, value in cleaned.items() if value]
         lines += [f"#EXTINF:-1{''.join(shown)},{_one_line(stream.title)}"]
         lines += [site.link(f"/{stream.name}")]
     return Page("\n".join(lines).encode() + b"\n", "audio/x-mpegurl")
@@ -4255,7 +4289,7 @@ class Handler(BaseHTTPRequestHandler):
         scheme = self.headers.get("X-Forwarded-Proto", "").split(",")[0].strip()
         for name in ("X-Forwarded-Host", "Host"):
             host = self.headers.get(name, "").split(",")[0].strip()
-            if re.fullmatch(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", host):
+            if re.fullmatch(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", host, re.ASCII):
                 break
         else:
             ip, port = self.connection.getsockname()[:2]
@@ -4269,8 +4303,8 @@ class Handler(BaseHTTPRequestHandler):
             return True
         offered = list(query.get("token", []))
         scheme, _, credentials = self.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() == "bearer":
-            offered.append(credentials.strip())
+        if scheme.lower() == "bearer":  # the library decodes heads as Latin-1
+            offered.append(credentials.strip().encode("latin-1").decode(errors="replace"))
         elif scheme.lower() == "basic":
             with contextlib.suppress(ValueError):
                 pair = base64.b64decode(credentials, validate=True).decode()
@@ -4372,12 +4406,12 @@ class Handler(BaseHTTPRequestHandler):
         except WindowEnded:
             ending = "was let go"
         except TimeoutError:
-            channel.ledger.drops["timeout"] += 1
+            channel.ledger.add_drop("timeout")
             ending = f"took nothing for {channel.stream.options.viewer_timeout:g} s"
         except ViewerGone as gone:
             ending = str(gone)
             if ending != "left":
-                channel.ledger.drops["fell behind"] += 1
+                channel.ledger.add_drop("fell behind")
         except OSError:
             pass
         finally:
@@ -4406,6 +4440,7 @@ class Handler(BaseHTTPRequestHandler):
         fills_silence = channel.container is Container.MPEG_TS
         silent = 0  # seconds
         tune(self.connection, channel.stream.options.viewer_timeout)
+        self.connection.settimeout(channel.stream.options.viewer_timeout)
         self.send_response(HTTPStatus.OK)
         if is_chunked:
             self.send_header("Transfer-Encoding", "chunked")
@@ -4413,10 +4448,12 @@ class Handler(BaseHTTPRequestHandler):
         try:
             while True:
                 if blocks:
-                    self.connection.settimeout(channel.stream.options.viewer_timeout)
                     self._send_blocks(blocks, viewer, is_chunked)
                 blocks = channel.window.take(viewer.place, 1.0)
                 silent = 0 if blocks else silent + 1
+                timeout = channel.stream.options.viewer_timeout
+                if timeout != self.connection.gettimeout():  # a reload
+                    self.connection.settimeout(timeout)
                 if silent and has_left(self.connection):
                     raise ViewerGone("left")
                 if silent >= SILENCE and fills_silence and not viewer.sent % TS_PACKET:
@@ -4509,11 +4546,14 @@ def tune(sock: socket.socket, viewer_timeout: float) -> None:
 
 def has_left(sock: socket.socket) -> bool:
     """Whether the other end has closed, which no send would tell while there is none."""
+    before = sock.gettimeout()
     sock.settimeout(0)
     try:
         return sock.recv(1, socket.MSG_PEEK) == b""
     except BlockingIOError:
         return False
+    finally:
+        sock.settimeout(before)
 
 
 def send_some(sock: socket.socket, pieces: Sequence[bytes | memoryview]) -> int:
@@ -4581,6 +4621,13 @@ class Server(ThreadingHTTPServer):
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)  # HTTPServer's asks DNS for a name we never use
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError:  # no file is left: the listener must not spin until one is
+            threading.Event().wait(0.1)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         most = self.config.server.max_viewers
@@ -4663,11 +4710,11 @@ def check_stream(stream: StreamSettings) -> Finding:
     began = time.monotonic()
     try:
         channel = channels.watch(stream, None, viewer)
+        seconds = time.monotonic() - began
     except StreamError as error:
         return Finding(stream.name, False, error.reason)
     finally:
         channels.stop(EXIT_TIME)
-    seconds = time.monotonic() - began
     qualities = ", ".join(channels.qualities(stream))
     words = [channel.container.value, qualities, f"first byte after {seconds:.2f} s"]
     return Finding(stream.name, True, "; ".join([*words, *filter(None, [channel.note])]))
@@ -4814,7 +4861,7 @@ def with_demo(config: Config, address: str) -> Config:
 # Logging
 
 _ADDRESS = re.compile(
-    r"\b([a-z][a-z0-9+.-]*://)(?:[^\s/@'\"]*@)?([^\s/?#'\"<>()]*)[^\s'\"<>()]*", re.I
+    r"\b([a-z][a-z0-9+.-]*://)(?:[^\s/'\"]*@)?([^\s/?#'\"<>()]*)[^\s'\"<>()]*", re.I
 )
 _REQUEST_PATH = re.compile(r"(\burl: )/\S*")  # urllib3 names them without their host
 _CHANNEL_THREAD = re.compile(r"[A-Za-z]+-([a-z0-9-]+?)(?:--\w+)?-\d+(?:-executor_\d+)?")
@@ -4834,12 +4881,18 @@ class LogFormatter(logging.Formatter):
         is_ours = record.name == log.name
         record.channel = f" {match[1]}:" if match and not is_ours else ""
         text = super().format(record)
-        if record.exc_info or not is_ours:
-            text = _REQUEST_PATH.sub(r"\1/...", _ADDRESS.sub(r"\1\2/...", text))
         for secret in self.secrets:
             text = text.replace(secret, HIDDEN)
-        lines = (line.encode("unicode_escape").decode() for line in text.split("\n"))
-        return "\n".join(lines)
+        if record.exc_info or not is_ours:
+            text = _REQUEST_PATH.sub(r"\1/...", _ADDRESS.sub(r"\1\2/...", text))
+        return "\n".join(map(_printable, text.split("\n")))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return _printable(super().formatMessage(record))  # one line, whatever a client sent
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def secrets_of(config: Config) -> tuple[str, ...]:
@@ -4867,7 +4920,8 @@ def _secrets_of_address(address: str) -> set[str]:
         return {address}
     values = {value for _, value in parse_qsl(parts.query)}
     tail = f"{parts.path}?{parts.query}" if parts.query else parts.path
-    return users | {unquote(user) for user in users} | values | {tail, parts.query}
+    tails = {tail, parts.query} if tail.count("/") > 1 or parts.query else set()
+    return users | {unquote(user) for user in users} | values | tails
 
 
 class RepeatFilter(logging.Filter):
@@ -4958,6 +5012,15 @@ def serve(config: Config, commands: Commands, read_again: Callable[[], Config]) 
     return EXIT_OK
 
 
+def raise_file_limit() -> None:
+    """Allow as many open files as the system lets us: each viewer is one, and 1,024 are few."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource  # not on Windows
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def next_command(commands: Commands) -> Command:
     """Wait for a command; looks twice a second.
 
@@ -5020,6 +5083,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             config = read()
             warm_up()
+            raise_file_limit()
             if arguments.check:
                 return run_check(config)
             stack.enter_context(signals(commands))

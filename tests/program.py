@@ -1,0 +1,104 @@
+"""The program as a real process that serves a configuration, and what the system knows of it."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import yaml
+
+from tests.server import TIMEOUT
+from tests.test_cli import Program
+
+
+def eventually(condition: Callable[[], bool], what: str, timeout: float = TIMEOUT) -> None:
+    """Returns once `condition` holds, which nothing notifies of."""
+    deadline, pause = time.monotonic() + timeout, threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
+        pause.wait(0.01)
+
+
+class Service(Program):
+    """A running `python pipe.py` with these streams on a port of its own."""
+
+    def __init__(
+        self, folder: Path, streams: Mapping[str, object], *, level: str = "info", **more: object
+    ) -> None:
+        self._folder = folder
+        self.configure(streams, **more)
+        super().__init__("--log-level", level, cwd=folder)
+        try:
+            self.port = self.listening_port()
+        except BaseException:
+            self.close()
+            raise
+
+    def configure(self, streams: Mapping[str, object], **more: object) -> None:
+        """Write the file; `more` are its other sections, or settings of `server:`."""
+        sections = {key: more.pop(key) for key in ("options",) if key in more}
+        server = {"host": "127.0.0.1", "port": 0, **more}
+        tree = {"server": server, "streams": dict(streams), **sections}
+        self.write(yaml.safe_dump(tree, sort_keys=False))
+
+    def write(self, text: str) -> None:
+        (self._folder / "config.yml").write_text(text, encoding="utf-8")
+
+    def wait_for_count(self, pattern: str, count: int) -> None:
+        """Until so many lines on stderr have the pattern."""
+        with self._read:
+            self._read.wait_for(lambda: self._is_closed or self.count(pattern) >= count, TIMEOUT)
+            assert self.count(pattern) >= count, f"{pattern!r} is not in {self._lines}"
+
+    def count(self, pattern: str) -> int:
+        return sum(bool(re.search(pattern, line)) for line in tuple(self._lines))
+
+    @property
+    def lines(self) -> list[str]:
+        """What it wrote to stderr so far."""
+        with self._read:
+            return list(self._lines)
+
+    # Linux tells these of every process.
+
+    @property
+    def threads(self) -> int:
+        return self._status("Threads")
+
+    @property
+    def memory(self) -> int:
+        """Bytes that are resident."""
+        return 1024 * self._status("VmRSS")
+
+    @property
+    def descriptors(self) -> int:
+        return len(self._open_files())
+
+    @property
+    def sockets(self) -> int:
+        return sum(name.startswith("socket:") for name in self._open_files())
+
+    def _status(self, name: str) -> int:
+        text = Path(f"/proc/{self._process.pid}/status").read_text()
+        found = re.search(rf"^{name}:\s+(\d+)", text, re.M)
+        assert found
+        return int(found[1])
+
+    def _open_files(self) -> list[str]:
+        return list(self._links(Path(f"/proc/{self._process.pid}/fd")))
+
+    @staticmethod
+    def _links(folder: Path) -> Iterator[str]:
+        for entry in folder.iterdir():
+            with suppress(OSError):  # closed meanwhile
+                yield str(entry.readlink())
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

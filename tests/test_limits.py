@@ -1,0 +1,559 @@
+"""Limits: a real server and origin on loopback, real sockets, the kernel's own figures.
+
+Replaced are only constants, to reach a limit sooner, and what other platforms do not have.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import fcntl
+import itertools
+import logging
+import queue
+import random
+import re
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pipe
+from tests import media
+from tests.origin import Origin, Playlist, Stall
+from tests.program import Service, eventually
+from tests.server import TIMEOUT, Answer, Site, Watch
+from tests.threads import Task
+
+Serve = Callable[..., Site]
+
+KIB, MIB = 1 << 10, 1 << 20
+UNSENT = 0x894B  # SIOCOUTQNSD of Linux: bytes that were written and not sent yet
+PACKET = media.PACKET
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads figures of Linux' kernel")
+
+
+def live(origin: Origin, name: str = "news", size: int | None = None) -> Playlist:
+    """A live channel whose segments have `size` bytes."""
+    segments = media.ts_segments()
+    if size:
+        segments = tuple(media.padded(segment, size // PACKET * PACKET) for segment in segments)
+    return origin.add(Playlist(name, segments, mode="live"))
+
+
+def endless(origin: Origin, path: str = "/relay") -> str:
+    return origin.add_endless(path, lambda: itertools.cycle(media.ts_segments()))
+
+
+def viewers(site: Site) -> int:
+    count = site.ask("GET", "/health").json["viewers"]
+    assert isinstance(count, int)
+    return count
+
+
+def assert_refused(answer: Answer, words: str) -> None:
+    assert answer.status == 503
+    assert int(answer.headers["Retry-After"]) > 0
+    assert answer.json == {"error": words}
+
+
+def connect(port: int, host: str = "127.0.0.1", room: int | None = None) -> socket.socket:
+    """A connection; `room` is what its kernel takes of an answer that is not read."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    if room:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+    sock.settimeout(TIMEOUT)
+    sock.connect((host, port))
+    return sock
+
+
+def idle_viewer(port: int, path: str, version: str = "1.1") -> socket.socket:
+    """A viewer that has read the start of its answer's head and reads no more."""
+    sock = connect(port, room=4096)
+    sock.sendall(f"GET {path} HTTP/{version}\r\nHost: tv\r\n\r\n".encode())
+    assert sock.recv(12) == b"HTTP/1.1 200"
+    return sock
+
+
+def read_to_end(sock: socket.socket) -> bytes:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MIB)
+    parts = []
+    with contextlib.suppress(ConnectionError):
+        while part := sock.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def viewer_threads() -> int:
+    return sum(thread.name.startswith("viewer-") for thread in threading.enumerate())
+
+
+#### max_viewers ####
+
+
+def test_viewer_beyond_the_limit_is_told_to_come_back(origin: Origin, serve: Serve) -> None:
+    site = serve({"news": live(origin).url}, server={"max_viewers": 2})
+    first, second = site.watch("/news"), site.watch("/news")
+    assert (first.status, second.status) == (200, 200)
+    assert_refused(site.get("/news"), "there are too many viewers")
+    health = site.get("/health")
+    assert (health.status, health.json["viewers"]) == (200, 2)
+    assert site.ask("HEAD", "/news").status == 200, "a probe is no viewer"
+
+
+def test_place_of_a_viewer_that_left_is_free_again(origin: Origin, serve: Serve) -> None:
+    site = serve({"news": live(origin).url}, server={"max_viewers": 1})
+    first = site.watch("/news")
+    first.read(PACKET)
+    first.close()
+    eventually(lambda: viewers(site) == 0, "the viewer's leaving is noticed")
+    assert site.watch("/news").status == 200
+
+
+def test_refused_viewer_opens_no_upstream(origin: Origin, serve: Serve) -> None:
+    streams = {"news": live(origin).url, "other": live(origin, "other").url}
+    site = serve(streams, server={"max_viewers": 1})
+    site.watch("/news").read(PACKET)
+    assert_refused(site.get("/other"), "there are too many viewers")
+    assert origin.count("/other/*") == 0
+
+
+def test_viewer_counts_as_long_as_it_reads(origin: Origin, serve: Serve) -> None:
+    """Its upstream may be finished and closed long before."""
+    body = media.padded(media.ts_segments()[0], 5000 * PACKET)
+    site = serve({"file": origin.add_file("/file.ts", body)}, server={"max_viewers": 1})
+    with contextlib.closing(idle_viewer(site.port, "/file", "1.0")) as slow:
+        origin.wait_connections(0)
+        assert viewers(site) == 1
+        assert_refused(site.get("/file"), "there are too many viewers")
+        assert read_to_end(slow).endswith(body[-PACKET:])
+    eventually(lambda: viewers(site) == 0, "nobody watches")
+
+
+def test_no_limit_of_viewers(origin: Origin, serve: Serve) -> None:
+    site = serve({"news": live(origin).url}, server={"max_viewers": 0})
+    assert {site.watch("/news").status for _ in range(5)} == {200}
+
+
+#### max_upstreams ####
+
+
+def test_upstream_beyond_the_limit_is_refused(origin: Origin, serve: Serve) -> None:
+    streams = {"news": live(origin).url, "other": live(origin, "other").url}
+    site = serve(streams, server={"max_upstreams": 1})
+    site.watch("/news").read(PACKET)
+    assert_refused(site.get("/other"), "there are too many upstreams")
+    assert origin.count("/other/*") == 0
+    assert site.watch("/news").status == 200, "one more viewer needs no upstream"
+
+
+def test_lingering_channel_gives_way(origin: Origin, serve: Serve) -> None:
+    names = ("first", "second", "third")
+    site = serve(
+        {name: live(origin, name).url for name in names}, server={"max_upstreams": 2}, linger=600
+    )
+    for count, name in enumerate(names[:2]):
+        with site.watch(f"/{name}") as viewer:
+            viewer.read(PACKET)
+            assert viewers(site) == 1
+        eventually(lambda: viewers(site) == 0, "the viewer's leaving is noticed")
+        assert upstreams(site) == count + 1, "it lingers"
+    assert site.watch("/third").status == 200
+    eventually(lambda: channel_states(site)["first"] == [], "the one idle for longest gave way")
+    assert channel_states(site)["second"] == ["live"]
+    origin.clear_requests()
+    site.watch("/second").read(PACKET)
+    assert origin.count("/second/*.ts") == 0, "it was joined, not started"
+
+
+def channel_states(site: Site) -> dict[str, list[str]]:
+    streams = site.get("/status").json["streams"]
+    return {s["stream"]: [channel["state"] for channel in s["channels"]] for s in streams}
+
+
+def upstreams(site: Site) -> int:
+    return sum(map(len, channel_states(site).values()))
+
+
+def test_viewers_of_what_has_an_end_count_as_upstreams(origin: Origin, serve: Serve) -> None:
+    vod = origin.add(Playlist("vod", media.ts_segments()))
+    origin.fault(vod.segment_path(2), Stall(1000), times=None)
+    site = serve({"vod": vod.url}, server={"max_upstreams": 2})
+    watching = [site.watch("/vod"), site.watch("/vod")]
+    assert [viewer.read(PACKET)[:1] for viewer in watching] == [b"G", b"G"]
+    assert_refused(site.get("/vod"), "there are too many upstreams")
+    watching[0].close()
+    eventually(lambda: upstreams(site) == 1, "its upstream closed")
+    assert site.watch("/vod").status == 200
+
+
+#### Connections ####
+
+
+@pytest.fixture
+def four_connections(origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """A site for one viewer, with room for three more connections."""
+    monkeypatch.setattr(pipe, "SPARE_CONNECTIONS", 3)
+    return serve({"news": live(origin).url}, server={"max_viewers": 1})
+
+
+def refusal(port: int) -> bytes:
+    """What a client hears that says nothing."""
+    with contextlib.closing(connect(port)) as sock:
+        return read_to_end(sock)
+
+
+def test_connection_beyond_the_limit_is_refused_without_a_thread(four_connections: Site) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(contextlib.closing(connect(four_connections.port)))
+        for _ in range(3):
+            head, _, body = refusal(four_connections.port).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 503 ")
+            assert re.search(rb"\r\nRetry-After: \d+\r\n", head)
+            assert body == b'{"error": "there are too many connections"}\n'
+        assert viewer_threads() == 4
+    eventually(lambda: viewer_threads() == 0, "the threads end with their connections")
+    assert four_connections.get("/health").status == 200
+
+
+def test_no_limit_of_viewers_still_bounds_connections(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipe, "MOST_CONNECTIONS", 2)
+    site = serve({"news": live(origin).url}, server={"max_viewers": 0})
+    with contextlib.closing(connect(site.port)), contextlib.closing(connect(site.port)):
+        assert refusal(site.port).startswith(b"HTTP/1.1 503 ")
+
+
+def test_documented_bounds() -> None:
+    assert (pipe.SPARE_CONNECTIONS, pipe.MOST_CONNECTIONS) == (256, 4096)
+    assert (pipe.HEAD_TIMEOUT, pipe.HEAD_LIMIT) == (10.0, 64 * KIB)
+    assert pipe.Server.request_queue_size == 1024
+
+
+def test_health_answers_while_viewers_fill_the_server(four_connections: Site) -> None:
+    four_connections.watch("/news").read(PACKET)
+    assert_refused(four_connections.get("/news"), "there are too many viewers")
+    assert four_connections.get("/health").json["viewers"] == 1
+
+
+def test_system_without_threads_left_refuses_and_goes_on(
+    four_connections: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        if thread.name.startswith("viewer-"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        for _ in range(6):
+            assert refusal(four_connections.port).startswith(b"HTTP/1.1 503 ")
+    assert four_connections.get("/health").status == 200, "no place was lost"
+
+
+#### The request head ####
+
+
+def test_head_of_nearly_64_kib_is_read(origin: Origin, serve: Serve) -> None:
+    site = serve({"news": live(origin).url})
+    head = b"GET /health HTTP/1.1\r\nHost: tv\r\n" + 8 * (b"X: " + 8000 * b"x" + b"\r\n") + b"\r\n"
+    assert len(head) < pipe.HEAD_LIMIT
+    assert site.raw(head).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"X: " + 8000 * b"x" + b"\r\n", b"X: y\r\n", b" \r\n", b"\0"],
+    ids=["long fields", "short fields", "continued lines", "zeros"],
+)
+def test_head_above_64_kib_is_given_up_at_once(origin: Origin, serve: Serve, line: bytes) -> None:
+    """No matter how it is made up, and though more could still come."""
+    site = serve({"news": live(origin).url})
+    flood = b"GET /news HTTP/1.1\r\n" + line * (2 * pipe.HEAD_LIMIT // len(line))
+    began = time.monotonic()
+    with contextlib.closing(connect(site.port)) as sock:
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(flood)
+        assert b" 200 " not in read_to_end(sock)
+    assert time.monotonic() - began < pipe.HEAD_TIMEOUT / 2
+    assert origin.requests == ()
+
+
+def test_silent_connections_end_in_time(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipe, "HEAD_TIMEOUT", 0.3)
+    site = serve({"news": live(origin).url})
+    with contextlib.ExitStack() as stack:
+        crowd = [stack.enter_context(contextlib.closing(connect(site.port))) for _ in range(20)]
+        assert [read_to_end(sock) for sock in crowd] == 20 * [b""]
+    eventually(lambda: viewer_threads() == 0, "their threads end")
+
+
+#### Viewers that take nothing ####
+
+
+def test_viewer_that_takes_nothing_is_dropped(
+    origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "streampipe")
+    site = serve({"relay": endless(origin)}, viewer_timeout=0.5)
+    healthy = Task(lambda: site.get("/relay"))
+    with contextlib.closing(idle_viewer(site.port, "/relay")) as stuck:
+        eventually(lambda: "took nothing for 0.5 s" in caplog.text, "the viewer is dropped")
+        assert healthy.is_running
+        assert not read_to_end(stuck).endswith(b"\r\n0\r\n\r\n"), "players shall come back"
+    dropped = b'streampipe_viewer_drops_total{stream="relay",reason="timeout"} 1\n'
+    assert dropped in site.get("/metrics").body
+    site.channels.stop(TIMEOUT)
+    healthy.result()
+
+
+def test_slow_viewer_is_not_dropped(origin: Origin, serve: Serve) -> None:
+    """It takes a little all the time, each of which is progress."""
+    site = serve({"relay": endless(origin)}, viewer_timeout=0.5)
+    until = time.monotonic() + 1.5
+    pause = threading.Event()
+    with contextlib.closing(idle_viewer(site.port, "/relay", "1.0")) as slow:
+        while time.monotonic() < until:
+            assert slow.recv(16384)
+            pause.wait(0.02)
+    assert b'reason="timeout"' not in site.get("/metrics").body
+
+
+def test_viewer_that_pauses_at_the_end_gets_the_final_chunk(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipe, "UNSENT_LIMIT", 1)  # a small stream fills it
+    looked: set[object] = set()  # the viewers whose threads wait for media
+    has_left = pipe.has_left
+
+    def look(sock: socket.socket) -> bool:
+        looked.add(sock.getpeername())
+        return has_left(sock)
+
+    monkeypatch.setattr(pipe, "has_left", look)
+    news = live(origin)
+    site = serve({"news": news.url})
+    site.watch("/news").read(len(news.plain(2, 5)))
+    with contextlib.closing(idle_viewer(site.port, "/news")) as paused:
+        eventually(lambda: paused.getsockname() in looked, "all there is was handed over")
+        news.end()
+        eventually(lambda: channel_states(site)["news"] == [], "the channel ended")
+        assert read_to_end(paused).endswith(b"\r\n0\r\n\r\n")
+
+
+#### What the kernel holds, and what it looks for ####
+
+
+def server_side(site: Site) -> socket.socket:
+    """The server's socket of its only connection."""
+    (sock,) = site.server._open
+    return sock
+
+
+def unsent(site: Site) -> int:
+    """Bytes that the kernel holds for the only viewer and has not sent."""
+    answer = fcntl.ioctl(server_side(site), UNSENT, bytes(4))
+    return int(struct.unpack("i", answer)[0])
+
+
+@linux_only
+def test_unsent_data_in_the_kernel_is_bounded(origin: Origin, serve: Serve) -> None:
+    site = serve({"relay": endless(origin)})
+    with contextlib.closing(idle_viewer(site.port, "/relay")):
+        eventually(lambda: unsent(site) >= pipe.UNSENT_LIMIT // 2, "the kernel takes no more")
+        received = origin.requests[0].sent
+        origin.wait_until(lambda: origin.requests[0].sent > received + 4 * MIB, "4 MiB more come")
+        assert unsent(site) <= pipe.UNSENT_LIMIT + pipe.SEND_LIMIT
+
+
+@pytest.mark.parametrize("seconds", [1.0, 600.0, 86400.0])
+def test_dead_peers_are_found_but_paused_players_kept(
+    origin: Origin, serve: Serve, seconds: float
+) -> None:
+    site = serve({"news": live(origin).url}, viewer_timeout=seconds)
+    site.watch("/news").read(PACKET)
+    sock = server_side(site)
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    bounds = {
+        "TCP_NODELAY": (1, 1),
+        "TCP_NOTSENT_LOWAT": (1, 256 * KIB),
+        "TCP_USER_TIMEOUT": (seconds * 1000, 1 << 31),
+        "TCP_KEEPIDLE": (1, max(30, seconds)),
+    }
+    for name, (least, most) in bounds.items():
+        if option := getattr(socket, name, None):
+            value = sock.getsockopt(socket.IPPROTO_TCP, option)
+            assert least <= value <= most, name
+
+
+#### Where it listens ####
+
+
+def ipv6_works() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as sock:
+        sock.bind(("::1", 0))
+        return True
+    return False
+
+
+@pytest.mark.skipif(not ipv6_works(), reason="there is no IPv6 here")
+@pytest.mark.parametrize("client", ["127.0.0.1", "::1"])
+def test_ipv6_host_serves_both(origin: Origin, serve: Serve, client: str) -> None:
+    site = serve({"news": live(origin).url}, server={"host": "::"})
+    with contextlib.closing(connect(site.port, client)) as sock:
+        sock.sendall(b"GET /playlist.m3u HTTP/1.0\r\n\r\n")
+        answer = read_to_end(sock)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    shown = "[::1]" if ":" in client else r"(127\.0\.0\.1|\[::ffff:127\.0\.0\.1\])"
+    shown = shown.replace("[::1]", r"\[::1\]")
+    assert re.search(rf"\nhttp://{shown}:{site.port}/news\n".encode(), answer)
+
+
+def test_port_zero_is_a_free_port_each_time(serve: Serve) -> None:
+    first, second = serve({}), serve({})
+    assert 0 < first.port != second.port > 0
+    assert [site.get("/health").status for site in (first, second)] == [200, 200]
+
+
+#### Other platforms ####
+
+LINUX_OPTIONS = (
+    "TCP_USER_TIMEOUT",
+    "TCP_NOTSENT_LOWAT",
+    "TCP_KEEPIDLE",
+    "TCP_KEEPINTVL",
+    "TCP_KEEPCNT",
+)
+
+
+def test_viewers_are_served_without_what_linux_has(
+    origin: Origin,
+    serve: Serve,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Windows has no sendmsg() either."""
+    for name in LINUX_OPTIONS:
+        monkeypatch.delattr(socket, name, raising=False)
+    monkeypatch.setattr(
+        pipe, "hasattr", lambda thing, name: name != "sendmsg" and builtins.hasattr(thing, name),
+        raising=False,
+    )  # fmt: skip
+    vod = origin.add(Playlist("vod", media.ts_segments()))
+    for http10 in (False, True):
+        answer = serve({"vod": vod.url}).get("/vod", http10=http10)
+        assert (answer.body, answer.is_complete) == (vod.plain(0, 8), True)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_option_that_the_system_refuses_is_left_out() -> None:
+    class Picky(socket.socket):
+        refused: list[int]
+
+        def setsockopt(self, level: int, option: int, value: Any, *more: Any) -> None:
+            self.refused.append(option)
+            raise OSError("not supported")
+
+    with Picky() as sock:
+        sock.refused = []
+        pipe.tune(sock, 600.0)
+        assert len(sock.refused) > 1
+
+
+def test_signals_without_sighup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(signal, "SIGHUP")
+    before = signal.getsignal(signal.SIGTERM)
+    commands: pipe.Commands = queue.SimpleQueue()
+    with pipe.signals(commands):
+        signal.raise_signal(signal.SIGTERM)
+        assert pipe.next_command(commands) is pipe.Command.STOP
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+#### Many at once ####
+
+
+@linux_only
+@pytest.mark.long
+def test_crowd_that_does_not_read_harms_nobody(origin: Origin, tmp_path: Path) -> None:
+    """50 healthy viewers lose no byte next to 200 that never read and 500 idle connections."""
+    news = live(origin, size=100 * KIB)
+    with Service(
+        tmp_path, {"news": news.url}, max_viewers=250, options={"viewer_timeout": 12, "linger": 0}
+    ) as service:
+        with Watch(service.port, "/news") as first:
+            first.read(PACKET)
+        origin.wait_connections(0)
+        before = service.threads, service.memory
+        start = news.newest - 2
+        with ThreadPoolExecutor(50) as pool, contextlib.ExitStack() as stack:
+            healthy = [stack.enter_context(Watch(service.port, "/news")) for _ in range(50)]
+            reads = [pool.submit(viewer.read_all) for viewer in healthy]
+            for _ in range(200):
+                stack.enter_context(contextlib.closing(idle_viewer(service.port, "/news")))
+            idle = [connect(service.port) for _ in range(500)]
+            for sock in idle:
+                stack.enter_context(sock)
+            answers = list(pool.map(read_to_end, idle))
+            assert sum(answer.startswith(b"HTTP/1.1 503 ") for answer in answers) == 500 - 256
+            assert [answer for answer in answers if answer and b" 503 " not in answer] == []
+            assert service.threads <= 250 + 256 + 30
+            with Watch(service.port, "/news") as refused:
+                assert refused.status == 503
+            with Watch(service.port, "/health") as health:
+                assert (health.status, b'"viewers": 250' in health.read_all()[0]) == (200, True)
+            for _ in range(20):
+                news.advance()
+                origin.wait_for(news.segment_path(news.newest))
+            news.end()
+            expected = news.plain(start, news.newest + 1), True
+            assert all(read.result() == expected for read in reads)
+            service.wait_for_count("took nothing for 12 s|left: ", 1)
+        eventually(lambda: service.threads <= before[0] + 1, "the threads are as before", 40)
+        grown = service.memory - before[1]
+        assert grown < 60 * MIB, f"{grown} bytes more than before"
+
+
+@pytest.mark.long
+def test_joining_and_leaving_in_the_second_of_the_teardown(
+    origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    """15 viewers come and go 200 times around the end of their channel's linger time."""
+    caplog.set_level(logging.WARNING)
+    origin.rate = 4_000_000
+    linger = 0.05
+    site = serve({"relay": endless(origin)}, linger=linger)
+    dice, pause, before = random.Random(5), threading.Event(), threading.active_count()
+
+    def visit(delay: float, together: threading.Barrier) -> None:
+        pause.wait(delay)
+        with Watch(site.port, "/relay") as viewer:
+            assert viewer.read(PACKET)[:1] == b"G"
+            together.wait(TIMEOUT)
+
+    with ThreadPoolExecutor(15) as pool:
+        for number in range(200):
+            starts = origin.count("/relay")
+            together = threading.Barrier(15)
+            delays = [dice.uniform(0, 3 * linger) for _ in range(15)]
+            visits = [pool.submit(visit, delay, together) for delay in delays]
+            for each in visits:
+                each.result(TIMEOUT)
+            assert origin.count("/relay") <= starts + 1, f"a second upstream in round {number}"
+    origin.wait_connections(0)
+    assert [record.getMessage() for record in caplog.records] == []
+    eventually(lambda: threading.active_count() <= before, "no thread is left")

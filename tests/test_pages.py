@@ -1,0 +1,1067 @@
+"""The pages around the streams, per-stream options and --check; server, origin and proxy are real.
+
+What is written for other programs is read by their parsers: Prometheus' own, XML's and HTML's.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import ipaddress
+import itertools
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import pipe
+from tests import media
+from tests.origin import Fault, Origin, Playlist, StallHeaders, Status, master
+from tests.server import Answer, Site
+from tests.test_cli import PIPE, Program
+from tests.test_sharing import Sluggish, eventually, feeders
+
+Serve = Callable[..., Site]
+TIMEOUT = 20.0  # seconds; nothing a test waits for takes as long
+TOKEN = "t&k n/1"
+QUOTED_TOKEN = "t%26k%20n%2F1"
+NOWHERE = "http://origin.example/secret-path/x.m3u8"  # configured and never opened
+HTML = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+PAGES = [
+    *("/playlist.m3u", "/news.m3u", "/discover.json", "/lineup.json", "/lineup_status.json"),
+    *("/lineup.post", "/device.xml", "/status", "/metrics"),
+]
+
+
+def live(origin: Origin, name: str = "news", **options: Any) -> Playlist:
+    """A channel of a segment a second, which loses none: all can be fetched for ever."""
+    settings: dict[str, Any] = {"mode": "live", "window": 5, "clock": True} | options
+    return origin.add(Playlist(name, media.ts_segments(8), **settings))
+
+
+#### Playlists for players ####
+
+
+@dataclass(frozen=True)
+class Entry:
+    attributes: Mapping[str, str]
+    title: str
+    url: str
+
+
+def playlist(answer: Answer) -> tuple[str, list[Entry]]:
+    """First line and entries of an M3U; every line of it has to be of the known form."""
+    assert answer.status == 200
+    assert answer.headers["Content-Type"] == "audio/x-mpegurl"
+    assert int(answer.headers["Content-Length"]) == len(answer.body)
+    head, *lines = answer.body.decode("utf-8").removesuffix("\n").split("\n")
+    entries = []
+    for line, url in zip(lines[::2], lines[1::2], strict=True):
+        found = re.fullmatch(r'#EXTINF:-1((?: [a-z-]+="[^"]+")*),([^\r\n]*)', line)
+        assert found, line
+        entries.append(Entry(dict(re.findall(r'([a-z-]+)="([^"]+)"', found[1])), found[2], url))
+    return head, entries
+
+
+def test_playlist_has_every_stream_in_the_files_order(serve: Serve) -> None:
+    full = {"title": "Zwölf", "logo": "https://x.example/l.png", "group": "News", "number": 12}
+    site = serve({"z12": {"url": NOWHERE, "tvg_id": "z.example", **full}, "a": NOWHERE})
+    assert playlist(site.get("/playlist.m3u")) == (
+        "#EXTM3U",
+        [
+            Entry(
+                {
+                    "tvg-id": "z.example",
+                    "tvg-name": "Zwölf",
+                    "tvg-logo": "https://x.example/l.png",
+                    "tvg-chno": "12",
+                    "group-title": "News",
+                },
+                "Zwölf",
+                f"{site.url}/z12",
+            ),
+            Entry({"tvg-name": "a"}, "a", f"{site.url}/a"),
+        ],
+    )
+
+
+def test_playlist_of_one_stream_has_it_alone(serve: Serve) -> None:
+    site = serve({"one": {"url": NOWHERE, "group": "G"}, "two": NOWHERE})
+    head, entries = playlist(site.get("/one.m3u"))
+    assert head == "#EXTM3U"
+    assert entries == [Entry({"tvg-name": "one", "group-title": "G"}, "one", f"{site.url}/one")]
+
+
+@pytest.mark.parametrize(
+    "path", ["/three.m3u", "/.m3u", "/playlist.m3u8", "/one.M3U", "/x/one.m3u"]
+)
+def test_playlist_of_no_stream_is_not_found(serve: Serve, path: str) -> None:
+    assert serve({"one": NOWHERE}).get(path).status == 404
+
+
+def test_playlist_without_streams_is_one_line(serve: Serve) -> None:
+    assert serve({}).get("/playlist.m3u").body == b"#EXTM3U\n"
+
+
+def test_playlist_names_the_guide(serve: Serve) -> None:
+    epg = "https://guide.example/xmltv.gz?a=1&b=2"
+    head, _ = playlist(serve({"one": NOWHERE}, server={"epg": epg}).get("/playlist.m3u"))
+    assert head == f'#EXTM3U x-tvg-url="{epg}" url-tvg="{epg}"'
+
+
+@pytest.mark.parametrize(
+    ("written", "cleaned"),
+    [
+        pytest.param('The "Best" of', "The 'Best' of", id="quotes"),
+        pytest.param("A\nhttp://evil.example/", "A http://evil.example/", id="line feed"),
+        pytest.param("A\r\n#EXTINF:-1,B", "A #EXTINF:-1,B", id="line of its own"),
+        pytest.param("A\u2028B\x85C\x0bD", "A B C D", id="other line breaks"),
+        pytest.param("  A  ", "A", id="space around"),
+    ],
+)
+def test_values_cannot_break_out_of_their_line(serve: Serve, written: str, cleaned: str) -> None:
+    site = serve({"one": {"url": NOWHERE, "title": written, "group": written, "tvg_id": written}})
+    _, (entry,) = playlist(site.get("/playlist.m3u"))
+    assert entry.attributes == dict.fromkeys(("tvg-name", "group-title", "tvg-id"), cleaned)
+    assert entry.title in (cleaned, " ".join(written.split()))
+    assert entry.url == f"{site.url}/one"
+
+
+@pytest.mark.parametrize("key", ["logo", "group", "tvg_id"])
+@pytest.mark.parametrize("value", ["", " ", "\n"], ids=["empty", "space", "line break"])
+def test_value_that_is_empty_is_left_out(serve: Serve, key: str, value: str) -> None:
+    try:
+        site = serve({"one": {"url": NOWHERE, key: value}})
+    except pipe.ConfigError:
+        return  # what cannot be configured is left out, too
+    _, (entry,) = playlist(site.get("/playlist.m3u"))
+    assert entry.attributes == {"tvg-name": "one"}
+
+
+PUBLIC = {"public_url": "https://tv.example/sub/"}
+FORWARDED = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "tv.example:8443"}
+
+
+@pytest.mark.parametrize(
+    ("server", "headers", "base"),
+    [
+        pytest.param(PUBLIC, FORWARDED, "https://tv.example/sub", id="public_url"),
+        pytest.param({}, FORWARDED, "https://tv.example:8443", id="X-Forwarded"),
+        pytest.param(
+            {},
+            {"X-Forwarded-Proto": "https, http", "X-Forwarded-Host": "outer.example, inner"},
+            "https://outer.example",
+            id="two proxies",
+        ),
+        pytest.param(
+            {}, {"X-Forwarded-Proto": "https", "Host": "h.example"}, "https://h.example", id="proto"
+        ),
+        pytest.param({}, {"X-Forwarded-Proto": "gopher", "Host": "h"}, "http://h", id="odd proto"),
+        pytest.param({}, {"Host": "h.example:99"}, "http://h.example:99", id="Host"),
+        pytest.param({}, {"Host": "[::1]:99"}, "http://[::1]:99", id="IPv6 Host"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/playlist.m3u", "/one.m3u"])
+def test_addresses_are_those_the_client_reaches(
+    serve: Serve, server: dict[str, str], headers: dict[str, str], base: str, path: str
+) -> None:
+    _, (entry,) = playlist(serve({"one": NOWHERE}, server=server).ask("GET", path, **headers))
+    assert entry.url == f"{base}/one"
+
+
+def test_address_without_host_is_the_sockets(serve: Serve) -> None:
+    site = serve({"one": NOWHERE})
+    answer = site.raw(b"GET /playlist.m3u HTTP/1.0\r\n\r\n")
+    assert answer.endswith(
+        f'\r\n\r\n#EXTM3U\n#EXTINF:-1 tvg-name="one",one\n{site.url}/one\n'.encode()
+    )
+
+
+@pytest.mark.parametrize("header", ["Host", "X-Forwarded-Host"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *('"><script>', "a b", "evil.example/x?", "u@evil.example", "a:b", "a:99x", "h\tx", "[::1"),
+        *("[x]:1", "a#b", "h%0d%0aX", ".example:80:80", "h\\x", "b\xe4d"),
+    ],
+)
+def test_host_that_is_none_is_not_repeated(serve: Serve, header: str, value: str) -> None:
+    site = serve({"one": NOWHERE})
+    _, (entry,) = playlist(site.ask("GET", "/playlist.m3u", **{"Host": "", header: value}))
+    assert entry.url == f"{site.url}/one"
+
+
+#### The token ####
+
+
+def closed(serve: Serve, **server: object) -> Site:
+    return serve({"news": NOWHERE}, server={"token": TOKEN, **server})
+
+
+def basic(password: str) -> str:
+    return "Basic " + base64.b64encode(f"anybody:{password}".encode()).decode()
+
+
+@pytest.mark.parametrize(
+    "headers", [{}, {"Authorization": "Bearer x"}, {"Authorization": basic("x")}], ids=repr
+)
+@pytest.mark.parametrize("path", PAGES)
+def test_pages_ask_for_the_token(serve: Serve, path: str, headers: dict[str, str]) -> None:
+    answer = closed(serve).ask("GET", path, **headers)
+    assert answer.status == 401
+    assert answer.headers["WWW-Authenticate"].startswith("Basic ")
+    assert set(answer.json) == {"error"}
+
+
+@pytest.mark.parametrize("path", PAGES)
+@pytest.mark.parametrize(
+    ("query", "headers"),
+    [
+        pytest.param(f"?token={QUOTED_TOKEN}", {}, id="query"),
+        pytest.param("", {"Authorization": f"Bearer {TOKEN}"}, id="Bearer"),
+        pytest.param("", {"Authorization": basic(TOKEN)}, id="Basic"),
+    ],
+)
+def test_token_opens_the_pages(
+    serve: Serve, path: str, query: str, headers: dict[str, str]
+) -> None:
+    assert closed(serve).ask("GET", path + query, **headers).status == 200
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_trusted_network_needs_no_token(serve: Serve, path: str) -> None:
+    assert closed(serve, trusted=["127.0.0.0/8"]).get(path).status == 200
+
+
+def test_trust_is_the_sockets_and_not_a_headers(serve: Serve) -> None:
+    site = closed(serve, trusted=["10.0.0.0/8"])
+    assert site.ask("GET", "/status", **{"X-Forwarded-For": "10.0.0.1"}).status == 401
+
+
+@pytest.mark.parametrize("path", ["/playlist.m3u", "/news.m3u"])
+def test_playlist_carries_the_token(serve: Serve, path: str) -> None:
+    site = closed(serve, trusted=["127.0.0.1/32"])
+    _, (entry,) = playlist(site.get(path))
+    assert entry.url == f"{site.url}/news?token={QUOTED_TOKEN}"
+
+
+def test_token_of_the_playlist_opens_the_stream(origin: Origin, serve: Serve) -> None:
+    site = serve({"news": live(origin).url}, server={"token": TOKEN})
+    _, (entry,) = playlist(site.get(f"/playlist.m3u?token={QUOTED_TOKEN}"))
+    assert site.watch("/news").status == 401
+    assert site.watch(entry.url.removeprefix(site.url)).status == 200
+
+
+def test_health_says_little_without_the_token(serve: Serve) -> None:
+    site = closed(serve)
+    assert site.get("/health").json == site.get("/").json == {"status": "ok", "streams": 1}
+
+
+def test_page_for_people_asks_for_the_token(serve: Serve) -> None:
+    site = closed(serve)
+    assert site.ask("GET", "/", **HTML).status == 401
+    assert site.ask("GET", f"/?token={QUOTED_TOKEN}", **HTML).status == 200
+
+
+#### HDHomeRun ####
+
+
+@pytest.mark.parametrize(
+    ("server", "count"),
+    [
+        pytest.param({"max_upstreams": 5, "max_viewers": 7}, 5, id="max_upstreams"),
+        pytest.param({"max_upstreams": 0, "max_viewers": 7}, 7, id="max_viewers"),
+        pytest.param({"max_upstreams": 0, "max_viewers": 0}, 16, id="neither"),
+        pytest.param({}, 64, id="defaults"),
+    ],
+)
+def test_tuner_count_is_an_integer(serve: Serve, server: dict[str, int], count: int) -> None:
+    shown = serve({}, server=server).get("/discover.json").json["TunerCount"]
+    assert (type(shown), shown) == (int, count)
+
+
+def test_discover_has_what_clients_need(serve: Serve) -> None:
+    site = serve({}, server={"name": "My TV"})
+    answer = site.get("/discover.json")
+    assert answer.headers["Content-Type"] == "application/json"
+    found = answer.json
+    assert re.fullmatch("[0-9A-F]{8}", found["DeviceID"])
+    assert "HDTC" not in found["ModelNumber"]
+    assert (found["FriendlyName"], found["BaseURL"]) == ("My TV", site.url)
+    assert found["LineupURL"] == f"{site.url}/lineup.json"
+    others = ("FirmwareName", "FirmwareVersion", "DeviceAuth", "ModelNumber")
+    assert all(isinstance(found[key], str) and found[key] for key in others)
+
+
+def test_guide_numbers_are_the_files_or_counted_from_1000(serve: Serve) -> None:
+    streams = {"c": NOWHERE, "a": {"url": NOWHERE, "number": 7, "title": "A!"}, "b": NOWHERE}
+    site = serve(streams)
+    assert site.get("/lineup.json").json == [
+        {"GuideNumber": "1000", "GuideName": "c", "URL": f"{site.url}/c"},
+        {"GuideNumber": "7", "GuideName": "A!", "URL": f"{site.url}/a"},
+        {"GuideNumber": "1001", "GuideName": "b", "URL": f"{site.url}/b"},
+    ]
+
+
+def test_guide_numbers_do_not_repeat(serve: Serve) -> None:
+    site = serve({"a": NOWHERE, "b": {"url": NOWHERE, "number": 1001}, "c": NOWHERE, "d": NOWHERE})
+    numbers = [channel["GuideNumber"] for channel in site.get("/lineup.json").json]
+    assert numbers == ["1000", "1001", "1002", "1003"]
+
+
+@pytest.mark.parametrize("query", ["", "?scan=start", "?scan=abort"])
+def test_scan_is_accepted(serve: Serve, query: str) -> None:
+    answer = serve({}).ask("POST", f"/lineup.post{query}")
+    assert (answer.status, answer.json) == (200, {})
+    assert int(answer.headers["Content-Length"]) == len(answer.body) > 0
+
+
+def test_scan_may_be_posted_with_a_body(serve: Serve) -> None:
+    request = b"POST /lineup.post?scan=start HTTP/1.1\r\nHost: h\r\nContent-Length: 4\r\n\r\nscan"
+    assert serve({}).raw(request).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("path", ["/lineup.json", "/status", "/playlist.m3u", "/news"])
+def test_nothing_else_can_be_posted_to(serve: Serve, path: str) -> None:
+    answer = serve({"news": NOWHERE}).ask("POST", path)
+    assert (answer.status, answer.headers["Allow"]) == (405, "GET, HEAD, OPTIONS")
+
+
+def test_lineup_status_is_that_of_an_idle_tuner(serve: Serve) -> None:
+    assert serve({}).get("/lineup_status.json").json == {
+        "ScanInProgress": 0,
+        "ScanPossible": 1,
+        "Source": "Cable",
+        "SourceList": ["Cable"],
+    }
+
+
+def test_device_describes_itself(serve: Serve) -> None:
+    site = serve({}, server={"name": 'R&D <"TV">'})
+    answer = site.get("/device.xml")
+    assert answer.headers["Content-Type"].startswith("application/xml")
+    space = {"u": "urn:schemas-upnp-org:device-1-0"}
+    root = ElementTree.fromstring(answer.body)
+    assert root.findtext("u:device/u:friendlyName", namespaces=space) == 'R&D <"TV">'
+    assert root.findtext("u:URLBase", namespaces=space) == site.url
+    udn = root.findtext("u:device/u:UDN", namespaces=space) or ""
+    assert re.fullmatch("uuid:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", udn)
+    assert udn[5:13].upper() == site.get("/discover.json").json["DeviceID"]
+
+
+#### Status for programs ####
+
+NUMBER = (int, float)
+SERVER_SHAPE = {"name": str, "version": str, "uptime_seconds": NUMBER, "streams": list}
+STREAM_SHAPE = {
+    **dict.fromkeys(("stream", "title", "state"), str),
+    **dict.fromkeys(("group", "last_error"), (str, type(None))),
+    **dict.fromkeys(("viewers", "peak", "bytes_in", "bytes_out", "restarts", "gaps"), int),
+    "bitrate": NUMBER,
+    "channels": list,
+}
+CHANNEL_SHAPE = {
+    **dict.fromkeys(("variant", "state"), str),
+    "note": (str, type(None)),
+    **dict.fromkeys(("restarts", "window_bytes"), int),
+    **dict.fromkeys(("uptime_seconds", "window_seconds"), NUMBER),
+    "viewers": list,
+}
+VIEWER_SHAPE = {
+    **dict.fromkeys(("address", "user_agent"), str),
+    "since_seconds": NUMBER,
+    **dict.fromkeys(("bytes", "skips"), int),
+}
+
+
+def check_shape(found: Mapping[str, object], shape: Mapping[str, Any]) -> None:
+    assert set(found) == set(shape)
+    wrong = {key: value for key, value in found.items() if not isinstance(value, shape[key])}
+    assert wrong == {}
+    assert not any(isinstance(value, bool) for value in found.values())
+
+
+def status(site: Site) -> Any:
+    answer = site.get("/status")
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "application/json")
+    return answer.json
+
+
+def test_status_of_an_idle_server(serve: Serve) -> None:
+    site = serve({"news": {"url": NOWHERE, "title": "N", "group": "G"}}, server={"name": "TV"})
+    found = status(site)
+    check_shape(found, SERVER_SHAPE)
+    assert (found["name"], found["version"]) == ("TV", pipe.__version__)
+    (stream,) = found["streams"]
+    check_shape(stream, STREAM_SHAPE)
+    idle = dict.fromkeys(("viewers", "peak", "bytes_in", "bytes_out", "bitrate", "restarts"), 0)
+    texts = {"stream": "news", "title": "N", "group": "G", "state": "idle", "last_error": None}
+    assert stream == {**texts, **idle, "gaps": 0, "channels": []}
+
+
+def test_status_tells_of_channels_and_viewers(origin: Origin, serve: Serve) -> None:
+    site = serve({"news": live(origin).url, "other": NOWHERE})
+    agent: dict[str, Any] = {"User-Agent": "TV/1 (é)"}
+    viewer = site.watch("/news", **agent)
+    viewer.read(len(media.ts_segments(8)[0]))
+    site.watch("/news").read(188)
+    stream, other = status(site)["streams"]
+    check_shape(stream, STREAM_SHAPE)
+    (channel,) = stream["channels"]
+    check_shape(channel, CHANNEL_SHAPE)
+    for each in channel["viewers"]:
+        check_shape(each, VIEWER_SHAPE)
+    assert (stream["state"], channel["state"], other["state"]) == ("live", "live", "idle")
+    assert (stream["viewers"], stream["peak"], len(channel["viewers"])) == (2, 2, 2)
+    first = channel["viewers"][0]
+    assert (first["address"], first["user_agent"]) == ("127.0.0.1", "TV/1 (é)")
+    assert first["bytes"] > 0
+    assert stream["bytes_in"] >= channel["window_bytes"] > 0
+    assert stream["bytes_out"] >= sum(each["bytes"] for each in channel["viewers"][:1])
+
+
+def test_status_tells_how_much_the_window_holds(origin: Origin, serve: Serve) -> None:
+    site = serve({"news": live(origin).url})
+    site.watch("/news").read(188)
+
+    def seconds() -> float:
+        return float(status(site)["streams"][0]["channels"][0]["window_seconds"])
+
+    eventually(lambda: seconds() >= 1, "a whole segment is in the window")
+    assert seconds() < TIMEOUT
+
+
+def test_status_keeps_totals_of_those_who_left(origin: Origin, serve: Serve) -> None:
+    film = origin.add(Playlist("film", media.ts_segments(4)))
+    site = serve({"film": film.url})
+    size = len(site.get("/film").body)
+    eventually(lambda: status(site)["streams"][0]["viewers"] == 0, "the viewer is gone")
+    (stream,) = status(site)["streams"]
+    assert (stream["bytes_in"], stream["bytes_out"], stream["peak"]) == (size, size, 1)
+
+
+def test_status_tells_the_last_error_without_the_address(origin: Origin, serve: Serve) -> None:
+    origin.fault("/news/*", Status(503), times=None)
+    site = serve({"news": f"{origin.url}/news/index.m3u8?key=hunter2"})
+    assert site.get("/news").status == 502
+    (stream,) = status(site)["streams"]
+    assert stream["last_error"] == "the origin answered 503"
+    assert (stream["state"], stream["viewers"]) == ("idle", 0)
+
+
+#### Metrics ####
+
+Key = tuple[str, frozenset[tuple[str, str]]]
+
+
+def metrics(site: Site) -> dict[Key, float]:
+    """All samples, as Prometheus' parser reads them; each appears once."""
+    answer = site.get("/metrics")
+    assert answer.status == 200
+    assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    samples: dict[Key, float] = {}
+    for family in text_string_to_metric_families(answer.body.decode("utf-8")):
+        for sample in family.samples:
+            key = sample.name, frozenset(sample.labels.items())
+            assert key not in samples
+            samples[key] = float(sample.value)
+    return samples
+
+
+def metric(site: Site, name: str, **labels: str) -> float:
+    return metrics(site)[f"streampipe_{name}", frozenset(labels.items())]
+
+
+def two_qualities(origin: Origin) -> str:
+    low, high = (live(origin, name) for name in ("low", "high"))
+    return origin.add(master("news", {"480p": low, "720p": high})).url
+
+
+def test_metrics_follow_the_conventions(origin: Origin, serve: Serve) -> None:
+    origin.fault("/bad*", Status(503), times=None)
+    site = serve({"news": two_qualities(origin), "bad": f"{origin.url}/bad.m3u8"})
+    site.watch("/news").read(188)
+    assert site.get("/bad").status == 502
+    families = list(text_string_to_metric_families(site.get("/metrics").body.decode()))
+    assert len({family.name for family in families}) == len(families) >= 12
+    for family in families:
+        assert re.fullmatch(r"streampipe_[a-z_]+", family.name)
+        assert family.documentation.endswith(".")
+        assert family.type in ("counter", "gauge", "histogram")
+        assert not re.search("milli|kilo|mega|minutes|bits|percent", family.name)
+        for sample in family.samples:
+            assert set(sample.labels) <= {"stream", "reason", "code", "le", "version"}
+            assert sample.name.endswith("_total") == (family.type == "counter")
+            assert sample.value >= 0
+
+
+def test_metrics_of_a_server_without_streams_can_be_read(serve: Serve) -> None:
+    assert metric(serve({}), "build_info", version=pipe.__version__) == 1
+
+
+def test_start_time_is_a_unix_time(serve: Serve) -> None:
+    assert metric(serve({}), "start_time_seconds") == pytest.approx(time.time(), abs=TIMEOUT)
+
+
+def test_qualities_of_a_stream_are_summed(origin: Origin, serve: Serve) -> None:
+    site = serve({"news": two_qualities(origin)})
+    for query in ("?quality=480p", "?quality=720p", "?quality=720p"):
+        site.watch(f"/news{query}").read(188)
+    assert metric(site, "viewers", stream="news") == 3
+    assert metric(site, "upstreams", stream="news") == 2
+    assert metric(site, "viewer_connections_total", stream="news") == 3
+
+
+def test_failures_are_counted_by_reason(origin: Origin, serve: Serve) -> None:
+    origin.fault("/news*", Status(503), times=None)
+    site = serve({"news": f"{origin.url}/news.m3u8"})
+    site.get("/news")
+    key = {"stream": "news", "reason": "the origin answered 503"}
+    assert metric(site, "upstream_errors_total", **key) == 1
+    assert metric(site, "http_requests_total", code="502") == 1
+
+
+def test_first_bytes_are_a_histogram(origin: Origin, serve: Serve) -> None:
+    site = serve({"news": live(origin).url})
+    for _ in range(2):
+        site.watch("/news").read(188)
+    found = metrics(site)
+    name = "streampipe_first_byte_seconds"
+    buckets = {
+        float(dict(labels)["le"]): value
+        for (sample, labels), value in found.items()
+        if sample == f"{name}_bucket"
+    }
+    ordered = [buckets[bound] for bound in sorted(buckets)]
+    assert ordered == sorted(ordered)
+    assert ordered[-1] == buckets[float("inf")] == found[f"{name}_count", frozenset()] == 2
+    assert 0 < found[f"{name}_sum", frozenset()] < 2 * TIMEOUT
+
+
+def fallen(before: Mapping[Key, float], after: Mapping[Key, float]) -> dict[Key, float]:
+    """The counters that fell or vanished, which Prometheus would take for a restart."""
+    counters = {k: v for k, v in before.items() if k[0].endswith(("_total", "_bucket", "_count"))}
+    return {k: v for k, v in counters.items() if after.get(k, -1.0) < v}
+
+
+def test_counters_stay_when_viewers_and_channels_go(origin: Origin, serve: Serve) -> None:
+    site = serve({"news": two_qualities(origin)}, linger=0.3)
+    viewers = [site.watch(f"/news?quality={quality}") for quality in ("480p", "720p", "480p")]
+    seen = [metrics(site)]
+    for viewer in viewers:
+        viewer.read(188)
+        viewer.close()
+        seen.append(metrics(site))
+    eventually(lambda: not feeders(), "all channels are closed")
+    seen.append(metrics(site))
+    assert seen[-1]["streampipe_upstreams", frozenset({("stream", "news")})] == 0
+    for before, after in itertools.pairwise(seen):
+        assert fallen(before, after) == {}
+
+
+def test_counters_stay_while_a_viewer_reads_what_is_left(origin: Origin, serve: Serve) -> None:
+    """The upstream has ended and its viewer still takes from the window."""
+    large = [media.padded(segment, 220_000) for segment in media.ts_segments(8)[:4]]
+    film = origin.add(Playlist("film", large))
+    site = serve({"film": film.url})
+    with Sluggish(site, "/film") as viewer:
+        viewer.read(1000)
+        before = metrics(site)
+        origin.wait_for(film.segment_path(3))
+        eventually(lambda: origin.peak_transfers > 0 and not feeders(), "the upstream has ended")
+        after = metrics(site)
+        assert fallen(before, after) == {}
+        assert after["streampipe_viewers", frozenset({("stream", "film")})] == 1
+        assert site.get("/health").json["viewers"] == 1
+
+
+def test_promtool_finds_nothing_to_say(origin: Origin, serve: Serve) -> None:
+    if not shutil.which("promtool"):
+        assert "CI" not in os.environ, "promtool must be there"
+        pytest.skip("needs promtool")
+    origin.fault("/bad*", Status(503), times=None)
+    site = serve({"news": live(origin).url, "bad": f"{origin.url}/bad.m3u8"})
+    site.watch("/news").read(188)
+    site.get("/bad")
+    command = ["promtool", "check", "metrics"]
+    text = site.get("/metrics").body
+    done = subprocess.run(command, input=text, capture_output=True, timeout=TIMEOUT, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+#### The page for people ####
+
+
+class Document(HTMLParser):
+    """A parsed page: its tags with their attributes, and its visible text."""
+
+    def __init__(self, body: bytes) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self._texts: list[str] = []
+        self.feed(body.decode("utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_data(self, data: str) -> None:
+        self._texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self._texts).split())
+
+    def links(self) -> list[str]:
+        return [attributes["href"] for tag, attributes in self.tags if tag == "a"]
+
+
+def page(site: Site, query: str = "") -> Document:
+    answer = site.ask("GET", f"/{query}", **HTML)
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    return Document(answer.body)
+
+
+@pytest.mark.parametrize("accept", [None, "*/*", "application/json", "image/png"])
+def test_root_is_json_for_programs(serve: Serve, accept: str | None) -> None:
+    answer = serve({}).ask("GET", "/", **({"Accept": accept} if accept else {}))
+    assert answer.json["status"] == "ok"
+
+
+def test_health_is_json_for_browsers_too(serve: Serve) -> None:
+    assert serve({}).ask("GET", "/health", **HTML).json["status"] == "ok"
+
+
+def test_page_is_one_document_that_loads_nothing(origin: Origin, serve: Serve) -> None:
+    site = serve({"news": {"url": live(origin).url, "logo": "https://logo.example/l.png"}})
+    site.watch("/news").read(188)
+    found = page(site)
+    assert [tag for tag, _ in found.tags][:2] == ["html", "head"]
+    assert not {"script", "iframe", "img", "object", "form"} & {tag for tag, _ in found.tags}
+    assert [name for _, a in found.tags for name in a if name.startswith("on")] == []
+    loads = [a.get(name, "") for _, a in found.tags for name in ("src", "href", "data", "action")]
+    assert {urllib.parse.urlsplit(each).netloc for each in loads} == {"", site.url[7:]}
+    style = site.ask("GET", "/", **HTML).body.decode()
+    assert not re.search(r"url\(|@import|javascript:", style)
+
+
+def test_page_has_a_strict_policy(serve: Serve) -> None:
+    headers = serve({}).ask("GET", "/", **HTML).headers
+    policy = dict(
+        part.strip().partition(" ")[::2] for part in headers["Content-Security-Policy"].split(";")
+    )
+    assert policy["default-src"] == "'none'"
+    assert policy["style-src"] == "'unsafe-inline'"
+    assert policy.get("script-src", "'none'") == "'none'"
+    assert policy["frame-ancestors"] == policy["base-uri"] == policy["form-action"] == "'none'"
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Cache-Control"] == "no-store"
+
+
+def test_page_shows_no_origin(origin: Origin, serve: Serve) -> None:
+    address = f"http://user:hunter2@127.0.0.1:{origin.port}/hush/x.m3u8?key=hunter2"
+    site = serve({"bad": address, "idle": NOWHERE})
+    assert site.get("/bad").status == 502
+    for path, headers in [("/", HTML), *((path, {}) for path in ("/status", "/metrics"))]:
+        body = site.ask("GET", path, **headers).body.decode()
+        assert not re.search(rf"hunter2|hush|{origin.port}|origin\.example|secret-path", body)
+
+
+HOSTILE = """</b><script>alert("1")</script><img src=x onerror='y'>&amp;"""
+
+
+def test_page_escapes_what_is_configured(serve: Serve) -> None:
+    stream = {"url": NOWHERE, "title": HOSTILE, "group": HOSTILE}
+    found = page(serve({"one": stream}, server={"name": HOSTILE}))
+    assert {"script", "img"} & {tag for tag, _ in found.tags} == set()
+    shown = " ".join(HOSTILE.split())
+    assert found.text.count(shown) == 4, "the title, the name, the group and the stream"
+    assert HOSTILE in [attributes.get("title") for _, attributes in found.tags]
+
+
+def test_page_escapes_an_origins_words(origin: Origin, serve: Serve) -> None:
+    origin.fault("/news*", Status(418), times=None)
+    site = serve({"news": f"{origin.url}/news.m3u8"})
+    site.get("/news")
+    assert "the origin answered 418" in page(site).text
+
+
+def test_page_groups_the_streams(serve: Serve) -> None:
+    streams = {
+        name: {"url": NOWHERE, "group": group} for name, group in zip("abc", "XYX", strict=True)
+    }
+    text = page(serve({**streams, "d": NOWHERE})).text
+    places = [
+        text.index(word) for word in ("X", "A a idle", "C c idle", "Y", "B b idle", "D d idle")
+    ]
+    assert places == sorted(places)
+
+
+def test_page_tells_how_a_stream_is(origin: Origin, serve: Serve) -> None:
+    site = serve({"news": {"url": live(origin).url, "title": "The News"}}, server={"name": "My TV"})
+    site.watch("/news").read(188)
+    found = page(site)
+    assert re.search(r"My TV 1 stream, 1 viewer, up \d+ s", found.text)
+    assert re.search(r"The News live 1 viewer \d+\.\d Mbit/s \d+ s up", found.text)
+    assert [tag for tag, _ in found.tags].count("svg") == 1
+    assert ("meta", {"http-equiv": "refresh", "content": "10"}) in found.tags
+
+
+@pytest.mark.parametrize("token", [None, TOKEN], ids=["open", "with token"])
+def test_page_links_to_each_stream(serve: Serve, token: str | None) -> None:
+    site = serve({"a": NOWHERE, "b": NOWHERE}, server={"token": token})
+    query = f"?token={QUOTED_TOKEN}" if token else ""
+    assert page(site, query).links() == [
+        f"{site.url}{path}{query}" for path in ("/a", "/a.m3u", "/b", "/b.m3u")
+    ]
+
+
+def test_page_without_streams_says_so(serve: Serve) -> None:
+    assert "No streams are configured" in page(serve({})).text
+
+
+#### HEAD ####
+
+
+@pytest.mark.parametrize("path", [*PAGES, "/", "/health"])
+@pytest.mark.parametrize("accept", ["*/*", "text/html"])
+def test_head_is_the_same_without_a_body(
+    origin: Origin, serve: Serve, path: str, accept: str
+) -> None:
+    site = serve({"news": f"{origin.url}/news.m3u8"})
+    request = f"HEAD {path} HTTP/1.1\r\nHost: h\r\nAccept: {accept}\r\n\r\n"
+    head, _, body = site.raw(request.encode()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert body == b""
+    answer = site.get(path, Accept=accept, Host="h")
+    told = dict(re.findall(r"^([A-Za-z-]+): (.*)$", head.decode().replace("\r", ""), re.M))
+    varies = ("Date", "Content-Length")
+    assert {k: v for k, v in told.items() if k not in varies} == {
+        k: v for k, v in answer.headers.items() if k not in varies
+    }
+    assert int(told["Content-Length"]) == pytest.approx(len(answer.body), abs=60)
+    assert origin.requests == ()
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_head_without_the_token_is_refused(serve: Serve, path: str) -> None:
+    head, _, body = (
+        closed(serve).raw(f"HEAD {path} HTTP/1.0\r\n\r\n".encode()).partition(b"\r\n\r\n")
+    )
+    assert (head.split()[1], body) == (b"401", b"")
+
+
+#### A stream's own options ####
+
+
+@dataclass
+class Proxied:
+    """A forward proxy on loopback, and what went through it."""
+
+    port: int
+    seen: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def forward_proxy() -> Iterator[Proxied]:
+    class Forward(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            proxied.seen.append(self.path)
+            target = urllib.parse.urlsplit(self.path)
+            assert ipaddress.ip_address(target.hostname or "").is_loopback
+            connection = http.client.HTTPConnection(target.netloc, timeout=TIMEOUT)
+            with contextlib.closing(connection):
+                connection.request("GET", target.path)
+                response = connection.getresponse()
+                body = response.read()
+            self.send_response(response.status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Forward) as server:
+        proxied = Proxied(server.server_address[1])
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield proxied
+        server.shutdown()
+        thread.join()
+
+
+def film(origin: Origin, name: str = "film", **options: Any) -> Playlist:
+    return origin.add(Playlist(name, media.ts_segments(4), **options))
+
+
+def test_stream_has_a_proxy_of_its_own(
+    origin: Origin, serve: Serve, forward_proxy: Proxied
+) -> None:
+    one, two = film(origin, "one"), film(origin, "two")
+    proxy = f"http://127.0.0.1:{forward_proxy.port}"
+    site = serve({"one": {"url": one.url, "proxy": proxy}, "two": two.url})
+    assert site.get("/one").body == one.plain(0, 4)
+    assert site.get("/two").body == two.plain(0, 4)
+    paths = [one.path, *map(one.segment_path, range(4))]
+    assert set(forward_proxy.seen) == {origin.url + path for path in paths}
+
+
+def test_stream_has_headers_of_its_own(origin: Origin, serve: Serve) -> None:
+    one, two = film(origin, "one"), film(origin, "two")
+    headers = {"Referer": "https://r.example/", "X-Key": "k"}
+    site = serve(
+        {"one": {"url": one.url, "headers": headers, "user_agent": "Own/1"}, "two": two.url}
+    )
+    site.get("/one"), site.get("/two")
+    for request in origin.requests:
+        sent = [request.headers.get(name) for name in ("referer", "x-key", "user-agent")]
+        is_one = request.path.startswith("/one/")
+        assert sent == (
+            ["https://r.example/", "k", "Own/1"] if is_one else [None, None, "StreamPipe/1.0"]
+        )
+
+
+def test_stream_has_threads_of_its_own(origin: Origin, serve: Serve) -> None:
+    origin.delay = 0.05
+    one, two = (
+        origin.add(Playlist(name, media.ts_segments(8), mode="vod")) for name in ("one", "two")
+    )
+    site = serve({"one": {"url": one.url, "threads": 1}, "two": two.url}, threads=4)
+    site.get("/one"), site.get("/two")
+    assert origin.peak("/one/*.ts") == 1
+    assert 2 <= origin.peak("/two/*.ts") <= 4
+
+
+def test_stream_has_a_timeout_of_its_own(origin: Origin, serve: Serve) -> None:
+    origin.fault("/one*", StallHeaders(), times=None)
+    site = serve({"one": {"url": f"{origin.url}/one.m3u8", "timeout": 0.5}}, timeout=TIMEOUT)
+    began = time.monotonic()
+    assert site.get("/one").status in (502, 504)
+    assert time.monotonic() - began < TIMEOUT / 2
+
+
+def test_stream_has_a_linger_of_its_own(origin: Origin, serve: Serve) -> None:
+    one, two = live(origin, "one"), live(origin, "two")
+    site = serve({"one": {"url": one.url, "linger": 0}, "two": two.url}, linger=TIMEOUT)
+    for name in ("one", "two"):
+        with site.watch(f"/{name}") as viewer:
+            viewer.read(188)
+    eventually(lambda: metric(site, "upstreams", stream="one") == 0, "the first one closes")
+    assert metric(site, "upstreams", stream="two") == 1
+
+
+def test_stream_has_engine_options_of_its_own_over_the_global_ones(
+    origin: Origin, serve: Serve
+) -> None:
+    one, two, three = (live(origin, name, clock=False) for name in ("one", "two", "three"))
+    site = serve(
+        {
+            "one": {"url": one.url, "streamlink": {"hls-live-edge": 1}},
+            "two": {"url": two.url, "streamlink": {"http-headers": {"X-Own": "1"}}},
+            "three": {"url": three.url, "streamlink": {"stream-segment-threads": 1}, "threads": 3},
+        },
+        streamlink={"hls-live-edge": 2},
+    )
+    for name in ("one", "two", "three"):
+        site.watch(f"/{name}").read(188)
+    first = {
+        name: min(re.findall(rf"/{name}/(\d+)\.ts", " ".join(r.path for r in origin.requests)))
+        for name in ("one", "two", "three")
+    }
+    assert first == {"one": "4", "two": "3", "three": "3"}
+    assert {r.headers.get("x-own") for r in origin.requests if "/two/" in r.path} == {"1"}
+
+
+@pytest.mark.parametrize(
+    ("quality", "query", "wanted"),
+    [
+        pytest.param(None, "", "high", id="best by default"),
+        pytest.param("480p", "", "low", id="configured"),
+        pytest.param("4k,480p,best", "", "low", id="first that exists"),
+        pytest.param("480p", "?quality=720p", "high", id="asked for"),
+        pytest.param(None, "?x=1&quality=worst", "low", id="asked for by a synonym"),
+    ],
+)
+def test_quality_is_the_streams_or_the_viewers(
+    origin: Origin, serve: Serve, quality: str | None, query: str, wanted: str
+) -> None:
+    stream = {"url": two_qualities(origin), **({"quality": quality} if quality else {})}
+    site = serve({"news": stream})
+    site.watch(f"/news{query}").read(188)
+    pulled = {request.path.split("/")[1] for request in origin.requests} - {"news"}
+    assert pulled == {wanted}
+
+
+def test_stream_holds_no_more_than_its_own_window(origin: Origin, serve: Serve) -> None:
+    large = [media.padded(segment, 300_000) for segment in media.ts_segments(8)]
+    news = origin.add(Playlist("news", large, mode="live", window=8))
+    size = 1 << 20
+    site = serve({"news": {"url": news.url, "ringbuffer_size": size, "threads": 1}})
+    viewer = site.watch("/news")
+    viewer.read(300_000)
+    for _ in range(6):
+        news.advance()
+    viewer.read(1_800_000)
+    assert size / 2 < metric(site, "window_bytes", stream="news") <= size
+
+
+#### --check ####
+
+LINE = re.compile(r"(\S+)  (ok|failed)  (.+)")
+
+
+@pytest.fixture
+def check(tmp_path: Path) -> Iterator[Callable[..., tuple[int, list[str], list[str]]]]:
+    """Run --check with a configuration; its status and what it wrote to stdout and stderr."""
+    with contextlib.ExitStack() as stack:
+
+        def run(
+            streams: Mapping[str, object], **options: object
+        ) -> tuple[int, list[str], list[str]]:
+            tree = {"streams": dict(streams), "options": {"timeout": 5.0, **options}}
+            (tmp_path / "config.yml").write_text(json.dumps(tree), encoding="utf-8")
+            program = Program("--check", cwd=tmp_path)
+            stack.callback(program.close)
+            return program.wait(), program.output().splitlines(), program.errors()
+
+        yield run
+
+
+Check = Callable[..., tuple[int, list[str], list[str]]]
+
+
+def seconds_of(words: str) -> float:
+    found = re.search(r"first byte after (\d+\.\d\d) s", words)
+    assert found, words
+    return float(found[1])
+
+
+def test_check_tells_what_comes_of_each_stream(origin: Origin, check: Check) -> None:
+    init, fragments = media.fmp4(4)
+    radio = Playlist("radio", media.aac_segments(4), extension=".aac")
+    streams = {
+        "two": two_qualities(origin),
+        "boxes": origin.add(Playlist("boxes", fragments, init=init, extension=".m4s")).url,
+        "radio": origin.add(radio).url,
+    }
+    status, output, errors = check(streams)
+    assert (status, errors) == (0, [])
+    found = [match.groups() for match in map(LINE.fullmatch, output) if match]
+    assert [(name, word) for name, word, _ in found] == [(name, "ok") for name in streams]
+    words = {name: rest for name, _, rest in found}
+    assert words["two"].startswith("video/mp2t; ")
+    assert {"480p", "720p"} <= set(re.split(r"[;,] ", words["two"]))
+    assert words["boxes"].startswith("video/mp4; ")
+    assert words["radio"].startswith("audio/aac; ")
+    assert all(0 < seconds_of(each) < 5 for each in words.values())
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        pytest.param(Status(404), "the origin answered 404", id="404"),
+        pytest.param(Status(500), "the origin answered 500", id="500"),
+        pytest.param(StallHeaders(), None, id="silence"),
+    ],
+)
+def test_check_tells_why_a_stream_failed(
+    origin: Origin, check: Check, fault: Fault, reason: str | None
+) -> None:
+    origin.fault("/bad/*", fault, times=None)
+    bad = f"http://user:hunter2@127.0.0.1:{origin.port}/bad/x.m3u8?key=hunter2"
+    status, output, errors = check({"good": live(origin).url, "bad": bad}, timeout=2.0)
+    assert status == 1
+    good, failed = [match.groups() for match in map(LINE.fullmatch, output) if match]
+    assert good[:2] == ("good", "ok")
+    assert failed[:2] == ("bad", "failed")
+    assert failed[2] == reason if reason else failed[2]
+    assert "hunter2" not in "".join(output + errors)
+
+
+def test_check_names_the_qualities_when_the_configured_one_is_missing(
+    origin: Origin, check: Check
+) -> None:
+    status, (line,), _ = check({"news": {"url": two_qualities(origin), "quality": "4k"}})
+    assert status == 1
+    assert line.startswith("news  failed  ")
+    assert "480p" in line
+    assert "720p" in line
+
+
+def test_check_says_that_sound_needs_ffmpeg(origin: Origin, check: Check) -> None:
+    picture = Playlist("picture", media.video_only_segments(8), mode="live", clock=True)
+    sound = Playlist("sound", media.audio_only_segments(8), mode="live", clock=True)
+    news = origin.add(master("news", {"720p": picture}, audio=sound))
+    status, (line,), _ = check({"news": news.url}, streamlink={"ffmpeg-ffmpeg": "/nonexistent"})
+    assert status == 0
+    assert line.endswith("; no sound: install ffmpeg")
+
+
+def test_check_opens_a_few_streams_at_a_time(origin: Origin, check: Check) -> None:
+    origin.delay = 0.2
+    streams = {f"s{n}": live(origin, f"s{n}").url for n in range(9)}
+    status, output, _ = check(streams)
+    assert (status, len(output)) == (0, 9)
+    assert [line.split()[0] for line in output] == list(streams)
+    assert 2 <= origin.peak("*/index.m3u8") <= 8
+
+
+def test_check_of_no_streams_is_well(check: Check) -> None:
+    status, output, _ = check({})
+    assert (status, output) == (0, [])
+
+
+def test_check_of_a_broken_configuration_ends_with_2(tmp_path: Path) -> None:
+    (tmp_path / "config.yml").write_text("streams: {a: {titel: x}}", encoding="utf-8")
+    program = Program("--check", cwd=tmp_path)
+    with contextlib.closing(program):
+        assert (program.wait(), program.output()) == (2, "")
+
+
+def test_check_of_the_demo_is_well(tmp_path: Path) -> None:
+    program = Program("--check", "--demo", cwd=tmp_path)
+    with contextlib.closing(program):
+        assert program.wait() == 0
+        assert program.output().startswith("test-card  ok  video/mp2t; ")
+
+
+def test_check_shows_its_progress_on_a_terminal_alone(origin: Origin, tmp_path: Path) -> None:
+    streams = {name: film(origin, name).url for name in ("one", "two")}
+    (tmp_path / "config.yml").write_text(json.dumps({"streams": streams}), encoding="utf-8")
+    leader, follower = pty.openpty()
+    try:
+        program = subprocess.Popen(
+            [sys.executable, str(PIPE), "--check"],
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=follower,
+            text=True,
+        )
+        output, _ = program.communicate(timeout=TIMEOUT)
+        shown = os.read(leader, 65536).decode()
+    finally:
+        os.close(leader)
+        os.close(follower)
+    assert program.returncode == 0
+    assert [line.split()[0] for line in output.splitlines()] == ["one", "two"]
+    assert "checked" not in output
+    assert re.fullmatch(r"\r1 of 2 checked\s*\r2 of 2 checked\s*\r?\n", shown)

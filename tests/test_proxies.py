@@ -1,0 +1,356 @@
+"""Three real processes behind a real HAProxy and a real nginx, configured as README shows.
+
+Only addresses, ports and paths are replaced in those. Where a proxy is missing its tests are
+skipped, but not with CI in the environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import media
+from tests.origin import Origin, Playlist
+from tests.server import Site
+from tests.test_cli import HERE, Program, get_json, wait_for_listener
+from tests.test_sharing import eventually
+
+FOLDER = Path(__file__).parent
+TIMEOUT = 20.0  # seconds; nothing a test waits for takes as long
+CHANNELS = [f"channel{number}" for number in range(1, 7)]
+VIEWERS = 5  # of each channel
+SEGMENTS = 8  # until the media begins anew
+
+pytestmark = pytest.mark.long
+
+
+#### Viewers ####
+
+
+class Viewer:
+    """A viewer that takes all there is, in a thread of its own."""
+
+    def __init__(self, port: int, path: str) -> None:
+        self.path = path
+        self.ended = threading.Event()
+        self._parts: list[bytes] = []
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
+        connection.connect()
+        self._socket = connection.sock
+        connection.request("GET", path)
+        self._response = connection.getresponse()
+        self.status = self._response.status
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(http.client.IncompleteRead, OSError, ValueError):
+            while part := self._response.read1(65536):
+                self._parts.append(part)
+        self.ended.set()
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self._parts)
+
+    def wait_for_more(self, size: int) -> None:
+        """Until so many more bytes have come, or no more will."""
+        wanted = len(self.body) + size
+        eventually(lambda: self.ended.is_set() or len(self.body) >= wanted, f"{self.path} goes on")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join(TIMEOUT)
+        self._response.close()
+
+
+@pytest.fixture
+def watch() -> Iterator[Callable[[int, str], Viewer]]:
+    """Watch a path on a port; the viewer leaves with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(port: int, path: str) -> Viewer:
+            viewer = Viewer(port, path)
+            stack.callback(viewer.close)
+            return viewer
+
+        yield start
+
+
+Watching = Callable[[int, str], Viewer]
+
+
+#### Processes ####
+
+
+class Server:
+    """A `python pipe.py` with all channels."""
+
+    def __init__(self, folder: Path, streams: Mapping[str, str]) -> None:
+        folder.mkdir()
+        (folder / "config.yml").write_text(json.dumps({"streams": streams}), encoding="utf-8")
+        self.program = Program(*HERE, cwd=folder)
+        self.port = self.program.listening_port()
+
+    def channels(self) -> set[str]:
+        """Those that it pulls now."""
+        streams = get_json(self.port, "/status")["streams"]
+        return {stream["stream"] for stream in streams if stream["channels"]}
+
+
+@pytest.fixture
+def channels(origin: Origin) -> dict[str, Playlist]:
+    segments = media.ts_segments(SEGMENTS)
+    live: dict[str, Any] = {"mode": "live", "window": 5, "clock": True}
+    return {name: origin.add(Playlist(name, segments, **live)) for name in CHANNELS}
+
+
+@pytest.fixture
+def servers(channels: Mapping[str, Playlist], tmp_path: Path) -> Iterator[list[Server]]:
+    streams = {name: channel.url for name, channel in channels.items()}
+    with contextlib.ExitStack() as stack:
+        running = []
+        for name in ("one", "two", "three"):
+            running.append(Server(tmp_path / name, streams))
+            stack.callback(running[-1].program.close)
+        yield running
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def adapted(name: str, replacements: Mapping[str, str], target: Path) -> Path:
+    """A copy of a configuration with these texts replaced, each of which it has once."""
+    text = (FOLDER / name).read_text(encoding="utf-8")
+    for old, new in replacements.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    target.write_text(text, encoding="utf-8")
+    return target
+
+
+@contextlib.contextmanager
+def running(*command: str, port: int) -> Iterator[None]:
+    """A proxy, from its listening to its end."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for_listener(port)
+        assert process.poll() is None, f"{command[0]} ended"
+        yield
+        process.send_signal(signal.SIGTERM)
+        process.wait(TIMEOUT)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def need(program: str) -> str:
+    """The program's path, also where /usr/sbin is not in PATH; skips the test without it."""
+    found = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if not found:
+        assert "CI" not in os.environ, f"{program} must be there"
+        pytest.skip(f"needs {program}")
+    return found
+
+
+def addresses(servers: list[Server]) -> dict[str, str]:
+    """Where the configurations' servers are in a test."""
+    return {
+        f"192.0.2.{number}:8080": f"127.0.0.1:{server.port}"
+        for number, server in enumerate(servers, 1)
+    }
+
+
+@contextlib.contextmanager
+def haproxy(servers: list[Server], folder: Path) -> Iterator[int]:
+    program, port = need("haproxy"), free_port()
+    replacements = {"bind :80\n": f"bind 127.0.0.1:{port}\n", **addresses(servers)}
+    config = adapted("haproxy.cfg", replacements, folder / "haproxy.cfg")
+    with running(program, "-db", "-f", str(config), port=port):
+        yield port
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """A fresh certificate for 127.0.0.1, and its key."""
+    file, key = folder / "tv.pem", folder / "tv.key"
+    names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    kind = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    command = [need("openssl"), "req", *kind, *names, "-out", str(file), "-keyout", str(key)]
+    subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT)
+    return file, key
+
+
+@contextlib.contextmanager
+def nginx_with_tls(servers: list[Server], folder: Path) -> Iterator[tuple[int, int]]:
+    """The ports of plain HTTP and of TLS."""
+    program, port, tls_port = need("nginx"), free_port(), free_port()
+    file, key = certificate(folder)
+    scratch = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    own = "".join(f" {name}_temp_path {folder / name};" for name in scratch)
+    replacements = {
+        "listen 80;": f"listen 127.0.0.1:{port};",
+        "listen 443 ssl;": f"listen 127.0.0.1:{tls_port} ssl;",
+        "/etc/ssl/tv.example.pem": str(file),
+        "/etc/ssl/tv.example.key": str(key),
+        "\nhttp {\n": f"\nhttp {{{own}\n",
+        **addresses(servers),
+    }
+    config = adapted("nginx.conf", replacements, folder / "nginx.conf")
+    settings = f"daemon off; pid {folder}/nginx.pid;"
+    log = str(folder / "nginx.log")
+    command = [program, "-p", str(folder), "-e", log, "-c", str(config), "-g", settings]
+    with running(*command, port=port):
+        yield port, tls_port
+
+
+@contextlib.contextmanager
+def nginx(servers: list[Server], folder: Path) -> Iterator[int]:
+    with nginx_with_tls(servers, folder) as (port, _):
+        yield port
+
+
+Proxy = Callable[[list[Server], Path], contextlib.AbstractContextManager[int]]
+
+
+@pytest.fixture(params=[haproxy, nginx], ids=["haproxy", "nginx"])
+def front(request: pytest.FixtureRequest, servers: list[Server], tmp_path: Path) -> Iterator[int]:
+    """The port of a proxy in front of the servers."""
+    proxy: Proxy = request.param
+    with proxy(servers, tmp_path) as port:
+        yield port
+
+
+#### What they do together ####
+
+
+def is_from(body: bytes, channel: Playlist) -> bool:
+    """Whether these bytes are the channel's, none lost and none twice."""
+    return body in channel.plain(0, channel.newest + 1)
+
+
+def segment_requests(origin: Origin, channel: Playlist) -> list[int]:
+    """How often each segment that was asked for was."""
+    paths = [request.path for request in origin.requests]
+    asked = {path for path in paths if path.startswith(f"/{channel.name}/") and path[-3:] == ".ts"}
+    return [paths.count(path) for path in asked]
+
+
+def watched_again(watch: Watching, port: int, path: str) -> Viewer:
+    """A viewer that came back, and again where it met a server that was not known to be gone."""
+    viewers: list[Viewer] = []
+
+    def is_served() -> bool:
+        viewers.append(watch(port, path))
+        return viewers[-1].status == 200
+
+    eventually(is_served, f"{path} is served again")
+    return viewers[-1]
+
+
+def test_each_channel_is_pulled_once_and_moves_alone(
+    origin: Origin,
+    channels: Mapping[str, Playlist],
+    servers: list[Server],
+    front: int,
+    watch: Watching,
+) -> None:
+    viewers = [watch(front, f"/{name}") for name in CHANNELS for _ in range(VIEWERS)]
+    assert {viewer.status for viewer in viewers} == {200}
+    for viewer in viewers:
+        viewer.wait_for_more(len(media.ts_segments(SEGMENTS)[0]))
+    pulled = [server.channels() for server in servers]
+    assert sorted(name for names in pulled for name in names) == CHANNELS
+    for channel in channels.values():
+        assert set(segment_requests(origin, channel)) == {1}
+
+    victim = min(
+        (server for server in servers if server.channels()), key=lambda s: len(s.channels())
+    )
+    moving = victim.channels()
+    victim.program.send(signal.SIGKILL)
+    gone = [viewer for viewer in viewers if viewer.path[1:] in moving]
+    others = [viewer for viewer in viewers if viewer.path[1:] not in moving]
+    assert len(gone) == VIEWERS * len(moving) > 0
+    for viewer in gone:
+        assert viewer.ended.wait(TIMEOUT)
+    back = [watched_again(watch, front, viewer.path) for viewer in gone]
+    for viewer in [*others, *back]:
+        viewer.wait_for_more(len(media.ts_segments(SEGMENTS)[0]))
+        assert not viewer.ended.is_set()
+        assert is_from(viewer.body, channels[viewer.path[1:]])
+    pulled = [server.channels() for server in servers if server is not victim]
+    assert sorted(name for names in pulled for name in names) == CHANNELS
+    for viewer in others:
+        assert set(segment_requests(origin, channels[viewer.path[1:]])) == {1}
+
+
+def test_channel_that_moved_starts_like_any_other(
+    channels: Mapping[str, Playlist], servers: list[Server], front: int, watch: Watching
+) -> None:
+    watch(front, "/channel1").wait_for_more(188)
+    (victim,) = (server for server in servers if server.channels())
+    victim.program.send(signal.SIGKILL)
+    victim.program.wait()
+    viewer = watched_again(watch, front, "/channel1")
+    viewer.wait_for_more(len(media.ts_segments(SEGMENTS)[0]) * 2)
+    size = sum(map(len, media.ts_segments(SEGMENTS)[:1]))
+    assert is_from(viewer.body, channels["channel1"])
+    assert len(viewer.body) >= size
+
+
+def test_relay_of_a_relay_plays(
+    origin: Origin,
+    channels: Mapping[str, Playlist],
+    front: int,
+    serve: Callable[..., Site],
+) -> None:
+    relay = serve({"news": f"httpstream://http://127.0.0.1:{front}/channel1"})
+    last = serve({"news": f"httpstream://{relay.url}/news"})
+    size = sum(map(len, media.ts_segments(SEGMENTS)[:5]))
+    viewers = [last.watch("/news") for _ in range(3)]
+    for viewer in viewers:
+        assert viewer.headers["Content-Type"] == "video/mp2t"
+        body = viewer.read(size)
+        assert is_from(body, channels["channel1"])
+        assert media.decode(body[: len(body) // 188 * 188], strict=False).starts_with_key
+    assert set(segment_requests(origin, channels["channel1"])) == {1}
+
+
+def test_playlist_names_the_proxy(front: int) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", front, timeout=TIMEOUT)
+    with contextlib.closing(connection):
+        connection.request("GET", "/playlist.m3u")
+        text = connection.getresponse().read().decode()
+    assert text.split("\n")[2] == f"http://127.0.0.1:{front}/channel1"
+
+
+def test_nginx_adds_tls(servers: list[Server], tmp_path: Path) -> None:
+    with nginx_with_tls(servers, tmp_path) as (_, port):
+        trust = ssl.create_default_context(cafile=str(tmp_path / "tv.pem"))
+        connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=TIMEOUT, context=trust)
+        with contextlib.closing(connection):
+            connection.request("GET", "/playlist.m3u")
+            text = connection.getresponse().read().decode()
+            connection.request("GET", "/channel1")
+            response = connection.getresponse()
+            assert response.read(188)[:1] == b"G"
+            response.close()
+    assert text.split("\n")[2] == f"https://127.0.0.1:{port}/channel1"
