@@ -233,13 +233,14 @@ def explain(error: BaseException) -> str:
     return "the origin's stream cannot be opened"
 
 
+UNREACHABLE = "the origin cannot be reached"
 _EXPLANATIONS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
     ((requests.Timeout, TimeoutError), "the origin did not answer in time"),
     ((TooMuch,), "the origin's playlist is too large or too slow"),
     ((requests.exceptions.SSLError,), "the origin's certificate is not accepted"),
     ((requests.exceptions.ProxyError,), "the proxy does not answer"),
     ((requests.exceptions.InvalidSchema,), "the origin names an address that is never opened"),
-    ((requests.ConnectionError, ConnectionError), "the origin cannot be reached"),
+    ((requests.ConnectionError, ConnectionError), UNREACHABLE),
     ((FileNotFoundError,), "ffmpeg cannot be run"),
 )
 
@@ -1804,6 +1805,7 @@ class Terms:
     patience: Callable[[], float]  # seconds without a byte until it is given up
     is_wanted: Callable[[], bool]  # False where trying again is of no use
     pause: Callable[[float], bool]  # wait so many seconds; False where the upstream is closing
+    moved: Callable[[], None]  # told of each byte that came
 
 
 class Download:
@@ -1818,6 +1820,7 @@ class Download:
         self.size = None if last is None else last - first + 1
         # The runner's own: what it had and how to ask for the rest.
         self._had = Fingerprint()
+        self.began = 0.0
         self._moved = 0.0  # when the newest byte came
         self._validator: str | None = None
         self._can_resume = True
@@ -1833,7 +1836,7 @@ class Download:
         """Fetch the body, trying again as the terms allow."""
         failure: str | None = None
         try:
-            self._moved = time.monotonic()
+            self.began = self._moved = time.monotonic()
             self._try_until_done()
         except GaveUp as error:
             failure = str(error)
@@ -1858,6 +1861,8 @@ class Download:
                 raise
             except Exception as error:  # requests', urllib3's, streamlink's and the system's
                 log.debug("a download broke off", exc_info=True)
+                if self._is_whole(error):
+                    return
                 reason = explain(error)
             if self._is_done:
                 raise GaveUp("closed")
@@ -1873,6 +1878,15 @@ class Download:
         with contextlib.closing(self._ask()) as response:
             offset = self._offset_of(response)
             self._take(response, offset)
+
+    def _is_whole(self, error: Exception) -> bool:
+        """Whether there was nothing left to ask for: the length told was too large."""
+        answer = getattr(getattr(error, "err", None), "response", None)
+        if answer is None or answer.status_code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return False
+        self._can_resume = False
+        end = self.first + self._had.size
+        return bool(self._had.size and answer.headers.get("Content-Range") == f"bytes */{end}")
 
     def _ask(self) -> requests.Response:
         headers = {"Accept-Encoding": "identity"}
@@ -1930,6 +1944,7 @@ class Download:
             raise ConnectionError("the range ended early")
 
     def _add(self, part: bytes) -> None:
+        self.terms.moved()
         self._had.add(part)
         self._moved = time.monotonic()
         with self._changed:
@@ -2107,7 +2122,17 @@ class Session:
     def request(self, **arguments: Any) -> requests.Response:
         """A request whose body is still to be read; raises what streamlink makes of a failure."""
         defaults = {"method": "GET", "exception": EngineStreamError, "timeout": self.timeout}
-        response: requests.Response = self._load(**{**defaults, "stream": True, **arguments})
+        return self._load_open(**{**defaults, "stream": True, **arguments})
+
+    def _load_open(self, **arguments: Any) -> requests.Response:
+        """Load with the body unread; streamlink leaves it open where the status is an error."""
+        try:
+            response: requests.Response = self._load(**arguments)
+        except Exception as error:
+            answer = getattr(getattr(error, "err", None), "response", None)
+            if answer is not None:
+                answer.close()
+            raise
         return response
 
     def _request(self, method: str, url: str, **arguments: Any) -> Any:
@@ -2117,7 +2142,7 @@ class Session:
         was redirected, until that fails (a CDN's redirect may be slow, and lead elsewhere).
         """
         if method != "GET" or arguments.get("stream"):
-            return self._load(method, url, **arguments)
+            return self._load_open(method=method, url=url, **arguments)
         kept = self._kept.pop(url, None)
         if not self._is_resolving:
             self._kept.clear()
@@ -2510,6 +2535,7 @@ class DownloadingWriter(HLSStreamWriter):
         self._slots = threading.Semaphore(self.threads + 1)
         self._map: tuple[object, Download] | None = None  # the newest EXT-X-MAP
         self._running: weakref.WeakSet[Download] = weakref.WeakSet()
+        self._newest_byte = 0.0  # when any download moved; each writes it, the newest wins
 
     # The worker's thread
 
@@ -2577,7 +2603,10 @@ class DownloadingWriter(HLSStreamWriter):
             listed = worker.playlist_segments
             return worker.playlist_end is not None or not listed or segment.num >= listed[0].num
 
-        return Terms(get, patience, is_wanted, self.wait)
+        def moved() -> None:
+            self._newest_byte = time.monotonic()
+
+        return Terms(get, patience, is_wanted, self.wait, moved)
 
     # The writer's thread
 
@@ -2594,16 +2623,18 @@ class DownloadingWriter(HLSStreamWriter):
                     self._mark(MarkKind.END, segment)
         except Exception as error:  # must not end the writer's thread, and with it the stream
             if not self._is_closing:
-                self._give_up(segment, is_map, error)
+                self._give_up(segment, result, is_map, error)
         finally:
             if not is_map:
                 self._slots.release()
 
-    def _give_up(self, segment: Any, is_map: bool, error: Exception) -> None:
-        """Leave a gap, or end where nothing could be decoded without what is missing."""
+    def _give_up(self, segment: Any, download: Download, is_map: bool, error: Exception) -> None:
+        """Leave a gap; or end, where the origin is gone or nothing could be decoded any more."""
         reason = str(error) if isinstance(error, GaveUp) else explain(error)
-        if is_map:
-            self.failure = f"its initialization section cannot be had: {reason}"
+        is_gone = reason.startswith(UNREACHABLE) and self._newest_byte <= download.began
+        if is_map or is_gone:
+            what = "its initialization section cannot be had: " if is_map else ""
+            self.failure = what + reason
             self.close()
             return
         log.warning("segment %d is given up: %s", segment.num, reason)
@@ -4138,7 +4169,8 @@ def _card(site: Site, report: StreamReport) -> str:
         f'<div class="facts">{"".join(facts)}</div>{_chart(report.bitrates)}'
         + "".join(f'<p class="error">{html.escape(note)}</p>' for note in notes)
         + f'<div class="links"><a href="{html.escape(site.link("/" + stream.name))}">Watch</a>'
-        f'<a href="{html.escape(site.link("/" + stream.name + ".m3u"))}">.m3u</a></div></li>'
+        f'<a download="{stream.name}.m3u" '
+        f'href="{html.escape(site.link("/" + stream.name + ".m3u"))}">.m3u</a></div></li>'
     )
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,6 @@ import pipe
 ROOT = Path(pipe.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLE = (ROOT / "config.example.yml").read_text(encoding="utf-8")
-NOT_YET = "accepted, not used yet"
 
 SERVER = {field.name for field in dataclasses.fields(pipe.ServerSettings)}
 OPTIONS = {field.name for field in dataclasses.fields(pipe.Options)}
@@ -62,12 +64,12 @@ def table(title: str) -> list[list[str]]:
     return [re.split(r" ?\| ?", row) for row in rows]
 
 
-def option_table() -> dict[str, tuple[object, str]]:
-    """Default and "when to change" by option, as README has them."""
+def option_table() -> dict[str, object]:
+    """Default by option, as README has them."""
     rows = {}
-    for option, default, _, when in table("Configuration"):
+    for option, default, *_ in table("Configuration"):
         literal = re.fullmatch(r"`(.+)`", default)
-        rows[option.strip("`")] = (yaml.safe_load(literal[1]) if literal else default, when)
+        rows[option.strip("`")] = yaml.safe_load(literal[1]) if literal else default
     return rows
 
 
@@ -80,9 +82,7 @@ def typed(values: Mapping[str, object]) -> dict[str, tuple[type, object]]:
 
 
 def test_readme_lists_every_option_with_its_default() -> None:
-    assert typed({key: default for key, (default, _) in option_table().items()}) == typed(
-        EVERY_DEFAULT
-    )
+    assert typed(option_table()) == typed(EVERY_DEFAULT)
 
 
 @pytest.mark.parametrize(
@@ -131,21 +131,48 @@ def test_readme_repeats_the_example() -> None:
     assert EXAMPLE in blocks("yaml")
 
 
-def test_readme_and_example_agree_on_what_is_not_used_yet() -> None:
-    marked = re.findall(r"^ +([a-z_]+):.*# \(\*\)", EXAMPLE, re.M)
-    said = [key for key, (_, when) in option_table().items() if when == NOT_YET]
-    assert sorted(marked) == sorted(key.rsplit(".", 1)[1] for key in said)
-
-
 @pytest.mark.parametrize(
-    "option", [key for key, (_, when) in option_table().items() if when == NOT_YET]
+    ("language", "name"), [("haproxy", "haproxy.cfg"), ("nginx", "nginx.conf")]
 )
-def test_what_is_not_used_yet_is_not_used(option: str) -> None:
+def test_readme_shows_the_tested_configuration(language: str, name: str) -> None:
+    assert blocks(language) == [(ROOT / "tests" / name).read_text(encoding="utf-8")]
+
+
+def test_time_outs_of_the_proxies_are_above_the_longest_silence() -> None:
+    options = pipe.Options()
+    silence, pause = options.timeout + options.reconnect, options.viewer_timeout
+    for name, (from_server, to_client) in {
+        "haproxy.cfg": (r"timeout server (\d+)m ", r"timeout client (\d+)m "),
+        "nginx.conf": (r"proxy_read_timeout (\d+)m;", r"send_timeout (\d+)m;"),
+    }.items():
+        text = (ROOT / "tests" / name).read_text(encoding="utf-8")
+        assert silence < 60 * float(re.findall(from_server, text)[0])
+        assert pause < 60 * float(re.findall(to_client, text)[0])
+
+
+def test_unit_of_readme_is_valid(tmp_path: Path) -> None:
+    program = shutil.which("systemd-analyze")
+    if not program:
+        assert "CI" not in os.environ, "systemd-analyze must be there"
+        pytest.skip("needs systemd-analyze")
+    (unit,) = blocks("ini")
+    file = tmp_path / "streampipe.service"
+    python = re.search(r"^ExecStart=(\S+)", unit, re.M)
+    assert python
+    # The one thing it may miss on the machine of the tests is the program itself.
+    file.write_text(unit.replace(python[1], sys.executable), encoding="utf-8")
+    command = [program, "verify", "--man=no", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    said = [line for line in done.stderr.splitlines() if "streampipe" in line]
+    assert (done.returncode, said) == (0, [])
+
+
+def test_paths_of_readme_are_those_of_the_server() -> None:
+    named = set(re.findall(r"`(?:GET |POST )?(/[a-z_.]+)`", section("HTTP API")))
     source = Path(pipe.__file__).read_text(encoding="utf-8")
-    reader = source[source.index("\nclass ConfigReader") : source.index("\n# Media: ")]
-    owner, key = {"streams": "stream"}.get(option.split(".")[0], option.split(".")[0]), option
-    use = rf"\b(?:{owner}|settings)\.{key.rsplit('.', 1)[1]}\b"
-    assert re.findall(use, source.replace(reader, "")) == [], "say in README what it does now"
+    table = source[source.index("    def pages(self)") : source.index("    def site(self)")]
+    served = set(re.findall(r'^ +"(/[a-z_.]*)":', table, re.M)) | {"/health"}
+    assert served - {"/"} <= named
 
 
 #### The command line ####

@@ -75,9 +75,11 @@ def connect(port: int, host: str = "127.0.0.1", room: int | None = None) -> sock
     return sock
 
 
-def idle_viewer(port: int, path: str, version: str = "1.1") -> socket.socket:
+def idle_viewer(
+    port: int, path: str, version: str = "1.1", room: int | None = 4096
+) -> socket.socket:
     """A viewer that has read the start of its answer's head and reads no more."""
-    sock = connect(port, room=4096)
+    sock = connect(port, room=room)
     sock.sendall(f"GET {path} HTTP/{version}\r\nHost: tv\r\n\r\n".encode())
     assert sock.recv(12) == b"HTTP/1.1 200"
     return sock
@@ -336,23 +338,32 @@ def test_slow_viewer_is_not_dropped(origin: Origin, serve: Serve) -> None:
 def test_viewer_that_pauses_at_the_end_gets_the_final_chunk(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipe, "UNSENT_LIMIT", 1)  # a small stream fills it
-    looked: set[object] = set()  # the viewers whose threads wait for media
-    has_left = pipe.has_left
+    filled, has_left = threading.Event(), pipe.has_left
 
-    def look(sock: socket.socket) -> bool:
-        looked.add(sock.getpeername())
-        return has_left(sock)
+    def look_and_fill(sock: socket.socket) -> bool:
+        answer, timeout = has_left(sock), sock.gettimeout()
+        if not filled.is_set():
+            fill(sock)
+            sock.settimeout(timeout)
+            filled.set()
+        return answer
 
-    monkeypatch.setattr(pipe, "has_left", look)
+    monkeypatch.setattr(pipe, "has_left", look_and_fill)
     news = live(origin)
     site = serve({"news": news.url})
-    site.watch("/news").read(len(news.plain(2, 5)))
-    with contextlib.closing(idle_viewer(site.port, "/news")) as paused:
-        eventually(lambda: paused.getsockname() in looked, "all there is was handed over")
+    with contextlib.closing(idle_viewer(site.port, "/news", room=None)) as paused:
+        assert filled.wait(TIMEOUT)
         news.end()
         eventually(lambda: channel_states(site)["news"] == [], "the channel ended")
         assert read_to_end(paused).endswith(b"\r\n0\r\n\r\n")
+
+
+def fill(sock: socket.socket) -> None:
+    """Give the kernel all it takes, as a burst just before a silence would."""
+    sock.settimeout(0)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sock.send(65536 * b"x")
 
 
 #### What the kernel holds, and what it looks for ####
