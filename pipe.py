@@ -1824,6 +1824,7 @@ class Download:
         self._moved = 0.0  # when the newest byte came
         self._validator: str | None = None
         self._can_resume = True
+        self._length = 0  # bytes of the whole, where an answer with a part of it told
         # _changed guards everything below; notified with each part and at the end.
         self._changed = threading.Condition()
         self._parts: list[bytes] = []
@@ -1909,8 +1910,11 @@ class Download:
         """Where the body starts, in bytes from ours: negative where more comes than was asked."""
         start = 0
         if response.status_code == HTTPStatus.PARTIAL_CONTENT:
-            match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+            sent = response.headers.get("Content-Range", "")
+            match = re.match(r"bytes (\d+)-\d+/(\d+|\*)", sent)
             start = int(match[1]) if match else -1
+            if match and match[2] != "*" and self.size is None:
+                self._length = int(match[2])
         offset = start - self.first
         if offset not in ({self._had.size} if self._resumes else {0, -self.first}) | {-self.first}:
             self._can_resume = False
@@ -1940,7 +1944,7 @@ class Download:
                 self._add(new if self.size is None else new[: self.size - self._had.size])
         if at < self._had.size:
             raise GaveUp("it became shorter meanwhile")
-        if self.size is not None and self._had.size < self.size:
+        if self._had.size < (self.size or self._length):
             raise ConnectionError("the range ended early")
 
     def _add(self, part: bytes) -> None:
@@ -2339,7 +2343,7 @@ class Variants:
             return SegmentedUpstream(self.session, stream)
         if isinstance(stream, OpenResponse):
             return RawUpstream(self.session, stream.response, stream.start)
-        if isinstance(stream, HTTPStream):
+        if isinstance(stream, HTTPStream) and not isinstance(stream, HLSStream):
             return RawUpstream(self.session, self.session.request(**stream.args), b"")
         if (
             isinstance(stream, DASHStream)
@@ -2529,6 +2533,7 @@ class DownloadingWriter(HLSStreamWriter):
 
     def __init__(self, reader: Any, **arguments: Any) -> None:
         super().__init__(reader, **arguments)
+        self.retries = 0  # of keys: streamlink would sleep in between, whoever wants it to end
         self.is_drained = False  # the worker's end of the stream was reached, in order
         self.failure: str | None = None
         self._is_closing = False
@@ -2546,7 +2551,7 @@ class DownloadingWriter(HLSStreamWriter):
         self._slots.acquire()
         if self._is_closing:
             return
-        if segment.map is not None:
+        if segment.map is not None and not self.should_filter_segment(segment):
             self._put_map(segment)
         self.queue(segment, _at_once(self._start(segment, segment, is_map=False)), False)
 
@@ -2880,7 +2885,7 @@ class Ledger:
         self.drops: Counter[str] = Counter()  # of viewers, by reason
         self.peak = 0  # viewers at once
         self.last_error: str | None = None
-        self._slots: deque[tuple[int, int]] = deque(maxlen=SLOTS)  # number and bytes of each
+        self._slots: deque[tuple[int, int]] = deque(maxlen=SLOTS + 1)  # number and bytes of each
 
     def add(self, name: str, amount: int = 1) -> None:
         with self.lock:
@@ -3576,7 +3581,7 @@ class Feeder:
     def _begin(self, upstream: Upstream, start: list[bytes | Mark], is_all: bool) -> bool:
         """Tell the container from an opening's first bytes; False while more are needed."""
         data = b"".join(item for item in start if not isinstance(item, Mark))
-        container = sniff(data[:SNIFF_LIMIT], is_all) if data else None
+        container = sniff(data[:SNIFF_LIMIT], is_all) if _has_media(start) else None
         if container is None:
             if is_all and self._mover is None:
                 raise UpstreamError("the origin sent no media")
@@ -3626,9 +3631,9 @@ class Feeder:
                         self.channel.ledger.add("gaps")
             else:
                 data = b"".join(cast(Iterator[bytes], group))
-                self._mover.pass_bytes(data)
+                if self._mover.pass_bytes(data):
+                    self._last_byte = time.monotonic()
                 self.channel.ledger.add_received(len(data))
-                self._last_byte = time.monotonic()
 
     def _finish(self) -> NoReturn:
         """The source truly ended: hand on what was held back for more to come."""
@@ -3641,6 +3646,17 @@ def _pauses() -> Iterator[float]:
     """Seconds between tries, with jitter: a thousand channels shall not try in step."""
     for pause in itertools.chain(REOPEN_PAUSES, itertools.repeat(REOPEN_PAUSES[-1])):
         yield pause * random.uniform(0.8, 1.2)
+
+
+def _has_media(items: Iterable[bytes | Mark]) -> bool:
+    """Whether there is more than initialization sections."""
+    in_prefix = False
+    for item in items:
+        if isinstance(item, Mark):
+            in_prefix = item.kind is MarkKind.PREFIX
+        elif not in_prefix:
+            return True
+    return False
 
 
 def _is_sign_of_life(item: bytes | Mark) -> bool:
@@ -3702,32 +3718,34 @@ class Mover:
                 self._owes_seam = True
             self._close_segment(mark.number)
 
-    def pass_bytes(self, data: bytes) -> None:
+    def pass_bytes(self, data: bytes) -> bool:
+        """Take what came; True where it brought viewers something new."""
         if self._new_prefix is not None:
             self._new_prefix += data
-            return
+            return False
         if self._is_resumed and self.number is not None:  # this opening has no segments
             self.number, self._is_resumed = None, False
             self._start_seam(after=getattr(self._framer, "last_dts", None))
-        if not self._skips_segment:
-            if self._again is not None:
-                data = self._pass_again(data)
-            if data:
-                self._passed.add(data)
-                self._pass(data)
+        if self._again is not None and not self._skips_segment:
+            data = self._pass_again(data)
+        if self._skips_segment or not data:
+            return False
+        self._passed.add(data)
+        return self._pass(data)
 
     def flush(self) -> None:
         self._append(self._framer.flush())
 
-    def _pass(self, data: bytes) -> None:
+    def _pass(self, data: bytes) -> bool:
         if self._gate:
             opened = self._gate.feed(data)
             if opened is None:
-                return
+                return False
             data, self._gate = opened, None
             if self.number is not None:
                 self._framer.start_segment()
         self._append(self._framer.feed(data))
+        return True
 
     def _append(self, blocks: list[bytes]) -> None:
         joins, self._framer.joins = self._framer.joins, []
@@ -3829,8 +3847,8 @@ def origin_of(address: str, position: int, count: int) -> str:
 # --------------------------------------------------------------------------------------------------
 
 PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
@@ -4102,15 +4120,18 @@ main{max-width:1200px;margin:0 auto}
 h1{font-size:1.4rem;margin:0}h2{font-size:1rem;margin:28px 0 10px;color:var(--soft)}
 header p{margin:2px 0 0;color:var(--soft)}
 ul{list-style:none;margin:0;padding:0;display:grid;gap:12px;
-grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr))}
+grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr))}
 li{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px;
 display:flex;flex-direction:column;gap:8px;min-width:0}
 .top{display:flex;gap:12px;align-items:center;min-width:0}
 .logo{flex:none;width:44px;height:44px;border-radius:10px;background:var(--line);color:var(--soft);
 display:grid;place-items:center;font-weight:600}
-.name{min-width:0}.name b{display:block;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+.name{min-width:0}.name b{display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:2;overflow:hidden;
+overflow-wrap:anywhere;line-height:1.25}
 .state{font-size:.875rem;color:var(--soft)}.state.live,.state.private{color:var(--live)}
 .state.reopening,.state.starting{color:var(--wait)}
+.state::before{content:"";display:inline-block;width:.55em;height:.55em;border-radius:50%;
+background:currentColor;margin-right:.4em}li.on{border-color:var(--live)}li.off .logo{opacity:.7}
 .facts{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:.875rem;color:var(--soft)}
 .facts b{color:var(--ink);font-weight:600}
 svg{display:block;width:100%;height:36px}svg rect{fill:var(--bar)}svg line{stroke:var(--line)}
@@ -4155,18 +4176,22 @@ def _card(site: Site, report: StreamReport) -> str:
     title = html.escape(stream.title)
     initials = "".join(word[0] for word in stream.title.split()[:2]).upper()
     uptime = max((channel.uptime for channel in report.channels), default=0.0)
-    facts = [_fact(report.viewers, "viewer" if report.viewers == 1 else "viewers")]
+    facts = []
     if report.channels:
-        facts += [_fact(f"{report.bitrate / 1e6:.1f}", "Mbit/s"), _fact(_duration(uptime), "up")]
+        facts = [_fact(report.viewers, "viewer" if report.viewers == 1 else "viewers")]
+        if report.bitrate:
+            facts += [_fact(f"{report.bitrate / 1e6:.1f}", "Mbit/s")]
+        facts += [_fact(_duration(uptime), "up")]
     notes = [channel.note for channel in report.channels if channel.note]
     if report.last_error:
         notes.append(f"last error: {report.last_error}")
     return (
-        f'<li id="{stream.name}"><div class="top">'
+        f'<li id="{stream.name}" class="{"on" if report.channels else "off"}"><div class="top">'
         f'<div class="logo" aria-hidden="true">{html.escape(initials)}</div>'
         f'<div class="name"><b title="{title}">{title}</b>'
         f'<span class="state {report.state}">{STATE_WORDS[report.state]}</span></div></div>'
-        f'<div class="facts">{"".join(facts)}</div>{_chart(report.bitrates)}'
+        + (f'<div class="facts">{"".join(facts)}</div>' if facts else "")
+        + (_chart(report.bitrates) if facts or any(report.bitrates) else "")
         + "".join(f'<p class="error">{html.escape(note)}</p>' for note in notes)
         + f'<div class="links"><a href="{html.escape(site.link("/" + stream.name))}">Watch</a>'
         f'<a download="{stream.name}.m3u" '
@@ -4223,6 +4248,7 @@ class Handler(BaseHTTPRequestHandler):
 
     server: Server
     protocol_version = "HTTP/1.1"
+    path = ""  # until a request line could be read
     server_version = f"StreamPipe/{__version__}"
 
     def handle(self) -> None:
@@ -4895,6 +4921,7 @@ def with_demo(config: Config, address: str) -> Config:
 _ADDRESS = re.compile(
     r"\b([a-z][a-z0-9+.-]*://)(?:[^\s/'\"]*@)?([^\s/?#'\"<>()]*)[^\s'\"<>()]*", re.I
 )
+_BARE_ADDRESS = re.compile(r"\b(https?:)(?!//)[^\s'\"]+")
 _REQUEST_PATH = re.compile(r"(\burl: )/\S*")  # urllib3 names them without their host
 _CHANNEL_THREAD = re.compile(r"[A-Za-z]+-([a-z0-9-]+?)(?:--\w+)?-\d+(?:-executor_\d+)?")
 HIDDEN = "***"
@@ -4916,7 +4943,8 @@ class LogFormatter(logging.Formatter):
         for secret in self.secrets:
             text = text.replace(secret, HIDDEN)
         if record.exc_info or not is_ours:
-            text = _REQUEST_PATH.sub(r"\1/...", _ADDRESS.sub(r"\1\2/...", text))
+            text = _BARE_ADDRESS.sub(r"\1...", _ADDRESS.sub(r"\1\2/...", text))
+            text = _REQUEST_PATH.sub(r"\1/...", text)
         return "\n".join(map(_printable, text.split("\n")))
 
     def formatMessage(self, record: logging.LogRecord) -> str:

@@ -9,7 +9,8 @@ sends 20 Mbit/s on each connection, and a fast one, which is as fast as it can b
 
 first byte   from the request to the first byte of media; of stock streamlink from resolving on,
              without the time its imports take; of ffmpeg with its start, which takes little
-total        30 segments of a film from the slow origin, 4 threads
+total        30 segments of a film from the slow origin, 4 threads; streamlink's
+             hls-segment-stream-data has no such limit and opens a connection for each segment
 CPU/GB       user and system time for each GB (10**9 bytes) pulled from the fast origin, one viewer
 
 What is told as a median comes with how often it was measured. Absolute times differ from machine

@@ -27,8 +27,6 @@ from pathlib import Path
 if __name__ == "__main__":  # Python looks in this script's folder instead of the one above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import pytest
-
 from tests import media
 from tests.origin import Break, Close, Fault, Origin, Playlist, Stall, Status
 from tests.program import Service
@@ -112,14 +110,16 @@ def visit(port: int, dice: random.Random, end: threading.Event) -> int:
     """Watch channels, one after the other, some for a moment; returns the bytes that came."""
     received = 0
     while not end.is_set():
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            with Watch(port, f"/c{dice.randrange(CHANNELS)}") as viewer:
-                until = time.monotonic() + dice.expovariate(0.5)
-                while time.monotonic() < until and not end.is_set():
-                    part = viewer.response.read1(dice.choice([188, 4096, 65536]))
-                    received += len(part) * (viewer.status == 200)
-                    if not part:
-                        break
+        with (
+            contextlib.suppress(OSError, http.client.HTTPException),
+            Watch(port, f"/c{dice.randrange(CHANNELS)}") as viewer,
+        ):
+            until = time.monotonic() + dice.expovariate(0.5)
+            while time.monotonic() < until and not end.is_set():
+                part = viewer.response.read1(dice.choice([188, 4096, 65536]))
+                received += len(part) * (viewer.status == 200)
+                if not part:
+                    break
         end.wait(dice.uniform(0, 0.5))
     return received
 
@@ -182,12 +182,6 @@ def soak(minutes: float, seed: int, folder: Path) -> bool:
         bad = troubles(service)
         print_line("\n".join(bad[:20] or ["no trouble in the log"]))
     return end.is_like(start) and not bad and received > 0
-
-
-@pytest.mark.long
-@pytest.mark.skipif(sys.platform != "linux", reason="reads figures of Linux' kernel")
-def test_soak_of_a_minute(tmp_path: Path) -> None:
-    assert soak(1, 1, tmp_path)
 
 
 def main() -> int:
