@@ -1805,7 +1805,7 @@ class Terms:
     patience: Callable[[], float]  # seconds without a byte until it is given up
     is_wanted: Callable[[], bool]  # False where trying again is of no use
     pause: Callable[[float], bool]  # wait so many seconds; False where the upstream is closing
-    moved: Callable[[], None]  # told of each byte that came
+    moved: Callable[[float], None]  # told when bytes came
 
 
 class Download:
@@ -1820,8 +1820,7 @@ class Download:
         self.size = None if last is None else last - first + 1
         # The runner's own: what it had and how to ask for the rest.
         self._had = Fingerprint()
-        self.began = 0.0
-        self._moved = 0.0  # when the newest byte came
+        self.moved = 0.0  # when the newest byte came
         self._validator: str | None = None
         self._can_resume = True
         self._length = 0  # bytes of the whole, where an answer with a part of it told
@@ -1837,7 +1836,7 @@ class Download:
         """Fetch the body, trying again as the terms allow."""
         failure: str | None = None
         try:
-            self.began = self._moved = time.monotonic()
+            self.moved = time.monotonic()
             self._try_until_done()
         except GaveUp as error:
             failure = str(error)
@@ -1869,7 +1868,7 @@ class Download:
                 raise GaveUp("closed")
             if not self.terms.is_wanted():
                 raise GaveUp(f"{reason}, and the playlist no longer lists it")
-            if time.monotonic() + pause - self._moved > self.terms.patience():
+            if time.monotonic() + pause - self.moved > self.terms.patience():
                 raise GaveUp(reason)
             if not self.terms.pause(pause):
                 raise GaveUp("closed")
@@ -1899,7 +1898,7 @@ class Download:
         if first or last:
             headers["Range"] = f"bytes={first}-{last}"
         patience = self.terms.patience()
-        left = self._moved + patience - time.monotonic()
+        left = self.moved + patience - time.monotonic()
         return self.terms.get(headers, max(0.1, min(patience / 2, left)))
 
     @property
@@ -1915,6 +1914,8 @@ class Download:
             start = int(match[1]) if match else -1
             if match and match[2] != "*" and self.size is None:
                 self._length = int(match[2])
+            if response.headers.get("Content-Encoding", "identity") != "identity":
+                start = -1  # a part of the compressed body, and we count what is in it
         offset = start - self.first
         if offset not in ({self._had.size} if self._resumes else {0, -self.first}) | {-self.first}:
             self._can_resume = False
@@ -1948,9 +1949,9 @@ class Download:
             raise ConnectionError("the range ended early")
 
     def _add(self, part: bytes) -> None:
-        self.terms.moved()
         self._had.add(part)
-        self._moved = time.monotonic()
+        self.moved = time.monotonic()
+        self.terms.moved(self.moved)
         with self._changed:
             self._parts.append(part)
             self._changed.notify_all()
@@ -2062,7 +2063,8 @@ class Session:
         self._kept: dict[str, requests.Response] = {}  # playlists to be used a second time
         self._moved: dict[str, str] = {}  # playlists' addresses, to where a redirect led
         self._load = self.engine.http.request
-        vars(self.engine.http)["request"] = self._request
+        self._target_of = self.engine.http.get_redirect_target
+        vars(self.engine.http).update(request=self._request, get_redirect_target=self._redirect)
         self._transports = [self._mount(prefix) for prefix in ("https://", "http://")]
 
     def _mount(self, prefix: str) -> Transport:
@@ -2078,6 +2080,7 @@ class Session:
         """End every request now and refuse further ones, from any thread."""
         for transport in self._transports:
             transport.cut()
+        self.engine.http.close()  # the idle connections
 
     def resolve(self, address: str) -> Variants:
         """What an address offers.  Blocks for as long as the origin takes, up to its time-outs.
@@ -2161,6 +2164,14 @@ class Session:
         if response.content[:7] == b"#EXTM3U":
             self._keep(response)
         return response
+
+    def _redirect(self, response: requests.Response) -> str | None:
+        """Where a redirect leads; one that streamlink refuses (file://) leaves nothing open."""
+        try:
+            return self._target_of(response)
+        except Exception:
+            response.close()
+            raise
 
     def _keep(self, response: requests.Response) -> None:
         asked = (response.history or [response])[0].request.url
@@ -2363,6 +2374,8 @@ class Upstream:
         self.live_edge: int = session.engine.get_option("hls-live-edge")
         self._is_closed = False
 
+    repeats_exactly = False  # whether another opening begins with the same bytes
+
     @property
     def has_end(self) -> bool:
         """Whether this source ends by itself; known from its first bytes on."""
@@ -2539,6 +2552,7 @@ class DownloadingWriter(HLSStreamWriter):
         self._is_closing = False
         self._slots = threading.Semaphore(self.threads + 1)
         self._map: tuple[object, Download] | None = None  # the newest EXT-X-MAP
+        self._running_lock = threading.Lock()  # guards _running and _is_closing
         self._running: weakref.WeakSet[Download] = weakref.WeakSet()
         self._newest_byte = 0.0  # when any download moved; each writes it, the newest wins
 
@@ -2576,9 +2590,12 @@ class DownloadingWriter(HLSStreamWriter):
         if not is_map and self.should_filter_segment(segment):
             download.finish(None)
         else:
-            self._running.add(download)
-            with contextlib.suppress(RuntimeError):  # closed in this moment
-                self.executor.submit(download.run)
+            with self._running_lock:
+                if self._is_closing:
+                    download.finish("closed")
+                else:
+                    self._running.add(download)
+                    self.executor.submit(download.run)
         return download
 
     def _range_of(self, segment: Any, part: Any, is_map: bool) -> tuple[int, int | None]:
@@ -2600,18 +2617,14 @@ class DownloadingWriter(HLSStreamWriter):
             )  # fmt: skip
             return response
 
-        def patience() -> float:
-            is_live = worker.playlist_end is None
-            return 2 * (worker.playlist_targetduration or 1.0) if is_live else float(self.timeout)
-
         def is_wanted() -> bool:
             listed = worker.playlist_segments
             return worker.playlist_end is not None or not listed or segment.num >= listed[0].num
 
-        def moved() -> None:
-            self._newest_byte = time.monotonic()
+        def moved(at: float) -> None:
+            self._newest_byte = at
 
-        return Terms(get, patience, is_wanted, self.wait, moved)
+        return Terms(get, self._patience, is_wanted, self.wait, moved)
 
     # The writer's thread
 
@@ -2636,7 +2649,7 @@ class DownloadingWriter(HLSStreamWriter):
     def _give_up(self, segment: Any, download: Download, is_map: bool, error: Exception) -> None:
         """Leave a gap; or end, where the origin is gone or nothing could be decoded any more."""
         reason = str(error) if isinstance(error, GaveUp) else explain(error)
-        is_gone = reason.startswith(UNREACHABLE) and self._newest_byte <= download.began
+        is_gone = reason.startswith(UNREACHABLE) and self._newest_byte <= download.moved
         if is_map or is_gone:
             what = "its initialization section cannot be had: " if is_map else ""
             self.failure = what + reason
@@ -2665,28 +2678,43 @@ class DownloadingWriter(HLSStreamWriter):
             self.reader.resume()
 
     def _decryptor(self, key: Any, number: int) -> Any:
-        """Without its key a stream cannot go on, so this failure ends it."""
-        try:
-            return self.create_decryptor(key, number)
-        except Exception as error:
-            self.failure = f"its key cannot be had: {explain(error)}"
-            self.close()
-            raise
+        """Without its key a stream cannot go on: it is tried for as long as a segment would be."""
+        deadline = time.monotonic() + self._patience()
+        for pause in itertools.chain(RETRY_PAUSES, itertools.repeat(RETRY_PAUSES[-1])):
+            try:
+                return self.create_decryptor(key, number)
+            except Exception as error:
+                if time.monotonic() + pause > deadline or not self.wait(pause):
+                    self.failure = f"its key cannot be had: {explain(error)}"
+                    self.close()
+                    raise
+        return None
+
+    def _patience(self) -> float:
+        """Seconds without a byte until a segment is given up."""
+        worker = self.reader.worker
+        if worker.playlist_end is not None:
+            return float(self.timeout)
+        return 2.0 * (worker.playlist_targetduration or 1.0)
 
     def _queue_get(self) -> Any:
         item = super()._queue_get()
-        self.is_drained = item is None
+        self.is_drained = item is None and not self._is_closing
         return item
 
     # Any thread
 
     def close(self) -> None:
         """Wake all that wait here, then end as streamlink does."""
-        self._is_closing = True
+        with self._running_lock:
+            self._is_closing = True
+            running = tuple(self._running)
         self._wait.set()
-        for download in tuple(self._running):
+        for download in running:
             download.finish("closed")
         self._slots.release(self.threads + 2)
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(None)  # the writer looks at it twice a second otherwise
         super().close()
 
 
@@ -2790,7 +2818,7 @@ class RawUpstream(PumpedUpstream):
     def __init__(self, session: Session, response: requests.Response, start: bytes) -> None:
         self._response = response
         self._start = start
-        self._has_end = "Content-Length" in response.headers
+        self._has_end = self.repeats_exactly = "Content-Length" in response.headers
         super().__init__(session)
 
     @property
@@ -2860,10 +2888,18 @@ class ProcessUpstream(PumpedUpstream):
     def _close(self) -> None:
         if process := getattr(self._file, "process", None):
             process.kill()
+            for pipe in self._file.pipes:
+                _unblock(pipe.path)
             process.stdin.close()  # streamlink leaves this open, and the process a zombie
             process.wait()
         self._file.close()
         self._pump.join()
+
+
+def _unblock(path: Path) -> None:
+    """Let a thread go on that opens a FIFO which ffmpeg will never open at its other end."""
+    with contextlib.suppress(OSError, AttributeError):  # Windows has neither the flag nor the wait
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3618,7 +3654,7 @@ class Feeder:
         self.restarts += 1
         self.channel.ledger.add("restarts")
         self.is_reopening = False
-        self._mover.resume(self._address, upstream.has_end)
+        self._mover.resume(self._address, upstream.repeats_exactly)
 
     def _move(self, items: list[bytes | Mark]) -> None:
         assert self._mover
@@ -3688,7 +3724,7 @@ class Mover:
         self._gate: Gate | None = None
         self._owes_seam = False  # the next segment cannot go on, whatever its number
 
-    def resume(self, address: int, has_end: bool) -> None:
+    def resume(self, address: int, repeats_exactly: bool) -> None:
         """What comes next is from a new opening."""
         self.address = address
         self._is_resumed = True
@@ -3696,7 +3732,7 @@ class Mover:
             self._passed, self._owes_seam = Fingerprint(), True
         self._again, self._skips_segment, self._gate = None, False, None
         self._new_prefix = None
-        if self.number is None and has_end:
+        if self.number is None and repeats_exactly:
             self._again = Fingerprint()  # the same body again, from its start
         elif self.number is None:
             self._start_seam(after=getattr(self._framer, "last_dts", None))
@@ -4126,8 +4162,8 @@ display:flex;flex-direction:column;gap:8px;min-width:0}
 .top{display:flex;gap:12px;align-items:center;min-width:0}
 .logo{flex:none;width:44px;height:44px;border-radius:10px;background:var(--line);color:var(--soft);
 display:grid;place-items:center;font-weight:600}
-.name{min-width:0}.name b{display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:2;overflow:hidden;
-overflow-wrap:anywhere;line-height:1.25}
+.name{min-width:0}.name b{display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:2;
+overflow:hidden;overflow-wrap:anywhere;line-height:1.25}
 .state{font-size:.875rem;color:var(--soft)}.state.live,.state.private{color:var(--live)}
 .state.reopening,.state.starting{color:var(--wait)}
 .state::before{content:"";display:inline-block;width:.55em;height:.55em;border-radius:50%;
