@@ -1821,6 +1821,7 @@ class Download:
         # The runner's own: what it had and how to ask for the rest.
         self._had = Fingerprint()
         self.moved = 0.0  # when the newest byte came
+        self.gone_since = math.inf  # since when each try found nobody there
         self._validator: str | None = None
         self._can_resume = True
         self._length = 0  # bytes of the whole, where an answer with a part of it told
@@ -1863,15 +1864,21 @@ class Download:
                 log.debug("a download broke off", exc_info=True)
                 if self._is_whole(error):
                     return
-                reason = explain(error)
-            if self._is_done:
-                raise GaveUp("closed")
-            if not self.terms.is_wanted():
-                raise GaveUp(f"{reason}, and the playlist no longer lists it")
-            if time.monotonic() + pause - self.moved > self.terms.patience():
-                raise GaveUp(reason)
+                self._judge(explain(error), pause)
             if not self.terms.pause(pause):
                 raise GaveUp("closed")
+
+    def _judge(self, reason: str, pause: float) -> None:
+        """Raise GaveUp where another try after this pause is of no use."""
+        now = time.monotonic()
+        is_gone = reason == UNREACHABLE
+        self.gone_since = min(self.gone_since, now) if is_gone else math.inf
+        if self._is_done:
+            raise GaveUp("closed")
+        if not self.terms.is_wanted():
+            raise GaveUp(f"{reason}, and the playlist no longer lists it")
+        if now + pause - self.moved > self.terms.patience():
+            raise GaveUp(reason)
 
     def _transfer(self) -> None:
         """One request and its body; what is there already is asked for again if it must be."""
@@ -2649,7 +2656,7 @@ class DownloadingWriter(HLSStreamWriter):
     def _give_up(self, segment: Any, download: Download, is_map: bool, error: Exception) -> None:
         """Leave a gap; or end, where the origin is gone or nothing could be decoded any more."""
         reason = str(error) if isinstance(error, GaveUp) else explain(error)
-        is_gone = reason.startswith(UNREACHABLE) and self._newest_byte <= download.moved
+        is_gone = self._newest_byte <= download.gone_since < math.inf
         if is_map or is_gone:
             what = "its initialization section cannot be had: " if is_map else ""
             self.failure = what + reason
@@ -3746,7 +3753,8 @@ class Mover:
             self._framer.drop()
             self._close_segment(mark.number)
         elif mark.kind is MarkKind.END:
-            self._append(self._framer.flush())
+            if self._again is None:
+                self._append(self._framer.flush())
             self._close_segment(mark.number)
         else:
             if self._is_resumed and (mark.number != self.number or self._passed.size):

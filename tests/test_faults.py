@@ -52,6 +52,9 @@ from tests.server import TIMEOUT, Site, Watch
 from tests.test_players import PROGRAM, listening_address, vlc
 from tests.threads import Task
 
+# With the others, these would take `python -m pytest` beyond three minutes.
+pytestmark = pytest.mark.long
+
 SEGMENTS = 12  # of one timeline, a second each; then they repeat
 KEY = bytes(range(16))
 # A failure is noticed after `timeout`, but not before two target durations, which are 2 s.

@@ -21,6 +21,9 @@ from tests.origin import Origin, Playlist
 from tests.program import eventually
 from tests.server import TIMEOUT, Site
 
+# With the others, these would take `python -m pytest` beyond three minutes.
+pytestmark = pytest.mark.long
+
 Serve = Callable[..., Site]
 Dice = random.Random
 

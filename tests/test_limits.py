@@ -33,6 +33,9 @@ from tests.program import Service, eventually
 from tests.server import TIMEOUT, Answer, Site, Watch
 from tests.threads import Task
 
+# With the others, these would take `python -m pytest` beyond three minutes.
+pytestmark = pytest.mark.long
+
 Serve = Callable[..., Site]
 
 KIB, MIB = 1 << 10, 1 << 20

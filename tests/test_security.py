@@ -33,6 +33,9 @@ from tests.program import Service
 from tests.server import TIMEOUT, Answer, Site, Watch
 from tests.test_cli import EXIT_TIME, LOG_LINE
 
+# With the others, these would take `python -m pytest` beyond three minutes.
+pytestmark = pytest.mark.long
+
 Serve = Callable[..., Site]
 
 SECRET = "hunter2hunter2"
