@@ -4220,12 +4220,9 @@ def _card(site: Site, report: StreamReport) -> str:
     title = html.escape(stream.title)
     initials = "".join(word[0] for word in stream.title.split()[:2]).upper()
     uptime = max((channel.uptime for channel in report.channels), default=0.0)
-    facts = []
+    facts = [_fact(report.viewers, "viewer" if report.viewers == 1 else "viewers")]
     if report.channels:
-        facts = [_fact(report.viewers, "viewer" if report.viewers == 1 else "viewers")]
-        if report.bitrate:
-            facts += [_fact(f"{report.bitrate / 1e6:.1f}", "Mbit/s")]
-        facts += [_fact(_duration(uptime), "up")]
+        facts += [_fact(f"{report.bitrate / 1e6:.1f}", "Mbit/s"), _fact(_duration(uptime), "up")]
     notes = [channel.note for channel in report.channels if channel.note]
     if report.last_error:
         notes.append(f"last error: {report.last_error}")
@@ -4234,8 +4231,8 @@ def _card(site: Site, report: StreamReport) -> str:
         f'<div class="logo" aria-hidden="true">{html.escape(initials)}</div>'
         f'<div class="name"><b title="{title}">{title}</b>'
         f'<span class="state {report.state}">{STATE_WORDS[report.state]}</span></div></div>'
-        + (f'<div class="facts">{"".join(facts)}</div>' if facts else "")
-        + (_chart(report.bitrates) if facts or any(report.bitrates) else "")
+        f'<div class="facts">{"".join(facts)}</div>'
+        + (_chart(report.bitrates) if report.channels or any(report.bitrates) else "")
         + "".join(f'<p class="error">{html.escape(note)}</p>' for note in notes)
         + f'<div class="links"><a href="{html.escape(site.link("/" + stream.name))}">Watch</a>'
         f'<a download="{stream.name}.m3u" '
