@@ -13,6 +13,14 @@ total        30 segments of a film from the slow origin, 4 threads; streamlink's
              hls-segment-stream-data has no such limit and opens a connection for each segment
 CPU/GB       user and system time for each GB (10**9 bytes) pulled from the fast origin, one viewer
 
+The second table is of crowds: so many viewers of so many live channels of 5.2 Mbit/s from the fast
+origin, who throw bytes away in the kernel, from one epoll loop.
+
+CPU/GB       user and system time of the server for each GB delivered
+bare         the same for as many threads that send as much from memory, and nothing else
+memory       the server's resident memory at the end; threads likewise
+skips        jumps of viewers that fell behind
+
 What is told as a median comes with how often it was measured. Absolute times differ from machine
 to machine; what counts is how the rows compare.
 """
@@ -27,6 +35,7 @@ import math
 import os
 import re
 import resource
+import select
 import shutil
 import socket
 import statistics
@@ -35,6 +44,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,9 +80,13 @@ class Plan:
     fast_segments: int = 240  # of the film on the fast one: 0.6 GB
     colds: int = 5  # first bytes of a cold channel
     warms: int = 20  # first bytes of a running channel
+    crowds: tuple[tuple[int, int], ...] = ((1, 1), (100, 1), (1000, 1), (200, 20))
+    crowd_seconds: float = 20
 
 
-QUICK = Plan(segments=8, fast_segments=60, colds=3, warms=10)
+QUICK = Plan(
+    segments=8, fast_segments=60, colds=3, warms=10, crowds=((20, 1), (20, 5)), crowd_seconds=6
+)
 
 
 @dataclass(frozen=True)
@@ -245,11 +259,12 @@ class Server:
 
 
 @contextlib.contextmanager
-def streampipe(source: Source, linger: float = 0) -> Iterator[Server]:
-    """pipe.py with the origin's streams, in a process of its own."""
+def streampipe(source: Source, linger: float = 0, channels: int = 0) -> Iterator[Server]:
+    """pipe.py with the origin's streams, in a process of its own; `live-N` are all the same."""
     streams = {"film": source.film, "live": source.live}
+    streams |= {f"live-{number}": f"{source.live}?{number}" for number in range(channels)}
     config = {
-        "server": {"host": "127.0.0.1", "port": 0},
+        "server": {"host": "127.0.0.1", "port": 0, "max_viewers": 0},
         "options": {"threads": THREADS, "linger": linger},
         "streams": streams,
     }
@@ -362,6 +377,123 @@ def measure_ffmpeg(plan: Plan, slow: Source, fast: Source) -> Iterator[Row]:
     yield Row("ffmpeg -c copy", whole.first, whole.total, cpu)
 
 
+#### Crowds ####
+
+WARM_UP = 6.0  # seconds for the burst that each viewer gets at first
+BLOCK = 65_424  # bytes that a bare thread sends at once: as much as a block of a window
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """What a server did for many viewers."""
+
+    viewers: int
+    channels: int
+    size: int  # bytes delivered while it was measured
+    cpu: float  # seconds
+    memory: int  # bytes
+    threads: int
+    skips: int
+    bare: float  # CPU seconds for each GB
+
+
+def measure_crowd(source: Source, viewers: int, channels: int, seconds: float) -> Crowd:
+    bare = bare_cpu(viewers, max(1, int(GB / BLOCK / viewers)))
+    with streampipe(source, channels=channels) as server, contextlib.ExitStack() as stack:
+        crowd = [stack.enter_context(contextlib.closing(join(server.port, number % channels)))
+                 for number in range(viewers)]  # fmt: skip
+        throw_away(crowd, WARM_UP)
+        before = server.cpu() or 0.0
+        size = throw_away(crowd, seconds)
+        after = server.cpu() or 0.0
+        memory, threads = figures_of(server.pid)
+        skips = total_of(server.port, "streampipe_viewer_skips_total")
+        return Crowd(viewers, channels, size, after - before, memory, threads, skips, bare)
+
+
+def join(port: int, number: int) -> socket.socket:
+    sock = socket.create_connection(("127.0.0.1", port), PATIENCE)
+    sock.sendall(f"GET /live-{number} HTTP/1.1\r\n\r\n".encode())
+    return sock
+
+
+def throw_away(crowd: Sequence[socket.socket], seconds: float) -> int:
+    """Bytes that came in this time, thrown away in the kernel; raises where a viewer was let go."""
+    drop = getattr(socket, "MSG_TRUNC", 0)
+    room = bytearray(1 << 20)
+    size = 0
+    by_number = {sock.fileno(): sock for sock in crowd}
+    with select.epoll() as poll:
+        for number in by_number:
+            poll.register(number, select.EPOLLIN)
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            for number, _ in poll.poll(left):
+                count = by_number[number].recv_into(room, len(room), drop)
+                if not count:
+                    raise RuntimeError("a viewer was let go")
+                size += count
+    return size
+
+
+def figures_of(pid: int) -> tuple[int, int]:
+    """Resident bytes and threads of a process."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    fields = dict(line.split(":", 1) for line in text.splitlines())
+    return int(fields["VmRSS"].split()[0]) * 1024, int(fields["Threads"])
+
+
+def total_of(port: int, name: str) -> int:
+    """The sum of a metric over all streams."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(int(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{"))
+
+
+def bare_cpu(viewers: int, blocks: int) -> float:
+    """CPU seconds for each GB that bare threads send to as many viewers."""
+    with process(*ourselves("--bare", str(viewers), "--blocks", str(blocks))) as child:
+        port = int(output(child).readline())
+        crowd = [socket.create_connection(("127.0.0.1", port), PATIENCE) for _ in range(viewers)]
+        with contextlib.suppress(RuntimeError):  # the first that has got all
+            throw_away(crowd, PATIENCE)
+        for sock in crowd:
+            sock.close()
+        return float(output(child).readline())
+
+
+def send_bare(viewers: int, blocks: int) -> None:
+    """The child's part: a thread for each viewer, who gets so many blocks."""
+    block = bytes(BLOCK)
+    with socket.create_server(("127.0.0.1", 0), backlog=viewers) as listener:
+        print_line(str(listener.getsockname()[1]))
+        crowd = [listener.accept()[0] for _ in range(viewers)]
+    sent: list[int] = []
+
+    def send(sock: socket.socket) -> None:
+        with sock, contextlib.suppress(OSError):
+            for _ in range(blocks):
+                sock.sendall(block)
+                sent.append(len(block))
+
+    threads = [threading.Thread(target=send, args=(sock,)) for sock in crowd]
+    before = time.process_time()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print_line(str((time.process_time() - before) / sum(sent) * GB))
+
+
+def crowd_line(crowd: Crowd) -> str:
+    cpu = crowd.cpu / crowd.size * GB
+    values = (
+        f"{cpu:.2f} s", f"{crowd.bare:.2f} s", f"{crowd.memory / 1e6:.0f} MB",
+        str(crowd.threads), str(crowd.skips),
+    )  # fmt: skip
+    return line(f"{crowd.viewers} viewers of {crowd.channels} channels", *values)
+
+
 #### The table ####
 
 
@@ -403,6 +535,11 @@ def bench(plan: Plan) -> None:
         for measure in MEASURES:
             for row in measure(plan, slow, fast):
                 print_line(shown(row))
+        print_line("")
+        print_line(line("", "CPU/GB", "bare", "memory", "threads", "skips"))
+        for viewers, channels in plan.crowds:
+            crowd = measure_crowd(fast, viewers, channels, plan.crowd_seconds)
+            print_line(crowd_line(crowd))
 
 
 def main() -> None:
@@ -413,9 +550,15 @@ def main() -> None:
     parser.add_argument("--slow", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--streamlink", metavar="ADDRESS", help=argparse.SUPPRESS)
     parser.add_argument("--stream-data", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--bare", type=int, metavar="VIEWERS", help=argparse.SUPPRESS)
+    parser.add_argument("--blocks", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if arguments.origin:
         serve_origin(arguments.origin, arguments.slow)
+    elif arguments.bare:
+        send_bare(arguments.bare, arguments.blocks)
     elif arguments.streamlink:
         run_streamlink(arguments.streamlink, arguments.stream_data)
     else:
