@@ -2087,7 +2087,6 @@ class Session:
         """End every request now and refuse further ones, from any thread."""
         for transport in self._transports:
             transport.cut()
-        self.engine.http.close()  # the idle connections
 
     def resolve(self, address: str) -> Variants:
         """What an address offers.  Blocks for as long as the origin takes, up to its time-outs.
@@ -2213,6 +2212,7 @@ def _own_options(stream: StreamSettings, timeout: float) -> dict[str, Any]:
 
 class Transport(HTTPAdapter):
     def __init__(self, **arguments: Any) -> None:
+        self._managers: list[Any] = []  # of connection pools
         # _lock guards these two.
         self._lock = threading.Lock()
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
@@ -2233,6 +2233,7 @@ class Transport(HTTPAdapter):
     def _watch(self, manager: Any) -> None:
         """Have the manager's connections report their sockets, before and after TLS."""
         add = self._add
+        self._managers.append(manager)
 
         def watched(pool: Any) -> type:
             class Connection(pool.ConnectionCls):  # type: ignore[misc]
@@ -2262,6 +2263,9 @@ class Transport(HTTPAdapter):
             sockets = list(self._sockets)
         for sock in sockets:
             _shut(sock)
+        for pools in (manager.pools for manager in self._managers):
+            for key in pools.keys():  # noqa: SIM118  (urllib3's container has no other way)
+                pools[key].close()  # what is idle now, and the others when they are done
 
     def send(  # type: ignore[override]  # the rest is handed on as it comes
         self, request: Any, stream: bool = False, timeout: Any = None, **arguments: Any

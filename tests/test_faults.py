@@ -8,6 +8,7 @@ units, for what no origin can bring about.
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import logging
 import os
@@ -350,8 +351,6 @@ OUTAGES = {
     "404": Outage((Status(404),)),
     "410": Outage((Status(410),)),
     "503": Outage((Status(503),)),
-}
-MORE_OUTAGES = {
     "nothing": Outage((Body(b""),)),
     "cut-off": Outage((Break(30),)),
     "stalls-in-its-body": Outage((Stall(30),)),
@@ -360,13 +359,7 @@ MORE_OUTAGES = {
 }
 
 
-@pytest.mark.parametrize(
-    "outage",
-    [
-        *(pytest.param(outage, id=name) for name, outage in OUTAGES.items()),
-        *(pytest.param(o, id=name, marks=pytest.mark.long) for name, o in MORE_OUTAGES.items()),
-    ],
-)
+@pytest.mark.parametrize("outage", OUTAGES.values(), ids=list(OUTAGES))
 def test_stream_goes_on_after_an_outage(
     origin: Origin, serve: Serve, journal: Journal, outage: Outage
 ) -> None:
@@ -1422,20 +1415,20 @@ MISHAPS: tuple[Callable[[Origin, Playlist, int], None], ...] = (
 )
 
 
-@pytest.mark.long
 def test_forty_random_faults(origin: Origin, serve: Serve, tmp_path: Path) -> None:
     live = origin.add(news(clock=True))
     site = serve({"news": live.url}, **QUICK, ringbuffer_size=262_144)
     recorders = [Recorder(site.watch("/news"), tmp_path / f"{n}.ts") for n in range(3)]
     chance = random.Random(SEED)
     memory = []
+    faulthandler.cancel_dump_traceback_later()  # this takes longer than any test that hangs
     tracemalloc.start()
     try:
         for _ in range(RANDOM_FAULTS):
             chance.choice(MISHAPS)(origin, live, chance.randint(1, 3))
             origin.clear_faults()
             for recorder in recorders:
-                recorder.wait_more(2 * len(segment(0)))
+                recorder.wait_more(len(segment(0)))
             origin.clear_requests()
             memory.append(tracemalloc.get_traced_memory()[0])
     finally:
@@ -1541,9 +1534,8 @@ class Frames:
         self._task.result()
 
 
-@pytest.mark.long
 def test_players_survive_a_killed_origin(origin_process: OriginProcess, tmp_path: Path) -> None:
-    """What is in the window or a player's cache is less than what they play afterwards."""
+    """ffmpeg and VLC play from one channel, whose origin is killed and comes back."""
     config = tmp_path / "config.yml"
     address = f"http://127.0.0.1:{origin_process.port}/live-ts/index.m3u8"
     config.write_text(f"streams:\n  news: {address}\n")
@@ -1553,31 +1545,26 @@ def test_players_survive_a_killed_origin(origin_process: OriginProcess, tmp_path
     ) as server:
         try:
             url = f"{listening_address(server)}/news"
-            rest = Task(lambda: server.communicate()[1])
-            play_over_a_kill(origin_process, url)
+            frames, player = Frames(url), Task(lambda: vlc(url, 1000))
+            log = Task(lambda: server.communicate()[1])
+            play_over_a_kill(origin_process, frames)
         finally:
             server.terminate()
-        log = rest.result(TIMEOUT)
-    sizes = [int(size) for size in re.findall(r"news: 127\.0\.0\.1 left: (\d+) bytes", log)]
-    assert len(sizes) == 2, f"each of them has one connection\n{log}"
-    assert min(sizes) > 15 * len(segment(0)), log
+        assert log.result(TIMEOUT).count("127.0.0.1 watches") == 2, "nobody had to come back"
+    played = player.result(START)
+    assert played.returncode == 0, played.stdout
+    assert played.stdout.count("Received first picture") == 2, "before and after"
 
 
-def play_over_a_kill(origin_process: OriginProcess, url: str) -> None:
-    """ffmpeg and VLC at the same time; the origin is killed and comes back."""
-    frames = Frames(url)
+def play_over_a_kill(origin_process: OriginProcess, frames: Frames) -> None:
+    """More is played afterwards than the window and a player's cache can hold."""
     try:
-        frames.wait_more(5 * media.FPS)
-        player = Task(lambda: vlc(url, 30))
-        frames.wait_more(3 * media.FPS)
+        frames.wait_more(8 * media.FPS)
         origin_process.kill()
         origin_process.start()
-        frames.wait_more(15 * media.FPS)
-        played = player.result(START)
+        frames.wait_more(10 * media.FPS)
     finally:
         frames.close()
-    assert played.returncode == 0, played.stdout
-    assert "Received first picture" in played.stdout
 
 
 #### Units ####

@@ -514,7 +514,7 @@ def test_crowd_that_does_not_read_harms_nobody(origin: Origin, tmp_path: Path) -
         origin.wait_connections(0)
         before = service.threads, service.memory
         start = news.newest - 2
-        with ThreadPoolExecutor(50) as pool, contextlib.ExitStack() as stack:
+        with ThreadPoolExecutor(550) as pool, contextlib.ExitStack() as stack:
             healthy = [stack.enter_context(Watch(service.port, "/news")) for _ in range(50)]
             reads = [pool.submit(viewer.read_all) for viewer in healthy]
             for _ in range(200):
@@ -535,7 +535,9 @@ def test_crowd_that_does_not_read_harms_nobody(origin: Origin, tmp_path: Path) -
                 origin.wait_for(news.segment_path(news.newest))
             news.end()
             expected = news.plain(start, news.newest + 1), True
-            assert all(read.result() == expected for read in reads)
+            for body, is_complete in (read.result() for read in reads):
+                # Null packets fill the silence while the idle connections time out.
+                assert (body.replace(pipe.NULL_PACKET, b""), is_complete) == expected
             service.wait_for_count("took nothing for 12 s|left: ", 1)
         eventually(lambda: service.threads <= before[0] + 1, "the threads are as before", 40)
         grown = service.memory - before[1]
