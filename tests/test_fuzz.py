@@ -223,7 +223,7 @@ def assert_unharmed(caplog: pytest.LogCaptureFixture) -> None:
     assert [text for text in texts if any(word in text for word in BAD_WORDS)] == []
 
 
-COUNTS = [40, pytest.param(1000, marks=pytest.mark.long)]
+COUNTS = [40, pytest.param(350, marks=pytest.mark.long)]
 
 
 def plays(site: Site, path: str) -> bool:
