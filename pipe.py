@@ -741,6 +741,8 @@ STREAM_KEYS: dict[str, Read] = {
 # one block to another never gets half a unit.  It reports the places where a decoder can start.
 # --------------------------------------------------------------------------------------------------
 
+Block = bytes | memoryview  # bytes appended to a window at once
+
 TS_PACKET = 188
 TS_SYNC = b"G"
 TIMESTAMP_MODULUS = 1 << 33
@@ -834,15 +836,15 @@ class Framer:
         self._in_segments, self._in_prefix = True, False
         self._join(self.position, JoinKind.SEGMENT)
 
-    def feed(self, data: bytes) -> list[bytes]:
+    def feed(self, data: bytes) -> list[Block]:
         """Take any bytes, give back those that make whole units; the rest waits for more."""
         if self._in_prefix:
             self._keep_prefix(data)
         elif not self._in_segments:
             self._join(self.position, JoinKind.ANY)
-        return self._hand_on([data])
+        return self._hand_on(data, 0, len(data))
 
-    def flush(self) -> list[bytes]:
+    def flush(self) -> list[Block]:
         """What is held back; called where no more will come that belongs to it."""
         return []
 
@@ -861,14 +863,15 @@ class Framer:
         prefix = bytes(self._prefix) if prefix is None else prefix
         self.joins.append(JoinPoint(position, prefix, kind, dts=dts))
 
-    def _hand_on(self, pieces: Iterable[bytes], unit: int = 1) -> list[bytes]:
-        """Pieces as blocks of at most BLOCK_LIMIT, cut at multiples of `unit` bytes."""
+    def _hand_on(self, data: bytes, start: int, end: int, unit: int = 1) -> list[Block]:
+        """A part of the data as blocks of at most BLOCK_LIMIT, cut at multiples of `unit` bytes.
+
+        They are views of it, which saves copying every byte of every stream.
+        """
+        self.position += end - start
         size = BLOCK_LIMIT - BLOCK_LIMIT % unit
-        blocks = []
-        for piece in pieces:
-            self.position += len(piece)
-            blocks += [piece[at : at + size] for at in range(0, len(piece), size)]
-        return blocks
+        view = memoryview(data)
+        return [view[at : min(at + size, end)] for at in range(start, end, size)]
 
 
 # MPEG-TS (ISO/IEC 13818-1)
@@ -1025,49 +1028,54 @@ class TsFramer(Framer):
         self._in_segments = True
         self._segment, self._first_unit, self._has_tables = self.position, None, False
 
-    def feed(self, data: bytes) -> list[bytes]:
-        data = self._carry + data if self._carry else data
-        at, blocks = 0, []
+    def feed(self, data: bytes) -> list[Block]:
+        carry, self._carry = self._carry, b""
+        missing = TS_PACKET - len(carry)
+        if carry[:1] == TS_SYNC and len(data) >= missing:
+            # This packet alone is put together: joining all would copy all.
+            return self._cut(carry + data[:missing], 0) + self._cut(data, missing)
+        return self._cut(carry + data, 0)
+
+    def _cut(self, data: bytes, at: int) -> list[Block]:
+        blocks = []
         while len(data) - at >= TS_PACKET:
             count = _packets_in_sync(data, at)
             end = at + count * TS_PACKET if count else _next_sync(data, at + 1)
-            piece = data[at:end]
             if count:
-                self._scan(piece)
-            blocks += self._hand_on([piece], TS_PACKET)
+                self._scan(data, at, end)
+            blocks += self._hand_on(data, at, end, TS_PACKET)
             at = end
         self._carry = data[at:]
         return blocks
 
-    def flush(self) -> list[bytes]:
+    def flush(self) -> list[Block]:
         carry, self._carry = self._carry, b""
-        return self._hand_on([carry]) if carry else []
+        return self._hand_on(carry, 0, len(carry))
 
     def drop(self) -> None:
         self._carry = b""
 
-    def _scan(self, packets: bytes) -> None:
+    def _scan(self, data: bytes, start: int, end: int) -> None:
         """Look at each packet that starts a section or a PES packet; one in fifty does."""
-        starts = [match.start() for match in _UNIT_START.finditer(packets[1::TS_PACKET])]
+        second_bytes = data[start + 1 : end : TS_PACKET]
+        indexes: Iterable[int] = (found.start() for found in _UNIT_START.finditer(second_bytes))
         if self.tables.is_split:
-            starts = list(range(len(packets) // TS_PACKET))
-        for index in starts:
-            at = index * TS_PACKET
-            packet = packets[at : at + TS_PACKET]
+            indexes = range(len(second_bytes))
+        for at in (start + index * TS_PACKET for index in indexes):
+            packet = data[at : at + TS_PACKET]
             pid = pid_of(packet)
             if pid in (0, self.tables.program_pid):
-                self._see_tables(pid, packet, packets[at + TS_PACKET :])
+                self._see_tables(pid, data, at, end)
             elif packet[1] & 0x40 and pid in self.tables.pids:
-                self._see_unit(pid, packet, self.position + at)
+                self._see_unit(pid, packet, self.position + at - start)
 
-    def _see_tables(self, pid: int, packet: bytes, behind: bytes) -> None:
-        self.tables.add(pid, packet)
-        for at in range(0, len(behind), TS_PACKET):
+    def _see_tables(self, pid: int, data: bytes, start: int, end: int) -> None:
+        for at in range(start, end, TS_PACKET):
+            packet = data[at : at + TS_PACKET]
+            if at == start or (pid_of(packet) == pid and not packet[1] & 0x40):
+                self.tables.add(pid, packet)
             if not self.tables.is_split:
                 break
-            further = behind[at : at + TS_PACKET]
-            if pid_of(further) == pid and not further[1] & 0x40:
-                self.tables.add(pid, further)
         if pid == self.tables.program_pid:
             self._has_tables = True
 
@@ -1156,7 +1164,7 @@ class Gate:
                 return join.prefix + bytes(self._held[join.position - self._base :])
         return None
 
-    def _hold(self, blocks: Iterable[bytes]) -> None:
+    def _hold(self, blocks: Iterable[Block]) -> None:
         for block in blocks:
             self._held += block
         excess = len(self._held) - self.limit
@@ -1198,7 +1206,7 @@ class Fmp4Framer(Framer):
         self._carry, self._left, self._in_fragment = b"", 0, False
         self._joined = self.position
 
-    def feed(self, data: bytes) -> list[bytes]:
+    def feed(self, data: bytes) -> list[Block]:
         data, at, done, blocks = self._carry + data, 0, 0, []
         while at < len(data):
             if not self._left:
@@ -1206,7 +1214,7 @@ class Fmp4Framer(Framer):
                 if size is None:
                     break
                 if self._opens_fragment(data[at + 4 : at + 8]):
-                    blocks += self._hand_on([data[done:at]])
+                    blocks += self._hand_on(data, done, at)
                     done = at
                     self._join_fragment()
                 self._left = size
@@ -1216,11 +1224,11 @@ class Fmp4Framer(Framer):
             self._left -= taken
             at += taken
         self._carry = data[at:]
-        return blocks + self._hand_on([data[done:at]])
+        return blocks + self._hand_on(data, done, at)
 
-    def flush(self) -> list[bytes]:
+    def flush(self) -> list[Block]:
         carry, self._carry = self._carry, b""
-        return self._hand_on([carry]) if carry else []
+        return self._hand_on(carry, 0, len(carry))
 
     def drop(self) -> None:
         self._carry = b""
@@ -1271,23 +1279,23 @@ class AacFramer(Framer):
         super().start_segment()
         self._is_adts, self._tag_left = True, 0
 
-    def feed(self, data: bytes) -> list[bytes]:
-        data, at, pieces = self._carry + data, 0, []
+    def feed(self, data: bytes) -> list[Block]:
+        data, at, blocks = self._carry + data, 0, list[Block]()
         if not self._in_segments:
             self._join(self.position, JoinKind.ANY)
         while at < len(data):
             end, is_media = self._next_run(data, at)
             if is_media:
-                pieces.append(data[at:end])
+                blocks += self._hand_on(data, at, end)
             if end == at:  # the next frame or tag has not come whole
                 break
             at = end
         self._carry = data[at:]
-        return self._hand_on(pieces)
+        return blocks
 
-    def flush(self) -> list[bytes]:
+    def flush(self) -> list[Block]:
         carry, self._carry = self._carry, b""
-        return self._hand_on([carry]) if carry else []
+        return self._hand_on(carry, 0, len(carry))
 
     def drop(self) -> None:
         self._carry = b""
@@ -1548,7 +1556,7 @@ class Place:
     """
 
     next: int | None = 0  # number of the block to take next; None: waits for a join point
-    pending: list[bytes] = field(default_factory=list)  # to be sent before that block
+    pending: list[Block] = field(default_factory=list)  # to be sent before that block
     position: int = 0  # bytes since the channel began, of the block to take next
     is_waiting: bool = True  # for blocks; such a viewer is not paused, however long ago it moved
     moved: float = field(default_factory=time.monotonic)
@@ -1574,7 +1582,7 @@ class Window:
         self._grown = threading.Condition(self._lock)  # viewers wait; append() and end() notify
         self._taken = threading.Condition(self._lock)  # the feeder waits; viewers notify
         self._feeder_waits = False
-        self._blocks: deque[bytes] = deque()
+        self._blocks: deque[Block] = deque()
         self._first = 0  # number of the oldest block
         self._tail = 0  # its position
         self._head = 0  # position behind the newest block
@@ -1587,7 +1595,7 @@ class Window:
 
     # Feeder
 
-    def append(self, blocks: Iterable[bytes], joins: Iterable[JoinPoint] = ()) -> None:
+    def append(self, blocks: Iterable[Block], joins: Iterable[JoinPoint] = ()) -> None:
         """Add blocks and join points, evicting the oldest.
 
         Blocks while the foremost viewer still takes but has not taken what would have to go.
@@ -1670,7 +1678,7 @@ class Window:
             self._places.discard(place)
             self._taken.notify_all()
 
-    def take(self, place: Place, timeout: float | None) -> list[bytes]:
+    def take(self, place: Place, timeout: float | None) -> list[Block]:
         """The next blocks, SEND_LIMIT bytes of them at most; empty when none come in `timeout`.
 
         A place that fell behind goes on where a new viewer would.  Raises the reason given to
@@ -1694,7 +1702,7 @@ class Window:
             return self._join_point() is not None
         return bool(place.pending) or place.next < self._first + len(self._blocks)
 
-    def _gather(self, place: Place) -> list[bytes]:
+    def _gather(self, place: Place) -> list[Block]:
         place.moved = time.monotonic()
         taken, place.pending = place.pending, []
         size = sum(map(len, taken))
@@ -1784,7 +1792,7 @@ class Fingerprint:
         self.value = 0
 
     def add(self, data: bytes) -> None:
-        self.value = zlib.crc32(data[-self.size % 16 :: 16], self.value)
+        self.value = zlib.crc32(data[-self.size % 64 :: 64], self.value)
         self.size += len(data)
 
     def __eq__(self, other: object) -> bool:
@@ -1939,8 +1947,9 @@ class Download:
     def _take(self, response: requests.Response, offset: int) -> None:
         """Read the body from `offset` on: compare what we had, add what is new."""
         at, again = offset, Fingerprint()
+        is_coded = "Content-Encoding" in response.headers  # urllib3 copies what it may decode
         while self.size is None or self._had.size < self.size:
-            part = response.raw.read1(PART_LIMIT, decode_content=True)
+            part = response.raw.read1(PART_LIMIT, decode_content=is_coded)
             if not part:
                 break
             again.add(part[max(0, -at) : max(0, self._had.size - at)])
@@ -3795,7 +3804,7 @@ class Mover:
         self._append(self._framer.feed(data))
         return True
 
-    def _append(self, blocks: list[bytes]) -> None:
+    def _append(self, blocks: list[Block]) -> None:
         joins, self._framer.joins = self._framer.joins, []
         self.channel.window.append(blocks, joins)
 
@@ -4522,7 +4531,7 @@ class Handler(BaseHTTPRequestHandler):
             log.info("%s: %s %s: %d bytes in %.1f s, %d skips", name, viewer.address, ending,
                      viewer.sent, seconds, viewer.place.skips)  # fmt: skip
 
-    def _first_blocks(self, channel: Channel, viewer: Viewer) -> list[bytes]:
+    def _first_blocks(self, channel: Channel, viewer: Viewer) -> list[Block]:
         """The media that makes the answer a 200; raises StreamError."""
         try:
             blocks = channel.window.take(viewer.place, channel.stream.options.timeout)
@@ -4534,7 +4543,7 @@ class Handler(BaseHTTPRequestHandler):
             raise no_media_error(channel.stream)
         return blocks
 
-    def _send_body(self, channel: Channel, viewer: Viewer, blocks: list[bytes]) -> None:
+    def _send_body(self, channel: Channel, viewer: Viewer, blocks: list[Block]) -> None:
         """Send blocks as they come.  Returns where the source truly ended.
 
         Raises WindowEnded where it did not, OSError and ViewerGone for the viewer's part.
@@ -4577,10 +4586,10 @@ class Handler(BaseHTTPRequestHandler):
             }
         )
 
-    def _send_blocks(self, blocks: list[bytes], viewer: Viewer, is_chunked: bool) -> None:
+    def _send_blocks(self, blocks: list[Block], viewer: Viewer, is_chunked: bool) -> None:
         """One gathered send for all there is; each that takes a byte is a viewer's progress."""
         size = sum(map(len, blocks))
-        pieces: list[bytes | memoryview] = list(blocks)
+        pieces: list[Block] = list(blocks)
         if is_chunked:
             pieces = [b"%x\r\n" % size, *blocks, b"\r\n"]
         while pieces:
@@ -4659,7 +4668,7 @@ def has_left(sock: socket.socket) -> bool:
         sock.settimeout(before)
 
 
-def send_some(sock: socket.socket, pieces: Sequence[bytes | memoryview]) -> int:
+def send_some(sock: socket.socket, pieces: Sequence[Block]) -> int:
     """Send as much of the pieces as there is room for, at least a byte; raises TimeoutError."""
     if hasattr(sock, "sendmsg"):
         return sock.sendmsg(pieces)
