@@ -1783,7 +1783,7 @@ RETRY_PAUSES = (0.1, 0.2, 0.4, 0.8)  # seconds, the last one again and again
 class Fingerprint:
     """A checksum of the first bytes of something, to tell whether it is the same a second time.
 
-    It takes every 16th byte: other media differs in nearly all of them, and all of them would cost
+    It takes every 64th byte: other media differs in nearly all of them, and all of them would cost
     0.4 s of CPU for each GB, a fifth of what pulling it may cost.
     """
 

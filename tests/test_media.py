@@ -44,18 +44,18 @@ def joins_of(framer: pipe.Framer) -> list[Join]:
 def feed(framer: pipe.Framer, parts: Iterable[bytes]) -> list[bytes]:
     """All that a framer makes of a whole stream."""
     blocks = [block for part in parts for block in framer.feed(part)]
-    return blocks + framer.flush()
+    return list(map(bytes, blocks + framer.flush()))
 
 
 def feed_segments(framer: pipe.Framer, segments: Iterable[bytes], size: int = 4096) -> list[bytes]:
     """The same for a stream in segments, called as a feeder does."""
-    blocks = []
+    blocks: list[pipe.Block] = []
     for segment in segments:
         blocks += framer.flush()
         framer.start_segment()
         for part in stepwise(segment, size):
             blocks += framer.feed(part)
-    return blocks + framer.flush()
+    return list(map(bytes, blocks + framer.flush()))
 
 
 def edges_of(blocks: Iterable[bytes]) -> set[int]:
