@@ -374,6 +374,17 @@ def test_blocks_end_where_units_end(
     assert edges_of(blocks) <= edges(stream)
 
 
+@pytest.mark.parametrize("name", ["ts", "fmp4"])
+def test_blocks_are_views_of_what_came(name: str) -> None:
+    """Copying each byte once more would cost as much as receiving it."""
+    container, stream = stream_of(name)
+    framer = pipe.framer_for(container)
+    parts = list(cut(stream, [len(stream) // 2 + 1]))
+    views = [memoryview(block) for part in parts for block in framer.feed(part)]
+    copied = [bytes(view) for view in views if not any(view.obj is part for part in parts)]
+    assert len(b"".join(copied)) <= PACKET, "the packet between the two parts"
+
+
 @pytest.mark.parametrize("size", [1, 4_999, 1 << 24])
 def test_fragments_begin_with_a_block(size: int) -> None:
     framer = pipe.Fmp4Framer()
