@@ -822,6 +822,7 @@ class Framer:
     def __init__(self) -> None:
         self.position = 0  # bytes handed on
         self.joins: list[JoinPoint] = []
+        self._carry = b""  # the start of a unit
         self._in_segments = False
         self._prefix = bytearray()  # the initialization section, as far as it has come
         self._in_prefix = False
@@ -846,10 +847,12 @@ class Framer:
 
     def flush(self) -> list[Block]:
         """What is held back; called where no more will come that belongs to it."""
-        return []
+        carry, self._carry = self._carry, b""
+        return self._hand_on(carry, 0, len(carry))
 
     def drop(self) -> None:
         """Forget what is held back: the rest of its unit will not come."""
+        self._carry = b""
 
     def _keep_prefix(self, data: bytes) -> None:
         self._prefix += data
@@ -1010,7 +1013,6 @@ class TsFramer(Framer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._carry = b""  # the start of a packet
         self.tables = ProgramTables()
         self._seen_key_frame = False
         self._segment: int | None = None  # where the segment began that has no join point yet
@@ -1047,13 +1049,6 @@ class TsFramer(Framer):
             at = end
         self._carry = data[at:]
         return blocks
-
-    def flush(self) -> list[Block]:
-        carry, self._carry = self._carry, b""
-        return self._hand_on(carry, 0, len(carry))
-
-    def drop(self) -> None:
-        self._carry = b""
 
     def _scan(self, data: bytes, start: int, end: int) -> None:
         """Look at each packet that starts a section or a PES packet; one in fifty does."""
@@ -1191,7 +1186,6 @@ class Fmp4Framer(Framer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._carry = b""  # the start of a box header
         self._left: float = 0  # bytes of the open box still to come
         self._in_fragment = False  # between a fragment's first box and its media
         self._in_prefix = True
@@ -1225,13 +1219,6 @@ class Fmp4Framer(Framer):
             at += taken
         self._carry = data[at:]
         return blocks + self._hand_on(data, done, at)
-
-    def flush(self) -> list[Block]:
-        carry, self._carry = self._carry, b""
-        return self._hand_on(carry, 0, len(carry))
-
-    def drop(self) -> None:
-        self._carry = b""
 
     def _opens_fragment(self, kind: bytes) -> bool:
         """Note what box opens, and tell whether it is the first of a fragment."""
@@ -1271,7 +1258,6 @@ class AacFramer(Framer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._carry = b""
         self._tag_left = 0  # bytes of an open ID3 tag still to come
         self._is_adts = True  # until a segment shows otherwise
 
@@ -1292,13 +1278,6 @@ class AacFramer(Framer):
             at = end
         self._carry = data[at:]
         return blocks
-
-    def flush(self) -> list[Block]:
-        carry, self._carry = self._carry, b""
-        return self._hand_on(carry, 0, len(carry))
-
-    def drop(self) -> None:
-        self._carry = b""
 
     def _next_run(self, data: bytes, at: int) -> tuple[int, bool]:
         """Where the frames or the tag from `at` on end, and whether they are media."""
