@@ -1780,6 +1780,7 @@ PART_LIMIT = 256 * KIB  # bytes of one read; larger ones save little and delay t
 RETRY_PAUSES = (0.1, 0.2, 0.4, 0.8)  # seconds, the last one again and again
 
 
+@dataclass
 class Fingerprint:
     """A checksum of the first bytes of something, to tell whether it is the same a second time.
 
@@ -1787,18 +1788,12 @@ class Fingerprint:
     0.4 s of CPU for each GB, a fifth of what pulling it may cost.
     """
 
-    def __init__(self) -> None:
-        self.size = 0  # bytes
-        self.value = 0
+    size: int = 0  # bytes
+    value: int = 0
 
     def add(self, data: bytes) -> None:
         self.value = zlib.crc32(data[-self.size % 64 :: 64], self.value)
         self.size += len(data)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Fingerprint) and vars(self) == vars(other)
-
-    __hash__ = None  # type: ignore[assignment]  # it changes
 
 
 class GaveUp(PipeError):
@@ -1843,16 +1838,15 @@ class Download:
 
     def run(self) -> None:
         """Fetch the body, trying again as the terms allow."""
-        failure: str | None = None
+        self.moved = time.monotonic()
         try:
-            self.moved = time.monotonic()
             self._try_until_done()
+            self.finish(None)
         except GaveUp as error:
-            failure = str(error)
+            self.finish(str(error))
         except Exception:
             log.exception("a download failed")
-            failure = "StreamPipe failed"
-        self.finish(failure)
+            self.finish("StreamPipe failed")
 
     def finish(self, failure: str | None) -> None:
         """Let the taker know that no more comes, and why; the first call counts."""
@@ -1881,8 +1875,6 @@ class Download:
         now = time.monotonic()
         is_gone = reason == UNREACHABLE
         self.gone_since = min(self.gone_since, now) if is_gone else math.inf
-        if self._is_done:
-            raise GaveUp("closed")
         if not self.terms.is_wanted():
             raise GaveUp(f"{reason}, and the playlist no longer lists it")
         if now + pause - self.moved > self.terms.patience():
@@ -1891,8 +1883,7 @@ class Download:
     def _transfer(self) -> None:
         """One request and its body; what is there already is asked for again if it must be."""
         with contextlib.closing(self._ask()) as response:
-            offset = self._offset_of(response)
-            self._take(response, offset)
+            self._take(response, self._offset_of(response))
 
     def _is_whole(self, error: Exception) -> bool:
         """Whether there was nothing left to ask for: the length told was too large."""
@@ -1923,22 +1914,19 @@ class Download:
     def _offset_of(self, response: requests.Response) -> int:
         """Where the body starts, in bytes from ours: negative where more comes than was asked."""
         start = 0
+        is_coded = response.headers.get("Content-Encoding", "identity") != "identity"
         if response.status_code == HTTPStatus.PARTIAL_CONTENT:
             sent = response.headers.get("Content-Range", "")
             match = re.match(r"bytes (\d+)-\d+/(\d+|\*)", sent)
-            start = int(match[1]) if match else -1
             if match and match[2] != "*" and self.size is None:
                 self._length = int(match[2])
-            if response.headers.get("Content-Encoding", "identity") != "identity":
-                start = -1  # a part of the compressed body, and we count what is in it
+            # A part of a compressed body is of no use: we count what is in it.
+            start = int(match[1]) if match and not is_coded else -1
         offset = start - self.first
-        if offset not in ({self._had.size} if self._resumes else {0, -self.first}) | {-self.first}:
+        if offset not in (self._had.size if self._resumes else 0, -self.first):
             self._can_resume = False
             raise ConnectionError("another range than asked for")
-        if (
-            not self._had.size
-            and response.headers.get("Content-Encoding", "identity") == "identity"
-        ):
+        if not self._had.size and not is_coded:
             etag = response.headers.get("ETag", "")
             is_strong = etag and not etag.startswith("W/")
             self._validator = etag if is_strong else response.headers.get("Last-Modified")
@@ -1948,10 +1936,8 @@ class Download:
         """Read the body from `offset` on: compare what we had, add what is new."""
         at, again = offset, Fingerprint()
         is_coded = "Content-Encoding" in response.headers  # urllib3 copies what it may decode
-        while self.size is None or self._had.size < self.size:
-            part = response.raw.read1(PART_LIMIT, decode_content=is_coded)
-            if not part:
-                break
+        read = functools.partial(response.raw.read1, PART_LIMIT, decode_content=is_coded)
+        while (self.size is None or self._had.size < self.size) and (part := read()):
             again.add(part[max(0, -at) : max(0, self._had.size - at)])
             new = part[max(0, self._had.size - at) :]
             at += len(part)
@@ -1979,8 +1965,7 @@ class Download:
 
         They are gone once taken, unless all takers `keep` them.
         """
-        taken = 0
-        while True:
+        for taken in itertools.count():
             with self._changed:
                 while taken == len(self._parts) and not self._is_done:
                     self._changed.wait()
@@ -1989,14 +1974,9 @@ class Download:
                 part = self._parts[taken]
                 if not keep:
                     self._parts[taken] = b""
-                taken += 1
             yield part
         if self._failure:
             raise GaveUp(self._failure)
-
-    @property
-    def content(self) -> bytes:
-        return b"".join(self.iter_content())
 
     @property
     def raw(self) -> Download:
