@@ -1800,25 +1800,19 @@ class GaveUp(PipeError):
     """A segment, or the rest of it, cannot be had."""
 
 
-@dataclass(frozen=True)
-class Terms:
-    """What a download asks of its upstream."""
-
-    get: Callable[[Mapping[str, str], float], requests.Response]  # with headers and a time-out
-    patience: Callable[[], float]  # seconds without a byte until it is given up
-    is_wanted: Callable[[], bool]  # False where trying again is of no use
-    pause: Callable[[float], bool]  # wait so many seconds; False where the upstream is closing
-    moved: Callable[[float], None]  # told when bytes came
-
-
 class Download:
     """A body on its way: one thread runs it, another takes its bytes meanwhile.
 
-    To the taker it looks like a response of requests', as far as streamlink asks.
+    To the taker it looks like a response of requests', as far as streamlink asks.  Its writer makes
+    the requests and says for how long to try.
     """
 
-    def __init__(self, terms: Terms, first: int = 0, last: int | None = None) -> None:
-        self.terms = terms
+    def __init__(
+        self, writer: DownloadingWriter, address: str, number: int, first: int, last: int | None
+    ) -> None:
+        self.writer = writer
+        self.address = address
+        self.number = number  # the segment's
         self.first = first  # of the resource's bytes; with `last`, a range of them
         self.size = None if last is None else last - first + 1
         # The runner's own: what it had and how to ask for the rest.
@@ -1837,7 +1831,7 @@ class Download:
     # The runner
 
     def run(self) -> None:
-        """Fetch the body, trying again as the terms allow."""
+        """Fetch the body, trying again as the writer allows."""
         self.moved = time.monotonic()
         try:
             self._try_until_done()
@@ -1867,7 +1861,7 @@ class Download:
                 if self._is_whole(error):
                     return
                 self._judge(explain(error), pause)
-            if not self.terms.pause(pause):
+            if not self.writer.wait(pause):
                 raise GaveUp("closed")
 
     def _judge(self, reason: str, pause: float) -> None:
@@ -1875,9 +1869,9 @@ class Download:
         now = time.monotonic()
         is_gone = reason == UNREACHABLE
         self.gone_since = min(self.gone_since, now) if is_gone else math.inf
-        if not self.terms.is_wanted():
+        if not self.writer.is_listed(self.number):
             raise GaveUp(f"{reason}, and the playlist no longer lists it")
-        if now + pause - self.moved > self.terms.patience():
+        if now + pause - self.moved > self.writer.patience:
             raise GaveUp(reason)
 
     def _transfer(self) -> None:
@@ -1903,9 +1897,9 @@ class Download:
             headers["If-Range"] = self._validator  # RFC 9110, 13.1.5: all of it if it changed
         if first or last:
             headers["Range"] = f"bytes={first}-{last}"
-        patience = self.terms.patience()
+        patience = self.writer.patience
         left = self.moved + patience - time.monotonic()
-        return self.terms.get(headers, max(0.1, min(patience / 2, left)))
+        return self.writer.request(self.address, headers, max(0.1, min(patience / 2, left)))
 
     @property
     def _resumes(self) -> bool:
@@ -1952,8 +1946,7 @@ class Download:
 
     def _add(self, part: bytes) -> None:
         self._had.add(part)
-        self.moved = time.monotonic()
-        self.terms.moved(self.moved)
+        self.moved = self.writer.newest_byte = time.monotonic()
         with self._changed:
             self._parts.append(part)
             self._changed.notify_all()
@@ -2554,7 +2547,7 @@ class DownloadingWriter(HLSStreamWriter):
         self._map: tuple[object, Download] | None = None  # the newest EXT-X-MAP
         self._running_lock = threading.Lock()  # guards _running and _is_closing
         self._running: weakref.WeakSet[Download] = weakref.WeakSet()
-        self._newest_byte = 0.0  # when any download moved; each writes it, the newest wins
+        self.newest_byte = 0.0  # when any download moved; each writes it, the newest wins
 
     # The worker's thread
 
@@ -2567,69 +2560,71 @@ class DownloadingWriter(HLSStreamWriter):
             return
         if segment.map is not None and not self.should_filter_segment(segment):
             self._put_map(segment)
-        self.queue(segment, _at_once(self._start(segment, segment, is_map=False)), False)
+        self.queue(segment, _at_once(self._start(segment, segment)), False)
 
     def _put_map(self, segment: Any) -> None:
         """Hand on the initialization section where it changed, or the stream is discontinuous."""
         key = segment.map.uri, segment.map.byterange
         if self._map is None or self._map[0] != key:
-            self._map = key, self._start(segment, segment.map, is_map=True)
+            self._map = key, self._start(segment, segment.map)
         elif not segment.discontinuity:
             return
         self.queue(segment, _at_once(self._map[1]), True)
 
-    def _start(self, segment: Any, part: Any, is_map: bool) -> Download:
+    def _start(self, segment: Any, part: Any) -> Download:
         """A download of a segment or of its map, in the executor's queue."""
+        first, last, failure = 0, None, None
         try:
-            first, last = self._range_of(segment, part, is_map)
+            if part.byterange and part is segment:
+                first, last = self.byterange.cached(segment.num, part.byterange)
+            elif part.byterange:
+                first, last = self.byterange.uncached(part.byterange)
         except EngineStreamError as error:  # an offset is missing
-            download = Download(self._terms(segment, part))
-            download.finish(explain(error))
+            failure = explain(error)
+        download = Download(self, part.uri, segment.num, first, last)
+        if failure or (part is segment and self.should_filter_segment(segment)):
+            download.finish(failure)
             return download
-        download = Download(self._terms(segment, part), first, last)
-        if not is_map and self.should_filter_segment(segment):
-            download.finish(None)
-        else:
-            with self._running_lock:
-                if self._is_closing:
-                    download.finish("closed")
-                else:
-                    self._running.add(download)
-                    self.executor.submit(download.run)
+        with self._running_lock:
+            if self._is_closing:
+                download.finish("closed")
+            else:
+                self._running.add(download)
+                self.executor.submit(download.run)
         return download
 
-    def _range_of(self, segment: Any, part: Any, is_map: bool) -> tuple[int, int | None]:
-        if not part.byterange:
-            return 0, None
-        if is_map:
-            return self.byterange.uncached(part.byterange)
-        return self.byterange.cached(segment.num, part.byterange)
+    # The downloads' threads
 
-    def _terms(self, segment: Any, part: Any) -> Terms:
+    def request(
+        self, address: str, headers: Mapping[str, str], timeout: float
+    ) -> requests.Response:
+        """A response whose body is still to be read."""
         arguments = dict(self.reader.request_params)
-        own = arguments.pop("headers", None) or {}
-        worker = self.reader.worker
+        arguments["headers"] = {**(arguments.get("headers") or {}), **headers}
+        limit = min(timeout, self.timeout)
+        response = self.session.http.get(address, stream=True, timeout=limit, **arguments)
+        return cast(requests.Response, response)
 
-        def get(headers: Mapping[str, str], timeout: float) -> requests.Response:
-            response: requests.Response = self.session.http.get(
-                part.uri, headers={**own, **headers}, stream=True,
-                timeout=min(timeout, self.timeout), **arguments,
-            )  # fmt: skip
-            return response
+    def is_listed(self, number: int) -> bool:
+        """Whether a segment can still be had: False where trying again is of no use."""
+        listed = self.reader.worker.playlist_segments
+        return self._has_end or not listed or number >= listed[0].num
 
-        def is_wanted() -> bool:
-            listed = worker.playlist_segments
-            return worker.playlist_end is not None or not listed or segment.num >= listed[0].num
+    @property
+    def patience(self) -> float:
+        """Seconds without a byte until a segment is given up."""
+        if self._has_end:
+            return float(self.timeout)
+        return 2.0 * (self.reader.worker.playlist_targetduration or 1.0)
 
-        def moved(at: float) -> None:
-            self._newest_byte = at
-
-        return Terms(get, self._patience, is_wanted, self.wait, moved)
+    @property
+    def _has_end(self) -> bool:
+        return self.reader.worker.playlist_end is not None
 
     # The writer's thread
 
     def write(self, segment: Any, result: Any, *data: Any) -> None:
-        is_map = bool(data and data[0])
+        is_map: bool = data[0]
         try:
             if self.should_filter_segment(segment):
                 super().write(segment, result, *data)
@@ -2649,7 +2644,7 @@ class DownloadingWriter(HLSStreamWriter):
     def _give_up(self, segment: Any, download: Download, is_map: bool, error: Exception) -> None:
         """Leave a gap; or end, where the origin is gone or nothing could be decoded any more."""
         reason = str(error) if isinstance(error, GaveUp) else explain(error)
-        is_gone = self._newest_byte <= download.gone_since < math.inf
+        is_gone = self.newest_byte <= download.gone_since < math.inf
         if is_map or is_gone:
             what = "its initialization section cannot be had: " if is_map else ""
             self.failure = what + reason
@@ -2679,7 +2674,7 @@ class DownloadingWriter(HLSStreamWriter):
 
     def _decryptor(self, key: Any, number: int) -> Any:
         """Without its key a stream cannot go on: it is tried for as long as a segment would be."""
-        deadline = time.monotonic() + self._patience()
+        deadline = time.monotonic() + self.patience
         for pause in itertools.chain(RETRY_PAUSES, itertools.repeat(RETRY_PAUSES[-1])):
             try:
                 return self.create_decryptor(key, number)
@@ -2689,13 +2684,6 @@ class DownloadingWriter(HLSStreamWriter):
                     self.close()
                     raise
         return None
-
-    def _patience(self) -> float:
-        """Seconds without a byte until a segment is given up."""
-        worker = self.reader.worker
-        if worker.playlist_end is not None:
-            return float(self.timeout)
-        return 2.0 * (worker.playlist_targetduration or 1.0)
 
     def _queue_get(self) -> Any:
         item = super()._queue_get()
