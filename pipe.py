@@ -2077,27 +2077,27 @@ class Session:
         """
         self._is_resolving = True
         try:
-            variants = self._resolve(update_scheme("https://", address, force=False))
+            streams = self._resolve(update_scheme("https://", address, force=False))
         except Exception as error:  # a plugin may raise anything
             log.debug("cannot resolve", exc_info=True)
             raise UpstreamError(explain(error)) from error
         finally:
             self._is_resolving = False
-        if not variants.streams:
+        if not streams:
             raise UpstreamError("the origin offers no stream there")
-        return variants
+        return Variants(self, streams)
 
-    def _resolve(self, address: str) -> Variants:
+    def _resolve(self, address: str) -> Mapping[str, Any]:
         match = self.engine.plugins.match_url(address)
         if match is None:
             if raw := self._judge(address):
-                return Variants(self, dict.fromkeys(("live", "best", "worst"), raw))
+                return dict.fromkeys(("live", "best", "worst"), raw)
             address = f"hls://{address}"
             match = self.engine.plugins.match_url(address)
             assert match
         plugin = match[1](self.engine, address, PluginOptions())
         try:
-            return Variants(self, dict(plugin.streams()))
+            return dict(plugin.streams())
         finally:
             # Every plugin leaves its cache with atexit, for ever.
             atexit.unregister(plugin.cache._save)
@@ -2105,8 +2105,8 @@ class Session:
     def _judge(self, address: str) -> OpenResponse | None:
         """Open an address that no plugin knows; None where its first bytes are a playlist's."""
         response = self.request(url=address)
-        start = response.raw.read1(64, decode_content=True)
-        while start and len(start) < 16 and (more := response.raw.read1(64, decode_content=True)):
+        start = b""
+        while len(start) < 16 and (more := response.raw.read1(64, decode_content=True)):
             start += more
         if not start.lstrip(b"\xef\xbb\xbf \r\n").startswith(b"#EXTM3U"):
             return OpenResponse(response, start)
@@ -2117,35 +2117,34 @@ class Session:
     def request(self, **arguments: Any) -> requests.Response:
         """A request whose body is still to be read; raises what streamlink makes of a failure."""
         defaults = {"method": "GET", "exception": EngineStreamError, "timeout": self.timeout}
-        return self._load_open(**{**defaults, "stream": True, **arguments})
+        response: requests.Response = self._request(**{**defaults, "stream": True, **arguments})
+        return response
 
-    def _load_open(self, **arguments: Any) -> requests.Response:
-        """Load with the body unread; streamlink leaves it open where the status is an error."""
+    def _request(self, method: str, url: str, **arguments: Any) -> Any:
+        """Stand in for the engine's request(), which leaves open what is answered with an error."""
+        if method == "GET" and not arguments.get("stream"):
+            return self._load_playlist(url, **arguments)
         try:
-            response: requests.Response = self._load(**arguments)
+            return self._load(method, url, **arguments)
         except Exception as error:
             answer = getattr(getattr(error, "err", None), "response", None)
             if answer is not None:
                 answer.close()
             raise
-        return response
 
-    def _request(self, method: str, url: str, **arguments: Any) -> Any:
-        """Stand in for the engine's request(): a start costs no playlist a second round trip.
+    def _load_playlist(self, url: str, **arguments: Any) -> Any:
+        """A playlist, or another small body; a start costs none of them a second round trip.
 
         What resolving loaded is used again by the worker, once; reloads go to where the first load
         was redirected, until that fails (a CDN's redirect may be slow, and lead elsewhere).
         """
-        if method != "GET" or arguments.get("stream"):
-            return self._load_open(method=method, url=url, **arguments)
-        kept = self._kept.pop(url, None)
+        kept = self._kept.get(url)
         if not self._is_resolving:
             self._kept.clear()
         if kept:
-            self._keep(kept)
             return kept
         try:
-            response = self._load(method, self._moved.get(url, url), **arguments)
+            response = self._load("GET", self._moved.get(url, url), **arguments)
         except Exception:
             self._moved.pop(url, None)
             raise
@@ -2205,15 +2204,13 @@ class Transport(HTTPAdapter):
         super().init_poolmanager(*arguments, **more)
         self._watch(self.poolmanager)
 
-    def proxy_manager_for(self, proxy: str, **arguments: Any) -> Any:
-        is_new = proxy not in self.proxy_manager
-        manager = super().proxy_manager_for(proxy, **arguments)
-        if is_new:
-            self._watch(manager)
-        return manager
+    def proxy_manager_for(self, *arguments: Any, **more: Any) -> Any:
+        return self._watch(super().proxy_manager_for(*arguments, **more))
 
-    def _watch(self, manager: Any) -> None:
+    def _watch(self, manager: Any) -> Any:
         """Have the manager's connections report their sockets, before and after TLS."""
+        if manager in self._managers:
+            return manager
         add = self._add
         self._managers.append(manager)
 
@@ -2230,6 +2227,7 @@ class Transport(HTTPAdapter):
 
         pools = manager.pool_classes_by_scheme
         manager.pool_classes_by_scheme = {scheme: watched(pool) for scheme, pool in pools.items()}
+        return manager
 
     def _add(self, sock: socket.socket) -> socket.socket:
         with self._lock:
@@ -2276,15 +2274,13 @@ def _shut(sock: socket.socket) -> None:
 
 def _read_bounded(response: requests.Response, deadline: float, start: bytes = b"") -> None:
     """Read a body to its end and keep it in the response, after `start`; raises TooMuch."""
-    parts = [start]
-    size = len(start)
+    body = bytearray(start)
     while part := response.raw.read1(64 * KIB, decode_content=True):
-        parts.append(part)
-        size += len(part)
-        if size > PLAYLIST_LIMIT or time.monotonic() > deadline:
+        body += part
+        if len(body) > PLAYLIST_LIMIT or time.monotonic() > deadline:
             response.close()
-            raise TooMuch("too large" if size > PLAYLIST_LIMIT else "too slow")
-    vars(response).update(_content=b"".join(parts), _content_consumed=True)
+            raise TooMuch("too large" if len(body) > PLAYLIST_LIMIT else "too slow")
+    vars(response).update(_content=bytes(body), _content_consumed=True)
 
 
 # What is opened
