@@ -2728,14 +2728,11 @@ def _without_old_id3(pieces: Iterator[bytes]) -> Iterator[bytes]:
         start += piece
         if len(start) >= 10:
             break
-    if start[:3] == b"ID3" and start[3:4] != b"\x04":
-        left = _id3_size(start.ljust(10, b"\0"))
-        for piece in itertools.chain([start], pieces):
-            yield piece[left:]
-            left = max(0, left - len(piece))
-    else:
-        yield start
-        yield from pieces
+    is_old = start[:3] == b"ID3" and start[3:4] != b"\x04"
+    left = _id3_size(start.ljust(10, b"\0")) if is_old else 0
+    for piece in itertools.chain([start], pieces):
+        yield piece[left:]
+        left = max(0, left - len(piece))
 
 
 @functools.cache
@@ -2769,26 +2766,25 @@ def _signature(function: Any) -> str:
 class PumpedUpstream(Upstream):
     """A source without segments, moved to the ring by a thread as its bytes come."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, pieces: Iterable[bytes]) -> None:
         super().__init__(session, Ring(session.engine.get_option("ringbuffer-size")))
+        self._pieces = pieces  # of the source, each as soon as there are any bytes
         self._failure: str | None = None
         self._pump = threading.Thread(target=self._run, name=f"pump-{session.name}-0", daemon=True)
         self._pump.start()
 
     def _run(self) -> None:
         try:
-            while not self.ring.closed and (data := self._read_source()):
-                self.ring.write(data)
+            for piece in self._pieces:
+                self.ring.write(piece)
+                if self.ring.closed:
+                    break
         except Exception as error:
             if not self._is_closed:
                 log.debug("the source broke off", exc_info=True)
                 self._failure = explain(error)
         finally:
             self.ring.close()
-
-    def _read_source(self) -> bytes:
-        """The next bytes as soon as there are any; empty at the end."""
-        raise NotImplementedError
 
     def _ending(self) -> Exception:
         if self.has_end and not self._failure:
@@ -2801,18 +2797,14 @@ class RawUpstream(PumpedUpstream):
 
     def __init__(self, session: Session, response: requests.Response, start: bytes) -> None:
         self._response = response
-        self._start = start
-        self._has_end = self.repeats_exactly = "Content-Length" in response.headers
-        super().__init__(session)
+        self.repeats_exactly = "Content-Length" in response.headers
+        limit = max(session.buffer_size, 64 * KIB)
+        read = functools.partial(response.raw.read1, limit, decode_content=True)
+        super().__init__(session, itertools.chain([start], iter(read, b"")))
 
     @property
     def has_end(self) -> bool:
-        return self._has_end
-
-    def _read_source(self) -> bytes:
-        data, self._start = self._start, b""
-        limit = max(self.session.buffer_size, 64 * KIB)
-        return data or bytes(self._response.raw.read1(limit, decode_content=True))
+        return self.repeats_exactly
 
     def _close(self) -> None:
         self._pump.join()
@@ -2833,8 +2825,8 @@ class ProcessUpstream(PumpedUpstream):
                 track.close()
             raise
         is_muxer = isinstance(self._file, FFMPEGMuxer)
-        self._read = self._file.process.stdout.read1 if is_muxer else self._file.read
-        super().__init__(session)
+        read = self._file.process.stdout.read1 if is_muxer else self._file.read
+        super().__init__(session, iter(functools.partial(read, 64 * KIB), b""))
 
     def _remember_tracks(self, stream: Any, name: str) -> None:
         """Keep what streamlink opens: it forgets the tracks when the muxer then fails."""
@@ -2865,9 +2857,6 @@ class ProcessUpstream(PumpedUpstream):
             for track in self._tracks
             if isinstance(track, RingReader)
         )
-
-    def _read_source(self) -> bytes:
-        return bytes(self._read(64 * KIB))
 
     def _close(self) -> None:
         if process := getattr(self._file, "process", None):
