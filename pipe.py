@@ -2391,9 +2391,8 @@ class Upstream:
             self._is_closed = True
             self.ring.close()
             self.session.cut()
-            threading.Thread(
-                target=self._close, name=f"close-{self.session.name}-0", daemon=True
-            ).start()
+            name = f"close-{self.session.name}-0"
+            threading.Thread(target=self._close, name=name, daemon=True).start()
 
     def _is_dead(self) -> bool:
         """Whether a thread has died that should have closed the ring."""
@@ -2433,9 +2432,8 @@ class SegmentedUpstream(Upstream):
         worker, writer = self._reader.worker, self._reader.writer
         if writer.is_drained and self.has_end and worker.sequence > worker.playlist_end:
             return WindowEnded(complete=True)
-        return UpstreamError(
-            worker.failure or writer.failure or "the origin sends no more segments"
-        )
+        failure = worker.failure or writer.failure
+        return UpstreamError(failure or "the origin sends no more segments")
 
     def _close(self) -> None:
         self._reader.close()
@@ -2444,32 +2442,26 @@ class SegmentedUpstream(Upstream):
 def hook(stream: Any, name: str, has_ring: bool) -> None:
     """Put our downloads into an HLS stream, perhaps a plugin's own, before it is opened."""
     stream.name = name  # part of its threads' names, and so of their log lines
-    base = type(stream).__reader__
-    vars(stream)["__reader__"] = _hooked(base, has_ring)
+    stream.has_ring = has_ring  # False: a track for ffmpeg, which reads streamlink's own buffer
+    vars(stream)["__reader__"] = _hooked(type(stream).__reader__)
 
 
 @functools.cache
-def _hooked(base: Any, has_ring: bool) -> Any:
+def _hooked(base: Any) -> Any:
     """Plugins' own readers and writers (Twitch's advertisement filter) stay in the class chain."""
-
-    def over(hooks: type, stock: type) -> type:
-        return type(stock.__name__, (hooks, stock), {})  # the name is its threads'
-
-    members = {
-        "__writer__": over(DownloadingWriter, base.__writer__),
-        "__worker__": over(WatchedWorker, base.__worker__),
-        "has_ring": has_ring,
+    writer, worker = base.__writer__, base.__worker__
+    members = {  # whose names are their threads'
+        "__writer__": type(writer.__name__, (DownloadingWriter, writer), {}),
+        "__worker__": type(worker.__name__, (WatchedWorker, worker), {}),
     }
     return type(base.__name__, (RingReader, base), members)
 
 
 class RingReader(HLSStreamReader):
-    has_ring = True  # False: a track for ffmpeg, which reads streamlink's own buffer
-
     def __init__(self, stream: Any, name: str | None = None) -> None:
         super().__init__(stream, name=name)
         self.timeout = 2.0  # seconds that close() waits for each of two threads
-        if self.has_ring:
+        if stream.has_ring:
             self.buffer: Any = Ring(self.session.get_option("ringbuffer-size"))
             stream.parse_packed_audio = False  # the framer removes ID3 tags, of every version
 
@@ -2654,11 +2646,10 @@ class DownloadingWriter(HLSStreamWriter):
             self.reader.buffer.mark(Mark(kind, segment.num))
 
     def _hand_on(self, segment: Any, download: Download, is_map: bool) -> None:
-        key = segment.map.key if is_map else segment.key
         if is_map:
-            pieces: Iterator[bytes] = download.iter_content(keep=True)
+            key, pieces = segment.map.key, download.iter_content(keep=True)
         else:
-            pieces = self.iter_segment_content(segment, cast(Any, download))
+            key, pieces = segment.key, self.iter_segment_content(segment, cast(Any, download))
         if key and key.method != "NONE" and not self.passthrough_encrypted:
             pieces = _decrypted(pieces, self._decryptor(key, segment.num))
         if self.stream.parse_packed_audio and not is_map:
