@@ -1852,7 +1852,8 @@ class Download:
     def _try_until_done(self) -> None:
         for pause in itertools.chain(RETRY_PAUSES, itertools.repeat(RETRY_PAUSES[-1])):
             try:
-                self._transfer()
+                with contextlib.closing(self._ask()) as response:
+                    self._take(response, self._offset_of(response))
                 return
             except GaveUp:
                 raise
@@ -1874,11 +1875,6 @@ class Download:
         if now + pause - self.moved > self.writer.patience:
             raise GaveUp(reason)
 
-    def _transfer(self) -> None:
-        """One request and its body; what is there already is asked for again if it must be."""
-        with contextlib.closing(self._ask()) as response:
-            self._take(response, self._offset_of(response))
-
     def _is_whole(self, error: Exception) -> bool:
         """Whether there was nothing left to ask for: the length told was too large."""
         answer = getattr(getattr(error, "err", None), "response", None)
@@ -1889,6 +1885,7 @@ class Download:
         return bool(self._had.size and answer.headers.get("Content-Range") == f"bytes */{end}")
 
     def _ask(self) -> requests.Response:
+        """Ask for the body, or for the rest of it where that is possible."""
         headers = {"Accept-Encoding": "identity"}
         first, last = self.first, "" if self.size is None else str(self.first + self.size - 1)
         if self._resumes:
