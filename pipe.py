@@ -2378,7 +2378,7 @@ class Upstream:
         Raises WindowEnded where the source truly ended, UpstreamError where it broke off.
         """
         items = self.ring.take(TURN_LIMIT, timeout)
-        if self._is_broken() or (not items and (self.ring.is_exhausted or self._is_dead())):
+        if self._is_over(items):
             raise self._ending()
         return items
 
@@ -2391,13 +2391,9 @@ class Upstream:
             name = f"close-{self.session.name}-0"
             threading.Thread(target=self._close, name=name, daemon=True).start()
 
-    def _is_dead(self) -> bool:
-        """Whether a thread has died that should have closed the ring."""
-        return False
-
-    def _is_broken(self) -> bool:
-        """Whether what still comes is of no use."""
-        return False
+    def _is_over(self, items: list[bytes | Mark]) -> bool:
+        """Whether nothing comes after these, or nothing of use."""
+        return not items and self.ring.is_exhausted
 
     def _ending(self) -> Exception:
         raise NotImplementedError
@@ -2422,8 +2418,9 @@ class SegmentedUpstream(Upstream):
     def target_duration(self) -> float:
         return float(self._reader.worker.playlist_targetduration)
 
-    def _is_dead(self) -> bool:
-        return not self._reader.writer.is_alive()
+    def _is_over(self, items: list[bytes | Mark]) -> bool:
+        """A writer that has died did not close the ring."""
+        return super()._is_over(items) or (not items and not self._reader.writer.is_alive())
 
     def _ending(self) -> Exception:
         worker, writer = self._reader.worker, self._reader.writer
@@ -2838,9 +2835,9 @@ class ProcessUpstream(PumpedUpstream):
             for worker in ends
         )
 
-    def _is_broken(self) -> bool:
-        """Whether a track has failed: ffmpeg would go on with the others."""
-        return any(
+    def _is_over(self, items: list[bytes | Mark]) -> bool:
+        """Also where a track has failed: ffmpeg would go on with the others."""
+        return super()._is_over(items) or any(
             track.buffer.closed and getattr(track.worker, "failure", None)
             for track in self._tracks
             if isinstance(track, RingReader)
