@@ -2542,7 +2542,7 @@ class DownloadingWriter(HLSStreamWriter):
             return
         if segment.map is not None and not self.should_filter_segment(segment):
             self._put_map(segment)
-        self.queue(segment, _at_once(self._start(segment, segment)), False)
+        self._queue_at_once(segment, self._start(segment, segment), is_map=False)
 
     def _put_map(self, segment: Any) -> None:
         """Hand on the initialization section where it changed, or the stream is discontinuous."""
@@ -2551,7 +2551,13 @@ class DownloadingWriter(HLSStreamWriter):
             self._map = key, self._start(segment, segment.map)
         elif not segment.discontinuity:
             return
-        self.queue(segment, _at_once(self._map[1]), True)
+        self._queue_at_once(segment, self._map[1], is_map=True)
+
+    def _queue_at_once(self, segment: Any, download: Download, is_map: bool) -> None:
+        """As a future that is done: streamlink's writer waits for it, and shall not."""
+        future: Future[Any] = Future()
+        future.set_result(download)
+        self.queue(segment, future, is_map)
 
     def _start(self, segment: Any, part: Any) -> Download:
         """A download of a segment or of its map, in the executor's queue."""
@@ -2685,13 +2691,6 @@ class DownloadingWriter(HLSStreamWriter):
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait(None)  # the writer looks at it twice a second otherwise
         super().close()
-
-
-def _at_once(result: Any) -> Future[Any]:
-    """A future that is done: streamlink's writer waits for it, and shall not."""
-    future: Future[Any] = Future()
-    future.set_result(result)
-    return future
 
 
 def _decrypted(pieces: Iterable[bytes], cipher: Any) -> Iterator[bytes]:
