@@ -1759,6 +1759,7 @@ PART_LIMIT = 256 * KIB  # bytes of one read; larger ones save little and delay t
 RETRY_PAUSES = (0.1, 0.2, 0.4, 0.8)  # seconds, the last one again and again
 
 
+@dataclass
 class Fingerprint:
     """A checksum of the first bytes of something, to tell whether it is the same a second time.
 
@@ -1766,43 +1767,31 @@ class Fingerprint:
     0.4 s of CPU for each GB, a fifth of what pulling it may cost.
     """
 
-    def __init__(self) -> None:
-        self.size = 0  # bytes
-        self.value = 0
+    size: int = 0  # bytes
+    value: int = 0
 
     def add(self, data: bytes) -> None:
         self.value = zlib.crc32(data[-self.size % 64 :: 64], self.value)
         self.size += len(data)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Fingerprint) and vars(self) == vars(other)
-
-    __hash__ = None  # type: ignore[assignment]  # it changes
 
 
 class GaveUp(PipeError):
     """A segment, or the rest of it, cannot be had."""
 
 
-@dataclass(frozen=True)
-class Terms:
-    """What a download asks of its upstream."""
-
-    get: Callable[[Mapping[str, str], float], requests.Response]  # with headers and a time-out
-    patience: Callable[[], float]  # seconds without a byte until it is given up
-    is_wanted: Callable[[], bool]  # False where trying again is of no use
-    pause: Callable[[float], bool]  # wait so many seconds; False where the upstream is closing
-    moved: Callable[[float], None]  # told when bytes came
-
-
 class Download:
     """A body on its way: one thread runs it, another takes its bytes meanwhile.
 
-    To the taker it looks like a response of requests', as far as streamlink asks.
+    To the taker it looks like a response of requests', as far as streamlink asks.  Its writer makes
+    the requests and says for how long to try.
     """
 
-    def __init__(self, terms: Terms, first: int = 0, last: int | None = None) -> None:
-        self.terms = terms
+    def __init__(
+        self, writer: DownloadingWriter, address: str, number: int, first: int, last: int | None
+    ) -> None:
+        self.writer = writer
+        self.address = address
+        self.number = number  # the segment's
         self.first = first  # of the resource's bytes; with `last`, a range of them
         self.size = None if last is None else last - first + 1
         # The runner's own: what it had and how to ask for the rest.
@@ -1821,17 +1810,16 @@ class Download:
     # The runner
 
     def run(self) -> None:
-        """Fetch the body, trying again as the terms allow."""
-        failure: str | None = None
+        """Fetch the body, trying again as the writer allows."""
+        self.moved = time.monotonic()
         try:
-            self.moved = time.monotonic()
             self._try_until_done()
+            self.finish(None)
         except GaveUp as error:
-            failure = str(error)
+            self.finish(str(error))
         except Exception:
             log.exception("a download failed")
-            failure = "StreamPipe failed"
-        self.finish(failure)
+            self.finish("StreamPipe failed")
 
     def finish(self, failure: str | None) -> None:
         """Let the taker know that no more comes, and why; the first call counts."""
@@ -1843,7 +1831,8 @@ class Download:
     def _try_until_done(self) -> None:
         for pause in itertools.chain(RETRY_PAUSES, itertools.repeat(RETRY_PAUSES[-1])):
             try:
-                self._transfer()
+                with contextlib.closing(self._ask()) as response:
+                    self._take(response, self._offset_of(response))
                 return
             except GaveUp:
                 raise
@@ -1852,7 +1841,7 @@ class Download:
                 if self._is_whole(error):
                     return
                 self._judge(explain(error), pause)
-            if not self.terms.pause(pause):
+            if not self.writer.wait(pause):
                 raise GaveUp("closed")
 
     def _judge(self, reason: str, pause: float) -> None:
@@ -1860,18 +1849,10 @@ class Download:
         now = time.monotonic()
         is_gone = reason == UNREACHABLE
         self.gone_since = min(self.gone_since, now) if is_gone else math.inf
-        if self._is_done:
-            raise GaveUp("closed")
-        if not self.terms.is_wanted():
+        if not self.writer.is_listed(self.number):
             raise GaveUp(f"{reason}, and the playlist no longer lists it")
-        if now + pause - self.moved > self.terms.patience():
+        if now + pause - self.moved > self.writer.patience:
             raise GaveUp(reason)
-
-    def _transfer(self) -> None:
-        """One request and its body; what is there already is asked for again if it must be."""
-        with contextlib.closing(self._ask()) as response:
-            offset = self._offset_of(response)
-            self._take(response, offset)
 
     def _is_whole(self, error: Exception) -> bool:
         """Whether there was nothing left to ask for: the length told was too large."""
@@ -1883,6 +1864,7 @@ class Download:
         return bool(self._had.size and answer.headers.get("Content-Range") == f"bytes */{end}")
 
     def _ask(self) -> requests.Response:
+        """Ask for the body, or for the rest of it where that is possible."""
         headers = {"Accept-Encoding": "identity"}
         first, last = self.first, "" if self.size is None else str(self.first + self.size - 1)
         if self._resumes:
@@ -1891,9 +1873,9 @@ class Download:
             headers["If-Range"] = self._validator  # RFC 9110, 13.1.5: all of it if it changed
         if first or last:
             headers["Range"] = f"bytes={first}-{last}"
-        patience = self.terms.patience()
+        patience = self.writer.patience
         left = self.moved + patience - time.monotonic()
-        return self.terms.get(headers, max(0.1, min(patience / 2, left)))
+        return self.writer.request(self.address, headers, max(0.1, min(patience / 2, left)))
 
     @property
     def _resumes(self) -> bool:
@@ -1902,22 +1884,19 @@ class Download:
     def _offset_of(self, response: requests.Response) -> int:
         """Where the body starts, in bytes from ours: negative where more comes than was asked."""
         start = 0
+        is_coded = response.headers.get("Content-Encoding", "identity") != "identity"
         if response.status_code == HTTPStatus.PARTIAL_CONTENT:
             sent = response.headers.get("Content-Range", "")
             match = re.match(r"bytes (\d+)-\d+/(\d+|\*)", sent)
-            start = int(match[1]) if match else -1
             if match and match[2] != "*" and self.size is None:
                 self._length = int(match[2])
-            if response.headers.get("Content-Encoding", "identity") != "identity":
-                start = -1  # a part of the compressed body, and we count what is in it
+            # A part of a compressed body is of no use: we count what is in it.
+            start = int(match[1]) if match and not is_coded else -1
         offset = start - self.first
-        if offset not in ({self._had.size} if self._resumes else {0, -self.first}) | {-self.first}:
+        if offset not in (self._had.size if self._resumes else 0, -self.first):
             self._can_resume = False
             raise ConnectionError("another range than asked for")
-        if (
-            not self._had.size
-            and response.headers.get("Content-Encoding", "identity") == "identity"
-        ):
+        if not self._had.size and not is_coded:
             etag = response.headers.get("ETag", "")
             is_strong = etag and not etag.startswith("W/")
             self._validator = etag if is_strong else response.headers.get("Last-Modified")
@@ -1927,10 +1906,8 @@ class Download:
         """Read the body from `offset` on: compare what we had, add what is new."""
         at, again = offset, Fingerprint()
         is_coded = "Content-Encoding" in response.headers  # urllib3 copies what it may decode
-        while self.size is None or self._had.size < self.size:
-            part = response.raw.read1(PART_LIMIT, decode_content=is_coded)
-            if not part:
-                break
+        read = functools.partial(response.raw.read1, PART_LIMIT, decode_content=is_coded)
+        while (self.size is None or self._had.size < self.size) and (part := read()):
             again.add(part[max(0, -at) : max(0, self._had.size - at)])
             new = part[max(0, self._had.size - at) :]
             at += len(part)
@@ -1945,8 +1922,7 @@ class Download:
 
     def _add(self, part: bytes) -> None:
         self._had.add(part)
-        self.moved = time.monotonic()
-        self.terms.moved(self.moved)
+        self.moved = self.writer.newest_byte = time.monotonic()
         with self._changed:
             self._parts.append(part)
             self._changed.notify_all()
@@ -1958,8 +1934,7 @@ class Download:
 
         They are gone once taken, unless all takers `keep` them.
         """
-        taken = 0
-        while True:
+        for taken in itertools.count():
             with self._changed:
                 while taken == len(self._parts) and not self._is_done:
                     self._changed.wait()
@@ -1968,14 +1943,9 @@ class Download:
                 part = self._parts[taken]
                 if not keep:
                     self._parts[taken] = b""
-                taken += 1
             yield part
         if self._failure:
             raise GaveUp(self._failure)
-
-    @property
-    def content(self) -> bytes:
-        return b"".join(self.iter_content())
 
     @property
     def raw(self) -> Download:
@@ -2083,27 +2053,27 @@ class Session:
         """
         self._is_resolving = True
         try:
-            variants = self._resolve(update_scheme("https://", address, force=False))
+            streams = self._resolve(update_scheme("https://", address, force=False))
         except Exception as error:  # a plugin may raise anything
             log.debug("cannot resolve", exc_info=True)
             raise UpstreamError(explain(error)) from error
         finally:
             self._is_resolving = False
-        if not variants.streams:
+        if not streams:
             raise UpstreamError("the origin offers no stream there")
-        return variants
+        return Variants(self, streams)
 
-    def _resolve(self, address: str) -> Variants:
+    def _resolve(self, address: str) -> Mapping[str, Any]:
         match = self.engine.plugins.match_url(address)
         if match is None:
             if raw := self._judge(address):
-                return Variants(self, dict.fromkeys(("live", "best", "worst"), raw))
+                return dict.fromkeys(("live", "best", "worst"), raw)
             address = f"hls://{address}"
             match = self.engine.plugins.match_url(address)
             assert match
         plugin = match[1](self.engine, address, PluginOptions())
         try:
-            return Variants(self, dict(plugin.streams()))
+            return dict(plugin.streams())
         finally:
             # Every plugin leaves its cache with atexit, for ever.
             atexit.unregister(plugin.cache._save)
@@ -2111,8 +2081,8 @@ class Session:
     def _judge(self, address: str) -> OpenResponse | None:
         """Open an address that no plugin knows; None where its first bytes are a playlist's."""
         response = self.request(url=address)
-        start = response.raw.read1(64, decode_content=True)
-        while start and len(start) < 16 and (more := response.raw.read1(64, decode_content=True)):
+        start = b""
+        while len(start) < 16 and (more := response.raw.read1(64, decode_content=True)):
             start += more
         if not start.lstrip(b"\xef\xbb\xbf \r\n").startswith(b"#EXTM3U"):
             return OpenResponse(response, start)
@@ -2123,35 +2093,34 @@ class Session:
     def request(self, **arguments: Any) -> requests.Response:
         """A request whose body is still to be read; raises what streamlink makes of a failure."""
         defaults = {"method": "GET", "exception": EngineStreamError, "timeout": self.timeout}
-        return self._load_open(**{**defaults, "stream": True, **arguments})
+        response: requests.Response = self._request(**{**defaults, "stream": True, **arguments})
+        return response
 
-    def _load_open(self, **arguments: Any) -> requests.Response:
-        """Load with the body unread; streamlink leaves it open where the status is an error."""
+    def _request(self, method: str, url: str, **arguments: Any) -> Any:
+        """Stand in for the engine's request(), which leaves open what is answered with an error."""
+        if method == "GET" and not arguments.get("stream"):
+            return self._load_playlist(url, **arguments)
         try:
-            response: requests.Response = self._load(**arguments)
+            return self._load(method, url, **arguments)
         except Exception as error:
             answer = getattr(getattr(error, "err", None), "response", None)
             if answer is not None:
                 answer.close()
             raise
-        return response
 
-    def _request(self, method: str, url: str, **arguments: Any) -> Any:
-        """Stand in for the engine's request(): a start costs no playlist a second round trip.
+    def _load_playlist(self, url: str, **arguments: Any) -> Any:
+        """A playlist, or another small body; a start costs none of them a second round trip.
 
         What resolving loaded is used again by the worker, once; reloads go to where the first load
         was redirected, until that fails (a CDN's redirect may be slow, and lead elsewhere).
         """
-        if method != "GET" or arguments.get("stream"):
-            return self._load_open(method=method, url=url, **arguments)
-        kept = self._kept.pop(url, None)
+        kept = self._kept.get(url)
         if not self._is_resolving:
             self._kept.clear()
         if kept:
-            self._keep(kept)
             return kept
         try:
-            response = self._load(method, self._moved.get(url, url), **arguments)
+            response = self._load("GET", self._moved.get(url, url), **arguments)
         except Exception:
             self._moved.pop(url, None)
             raise
@@ -2211,15 +2180,13 @@ class Transport(HTTPAdapter):
         super().init_poolmanager(*arguments, **more)
         self._watch(self.poolmanager)
 
-    def proxy_manager_for(self, proxy: str, **arguments: Any) -> Any:
-        is_new = proxy not in self.proxy_manager
-        manager = super().proxy_manager_for(proxy, **arguments)
-        if is_new:
-            self._watch(manager)
-        return manager
+    def proxy_manager_for(self, *arguments: Any, **more: Any) -> Any:
+        return self._watch(super().proxy_manager_for(*arguments, **more))
 
-    def _watch(self, manager: Any) -> None:
+    def _watch(self, manager: Any) -> Any:
         """Have the manager's connections report their sockets, before and after TLS."""
+        if manager in self._managers:
+            return manager
         add = self._add
         self._managers.append(manager)
 
@@ -2236,6 +2203,7 @@ class Transport(HTTPAdapter):
 
         pools = manager.pool_classes_by_scheme
         manager.pool_classes_by_scheme = {scheme: watched(pool) for scheme, pool in pools.items()}
+        return manager
 
     def _add(self, sock: socket.socket) -> socket.socket:
         with self._lock:
@@ -2282,15 +2250,13 @@ def _shut(sock: socket.socket) -> None:
 
 def _read_bounded(response: requests.Response, deadline: float, start: bytes = b"") -> None:
     """Read a body to its end and keep it in the response, after `start`; raises TooMuch."""
-    parts = [start]
-    size = len(start)
+    body = bytearray(start)
     while part := response.raw.read1(64 * KIB, decode_content=True):
-        parts.append(part)
-        size += len(part)
-        if size > PLAYLIST_LIMIT or time.monotonic() > deadline:
+        body += part
+        if len(body) > PLAYLIST_LIMIT or time.monotonic() > deadline:
             response.close()
-            raise TooMuch("too large" if size > PLAYLIST_LIMIT else "too slow")
-    vars(response).update(_content=b"".join(parts), _content_consumed=True)
+            raise TooMuch("too large" if len(body) > PLAYLIST_LIMIT else "too slow")
+    vars(response).update(_content=bytes(body), _content_consumed=True)
 
 
 # What is opened
@@ -2391,7 +2357,7 @@ class Upstream:
         Raises WindowEnded where the source truly ended, UpstreamError where it broke off.
         """
         items = self.ring.take(TURN_LIMIT, timeout)
-        if self._is_broken() or (not items and (self.ring.is_exhausted or self._is_dead())):
+        if self._is_over(items):
             raise self._ending()
         return items
 
@@ -2401,17 +2367,12 @@ class Upstream:
             self._is_closed = True
             self.ring.close()
             self.session.cut()
-            threading.Thread(
-                target=self._close, name=f"close-{self.session.name}-0", daemon=True
-            ).start()
+            name = f"close-{self.session.name}-0"
+            threading.Thread(target=self._close, name=name, daemon=True).start()
 
-    def _is_dead(self) -> bool:
-        """Whether a thread has died that should have closed the ring."""
-        return False
-
-    def _is_broken(self) -> bool:
-        """Whether what still comes is of no use."""
-        return False
+    def _is_over(self, items: list[bytes | Mark]) -> bool:
+        """Whether nothing comes after these, or nothing of use."""
+        return not items and self.ring.is_exhausted
 
     def _ending(self) -> Exception:
         raise NotImplementedError
@@ -2436,16 +2397,16 @@ class SegmentedUpstream(Upstream):
     def target_duration(self) -> float:
         return float(self._reader.worker.playlist_targetduration)
 
-    def _is_dead(self) -> bool:
-        return not self._reader.writer.is_alive()
+    def _is_over(self, items: list[bytes | Mark]) -> bool:
+        """A writer that has died did not close the ring."""
+        return super()._is_over(items) or (not items and not self._reader.writer.is_alive())
 
     def _ending(self) -> Exception:
         worker, writer = self._reader.worker, self._reader.writer
         if writer.is_drained and self.has_end and worker.sequence > worker.playlist_end:
             return WindowEnded(complete=True)
-        return UpstreamError(
-            worker.failure or writer.failure or "the origin sends no more segments"
-        )
+        failure = worker.failure or writer.failure
+        return UpstreamError(failure or "the origin sends no more segments")
 
     def _close(self) -> None:
         self._reader.close()
@@ -2454,32 +2415,26 @@ class SegmentedUpstream(Upstream):
 def hook(stream: Any, name: str, has_ring: bool) -> None:
     """Put our downloads into an HLS stream, perhaps a plugin's own, before it is opened."""
     stream.name = name  # part of its threads' names, and so of their log lines
-    base = type(stream).__reader__
-    vars(stream)["__reader__"] = _hooked(base, has_ring)
+    stream.has_ring = has_ring  # False: a track for ffmpeg, which reads streamlink's own buffer
+    vars(stream)["__reader__"] = _hooked(type(stream).__reader__)
 
 
 @functools.cache
-def _hooked(base: Any, has_ring: bool) -> Any:
+def _hooked(base: Any) -> Any:
     """Plugins' own readers and writers (Twitch's advertisement filter) stay in the class chain."""
-
-    def over(hooks: type, stock: type) -> type:
-        return type(stock.__name__, (hooks, stock), {})  # the name is its threads'
-
-    members = {
-        "__writer__": over(DownloadingWriter, base.__writer__),
-        "__worker__": over(WatchedWorker, base.__worker__),
-        "has_ring": has_ring,
+    writer, worker = base.__writer__, base.__worker__
+    members = {  # whose names are their threads'
+        "__writer__": type(writer.__name__, (DownloadingWriter, writer), {}),
+        "__worker__": type(worker.__name__, (WatchedWorker, worker), {}),
     }
     return type(base.__name__, (RingReader, base), members)
 
 
 class RingReader(HLSStreamReader):
-    has_ring = True  # False: a track for ffmpeg, which reads streamlink's own buffer
-
     def __init__(self, stream: Any, name: str | None = None) -> None:
         super().__init__(stream, name=name)
         self.timeout = 2.0  # seconds that close() waits for each of two threads
-        if self.has_ring:
+        if stream.has_ring:
             self.buffer: Any = Ring(self.session.get_option("ringbuffer-size"))
             stream.parse_packed_audio = False  # the framer removes ID3 tags, of every version
 
@@ -2553,7 +2508,7 @@ class DownloadingWriter(HLSStreamWriter):
         self._map: tuple[object, Download] | None = None  # the newest EXT-X-MAP
         self._running_lock = threading.Lock()  # guards _running and _is_closing
         self._running: weakref.WeakSet[Download] = weakref.WeakSet()
-        self._newest_byte = 0.0  # when any download moved; each writes it, the newest wins
+        self.newest_byte = 0.0  # when any download moved; each writes it, the newest wins
 
     # The worker's thread
 
@@ -2566,69 +2521,77 @@ class DownloadingWriter(HLSStreamWriter):
             return
         if segment.map is not None and not self.should_filter_segment(segment):
             self._put_map(segment)
-        self.queue(segment, _at_once(self._start(segment, segment, is_map=False)), False)
+        self._queue_at_once(segment, self._start(segment, segment), is_map=False)
 
     def _put_map(self, segment: Any) -> None:
         """Hand on the initialization section where it changed, or the stream is discontinuous."""
         key = segment.map.uri, segment.map.byterange
         if self._map is None or self._map[0] != key:
-            self._map = key, self._start(segment, segment.map, is_map=True)
+            self._map = key, self._start(segment, segment.map)
         elif not segment.discontinuity:
             return
-        self.queue(segment, _at_once(self._map[1]), True)
+        self._queue_at_once(segment, self._map[1], is_map=True)
 
-    def _start(self, segment: Any, part: Any, is_map: bool) -> Download:
+    def _queue_at_once(self, segment: Any, download: Download, is_map: bool) -> None:
+        """As a future that is done: streamlink's writer waits for it, and shall not."""
+        future: Future[Any] = Future()
+        future.set_result(download)
+        self.queue(segment, future, is_map)
+
+    def _start(self, segment: Any, part: Any) -> Download:
         """A download of a segment or of its map, in the executor's queue."""
+        first, last, failure = 0, None, None
         try:
-            first, last = self._range_of(segment, part, is_map)
+            if part.byterange and part is segment:
+                first, last = self.byterange.cached(segment.num, part.byterange)
+            elif part.byterange:
+                first, last = self.byterange.uncached(part.byterange)
         except EngineStreamError as error:  # an offset is missing
-            download = Download(self._terms(segment, part))
-            download.finish(explain(error))
+            failure = explain(error)
+        download = Download(self, part.uri, segment.num, first, last)
+        if failure or (part is segment and self.should_filter_segment(segment)):
+            download.finish(failure)
             return download
-        download = Download(self._terms(segment, part), first, last)
-        if not is_map and self.should_filter_segment(segment):
-            download.finish(None)
-        else:
-            with self._running_lock:
-                if self._is_closing:
-                    download.finish("closed")
-                else:
-                    self._running.add(download)
-                    self.executor.submit(download.run)
+        with self._running_lock:
+            if self._is_closing:
+                download.finish("closed")
+            else:
+                self._running.add(download)
+                self.executor.submit(download.run)
         return download
 
-    def _range_of(self, segment: Any, part: Any, is_map: bool) -> tuple[int, int | None]:
-        if not part.byterange:
-            return 0, None
-        if is_map:
-            return self.byterange.uncached(part.byterange)
-        return self.byterange.cached(segment.num, part.byterange)
+    # The downloads' threads
 
-    def _terms(self, segment: Any, part: Any) -> Terms:
+    def request(
+        self, address: str, headers: Mapping[str, str], timeout: float
+    ) -> requests.Response:
+        """A response whose body is still to be read."""
         arguments = dict(self.reader.request_params)
-        own = arguments.pop("headers", None) or {}
-        worker = self.reader.worker
+        arguments["headers"] = {**(arguments.get("headers") or {}), **headers}
+        limit = min(timeout, self.timeout)
+        response = self.session.http.get(address, stream=True, timeout=limit, **arguments)
+        return cast(requests.Response, response)
 
-        def get(headers: Mapping[str, str], timeout: float) -> requests.Response:
-            response: requests.Response = self.session.http.get(
-                part.uri, headers={**own, **headers}, stream=True,
-                timeout=min(timeout, self.timeout), **arguments,
-            )  # fmt: skip
-            return response
+    def is_listed(self, number: int) -> bool:
+        """Whether a segment can still be had: False where trying again is of no use."""
+        listed = self.reader.worker.playlist_segments
+        return self._has_end or not listed or number >= listed[0].num
 
-        def is_wanted() -> bool:
-            listed = worker.playlist_segments
-            return worker.playlist_end is not None or not listed or segment.num >= listed[0].num
+    @property
+    def patience(self) -> float:
+        """Seconds without a byte until a segment is given up."""
+        if self._has_end:
+            return float(self.timeout)
+        return 2.0 * (self.reader.worker.playlist_targetduration or 1.0)
 
-        def moved(at: float) -> None:
-            self._newest_byte = at
-
-        return Terms(get, self._patience, is_wanted, self.wait, moved)
+    @property
+    def _has_end(self) -> bool:
+        return self.reader.worker.playlist_end is not None
 
     # The writer's thread
 
     def write(self, segment: Any, result: Any, *data: Any) -> None:
-        is_map = bool(data and data[0])
+        is_map: bool = data[0]
         try:
             if self.should_filter_segment(segment):
                 super().write(segment, result, *data)
@@ -2648,7 +2611,7 @@ class DownloadingWriter(HLSStreamWriter):
     def _give_up(self, segment: Any, download: Download, is_map: bool, error: Exception) -> None:
         """Leave a gap; or end, where the origin is gone or nothing could be decoded any more."""
         reason = str(error) if isinstance(error, GaveUp) else explain(error)
-        is_gone = self._newest_byte <= download.gone_since < math.inf
+        is_gone = self.newest_byte <= download.gone_since < math.inf
         if is_map or is_gone:
             what = "its initialization section cannot be had: " if is_map else ""
             self.failure = what + reason
@@ -2662,11 +2625,10 @@ class DownloadingWriter(HLSStreamWriter):
             self.reader.buffer.mark(Mark(kind, segment.num))
 
     def _hand_on(self, segment: Any, download: Download, is_map: bool) -> None:
-        key = segment.map.key if is_map else segment.key
         if is_map:
-            pieces: Iterator[bytes] = download.iter_content(keep=True)
+            key, pieces = segment.map.key, download.iter_content(keep=True)
         else:
-            pieces = self.iter_segment_content(segment, cast(Any, download))
+            key, pieces = segment.key, self.iter_segment_content(segment, cast(Any, download))
         if key and key.method != "NONE" and not self.passthrough_encrypted:
             pieces = _decrypted(pieces, self._decryptor(key, segment.num))
         if self.stream.parse_packed_audio and not is_map:
@@ -2678,7 +2640,7 @@ class DownloadingWriter(HLSStreamWriter):
 
     def _decryptor(self, key: Any, number: int) -> Any:
         """Without its key a stream cannot go on: it is tried for as long as a segment would be."""
-        deadline = time.monotonic() + self._patience()
+        deadline = time.monotonic() + self.patience
         for pause in itertools.chain(RETRY_PAUSES, itertools.repeat(RETRY_PAUSES[-1])):
             try:
                 return self.create_decryptor(key, number)
@@ -2688,13 +2650,6 @@ class DownloadingWriter(HLSStreamWriter):
                     self.close()
                     raise
         return None
-
-    def _patience(self) -> float:
-        """Seconds without a byte until a segment is given up."""
-        worker = self.reader.worker
-        if worker.playlist_end is not None:
-            return float(self.timeout)
-        return 2.0 * (worker.playlist_targetduration or 1.0)
 
     def _queue_get(self) -> Any:
         item = super()._queue_get()
@@ -2717,13 +2672,6 @@ class DownloadingWriter(HLSStreamWriter):
         super().close()
 
 
-def _at_once(result: Any) -> Future[Any]:
-    """A future that is done: streamlink's writer waits for it, and shall not."""
-    future: Future[Any] = Future()
-    future.set_result(result)
-    return future
-
-
 def _decrypted(pieces: Iterable[bytes], cipher: Any) -> Iterator[bytes]:
     """AES-128-CBC, as the bytes come; the last block waits, for it holds the padding."""
     held = b""
@@ -2743,14 +2691,11 @@ def _without_old_id3(pieces: Iterator[bytes]) -> Iterator[bytes]:
         start += piece
         if len(start) >= 10:
             break
-    if start[:3] == b"ID3" and start[3:4] != b"\x04":
-        left = _id3_size(start.ljust(10, b"\0"))
-        for piece in itertools.chain([start], pieces):
-            yield piece[left:]
-            left = max(0, left - len(piece))
-    else:
-        yield start
-        yield from pieces
+    is_old = start[:3] == b"ID3" and start[3:4] != b"\x04"
+    left = _id3_size(start.ljust(10, b"\0")) if is_old else 0
+    for piece in itertools.chain([start], pieces):
+        yield piece[left:]
+        left = max(0, left - len(piece))
 
 
 @functools.cache
@@ -2784,26 +2729,25 @@ def _signature(function: Any) -> str:
 class PumpedUpstream(Upstream):
     """A source without segments, moved to the ring by a thread as its bytes come."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, pieces: Iterable[bytes]) -> None:
         super().__init__(session, Ring(session.engine.get_option("ringbuffer-size")))
+        self._pieces = pieces  # of the source, each as soon as there are any bytes
         self._failure: str | None = None
         self._pump = threading.Thread(target=self._run, name=f"pump-{session.name}-0", daemon=True)
         self._pump.start()
 
     def _run(self) -> None:
         try:
-            while not self.ring.closed and (data := self._read_source()):
-                self.ring.write(data)
+            for piece in self._pieces:
+                self.ring.write(piece)
+                if self.ring.closed:
+                    break
         except Exception as error:
             if not self._is_closed:
                 log.debug("the source broke off", exc_info=True)
                 self._failure = explain(error)
         finally:
             self.ring.close()
-
-    def _read_source(self) -> bytes:
-        """The next bytes as soon as there are any; empty at the end."""
-        raise NotImplementedError
 
     def _ending(self) -> Exception:
         if self.has_end and not self._failure:
@@ -2816,18 +2760,14 @@ class RawUpstream(PumpedUpstream):
 
     def __init__(self, session: Session, response: requests.Response, start: bytes) -> None:
         self._response = response
-        self._start = start
-        self._has_end = self.repeats_exactly = "Content-Length" in response.headers
-        super().__init__(session)
+        self.repeats_exactly = "Content-Length" in response.headers
+        limit = max(session.buffer_size, 64 * KIB)
+        read = functools.partial(response.raw.read1, limit, decode_content=True)
+        super().__init__(session, itertools.chain([start], iter(read, b"")))
 
     @property
     def has_end(self) -> bool:
-        return self._has_end
-
-    def _read_source(self) -> bytes:
-        data, self._start = self._start, b""
-        limit = max(self.session.buffer_size, 64 * KIB)
-        return data or bytes(self._response.raw.read1(limit, decode_content=True))
+        return self.repeats_exactly
 
     def _close(self) -> None:
         self._pump.join()
@@ -2848,8 +2788,8 @@ class ProcessUpstream(PumpedUpstream):
                 track.close()
             raise
         is_muxer = isinstance(self._file, FFMPEGMuxer)
-        self._read = self._file.process.stdout.read1 if is_muxer else self._file.read
-        super().__init__(session)
+        read = self._file.process.stdout.read1 if is_muxer else self._file.read
+        super().__init__(session, iter(functools.partial(read, 64 * KIB), b""))
 
     def _remember_tracks(self, stream: Any, name: str) -> None:
         """Keep what streamlink opens: it forgets the tracks when the muxer then fails."""
@@ -2873,16 +2813,13 @@ class ProcessUpstream(PumpedUpstream):
             for worker in ends
         )
 
-    def _is_broken(self) -> bool:
-        """Whether a track has failed: ffmpeg would go on with the others."""
-        return any(
+    def _is_over(self, items: list[bytes | Mark]) -> bool:
+        """Also where a track has failed: ffmpeg would go on with the others."""
+        return super()._is_over(items) or any(
             track.buffer.closed and getattr(track.worker, "failure", None)
             for track in self._tracks
             if isinstance(track, RingReader)
         )
-
-    def _read_source(self) -> bytes:
-        return bytes(self._read(64 * KIB))
 
     def _close(self) -> None:
         if process := getattr(self._file, "process", None):
