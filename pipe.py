@@ -294,13 +294,11 @@ class StreamSettings:
 
     def pulls_like(self, other: StreamSettings) -> bool:
         """Whether the upstream would be the same, so that a reload disturbs nobody."""
-        keys = ("user_agent", "threads", "timeout", "buffer_size", "ringbuffer_size", "streamlink")
-        return all(getattr(self, key) == getattr(other, key) for key in UPSTREAM_KEYS) and all(
-            getattr(self.options, key) == getattr(other.options, key) for key in keys
-        )
+        return self._pulled() == other._pulled()
 
-
-UPSTREAM_KEYS = ("urls", "quality", "headers", "proxy")
+    def _pulled(self) -> tuple[object, ...]:
+        options = replace(self.options, linger=0.0, reconnect=0.0, viewer_timeout=0.0)
+        return self.urls, self.quality, self.headers, self.proxy, options
 
 
 @dataclass(frozen=True)
@@ -322,11 +320,17 @@ class Entry:
     """A value of the file as it is written, and where."""
 
     line: int
-    value: str | list[Entry] | dict[str, Entry] | None  # None: nothing, `null` or `~`
+    path: str  # of keys, as mistakes show it
+    value: str | list[Entry] | dict[str, Entry] | None = None  # None: nothing, `null` or `~`
     key_line: int = 0
 
+    @property
+    def key(self) -> Entry:
+        """The place of its key."""
+        return Entry(self.key_line, self.path)
 
-Read = Callable[["ConfigReader", Entry, str], Any]
+
+Read = Callable[["ConfigReader", Entry], Any]
 
 
 def load_config(path: Path, engine: EngineOptions) -> Config:
@@ -337,16 +341,14 @@ def load_config(path: Path, engine: EngineOptions) -> Config:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(
-            [
-                f"{path}: no such file; copy config.example.yml to {path} and edit it, "
-                "or try: python pipe.py --demo"
-            ]
-        ) from None
+        problem = f"no such file; copy config.example.yml to {path} and edit it, "
+        problem += "or try: python pipe.py --demo"
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError([f"{path}: cannot be read: {reason}"]) from None
-    return ConfigReader(str(path), engine).read(text)
+        problem = f"cannot be read: {reason}"
+    else:
+        return ConfigReader(str(path), engine).read(text)
+    raise ConfigError([f"{path}: {problem}"])
 
 
 class ConfigReader:
@@ -359,7 +361,7 @@ class ConfigReader:
     def __init__(self, file: str, engine: EngineOptions) -> None:
         self.file = file
         self.engine = engine
-        self.mistakes: list[tuple[int, str]] = []  # line, text
+        self.mistakes: set[tuple[int, str]] = set()  # line, text; an alias repeats its mistakes
         self._room = 100_000  # entries; an alias of aliases of aliases may mean any number
 
     def read(self, text: str) -> Config:
@@ -367,24 +369,20 @@ class ConfigReader:
         config = self._config(self._parse(text))
         if self.mistakes:
             raise ConfigError(
-                list(
-                    dict.fromkeys(
-                        f"{self.file}:{line}: {text}" for line, text in sorted(self.mistakes)
-                    )
-                )
+                [f"{self.file}:{line}: {text}" for line, text in sorted(self.mistakes)]
             )
         return config
 
-    def mistake(self, line: int, path: str, text: str) -> None:
-        text = f"{path}: {text}" if path else text
-        self.mistakes.append((line, "".join(c if c.isprintable() else "?" for c in text)))
+    def mistake(self, place: Entry, text: str) -> None:
+        text = f"{place.path}: {text}" if place.path else text
+        self.mistakes.add((place.line, "".join(c if c.isprintable() else "?" for c in text)))
 
     # YAML to entries
 
     def _parse(self, text: str) -> Entry:
         try:
             node = yaml.compose(text, yaml.SafeLoader)
-            return Entry(1, None) if node is None else self._entry(node, "", 0)
+            return Entry(1, "") if node is None else self._entry(node, "", 0)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             at = getattr(error, "position", 0)  # of a character that YAML does not allow
@@ -395,45 +393,46 @@ class ConfigReader:
         raise ConfigError([f"{self.file}:{line}: broken YAML: {problem}"])
 
     def _entry(self, node: yaml.Node, path: str, depth: int) -> Entry:
-        line = node.start_mark.line + 1
+        entry = Entry(node.start_mark.line + 1, path)
         self._room -= 1
         if depth > 20 or self._room < 0:
             problem = "broken YAML: it is nested too deeply, or an alias holds itself"
-            raise ConfigError([f"{self.file}:{line}: {problem}"])
+            raise ConfigError([f"{self.file}:{entry.line}: {problem}"])
         if isinstance(node, yaml.MappingNode):
-            return Entry(line, self._mapping(node, path, depth))
-        if isinstance(node, yaml.SequenceNode):
-            return Entry(line, [self._entry(item, path, depth + 1) for item in node.value])
-        is_null = node.tag == "tag:yaml.org,2002:null"
-        return Entry(line, None if is_null else str(node.value))
+            entry.value = self._mapping(node, path, depth)
+        elif isinstance(node, yaml.SequenceNode):
+            entry.value = [self._entry(item, path, depth + 1) for item in node.value]
+        elif node.tag != "tag:yaml.org,2002:null":
+            entry.value = str(node.value)
+        return entry
 
     def _mapping(self, node: yaml.MappingNode, path: str, depth: int) -> dict[str, Entry]:
         """A mapping's entries, with those of `<<: *other` behind what is written here."""
         entries: dict[str, Entry] = {}
         merged: dict[str, Entry] = {}
         for key, value in node.value:
-            line = key.start_mark.line + 1
-            where = (f"{path}." if path else "") + _known(str(key.value))
+            is_merge = key.tag == "tag:yaml.org,2002:merge"
+            where = path if is_merge else _path_of(path, str(key.value))
             entry = self._entry(value, where, depth + 1)
-            entry.key_line = line
+            entry.key_line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
-                self.mistake(line, path, "a key must be plain text")
-            elif key.tag == "tag:yaml.org,2002:merge":
-                merged = {**self._merged(entry, path), **merged}
+                self.mistake(Entry(entry.key_line, path), "a key must be plain text")
+            elif is_merge:
+                merged = {**self._merged(entry), **merged}
             elif key.value in entries:
-                self.mistake(line, where, "this name stands here twice")
+                self.mistake(entry.key, "this name stands here twice")
             else:
                 entries[key.value] = entry
         return {**merged, **entries}
 
-    def _merged(self, entry: Entry, path: str) -> dict[str, Entry]:
+    def _merged(self, entry: Entry) -> dict[str, Entry]:
         """What `<<` brings in: of several sections the first one's entries win."""
         merged: dict[str, Entry] = {}
         for other in entry.value if isinstance(entry.value, list) else [entry]:
             if isinstance(other.value, dict):
                 merged = {**other.value, **merged}
             else:
-                self.mistake(other.line, path, "<< takes a section, or a list of them")
+                self.mistake(other, "<< takes a section, or a list of them")
         return merged
 
     # Entries to settings
@@ -441,77 +440,61 @@ class ConfigReader:
     def _config(self, root: Entry) -> Config:
         if root.value is None:
             return Config()
-        sections = self.table(root, "", dict.fromkeys(("server", "streams", "options"), _keep))
-        server = self._section(sections.get("server"), "server", SERVER_KEYS)
-        shared = replace(
-            Options(), **self._section(sections.get("options"), "options", OPTION_KEYS)
-        )
-        streams = self._streams(sections["streams"], shared) if "streams" in sections else {}
-        return Config(replace(ServerSettings(), **server), streams, shared)
+        sections = self.table(root, FILE_KEYS)
+        options = Options(**sections.get("options", {}))
+        streams = self._streams(sections.get("streams", ()), options)
+        return Config(ServerSettings(**sections.get("server", {})), streams, options)
 
-    def _section(self, entry: Entry | None, path: str, keys: Mapping[str, Read]) -> dict[str, Any]:
-        return {} if entry is None else self.table(entry, path, keys)
-
-    def _streams(self, entry: Entry, shared: Options) -> dict[str, StreamSettings]:
+    def _streams(
+        self, pairs: Iterable[tuple[str, Entry]], shared: Options
+    ) -> dict[str, StreamSettings]:
         streams: dict[str, StreamSettings] = {}
         numbers: dict[int, str] = {}
-        for name, value in self.pairs(entry, "streams"):
-            path = f"streams.{_known(name)}"
+        for name, entry in pairs:
             if not STREAM_NAME.fullmatch(name):
-                self.mistake(
-                    value.key_line, path, "a name holds only a-z, 0-9 and -, e.g. channel-1"
-                )
+                self.mistake(entry.key, "a name holds only a-z, 0-9 and -, e.g. channel-1")
             elif name in RESERVED_NAMES:
-                self.mistake(value.key_line, path, "this name is reserved, choose another")
+                self.mistake(entry.key, "this name is reserved, choose another")
             else:
-                stream = streams[name] = self._stream(value, path, name, shared)
+                stream = streams[name] = self._stream(name, entry, shared)
                 if stream.number is not None and numbers.setdefault(stream.number, name) != name:
-                    assert isinstance(value.value, dict)
-                    line, other = value.value["number"].line, numbers[stream.number]
-                    self.mistake(line, f"{path}.number", f"{stream.number} is {other}'s already")
+                    assert isinstance(entry.value, dict)
+                    words = f"{stream.number} is {numbers[stream.number]}'s already"
+                    self.mistake(entry.value["number"], words)
         return streams
 
-    def _stream(self, entry: Entry, path: str, name: str, shared: Options) -> StreamSettings:
-        if not isinstance(entry.value, dict):
-            return StreamSettings(name, as_urls(self, entry, path), title=name, options=shared)
-        if "url" not in entry.value:
-            self.mistake(entry.line, path, "url is missing")
-        values = self.table(entry, path, STREAM_KEYS | OPTION_KEYS)
-        own = {key: values.pop(key) for key in tuple(values) if key in OPTION_KEYS}
-        if "streamlink" in own:
-            own["streamlink"] = {**shared.streamlink, **own["streamlink"]}
+    def _stream(self, name: str, entry: Entry, shared: Options) -> StreamSettings:
+        if not isinstance(entry.value, dict):  # its address alone
+            entry = replace(entry, value={"url": entry})
+        elif "url" not in entry.value:
+            self.mistake(entry, "url is missing")
+        values = self.table(entry, STREAM_KEYS | OPTION_KEYS)
+        own = {key: values.pop(key) for key in OPTION_KEYS if key in values}
+        own["streamlink"] = {**shared.streamlink, **own.get("streamlink", {})}
         addresses = values.pop("url", ())
         values["title"] = values.get("title") or name
         return StreamSettings(name, addresses, **values, options=replace(shared, **own))
 
-    def pairs(self, entry: Entry, path: str) -> Iterable[tuple[str, Entry]]:
+    def pairs(self, entry: Entry) -> Iterable[tuple[str, Entry]]:
         """The entries of a mapping; anything else is a mistake and has none."""
         if isinstance(entry.value, dict):
             return entry.value.items()
         if entry.value is None:
-            self.mistake(entry.line, path, "this section is empty: remove it or fill it")
+            self.mistake(entry, "this section is empty: remove it or fill it")
         else:
             got = "text" if isinstance(entry.value, str) else "a list"  # the text may be a secret
-            self.mistake(entry.line, path, f'expected "key: value" lines, got {got}')
+            self.mistake(entry, f'expected "key: value" lines, got {got}')
         return ()
 
-    def table(self, entry: Entry, path: str, keys: Mapping[str, Read]) -> dict[str, Any]:
-        """A mapping with known keys; values that are mistakes, and nulls, are left out."""
+    def table(self, entry: Entry, keys: Mapping[str, Read]) -> dict[str, Any]:
+        """A mapping with known keys; nulls are left out."""
         values: dict[str, Any] = {}
-        for name, value in self.pairs(entry, path):
-            where = f"{path}.{_known(name)}" if path else _known(name)
+        for name, value in self.pairs(entry):
             if name not in keys:
-                self.mistake(value.key_line, where, f"unknown key{_nearest(name, keys)}")
-                continue
-            found = len(self.mistakes)
-            result = keys[name](self, value, where)
-            if len(self.mistakes) == found and result is not None:
+                self.mistake(value.key, f"unknown key{_nearest(name, keys)}")
+            elif (result := keys[name](self, value)) is not None:
                 values[name] = result
         return values
-
-
-def _keep(reader: ConfigReader, entry: Entry, path: str) -> Entry:
-    return entry
 
 
 def _yaml_problem(error: yaml.YAMLError, text: str, line: int) -> str:
@@ -522,9 +505,10 @@ def _yaml_problem(error: yaml.YAMLError, text: str, line: int) -> str:
     return re.sub(r"alias .*", "alias", problem.splitlines()[0])  # its name may be a secret's
 
 
-def _known(name: str) -> str:
-    """A key as a mistake may show it: one that is an address or odd may be a secret."""
-    return name if re.fullmatch(r"[\w .%/-]{0,40}", name) else "(a key)"
+def _path_of(section: str, key: str) -> str:
+    """Where a key is, as a mistake may show it: one that is an address or odd may be a secret."""
+    shown = key if re.fullmatch(r"[\w .%/-]{0,40}", key) else "(a key)"
+    return f"{section}.{shown}" if section else shown
 
 
 def _shown(entry: Entry) -> str:
@@ -542,37 +526,25 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f", did you mean {close[0]}?" if close else ""
 
 
-# What a value may be.  Each reads one entry, reports what is wrong with it and returns None then.
+# What a value may be.  Each reads one entry and reports what is wrong with it; what it returns
+# then does not matter, as no Config comes of it.
 
 
-def as_text(reader: ConfigReader, entry: Entry, path: str) -> str | None:
+def as_text(reader: ConfigReader, entry: Entry) -> str | None:
     if isinstance(entry.value, (list, dict)):
-        reader.mistake(entry.line, path, f"expected text, got {_shown(entry)}")
+        reader.mistake(entry, f"expected text, got {_shown(entry)}")
         return None
     return entry.value
 
 
-def as_words(reader: ConfigReader, entry: Entry, path: str) -> str | None:
-    """Text that is not empty: an empty token would let everybody in."""
-    value = as_text(reader, entry, path)
-    if value == "":
-        reader.mistake(entry.line, path, "the text is empty: remove this key or fill it")
-    return value
+def as_text_that(is_right: Callable[[str], bool], words: str) -> Read:
+    """A reader of text that is right; `words` say what is wrong otherwise."""
 
-
-def as_number(kind: type[int] | type[float], least: float, most: float = math.inf) -> Read:
-    """A reader of whole numbers or seconds within bounds."""
-    what = "a whole number" if kind is int else "a number"
-    bounds = f"{least} or more" if most == math.inf else f"from {least} to {most}"
-
-    def read(reader: ConfigReader, entry: Entry, path: str) -> float | None:
-        with contextlib.suppress(ValueError):
-            if isinstance(entry.value, str) and re.fullmatch(r"[-+.\d_eE]+", entry.value):
-                value = kind(entry.value)
-                if least <= value <= most:
-                    return value
-        reader.mistake(entry.line, path, f"expected {what}, {bounds}, got {_shown(entry)}")
-        return None
+    def read(reader: ConfigReader, entry: Entry) -> str | None:
+        value = as_text(reader, entry)
+        if value is not None and not is_right(value):
+            reader.mistake(entry, words)
+        return value
 
     return read
 
@@ -580,15 +552,12 @@ def as_number(kind: type[int] | type[float], least: float, most: float = math.in
 def as_url(*schemes: str) -> Read:
     """A reader of absolute addresses with one of these schemes."""
 
-    def read(reader: ConfigReader, entry: Entry, path: str) -> str | None:
-        value = as_text(reader, entry, path)
-        if value is None or (_split(value)[0] in schemes and _split(value)[1]):
-            return value
-        wanted = " or ".join(f"{scheme}://" for scheme in schemes[:2])
-        reader.mistake(entry.line, path, f"expected an address that begins with {wanted}")
-        return None
+    def is_right(address: str) -> bool:
+        scheme, host = _split(address)
+        return scheme in schemes and bool(host)
 
-    return read
+    wanted = " or ".join(f"{scheme}://" for scheme in schemes[:2])
+    return as_text_that(is_right, f"expected an address that begins with {wanted}")
 
 
 def _split(address: str) -> tuple[str, str]:
@@ -600,104 +569,118 @@ def _split(address: str) -> tuple[str, str]:
     return "", ""
 
 
-def as_urls(reader: ConfigReader, entry: Entry, path: str) -> tuple[str, ...]:
+# An empty token would let everybody in.
+as_words = as_text_that(bool, "the text is empty: remove this key or fill it")
+# What HTTP can carry (RFC 9110, 5.5).
+as_header_value = as_text_that(
+    lambda value: value.isprintable() and value.isascii() and value.strip() == value,
+    "a header's value is one line of ASCII text",
+)
+
+
+def as_value(what: str, convert: Callable[[str], Any]) -> Read:
+    """A reader of what `convert` makes of text; it raises ValueError or KeyError for any other."""
+
+    def read(reader: ConfigReader, entry: Entry) -> Any:
+        if isinstance(entry.value, str):
+            with contextlib.suppress(ValueError, KeyError):
+                return convert(entry.value)
+        reader.mistake(entry, f"expected {what}, got {_shown(entry)}")
+        return None
+
+    return read
+
+
+def as_number(kind: type[int] | type[float], least: float, most: float = math.inf) -> Read:
+    """A reader of whole numbers or seconds within bounds."""
+    what = "a whole number" if kind is int else "a number"
+    bounds = f"{least} or more" if most == math.inf else f"from {least} to {most}"
+
+    def convert(text: str) -> float:
+        number = kind(text) if re.fullmatch(r"[-+.\d_eE]+", text) else math.nan
+        if not least <= number <= most:
+            raise ValueError
+        return number
+
+    return as_value(f"{what}, {bounds}", convert)
+
+
+def as_urls(reader: ConfigReader, entry: Entry) -> tuple[str, ...]:
     """One address or a list of them, for the upstream to open."""
     items = entry.value if isinstance(entry.value, list) else [entry]
     if not items:
-        reader.mistake(entry.line, path, "the list of addresses is empty")
-    return tuple(_address(reader, item, path) for item in items)
+        reader.mistake(entry, "the list of addresses is empty")
+    return tuple(_address(reader, item) for item in items)
 
 
-def _address(reader: ConfigReader, entry: Entry, path: str) -> str:
-    found = len(reader.mistakes)
-    address = (as_text(reader, entry, path) or "").strip()
-    if len(reader.mistakes) > found:
+def _address(reader: ConfigReader, entry: Entry) -> str:
+    text = "" if entry.value is None else as_text(reader, entry)
+    if text is None:
         return ""
+    address = text.strip()
     if not address:
-        reader.mistake(entry.line, path, "the address is missing")
+        reader.mistake(entry, "the address is missing")
     elif re.match(r"(\w+://)*file:", address, re.I):
-        reader.mistake(entry.line, path, "file:// is never opened; use an http(s) address")
+        reader.mistake(entry, "file:// is never opened; use an http(s) address")
     elif not address.isprintable():
-        reader.mistake(entry.line, path, "the address holds a control character")
+        reader.mistake(entry, "the address holds a control character")
     return address
 
 
-def as_networks(reader: ConfigReader, entry: Entry, path: str) -> tuple[str, ...]:
+def as_networks(reader: ConfigReader, entry: Entry) -> tuple[str, ...]:
     if not isinstance(entry.value, list):
-        reader.mistake(entry.line, path, 'expected a list like ["192.168.0.0/16"]')
+        reader.mistake(entry, 'expected a list like ["192.168.0.0/16"]')
         return ()
-    networks = []
     for item in entry.value:
-        with contextlib.suppress(ValueError):
+        try:
             ipaddress.ip_network(item.value)  # type: ignore[arg-type]
-            networks.append(str(item.value))
-            continue
-        reader.mistake(item.line, path, "expected a network like 192.168.0.0/16")
-    return tuple(networks)
+        except ValueError:
+            reader.mistake(item, "expected a network like 192.168.0.0/16")
+    return tuple(str(item.value) for item in entry.value)
 
 
-def as_header_value(reader: ConfigReader, entry: Entry, path: str) -> str | None:
-    """One line that HTTP can carry (RFC 9110, 5.5)."""
-    value = as_text(reader, entry, path)
-    if value is None or (value.isprintable() and value.isascii() and value.strip() == value):
-        return value
-    reader.mistake(entry.line, path, "a header's value is one line of ASCII text")
-    return None
-
-
-def as_headers(reader: ConfigReader, entry: Entry, path: str) -> dict[str, str]:
+def as_headers(reader: ConfigReader, entry: Entry) -> dict[str, str]:
     found = {}
-    for name, value in reader.pairs(entry, path):
+    for name, value in reader.pairs(entry):
         if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
-            reader.mistake(value.key_line, path, "this is no name of an HTTP header")
+            reader.mistake(Entry(value.key_line, entry.path), "this is no name of an HTTP header")
         else:
-            found[name] = as_header_value(reader, value, f"{path}.{_known(name)}") or ""
+            found[name] = as_header_value(reader, value) or ""
     return found
 
 
-def as_engine_options(reader: ConfigReader, entry: Entry, path: str) -> dict[str, Any]:
+def as_list(reader: ConfigReader, entry: Entry) -> list[str]:
+    if isinstance(entry.value, list):
+        return [as_text(reader, item) or "" for item in entry.value]
+    reader.mistake(entry, f"expected a list, got {_shown(entry)}")
+    return []
+
+
+def as_engine_options(reader: ConfigReader, entry: Entry) -> dict[str, Any]:
     """The `streamlink:` map, each value of the type its option has."""
     found: dict[str, Any] = {}
-    for key, value in reader.pairs(entry, path):
-        name, where = key.replace("_", "-"), f"{path}.{_known(key)}"
+    for key, value in reader.pairs(entry):
+        name = key.replace("_", "-")
         if name not in reader.engine:
             nearest = _nearest(name, reader.engine)
-            reader.mistake(value.key_line, where, f"unknown streamlink option{nearest}")
+            reader.mistake(value.key, f"unknown streamlink option{nearest}")
         elif reader.engine[name] is Ellipsis:
-            reader.mistake(
-                value.key_line, where, "StreamPipe sets this itself, for safety; remove it"
-            )
-        elif name in GLOBAL_ENGINE_OPTIONS and path != "options.streamlink":
+            reader.mistake(value.key, "StreamPipe sets this itself, for safety; remove it")
+        elif name in GLOBAL_ENGINE_OPTIONS and entry.path != "options.streamlink":
             words = "acts on the whole process: set it under options.streamlink"
-            reader.mistake(value.key_line, where, words)
+            reader.mistake(value.key, words)
         elif value.value is not None:
-            found[name] = _engine_value(reader, value, where, reader.engine[name])
+            found[name] = ENGINE_TYPES.get(type(reader.engine[name]), as_text)(reader, value)
     return found
 
 
-def _engine_value(reader: ConfigReader, entry: Entry, path: str, example: Any) -> Any:
-    """A value of the type of `example`."""
-    value = entry.value
-    if isinstance(example, bool):
-        if isinstance(value, str) and value.lower() in FLAGS:
-            return FLAGS[value.lower()]
-        reader.mistake(entry.line, path, f"expected true or false, got {_shown(entry)}")
-    elif isinstance(example, (int, float)):
-        with contextlib.suppress(ValueError, TypeError):
-            return type(example)(value)  # type: ignore[arg-type]
-        what = "a whole number" if isinstance(example, int) else "a number"
-        reader.mistake(entry.line, path, f"expected {what}, got {_shown(entry)}")
-    elif isinstance(example, dict):
-        return as_headers(reader, entry, path)  # cookies and query parameters are such text, too
-    elif not isinstance(example, list):
-        return as_text(reader, entry, path)
-    elif isinstance(value, list):
-        return [as_text(reader, item, path) or "" for item in value]
-    else:
-        reader.mistake(entry.line, path, f"expected a list, got {_shown(entry)}")
-    return None
-
-
+ENGINE_TYPES: dict[type, Read] = {  # any other is text
+    bool: as_value("true or false", lambda text: FLAGS[text.lower()]),
+    int: as_value("a whole number", int),
+    float: as_value("a number", float),
+    list: as_list,
+    dict: as_headers,  # cookies and query parameters are such text, too
+}
 SERVER_KEYS: dict[str, Read] = {
     "host": as_words,
     "port": as_number(int, 0, 65535),
@@ -730,6 +713,11 @@ STREAM_KEYS: dict[str, Read] = {
     "quality": as_words,
     "headers": as_headers,
     "proxy": as_url("http", "socks5h", "https", "socks5", "socks4", "socks4a"),
+}
+FILE_KEYS: dict[str, Read] = {
+    "server": functools.partial(ConfigReader.table, keys=SERVER_KEYS),
+    "streams": ConfigReader.pairs,
+    "options": functools.partial(ConfigReader.table, keys=OPTION_KEYS),
 }
 
 
