@@ -37,7 +37,7 @@ Locks
     None is held across a socket write, an upstream call or a join.
 
 Where to find what
-    a key of the configuration    Configuration: the dataclasses, then the *_KEYS tables
+    a key of the configuration    Configuration: the dataclasses, with each key's reader
     where a viewer starts         Window._join_point; what a join point is: Media
     a slow or paused viewer       Window.take and Window._make_room
     who shares an upstream        Channels.watch; the states stand above State
@@ -87,11 +87,11 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlsplit
 
 try:
@@ -250,69 +250,10 @@ _EXPLANATIONS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ServerSettings:
-    host: str = "0.0.0.0"
-    port: int = 8080
-    max_viewers: int = 1000  # 0 = no limit
-    max_upstreams: int = 64  # 0 = no limit
-    token: str | None = None
-    trusted: tuple[str, ...] = ()  # networks in CIDR form
-    public_url: str | None = None
-    name: str = "StreamPipe"
-    epg: str | None = None
-
-
-@dataclass(frozen=True)
-class Options:
-    user_agent: str = "StreamPipe/1.0"
-    threads: int = 4
-    timeout: float = 20.0  # seconds
-    buffer_size: int = 8192  # bytes
-    ringbuffer_size: int = 16 * MIB  # bytes
-    linger: float = 10.0  # seconds
-    reconnect: float = 60.0  # seconds
-    viewer_timeout: float = 600.0  # seconds
-    streamlink: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class StreamSettings:
-    """An entry of `streams:`; its `options` are the file's with the stream's own laid over."""
-
-    name: str
-    urls: tuple[str, ...]
-    title: str = ""
-    logo: str | None = None
-    group: str | None = None
-    tvg_id: str | None = None
-    number: int | None = None
-    quality: str = "best"
-    headers: Mapping[str, str] = field(default_factory=dict)
-    proxy: str | None = None
-    options: Options = field(default_factory=Options)
-
-    def pulls_like(self, other: StreamSettings) -> bool:
-        """Whether the upstream would be the same, so that a reload disturbs nobody."""
-        return self._pulled() == other._pulled()
-
-    def _pulled(self) -> tuple[object, ...]:
-        options = replace(self.options, linger=0.0, reconnect=0.0, viewer_timeout=0.0)
-        return self.urls, self.quality, self.headers, self.proxy, options
-
-
-@dataclass(frozen=True)
-class Config:
-    server: ServerSettings = field(default_factory=ServerSettings)
-    streams: Mapping[str, StreamSettings] = field(default_factory=dict)
-    options: Options = field(default_factory=Options)
-
-
 # What the upstream's engine offers under `streamlink:`: each option with an example of its type,
 # or `...` where StreamPipe sets it and nobody else may.
 EngineOptions = Mapping[str, Any]
 GLOBAL_ENGINE_OPTIONS = frozenset({"ipv4", "ipv6"})  # they act on the whole process
-FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 @dataclass
@@ -331,184 +272,6 @@ class Entry:
 
 
 Read = Callable[["ConfigReader", Entry], Any]
-
-
-def load_config(path: Path, engine: EngineOptions) -> Config:
-    """Read and check a file; `engine` lists the options allowed under `streamlink:`.
-
-    Raises ConfigError with every mistake in it.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        problem = f"no such file; copy config.example.yml to {path} and edit it, "
-        problem += "or try: python pipe.py --demo"
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        problem = f"cannot be read: {reason}"
-    else:
-        return ConfigReader(str(path), engine).read(text)
-    raise ConfigError([f"{path}: {problem}"])
-
-
-class ConfigReader:
-    """Turns one YAML document into a Config and collects the mistakes on the way.
-
-    Scalars are taken as written, so `on:` and `007:` are names and `token: 0123` is text: the
-    parser's nodes are read, not the values that YAML 1.1 would make of them.
-    """
-
-    def __init__(self, file: str, engine: EngineOptions) -> None:
-        self.file = file
-        self.engine = engine
-        self.mistakes: set[tuple[int, str]] = set()  # line, text; an alias repeats its mistakes
-        self._room = 100_000  # entries; an alias of aliases of aliases may mean any number
-
-    def read(self, text: str) -> Config:
-        """Parse and check; raises ConfigError."""
-        config = self._config(self._parse(text))
-        if self.mistakes:
-            raise ConfigError(
-                [f"{self.file}:{line}: {text}" for line, text in sorted(self.mistakes)]
-            )
-        return config
-
-    def mistake(self, place: Entry, text: str) -> None:
-        text = f"{place.path}: {text}" if place.path else text
-        self.mistakes.add((place.line, "".join(c if c.isprintable() else "?" for c in text)))
-
-    # YAML to entries
-
-    def _parse(self, text: str) -> Entry:
-        try:
-            node = yaml.compose(text, yaml.SafeLoader)
-            return Entry(1, "") if node is None else self._entry(node, "", 0)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            at = getattr(error, "position", 0)  # of a character that YAML does not allow
-            line = mark.line + 1 if mark else text.count("\n", 0, at) + 1
-            problem = _yaml_problem(error, text, line)
-        except RecursionError:
-            line, problem = 1, "it is nested too deeply"
-        raise ConfigError([f"{self.file}:{line}: broken YAML: {problem}"])
-
-    def _entry(self, node: yaml.Node, path: str, depth: int) -> Entry:
-        entry = Entry(node.start_mark.line + 1, path)
-        self._room -= 1
-        if depth > 20 or self._room < 0:
-            problem = "broken YAML: it is nested too deeply, or an alias holds itself"
-            raise ConfigError([f"{self.file}:{entry.line}: {problem}"])
-        if isinstance(node, yaml.MappingNode):
-            entry.value = self._mapping(node, path, depth)
-        elif isinstance(node, yaml.SequenceNode):
-            entry.value = [self._entry(item, path, depth + 1) for item in node.value]
-        elif node.tag != "tag:yaml.org,2002:null":
-            entry.value = str(node.value)
-        return entry
-
-    def _mapping(self, node: yaml.MappingNode, path: str, depth: int) -> dict[str, Entry]:
-        """A mapping's entries, with those of `<<: *other` behind what is written here."""
-        entries: dict[str, Entry] = {}
-        merged: dict[str, Entry] = {}
-        for key, value in node.value:
-            is_merge = key.tag == "tag:yaml.org,2002:merge"
-            where = path if is_merge else _path_of(path, str(key.value))
-            entry = self._entry(value, where, depth + 1)
-            entry.key_line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                self.mistake(Entry(entry.key_line, path), "a key must be plain text")
-            elif is_merge:
-                merged = {**self._merged(entry), **merged}
-            elif key.value in entries:
-                self.mistake(entry.key, "this name stands here twice")
-            else:
-                entries[key.value] = entry
-        return {**merged, **entries}
-
-    def _merged(self, entry: Entry) -> dict[str, Entry]:
-        """What `<<` brings in: of several sections the first one's entries win."""
-        merged: dict[str, Entry] = {}
-        for other in entry.value if isinstance(entry.value, list) else [entry]:
-            if isinstance(other.value, dict):
-                merged = {**other.value, **merged}
-            else:
-                self.mistake(other, "<< takes a section, or a list of them")
-        return merged
-
-    # Entries to settings
-
-    def _config(self, root: Entry) -> Config:
-        if root.value is None:
-            return Config()
-        sections = self.table(root, FILE_KEYS)
-        options = Options(**sections.get("options", {}))
-        streams = self._streams(sections.get("streams", ()), options)
-        return Config(ServerSettings(**sections.get("server", {})), streams, options)
-
-    def _streams(
-        self, pairs: Iterable[tuple[str, Entry]], shared: Options
-    ) -> dict[str, StreamSettings]:
-        streams: dict[str, StreamSettings] = {}
-        numbers: dict[int, str] = {}
-        for name, entry in pairs:
-            if not STREAM_NAME.fullmatch(name):
-                self.mistake(entry.key, "a name holds only a-z, 0-9 and -, e.g. channel-1")
-            elif name in RESERVED_NAMES:
-                self.mistake(entry.key, "this name is reserved, choose another")
-            else:
-                stream = streams[name] = self._stream(name, entry, shared)
-                if stream.number is not None and numbers.setdefault(stream.number, name) != name:
-                    assert isinstance(entry.value, dict)
-                    words = f"{stream.number} is {numbers[stream.number]}'s already"
-                    self.mistake(entry.value["number"], words)
-        return streams
-
-    def _stream(self, name: str, entry: Entry, shared: Options) -> StreamSettings:
-        if not isinstance(entry.value, dict):  # its address alone
-            entry = replace(entry, value={"url": entry})
-        elif "url" not in entry.value:
-            self.mistake(entry, "url is missing")
-        values = self.table(entry, STREAM_KEYS | OPTION_KEYS)
-        own = {key: values.pop(key) for key in OPTION_KEYS if key in values}
-        own["streamlink"] = {**shared.streamlink, **own.get("streamlink", {})}
-        addresses = values.pop("url", ())
-        values["title"] = values.get("title") or name
-        return StreamSettings(name, addresses, **values, options=replace(shared, **own))
-
-    def pairs(self, entry: Entry) -> Iterable[tuple[str, Entry]]:
-        """The entries of a mapping; anything else is a mistake and has none."""
-        if isinstance(entry.value, dict):
-            return entry.value.items()
-        if entry.value is None:
-            self.mistake(entry, "this section is empty: remove it or fill it")
-        else:
-            got = "text" if isinstance(entry.value, str) else "a list"  # the text may be a secret
-            self.mistake(entry, f'expected "key: value" lines, got {got}')
-        return ()
-
-    def table(self, entry: Entry, keys: Mapping[str, Read]) -> dict[str, Any]:
-        """A mapping with known keys; nulls are left out."""
-        values: dict[str, Any] = {}
-        for name, value in self.pairs(entry):
-            if name not in keys:
-                self.mistake(value.key, f"unknown key{_nearest(name, keys)}")
-            elif (result := keys[name](self, value)) is not None:
-                values[name] = result
-        return values
-
-
-def _yaml_problem(error: yaml.YAMLError, text: str, line: int) -> str:
-    lines = text.splitlines()
-    if 0 < line <= len(lines) and "\t" in lines[line - 1]:
-        return "a tab stands here, use spaces"
-    problem = getattr(error, "problem", None) or str(error)
-    return re.sub(r"alias .*", "alias", problem.splitlines()[0])  # its name may be a secret's
-
-
-def _path_of(section: str, key: str) -> str:
-    """Where a key is, as a mistake may show it: one that is an address or odd may be a secret."""
-    shown = key if re.fullmatch(r"[\w .%/-]{0,40}", key) else "(a key)"
-    return f"{section}.{shown}" if section else shown
 
 
 def _shown(entry: Entry) -> str:
@@ -675,50 +438,270 @@ def as_engine_options(reader: ConfigReader, entry: Entry) -> dict[str, Any]:
 
 
 ENGINE_TYPES: dict[type, Read] = {  # any other is text
-    bool: as_value("true or false", lambda text: FLAGS[text.lower()]),
+    bool: as_value("true or false", lambda text: yaml.SafeLoader.bool_values[text.lower()]),
     int: as_value("a whole number", int),
     float: as_value("a number", float),
     list: as_list,
     dict: as_headers,  # cookies and query parameters are such text, too
 }
-SERVER_KEYS: dict[str, Read] = {
-    "host": as_words,
-    "port": as_number(int, 0, 65535),
-    "max_viewers": as_number(int, 0),
-    "max_upstreams": as_number(int, 0),
-    "token": as_words,
-    "trusted": as_networks,
-    "public_url": as_url("http", "https"),
-    "name": as_text,
-    "epg": as_url("http", "https"),
-}
-OPTION_KEYS: dict[str, Read] = {
-    "user_agent": as_header_value,
-    "threads": as_number(int, 1, 64),
-    "timeout": as_number(float, 0.1, 3600),
-    "buffer_size": as_number(int, 1, 64 * MIB),
-    "ringbuffer_size": as_number(int, 256 * KIB, 4096 * MIB),
-    "linger": as_number(float, 0, 86400),
-    "reconnect": as_number(float, 0, 86400),
-    "viewer_timeout": as_number(float, 0.1, 86400),
-    "streamlink": as_engine_options,
-}
-STREAM_KEYS: dict[str, Read] = {
-    "url": as_urls,
-    "title": as_text,
-    "logo": as_url("http", "https"),
-    "group": as_text,
-    "tvg_id": as_text,
-    "number": as_number(int, 1),
-    "quality": as_words,
-    "headers": as_headers,
-    "proxy": as_url("http", "socks5h", "https", "socks5", "socks4", "socks4a"),
-}
-FILE_KEYS: dict[str, Read] = {
-    "server": functools.partial(ConfigReader.table, keys=SERVER_KEYS),
-    "streams": ConfigReader.pairs,
-    "options": functools.partial(ConfigReader.table, keys=OPTION_KEYS),
-}
+
+
+# What is read.  A field that is a key of the file has its reader and its default.
+
+Value = TypeVar("Value")
+
+
+def setting(read: Read, default: Value) -> Value:
+    return field(default_factory=lambda: default, metadata={"read": read})
+
+
+def keys_of(settings: type[Any]) -> dict[str, Read]:
+    return {item.name: item.metadata["read"] for item in fields(settings) if item.metadata}
+
+
+def as_section(settings: type[Any]) -> Read:
+    return lambda reader, entry: settings(**reader.table(entry, keys_of(settings)))
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    host: str = setting(as_words, "0.0.0.0")
+    port: int = setting(as_number(int, 0, 65535), 8080)
+    max_viewers: int = setting(as_number(int, 0), 1000)  # 0 = no limit
+    max_upstreams: int = setting(as_number(int, 0), 64)  # 0 = no limit
+    token: str | None = setting(as_words, None)
+    trusted: tuple[str, ...] = setting(as_networks, ())  # in CIDR form
+    public_url: str | None = setting(as_url("http", "https"), None)
+    name: str = setting(as_text, "StreamPipe")
+    epg: str | None = setting(as_url("http", "https"), None)
+
+
+@dataclass(frozen=True)
+class Options:
+    user_agent: str = setting(as_header_value, "StreamPipe/1.0")
+    threads: int = setting(as_number(int, 1, 64), 4)
+    timeout: float = setting(as_number(float, 0.1, 3600), 20.0)  # seconds
+    buffer_size: int = setting(as_number(int, 1, 64 * MIB), 8192)  # bytes
+    ringbuffer_size: int = setting(as_number(int, 256 * KIB, 4096 * MIB), 16 * MIB)  # bytes
+    linger: float = setting(as_number(float, 0, 86400), 10.0)  # seconds
+    reconnect: float = setting(as_number(float, 0, 86400), 60.0)  # seconds
+    viewer_timeout: float = setting(as_number(float, 0.1, 86400), 600.0)  # seconds
+    streamlink: Mapping[str, Any] = setting(as_engine_options, {})
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """An entry of `streams:`; its `options` are the file's with the stream's own laid over."""
+
+    name: str
+    urls: tuple[str, ...]
+    title: str = setting(as_text, "")
+    logo: str | None = setting(as_url("http", "https"), None)
+    group: str | None = setting(as_text, None)
+    tvg_id: str | None = setting(as_text, None)
+    number: int | None = setting(as_number(int, 1), None)
+    quality: str = setting(as_words, "best")
+    headers: Mapping[str, str] = setting(as_headers, {})
+    proxy: str | None = setting(
+        as_url("http", "socks5h", "https", "socks5", "socks4", "socks4a"), None
+    )
+    options: Options = field(default_factory=Options)
+
+    def pulls_like(self, other: StreamSettings) -> bool:
+        """Whether the upstream would be the same, so that a reload disturbs nobody."""
+        return self._pulled() == other._pulled()
+
+    def _pulled(self) -> tuple[object, ...]:
+        options = replace(self.options, linger=0.0, reconnect=0.0, viewer_timeout=0.0)
+        return self.urls, self.quality, self.headers, self.proxy, options
+
+
+@dataclass(frozen=True)
+class Config:
+    server: ServerSettings = field(default_factory=ServerSettings)
+    streams: Mapping[str, StreamSettings] = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
+
+
+def load_config(path: Path, engine: EngineOptions) -> Config:
+    """Read and check a file; `engine` lists the options allowed under `streamlink:`.
+
+    Raises ConfigError with every mistake in it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        problem = f"no such file; copy config.example.yml to {path} and edit it, "
+        problem += "or try: python pipe.py --demo"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        problem = f"cannot be read: {reason}"
+    else:
+        return ConfigReader(str(path), engine).read(text)
+    raise ConfigError([f"{path}: {problem}"])
+
+
+class ConfigReader:
+    """Turns one YAML document into a Config and collects the mistakes on the way.
+
+    Scalars are taken as written, so `on:` and `007:` are names and `token: 0123` is text: the
+    parser's nodes are read, not the values that YAML 1.1 would make of them.
+    """
+
+    def __init__(self, file: str, engine: EngineOptions) -> None:
+        self.file = file
+        self.engine = engine
+        self.mistakes: set[tuple[int, str]] = set()  # line, text; an alias repeats its mistakes
+        self._room = 100_000  # entries; an alias of aliases of aliases may mean any number
+
+    def read(self, text: str) -> Config:
+        """Parse and check; raises ConfigError."""
+        config = self._config(self._parse(text))
+        if self.mistakes:
+            raise ConfigError(
+                [f"{self.file}:{line}: {text}" for line, text in sorted(self.mistakes)]
+            )
+        return config
+
+    def mistake(self, place: Entry, text: str) -> None:
+        text = f"{place.path}: {text}" if place.path else text
+        self.mistakes.add((place.line, "".join(c if c.isprintable() else "?" for c in text)))
+
+    # YAML to entries
+
+    def _parse(self, text: str) -> Entry:
+        try:
+            node = yaml.compose(text, yaml.SafeLoader)
+            return Entry(1, "") if node is None else self._entry(node, "", 0)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            at = getattr(error, "position", 0)  # of a character that YAML does not allow
+            line = mark.line + 1 if mark else text.count("\n", 0, at) + 1
+            problem = _yaml_problem(error, text, line)
+        except RecursionError:
+            line, problem = 1, "it is nested too deeply"
+        raise ConfigError([f"{self.file}:{line}: broken YAML: {problem}"])
+
+    def _entry(self, node: yaml.Node, path: str, depth: int) -> Entry:
+        entry = Entry(node.start_mark.line + 1, path)
+        self._room -= 1
+        if depth > 20 or self._room < 0:
+            problem = "broken YAML: it is nested too deeply, or an alias holds itself"
+            raise ConfigError([f"{self.file}:{entry.line}: {problem}"])
+        if isinstance(node, yaml.MappingNode):
+            entry.value = self._mapping(node, path, depth)
+        elif isinstance(node, yaml.SequenceNode):
+            entry.value = [self._entry(item, path, depth + 1) for item in node.value]
+        elif node.tag != "tag:yaml.org,2002:null":
+            entry.value = str(node.value)
+        return entry
+
+    def _mapping(self, node: yaml.MappingNode, path: str, depth: int) -> dict[str, Entry]:
+        """A mapping's entries, with those of `<<: *other` behind what is written here."""
+        entries: dict[str, Entry] = {}
+        merged: dict[str, Entry] = {}
+        for key, value in node.value:
+            is_merge = key.tag == "tag:yaml.org,2002:merge"
+            where = path if is_merge else _path_of(path, str(key.value))
+            entry = self._entry(value, where, depth + 1)
+            entry.key_line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                self.mistake(Entry(entry.key_line, path), "a key must be plain text")
+            elif is_merge:
+                merged = {**self._merged(entry), **merged}
+            elif key.value in entries:
+                self.mistake(entry.key, "this name stands here twice")
+            else:
+                entries[key.value] = entry
+        return {**merged, **entries}
+
+    def _merged(self, entry: Entry) -> dict[str, Entry]:
+        """What `<<` brings in: of several sections the first one's entries win."""
+        merged: dict[str, Entry] = {}
+        for other in entry.value if isinstance(entry.value, list) else [entry]:
+            if isinstance(other.value, dict):
+                merged = {**other.value, **merged}
+            else:
+                self.mistake(other, "<< takes a section, or a list of them")
+        return merged
+
+    # Entries to settings
+
+    def _config(self, root: Entry) -> Config:
+        if root.value is None:
+            return Config()
+        server, options = as_section(ServerSettings), as_section(Options)
+        keys = {"server": server, "streams": ConfigReader.pairs, "options": options}
+        sections = self.table(root, keys)
+        shared = sections.setdefault("options", Options())
+        sections["streams"] = self._streams(sections.get("streams", ()), shared)
+        return Config(**sections)
+
+    def _streams(
+        self, pairs: Iterable[tuple[str, Entry]], shared: Options
+    ) -> dict[str, StreamSettings]:
+        streams: dict[str, StreamSettings] = {}
+        numbers: dict[int, str] = {}
+        for name, entry in pairs:
+            if not STREAM_NAME.fullmatch(name):
+                self.mistake(entry.key, "a name holds only a-z, 0-9 and -, e.g. channel-1")
+            elif name in RESERVED_NAMES:
+                self.mistake(entry.key, "this name is reserved, choose another")
+            else:
+                stream = streams[name] = self._stream(name, entry, shared)
+                if stream.number is not None and numbers.setdefault(stream.number, name) != name:
+                    assert isinstance(entry.value, dict)
+                    words = f"{stream.number} is {numbers[stream.number]}'s already"
+                    self.mistake(entry.value["number"], words)
+        return streams
+
+    def _stream(self, name: str, entry: Entry, shared: Options) -> StreamSettings:
+        if not isinstance(entry.value, dict):  # its address alone
+            entry = replace(entry, value={"url": entry})
+        elif "url" not in entry.value:
+            self.mistake(entry, "url is missing")
+        own_keys = keys_of(Options)
+        values = self.table(entry, {"url": as_urls, **keys_of(StreamSettings), **own_keys})
+        own = {key: values.pop(key) for key in own_keys if key in values}
+        own["streamlink"] = {**shared.streamlink, **own.get("streamlink", {})}
+        addresses = values.pop("url", ())
+        values["title"] = values.get("title") or name
+        return StreamSettings(name, addresses, **values, options=replace(shared, **own))
+
+    def pairs(self, entry: Entry) -> Iterable[tuple[str, Entry]]:
+        """The entries of a mapping; anything else is a mistake and has none."""
+        if isinstance(entry.value, dict):
+            return entry.value.items()
+        if entry.value is None:
+            self.mistake(entry, "this section is empty: remove it or fill it")
+        else:
+            got = "text" if isinstance(entry.value, str) else "a list"  # the text may be a secret
+            self.mistake(entry, f'expected "key: value" lines, got {got}')
+        return ()
+
+    def table(self, entry: Entry, keys: Mapping[str, Read]) -> dict[str, Any]:
+        """A mapping with known keys; nulls are left out."""
+        values: dict[str, Any] = {}
+        for name, value in self.pairs(entry):
+            if name not in keys:
+                self.mistake(value.key, f"unknown key{_nearest(name, keys)}")
+            elif (result := keys[name](self, value)) is not None:
+                values[name] = result
+        return values
+
+
+def _yaml_problem(error: yaml.YAMLError, text: str, line: int) -> str:
+    lines = text.splitlines()
+    if 0 < line <= len(lines) and "\t" in lines[line - 1]:
+        return "a tab stands here, use spaces"
+    problem = getattr(error, "problem", None) or str(error)
+    return re.sub(r"alias .*", "alias", problem.splitlines()[0])  # its name may be a secret's
+
+
+def _path_of(section: str, key: str) -> str:
+    """Where a key is, as a mistake may show it: one that is an address or odd may be a secret."""
+    shown = key if re.fullmatch(r"[\w .%/-]{0,40}", key) else "(a key)"
+    return f"{section}.{shown}" if section else shown
 
 
 # --------------------------------------------------------------------------------------------------
