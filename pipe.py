@@ -4765,58 +4765,35 @@ class Server(ThreadingHTTPServer):
 CHECKS_AT_ONCE = 4
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What a check found of one stream."""
-
-    name: str
-    is_ok: bool
-    words: str
-
-    def __str__(self) -> str:
-        return f"{self.name}  {'ok' if self.is_ok else 'failed'}  {self.words}"
-
-
-def check_streams(streams: Sequence[StreamSettings], done: Callable[[int], None]) -> list[Finding]:
-    """Open all streams, a few at a time; blocks.  `done` is told how many are."""
-    with ThreadPoolExecutor(CHECKS_AT_ONCE, thread_name_prefix="check") as executor:
-        findings = [executor.submit(check_stream, stream) for stream in streams]
-        for count, _ in enumerate(as_completed(findings), 1):
-            done(count)
-        return [finding.result() for finding in findings]
-
-
-def check_stream(stream: StreamSettings) -> Finding:
-    """Start a stream as a viewer would, and end it with its first bytes."""
+def check_stream(stream: StreamSettings) -> tuple[bool, str]:
+    """Start a stream as a viewer would, and end it with its first bytes; tells how it went."""
     channels = Channels(Config(streams={stream.name: stream}))
-    viewer = Viewer("check")
     began = time.monotonic()
     try:
-        channel = channels.watch(stream, None, viewer)
+        channel = channels.watch(stream, None, Viewer("check"))
         seconds = time.monotonic() - began
     except StreamError as error:
-        return Finding(stream.name, False, error.reason)
+        return False, error.reason
     finally:
         channels.stop(EXIT_TIME)
     qualities = ", ".join(channels.qualities(stream))
     words = [channel.container.value, qualities, f"first byte after {seconds:.2f} s"]
-    return Finding(stream.name, True, "; ".join([*words, *filter(None, [channel.note])]))
+    return True, "; ".join([*words, *filter(None, [channel.note])])
 
 
 def run_check(config: Config) -> int:
-    """Print a line for each stream; returns the exit status."""
-    streams = list(config.streams.values())
-
-    def show(count: int) -> None:
-        if sys.stderr.isatty():
-            print(f"\r{count} of {len(streams)} checked", end="", file=sys.stderr, flush=True)  # noqa: T201
-
-    findings = check_streams(streams, show)
-    if streams and sys.stderr.isatty():
-        print(file=sys.stderr)  # noqa: T201
-    for finding in findings:
-        print(finding)  # noqa: T201
-    return EXIT_OK if all(finding.is_ok for finding in findings) else EXIT_FAILED
+    """Open all streams, a few at a time, and print a line for each; returns the exit status."""
+    streams = config.streams.values()
+    with ThreadPoolExecutor(CHECKS_AT_ONCE, thread_name_prefix="check") as executor:
+        checks = [executor.submit(check_stream, stream) for stream in streams]
+        for count, _ in enumerate(as_completed(checks), 1):
+            if sys.stderr.isatty():
+                end = "" if count < len(checks) else "\n"
+                print(f"\r{count} of {len(checks)} checked", end=end, file=sys.stderr, flush=True)  # noqa: T201
+    findings = [check.result() for check in checks]
+    for stream, (is_ok, words) in zip(streams, findings, strict=True):
+        print(f"{stream.name}  {'ok' if is_ok else 'failed'}  {words}")  # noqa: T201
+    return EXIT_OK if all(is_ok for is_ok, _ in findings) else EXIT_FAILED
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4871,8 +4848,6 @@ class DemoHandler(BaseHTTPRequestHandler):
 def demo_origin() -> Iterator[str]:
     """Run the origin on loopback; yields the address of its playlist."""
     with ThreadingHTTPServer(("127.0.0.1", 0), DemoHandler) as origin:
-        origin.daemon_threads = True
-        origin.block_on_close = False
         threading.Thread(target=origin.serve_forever, args=(0.1,), name="demo", daemon=True).start()
         try:
             yield f"hls://http://127.0.0.1:{origin.server_address[1]}/live.m3u8"
@@ -4886,28 +4861,21 @@ def demo_origin() -> Iterator[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="pipe.py", description="Watch HLS channels over plain HTTP."
-    )
-    parser.add_argument(
-        "-c", "--config", metavar="FILE", type=Path, help="the configuration (default: config.yml)"
-    )
-    parser.add_argument("--host", metavar="ADDR", help="listen here instead of the file's host")
-    parser.add_argument("--port", metavar="N", type=_port, help="... and on this port")
-    parser.add_argument(
-        "--demo", action="store_true", help=f"serve /{DEMO_STREAM}, a channel that needs no network"
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="open every stream, tell what comes, and end"
-    )
-    parser.add_argument(
-        "--log-level", metavar="LEVEL", default="info",
-        choices=("debug", "info", "warning", "error"),
-        help="debug, info, warning or error (default: info)",
-    )  # fmt: skip
-    version = f"StreamPipe {__version__}, streamlink {engine_version}, Python "
-    version += ".".join(map(str, sys.version_info[:3]))
-    parser.add_argument("--version", action="version", version=version)
+    parser = argparse.ArgumentParser("pipe.py", description="Watch HLS channels over plain HTTP.")
+    add = parser.add_argument
+    words = "the configuration (default: config.yml)"
+    add("-c", "--config", metavar="FILE", type=Path, help=words)
+    add("--host", metavar="ADDR", help="listen here instead of the file's host")
+    add("--port", metavar="N", type=_port, help="... and on this port")
+    words = f"serve /{DEMO_STREAM}, a channel that needs no network"
+    add("--demo", action="store_true", help=words)
+    add("--check", action="store_true", help="open every stream, tell what comes, and end")
+    levels = ("debug", "info", "warning", "error")
+    words = "debug, info, warning or error (default: info)"
+    add("--log-level", metavar="LEVEL", default="info", choices=levels, help=words)
+    python = ".".join(map(str, sys.version_info[:3]))
+    version = f"StreamPipe {__version__}, streamlink {engine_version}, Python {python}"
+    add("--version", action="version", version=version)
     return parser
 
 
@@ -4928,17 +4896,15 @@ def read_settings(arguments: argparse.Namespace, demo: str | None) -> Config:
         config = load_config(arguments.config or Path("config.yml"), engine_options())
     given = {"host": arguments.host, "port": arguments.port}
     server = replace(config.server, **{k: v for k, v in given.items() if v is not None})
-    config = replace(config, server=server)
-    return config if demo is None else with_demo(config, demo)
-
-
-def with_demo(config: Config, address: str) -> Config:
-    """The configuration with the demo's stream added; raises ConfigError."""
-    if DEMO_STREAM in config.streams:
+    streams = dict(config.streams)
+    if demo and DEMO_STREAM in streams:
         mistake = f"streams.{DEMO_STREAM}: --demo adds a stream of this name, rename yours"
         raise ConfigError([mistake])
-    demo = StreamSettings(DEMO_STREAM, (address,), title="Test card", options=config.options)
-    return replace(config, streams={**config.streams, DEMO_STREAM: demo})
+    if demo:
+        streams[DEMO_STREAM] = StreamSettings(
+            DEMO_STREAM, (demo,), title="Test card", options=config.options
+        )
+    return replace(config, server=server, streams=streams)
 
 
 # Logging
