@@ -314,21 +314,17 @@ def as_text_that(is_right: Callable[[str], bool], words: str) -> Read:
 
 def as_url(*schemes: str) -> Read:
     """A reader of absolute addresses with one of these schemes."""
-
-    def is_right(address: str) -> bool:
-        scheme, host = _split(address)
-        return scheme in schemes and bool(host)
-
     wanted = " or ".join(f"{scheme}://" for scheme in schemes[:2])
-    return as_text_that(is_right, f"expected an address that begins with {wanted}")
+    words = f"expected an address that begins with {wanted}"
+    return as_text_that(lambda address: _split(address)[0] in schemes, words)
 
 
 def _split(address: str) -> tuple[str, str]:
-    """Scheme and host; nothing where the address is malformed."""
+    """Scheme and host; nothing where the address is malformed or has no host."""
     with contextlib.suppress(ValueError):
         parts = urlsplit(address)
-        if parts.port is None or parts.port:
-            return parts.scheme.lower(), parts.hostname or ""
+        if parts.hostname and parts.port != 0:
+            return parts.scheme, parts.hostname
     return "", ""
 
 
@@ -396,7 +392,7 @@ def as_networks(reader: ConfigReader, entry: Entry) -> tuple[str, ...]:
         return ()
     for item in entry.value:
         try:
-            ipaddress.ip_network(item.value)  # type: ignore[arg-type]
+            ipaddress.ip_network(str(item.value))
         except ValueError:
             reader.mistake(item, "expected a network like 192.168.0.0/16")
     return tuple(str(item.value) for item in entry.value)
@@ -4950,12 +4946,12 @@ def secrets_of(config: Config) -> tuple[str, ...]:
     """Every configured text that no log may show, the longest first."""
     found = {config.server.token or ""}
     for stream in config.streams.values():
-        for address in (*stream.urls, stream.proxy or ""):
+        options = stream.options.streamlink
+        for address in (*stream.urls, stream.proxy or "", options.get("http-proxy", "")):
             found |= _secrets_of_address(address)
         found |= set(stream.headers.values())
         for option in ("http-headers", "http-cookies", "http-query-params"):
-            found |= set(stream.options.streamlink.get(option, {}).values())
-        found |= _secrets_of_address(stream.options.streamlink.get("http-proxy", ""))
+            found |= set(options.get(option, {}).values())
     found |= {quote(secret, safe="") for secret in found}
     return tuple(sorted((s for s in found if len(s) >= LEAST_SECRET), key=len, reverse=True))
 
@@ -5053,9 +5049,8 @@ def serve(config: Config, commands: Commands, read_again: Callable[[], Config]) 
         log.error("cannot listen on %s: %s; choose another with --port", where, error)
         return EXIT_FAILED
     with server:
-        listener = threading.Thread(target=server.serve_forever, args=(0.1,), name="listener")
-        listener.daemon = True
-        listener.start()
+        accept = server.serve_forever
+        threading.Thread(target=accept, args=(0.1,), name="listener", daemon=True).start()
         announce(config, server)
         while next_command(commands) is not Command.STOP:
             reload(server, read_again)
