@@ -37,7 +37,7 @@ Locks
     None is held across a socket write, an upstream call or a join.
 
 Where to find what
-    a key of the configuration    Configuration: the dataclasses, then the *_KEYS tables
+    a key of the configuration    Configuration: the dataclasses, with each key's reader
     where a viewer starts         Window._join_point; what a join point is: Media
     a slow or paused viewer       Window.take and Window._make_room
     who shares an upstream        Channels.watch; the states stand above State
@@ -87,11 +87,11 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlsplit
 
 try:
@@ -250,71 +250,10 @@ _EXPLANATIONS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ServerSettings:
-    host: str = "0.0.0.0"
-    port: int = 8080
-    max_viewers: int = 1000  # 0 = no limit
-    max_upstreams: int = 64  # 0 = no limit
-    token: str | None = None
-    trusted: tuple[str, ...] = ()  # networks in CIDR form
-    public_url: str | None = None
-    name: str = "StreamPipe"
-    epg: str | None = None
-
-
-@dataclass(frozen=True)
-class Options:
-    user_agent: str = "StreamPipe/1.0"
-    threads: int = 4
-    timeout: float = 20.0  # seconds
-    buffer_size: int = 8192  # bytes
-    ringbuffer_size: int = 16 * MIB  # bytes
-    linger: float = 10.0  # seconds
-    reconnect: float = 60.0  # seconds
-    viewer_timeout: float = 600.0  # seconds
-    streamlink: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class StreamSettings:
-    """An entry of `streams:`; its `options` are the file's with the stream's own laid over."""
-
-    name: str
-    urls: tuple[str, ...]
-    title: str = ""
-    logo: str | None = None
-    group: str | None = None
-    tvg_id: str | None = None
-    number: int | None = None
-    quality: str = "best"
-    headers: Mapping[str, str] = field(default_factory=dict)
-    proxy: str | None = None
-    options: Options = field(default_factory=Options)
-
-    def pulls_like(self, other: StreamSettings) -> bool:
-        """Whether the upstream would be the same, so that a reload disturbs nobody."""
-        keys = ("user_agent", "threads", "timeout", "buffer_size", "ringbuffer_size", "streamlink")
-        return all(getattr(self, key) == getattr(other, key) for key in UPSTREAM_KEYS) and all(
-            getattr(self.options, key) == getattr(other.options, key) for key in keys
-        )
-
-
-UPSTREAM_KEYS = ("urls", "quality", "headers", "proxy")
-
-
-@dataclass(frozen=True)
-class Config:
-    server: ServerSettings = field(default_factory=ServerSettings)
-    streams: Mapping[str, StreamSettings] = field(default_factory=dict)
-    options: Options = field(default_factory=Options)
-
-
 # What the upstream's engine offers under `streamlink:`: each option with an example of its type,
 # or `...` where StreamPipe sets it and nobody else may.
 EngineOptions = Mapping[str, Any]
 GLOBAL_ENGINE_OPTIONS = frozenset({"ipv4", "ipv6"})  # they act on the whole process
-FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 @dataclass
@@ -322,209 +261,17 @@ class Entry:
     """A value of the file as it is written, and where."""
 
     line: int
-    value: str | list[Entry] | dict[str, Entry] | None  # None: nothing, `null` or `~`
+    path: str  # of keys, as mistakes show it
+    value: str | list[Entry] | dict[str, Entry] | None = None  # None: nothing, `null` or `~`
     key_line: int = 0
 
-
-Read = Callable[["ConfigReader", Entry, str], Any]
-
-
-def load_config(path: Path, engine: EngineOptions) -> Config:
-    """Read and check a file; `engine` lists the options allowed under `streamlink:`.
-
-    Raises ConfigError with every mistake in it.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(
-            [
-                f"{path}: no such file; copy config.example.yml to {path} and edit it, "
-                "or try: python pipe.py --demo"
-            ]
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError([f"{path}: cannot be read: {reason}"]) from None
-    return ConfigReader(str(path), engine).read(text)
+    @property
+    def key(self) -> Entry:
+        """The place of its key."""
+        return Entry(self.key_line, self.path)
 
 
-class ConfigReader:
-    """Turns one YAML document into a Config and collects the mistakes on the way.
-
-    Scalars are taken as written, so `on:` and `007:` are names and `token: 0123` is text: the
-    parser's nodes are read, not the values that YAML 1.1 would make of them.
-    """
-
-    def __init__(self, file: str, engine: EngineOptions) -> None:
-        self.file = file
-        self.engine = engine
-        self.mistakes: list[tuple[int, str]] = []  # line, text
-        self._room = 100_000  # entries; an alias of aliases of aliases may mean any number
-
-    def read(self, text: str) -> Config:
-        """Parse and check; raises ConfigError."""
-        config = self._config(self._parse(text))
-        if self.mistakes:
-            raise ConfigError(
-                list(
-                    dict.fromkeys(
-                        f"{self.file}:{line}: {text}" for line, text in sorted(self.mistakes)
-                    )
-                )
-            )
-        return config
-
-    def mistake(self, line: int, path: str, text: str) -> None:
-        text = f"{path}: {text}" if path else text
-        self.mistakes.append((line, "".join(c if c.isprintable() else "?" for c in text)))
-
-    # YAML to entries
-
-    def _parse(self, text: str) -> Entry:
-        try:
-            node = yaml.compose(text, yaml.SafeLoader)
-            return Entry(1, None) if node is None else self._entry(node, "", 0)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            at = getattr(error, "position", 0)  # of a character that YAML does not allow
-            line = mark.line + 1 if mark else text.count("\n", 0, at) + 1
-            problem = _yaml_problem(error, text, line)
-        except RecursionError:
-            line, problem = 1, "it is nested too deeply"
-        raise ConfigError([f"{self.file}:{line}: broken YAML: {problem}"])
-
-    def _entry(self, node: yaml.Node, path: str, depth: int) -> Entry:
-        line = node.start_mark.line + 1
-        self._room -= 1
-        if depth > 20 or self._room < 0:
-            problem = "broken YAML: it is nested too deeply, or an alias holds itself"
-            raise ConfigError([f"{self.file}:{line}: {problem}"])
-        if isinstance(node, yaml.MappingNode):
-            return Entry(line, self._mapping(node, path, depth))
-        if isinstance(node, yaml.SequenceNode):
-            return Entry(line, [self._entry(item, path, depth + 1) for item in node.value])
-        is_null = node.tag == "tag:yaml.org,2002:null"
-        return Entry(line, None if is_null else str(node.value))
-
-    def _mapping(self, node: yaml.MappingNode, path: str, depth: int) -> dict[str, Entry]:
-        """A mapping's entries, with those of `<<: *other` behind what is written here."""
-        entries: dict[str, Entry] = {}
-        merged: dict[str, Entry] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            where = (f"{path}." if path else "") + _known(str(key.value))
-            entry = self._entry(value, where, depth + 1)
-            entry.key_line = line
-            if not isinstance(key, yaml.ScalarNode):
-                self.mistake(line, path, "a key must be plain text")
-            elif key.tag == "tag:yaml.org,2002:merge":
-                merged = {**self._merged(entry, path), **merged}
-            elif key.value in entries:
-                self.mistake(line, where, "this name stands here twice")
-            else:
-                entries[key.value] = entry
-        return {**merged, **entries}
-
-    def _merged(self, entry: Entry, path: str) -> dict[str, Entry]:
-        """What `<<` brings in: of several sections the first one's entries win."""
-        merged: dict[str, Entry] = {}
-        for other in entry.value if isinstance(entry.value, list) else [entry]:
-            if isinstance(other.value, dict):
-                merged = {**other.value, **merged}
-            else:
-                self.mistake(other.line, path, "<< takes a section, or a list of them")
-        return merged
-
-    # Entries to settings
-
-    def _config(self, root: Entry) -> Config:
-        if root.value is None:
-            return Config()
-        sections = self.table(root, "", dict.fromkeys(("server", "streams", "options"), _keep))
-        server = self._section(sections.get("server"), "server", SERVER_KEYS)
-        shared = replace(
-            Options(), **self._section(sections.get("options"), "options", OPTION_KEYS)
-        )
-        streams = self._streams(sections["streams"], shared) if "streams" in sections else {}
-        return Config(replace(ServerSettings(), **server), streams, shared)
-
-    def _section(self, entry: Entry | None, path: str, keys: Mapping[str, Read]) -> dict[str, Any]:
-        return {} if entry is None else self.table(entry, path, keys)
-
-    def _streams(self, entry: Entry, shared: Options) -> dict[str, StreamSettings]:
-        streams: dict[str, StreamSettings] = {}
-        numbers: dict[int, str] = {}
-        for name, value in self.pairs(entry, "streams"):
-            path = f"streams.{_known(name)}"
-            if not STREAM_NAME.fullmatch(name):
-                self.mistake(
-                    value.key_line, path, "a name holds only a-z, 0-9 and -, e.g. channel-1"
-                )
-            elif name in RESERVED_NAMES:
-                self.mistake(value.key_line, path, "this name is reserved, choose another")
-            else:
-                stream = streams[name] = self._stream(value, path, name, shared)
-                if stream.number is not None and numbers.setdefault(stream.number, name) != name:
-                    assert isinstance(value.value, dict)
-                    line, other = value.value["number"].line, numbers[stream.number]
-                    self.mistake(line, f"{path}.number", f"{stream.number} is {other}'s already")
-        return streams
-
-    def _stream(self, entry: Entry, path: str, name: str, shared: Options) -> StreamSettings:
-        if not isinstance(entry.value, dict):
-            return StreamSettings(name, as_urls(self, entry, path), title=name, options=shared)
-        if "url" not in entry.value:
-            self.mistake(entry.line, path, "url is missing")
-        values = self.table(entry, path, STREAM_KEYS | OPTION_KEYS)
-        own = {key: values.pop(key) for key in tuple(values) if key in OPTION_KEYS}
-        if "streamlink" in own:
-            own["streamlink"] = {**shared.streamlink, **own["streamlink"]}
-        addresses = values.pop("url", ())
-        values["title"] = values.get("title") or name
-        return StreamSettings(name, addresses, **values, options=replace(shared, **own))
-
-    def pairs(self, entry: Entry, path: str) -> Iterable[tuple[str, Entry]]:
-        """The entries of a mapping; anything else is a mistake and has none."""
-        if isinstance(entry.value, dict):
-            return entry.value.items()
-        if entry.value is None:
-            self.mistake(entry.line, path, "this section is empty: remove it or fill it")
-        else:
-            got = "text" if isinstance(entry.value, str) else "a list"  # the text may be a secret
-            self.mistake(entry.line, path, f'expected "key: value" lines, got {got}')
-        return ()
-
-    def table(self, entry: Entry, path: str, keys: Mapping[str, Read]) -> dict[str, Any]:
-        """A mapping with known keys; values that are mistakes, and nulls, are left out."""
-        values: dict[str, Any] = {}
-        for name, value in self.pairs(entry, path):
-            where = f"{path}.{_known(name)}" if path else _known(name)
-            if name not in keys:
-                self.mistake(value.key_line, where, f"unknown key{_nearest(name, keys)}")
-                continue
-            found = len(self.mistakes)
-            result = keys[name](self, value, where)
-            if len(self.mistakes) == found and result is not None:
-                values[name] = result
-        return values
-
-
-def _keep(reader: ConfigReader, entry: Entry, path: str) -> Entry:
-    return entry
-
-
-def _yaml_problem(error: yaml.YAMLError, text: str, line: int) -> str:
-    lines = text.splitlines()
-    if 0 < line <= len(lines) and "\t" in lines[line - 1]:
-        return "a tab stands here, use spaces"
-    problem = getattr(error, "problem", None) or str(error)
-    return re.sub(r"alias .*", "alias", problem.splitlines()[0])  # its name may be a secret's
-
-
-def _known(name: str) -> str:
-    """A key as a mistake may show it: one that is an address or odd may be a secret."""
-    return name if re.fullmatch(r"[\w .%/-]{0,40}", name) else "(a key)"
+Read = Callable[["ConfigReader", Entry], Any]
 
 
 def _shown(entry: Entry) -> str:
@@ -542,22 +289,65 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f", did you mean {close[0]}?" if close else ""
 
 
-# What a value may be.  Each reads one entry, reports what is wrong with it and returns None then.
+# What a value may be.  Each reads one entry and reports what is wrong with it; what it returns
+# then does not matter, as no Config comes of it.
 
 
-def as_text(reader: ConfigReader, entry: Entry, path: str) -> str | None:
+def as_text(reader: ConfigReader, entry: Entry) -> str | None:
     if isinstance(entry.value, (list, dict)):
-        reader.mistake(entry.line, path, f"expected text, got {_shown(entry)}")
+        reader.mistake(entry, f"expected text, got {_shown(entry)}")
         return None
     return entry.value
 
 
-def as_words(reader: ConfigReader, entry: Entry, path: str) -> str | None:
-    """Text that is not empty: an empty token would let everybody in."""
-    value = as_text(reader, entry, path)
-    if value == "":
-        reader.mistake(entry.line, path, "the text is empty: remove this key or fill it")
-    return value
+def as_text_that(is_right: Callable[[str], bool], words: str) -> Read:
+    """A reader of text that is right; `words` say what is wrong otherwise."""
+
+    def read(reader: ConfigReader, entry: Entry) -> str | None:
+        value = as_text(reader, entry)
+        if value is not None and not is_right(value):
+            reader.mistake(entry, words)
+        return value
+
+    return read
+
+
+def as_url(*schemes: str) -> Read:
+    """A reader of absolute addresses with one of these schemes."""
+    wanted = " or ".join(f"{scheme}://" for scheme in schemes[:2])
+    words = f"expected an address that begins with {wanted}"
+    return as_text_that(lambda address: _split(address)[0] in schemes, words)
+
+
+def _split(address: str) -> tuple[str, str]:
+    """Scheme and host; nothing where the address is malformed or has no host."""
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(address)
+        if parts.hostname and parts.port != 0:
+            return parts.scheme, parts.hostname
+    return "", ""
+
+
+# An empty token would let everybody in.
+as_words = as_text_that(bool, "the text is empty: remove this key or fill it")
+# What HTTP can carry (RFC 9110, 5.5).
+as_header_value = as_text_that(
+    lambda value: value.isprintable() and value.isascii() and value.strip() == value,
+    "a header's value is one line of ASCII text",
+)
+
+
+def as_value(what: str, convert: Callable[[str], Any]) -> Read:
+    """A reader of what `convert` makes of text; it raises ValueError or KeyError for any other."""
+
+    def read(reader: ConfigReader, entry: Entry) -> Any:
+        if isinstance(entry.value, str):
+            with contextlib.suppress(ValueError, KeyError):
+                return convert(entry.value)
+        reader.mistake(entry, f"expected {what}, got {_shown(entry)}")
+        return None
+
+    return read
 
 
 def as_number(kind: type[int] | type[float], least: float, most: float = math.inf) -> Read:
@@ -565,172 +355,349 @@ def as_number(kind: type[int] | type[float], least: float, most: float = math.in
     what = "a whole number" if kind is int else "a number"
     bounds = f"{least} or more" if most == math.inf else f"from {least} to {most}"
 
-    def read(reader: ConfigReader, entry: Entry, path: str) -> float | None:
-        with contextlib.suppress(ValueError):
-            if isinstance(entry.value, str) and re.fullmatch(r"[-+.\d_eE]+", entry.value):
-                value = kind(entry.value)
-                if least <= value <= most:
-                    return value
-        reader.mistake(entry.line, path, f"expected {what}, {bounds}, got {_shown(entry)}")
-        return None
+    def convert(text: str) -> float:
+        number = kind(text) if re.fullmatch(r"[-+.\d_eE]+", text) else math.nan
+        if not least <= number <= most:
+            raise ValueError
+        return number
 
-    return read
+    return as_value(f"{what}, {bounds}", convert)
 
 
-def as_url(*schemes: str) -> Read:
-    """A reader of absolute addresses with one of these schemes."""
-
-    def read(reader: ConfigReader, entry: Entry, path: str) -> str | None:
-        value = as_text(reader, entry, path)
-        if value is None or (_split(value)[0] in schemes and _split(value)[1]):
-            return value
-        wanted = " or ".join(f"{scheme}://" for scheme in schemes[:2])
-        reader.mistake(entry.line, path, f"expected an address that begins with {wanted}")
-        return None
-
-    return read
-
-
-def _split(address: str) -> tuple[str, str]:
-    """Scheme and host; nothing where the address is malformed."""
-    with contextlib.suppress(ValueError):
-        parts = urlsplit(address)
-        if parts.port is None or parts.port:
-            return parts.scheme.lower(), parts.hostname or ""
-    return "", ""
-
-
-def as_urls(reader: ConfigReader, entry: Entry, path: str) -> tuple[str, ...]:
+def as_urls(reader: ConfigReader, entry: Entry) -> tuple[str, ...]:
     """One address or a list of them, for the upstream to open."""
     items = entry.value if isinstance(entry.value, list) else [entry]
     if not items:
-        reader.mistake(entry.line, path, "the list of addresses is empty")
-    return tuple(_address(reader, item, path) for item in items)
+        reader.mistake(entry, "the list of addresses is empty")
+    return tuple(_address(reader, item) for item in items)
 
 
-def _address(reader: ConfigReader, entry: Entry, path: str) -> str:
-    found = len(reader.mistakes)
-    address = (as_text(reader, entry, path) or "").strip()
-    if len(reader.mistakes) > found:
+def _address(reader: ConfigReader, entry: Entry) -> str:
+    text = "" if entry.value is None else as_text(reader, entry)
+    if text is None:
         return ""
+    address = text.strip()
     if not address:
-        reader.mistake(entry.line, path, "the address is missing")
+        reader.mistake(entry, "the address is missing")
     elif re.match(r"(\w+://)*file:", address, re.I):
-        reader.mistake(entry.line, path, "file:// is never opened; use an http(s) address")
+        reader.mistake(entry, "file:// is never opened; use an http(s) address")
     elif not address.isprintable():
-        reader.mistake(entry.line, path, "the address holds a control character")
+        reader.mistake(entry, "the address holds a control character")
     return address
 
 
-def as_networks(reader: ConfigReader, entry: Entry, path: str) -> tuple[str, ...]:
+def as_networks(reader: ConfigReader, entry: Entry) -> tuple[str, ...]:
     if not isinstance(entry.value, list):
-        reader.mistake(entry.line, path, 'expected a list like ["192.168.0.0/16"]')
+        reader.mistake(entry, 'expected a list like ["192.168.0.0/16"]')
         return ()
-    networks = []
     for item in entry.value:
-        with contextlib.suppress(ValueError):
-            ipaddress.ip_network(item.value)  # type: ignore[arg-type]
-            networks.append(str(item.value))
-            continue
-        reader.mistake(item.line, path, "expected a network like 192.168.0.0/16")
-    return tuple(networks)
+        try:
+            ipaddress.ip_network(str(item.value))
+        except ValueError:
+            reader.mistake(item, "expected a network like 192.168.0.0/16")
+    return tuple(str(item.value) for item in entry.value)
 
 
-def as_header_value(reader: ConfigReader, entry: Entry, path: str) -> str | None:
-    """One line that HTTP can carry (RFC 9110, 5.5)."""
-    value = as_text(reader, entry, path)
-    if value is None or (value.isprintable() and value.isascii() and value.strip() == value):
-        return value
-    reader.mistake(entry.line, path, "a header's value is one line of ASCII text")
-    return None
-
-
-def as_headers(reader: ConfigReader, entry: Entry, path: str) -> dict[str, str]:
+def as_headers(reader: ConfigReader, entry: Entry) -> dict[str, str]:
     found = {}
-    for name, value in reader.pairs(entry, path):
+    for name, value in reader.pairs(entry):
         if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
-            reader.mistake(value.key_line, path, "this is no name of an HTTP header")
+            reader.mistake(Entry(value.key_line, entry.path), "this is no name of an HTTP header")
         else:
-            found[name] = as_header_value(reader, value, f"{path}.{_known(name)}") or ""
+            found[name] = as_header_value(reader, value) or ""
     return found
 
 
-def as_engine_options(reader: ConfigReader, entry: Entry, path: str) -> dict[str, Any]:
+def as_list(reader: ConfigReader, entry: Entry) -> list[str]:
+    if isinstance(entry.value, list):
+        return [as_text(reader, item) or "" for item in entry.value]
+    reader.mistake(entry, f"expected a list, got {_shown(entry)}")
+    return []
+
+
+def as_engine_options(reader: ConfigReader, entry: Entry) -> dict[str, Any]:
     """The `streamlink:` map, each value of the type its option has."""
     found: dict[str, Any] = {}
-    for key, value in reader.pairs(entry, path):
-        name, where = key.replace("_", "-"), f"{path}.{_known(key)}"
+    for key, value in reader.pairs(entry):
+        name = key.replace("_", "-")
         if name not in reader.engine:
             nearest = _nearest(name, reader.engine)
-            reader.mistake(value.key_line, where, f"unknown streamlink option{nearest}")
+            reader.mistake(value.key, f"unknown streamlink option{nearest}")
         elif reader.engine[name] is Ellipsis:
-            reader.mistake(
-                value.key_line, where, "StreamPipe sets this itself, for safety; remove it"
-            )
-        elif name in GLOBAL_ENGINE_OPTIONS and path != "options.streamlink":
+            reader.mistake(value.key, "StreamPipe sets this itself, for safety; remove it")
+        elif name in GLOBAL_ENGINE_OPTIONS and entry.path != "options.streamlink":
             words = "acts on the whole process: set it under options.streamlink"
-            reader.mistake(value.key_line, where, words)
+            reader.mistake(value.key, words)
         elif value.value is not None:
-            found[name] = _engine_value(reader, value, where, reader.engine[name])
+            found[name] = ENGINE_TYPES.get(type(reader.engine[name]), as_text)(reader, value)
     return found
 
 
-def _engine_value(reader: ConfigReader, entry: Entry, path: str, example: Any) -> Any:
-    """A value of the type of `example`."""
-    value = entry.value
-    if isinstance(example, bool):
-        if isinstance(value, str) and value.lower() in FLAGS:
-            return FLAGS[value.lower()]
-        reader.mistake(entry.line, path, f"expected true or false, got {_shown(entry)}")
-    elif isinstance(example, (int, float)):
-        with contextlib.suppress(ValueError, TypeError):
-            return type(example)(value)  # type: ignore[arg-type]
-        what = "a whole number" if isinstance(example, int) else "a number"
-        reader.mistake(entry.line, path, f"expected {what}, got {_shown(entry)}")
-    elif isinstance(example, dict):
-        return as_headers(reader, entry, path)  # cookies and query parameters are such text, too
-    elif not isinstance(example, list):
-        return as_text(reader, entry, path)
-    elif isinstance(value, list):
-        return [as_text(reader, item, path) or "" for item in value]
+ENGINE_TYPES: dict[type, Read] = {  # any other is text
+    bool: as_value("true or false", lambda text: yaml.SafeLoader.bool_values[text.lower()]),
+    int: as_value("a whole number", int),
+    float: as_value("a number", float),
+    list: as_list,
+    dict: as_headers,  # cookies and query parameters are such text, too
+}
+
+
+# What is read.  A field that is a key of the file has its reader and its default.
+
+Value = TypeVar("Value")
+
+
+def setting(read: Read, default: Value) -> Value:
+    return field(default_factory=lambda: default, metadata={"read": read})
+
+
+def keys_of(settings: type[Any]) -> dict[str, Read]:
+    return {item.name: item.metadata["read"] for item in fields(settings) if item.metadata}
+
+
+def as_section(settings: type[Any]) -> Read:
+    return lambda reader, entry: settings(**reader.table(entry, keys_of(settings)))
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    host: str = setting(as_words, "0.0.0.0")
+    port: int = setting(as_number(int, 0, 65535), 8080)
+    max_viewers: int = setting(as_number(int, 0), 1000)  # 0 = no limit
+    max_upstreams: int = setting(as_number(int, 0), 64)  # 0 = no limit
+    token: str | None = setting(as_words, None)
+    trusted: tuple[str, ...] = setting(as_networks, ())  # in CIDR form
+    public_url: str | None = setting(as_url("http", "https"), None)
+    name: str = setting(as_text, "StreamPipe")
+    epg: str | None = setting(as_url("http", "https"), None)
+
+
+@dataclass(frozen=True)
+class Options:
+    user_agent: str = setting(as_header_value, "StreamPipe/1.0")
+    threads: int = setting(as_number(int, 1, 64), 4)
+    timeout: float = setting(as_number(float, 0.1, 3600), 20.0)  # seconds
+    buffer_size: int = setting(as_number(int, 1, 64 * MIB), 8192)  # bytes
+    ringbuffer_size: int = setting(as_number(int, 256 * KIB, 4096 * MIB), 16 * MIB)  # bytes
+    linger: float = setting(as_number(float, 0, 86400), 10.0)  # seconds
+    reconnect: float = setting(as_number(float, 0, 86400), 60.0)  # seconds
+    viewer_timeout: float = setting(as_number(float, 0.1, 86400), 600.0)  # seconds
+    streamlink: Mapping[str, Any] = setting(as_engine_options, {})
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """An entry of `streams:`; its `options` are the file's with the stream's own laid over."""
+
+    name: str
+    urls: tuple[str, ...]
+    title: str = setting(as_text, "")
+    logo: str | None = setting(as_url("http", "https"), None)
+    group: str | None = setting(as_text, None)
+    tvg_id: str | None = setting(as_text, None)
+    number: int | None = setting(as_number(int, 1), None)
+    quality: str = setting(as_words, "best")
+    headers: Mapping[str, str] = setting(as_headers, {})
+    proxy: str | None = setting(
+        as_url("http", "socks5h", "https", "socks5", "socks4", "socks4a"), None
+    )
+    options: Options = field(default_factory=Options)
+
+    def pulls_like(self, other: StreamSettings) -> bool:
+        """Whether the upstream would be the same, so that a reload disturbs nobody."""
+        return self._pulled() == other._pulled()
+
+    def _pulled(self) -> tuple[object, ...]:
+        options = replace(self.options, linger=0.0, reconnect=0.0, viewer_timeout=0.0)
+        return self.urls, self.quality, self.headers, self.proxy, options
+
+
+@dataclass(frozen=True)
+class Config:
+    server: ServerSettings = field(default_factory=ServerSettings)
+    streams: Mapping[str, StreamSettings] = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
+
+
+def load_config(path: Path, engine: EngineOptions) -> Config:
+    """Read and check a file; `engine` lists the options allowed under `streamlink:`.
+
+    Raises ConfigError with every mistake in it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        problem = f"no such file; copy config.example.yml to {path} and edit it, "
+        problem += "or try: python pipe.py --demo"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        problem = f"cannot be read: {reason}"
     else:
-        reader.mistake(entry.line, path, f"expected a list, got {_shown(entry)}")
-    return None
+        return ConfigReader(str(path), engine).read(text)
+    raise ConfigError([f"{path}: {problem}"])
 
 
-SERVER_KEYS: dict[str, Read] = {
-    "host": as_words,
-    "port": as_number(int, 0, 65535),
-    "max_viewers": as_number(int, 0),
-    "max_upstreams": as_number(int, 0),
-    "token": as_words,
-    "trusted": as_networks,
-    "public_url": as_url("http", "https"),
-    "name": as_text,
-    "epg": as_url("http", "https"),
-}
-OPTION_KEYS: dict[str, Read] = {
-    "user_agent": as_header_value,
-    "threads": as_number(int, 1, 64),
-    "timeout": as_number(float, 0.1, 3600),
-    "buffer_size": as_number(int, 1, 64 * MIB),
-    "ringbuffer_size": as_number(int, 256 * KIB, 4096 * MIB),
-    "linger": as_number(float, 0, 86400),
-    "reconnect": as_number(float, 0, 86400),
-    "viewer_timeout": as_number(float, 0.1, 86400),
-    "streamlink": as_engine_options,
-}
-STREAM_KEYS: dict[str, Read] = {
-    "url": as_urls,
-    "title": as_text,
-    "logo": as_url("http", "https"),
-    "group": as_text,
-    "tvg_id": as_text,
-    "number": as_number(int, 1),
-    "quality": as_words,
-    "headers": as_headers,
-    "proxy": as_url("http", "socks5h", "https", "socks5", "socks4", "socks4a"),
-}
+class ConfigReader:
+    """Turns one YAML document into a Config and collects the mistakes on the way.
+
+    Scalars are taken as written, so `on:` and `007:` are names and `token: 0123` is text: the
+    parser's nodes are read, not the values that YAML 1.1 would make of them.
+    """
+
+    def __init__(self, file: str, engine: EngineOptions) -> None:
+        self.file = file
+        self.engine = engine
+        self.mistakes: set[tuple[int, str]] = set()  # line, text; an alias repeats its mistakes
+        self._room = 100_000  # entries; an alias of aliases of aliases may mean any number
+
+    def read(self, text: str) -> Config:
+        """Parse and check; raises ConfigError."""
+        config = self._config(self._parse(text))
+        if self.mistakes:
+            raise ConfigError(
+                [f"{self.file}:{line}: {text}" for line, text in sorted(self.mistakes)]
+            )
+        return config
+
+    def mistake(self, place: Entry, text: str) -> None:
+        text = f"{place.path}: {text}" if place.path else text
+        self.mistakes.add((place.line, "".join(c if c.isprintable() else "?" for c in text)))
+
+    # YAML to entries
+
+    def _parse(self, text: str) -> Entry:
+        try:
+            node = yaml.compose(text, yaml.SafeLoader)
+            return Entry(1, "") if node is None else self._entry(node, "", 0)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            at = getattr(error, "position", 0)  # of a character that YAML does not allow
+            line = mark.line + 1 if mark else text.count("\n", 0, at) + 1
+            problem = _yaml_problem(error, text, line)
+        except RecursionError:
+            line, problem = 1, "it is nested too deeply"
+        raise ConfigError([f"{self.file}:{line}: broken YAML: {problem}"])
+
+    def _entry(self, node: yaml.Node, path: str, depth: int) -> Entry:
+        entry = Entry(node.start_mark.line + 1, path)
+        self._room -= 1
+        if depth > 20 or self._room < 0:
+            problem = "broken YAML: it is nested too deeply, or an alias holds itself"
+            raise ConfigError([f"{self.file}:{entry.line}: {problem}"])
+        if isinstance(node, yaml.MappingNode):
+            entry.value = self._mapping(node, path, depth)
+        elif isinstance(node, yaml.SequenceNode):
+            entry.value = [self._entry(item, path, depth + 1) for item in node.value]
+        elif node.tag != "tag:yaml.org,2002:null":
+            entry.value = str(node.value)
+        return entry
+
+    def _mapping(self, node: yaml.MappingNode, path: str, depth: int) -> dict[str, Entry]:
+        """A mapping's entries, with those of `<<: *other` behind what is written here."""
+        entries: dict[str, Entry] = {}
+        merged: dict[str, Entry] = {}
+        for key, value in node.value:
+            is_merge = key.tag == "tag:yaml.org,2002:merge"
+            where = path if is_merge else _path_of(path, str(key.value))
+            entry = self._entry(value, where, depth + 1)
+            entry.key_line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                self.mistake(Entry(entry.key_line, path), "a key must be plain text")
+            elif is_merge:
+                merged = {**self._merged(entry), **merged}
+            elif key.value in entries:
+                self.mistake(entry.key, "this name stands here twice")
+            else:
+                entries[key.value] = entry
+        return {**merged, **entries}
+
+    def _merged(self, entry: Entry) -> dict[str, Entry]:
+        """What `<<` brings in: of several sections the first one's entries win."""
+        merged: dict[str, Entry] = {}
+        for other in entry.value if isinstance(entry.value, list) else [entry]:
+            if isinstance(other.value, dict):
+                merged = {**other.value, **merged}
+            else:
+                self.mistake(other, "<< takes a section, or a list of them")
+        return merged
+
+    # Entries to settings
+
+    def _config(self, root: Entry) -> Config:
+        if root.value is None:
+            return Config()
+        server, options = as_section(ServerSettings), as_section(Options)
+        keys = {"server": server, "streams": ConfigReader.pairs, "options": options}
+        sections = self.table(root, keys)
+        shared = sections.setdefault("options", Options())
+        sections["streams"] = self._streams(sections.get("streams", ()), shared)
+        return Config(**sections)
+
+    def _streams(
+        self, pairs: Iterable[tuple[str, Entry]], shared: Options
+    ) -> dict[str, StreamSettings]:
+        streams: dict[str, StreamSettings] = {}
+        numbers: dict[int, str] = {}
+        for name, entry in pairs:
+            if not STREAM_NAME.fullmatch(name):
+                self.mistake(entry.key, "a name holds only a-z, 0-9 and -, e.g. channel-1")
+            elif name in RESERVED_NAMES:
+                self.mistake(entry.key, "this name is reserved, choose another")
+            else:
+                stream = streams[name] = self._stream(name, entry, shared)
+                if stream.number is not None and numbers.setdefault(stream.number, name) != name:
+                    assert isinstance(entry.value, dict)
+                    words = f"{stream.number} is {numbers[stream.number]}'s already"
+                    self.mistake(entry.value["number"], words)
+        return streams
+
+    def _stream(self, name: str, entry: Entry, shared: Options) -> StreamSettings:
+        if not isinstance(entry.value, dict):  # its address alone
+            entry = replace(entry, value={"url": entry})
+        elif "url" not in entry.value:
+            self.mistake(entry, "url is missing")
+        own_keys = keys_of(Options)
+        values = self.table(entry, {"url": as_urls, **keys_of(StreamSettings), **own_keys})
+        own = {key: values.pop(key) for key in own_keys if key in values}
+        own["streamlink"] = {**shared.streamlink, **own.get("streamlink", {})}
+        addresses = values.pop("url", ())
+        values["title"] = values.get("title") or name
+        return StreamSettings(name, addresses, **values, options=replace(shared, **own))
+
+    def pairs(self, entry: Entry) -> Iterable[tuple[str, Entry]]:
+        """The entries of a mapping; anything else is a mistake and has none."""
+        if isinstance(entry.value, dict):
+            return entry.value.items()
+        if entry.value is None:
+            self.mistake(entry, "this section is empty: remove it or fill it")
+        else:
+            got = "text" if isinstance(entry.value, str) else "a list"  # the text may be a secret
+            self.mistake(entry, f'expected "key: value" lines, got {got}')
+        return ()
+
+    def table(self, entry: Entry, keys: Mapping[str, Read]) -> dict[str, Any]:
+        """A mapping with known keys; nulls are left out."""
+        values: dict[str, Any] = {}
+        for name, value in self.pairs(entry):
+            if name not in keys:
+                self.mistake(value.key, f"unknown key{_nearest(name, keys)}")
+            elif (result := keys[name](self, value)) is not None:
+                values[name] = result
+        return values
+
+
+def _yaml_problem(error: yaml.YAMLError, text: str, line: int) -> str:
+    lines = text.splitlines()
+    if 0 < line <= len(lines) and "\t" in lines[line - 1]:
+        return "a tab stands here, use spaces"
+    problem = getattr(error, "problem", None) or str(error)
+    return re.sub(r"alias .*", "alias", problem.splitlines()[0])  # its name may be a secret's
+
+
+def _path_of(section: str, key: str) -> str:
+    """Where a key is, as a mistake may show it: one that is an address or odd may be a secret."""
+    shown = key if re.fullmatch(r"[\w .%/-]{0,40}", key) else "(a key)"
+    return f"{section}.{shown}" if section else shown
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4710,58 +4677,35 @@ class Server(ThreadingHTTPServer):
 CHECKS_AT_ONCE = 4
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What a check found of one stream."""
-
-    name: str
-    is_ok: bool
-    words: str
-
-    def __str__(self) -> str:
-        return f"{self.name}  {'ok' if self.is_ok else 'failed'}  {self.words}"
-
-
-def check_streams(streams: Sequence[StreamSettings], done: Callable[[int], None]) -> list[Finding]:
-    """Open all streams, a few at a time; blocks.  `done` is told how many are."""
-    with ThreadPoolExecutor(CHECKS_AT_ONCE, thread_name_prefix="check") as executor:
-        findings = [executor.submit(check_stream, stream) for stream in streams]
-        for count, _ in enumerate(as_completed(findings), 1):
-            done(count)
-        return [finding.result() for finding in findings]
-
-
-def check_stream(stream: StreamSettings) -> Finding:
-    """Start a stream as a viewer would, and end it with its first bytes."""
+def check_stream(stream: StreamSettings) -> tuple[bool, str]:
+    """Start a stream as a viewer would, and end it with its first bytes; tells how it went."""
     channels = Channels(Config(streams={stream.name: stream}))
-    viewer = Viewer("check")
     began = time.monotonic()
     try:
-        channel = channels.watch(stream, None, viewer)
+        channel = channels.watch(stream, None, Viewer("check"))
         seconds = time.monotonic() - began
     except StreamError as error:
-        return Finding(stream.name, False, error.reason)
+        return False, error.reason
     finally:
         channels.stop(EXIT_TIME)
     qualities = ", ".join(channels.qualities(stream))
     words = [channel.container.value, qualities, f"first byte after {seconds:.2f} s"]
-    return Finding(stream.name, True, "; ".join([*words, *filter(None, [channel.note])]))
+    return True, "; ".join([*words, *filter(None, [channel.note])])
 
 
 def run_check(config: Config) -> int:
-    """Print a line for each stream; returns the exit status."""
-    streams = list(config.streams.values())
-
-    def show(count: int) -> None:
-        if sys.stderr.isatty():
-            print(f"\r{count} of {len(streams)} checked", end="", file=sys.stderr, flush=True)  # noqa: T201
-
-    findings = check_streams(streams, show)
-    if streams and sys.stderr.isatty():
-        print(file=sys.stderr)  # noqa: T201
-    for finding in findings:
-        print(finding)  # noqa: T201
-    return EXIT_OK if all(finding.is_ok for finding in findings) else EXIT_FAILED
+    """Open all streams, a few at a time, and print a line for each; returns the exit status."""
+    streams = config.streams.values()
+    with ThreadPoolExecutor(CHECKS_AT_ONCE, thread_name_prefix="check") as executor:
+        checks = [executor.submit(check_stream, stream) for stream in streams]
+        for count, _ in enumerate(as_completed(checks), 1):
+            if sys.stderr.isatty():
+                end = "" if count < len(checks) else "\n"
+                print(f"\r{count} of {len(checks)} checked", end=end, file=sys.stderr, flush=True)  # noqa: T201
+    findings = [check.result() for check in checks]
+    for stream, (is_ok, words) in zip(streams, findings, strict=True):
+        print(f"{stream.name}  {'ok' if is_ok else 'failed'}  {words}")  # noqa: T201
+    return EXIT_OK if all(is_ok for is_ok, _ in findings) else EXIT_FAILED
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4816,8 +4760,6 @@ class DemoHandler(BaseHTTPRequestHandler):
 def demo_origin() -> Iterator[str]:
     """Run the origin on loopback; yields the address of its playlist."""
     with ThreadingHTTPServer(("127.0.0.1", 0), DemoHandler) as origin:
-        origin.daemon_threads = True
-        origin.block_on_close = False
         threading.Thread(target=origin.serve_forever, args=(0.1,), name="demo", daemon=True).start()
         try:
             yield f"hls://http://127.0.0.1:{origin.server_address[1]}/live.m3u8"
@@ -4831,28 +4773,21 @@ def demo_origin() -> Iterator[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="pipe.py", description="Watch HLS channels over plain HTTP."
-    )
-    parser.add_argument(
-        "-c", "--config", metavar="FILE", type=Path, help="the configuration (default: config.yml)"
-    )
-    parser.add_argument("--host", metavar="ADDR", help="listen here instead of the file's host")
-    parser.add_argument("--port", metavar="N", type=_port, help="... and on this port")
-    parser.add_argument(
-        "--demo", action="store_true", help=f"serve /{DEMO_STREAM}, a channel that needs no network"
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="open every stream, tell what comes, and end"
-    )
-    parser.add_argument(
-        "--log-level", metavar="LEVEL", default="info",
-        choices=("debug", "info", "warning", "error"),
-        help="debug, info, warning or error (default: info)",
-    )  # fmt: skip
-    version = f"StreamPipe {__version__}, streamlink {engine_version}, Python "
-    version += ".".join(map(str, sys.version_info[:3]))
-    parser.add_argument("--version", action="version", version=version)
+    parser = argparse.ArgumentParser("pipe.py", description="Watch HLS channels over plain HTTP.")
+    add = parser.add_argument
+    words = "the configuration (default: config.yml)"
+    add("-c", "--config", metavar="FILE", type=Path, help=words)
+    add("--host", metavar="ADDR", help="listen here instead of the file's host")
+    add("--port", metavar="N", type=_port, help="... and on this port")
+    words = f"serve /{DEMO_STREAM}, a channel that needs no network"
+    add("--demo", action="store_true", help=words)
+    add("--check", action="store_true", help="open every stream, tell what comes, and end")
+    levels = ("debug", "info", "warning", "error")
+    words = "debug, info, warning or error (default: info)"
+    add("--log-level", metavar="LEVEL", default="info", choices=levels, help=words)
+    python = ".".join(map(str, sys.version_info[:3]))
+    version = f"StreamPipe {__version__}, streamlink {engine_version}, Python {python}"
+    add("--version", action="version", version=version)
     return parser
 
 
@@ -4873,17 +4808,15 @@ def read_settings(arguments: argparse.Namespace, demo: str | None) -> Config:
         config = load_config(arguments.config or Path("config.yml"), engine_options())
     given = {"host": arguments.host, "port": arguments.port}
     server = replace(config.server, **{k: v for k, v in given.items() if v is not None})
-    config = replace(config, server=server)
-    return config if demo is None else with_demo(config, demo)
-
-
-def with_demo(config: Config, address: str) -> Config:
-    """The configuration with the demo's stream added; raises ConfigError."""
-    if DEMO_STREAM in config.streams:
+    streams = dict(config.streams)
+    if demo and DEMO_STREAM in streams:
         mistake = f"streams.{DEMO_STREAM}: --demo adds a stream of this name, rename yours"
         raise ConfigError([mistake])
-    demo = StreamSettings(DEMO_STREAM, (address,), title="Test card", options=config.options)
-    return replace(config, streams={**config.streams, DEMO_STREAM: demo})
+    if demo:
+        streams[DEMO_STREAM] = StreamSettings(
+            DEMO_STREAM, (demo,), title="Test card", options=config.options
+        )
+    return replace(config, server=server, streams=streams)
 
 
 # Logging
@@ -4929,12 +4862,12 @@ def secrets_of(config: Config) -> tuple[str, ...]:
     """Every configured text that no log may show, the longest first."""
     found = {config.server.token or ""}
     for stream in config.streams.values():
-        for address in (*stream.urls, stream.proxy or ""):
+        options = stream.options.streamlink
+        for address in (*stream.urls, stream.proxy or "", options.get("http-proxy", "")):
             found |= _secrets_of_address(address)
         found |= set(stream.headers.values())
         for option in ("http-headers", "http-cookies", "http-query-params"):
-            found |= set(stream.options.streamlink.get(option, {}).values())
-        found |= _secrets_of_address(stream.options.streamlink.get("http-proxy", ""))
+            found |= set(options.get(option, {}).values())
     found |= {quote(secret, safe="") for secret in found}
     return tuple(sorted((s for s in found if len(s) >= LEAST_SECRET), key=len, reverse=True))
 
@@ -5032,9 +4965,8 @@ def serve(config: Config, commands: Commands, read_again: Callable[[], Config]) 
         log.error("cannot listen on %s: %s; choose another with --port", where, error)
         return EXIT_FAILED
     with server:
-        listener = threading.Thread(target=server.serve_forever, args=(0.1,), name="listener")
-        listener.daemon = True
-        listener.start()
+        accept = server.serve_forever
+        threading.Thread(target=accept, args=(0.1,), name="listener", daemon=True).start()
         announce(config, server)
         while next_command(commands) is not Command.STOP:
             reload(server, read_again)
