@@ -2928,7 +2928,8 @@ def _unblock(path: Path) -> None:
 
 SLOT = 5  # seconds of a bar in the page's charts
 SLOTS = 60  # of them are kept
-FIRST_BYTE_BOUNDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
+# Seconds, as Prometheus writes them.
+FIRST_BYTE_BOUNDS = ("0.01", "0.05", "0.1", "0.25", "0.5", "1.0", "2.5", "5.0", "10.0", "+Inf")
 
 
 class Ledger:
@@ -2974,10 +2975,12 @@ class Ledger:
 
 @dataclass(frozen=True)
 class ViewerReport:
+    """Its fields are keys of /status, like a ChannelReport's."""
+
     address: str
-    agent: str
-    since: float  # seconds ago
-    sent: int  # bytes
+    user_agent: str
+    since_seconds: float
+    bytes: int
     skips: int
 
 
@@ -2986,7 +2989,7 @@ class ChannelReport:
     variant: str
     state: str
     note: str | None  # what is missing of it
-    uptime: float  # seconds
+    uptime_seconds: float
     window_bytes: int
     window_seconds: float
     restarts: int
@@ -2999,9 +3002,9 @@ class StreamReport:
 
     settings: StreamSettings
     channels: tuple[ChannelReport, ...]
-    counts: Mapping[str, int]
-    errors: Mapping[str, int]
-    drops: Mapping[str, int]
+    counts: Counter[str]
+    errors: Counter[str]
+    drops: Counter[str]
     peak: int
     last_error: str | None
     bitrates: tuple[float, ...]
@@ -3020,8 +3023,7 @@ class StreamReport:
     @property
     def bitrate(self) -> float:
         """Bits a second over the newest slots."""
-        newest = self.bitrates[-3:]
-        return sum(newest) / len(newest)
+        return sum(self.bitrates[-3:]) / 3
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3916,14 +3918,16 @@ class Site:
     """The server as one client sees it."""
 
     config: Config
-    url: str  # without a slash at the end
+    url: str  # may end with a slash, as public_url may
     started: float  # time.monotonic()
+    report: Callable[[], Sequence[StreamReport]]
+    counts: Callable[[], tuple[Counter[int], Counter[str], float]]  # Server.counts()
 
     def link(self, path: str) -> str:
         """An absolute address that the client can follow, with the token where one is set."""
         token = self.config.server.token
         tail = f"?token={quote(token, safe='')}" if token else ""
-        return f"{self.url.rstrip('/')}{path}{tail}"
+        return f"{self.url.rstrip('/')}/{path}{tail}"
 
 
 @dataclass(frozen=True)
@@ -3944,17 +3948,15 @@ def playlist_page(site: Site, streams: Iterable[StreamSettings]) -> Page:
     epg = _attribute(site.config.server.epg)
     lines = [f'#EXTM3U x-tvg-url="{epg}" url-tvg="{epg}"' if epg else "#EXTM3U"]
     for stream in streams:
-        values = {
-            "tvg-id": stream.tvg_id,
-            "tvg-name": stream.title,
-            "tvg-logo": stream.logo,
-            "tvg-chno": stream.number,
-            "group-title": stream.group,
+        attributes = {
+            "tvg-id": _attribute(stream.tvg_id),
+            "tvg-name": _attribute(stream.title),
+            "tvg-logo": _attribute(stream.logo),
+            "tvg-chno": _attribute(stream.number),
+            "group-title": _attribute(stream.group),
         }
-        cleaned = {key: _attribute(value) for key, value in values.items()}
-        shown = [f' {key}="{value}"' for key, value in cleaned.items() if value]
-        lines += [f"#EXTINF:-1{''.join(shown)},{_one_line(stream.title)}"]
-        lines += [site.link(f"/{stream.name}")]
+        shown = "".join(f' {key}="{value}"' for key, value in attributes.items() if value)
+        lines += [f"#EXTINF:-1{shown},{_one_line(stream.title)}", site.link(stream.name)]
     return Page("\n".join(lines).encode() + b"\n", "audio/x-mpegurl")
 
 
@@ -3967,16 +3969,18 @@ def _attribute(value: object) -> str:
     return _one_line(value).replace('"', "'") if value else ""
 
 
+SCAN_STATUS = {"ScanInProgress": 0, "ScanPossible": 1, "Source": "Cable", "SourceList": ["Cable"]}
+
+
 def discover_page(site: Site) -> Page:
     """What makes Plex, Jellyfin and Emby take us for a tuner."""
     server = site.config.server
-    device = f"{zlib.crc32(server.name.encode()):08X}"
     return json_page({
         "FriendlyName": server.name,
         "ModelNumber": "HDHR4-2US",  # one with HDTC would make Jellyfin ask for transcoding
         "FirmwareName": "hdhomerun4_atsc",
         "FirmwareVersion": "20200907",
-        "DeviceID": device,
+        "DeviceID": f"{zlib.crc32(server.name.encode()):08X}",
         "DeviceAuth": "streampipe",
         "BaseURL": site.url,
         "LineupURL": f"{site.url.rstrip('/')}/lineup.json",
@@ -3988,22 +3992,15 @@ def lineup_page(site: Site) -> Page:
     streams = site.config.streams.values()
     taken = {stream.number for stream in streams}
     free = (number for number in itertools.count(1000) if number not in taken)
-    return json_page(
-        [
-            {
-                "GuideNumber": str(stream.number or next(free)),
-                "GuideName": stream.title,
-                "URL": site.link(f"/{stream.name}"),
-            }
-            for stream in streams
-        ]
-    )
-
-
-def lineup_status_page() -> Page:
-    return json_page(
-        {"ScanInProgress": 0, "ScanPossible": 1, "Source": "Cable", "SourceList": ["Cable"]}
-    )
+    lineup = [
+        {
+            "GuideNumber": str(stream.number or next(free)),
+            "GuideName": stream.title,
+            "URL": site.link(stream.name),
+        }
+        for stream in streams
+    ]
+    return json_page(lineup)
 
 
 def device_page(site: Site) -> Page:
@@ -4030,15 +4027,14 @@ def device_page(site: Site) -> Page:
 # For monitoring
 
 
-def status_json(site: Site, reports: Iterable[StreamReport]) -> Page:
-    return json_page(
-        {
-            "name": site.config.server.name,
-            "version": __version__,
-            "uptime_seconds": round(time.monotonic() - site.started, 1),
-            "streams": [_stream_status(report) for report in reports],
-        }
-    )
+def status_json(site: Site) -> Page:
+    status = {
+        "name": site.config.server.name,
+        "version": __version__,
+        "uptime_seconds": round(time.monotonic() - site.started, 1),
+        "streams": [_stream_status(report) for report in site.report()],
+    }
+    return json_page(status)
 
 
 def _stream_status(report: StreamReport) -> dict[str, object]:
@@ -4049,102 +4045,85 @@ def _stream_status(report: StreamReport) -> dict[str, object]:
         "state": report.state,
         "viewers": report.viewers,
         "peak": report.peak,
-        "bytes_in": report.counts.get("received", 0),
-        "bytes_out": report.counts.get("sent", 0),
+        "bytes_in": report.counts["received"],
+        "bytes_out": report.counts["sent"],
         "bitrate": round(report.bitrate),
-        "restarts": report.counts.get("restarts", 0),
-        "gaps": report.counts.get("gaps", 0),
+        "restarts": report.counts["restarts"],
+        "gaps": report.counts["gaps"],
         "last_error": report.last_error,
-        "channels": [_channel_status(channel) for channel in report.channels],
-    }
-
-
-def _channel_status(channel: ChannelReport) -> dict[str, object]:
-    return {
-        "variant": channel.variant,
-        "state": channel.state,
-        "note": channel.note,
-        "uptime_seconds": round(channel.uptime, 1),
-        "restarts": channel.restarts,
-        "window_bytes": channel.window_bytes,
-        "window_seconds": round(channel.window_seconds, 1),
-        "viewers": [
-            {
-                "address": viewer.address,
-                "user_agent": viewer.agent,
-                "since_seconds": round(viewer.since, 1),
-                "bytes": viewer.sent,
-                "skips": viewer.skips,
-            }
-            for viewer in channel.viewers
+        "channels": [
+            _rounded(channel) | {"viewers": [_rounded(viewer) for viewer in channel.viewers]}
+            for channel in report.channels
         ],
     }
+
+
+def _rounded(report: ChannelReport | ViewerReport) -> dict[str, object]:
+    """The report's fields, with seconds to a tenth."""
+    fields = vars(report).items()
+    return {key: round(value, 1) if isinstance(value, float) else value for key, value in fields}
 
 
 Sample = tuple[Mapping[str, object], float]  # labels and value
 
 
-def metrics_page(
-    site: Site, reports: list[StreamReport], answers: Mapping[int, int], first: list[float]
-) -> Page:
+STREAM_METRICS: tuple[tuple[str, str, Callable[[StreamReport], float]], ...] = (
+    ("viewers", "Viewers now.", lambda r: r.viewers),
+    ("upstreams", "Upstreams open now.", lambda r: len(r.channels)),
+    ("window_bytes", "Bytes in windows.", lambda r: sum(c.window_bytes for c in r.channels)),
+    ("viewer_connections_total", "Viewers that came.", lambda r: r.counts["arrivals"]),
+    ("sent_bytes_total", "Media sent to viewers.", lambda r: r.counts["sent"]),
+    ("received_bytes_total", "Media received from origins.", lambda r: r.counts["received"]),
+    ("viewer_skips_total", "Jumps of viewers that fell behind.", lambda r: r.counts["skips"]),
+    ("segment_gaps_total", "Segments given up.", lambda r: r.counts["gaps"]),
+    ("upstream_restarts_total", "Upstreams opened again.", lambda r: r.counts["restarts"]),
+)
+REASON_METRICS: tuple[tuple[str, str, Callable[[StreamReport], Counter[str]]], ...] = (
+    ("upstream_errors_total", "Failures of upstreams.", lambda r: r.errors),
+    ("viewer_drops_total", "Viewers that were dropped.", lambda r: r.drops),
+)
+
+
+def metrics_page(site: Site) -> Page:
     """Prometheus' text format, version 0.0.4."""
     started = time.time() - (time.monotonic() - site.started)
+    answers, first_bytes, first_byte_sum = site.counts()
     families = [
-        _family("build_info", "gauge", "StreamPipe's version.", [({"version": __version__}, 1)]),
-        _family("start_time_seconds", "gauge", "When it started.", [({}, started)]),
+        _family("build_info", "StreamPipe's version.", [({"version": __version__}, 1)]),
+        _family("start_time_seconds", "When it started.", [({}, started)]),
         _family(
-            "http_requests_total", "counter", "Answers by status.",
+            "http_requests_total",
+            "Answers by status.",
             [({"code": code}, count) for code, count in sorted(answers.items())],
         ),
-        *_stream_families(reports),
-        _first_byte_family(first),
-    ]  # fmt: skip
+        *_stream_families(site.report()),
+        _first_byte_family(first_bytes, first_byte_sum),
+    ]
     return Page("".join(families).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
-def _stream_families(reports: list[StreamReport]) -> Iterator[str]:
-    gauges: dict[str, tuple[str, Callable[[StreamReport], float]]] = {
-        "viewers": ("Viewers now.", lambda r: r.viewers),
-        "upstreams": ("Upstreams open now.", lambda r: len(r.channels)),
-        "window_bytes": ("Bytes in windows.", lambda r: sum(c.window_bytes for c in r.channels)),
-    }
-    for name, (words, value) in gauges.items():
-        samples = [({"stream": r.settings.name}, value(r)) for r in reports]
-        yield _family(name, "gauge", words, samples)
-    counters = {
-        "viewer_connections_total": ("Viewers that came.", "arrivals"),
-        "sent_bytes_total": ("Media sent to viewers.", "sent"),
-        "received_bytes_total": ("Media received from origins.", "received"),
-        "viewer_skips_total": ("Jumps of viewers that fell behind.", "skips"),
-        "segment_gaps_total": ("Segments given up.", "gaps"),
-        "upstream_restarts_total": ("Upstreams opened again.", "restarts"),
-    }
-    for name, (words, key) in counters.items():
-        samples = [({"stream": r.settings.name}, r.counts.get(key, 0)) for r in reports]
-        yield _family(name, "counter", words, samples)
-    for name, words, by_reason in (
-        ("upstream_errors_total", "Failures of upstreams.", [r.errors for r in reports]),
-        ("viewer_drops_total", "Viewers that were dropped.", [r.drops for r in reports]),
-    ):
-        pairs = zip(reports, by_reason, strict=True)
-        yield _family(
-            name, "counter", words,
-            [({"stream": r.settings.name, "reason": reason}, count)
-             for r, reasons in pairs for reason, count in sorted(reasons.items())],
-        )  # fmt: skip
+def _stream_families(reports: Sequence[StreamReport]) -> Iterator[str]:
+    for name, words, value in STREAM_METRICS:
+        yield _family(name, words, [({"stream": r.settings.name}, value(r)) for r in reports])
+    for name, words, counted in REASON_METRICS:
+        samples: list[Sample] = [
+            ({"stream": r.settings.name, "reason": reason}, count)
+            for r in reports
+            for reason, count in sorted(counted(r).items())
+        ]
+        yield _family(name, words, samples)
 
 
-def _first_byte_family(first: list[float]) -> str:
-    count, total, *below = first
+def _first_byte_family(counts: Counter[str], total: float) -> str:
     name = "streampipe_first_byte_seconds"
     lines = [f"# HELP {name} From a request to its first media byte.", f"# TYPE {name} histogram"]
-    for bound, value in zip((*map(str, FIRST_BYTE_BOUNDS), "+Inf"), (*below, count), strict=True):
-        lines.append(f'{name}_bucket{{le="{bound}"}} {value:.0f}')
-    return "\n".join([*lines, f"{name}_sum {total!r}", f"{name}_count {count:.0f}", ""])
+    lines += [f'{name}_bucket{{le="{bound}"}} {counts[bound]}' for bound in FIRST_BYTE_BOUNDS]
+    return "\n".join([*lines, f"{name}_sum {total!r}", f"{name}_count {counts['+Inf']}", ""])
 
 
-def _family(name: str, kind: str, words: str, samples: Iterable[Sample]) -> str:
+def _family(name: str, words: str, samples: Iterable[Sample]) -> str:
     name = f"streampipe_{name}"
+    kind = "counter" if name.endswith("_total") else "gauge"
     lines = [f"# HELP {name} {words}", f"# TYPE {name} {kind}"]
     for labels, value in samples:
         shown = ",".join(f'{key}="{_label(text)}"' for key, text in labels.items())
@@ -4199,9 +4178,10 @@ color:var(--ink);text-decoration:none}a:hover,a:focus{border-color:var(--bar)}
 """
 
 
-def status_page(site: Site, reports: list[StreamReport]) -> Page:
+def status_page(site: Site) -> Page:
     """One document for a phone or a wall: no script, and nothing is loaded from elsewhere."""
     name = html.escape(site.config.server.name)
+    reports = site.report()
     groups: dict[str, list[StreamReport]] = {}
     for report in reports:
         groups.setdefault(report.settings.group or "", []).append(report)
@@ -4222,17 +4202,16 @@ def status_page(site: Site, reports: list[StreamReport]) -> Page:
 
 
 def _group_section(site: Site, group: str, reports: Iterable[StreamReport]) -> str:
-    title = f"<h2>{html.escape(group)}</h2>" if group else "<h2>Streams</h2>"
-    return (
-        f"<section>{title}<ul>{''.join(_card(site, report) for report in reports)}</ul></section>\n"
-    )
+    cards = "".join(_card(site, report) for report in reports)
+    return f"<section><h2>{html.escape(group or 'Streams')}</h2><ul>{cards}</ul></section>\n"
 
 
 def _card(site: Site, report: StreamReport) -> str:
     stream = report.settings
     title = html.escape(stream.title)
+    playlist = f"{stream.name}.m3u"
     initials = "".join(word[0] for word in stream.title.split()[:2]).upper()
-    uptime = max((channel.uptime for channel in report.channels), default=0.0)
+    uptime = max((channel.uptime_seconds for channel in report.channels), default=0.0)
     facts = [_fact(report.viewers, "viewer" if report.viewers == 1 else "viewers")]
     if report.channels:
         facts += [_fact(f"{report.bitrate / 1e6:.1f}", "Mbit/s"), _fact(_duration(uptime), "up")]
@@ -4247,9 +4226,8 @@ def _card(site: Site, report: StreamReport) -> str:
         f'<div class="facts">{"".join(facts)}</div>'
         + (_chart(report.bitrates) if report.channels or any(report.bitrates) else "")
         + "".join(f'<p class="error">{html.escape(note)}</p>' for note in notes)
-        + f'<div class="links"><a href="{html.escape(site.link("/" + stream.name))}">Watch</a>'
-        f'<a download="{stream.name}.m3u" '
-        f'href="{html.escape(site.link("/" + stream.name + ".m3u"))}">.m3u</a></div></li>'
+        + f'<div class="links"><a href="{html.escape(site.link(stream.name))}">Watch</a>'
+        f'<a download="{playlist}" href="{html.escape(site.link(playlist))}">.m3u</a></div></li>'
     )
 
 
@@ -4260,16 +4238,15 @@ def _fact(value: object, words: str) -> str:
 def _chart(bitrates: Sequence[float]) -> str:
     """The last five minutes as bars, scaled to the highest."""
     most = max(*bitrates, 1.0)
-    heights = [(n, 34 * rate / most) for n, rate in enumerate(bitrates) if rate]
-    bars = [
+    bars = "".join(
         f'<rect x="{4 * n}" y="{36 - height:.1f}" width="3" height="{height:.1f}"/>'
-        for n, height in heights
-    ]
+        for n, height in enumerate(34 * rate / most for rate in bitrates)
+        if height
+    )
     words = f"Bitrate of the last {SLOT * SLOTS // 60} minutes, at most {most / 1e6:.1f} Mbit/s"
     return (
         f'<svg viewBox="0 0 {4 * SLOTS} 36" preserveAspectRatio="none" role="img" '
-        f'aria-label="{words}"><line x1="0" y1="35.5" x2="{4 * SLOTS}" y2="35.5"/>'
-        f"{''.join(bars)}</svg>"
+        f'aria-label="{words}"><line x1="0" y1="35.5" x2="{4 * SLOTS}" y2="35.5"/>{bars}</svg>'
     )
 
 
@@ -4284,6 +4261,20 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes % 60} min"
     return f"{minutes} min" if minutes else f"{int(seconds)} s"
+
+
+# By path; a playlist of one stream is at its name.
+PAGES: Mapping[str, Callable[[Site], Page]] = {
+    "/": status_page,
+    "/status": status_json,
+    "/metrics": metrics_page,
+    "/playlist.m3u": lambda site: playlist_page(site, site.config.streams.values()),
+    "/discover.json": discover_page,
+    "/lineup.json": lineup_page,
+    "/lineup_status.json": lambda site: json_page(SCAN_STATUS),
+    "/lineup.post": lambda site: json_page({}),
+    "/device.xml": device_page,
+}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4364,8 +4355,8 @@ class Handler(BaseHTTPRequestHandler):
         elif not self.is_trusted:
             headers = {"WWW-Authenticate": 'Basic realm="StreamPipe", charset="UTF-8"'}
             self.answer_error(HTTPStatus.UNAUTHORIZED, "a token is needed", headers)
-        elif page := self.pages().get(path):
-            self.answer_page(page())
+        elif path in PAGES:
+            self.answer_page(PAGES[path](self.site()))
         elif path[-4:] == ".m3u" and path[1:-4] in streams:
             self.answer_page(playlist_page(self.site(), [streams[path[1:-4]]]))
         elif stream is None:
@@ -4375,26 +4366,11 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.stream_channel(stream, query.get("quality", [""])[-1] or None)
 
-    def pages(self) -> Mapping[str, Callable[[], Page]]:
-        """What else there is, by path."""
-        site, server = self.site(), self.server
-        streams = list(site.config.streams.values())
-        return {
-            "/": lambda: status_page(site, server.channels.report()),
-            "/status": lambda: status_json(site, server.channels.report()),
-            "/metrics": lambda: metrics_page(site, server.channels.report(), *server.counts()),
-            "/playlist.m3u": lambda: playlist_page(site, streams),
-            "/discover.json": lambda: discover_page(site),
-            "/lineup.json": lambda: lineup_page(site),
-            "/lineup_status.json": lineup_status_page,
-            "/lineup.post": lambda: json_page({}),
-            "/device.xml": lambda: device_page(site),
-        }
-
     def site(self) -> Site:
         """This server as the client sees it."""
-        config = self.server.config
-        return Site(config, config.server.public_url or self._own_url(), self.server.started)
+        server, config = self.server, self.server.config
+        url = config.server.public_url or self._own_url()
+        return Site(config, url, server.started, server.channels.report, server.counts)
 
     def _own_url(self) -> str:
         """Scheme, host and port by which the client reached us, through whatever proxies."""
@@ -4693,10 +4669,11 @@ class Server(ThreadingHTTPServer):
         self.channels = channels
         self.started = time.monotonic()
         self._counter = itertools.count(1)
-        # _counts_lock guards the two below.
+        # _counts_lock guards the three below.
         self._counts_lock = threading.Lock()
         self.answers: Counter[int] = Counter()  # by status
-        self.first_bytes = [0.0] * (2 + len(FIRST_BYTE_BOUNDS))  # count, sum, and each bound's
+        self.first_bytes: Counter[str] = Counter()  # by bound
+        self.first_byte_sum = 0.0  # seconds
         # _open_lock guards _open, the sockets of all connections.
         self._open_lock = threading.Lock()
         self._open: set[socket.socket] = set()
@@ -4711,19 +4688,17 @@ class Server(ThreadingHTTPServer):
 
     def note_first_byte(self, seconds: float) -> None:
         with self._counts_lock:
-            self.first_bytes[0] += 1
-            self.first_bytes[1] += seconds
-            for index, bound in enumerate(FIRST_BYTE_BOUNDS, 2):
-                self.first_bytes[index] += seconds <= bound
+            self.first_bytes.update(bound for bound in FIRST_BYTE_BOUNDS if seconds <= float(bound))
+            self.first_byte_sum += seconds
 
     def note_answer(self, status: int) -> None:
         with self._counts_lock:
             self.answers[status] += 1
 
-    def counts(self) -> tuple[Mapping[int, int], list[float]]:
-        """Answers by status, and the first bytes' histogram."""
+    def counts(self) -> tuple[Counter[int], Counter[str], float]:
+        """Answers by status, and the first bytes' histogram and sum."""
         with self._counts_lock:
-            return self.answers.copy(), list(self.first_bytes)
+            return self.answers.copy(), self.first_bytes.copy(), self.first_byte_sum
 
     def count(self) -> int:
         """A number nobody had before."""
