@@ -4285,7 +4285,11 @@ PAGES: Mapping[str, Callable[[Site], Page]] = {
 # does when it is missing.
 # --------------------------------------------------------------------------------------------------
 
-METHODS = ("GET", "HEAD", "OPTIONS")
+MEDIA_HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",  # nginx would spool a slow viewer's stream to its disk
+    "Accept-Ranges": "none",
+}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -4294,16 +4298,13 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
     path = ""  # until a request line could be read
-    server_version = f"StreamPipe/{__version__}"
 
     def handle(self) -> None:
-        self.close_connection = True
         try:
             head = self._receive_head()
             self.rfile = io.BytesIO(head)  # parse_request() must not wait for the socket
-            self.raw_requestline = self.rfile.readline(HEAD_LIMIT)
-            if head and self.parse_request():
-                self.close_connection = True
+            self.raw_requestline = self.rfile.readline()
+            if self.parse_request():
                 self._answer_request()
         except (ViewerGone, OSError):
             log.debug("%s left", self.client_address[0])
@@ -4325,18 +4326,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer_request(self) -> None:
         path, query = self._target()
-        allowed = (*METHODS, "POST") if path == "/lineup.post" else METHODS
+        allowed = "GET, HEAD, OPTIONS, POST" if path == "/lineup.post" else "GET, HEAD, OPTIONS"
         if self.request_version == "HTTP/0.9":
-            self.request_version = "HTTP/1.0"  # or no head would be sent
-            self.answer_error(HTTPStatus.BAD_REQUEST, "HTTP/0.9 is not spoken here")
-        elif self.command not in allowed:
-            headers = {"Allow": ", ".join(allowed)}
-            self.answer_error(HTTPStatus.METHOD_NOT_ALLOWED, "use GET", headers)
-        elif self.command == "OPTIONS":
-            self.answer(HTTPStatus.NO_CONTENT, headers={"Allow": ", ".join(allowed)})
+            self.send_error(HTTPStatus.BAD_REQUEST, "HTTP/0.9 is not spoken here")
+        elif self.command not in allowed.split(", "):
+            self.answer_error(HTTPStatus.METHOD_NOT_ALLOWED, "use GET", {"Allow": allowed})
+        elif self.command == "OPTIONS":  # RFC 9110, 8.6: no length without content
+            self._send_head(HTTPStatus.NO_CONTENT, {"Cache-Control": "no-store", "Allow": allowed})
         else:
-            self.is_trusted = self._may_enter(query)
-            self._route(path, query)
+            try:
+                self._route(path, query)
+            except StreamError as error:
+                retry = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+                self.answer_error(error.status, error.reason, retry)
 
     def _target(self) -> tuple[str, dict[str, list[str]]]:
         """Path and query; an empty path where they cannot be read."""
@@ -4347,20 +4349,22 @@ class Handler(BaseHTTPRequestHandler):
             return "", {}
 
     def _route(self, path: str, query: Mapping[str, list[str]]) -> None:
+        is_trusted = self._may_enter(query)
         is_browser = path == "/" and "text/html" in self.headers.get("Accept", "")
         streams = self.server.config.streams
         stream = streams.get(path[1:]) if path[:1] == "/" else None
         if path in ("/", "/health") and not is_browser:
-            self.answer_health()
-        elif not self.is_trusted:
+            self.answer_health(is_trusted)
+        elif not is_trusted:
             headers = {"WWW-Authenticate": 'Basic realm="StreamPipe", charset="UTF-8"'}
             self.answer_error(HTTPStatus.UNAUTHORIZED, "a token is needed", headers)
         elif path in PAGES:
-            self.answer_page(PAGES[path](self.site()))
+            self.answer(HTTPStatus.OK, PAGES[path](self.site()), PAGE_HEADERS)
         elif path[-4:] == ".m3u" and path[1:-4] in streams:
-            self.answer_page(playlist_page(self.site(), [streams[path[1:-4]]]))
+            page = playlist_page(self.site(), [streams[path[1:-4]]])
+            self.answer(HTTPStatus.OK, page, PAGE_HEADERS)
         elif stream is None:
-            self.answer_error(HTTPStatus.NOT_FOUND, "there is no such stream")
+            raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
         elif self.command == "HEAD":
             self.answer_head(stream)
         else:
@@ -4402,90 +4406,71 @@ class Handler(BaseHTTPRequestHandler):
 
     # Short answers
 
-    def answer(
-        self,
-        status: HTTPStatus,
-        body: bytes = b"",
-        kind: str = "application/json",
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
+    def answer(self, status: HTTPStatus, page: Page, headers: Mapping[str, str] = {}) -> None:
         """Send a whole answer; its body is left out for HEAD."""
-        self.send_response(status)
-        if status is not HTTPStatus.NO_CONTENT:  # RFC 9110, 8.6: no length without content
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-        self._end_headers({"Cache-Control": "no-store"} | dict(headers or {}))
+        about = {"Content-Type": page.kind, "Content-Length": str(len(page.body))}
+        self._send_head(status, {**about, "Cache-Control": "no-store", **headers})
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(page.body)
 
     def answer_json(
-        self, status: HTTPStatus, content: object, headers: Mapping[str, str] | None = None
+        self, status: HTTPStatus, content: object, headers: Mapping[str, str] = {}
     ) -> None:
-        self.answer(status, json.dumps(content).encode() + b"\n", headers=headers)
+        self.answer(status, Page(json.dumps(content).encode() + b"\n", "application/json"), headers)
 
     def answer_error(
-        self, status: HTTPStatus, reason: str, headers: Mapping[str, str] | None = None
+        self, status: HTTPStatus, reason: str, headers: Mapping[str, str] = {}
     ) -> None:
         self.answer_json(status, {"error": reason}, headers)
 
-    def answer_stream_error(self, error: StreamError) -> None:
-        retry = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-        self.answer_error(error.status, error.reason, retry)
-
-    def answer_page(self, page: Page) -> None:
-        self.answer(HTTPStatus.OK, page.body, page.kind, PAGE_HEADERS)
-
-    def answer_health(self) -> None:
+    def answer_health(self, is_trusted: bool) -> None:
         is_stopping = self.server.channels.is_stopping
         content: dict[str, object] = {
             "status": "stopping" if is_stopping else "ok",
             "streams": len(self.server.config.streams),
         }
-        if self.is_trusted:
+        if is_trusted:
             content["viewers"] = self.server.channels.viewer_count()
             content["uptime_seconds"] = int(time.monotonic() - self.server.started)
         status = HTTPStatus.SERVICE_UNAVAILABLE if is_stopping else HTTPStatus.OK
-        self.answer_json(status, content, {"Retry-After": "5"} if is_stopping else None)
+        self.answer_json(status, content, {"Retry-After": "5"} if is_stopping else {})
 
     def answer_head(self, stream: StreamSettings) -> None:
         """HEAD of a stream costs nothing: Kodi and Jellyfin probe with it before they play."""
         if self.server.channels.is_stopping:
-            self.answer_stream_error(stopping_error())
-        else:
-            self.send_response(HTTPStatus.OK)
-            self._end_media_headers(self.server.channels.container_of(stream))
+            raise stopping_error()
+        self._send_media_head(self.server.channels.container_of(stream))
 
-    def _end_headers(self, headers: Mapping[str, str]) -> None:
-        for name, value in headers.items():
+    def _send_media_head(self, container: Container, framing: Mapping[str, str] = {}) -> None:
+        self._send_head(
+            HTTPStatus.OK, {**framing, "Content-Type": container.value, **MEDIA_HEADERS}
+        )
+
+    def _send_head(self, status: HTTPStatus, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Connection": "close"}.items():
             self.send_header(name, value)
-        self.send_header("Connection", "close")
         self.end_headers()
 
     # A channel
 
     def stream_channel(self, stream: StreamSettings, quality: str | None) -> None:
-        """Answer with the channel's media for as long as there is any and the viewer takes it."""
+        """Answer with the channel's media for as long as there is any and the viewer takes it.
+
+        Raises StreamError where none comes.
+        """
         viewer = Viewer(self.client_address[0], self.headers.get("User-Agent", ""))
+        channel = self.server.channels.watch(stream, quality, viewer)
         try:
-            channel = self.server.channels.watch(stream, quality, viewer)
-        except StreamError as error:
-            self.answer_stream_error(error)
-            return
-        try:
-            self._stream(channel, viewer)
+            self._stream(channel, viewer, self._first_blocks(channel, viewer))
         finally:
             self.server.channels.leave(channel, viewer)
 
-    def _stream(self, channel: Channel, viewer: Viewer) -> None:
-        try:
-            first = self._first_blocks(channel, viewer)
-        except StreamError as error:
-            self.answer_stream_error(error)
-            return
+    def _stream(self, channel: Channel, viewer: Viewer, first: list[Block]) -> None:
         channel.ledger.add("arrivals")
         self.server.note_first_byte(time.monotonic() - viewer.since)
         name = channel.stream.name
-        threading.current_thread().name = f"viewer-{name}-{self.server.count()}"
+        threading.current_thread().name = f"viewer-{name}-{next(self.server.numbers)}"
         log.info("%s: %s watches", name, viewer.address)
         ending = "left"
         try:
@@ -4497,9 +4482,8 @@ class Handler(BaseHTTPRequestHandler):
             channel.ledger.add_drop("timeout")
             ending = f"took nothing for {channel.stream.options.viewer_timeout:g} s"
         except ViewerGone as gone:
+            channel.ledger.add_drop("fell behind")
             ending = str(gone)
-            if ending != "left":
-                channel.ledger.add_drop("fell behind")
         except OSError:
             pass
         finally:
@@ -4529,10 +4513,8 @@ class Handler(BaseHTTPRequestHandler):
         silent = 0  # seconds
         tune(self.connection, channel.stream.options.viewer_timeout)
         self.connection.settimeout(channel.stream.options.viewer_timeout)
-        self.send_response(HTTPStatus.OK)
-        if is_chunked:
-            self.send_header("Transfer-Encoding", "chunked")
-        self._end_media_headers(channel.container)
+        framing = {"Transfer-Encoding": "chunked"} if is_chunked else {}
+        self._send_media_head(channel.container, framing)
         try:
             while True:
                 if blocks:
@@ -4543,7 +4525,7 @@ class Handler(BaseHTTPRequestHandler):
                 if timeout != self.connection.gettimeout():  # a reload
                     self.connection.settimeout(timeout)
                 if silent and has_left(self.connection):
-                    raise ViewerGone("left")
+                    raise ConnectionError("the viewer has left")
                 if silent >= SILENCE and fills_silence and not viewer.sent % TS_PACKET:
                     blocks = [NULL_PACKET]
         except WindowEnded as ending:
@@ -4552,22 +4534,10 @@ class Handler(BaseHTTPRequestHandler):
         if is_chunked:
             self.wfile.write(b"0\r\n\r\n")
 
-    def _end_media_headers(self, container: Container) -> None:
-        self.send_header("Content-Type", container.value)
-        self._end_headers(
-            {
-                "Cache-Control": "no-store",
-                "X-Accel-Buffering": "no",  # nginx would spool a slow viewer's stream to its disk
-                "Accept-Ranges": "none",
-            }
-        )
-
     def _send_blocks(self, blocks: list[Block], viewer: Viewer, is_chunked: bool) -> None:
         """One gathered send for all there is; each that takes a byte is a viewer's progress."""
         size = sum(map(len, blocks))
-        pieces: list[Block] = list(blocks)
-        if is_chunked:
-            pieces = [b"%x\r\n" % size, *blocks, b"\r\n"]
+        pieces = [b"%x\r\n" % size, *blocks, b"\r\n"] if is_chunked else list(blocks)
         while pieces:
             sent = send_some(self.connection, pieces)
             viewer.place.moved = time.monotonic()
@@ -4582,12 +4552,12 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """The library's own errors, for heads it cannot read, in our form."""
         self.request_version = "HTTP/1.1"
-        self.command = getattr(self, "command", None) or "GET"
+        self.command = self.command or "GET"  # None where the request line cannot be read
         status = HTTPStatus(code)
         self.answer_error(status, message or status.phrase)
 
     def version_string(self) -> str:
-        return self.server_version
+        return f"StreamPipe/{__version__}"
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         self.server.note_answer(int(code))
@@ -4603,16 +4573,6 @@ def is_in(address: str, networks: Iterable[str]) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip  # "::" serves IPv4 under such addresses
     return any(ip in ipaddress.ip_network(network) for network in networks)
-
-
-def refuse(sock: socket.socket) -> None:
-    """Answer 503 from the listener's thread, which must not wait for anybody."""
-    body = b'{"error": "there are too many connections"}\n'
-    head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-    head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
-    with contextlib.suppress(OSError):
-        sock.setblocking(False)
-        sock.send(head.encode() + body)
 
 
 def tune(sock: socket.socket, viewer_timeout: float) -> None:
@@ -4660,15 +4620,13 @@ class Server(ThreadingHTTPServer):
     """Accepts connections, each with a thread of its own.  Used by main and the listener."""
 
     request_queue_size = 1024  # IPTV clients come in bursts; the library's 5 would drop some
-    daemon_threads = True
-    block_on_close = False
 
     def __init__(self, config: Config, channels: Channels) -> None:
         """Bind and listen; raises OSError."""
         self.config = config  # replaced whole by a reload
         self.channels = channels
         self.started = time.monotonic()
-        self._counter = itertools.count(1)
+        self.numbers = itertools.count(1)  # for threads' names
         # _counts_lock guards the three below.
         self._counts_lock = threading.Lock()
         self.answers: Counter[int] = Counter()  # by status
@@ -4700,10 +4658,6 @@ class Server(ThreadingHTTPServer):
         with self._counts_lock:
             return self.answers.copy(), self.first_bytes.copy(), self.first_byte_sum
 
-    def count(self) -> int:
-        """A number nobody had before."""
-        return next(self._counter)
-
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -4723,20 +4677,28 @@ class Server(ThreadingHTTPServer):
             if not is_full:
                 self._open.add(request)
         if is_full:
-            refuse(request)
-            self.shutdown_request(request)
+            self._refuse(request)
             return
         thread = threading.Thread(
             target=self.process_request_thread,
             args=(request, client_address),
-            name=f"viewer-{self.count()}",
+            name=f"viewer-{next(self.numbers)}",
             daemon=True,
         )
         try:
             thread.start()
         except RuntimeError:  # the system has no thread left
-            refuse(request)
-            self.shutdown_request(request)
+            self._refuse(request)
+
+    def _refuse(self, request: socket.socket) -> None:
+        """Answer 503 from the listener's thread, which must not wait for anybody."""
+        body = b'{"error": "there are too many connections"}\n'
+        head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            request.send(head.encode() + body)
+        self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
         with self._open_lock:
