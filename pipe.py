@@ -1415,26 +1415,22 @@ def delay_pcr(packet: bytearray, ticks: int) -> None:
 
 
 @functools.cache
-def test_card_packets() -> tuple[bytes, ...]:
-    clip = lzma.decompress(base64.b85decode("".join(TEST_CARD.split())))
-    return tuple(clip[at : at + TS_PACKET] for at in range(0, len(clip), TS_PACKET))
-
-
-@functools.cache
-def test_card_counts() -> Counter[int]:
-    """How far one loop moves the continuity counter of each PID.
+def test_card() -> tuple[Sequence[bytes], Counter[int]]:
+    """The clip's packets, and how far they move the continuity counter of each PID.
 
     Only packets with a payload count (2.4.3.3).
     """
-    return Counter(pid_of(packet) for packet in test_card_packets() if packet[3] & 0x10)
+    clip = lzma.decompress(base64.b85decode("".join(TEST_CARD.split())))
+    packets = [clip[at : at + TS_PACKET] for at in range(0, len(clip), TS_PACKET)]
+    return packets, Counter(pid_of(packet) for packet in packets if packet[3] & 0x10)
 
 
 def test_card_segment(number: int) -> bytes:
     """The test card as loop `number`, which continues loop `number - 1` without a seam."""
+    packets, counts = test_card()
     segment = bytearray()
-    for original in test_card_packets():
-        packet = bytearray(original)
-        counter = packet[3] + number * test_card_counts()[pid_of(packet)]
+    for packet in map(bytearray, packets):
+        counter = packet[3] + number * counts[pid_of(packet)]
         packet[3] = packet[3] & 0xF0 | counter & 0x0F
         delay_pcr(packet, number * TEST_CARD_TICKS)
         delay_timestamps(packet, number * TEST_CARD_TICKS)
@@ -4211,10 +4207,11 @@ def _card(site: Site, report: StreamReport) -> str:
     title = html.escape(stream.title)
     playlist = f"{stream.name}.m3u"
     initials = "".join(word[0] for word in stream.title.split()[:2]).upper()
-    uptime = max((channel.uptime_seconds for channel in report.channels), default=0.0)
-    facts = [_fact(report.viewers, "viewer" if report.viewers == 1 else "viewers")]
+    facts = [f"<b>{report.viewers}</b> {'viewer' if report.viewers == 1 else 'viewers'}"]
     if report.channels:
-        facts += [_fact(f"{report.bitrate / 1e6:.1f}", "Mbit/s"), _fact(_duration(uptime), "up")]
+        uptime = max(channel.uptime_seconds for channel in report.channels)
+        facts.append(f"<b>{report.bitrate / 1e6:.1f}</b> Mbit/s")
+        facts.append(f"<b>{_duration(uptime)}</b> up")
     notes = [channel.note for channel in report.channels if channel.note]
     if report.last_error:
         notes.append(f"last error: {report.last_error}")
@@ -4223,16 +4220,12 @@ def _card(site: Site, report: StreamReport) -> str:
         f'<div class="logo" aria-hidden="true">{html.escape(initials)}</div>'
         f'<div class="name"><b title="{title}">{title}</b>'
         f'<span class="state {report.state}">{STATE_WORDS[report.state]}</span></div></div>'
-        f'<div class="facts">{"".join(facts)}</div>'
+        f'<div class="facts">{"".join(f"<span>{fact}</span>" for fact in facts)}</div>'
         + (_chart(report.bitrates) if report.channels or any(report.bitrates) else "")
         + "".join(f'<p class="error">{html.escape(note)}</p>' for note in notes)
         + f'<div class="links"><a href="{html.escape(site.link(stream.name))}">Watch</a>'
         f'<a download="{playlist}" href="{html.escape(site.link(playlist))}">.m3u</a></div></li>'
     )
-
-
-def _fact(value: object, words: str) -> str:
-    return f"<span><b>{value}</b> {words}</span>"
 
 
 def _chart(bitrates: Sequence[float]) -> str:
