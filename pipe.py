@@ -4278,12 +4278,6 @@ PAGES: Mapping[str, Callable[[Site], Page]] = {
 # does when it is missing.
 # --------------------------------------------------------------------------------------------------
 
-MEDIA_HEADERS = {
-    "Cache-Control": "no-store",
-    "X-Accel-Buffering": "no",  # nginx would spool a slow viewer's stream to its disk
-    "Accept-Ranges": "none",
-}
-
 
 class Handler(BaseHTTPRequestHandler):
     """One connection: reads a request head, answers, closes."""
@@ -4432,12 +4426,8 @@ class Handler(BaseHTTPRequestHandler):
         """HEAD of a stream costs nothing: Kodi and Jellyfin probe with it before they play."""
         if self.server.channels.is_stopping:
             raise stopping_error()
-        self._send_media_head(self.server.channels.container_of(stream))
-
-    def _send_media_head(self, container: Container, framing: Mapping[str, str] = {}) -> None:
-        self._send_head(
-            HTTPStatus.OK, {**framing, "Content-Type": container.value, **MEDIA_HEADERS}
-        )
+        container = self.server.channels.container_of(stream)
+        self._send_head(HTTPStatus.OK, media_headers(container))
 
     def _send_head(self, status: HTTPStatus, headers: Mapping[str, str]) -> None:
         self.send_response(status)
@@ -4507,7 +4497,7 @@ class Handler(BaseHTTPRequestHandler):
         tune(self.connection, channel.stream.options.viewer_timeout)
         self.connection.settimeout(channel.stream.options.viewer_timeout)
         framing = {"Transfer-Encoding": "chunked"} if is_chunked else {}
-        self._send_media_head(channel.container, framing)
+        self._send_head(HTTPStatus.OK, framing | media_headers(channel.container))
         try:
             while True:
                 if blocks:
@@ -4559,6 +4549,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("%s: %s", self.client_address[0], format % args)
+
+
+def media_headers(container: Container) -> dict[str, str]:
+    return {
+        "Content-Type": container.value,
+        "Cache-Control": "no-store",
+        "X-Accel-Buffering": "no",  # nginx would spool a slow viewer's stream to its disk
+        "Accept-Ranges": "none",
+    }
 
 
 def is_in(address: str, networks: Iterable[str]) -> bool:
