@@ -1361,26 +1361,22 @@ def delay_pcr(packet: bytearray, ticks: int) -> None:
 
 
 @functools.cache
-def test_card_packets() -> tuple[bytes, ...]:
-    clip = lzma.decompress(base64.b85decode("".join(TEST_CARD.split())))
-    return tuple(clip[at : at + TS_PACKET] for at in range(0, len(clip), TS_PACKET))
-
-
-@functools.cache
-def test_card_counts() -> Counter[int]:
-    """How far one loop moves the continuity counter of each PID.
+def test_card() -> tuple[Sequence[bytes], Counter[int]]:
+    """The clip's packets, and how far they move the continuity counter of each PID.
 
     Only packets with a payload count (2.4.3.3).
     """
-    return Counter(pid_of(packet) for packet in test_card_packets() if packet[3] & 0x10)
+    clip = lzma.decompress(base64.b85decode("".join(TEST_CARD.split())))
+    packets = [clip[at : at + TS_PACKET] for at in range(0, len(clip), TS_PACKET)]
+    return packets, Counter(pid_of(packet) for packet in packets if packet[3] & 0x10)
 
 
 def test_card_segment(number: int) -> bytes:
     """The test card as loop `number`, which continues loop `number - 1` without a seam."""
+    packets, counts = test_card()
     segment = bytearray()
-    for original in test_card_packets():
-        packet = bytearray(original)
-        counter = packet[3] + number * test_card_counts()[pid_of(packet)]
+    for packet in map(bytearray, packets):
+        counter = packet[3] + number * counts[pid_of(packet)]
         packet[3] = packet[3] & 0xF0 | counter & 0x0F
         delay_pcr(packet, number * TEST_CARD_TICKS)
         delay_timestamps(packet, number * TEST_CARD_TICKS)
@@ -2811,7 +2807,8 @@ def _unblock(path: Path) -> None:
 
 SLOT = 5  # seconds of a bar in the page's charts
 SLOTS = 60  # of them are kept
-FIRST_BYTE_BOUNDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
+# Seconds, as Prometheus writes them.
+FIRST_BYTE_BOUNDS = ("0.01", "0.05", "0.1", "0.25", "0.5", "1.0", "2.5", "5.0", "10.0", "+Inf")
 
 
 class Ledger:
@@ -2857,10 +2854,12 @@ class Ledger:
 
 @dataclass(frozen=True)
 class ViewerReport:
+    """Its fields are keys of /status, like a ChannelReport's."""
+
     address: str
-    agent: str
-    since: float  # seconds ago
-    sent: int  # bytes
+    user_agent: str
+    since_seconds: float
+    bytes: int
     skips: int
 
 
@@ -2869,7 +2868,7 @@ class ChannelReport:
     variant: str
     state: str
     note: str | None  # what is missing of it
-    uptime: float  # seconds
+    uptime_seconds: float
     window_bytes: int
     window_seconds: float
     restarts: int
@@ -2882,9 +2881,9 @@ class StreamReport:
 
     settings: StreamSettings
     channels: tuple[ChannelReport, ...]
-    counts: Mapping[str, int]
-    errors: Mapping[str, int]
-    drops: Mapping[str, int]
+    counts: Counter[str]
+    errors: Counter[str]
+    drops: Counter[str]
     peak: int
     last_error: str | None
     bitrates: tuple[float, ...]
@@ -2903,8 +2902,7 @@ class StreamReport:
     @property
     def bitrate(self) -> float:
         """Bits a second over the newest slots."""
-        newest = self.bitrates[-3:]
-        return sum(newest) / len(newest)
+        return sum(self.bitrates[-3:]) / 3
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3799,14 +3797,16 @@ class Site:
     """The server as one client sees it."""
 
     config: Config
-    url: str  # without a slash at the end
+    url: str  # may end with a slash, as public_url may
     started: float  # time.monotonic()
+    report: Callable[[], Sequence[StreamReport]]
+    counts: Callable[[], tuple[Counter[int], Counter[str], float]]  # Server.counts()
 
     def link(self, path: str) -> str:
         """An absolute address that the client can follow, with the token where one is set."""
         token = self.config.server.token
         tail = f"?token={quote(token, safe='')}" if token else ""
-        return f"{self.url.rstrip('/')}{path}{tail}"
+        return f"{self.url.rstrip('/')}/{path}{tail}"
 
 
 @dataclass(frozen=True)
@@ -3827,17 +3827,15 @@ def playlist_page(site: Site, streams: Iterable[StreamSettings]) -> Page:
     epg = _attribute(site.config.server.epg)
     lines = [f'#EXTM3U x-tvg-url="{epg}" url-tvg="{epg}"' if epg else "#EXTM3U"]
     for stream in streams:
-        values = {
-            "tvg-id": stream.tvg_id,
-            "tvg-name": stream.title,
-            "tvg-logo": stream.logo,
-            "tvg-chno": stream.number,
-            "group-title": stream.group,
+        attributes = {
+            "tvg-id": _attribute(stream.tvg_id),
+            "tvg-name": _attribute(stream.title),
+            "tvg-logo": _attribute(stream.logo),
+            "tvg-chno": _attribute(stream.number),
+            "group-title": _attribute(stream.group),
         }
-        cleaned = {key: _attribute(value) for key, value in values.items()}
-        shown = [f' {key}="{value}"' for key, value in cleaned.items() if value]
-        lines += [f"#EXTINF:-1{''.join(shown)},{_one_line(stream.title)}"]
-        lines += [site.link(f"/{stream.name}")]
+        shown = "".join(f' {key}="{value}"' for key, value in attributes.items() if value)
+        lines += [f"#EXTINF:-1{shown},{_one_line(stream.title)}", site.link(stream.name)]
     return Page("\n".join(lines).encode() + b"\n", "audio/x-mpegurl")
 
 
@@ -3850,16 +3848,18 @@ def _attribute(value: object) -> str:
     return _one_line(value).replace('"', "'") if value else ""
 
 
+SCAN_STATUS = {"ScanInProgress": 0, "ScanPossible": 1, "Source": "Cable", "SourceList": ["Cable"]}
+
+
 def discover_page(site: Site) -> Page:
     """What makes Plex, Jellyfin and Emby take us for a tuner."""
     server = site.config.server
-    device = f"{zlib.crc32(server.name.encode()):08X}"
     return json_page({
         "FriendlyName": server.name,
         "ModelNumber": "HDHR4-2US",  # one with HDTC would make Jellyfin ask for transcoding
         "FirmwareName": "hdhomerun4_atsc",
         "FirmwareVersion": "20200907",
-        "DeviceID": device,
+        "DeviceID": f"{zlib.crc32(server.name.encode()):08X}",
         "DeviceAuth": "streampipe",
         "BaseURL": site.url,
         "LineupURL": f"{site.url.rstrip('/')}/lineup.json",
@@ -3871,22 +3871,15 @@ def lineup_page(site: Site) -> Page:
     streams = site.config.streams.values()
     taken = {stream.number for stream in streams}
     free = (number for number in itertools.count(1000) if number not in taken)
-    return json_page(
-        [
-            {
-                "GuideNumber": str(stream.number or next(free)),
-                "GuideName": stream.title,
-                "URL": site.link(f"/{stream.name}"),
-            }
-            for stream in streams
-        ]
-    )
-
-
-def lineup_status_page() -> Page:
-    return json_page(
-        {"ScanInProgress": 0, "ScanPossible": 1, "Source": "Cable", "SourceList": ["Cable"]}
-    )
+    lineup = [
+        {
+            "GuideNumber": str(stream.number or next(free)),
+            "GuideName": stream.title,
+            "URL": site.link(stream.name),
+        }
+        for stream in streams
+    ]
+    return json_page(lineup)
 
 
 def device_page(site: Site) -> Page:
@@ -3913,15 +3906,14 @@ def device_page(site: Site) -> Page:
 # For monitoring
 
 
-def status_json(site: Site, reports: Iterable[StreamReport]) -> Page:
-    return json_page(
-        {
-            "name": site.config.server.name,
-            "version": __version__,
-            "uptime_seconds": round(time.monotonic() - site.started, 1),
-            "streams": [_stream_status(report) for report in reports],
-        }
-    )
+def status_json(site: Site) -> Page:
+    status = {
+        "name": site.config.server.name,
+        "version": __version__,
+        "uptime_seconds": round(time.monotonic() - site.started, 1),
+        "streams": [_stream_status(report) for report in site.report()],
+    }
+    return json_page(status)
 
 
 def _stream_status(report: StreamReport) -> dict[str, object]:
@@ -3932,102 +3924,85 @@ def _stream_status(report: StreamReport) -> dict[str, object]:
         "state": report.state,
         "viewers": report.viewers,
         "peak": report.peak,
-        "bytes_in": report.counts.get("received", 0),
-        "bytes_out": report.counts.get("sent", 0),
+        "bytes_in": report.counts["received"],
+        "bytes_out": report.counts["sent"],
         "bitrate": round(report.bitrate),
-        "restarts": report.counts.get("restarts", 0),
-        "gaps": report.counts.get("gaps", 0),
+        "restarts": report.counts["restarts"],
+        "gaps": report.counts["gaps"],
         "last_error": report.last_error,
-        "channels": [_channel_status(channel) for channel in report.channels],
-    }
-
-
-def _channel_status(channel: ChannelReport) -> dict[str, object]:
-    return {
-        "variant": channel.variant,
-        "state": channel.state,
-        "note": channel.note,
-        "uptime_seconds": round(channel.uptime, 1),
-        "restarts": channel.restarts,
-        "window_bytes": channel.window_bytes,
-        "window_seconds": round(channel.window_seconds, 1),
-        "viewers": [
-            {
-                "address": viewer.address,
-                "user_agent": viewer.agent,
-                "since_seconds": round(viewer.since, 1),
-                "bytes": viewer.sent,
-                "skips": viewer.skips,
-            }
-            for viewer in channel.viewers
+        "channels": [
+            _rounded(channel) | {"viewers": [_rounded(viewer) for viewer in channel.viewers]}
+            for channel in report.channels
         ],
     }
+
+
+def _rounded(report: ChannelReport | ViewerReport) -> dict[str, object]:
+    """The report's fields, with seconds to a tenth."""
+    fields = vars(report).items()
+    return {key: round(value, 1) if isinstance(value, float) else value for key, value in fields}
 
 
 Sample = tuple[Mapping[str, object], float]  # labels and value
 
 
-def metrics_page(
-    site: Site, reports: list[StreamReport], answers: Mapping[int, int], first: list[float]
-) -> Page:
+STREAM_METRICS: tuple[tuple[str, str, Callable[[StreamReport], float]], ...] = (
+    ("viewers", "Viewers now.", lambda r: r.viewers),
+    ("upstreams", "Upstreams open now.", lambda r: len(r.channels)),
+    ("window_bytes", "Bytes in windows.", lambda r: sum(c.window_bytes for c in r.channels)),
+    ("viewer_connections_total", "Viewers that came.", lambda r: r.counts["arrivals"]),
+    ("sent_bytes_total", "Media sent to viewers.", lambda r: r.counts["sent"]),
+    ("received_bytes_total", "Media received from origins.", lambda r: r.counts["received"]),
+    ("viewer_skips_total", "Jumps of viewers that fell behind.", lambda r: r.counts["skips"]),
+    ("segment_gaps_total", "Segments given up.", lambda r: r.counts["gaps"]),
+    ("upstream_restarts_total", "Upstreams opened again.", lambda r: r.counts["restarts"]),
+)
+REASON_METRICS: tuple[tuple[str, str, Callable[[StreamReport], Counter[str]]], ...] = (
+    ("upstream_errors_total", "Failures of upstreams.", lambda r: r.errors),
+    ("viewer_drops_total", "Viewers that were dropped.", lambda r: r.drops),
+)
+
+
+def metrics_page(site: Site) -> Page:
     """Prometheus' text format, version 0.0.4."""
     started = time.time() - (time.monotonic() - site.started)
+    answers, first_bytes, first_byte_sum = site.counts()
     families = [
-        _family("build_info", "gauge", "StreamPipe's version.", [({"version": __version__}, 1)]),
-        _family("start_time_seconds", "gauge", "When it started.", [({}, started)]),
+        _family("build_info", "StreamPipe's version.", [({"version": __version__}, 1)]),
+        _family("start_time_seconds", "When it started.", [({}, started)]),
         _family(
-            "http_requests_total", "counter", "Answers by status.",
+            "http_requests_total",
+            "Answers by status.",
             [({"code": code}, count) for code, count in sorted(answers.items())],
         ),
-        *_stream_families(reports),
-        _first_byte_family(first),
-    ]  # fmt: skip
+        *_stream_families(site.report()),
+        _first_byte_family(first_bytes, first_byte_sum),
+    ]
     return Page("".join(families).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
-def _stream_families(reports: list[StreamReport]) -> Iterator[str]:
-    gauges: dict[str, tuple[str, Callable[[StreamReport], float]]] = {
-        "viewers": ("Viewers now.", lambda r: r.viewers),
-        "upstreams": ("Upstreams open now.", lambda r: len(r.channels)),
-        "window_bytes": ("Bytes in windows.", lambda r: sum(c.window_bytes for c in r.channels)),
-    }
-    for name, (words, value) in gauges.items():
-        samples = [({"stream": r.settings.name}, value(r)) for r in reports]
-        yield _family(name, "gauge", words, samples)
-    counters = {
-        "viewer_connections_total": ("Viewers that came.", "arrivals"),
-        "sent_bytes_total": ("Media sent to viewers.", "sent"),
-        "received_bytes_total": ("Media received from origins.", "received"),
-        "viewer_skips_total": ("Jumps of viewers that fell behind.", "skips"),
-        "segment_gaps_total": ("Segments given up.", "gaps"),
-        "upstream_restarts_total": ("Upstreams opened again.", "restarts"),
-    }
-    for name, (words, key) in counters.items():
-        samples = [({"stream": r.settings.name}, r.counts.get(key, 0)) for r in reports]
-        yield _family(name, "counter", words, samples)
-    for name, words, by_reason in (
-        ("upstream_errors_total", "Failures of upstreams.", [r.errors for r in reports]),
-        ("viewer_drops_total", "Viewers that were dropped.", [r.drops for r in reports]),
-    ):
-        pairs = zip(reports, by_reason, strict=True)
-        yield _family(
-            name, "counter", words,
-            [({"stream": r.settings.name, "reason": reason}, count)
-             for r, reasons in pairs for reason, count in sorted(reasons.items())],
-        )  # fmt: skip
+def _stream_families(reports: Sequence[StreamReport]) -> Iterator[str]:
+    for name, words, value in STREAM_METRICS:
+        yield _family(name, words, [({"stream": r.settings.name}, value(r)) for r in reports])
+    for name, words, counted in REASON_METRICS:
+        samples: list[Sample] = [
+            ({"stream": r.settings.name, "reason": reason}, count)
+            for r in reports
+            for reason, count in sorted(counted(r).items())
+        ]
+        yield _family(name, words, samples)
 
 
-def _first_byte_family(first: list[float]) -> str:
-    count, total, *below = first
+def _first_byte_family(counts: Counter[str], total: float) -> str:
     name = "streampipe_first_byte_seconds"
     lines = [f"# HELP {name} From a request to its first media byte.", f"# TYPE {name} histogram"]
-    for bound, value in zip((*map(str, FIRST_BYTE_BOUNDS), "+Inf"), (*below, count), strict=True):
-        lines.append(f'{name}_bucket{{le="{bound}"}} {value:.0f}')
-    return "\n".join([*lines, f"{name}_sum {total!r}", f"{name}_count {count:.0f}", ""])
+    lines += [f'{name}_bucket{{le="{bound}"}} {counts[bound]}' for bound in FIRST_BYTE_BOUNDS]
+    return "\n".join([*lines, f"{name}_sum {total!r}", f"{name}_count {counts['+Inf']}", ""])
 
 
-def _family(name: str, kind: str, words: str, samples: Iterable[Sample]) -> str:
+def _family(name: str, words: str, samples: Iterable[Sample]) -> str:
     name = f"streampipe_{name}"
+    kind = "counter" if name.endswith("_total") else "gauge"
     lines = [f"# HELP {name} {words}", f"# TYPE {name} {kind}"]
     for labels, value in samples:
         shown = ",".join(f'{key}="{_label(text)}"' for key, text in labels.items())
@@ -4082,9 +4057,10 @@ color:var(--ink);text-decoration:none}a:hover,a:focus{border-color:var(--bar)}
 """
 
 
-def status_page(site: Site, reports: list[StreamReport]) -> Page:
+def status_page(site: Site) -> Page:
     """One document for a phone or a wall: no script, and nothing is loaded from elsewhere."""
     name = html.escape(site.config.server.name)
+    reports = site.report()
     groups: dict[str, list[StreamReport]] = {}
     for report in reports:
         groups.setdefault(report.settings.group or "", []).append(report)
@@ -4105,20 +4081,20 @@ def status_page(site: Site, reports: list[StreamReport]) -> Page:
 
 
 def _group_section(site: Site, group: str, reports: Iterable[StreamReport]) -> str:
-    title = f"<h2>{html.escape(group)}</h2>" if group else "<h2>Streams</h2>"
-    return (
-        f"<section>{title}<ul>{''.join(_card(site, report) for report in reports)}</ul></section>\n"
-    )
+    cards = "".join(_card(site, report) for report in reports)
+    return f"<section><h2>{html.escape(group or 'Streams')}</h2><ul>{cards}</ul></section>\n"
 
 
 def _card(site: Site, report: StreamReport) -> str:
     stream = report.settings
     title = html.escape(stream.title)
+    playlist = f"{stream.name}.m3u"
     initials = "".join(word[0] for word in stream.title.split()[:2]).upper()
-    uptime = max((channel.uptime for channel in report.channels), default=0.0)
-    facts = [_fact(report.viewers, "viewer" if report.viewers == 1 else "viewers")]
+    facts = [f"<b>{report.viewers}</b> {'viewer' if report.viewers == 1 else 'viewers'}"]
     if report.channels:
-        facts += [_fact(f"{report.bitrate / 1e6:.1f}", "Mbit/s"), _fact(_duration(uptime), "up")]
+        uptime = max(channel.uptime_seconds for channel in report.channels)
+        facts.append(f"<b>{report.bitrate / 1e6:.1f}</b> Mbit/s")
+        facts.append(f"<b>{_duration(uptime)}</b> up")
     notes = [channel.note for channel in report.channels if channel.note]
     if report.last_error:
         notes.append(f"last error: {report.last_error}")
@@ -4127,32 +4103,26 @@ def _card(site: Site, report: StreamReport) -> str:
         f'<div class="logo" aria-hidden="true">{html.escape(initials)}</div>'
         f'<div class="name"><b title="{title}">{title}</b>'
         f'<span class="state {report.state}">{STATE_WORDS[report.state]}</span></div></div>'
-        f'<div class="facts">{"".join(facts)}</div>'
+        f'<div class="facts">{"".join(f"<span>{fact}</span>" for fact in facts)}</div>'
         + (_chart(report.bitrates) if report.channels or any(report.bitrates) else "")
         + "".join(f'<p class="error">{html.escape(note)}</p>' for note in notes)
-        + f'<div class="links"><a href="{html.escape(site.link("/" + stream.name))}">Watch</a>'
-        f'<a download="{stream.name}.m3u" '
-        f'href="{html.escape(site.link("/" + stream.name + ".m3u"))}">.m3u</a></div></li>'
+        + f'<div class="links"><a href="{html.escape(site.link(stream.name))}">Watch</a>'
+        f'<a download="{playlist}" href="{html.escape(site.link(playlist))}">.m3u</a></div></li>'
     )
-
-
-def _fact(value: object, words: str) -> str:
-    return f"<span><b>{value}</b> {words}</span>"
 
 
 def _chart(bitrates: Sequence[float]) -> str:
     """The last five minutes as bars, scaled to the highest."""
     most = max(*bitrates, 1.0)
-    heights = [(n, 34 * rate / most) for n, rate in enumerate(bitrates) if rate]
-    bars = [
+    bars = "".join(
         f'<rect x="{4 * n}" y="{36 - height:.1f}" width="3" height="{height:.1f}"/>'
-        for n, height in heights
-    ]
+        for n, height in enumerate(34 * rate / most for rate in bitrates)
+        if height
+    )
     words = f"Bitrate of the last {SLOT * SLOTS // 60} minutes, at most {most / 1e6:.1f} Mbit/s"
     return (
         f'<svg viewBox="0 0 {4 * SLOTS} 36" preserveAspectRatio="none" role="img" '
-        f'aria-label="{words}"><line x1="0" y1="35.5" x2="{4 * SLOTS}" y2="35.5"/>'
-        f"{''.join(bars)}</svg>"
+        f'aria-label="{words}"><line x1="0" y1="35.5" x2="{4 * SLOTS}" y2="35.5"/>{bars}</svg>'
     )
 
 
@@ -4169,6 +4139,20 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes else f"{int(seconds)} s"
 
 
+# By path; a playlist of one stream is at its name.
+PAGES: Mapping[str, Callable[[Site], Page]] = {
+    "/": status_page,
+    "/status": status_json,
+    "/metrics": metrics_page,
+    "/playlist.m3u": lambda site: playlist_page(site, site.config.streams.values()),
+    "/discover.json": discover_page,
+    "/lineup.json": lineup_page,
+    "/lineup_status.json": lambda site: json_page(SCAN_STATUS),
+    "/lineup.post": lambda site: json_page({}),
+    "/device.xml": device_page,
+}
+
+
 # --------------------------------------------------------------------------------------------------
 # HTTP: requests and answers (RFC 9110, RFC 9112)
 #
@@ -4177,8 +4161,6 @@ def _duration(seconds: float) -> str:
 # does when it is missing.
 # --------------------------------------------------------------------------------------------------
 
-METHODS = ("GET", "HEAD", "OPTIONS")
-
 
 class Handler(BaseHTTPRequestHandler):
     """One connection: reads a request head, answers, closes."""
@@ -4186,16 +4168,13 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
     path = ""  # until a request line could be read
-    server_version = f"StreamPipe/{__version__}"
 
     def handle(self) -> None:
-        self.close_connection = True
         try:
             head = self._receive_head()
             self.rfile = io.BytesIO(head)  # parse_request() must not wait for the socket
-            self.raw_requestline = self.rfile.readline(HEAD_LIMIT)
-            if head and self.parse_request():
-                self.close_connection = True
+            self.raw_requestline = self.rfile.readline()
+            if self.parse_request():
                 self._answer_request()
         except (ViewerGone, OSError):
             log.debug("%s left", self.client_address[0])
@@ -4217,18 +4196,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer_request(self) -> None:
         path, query = self._target()
-        allowed = (*METHODS, "POST") if path == "/lineup.post" else METHODS
+        allowed = "GET, HEAD, OPTIONS, POST" if path == "/lineup.post" else "GET, HEAD, OPTIONS"
         if self.request_version == "HTTP/0.9":
-            self.request_version = "HTTP/1.0"  # or no head would be sent
-            self.answer_error(HTTPStatus.BAD_REQUEST, "HTTP/0.9 is not spoken here")
-        elif self.command not in allowed:
-            headers = {"Allow": ", ".join(allowed)}
-            self.answer_error(HTTPStatus.METHOD_NOT_ALLOWED, "use GET", headers)
-        elif self.command == "OPTIONS":
-            self.answer(HTTPStatus.NO_CONTENT, headers={"Allow": ", ".join(allowed)})
+            self.send_error(HTTPStatus.BAD_REQUEST, "HTTP/0.9 is not spoken here")
+        elif self.command not in allowed.split(", "):
+            self.answer_error(HTTPStatus.METHOD_NOT_ALLOWED, "use GET", {"Allow": allowed})
+        elif self.command == "OPTIONS":  # RFC 9110, 8.6: no length without content
+            self._send_head(HTTPStatus.NO_CONTENT, {"Cache-Control": "no-store", "Allow": allowed})
         else:
-            self.is_trusted = self._may_enter(query)
-            self._route(path, query)
+            try:
+                self._route(path, query)
+            except StreamError as error:
+                retry = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+                self.answer_error(error.status, error.reason, retry)
 
     def _target(self) -> tuple[str, dict[str, list[str]]]:
         """Path and query; an empty path where they cannot be read."""
@@ -4239,45 +4219,32 @@ class Handler(BaseHTTPRequestHandler):
             return "", {}
 
     def _route(self, path: str, query: Mapping[str, list[str]]) -> None:
+        is_trusted = self._may_enter(query)
         is_browser = path == "/" and "text/html" in self.headers.get("Accept", "")
         streams = self.server.config.streams
         stream = streams.get(path[1:]) if path[:1] == "/" else None
         if path in ("/", "/health") and not is_browser:
-            self.answer_health()
-        elif not self.is_trusted:
+            self.answer_health(is_trusted)
+        elif not is_trusted:
             headers = {"WWW-Authenticate": 'Basic realm="StreamPipe", charset="UTF-8"'}
             self.answer_error(HTTPStatus.UNAUTHORIZED, "a token is needed", headers)
-        elif page := self.pages().get(path):
-            self.answer_page(page())
+        elif path in PAGES:
+            self.answer(HTTPStatus.OK, PAGES[path](self.site()), PAGE_HEADERS)
         elif path[-4:] == ".m3u" and path[1:-4] in streams:
-            self.answer_page(playlist_page(self.site(), [streams[path[1:-4]]]))
+            page = playlist_page(self.site(), [streams[path[1:-4]]])
+            self.answer(HTTPStatus.OK, page, PAGE_HEADERS)
         elif stream is None:
-            self.answer_error(HTTPStatus.NOT_FOUND, "there is no such stream")
+            raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
         elif self.command == "HEAD":
             self.answer_head(stream)
         else:
             self.stream_channel(stream, query.get("quality", [""])[-1] or None)
 
-    def pages(self) -> Mapping[str, Callable[[], Page]]:
-        """What else there is, by path."""
-        site, server = self.site(), self.server
-        streams = list(site.config.streams.values())
-        return {
-            "/": lambda: status_page(site, server.channels.report()),
-            "/status": lambda: status_json(site, server.channels.report()),
-            "/metrics": lambda: metrics_page(site, server.channels.report(), *server.counts()),
-            "/playlist.m3u": lambda: playlist_page(site, streams),
-            "/discover.json": lambda: discover_page(site),
-            "/lineup.json": lambda: lineup_page(site),
-            "/lineup_status.json": lineup_status_page,
-            "/lineup.post": lambda: json_page({}),
-            "/device.xml": lambda: device_page(site),
-        }
-
     def site(self) -> Site:
         """This server as the client sees it."""
-        config = self.server.config
-        return Site(config, config.server.public_url or self._own_url(), self.server.started)
+        server, config = self.server, self.server.config
+        url = config.server.public_url or self._own_url()
+        return Site(config, url, server.started, server.channels.report, server.counts)
 
     def _own_url(self) -> str:
         """Scheme, host and port by which the client reached us, through whatever proxies."""
@@ -4309,90 +4276,67 @@ class Handler(BaseHTTPRequestHandler):
 
     # Short answers
 
-    def answer(
-        self,
-        status: HTTPStatus,
-        body: bytes = b"",
-        kind: str = "application/json",
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
+    def answer(self, status: HTTPStatus, page: Page, headers: Mapping[str, str] = {}) -> None:
         """Send a whole answer; its body is left out for HEAD."""
-        self.send_response(status)
-        if status is not HTTPStatus.NO_CONTENT:  # RFC 9110, 8.6: no length without content
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-        self._end_headers({"Cache-Control": "no-store"} | dict(headers or {}))
+        about = {"Content-Type": page.kind, "Content-Length": str(len(page.body))}
+        self._send_head(status, {**about, "Cache-Control": "no-store", **headers})
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(page.body)
 
     def answer_json(
-        self, status: HTTPStatus, content: object, headers: Mapping[str, str] | None = None
+        self, status: HTTPStatus, content: object, headers: Mapping[str, str] = {}
     ) -> None:
-        self.answer(status, json.dumps(content).encode() + b"\n", headers=headers)
+        self.answer(status, Page(json.dumps(content).encode() + b"\n", "application/json"), headers)
 
     def answer_error(
-        self, status: HTTPStatus, reason: str, headers: Mapping[str, str] | None = None
+        self, status: HTTPStatus, reason: str, headers: Mapping[str, str] = {}
     ) -> None:
         self.answer_json(status, {"error": reason}, headers)
 
-    def answer_stream_error(self, error: StreamError) -> None:
-        retry = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-        self.answer_error(error.status, error.reason, retry)
-
-    def answer_page(self, page: Page) -> None:
-        self.answer(HTTPStatus.OK, page.body, page.kind, PAGE_HEADERS)
-
-    def answer_health(self) -> None:
+    def answer_health(self, is_trusted: bool) -> None:
         is_stopping = self.server.channels.is_stopping
         content: dict[str, object] = {
             "status": "stopping" if is_stopping else "ok",
             "streams": len(self.server.config.streams),
         }
-        if self.is_trusted:
+        if is_trusted:
             content["viewers"] = self.server.channels.viewer_count()
             content["uptime_seconds"] = int(time.monotonic() - self.server.started)
         status = HTTPStatus.SERVICE_UNAVAILABLE if is_stopping else HTTPStatus.OK
-        self.answer_json(status, content, {"Retry-After": "5"} if is_stopping else None)
+        self.answer_json(status, content, {"Retry-After": "5"} if is_stopping else {})
 
     def answer_head(self, stream: StreamSettings) -> None:
         """HEAD of a stream costs nothing: Kodi and Jellyfin probe with it before they play."""
         if self.server.channels.is_stopping:
-            self.answer_stream_error(stopping_error())
-        else:
-            self.send_response(HTTPStatus.OK)
-            self._end_media_headers(self.server.channels.container_of(stream))
+            raise stopping_error()
+        container = self.server.channels.container_of(stream)
+        self._send_head(HTTPStatus.OK, media_headers(container))
 
-    def _end_headers(self, headers: Mapping[str, str]) -> None:
-        for name, value in headers.items():
+    def _send_head(self, status: HTTPStatus, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Connection": "close"}.items():
             self.send_header(name, value)
-        self.send_header("Connection", "close")
         self.end_headers()
 
     # A channel
 
     def stream_channel(self, stream: StreamSettings, quality: str | None) -> None:
-        """Answer with the channel's media for as long as there is any and the viewer takes it."""
+        """Answer with the channel's media for as long as there is any and the viewer takes it.
+
+        Raises StreamError where none comes.
+        """
         viewer = Viewer(self.client_address[0], self.headers.get("User-Agent", ""))
+        channel = self.server.channels.watch(stream, quality, viewer)
         try:
-            channel = self.server.channels.watch(stream, quality, viewer)
-        except StreamError as error:
-            self.answer_stream_error(error)
-            return
-        try:
-            self._stream(channel, viewer)
+            self._stream(channel, viewer, self._first_blocks(channel, viewer))
         finally:
             self.server.channels.leave(channel, viewer)
 
-    def _stream(self, channel: Channel, viewer: Viewer) -> None:
-        try:
-            first = self._first_blocks(channel, viewer)
-        except StreamError as error:
-            self.answer_stream_error(error)
-            return
+    def _stream(self, channel: Channel, viewer: Viewer, first: list[Block]) -> None:
         channel.ledger.add("arrivals")
         self.server.note_first_byte(time.monotonic() - viewer.since)
         name = channel.stream.name
-        threading.current_thread().name = f"viewer-{name}-{self.server.count()}"
+        threading.current_thread().name = f"viewer-{name}-{next(self.server.numbers)}"
         log.info("%s: %s watches", name, viewer.address)
         ending = "left"
         try:
@@ -4404,9 +4348,8 @@ class Handler(BaseHTTPRequestHandler):
             channel.ledger.add_drop("timeout")
             ending = f"took nothing for {channel.stream.options.viewer_timeout:g} s"
         except ViewerGone as gone:
+            channel.ledger.add_drop("fell behind")
             ending = str(gone)
-            if ending != "left":
-                channel.ledger.add_drop("fell behind")
         except OSError:
             pass
         finally:
@@ -4436,10 +4379,8 @@ class Handler(BaseHTTPRequestHandler):
         silent = 0  # seconds
         tune(self.connection, channel.stream.options.viewer_timeout)
         self.connection.settimeout(channel.stream.options.viewer_timeout)
-        self.send_response(HTTPStatus.OK)
-        if is_chunked:
-            self.send_header("Transfer-Encoding", "chunked")
-        self._end_media_headers(channel.container)
+        framing = {"Transfer-Encoding": "chunked"} if is_chunked else {}
+        self._send_head(HTTPStatus.OK, framing | media_headers(channel.container))
         try:
             while True:
                 if blocks:
@@ -4450,7 +4391,7 @@ class Handler(BaseHTTPRequestHandler):
                 if timeout != self.connection.gettimeout():  # a reload
                     self.connection.settimeout(timeout)
                 if silent and has_left(self.connection):
-                    raise ViewerGone("left")
+                    raise ConnectionError("the viewer has left")
                 if silent >= SILENCE and fills_silence and not viewer.sent % TS_PACKET:
                     blocks = [NULL_PACKET]
         except WindowEnded as ending:
@@ -4459,22 +4400,10 @@ class Handler(BaseHTTPRequestHandler):
         if is_chunked:
             self.wfile.write(b"0\r\n\r\n")
 
-    def _end_media_headers(self, container: Container) -> None:
-        self.send_header("Content-Type", container.value)
-        self._end_headers(
-            {
-                "Cache-Control": "no-store",
-                "X-Accel-Buffering": "no",  # nginx would spool a slow viewer's stream to its disk
-                "Accept-Ranges": "none",
-            }
-        )
-
     def _send_blocks(self, blocks: list[Block], viewer: Viewer, is_chunked: bool) -> None:
         """One gathered send for all there is; each that takes a byte is a viewer's progress."""
         size = sum(map(len, blocks))
-        pieces: list[Block] = list(blocks)
-        if is_chunked:
-            pieces = [b"%x\r\n" % size, *blocks, b"\r\n"]
+        pieces = [b"%x\r\n" % size, *blocks, b"\r\n"] if is_chunked else list(blocks)
         while pieces:
             sent = send_some(self.connection, pieces)
             viewer.place.moved = time.monotonic()
@@ -4489,12 +4418,12 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """The library's own errors, for heads it cannot read, in our form."""
         self.request_version = "HTTP/1.1"
-        self.command = getattr(self, "command", None) or "GET"
+        self.command = self.command or "GET"  # None where the request line cannot be read
         status = HTTPStatus(code)
         self.answer_error(status, message or status.phrase)
 
     def version_string(self) -> str:
-        return self.server_version
+        return f"StreamPipe/{__version__}"
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         self.server.note_answer(int(code))
@@ -4505,21 +4434,20 @@ class Handler(BaseHTTPRequestHandler):
         log.debug("%s: %s", self.client_address[0], format % args)
 
 
+def media_headers(container: Container) -> dict[str, str]:
+    return {
+        "Content-Type": container.value,
+        "Cache-Control": "no-store",
+        "X-Accel-Buffering": "no",  # nginx would spool a slow viewer's stream to its disk
+        "Accept-Ranges": "none",
+    }
+
+
 def is_in(address: str, networks: Iterable[str]) -> bool:
     """Whether an address of a socket's is in one of these networks."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip  # "::" serves IPv4 under such addresses
     return any(ip in ipaddress.ip_network(network) for network in networks)
-
-
-def refuse(sock: socket.socket) -> None:
-    """Answer 503 from the listener's thread, which must not wait for anybody."""
-    body = b'{"error": "there are too many connections"}\n'
-    head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-    head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
-    with contextlib.suppress(OSError):
-        sock.setblocking(False)
-        sock.send(head.encode() + body)
 
 
 def tune(sock: socket.socket, viewer_timeout: float) -> None:
@@ -4567,19 +4495,18 @@ class Server(ThreadingHTTPServer):
     """Accepts connections, each with a thread of its own.  Used by main and the listener."""
 
     request_queue_size = 1024  # IPTV clients come in bursts; the library's 5 would drop some
-    daemon_threads = True
-    block_on_close = False
 
     def __init__(self, config: Config, channels: Channels) -> None:
         """Bind and listen; raises OSError."""
         self.config = config  # replaced whole by a reload
         self.channels = channels
         self.started = time.monotonic()
-        self._counter = itertools.count(1)
-        # _counts_lock guards the two below.
+        self.numbers = itertools.count(1)  # for threads' names
+        # _counts_lock guards the three below.
         self._counts_lock = threading.Lock()
         self.answers: Counter[int] = Counter()  # by status
-        self.first_bytes = [0.0] * (2 + len(FIRST_BYTE_BOUNDS))  # count, sum, and each bound's
+        self.first_bytes: Counter[str] = Counter()  # by bound
+        self.first_byte_sum = 0.0  # seconds
         # _open_lock guards _open, the sockets of all connections.
         self._open_lock = threading.Lock()
         self._open: set[socket.socket] = set()
@@ -4594,23 +4521,17 @@ class Server(ThreadingHTTPServer):
 
     def note_first_byte(self, seconds: float) -> None:
         with self._counts_lock:
-            self.first_bytes[0] += 1
-            self.first_bytes[1] += seconds
-            for index, bound in enumerate(FIRST_BYTE_BOUNDS, 2):
-                self.first_bytes[index] += seconds <= bound
+            self.first_bytes.update(bound for bound in FIRST_BYTE_BOUNDS if seconds <= float(bound))
+            self.first_byte_sum += seconds
 
     def note_answer(self, status: int) -> None:
         with self._counts_lock:
             self.answers[status] += 1
 
-    def counts(self) -> tuple[Mapping[int, int], list[float]]:
-        """Answers by status, and the first bytes' histogram."""
+    def counts(self) -> tuple[Counter[int], Counter[str], float]:
+        """Answers by status, and the first bytes' histogram and sum."""
         with self._counts_lock:
-            return self.answers.copy(), list(self.first_bytes)
-
-    def count(self) -> int:
-        """A number nobody had before."""
-        return next(self._counter)
+            return self.answers.copy(), self.first_bytes.copy(), self.first_byte_sum
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
@@ -4631,20 +4552,28 @@ class Server(ThreadingHTTPServer):
             if not is_full:
                 self._open.add(request)
         if is_full:
-            refuse(request)
-            self.shutdown_request(request)
+            self._refuse(request)
             return
         thread = threading.Thread(
             target=self.process_request_thread,
             args=(request, client_address),
-            name=f"viewer-{self.count()}",
+            name=f"viewer-{next(self.numbers)}",
             daemon=True,
         )
         try:
             thread.start()
         except RuntimeError:  # the system has no thread left
-            refuse(request)
-            self.shutdown_request(request)
+            self._refuse(request)
+
+    def _refuse(self, request: socket.socket) -> None:
+        """Answer 503 from the listener's thread, which must not wait for anybody."""
+        body = b'{"error": "there are too many connections"}\n'
+        head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            request.send(head.encode() + body)
+        self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
         with self._open_lock:
