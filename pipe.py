@@ -2061,7 +2061,8 @@ class Session:
 
     def _request(self, method: str, url: str, **arguments: Any) -> Any:
         """Stand in for the engine's request(), which leaves open what is answered with an error."""
-        if method == "GET" and not arguments.get("stream"):
+        is_streamed = arguments.get("stream")
+        if method == "GET" and not (is_streamed or arguments.get("schema")):  # a plugin's reads it
             return self._load_playlist(url, **arguments)
         try:
             return self._load(method, url, **arguments)
@@ -2071,7 +2072,7 @@ class Session:
                 answer.close()
             raise
 
-    def _load_playlist(self, url: str, **arguments: Any) -> Any:
+    def _load_playlist(self, url: str, **arguments: Any) -> requests.Response:
         """A playlist, or another small body; a start costs none of them a second round trip.
 
         What resolving loaded is used again by the worker, once; reloads go to where the first load
@@ -2083,7 +2084,8 @@ class Session:
         if kept:
             return kept
         try:
-            response = self._load("GET", self._moved.get(url, url), **arguments)
+            address = self._moved.get(url, url)
+            response: requests.Response = self._load("GET", address, **arguments)
         except Exception:
             self._moved.pop(url, None)
             raise
@@ -2777,12 +2779,19 @@ class ProcessUpstream(PumpedUpstream):
         )
 
     def _is_over(self, items: list[bytes | Mark]) -> bool:
-        """Also where a track has failed: ffmpeg would go on with the others."""
-        return super()._is_over(items) or any(
-            track.buffer.closed and getattr(track.worker, "failure", None)
-            for track in self._tracks
-            if isinstance(track, RingReader)
-        )
+        return super()._is_over(items) or self._track_failure is not None
+
+    def _ending(self) -> Exception:
+        failure = self._track_failure
+        return UpstreamError(failure) if failure else super()._ending()
+
+    @property
+    def _track_failure(self) -> str | None:
+        """Why a track was closed before its end: ffmpeg goes on with the others."""
+        closed = (t for t in self._tracks if isinstance(t, RingReader) and t.buffer.closed)
+        threads = itertools.chain.from_iterable((t.worker, t.writer) for t in closed)
+        failures = (getattr(thread, "failure", None) for thread in threads)
+        return next(filter(None, failures), None)
 
     def _close(self) -> None:
         if process := getattr(self._file, "process", None):
@@ -3797,7 +3806,7 @@ class Site:
     """The server as one client sees it."""
 
     config: Config
-    url: str  # may end with a slash, as public_url may
+    url: str  # without a slash at the end
     started: float  # time.monotonic()
     report: Callable[[], Sequence[StreamReport]]
     counts: Callable[[], tuple[Counter[int], Counter[str], float]]  # Server.counts()
@@ -4222,7 +4231,7 @@ class Handler(BaseHTTPRequestHandler):
         is_trusted = self._may_enter(query)
         is_browser = path == "/" and "text/html" in self.headers.get("Accept", "")
         streams = self.server.config.streams
-        stream = streams.get(path[1:]) if path[:1] == "/" else None
+        name = path[1:] if path[:1] == "/" else ""
         if path in ("/", "/health") and not is_browser:
             self.answer_health(is_trusted)
         elif not is_trusted:
@@ -4230,21 +4239,21 @@ class Handler(BaseHTTPRequestHandler):
             self.answer_error(HTTPStatus.UNAUTHORIZED, "a token is needed", headers)
         elif path in PAGES:
             self.answer(HTTPStatus.OK, PAGES[path](self.site()), PAGE_HEADERS)
-        elif path[-4:] == ".m3u" and path[1:-4] in streams:
-            page = playlist_page(self.site(), [streams[path[1:-4]]])
+        elif name[-4:] == ".m3u" and name[:-4] in streams:
+            page = playlist_page(self.site(), [streams[name[:-4]]])
             self.answer(HTTPStatus.OK, page, PAGE_HEADERS)
-        elif stream is None:
+        elif name not in streams:
             raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
         elif self.command == "HEAD":
-            self.answer_head(stream)
+            self.answer_head(streams[name])
         else:
-            self.stream_channel(stream, query.get("quality", [""])[-1] or None)
+            self.stream_channel(streams[name], query.get("quality", [""])[-1] or None)
 
     def site(self) -> Site:
         """This server as the client sees it."""
         server, config = self.server, self.server.config
         url = config.server.public_url or self._own_url()
-        return Site(config, url, server.started, server.channels.report, server.counts)
+        return Site(config, url.rstrip("/"), server.started, server.channels.report, server.counts)
 
     def _own_url(self) -> str:
         """Scheme, host and port by which the client reached us, through whatever proxies."""

@@ -1319,6 +1319,18 @@ def test_track_that_ends_alone_is_a_failure(
 
 
 @pytest.mark.usefixtures("_muxer")
+def test_film_whose_sound_cannot_be_had_does_not_end_well(origin: Origin, serve: Serve) -> None:
+    """The sound's key is gone: ffmpeg goes on with the picture, up to its end."""
+    picture = Playlist("picture", media.video_only_segments())
+    sound = Playlist("sound", media.audio_only_segments(), aes_key=bytes(range(16)))
+    both = origin.add(master("apart", {"360p": picture}, sound))
+    origin.fault("/sound/key", Status(404), times=None)
+    answer = serve({"news": both.url}, timeout=1, reconnect=1).get("/news")
+    assert answer.status == 502
+    assert "key cannot be had" in answer.body.decode()
+
+
+@pytest.mark.usefixtures("_muxer")
 @pytest.mark.parametrize("pattern", ["*.ts", "*.m3u8"])
 def test_stalling_tracks_delay_no_close(origin: Origin, serve: Serve, pattern: str) -> None:
     apart = Apart(origin)
