@@ -152,7 +152,7 @@ JUDGE_GRACE = 1.5  # seconds more than a download has, so that it can give up a 
 FEEDER_TICK = 1.0  # seconds at most between two looks of a feeder at its viewers and upstream
 SPARE_CONNECTIONS = 256  # beyond max_viewers: for /health, pages and refusals
 MOST_CONNECTIONS = 4096  # where max_viewers is 0
-UNSENT_LIMIT = 128 * KIB  # bytes the kernel holds for a viewer and has not sent yet
+UNSENT_LIMIT = 256 * KIB  # bytes the kernel holds for a viewer and has not sent yet: one send
 DRAIN_TIME = 1.0  # seconds in which new streams get 503 before the listener goes away
 EXIT_TIME = 4.0  # seconds until the process ends, whatever still hangs
 
@@ -3491,12 +3491,11 @@ class Feeder:
 
     def _feed(self, upstream: Upstream, deadline: float) -> NoReturn:
         """Move what comes, until it ends or fails or nobody is left to watch."""
-        tick = min(FEEDER_TICK, max(self.channel.linger, 0.05))
         start: list[bytes | Mark] | None = []  # what came before the container was known
         alive = time.monotonic()
         while not (self._stopped.is_set() or self.channels.is_abandoned(self.channel)):
             try:
-                items = upstream.read(tick)
+                items = upstream.read(self._tick)
                 is_all = False
             except WindowEnded:
                 items, is_all = [], True
@@ -3512,6 +3511,12 @@ class Feeder:
                 alive = time.monotonic()
             self._judge(upstream, alive, deadline if start is not None else math.inf)
         raise WindowEnded(complete=False)
+
+    @property
+    def _tick(self) -> float:
+        """Seconds until the feeder looks again; who leaves wakes it, who lingers does not."""
+        is_watched = bool(self.channel.viewers)
+        return FEEDER_TICK if is_watched else min(FEEDER_TICK, max(self.channel.linger, 0.05))
 
     def _judge(self, upstream: Upstream, alive: float, deadline: float) -> None:
         """Raise where an upstream is silent for too long."""
@@ -3815,7 +3820,7 @@ class Site:
         """An absolute address that the client can follow, with the token where one is set."""
         token = self.config.server.token
         tail = f"?token={quote(token, safe='')}" if token else ""
-        return f"{self.url.rstrip('/')}/{path}{tail}"
+        return f"{self.url}/{path}{tail}"
 
 
 @dataclass(frozen=True)
@@ -3871,7 +3876,7 @@ def discover_page(site: Site) -> Page:
         "DeviceID": f"{zlib.crc32(server.name.encode()):08X}",
         "DeviceAuth": "streampipe",
         "BaseURL": site.url,
-        "LineupURL": f"{site.url.rstrip('/')}/lineup.json",
+        "LineupURL": f"{site.url}/lineup.json",
         "TunerCount": server.max_upstreams or server.max_viewers or 16,  # a text became 49 in Plex
     })  # fmt: skip
 
@@ -4386,19 +4391,18 @@ class Handler(BaseHTTPRequestHandler):
         is_chunked = self.request_version != "HTTP/1.0"
         fills_silence = channel.container is Container.MPEG_TS
         silent = 0  # seconds
-        tune(self.connection, channel.stream.options.viewer_timeout)
         self.connection.settimeout(channel.stream.options.viewer_timeout)
         framing = {"Transfer-Encoding": "chunked"} if is_chunked else {}
         self._send_head(HTTPStatus.OK, framing | media_headers(channel.container))
+        tune(self.connection, channel.stream.options.viewer_timeout)
         try:
             while True:
                 if blocks:
-                    self._send_blocks(blocks, viewer, is_chunked)
+                    pieces = framed(blocks) if is_chunked else blocks
+                    self._send_pieces(pieces, channel, viewer)
+                    viewer.sent += sum(map(len, blocks))
                 blocks = channel.window.take(viewer.place, 1.0)
                 silent = 0 if blocks else silent + 1
-                timeout = channel.stream.options.viewer_timeout
-                if timeout != self.connection.gettimeout():  # a reload
-                    self.connection.settimeout(timeout)
                 if silent and has_left(self.connection):
                     raise ConnectionError("the viewer has left")
                 if silent >= SILENCE and fills_silence and not viewer.sent % TS_PACKET:
@@ -4407,20 +4411,18 @@ class Handler(BaseHTTPRequestHandler):
             if not ending.complete:
                 raise
         if is_chunked:
-            self.wfile.write(b"0\r\n\r\n")
+            self._send_pieces([b"0\r\n\r\n"], channel, viewer)
 
-    def _send_blocks(self, blocks: list[Block], viewer: Viewer, is_chunked: bool) -> None:
+    def _send_pieces(self, pieces: list[Block], channel: Channel, viewer: Viewer) -> None:
         """One gathered send for all there is; each that takes a byte is a viewer's progress."""
-        size = sum(map(len, blocks))
-        pieces = [b"%x\r\n" % size, *blocks, b"\r\n"] if is_chunked else list(blocks)
+        pieces = list(pieces)
         while pieces:
-            sent = send_some(self.connection, pieces)
+            sent = send_some(self.connection, pieces, channel.stream.options.viewer_timeout)
             viewer.place.moved = time.monotonic()
             while pieces and sent >= len(pieces[0]):
                 sent -= len(pieces.pop(0))
             if sent:
                 pieces[0] = memoryview(pieces[0])[sent:]
-        viewer.sent += size
 
     # What the standard library asks of a handler
 
@@ -4459,8 +4461,17 @@ def is_in(address: str, networks: Iterable[str]) -> bool:
     return any(ip in ipaddress.ip_network(network) for network in networks)
 
 
+def framed(blocks: Sequence[Block]) -> list[Block]:
+    """Blocks as one chunk (RFC 9112, 7.1)."""
+    return [b"%x\r\n" % sum(map(len, blocks)), *blocks, b"\r\n"]
+
+
 def tune(sock: socket.socket, viewer_timeout: float) -> None:
-    """Bound what the kernel holds for a viewer, and have it find machines that vanished."""
+    """Bound what the kernel holds for a viewer, and have it find machines that vanished.
+
+    No send waits from then on, so that one with room for it takes one call of the system.
+    """
+    sock.setblocking(False)
     idle = max(30, int(viewer_timeout / 4))  # a paused player's machine answers these, too
     options = [
         (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
@@ -4478,21 +4489,26 @@ def tune(sock: socket.socket, viewer_timeout: float) -> None:
 
 def has_left(sock: socket.socket) -> bool:
     """Whether the other end has closed, which no send would tell while there is none."""
-    before = sock.gettimeout()
-    sock.settimeout(0)
     try:
         return sock.recv(1, socket.MSG_PEEK) == b""
     except BlockingIOError:
         return False
-    finally:
-        sock.settimeout(before)
 
 
-def send_some(sock: socket.socket, pieces: Sequence[Block]) -> int:
+def send_some(sock: socket.socket, pieces: Sequence[Block], timeout: float) -> int:
     """Send as much of the pieces as there is room for, at least a byte; raises TimeoutError."""
-    if hasattr(sock, "sendmsg"):
-        return sock.sendmsg(pieces)
-    return sock.send(b"".join(pieces))  # Windows
+    try:
+        return _send(sock, pieces)
+    except BlockingIOError:
+        sock.settimeout(timeout)
+        try:
+            return _send(sock, pieces)
+        finally:
+            sock.setblocking(False)
+
+
+def _send(sock: socket.socket, pieces: Sequence[Block]) -> int:
+    return sock.sendmsg(pieces) if hasattr(sock, "sendmsg") else sock.send(b"".join(pieces))
 
 
 # --------------------------------------------------------------------------------------------------
