@@ -33,8 +33,8 @@ Locks
     Window._lock      blocks, join points and places of one window
     Ring._lock        what an upstream has handed over and the feeder has not taken
     Ledger.lock       a stream's totals
-    Taken in that order.  Download._changed, Transport._lock and the Server's are taken alone.
-    None is held across a socket write, an upstream call or a join.
+    Taken in that order.  Those of Download, Transport, DownloadingWriter, Server and RepeatFilter
+    are taken alone.  None is held across a socket write, an upstream call or a join.
 
 Where to find what
     a key of the configuration    Configuration: the dataclasses, with each key's reader

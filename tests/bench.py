@@ -135,10 +135,10 @@ def cpu_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def film_limit(segments: int) -> float:
+def film_limit(source: Source) -> float:
     """Seconds for two playlists and then whole segments, so many at a time."""
-    segment = peers.DELAY + peers.SEGMENT_SECONDS * peers.BITRATE / 8 / peers.RATE
-    return 2 * peers.DELAY + math.ceil(segments / THREADS) * segment
+    segment = peers.DELAY + source.size / source.segments / peers.RATE
+    return 2 * peers.DELAY + math.ceil(source.segments / THREADS) * segment
 
 
 #### Crowds ####
@@ -335,7 +335,7 @@ def bench_film(plan: Plan, slow: Source, fast: Source) -> None:
         films[FFMPEG] = film_of_ffmpeg(plan, slow, fast)
     print_figures("cold first byte", "ms", {n: film.first for n, film in films.items()}, 1000)
     totals = {name: film.total for name, film in films.items()}
-    totals[LIMIT] = film_limit(plan.segments)
+    totals[LIMIT] = film_limit(slow)
     print_figures(f"film of {plan.segments} segments", "s", totals)
     print_figures("requests for it", "", {name: film.requests for name, film in films.items()})
     print_figures("CPU/GB, pulled", "s", {name: film.cpu for name, film in films.items()})
