@@ -91,7 +91,7 @@ from dataclasses import dataclass, field, fields, replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, Protocol, TypeVar, cast
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlsplit
 
 try:
@@ -152,7 +152,7 @@ JUDGE_GRACE = 1.5  # seconds more than a download has, so that it can give up a 
 FEEDER_TICK = 1.0  # seconds at most between two looks of a feeder at its viewers and upstream
 SPARE_CONNECTIONS = 256  # beyond max_viewers: for /health, pages and refusals
 MOST_CONNECTIONS = 4096  # where max_viewers is 0
-UNSENT_LIMIT = 256 * KIB  # bytes the kernel holds for a viewer and has not sent yet: one send
+UNSENT_LIMIT = 128 * KIB  # bytes the kernel holds for a viewer and has not sent yet
 DRAIN_TIME = 1.0  # seconds in which new streams get 503 before the listener goes away
 EXIT_TIME = 4.0  # seconds until the process ends, whatever still hangs
 
@@ -1742,17 +1742,37 @@ class GaveUp(PipeError):
     """A segment, or the rest of it, cannot be had."""
 
 
+class Requester(Protocol):
+    """Whoever a download belongs to: makes its requests and says for how long to try."""
+
+    newest_byte: float  # when any of its downloads moved
+
+    @property
+    def patience(self) -> float:
+        """Seconds without a byte until a download is given up."""
+
+    def request(
+        self, address: str, headers: Mapping[str, str], timeout: float
+    ) -> requests.Response:
+        """A response whose body is still to be read."""
+
+    def is_listed(self, number: int) -> bool:
+        """Whether a segment can still be had: False where trying again is of no use."""
+
+    def wait(self, time: float) -> bool:
+        """Wait so many seconds; False where the upstream is closing."""
+
+
 class Download:
     """A body on its way: one thread runs it, another takes its bytes meanwhile.
 
-    To the taker it looks like a response of requests', as far as streamlink asks.  Its writer makes
-    the requests and says for how long to try.
+    To the taker it looks like a response of requests', as far as streamlink asks.
     """
 
     def __init__(
-        self, writer: DownloadingWriter, address: str, number: int, first: int, last: int | None
+        self, requester: Requester, address: str, number: int, first: int, last: int | None
     ) -> None:
-        self.writer = writer
+        self.requester = requester
         self.address = address
         self.number = number  # the segment's
         self.first = first  # of the resource's bytes; with `last`, a range of them
@@ -1773,7 +1793,7 @@ class Download:
     # The runner
 
     def run(self) -> None:
-        """Fetch the body, trying again as the writer allows."""
+        """Fetch the body, trying again as the requester allows."""
         self.moved = time.monotonic()
         try:
             self._try_until_done()
@@ -1804,7 +1824,7 @@ class Download:
                 if self._is_whole(error):
                     return
                 self._judge(explain(error), pause)
-            if not self.writer.wait(pause):
+            if not self.requester.wait(pause):
                 raise GaveUp("closed")
 
     def _judge(self, reason: str, pause: float) -> None:
@@ -1812,9 +1832,9 @@ class Download:
         now = time.monotonic()
         is_gone = reason == UNREACHABLE
         self.gone_since = min(self.gone_since, now) if is_gone else math.inf
-        if not self.writer.is_listed(self.number):
+        if not self.requester.is_listed(self.number):
             raise GaveUp(f"{reason}, and the playlist no longer lists it")
-        if now + pause - self.moved > self.writer.patience:
+        if now + pause - self.moved > self.requester.patience:
             raise GaveUp(reason)
 
     def _is_whole(self, error: Exception) -> bool:
@@ -1836,9 +1856,9 @@ class Download:
             headers["If-Range"] = self._validator  # RFC 9110, 13.1.5: all of it if it changed
         if first or last:
             headers["Range"] = f"bytes={first}-{last}"
-        patience = self.writer.patience
+        patience = self.requester.patience
         left = self.moved + patience - time.monotonic()
-        return self.writer.request(self.address, headers, max(0.1, min(patience / 2, left)))
+        return self.requester.request(self.address, headers, max(0.1, min(patience / 2, left)))
 
     @property
     def _resumes(self) -> bool:
@@ -1885,7 +1905,7 @@ class Download:
 
     def _add(self, part: bytes) -> None:
         self._had.add(part)
-        self.moved = self.writer.newest_byte = time.monotonic()
+        self.moved = self.requester.newest_byte = time.monotonic()
         with self._changed:
             self._parts.append(part)
             self._changed.notify_all()
@@ -2525,12 +2545,11 @@ class DownloadingWriter(HLSStreamWriter):
                 self.executor.submit(download.run)
         return download
 
-    # The downloads' threads
+    # The downloads' threads: what a Requester does
 
     def request(
         self, address: str, headers: Mapping[str, str], timeout: float
     ) -> requests.Response:
-        """A response whose body is still to be read."""
         arguments = dict(self.reader.request_params)
         arguments["headers"] = {**(arguments.get("headers") or {}), **headers}
         limit = min(timeout, self.timeout)
@@ -2538,13 +2557,11 @@ class DownloadingWriter(HLSStreamWriter):
         return cast(requests.Response, response)
 
     def is_listed(self, number: int) -> bool:
-        """Whether a segment can still be had: False where trying again is of no use."""
         listed = self.reader.worker.playlist_segments
         return self._has_end or not listed or number >= listed[0].num
 
     @property
     def patience(self) -> float:
-        """Seconds without a byte until a segment is given up."""
         if self._has_end:
             return float(self.timeout)
         return 2.0 * (self.reader.worker.playlist_targetduration or 1.0)
