@@ -2390,8 +2390,7 @@ class SegmentedUpstream(Upstream):
         worker, writer = self._reader.worker, self._reader.writer
         if writer.is_drained and self.has_end and worker.sequence > worker.playlist_end:
             return WindowEnded(complete=True)
-        failure = worker.failure or writer.failure
-        return UpstreamError(failure or "the origin sends no more segments")
+        return UpstreamError(self._reader.failure or "the origin sends no more segments")
 
     def _close(self) -> None:
         self._reader.close()
@@ -2422,6 +2421,12 @@ class RingReader(HLSStreamReader):
         if stream.has_ring:
             self.buffer: Any = Ring(self.session.get_option("ringbuffer-size"))
             stream.parse_packed_audio = False  # the framer removes ID3 tags, of every version
+
+    @property
+    def failure(self) -> str | None:
+        """Why it broke off, in words."""
+        worker, writer = cast(WatchedWorker, self.worker), cast(DownloadingWriter, self.writer)
+        return worker.failure or writer.failure
 
 
 class WatchedWorker(HLSStreamWorker):
@@ -2806,9 +2811,7 @@ class ProcessUpstream(PumpedUpstream):
     def _track_failure(self) -> str | None:
         """Why a track was closed before its end: ffmpeg goes on with the others."""
         closed = (t for t in self._tracks if isinstance(t, RingReader) and t.buffer.closed)
-        threads = itertools.chain.from_iterable((t.worker, t.writer) for t in closed)
-        failures = (getattr(thread, "failure", None) for thread in threads)
-        return next(filter(None, failures), None)
+        return next((track.failure for track in closed if track.failure), None)
 
     def _close(self) -> None:
         if process := getattr(self._file, "process", None):
@@ -4415,9 +4418,10 @@ class Handler(BaseHTTPRequestHandler):
         try:
             while True:
                 if blocks:
-                    pieces = framed(blocks) if is_chunked else blocks
+                    size = sum(map(len, blocks))
+                    pieces = [b"%x\r\n" % size, *blocks, b"\r\n"] if is_chunked else blocks
                     self._send_pieces(pieces, channel, viewer)
-                    viewer.sent += sum(map(len, blocks))
+                    viewer.sent += size
                 blocks = channel.window.take(viewer.place, 1.0)
                 silent = 0 if blocks else silent + 1
                 if silent and has_left(self.connection):
@@ -4431,8 +4435,10 @@ class Handler(BaseHTTPRequestHandler):
             self._send_pieces([b"0\r\n\r\n"], channel, viewer)
 
     def _send_pieces(self, pieces: list[Block], channel: Channel, viewer: Viewer) -> None:
-        """One gathered send for all there is; each that takes a byte is a viewer's progress."""
-        pieces = list(pieces)
+        """One gathered send for all there is; each that takes a byte is a viewer's progress.
+
+        Empties the list.
+        """
         while pieces:
             sent = send_some(self.connection, pieces, channel.stream.options.viewer_timeout)
             viewer.place.moved = time.monotonic()
@@ -4476,11 +4482,6 @@ def is_in(address: str, networks: Iterable[str]) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     ip = getattr(ip, "ipv4_mapped", None) or ip  # "::" serves IPv4 under such addresses
     return any(ip in ipaddress.ip_network(network) for network in networks)
-
-
-def framed(blocks: Sequence[Block]) -> list[Block]:
-    """Blocks as one chunk (RFC 9112, 7.1)."""
-    return [b"%x\r\n" % sum(map(len, blocks)), *blocks, b"\r\n"]
 
 
 def tune(sock: socket.socket, viewer_timeout: float) -> None:

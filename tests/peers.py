@@ -26,6 +26,7 @@ from typing import IO
 
 from tests import media
 from tests.origin import Origin, Playlist, Segment, master
+from tests.program import Service, status_of
 
 FOLDER = Path(__file__).resolve().parent.parent
 
@@ -185,16 +186,11 @@ class Server:
     @property
     def memory(self) -> int:
         """Resident bytes."""
-        return 1024 * self._status("VmRSS")
+        return 1024 * sum(status_of(number, "VmRSS") for number in self.processes)
 
     @property
     def threads(self) -> int:
-        return self._status("Threads")
-
-    def _status(self, name: str) -> int:
-        texts = (Path(f"/proc/{number}/status").read_text() for number in self.processes)
-        found = (re.search(rf"^{name}:\s+(\d+)", text, re.M) for text in texts)
-        return sum(int(match[1]) for match in found if match)
+        return sum(status_of(number, "Threads") for number in self.processes)
 
 
 def _cpu_of(number: int) -> float:
@@ -203,22 +199,18 @@ def _cpu_of(number: int) -> float:
 
 
 @contextlib.contextmanager
-def streampipe(source: Source, channels: int = 1, linger: float = 0) -> Iterator[Server]:
+def streampipe(source: Source, channels: int = 1) -> Iterator[Server]:
     """pipe.py with so many live channels and the film."""
     live = {f"live-{number}": f"{source.live}?{number}" for number in range(channels)}
-    config = {
-        "server": {"host": "127.0.0.1", "port": 0, "max_viewers": 0},
-        "options": {"threads": THREADS, "linger": linger},
-        "streams": {**live, "film": source.film},
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yml"
-        file.write_text(json.dumps(config))  # which is YAML, too
-        with process(sys.executable, "pipe.py", "-c", str(file)) as child:
-            port = int(told(child, rb"listens on .* port (\d+)"))
-            with drained(child):
-                places = tuple((port, f"/{name}") for name in live)
-                yield Server((child.pid,), places, film=(port, "/film"))
+    options = {"threads": THREADS, "linger": 0}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Service(
+            Path(folder), {**live, "film": source.film}, options=options, max_viewers=0
+        ) as service,
+    ):
+        places = tuple((service.port, f"/{name}") for name in live)
+        yield Server((service.number,), places, film=(service.port, "/film"))
 
 
 @contextlib.contextmanager

@@ -23,6 +23,14 @@ def eventually(condition: Callable[[], bool], what: str, timeout: float = TIMEOU
         pause.wait(0.01)
 
 
+def status_of(number: int, name: str) -> int:
+    """What Linux tells of a process by this name: threads, or KiB of memory."""
+    text = Path(f"/proc/{number}/status").read_text()
+    found = re.search(rf"^{name}:\s+(\d+)", text, re.M)
+    assert found
+    return int(found[1])
+
+
 class Service(Program):
     """A running `python pipe.py` with these streams on a port of its own."""
 
@@ -66,13 +74,17 @@ class Service(Program):
     # Linux tells these of every process.
 
     @property
+    def number(self) -> int:
+        return self._process.pid
+
+    @property
     def threads(self) -> int:
-        return self._status("Threads")
+        return status_of(self.number, "Threads")
 
     @property
     def memory(self) -> int:
         """Bytes that are resident."""
-        return 1024 * self._status("VmRSS")
+        return 1024 * status_of(self.number, "VmRSS")
 
     @property
     def descriptors(self) -> int:
@@ -82,14 +94,8 @@ class Service(Program):
     def sockets(self) -> int:
         return sum(name.startswith("socket:") for name in self._open_files())
 
-    def _status(self, name: str) -> int:
-        text = Path(f"/proc/{self._process.pid}/status").read_text()
-        found = re.search(rf"^{name}:\s+(\d+)", text, re.M)
-        assert found
-        return int(found[1])
-
     def _open_files(self) -> list[str]:
-        return list(self._links(Path(f"/proc/{self._process.pid}/fd")))
+        return list(self._links(Path(f"/proc/{self.number}/fd")))
 
     @staticmethod
     def _links(folder: Path) -> Iterator[str]:
