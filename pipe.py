@@ -9,11 +9,11 @@
 channel is pulled once, by streamlink, however many watch it; everything stays in memory.
 
 Data flow
-    origin -> Downloads -> Ring -> feeder (Mover, framer) -> Window -> viewers -> sockets
+    origin -> Downloads -> ReaderBuffer -> feeder (Splicer, framer) -> Window -> viewers -> sockets
     Up to `threads` Downloads fetch segments at once; the oldest one's bytes go on as they come.
-    The Ring is where an upstream hands over bytes and marks (a segment starts here, ends here, is
-    missing).  The Mover makes one stream of what several openings of the upstream bring, without a
-    repeat at the seams.  The framer cuts it into whole packets, boxes or frames and finds the join
+    The ReaderBuffer is where an upstream hands over bytes and segment events (a segment starts
+    here, ends here, is missing).  The Splicer makes one stream of what several openings of the
+    upstream bring, without a repeat at the seams.  The framer cuts it into whole packets, boxes or frames and finds the join
     points.  The Window keeps the newest bytes of a live channel; each viewer has a Place in it.
     What has an end takes the same road, one upstream and window for each viewer, and the window
     then waits for its viewer instead of moving on.
@@ -23,7 +23,7 @@ Threads
     listener       accepts connections; refuses what is too much
     viewer-N       one for each connection: reads a request, then only takes from a Window
     feed-NAME-N    one for each channel: opens its upstream, judges it, opens it again
-    pump-NAME-N    for a source that is no segmented stream: moves its body to the Ring
+    pump-NAME-N    for a source that is no segmented stream: moves its body to the ReaderBuffer
     close-NAME-N   ends an upstream, which may take as long as streamlink's threads do
     Streamlink's own are named after the channel: a worker loads playlists and puts segments, a
     writer hands on the oldest download, an executor runs the downloads.
@@ -31,8 +31,8 @@ Threads
 Locks
     Channels._lock    the registry; every channel's state and viewers
     Window._lock      blocks, join points and places of one window
-    Ring._lock        what an upstream has handed over and the feeder has not taken
-    Ledger.lock       a stream's totals
+    ReaderBuffer._lock        what an upstream has handed over and the feeder has not taken
+    StreamRecord.lock       a stream's totals
     Taken in that order.  Those of Download, Transport, DownloadingWriter, Server and RepeatFilter
     are taken alone.  None is held across a socket write, an upstream call or a join.
 
@@ -41,13 +41,13 @@ Where to find what
     where a viewer starts         Window._join_point; what a join point is: Media
     a slow or paused viewer       Window.take and Window._make_room
     who shares an upstream        Channels.watch; the states stand above State
-    a fault of the origin         Feeder (what is tried when), Mover and Gate (what viewers see),
+    a fault of the origin         Feeder (what is tried when), Splicer (what viewers see),
                                   Download (within a segment), WatchedWorker (playlists)
     an answer                     Handler._route; documents: Pages
     a limit                       Constants, Channels._attach, Server.process_request
 
 Reading order
-    Window, Channels.watch, Feeder, Mover, then Handler.stream_channel.  Configuration, Media and
+    Window, Channels.watch, Feeder, Splicer, then Handler.stream_channel.  Configuration, Media and
     Pages are pure; Upstream is all there is of streamlink.
 """
 
@@ -129,7 +129,7 @@ log = logging.getLogger("streampipe")
 KIB, MIB = 1 << 10, 1 << 20
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
-TURN_LIMIT = 1 * MIB  # bytes a feeder takes from its ring in one turn; more would delay viewers
+TURN_LIMIT = 1 * MIB  # bytes a feeder takes from its buffer in one turn; more would delay viewers
 BLOCK_LIMIT = 64 * KIB  # bytes of a block; a viewer's send gathers whole blocks
 SEND_LIMIT = 256 * KIB  # bytes a viewer holds at once, whatever the window holds
 PRIVATE_WINDOW = 1 * MIB  # bytes between an upstream that has an end and its one viewer
@@ -206,7 +206,7 @@ class WindowEnded(PipeError):
         self.complete = complete
 
 
-class TooMuch(requests.RequestException):
+class ResponseTooLarge(requests.RequestException):
     """A playlist, key or page beyond PLAYLIST_LIMIT or its time."""
 
 
@@ -236,7 +236,7 @@ def explain(error: BaseException) -> str:
 UNREACHABLE = "the origin cannot be reached"
 _EXPLANATIONS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
     ((requests.Timeout, TimeoutError), "the origin did not answer in time"),
-    ((TooMuch,), "the origin's playlist is too large or too slow"),
+    ((ResponseTooLarge,), "the origin's playlist is too large or too slow"),
     ((requests.exceptions.SSLError,), "the origin's certificate is not accepted"),
     ((requests.exceptions.ProxyError,), "the proxy does not answer"),
     ((requests.exceptions.InvalidSchema,), "the origin names an address that is never opened"),
@@ -300,7 +300,7 @@ def as_text(reader: ConfigReader, entry: Entry) -> str | None:
     return entry.value
 
 
-def as_text_that(is_right: Callable[[str], bool], words: str) -> Read:
+def validated_text(is_right: Callable[[str], bool], words: str) -> Read:
     """A reader of text that is right; `words` say what is wrong otherwise."""
 
     def read(reader: ConfigReader, entry: Entry) -> str | None:
@@ -316,7 +316,7 @@ def as_url(*schemes: str) -> Read:
     """A reader of absolute addresses with one of these schemes."""
     wanted = " or ".join(f"{scheme}://" for scheme in schemes[:2])
     words = f"expected an address that begins with {wanted}"
-    return as_text_that(lambda address: _split(address)[0] in schemes, words)
+    return validated_text(lambda address: _split(address)[0] in schemes, words)
 
 
 def _split(address: str) -> tuple[str, str]:
@@ -329,9 +329,9 @@ def _split(address: str) -> tuple[str, str]:
 
 
 # An empty token would let everybody in.
-as_words = as_text_that(bool, "the text is empty: remove this key or fill it")
+as_words = validated_text(bool, "the text is empty: remove this key or fill it")
 # What HTTP can carry (RFC 9110, 5.5).
-as_header_value = as_text_that(
+as_header_value = validated_text(
     lambda value: value.isprintable() and value.isascii() and value.strip() == value,
     "a header's value is one line of ASCII text",
 )
@@ -792,22 +792,22 @@ class Framer:
         self._carry = b""  # the start of a unit
         self._in_segments = False
         self._prefix = bytearray()  # the initialization section, as far as it has come
-        self._in_prefix = False
+        self._in_init_section = False
 
-    def start_prefix(self) -> None:
+    def start_init_section(self) -> None:
         """An initialization section starts with the next byte."""
         self._prefix.clear()
-        self._in_prefix = True
+        self._in_init_section = True
 
     def start_segment(self) -> None:
         """A segment starts with the next byte."""
-        self._in_segments, self._in_prefix = True, False
+        self._in_segments, self._in_init_section = True, False
         self._join(self.position, JoinKind.SEGMENT)
 
     def feed(self, data: bytes) -> list[Block]:
         """Take any bytes, give back those that make whole units; the rest waits for more."""
-        if self._in_prefix:
-            self._keep_prefix(data)
+        if self._in_init_section:
+            self._keep_init_section(data)
         elif not self._in_segments:
             self._join(self.position, JoinKind.ANY)
         return self._hand_on(data, 0, len(data))
@@ -821,11 +821,11 @@ class Framer:
         """Forget what is held back: the rest of its unit will not come."""
         self._carry = b""
 
-    def _keep_prefix(self, data: bytes) -> None:
+    def _keep_init_section(self, data: bytes) -> None:
         self._prefix += data
         if len(self._prefix) > PLAYLIST_LIMIT:  # no initialization section is that large
             self._prefix.clear()
-            self._in_prefix = False
+            self._in_init_section = False
 
     def _join(
         self, position: int, kind: JoinKind, prefix: bytes | None = None, dts: int | None = None
@@ -987,7 +987,7 @@ class TsFramer(Framer):
         self._has_tables = False  # PAT and PMT came in it
         self.last_dts: int | None = None  # of the picture, or of sound where there is none
 
-    def start_prefix(self) -> None:
+    def start_init_section(self) -> None:
         self._segment = None
 
     def start_segment(self) -> None:
@@ -1091,7 +1091,7 @@ def _next_sync(data: bytes, at: int) -> int:
     return len(data)
 
 
-class Gate:
+class KeyFrameGate:
     """Holds a transport stream back after a seam until a decoder can start.
 
     `after` is the last DTS that viewers have had: a relay sends its backlog again, and nobody
@@ -1155,11 +1155,11 @@ class Fmp4Framer(Framer):
         super().__init__()
         self._left: float = 0  # bytes of the open box still to come
         self._in_fragment = False  # between a fragment's first box and its media
-        self._in_prefix = True
+        self._in_init_section = True
         self._joined = -1  # the newest join point's position
 
-    def start_prefix(self) -> None:
-        super().start_prefix()
+    def start_init_section(self) -> None:
+        super().start_init_section()
         self._carry, self._left, self._in_fragment = b"", 0, False
 
     def start_segment(self) -> None:
@@ -1180,8 +1180,8 @@ class Fmp4Framer(Framer):
                     self._join_fragment()
                 self._left = size
             taken = int(min(self._left, len(data) - at))
-            if self._in_prefix:
-                self._keep_prefix(data[at : at + taken])
+            if self._in_init_section:
+                self._keep_init_section(data[at : at + taken])
             self._left -= taken
             at += taken
         self._carry = data[at:]
@@ -1191,10 +1191,10 @@ class Fmp4Framer(Framer):
         """Note what box opens, and tell whether it is the first of a fragment."""
         if kind == b"ftyp":
             self._prefix.clear()
-            self._in_prefix = True
+            self._in_init_section = True
         is_first = kind in FRAGMENT_BOXES and not self._in_fragment
         if is_first or kind == b"mdat":
-            self._in_prefix = False
+            self._in_init_section = False
         self._in_fragment = (self._in_fragment or is_first) and kind != b"mdat"
         return is_first
 
@@ -1385,28 +1385,28 @@ def test_card_segment(number: int) -> bytes:
 
 
 # --------------------------------------------------------------------------------------------------
-# Ring: where an upstream hands over to its feeder
+# ReaderBuffer: where an upstream hands over to its feeder
 # --------------------------------------------------------------------------------------------------
 
 
-class MarkKind(enum.Enum):
-    """What a mark tells of its place between the bytes."""
+class EventKind(enum.Enum):
+    """What happened at a place between the bytes."""
 
-    PREFIX = "an initialization section starts"
-    SEGMENT = "a segment starts"
+    INIT = "an initialization section starts"
+    START = "a segment starts"
     END = "the segment is complete"
     GAP = "the rest of the segment is missing"
     FILTERED = "a segment was left out on purpose"
 
 
 @dataclass(frozen=True)
-class Mark:
-    kind: MarkKind
+class SegmentEvent:
+    kind: EventKind
     number: int  # media sequence number
 
 
-class Ring:
-    """Bytes and marks on their way from an upstream's threads to the feeder, bounded.
+class ReaderBuffer:
+    """Bytes and segment events on their way from an upstream's threads to the feeder, bounded.
 
     Its writer waits while it is full, which is the back-pressure on every download.  The lower-case
     interface (write, wait_free, close, length, ...) is what streamlink asks of a reader's buffer.
@@ -1419,7 +1419,7 @@ class Ring:
         self._lock = threading.Lock()
         self._not_full = threading.Condition(self._lock)  # the writer waits; take() notifies
         self._not_empty = threading.Condition(self._lock)  # the feeder waits; the rest notifies
-        self._items: deque[bytes | Mark] = deque()
+        self._items: deque[bytes | SegmentEvent] = deque()
         self._woken = False
         self.length = 0  # bytes
         self.closed = False
@@ -1427,7 +1427,7 @@ class Ring:
     # Upstream's threads
 
     def write(self, data: bytes) -> None:
-        """Append, waiting for room as long as it takes; dropped once the ring is closed."""
+        """Append, waiting for room as long as it takes; dropped once the buffer is closed."""
         if not data:
             return
         with self._lock:
@@ -1438,10 +1438,10 @@ class Ring:
                 self.written_once = True
                 self._not_empty.notify()
 
-    def mark(self, mark: Mark) -> None:
+    def put_event(self, event: SegmentEvent) -> None:
         with self._lock:
             if not self.closed:  # or the end of a segment whose bytes were dropped would be kept
-                self._items.append(mark)
+                self._items.append(event)
                 self._not_empty.notify()
 
     def wait_free(self, timeout: float | None = None) -> bool:
@@ -1458,16 +1458,16 @@ class Ring:
 
     # Feeder
 
-    def take(self, limit: int, timeout: float) -> list[bytes | Mark]:
+    def take(self, limit: int, timeout: float) -> list[bytes | SegmentEvent]:
         """What is waiting, about `limit` bytes of it at most; empty after `timeout` or a wake()."""
         with self._lock:
             self._not_empty.wait_for(lambda: self._items or self.closed or self._woken, timeout)
             self._woken = False
-            items: list[bytes | Mark] = []
+            items: list[bytes | SegmentEvent] = []
             size = 0
             while self._items and size < limit:
                 items.append(self._items.popleft())
-                size += 0 if isinstance(items[-1], Mark) else len(items[-1])
+                size += 0 if isinstance(items[-1], SegmentEvent) else len(items[-1])
             self.length -= size
             if self.length < self.limit:
                 self._not_full.notify_all()
@@ -1738,7 +1738,7 @@ class Fingerprint:
         self.size += len(data)
 
 
-class GaveUp(PipeError):
+class DownloadFailed(PipeError):
     """A segment, or the rest of it, cannot be had."""
 
 
@@ -1798,7 +1798,7 @@ class Download:
         try:
             self._try_until_done()
             self.finish(None)
-        except GaveUp as error:
+        except DownloadFailed as error:
             self.finish(str(error))
         except Exception:
             log.exception("a download failed")
@@ -1817,7 +1817,7 @@ class Download:
                 with contextlib.closing(self._ask()) as response:
                     self._take(response, self._offset_of(response))
                 return
-            except GaveUp:
+            except DownloadFailed:
                 raise
             except Exception as error:  # requests', urllib3's, streamlink's and the system's
                 log.debug("a download broke off", exc_info=True)
@@ -1825,17 +1825,17 @@ class Download:
                     return
                 self._judge(explain(error), pause)
             if not self.requester.wait(pause):
-                raise GaveUp("closed")
+                raise DownloadFailed("closed")
 
     def _judge(self, reason: str, pause: float) -> None:
-        """Raise GaveUp where another try after this pause is of no use."""
+        """Raise DownloadFailed where another try after this pause is of no use."""
         now = time.monotonic()
         is_gone = reason == UNREACHABLE
         self.gone_since = min(self.gone_since, now) if is_gone else math.inf
         if not self.requester.is_listed(self.number):
-            raise GaveUp(f"{reason}, and the playlist no longer lists it")
+            raise DownloadFailed(f"{reason}, and the playlist no longer lists it")
         if now + pause - self.moved > self.requester.patience:
-            raise GaveUp(reason)
+            raise DownloadFailed(reason)
 
     def _is_whole(self, error: Exception) -> bool:
         """Whether there was nothing left to ask for: the length told was too large."""
@@ -1895,11 +1895,11 @@ class Download:
             new = part[max(0, self._had.size - at) :]
             at += len(part)
             if offset <= 0 < again.size == self._had.size and again != self._had:
-                raise GaveUp("it changed meanwhile")
+                raise DownloadFailed("it changed meanwhile")
             if new:
                 self._add(new if self.size is None else new[: self.size - self._had.size])
         if at < self._had.size:
-            raise GaveUp("it became shorter meanwhile")
+            raise DownloadFailed("it became shorter meanwhile")
         if self._had.size < (self.size or self._length):
             raise ConnectionError("the range ended early")
 
@@ -1913,7 +1913,7 @@ class Download:
     # The taker
 
     def iter_content(self, chunk_size: int = 1, keep: bool = False) -> Iterator[bytes]:
-        """The bytes as they come, from the first; raises GaveUp where the rest cannot be had.
+        """The bytes as they come, from the first; raises DownloadFailed if the rest cannot be had.
 
         They are gone once taken, unless all takers `keep` them.
         """
@@ -1928,7 +1928,7 @@ class Download:
                     self._parts[taken] = b""
             yield part
         if self._failure:
-            raise GaveUp(self._failure)
+            raise DownloadFailed(self._failure)
 
     @property
     def raw(self) -> Download:
@@ -1942,9 +1942,9 @@ class Download:
 # Upstream: all there is of streamlink
 #
 # A Session is streamlink prepared for one channel.  It resolves an address to variants and opens
-# one as an Upstream, whose bytes and marks come through a Ring.  HLS goes through streamlink's own
-# reader with our Ring as its buffer; whatever else there is (a raw body, ffmpeg's output) is moved
-# to the Ring by a pump thread.
+# one as an Upstream, whose bytes and segment events come through a ReaderBuffer.  HLS goes through
+# streamlink's own reader with our ReaderBuffer as its buffer; whatever else there is (a raw body,
+# ffmpeg's output) is moved to the ReaderBuffer by a pump thread.
 # --------------------------------------------------------------------------------------------------
 
 # Nobody can switch these back: a browser, files on disk, and the environment's proxies and
@@ -1959,7 +1959,7 @@ SAFETY_OPTIONS: Mapping[str, Any] = {
 }
 engine_version = importlib.metadata.version("streamlink")
 LEAST_STREAMLINK = (8, 6, 2)  # older ones hand out local files over a redirect
-REST = ("best", "worst", "best-unfiltered", "worst-unfiltered")  # names for other names
+ALIASES = ("best", "worst", "best-unfiltered", "worst-unfiltered")  # names for other names
 
 
 def check_engine() -> None:
@@ -2234,13 +2234,13 @@ def _shut(sock: socket.socket) -> None:
 
 
 def _read_bounded(response: requests.Response, deadline: float, start: bytes = b"") -> None:
-    """Read a body to its end and keep it in the response, after `start`; raises TooMuch."""
+    """Read a body to its end and keep it, after `start`; raises ResponseTooLarge."""
     body = bytearray(start)
     while part := response.raw.read1(64 * KIB, decode_content=True):
         body += part
         if len(body) > PLAYLIST_LIMIT or time.monotonic() > deadline:
             response.close()
-            raise TooMuch("too large" if len(body) > PLAYLIST_LIMIT else "too slow")
+            raise ResponseTooLarge("too large" if len(body) > PLAYLIST_LIMIT else "too slow")
     vars(response).update(_content=bytes(body), _content_consumed=True)
 
 
@@ -2265,7 +2265,7 @@ class Variants:
     @property
     def names(self) -> list[str]:
         """The names that stand for themselves, in streamlink's order."""
-        return [name for name in self.streams if name not in REST] or list(self.streams)
+        return [name for name in self.streams if name not in ALIASES] or list(self.streams)
 
     @property
     def canonical(self) -> dict[str, str]:
@@ -2318,9 +2318,9 @@ class Variants:
 class Upstream:
     """An open source.  The feeder reads; close() may come from any thread."""
 
-    def __init__(self, session: Session, ring: Ring) -> None:
+    def __init__(self, session: Session, buffer: ReaderBuffer) -> None:
         self.session = session
-        self.ring = ring
+        self.buffer = buffer
         self.live_edge: int = session.engine.get_option("hls-live-edge")
         self._is_closed = False
 
@@ -2336,12 +2336,12 @@ class Upstream:
         """Seconds; 0 where there are no segments."""
         return 0.0
 
-    def read(self, timeout: float) -> list[bytes | Mark]:
-        """What has come, in order; empty after `timeout`, or when the ring was woken.
+    def read(self, timeout: float) -> list[bytes | SegmentEvent]:
+        """What has come, in order; empty after `timeout`, or when the buffer was woken.
 
         Raises WindowEnded where the source truly ended, UpstreamError where it broke off.
         """
-        items = self.ring.take(TURN_LIMIT, timeout)
+        items = self.buffer.take(TURN_LIMIT, timeout)
         if self._is_over(items):
             raise self._ending()
         return items
@@ -2350,14 +2350,14 @@ class Upstream:
         """End everything, on a thread of its own; returns at once.  Idempotent."""
         if not self._is_closed:
             self._is_closed = True
-            self.ring.close()
+            self.buffer.close()
             self.session.cut()
             name = f"close-{self.session.name}-0"
             threading.Thread(target=self._close, name=name, daemon=True).start()
 
-    def _is_over(self, items: list[bytes | Mark]) -> bool:
+    def _is_over(self, items: list[bytes | SegmentEvent]) -> bool:
         """Whether nothing comes after these, or nothing of use."""
-        return not items and self.ring.is_exhausted
+        return not items and self.buffer.is_exhausted
 
     def _ending(self) -> Exception:
         raise NotImplementedError
@@ -2367,7 +2367,7 @@ class Upstream:
 
 
 class SegmentedUpstream(Upstream):
-    """An HLS stream: streamlink's worker and writer with our downloads and our Ring."""
+    """An HLS stream: streamlink's worker and writer with our downloads and our ReaderBuffer."""
 
     def __init__(self, session: Session, stream: HLSStream) -> None:
         hook(stream, session.name, has_ring=True)
@@ -2382,8 +2382,8 @@ class SegmentedUpstream(Upstream):
     def target_duration(self) -> float:
         return float(self._reader.worker.playlist_targetduration)
 
-    def _is_over(self, items: list[bytes | Mark]) -> bool:
-        """A writer that has died did not close the ring."""
+    def _is_over(self, items: list[bytes | SegmentEvent]) -> bool:
+        """A writer that has died did not close the buffer."""
         return super()._is_over(items) or (not items and not self._reader.writer.is_alive())
 
     def _ending(self) -> Exception:
@@ -2411,15 +2411,15 @@ def _hooked(base: Any) -> Any:
         "__writer__": type(writer.__name__, (DownloadingWriter, writer), {}),
         "__worker__": type(worker.__name__, (WatchedWorker, worker), {}),
     }
-    return type(base.__name__, (RingReader, base), members)
+    return type(base.__name__, (SegmentReader, base), members)
 
 
-class RingReader(HLSStreamReader):
+class SegmentReader(HLSStreamReader):
     def __init__(self, stream: Any, name: str | None = None) -> None:
         super().__init__(stream, name=name)
         self.timeout = 2.0  # seconds that close() waits for each of two threads
         if stream.has_ring:
-            self.buffer: Any = Ring(self.session.get_option("ringbuffer-size"))
+            self.buffer: Any = ReaderBuffer(self.session.get_option("ringbuffer-size"))
             stream.parse_packed_audio = False  # the framer removes ID3 tags, of every version
 
     @property
@@ -2485,7 +2485,7 @@ class DownloadingWriter(HLSStreamWriter):
     """Runs up to `threads` downloads at once and hands on the oldest one's bytes as they come.
 
     put() is the worker's, write() the writer's thread.  A segment takes one of `threads + 1` slots
-    before its request and gives it back when its last byte is in the ring: that bounds memory.
+    before its request and gives it back when its last byte is in the buffer: that bounds memory.
     """
 
     def __init__(self, reader: Any, **arguments: Any) -> None:
@@ -2582,12 +2582,12 @@ class DownloadingWriter(HLSStreamWriter):
         try:
             if self.should_filter_segment(segment):
                 super().write(segment, result, *data)
-                self._mark(MarkKind.FILTERED, segment)
+                self._put_event(EventKind.FILTERED, segment)
             else:
-                self._mark(MarkKind.PREFIX if is_map else MarkKind.SEGMENT, segment)
+                self._put_event(EventKind.INIT if is_map else EventKind.START, segment)
                 self._hand_on(segment, result, is_map)
                 if not is_map:
-                    self._mark(MarkKind.END, segment)
+                    self._put_event(EventKind.END, segment)
         except Exception as error:  # must not end the writer's thread, and with it the stream
             if not self._is_closing:
                 self._give_up(segment, result, is_map, error)
@@ -2597,7 +2597,7 @@ class DownloadingWriter(HLSStreamWriter):
 
     def _give_up(self, segment: Any, download: Download, is_map: bool, error: Exception) -> None:
         """Leave a gap; or end, where the origin is gone or nothing could be decoded any more."""
-        reason = str(error) if isinstance(error, GaveUp) else explain(error)
+        reason = str(error) if isinstance(error, DownloadFailed) else explain(error)
         is_gone = self.newest_byte <= download.gone_since < math.inf
         if is_map or is_gone:
             what = "its initialization section cannot be had: " if is_map else ""
@@ -2605,11 +2605,11 @@ class DownloadingWriter(HLSStreamWriter):
             self.close()
             return
         log.warning("segment %d is given up: %s", segment.num, reason)
-        self._mark(MarkKind.GAP, segment)
+        self._put_event(EventKind.GAP, segment)
 
-    def _mark(self, kind: MarkKind, segment: Any) -> None:
-        if isinstance(self.reader.buffer, Ring):
-            self.reader.buffer.mark(Mark(kind, segment.num))
+    def _put_event(self, kind: EventKind, segment: Any) -> None:
+        if isinstance(self.reader.buffer, ReaderBuffer):
+            self.reader.buffer.put_event(SegmentEvent(kind, segment.num))
 
     def _hand_on(self, segment: Any, download: Download, is_map: bool) -> None:
         if is_map:
@@ -2714,10 +2714,10 @@ def _signature(function: Any) -> str:
 
 
 class PumpedUpstream(Upstream):
-    """A source without segments, moved to the ring by a thread as its bytes come."""
+    """A source without segments, moved to the buffer by a thread as its bytes come."""
 
     def __init__(self, session: Session, pieces: Iterable[bytes]) -> None:
-        super().__init__(session, Ring(session.engine.get_option("ringbuffer-size")))
+        super().__init__(session, ReaderBuffer(session.engine.get_option("ringbuffer-size")))
         self._pieces = pieces  # of the source, each as soon as there are any bytes
         self._failure: str | None = None
         self._pump = threading.Thread(target=self._run, name=f"pump-{session.name}-0", daemon=True)
@@ -2726,15 +2726,15 @@ class PumpedUpstream(Upstream):
     def _run(self) -> None:
         try:
             for piece in self._pieces:
-                self.ring.write(piece)
-                if self.ring.closed:
+                self.buffer.write(piece)
+                if self.buffer.closed:
                     break
         except Exception as error:
             if not self._is_closed:
                 log.debug("the source broke off", exc_info=True)
                 self._failure = explain(error)
         finally:
-            self.ring.close()
+            self.buffer.close()
 
     def _ending(self) -> Exception:
         if self.has_end and not self._failure:
@@ -2800,7 +2800,7 @@ class ProcessUpstream(PumpedUpstream):
             for worker in ends
         )
 
-    def _is_over(self, items: list[bytes | Mark]) -> bool:
+    def _is_over(self, items: list[bytes | SegmentEvent]) -> bool:
         return super()._is_over(items) or self._track_failure is not None
 
     def _ending(self) -> Exception:
@@ -2810,7 +2810,7 @@ class ProcessUpstream(PumpedUpstream):
     @property
     def _track_failure(self) -> str | None:
         """Why a track was closed before its end: ffmpeg goes on with the others."""
-        closed = (t for t in self._tracks if isinstance(t, RingReader) and t.buffer.closed)
+        closed = (t for t in self._tracks if isinstance(t, SegmentReader) and t.buffer.closed)
         return next((track.failure for track in closed if track.failure), None)
 
     def _close(self) -> None:
@@ -2840,7 +2840,7 @@ SLOTS = 60  # of them are kept
 FIRST_BYTE_BOUNDS = ("0.01", "0.05", "0.1", "0.25", "0.5", "1.0", "2.5", "5.0", "10.0", "+Inf")
 
 
-class Ledger:
+class StreamRecord:
     """A stream's totals, whatever channels it had.  `lock` guards the rest, and is taken last."""
 
     def __init__(self) -> None:
@@ -2995,7 +2995,7 @@ class Channel:
         self.failure: StreamError | None = None
         self.note: str | None = None  # what is missing of it; the feeder sets it once
         self.since = time.monotonic()
-        self.ledger = channels.ledger(stream.name)
+        self.record = channels.record(stream.name)
         self.feeder = Feeder(channels, self)
 
     @property
@@ -3045,7 +3045,7 @@ class Channels:
         self._variants: dict[str, Mapping[str, str]] = {}  # by stream: name to variant
         self._failures: dict[tuple[str, str], tuple[float, StreamError]] = {}
         self._containers: dict[str, Container] = {}  # last seen, by stream
-        self._ledgers: dict[str, Ledger] = {}  # by stream
+        self._records: dict[str, StreamRecord] = {}  # by stream
         self._bad: dict[str, float] = {}  # addresses, and when each failed last
         self.is_stopping = False
 
@@ -3081,9 +3081,9 @@ class Channels:
         with self._lock:
             return list(dict.fromkeys(self._variants.get(stream.name, {}).values()))
 
-    def ledger(self, name: str) -> Ledger:
+    def record(self, name: str) -> StreamRecord:
         """The totals of a stream."""
-        return self._ledgers.setdefault(name, Ledger())
+        return self._records.setdefault(name, StreamRecord())
 
     def report(self) -> list[StreamReport]:
         """All configured streams as they are now."""
@@ -3091,13 +3091,13 @@ class Channels:
             return [self._report(stream) for stream in self._config.streams.values()]
 
     def _report(self, stream: StreamSettings) -> StreamReport:
-        ledger = self.ledger(stream.name)
+        record = self.record(stream.name)
         known = self._fed | self._watched
         channels = [channel for channel in known if channel.stream.name == stream.name]
         open_ones = [c for c in channels if c.viewers or c.state is not State.CLOSED]
-        bitrates = ledger.bitrates()
-        with ledger.lock:
-            counts = ledger.counts.copy()
+        bitrates = record.bitrates()
+        with record.lock:
+            counts = record.counts.copy()
             for channel in channels:
                 counts["sent"] += sum(viewer.sent for viewer in channel.viewers)
                 counts["skips"] += sum(viewer.place.skips for viewer in channel.viewers)
@@ -3105,10 +3105,10 @@ class Channels:
                 stream,
                 tuple(channel.report() for channel in open_ones),
                 counts,
-                ledger.errors.copy(),
-                ledger.drops.copy(),
-                ledger.peak,
-                ledger.last_error,
+                record.errors.copy(),
+                record.drops.copy(),
+                record.peak,
+                record.last_error,
                 tuple(bitrates),
             )
 
@@ -3139,7 +3139,7 @@ class Channels:
             channel.idle_since = math.inf
             self._watched.add(channel)
             watching = (len(c.viewers) for c in self._watched if c.stream.name == stream.name)
-            channel.ledger.peak = max(channel.ledger.peak, sum(watching))
+            channel.record.peak = max(channel.record.peak, sum(watching))
             viewer.place = Place()
             channel.window.enter(viewer.place, from_start=channel.state is State.STARTING)
         if is_new:
@@ -3197,8 +3197,8 @@ class Channels:
     def _detach(self, channel: Channel, viewer: Viewer) -> None:
         if viewer in channel.viewers:
             del channel.viewers[viewer]
-            channel.ledger.add("sent", viewer.sent)
-            channel.ledger.add("skips", viewer.place.skips)
+            channel.record.add("sent", viewer.sent)
+            channel.record.add("skips", viewer.place.skips)
         channel.window.leave(viewer.place)
         if not channel.viewers:
             self._watched.discard(channel)
@@ -3352,7 +3352,7 @@ class Feeder:
         self._stopped = threading.Event()
         self._session: Session | None = None
         self._upstream: Upstream | None = None
-        self._mover: Mover | None = None  # None until the first media came
+        self._splicer: Splicer | None = None  # None until the first media came
         self._address = 0  # position of the address in use
         self._last_byte = 0.0  # when media came last
 
@@ -3374,7 +3374,7 @@ class Feeder:
         """Have the thread look at its channel."""
         upstream = self._upstream
         if upstream:
-            upstream.ring.wake()
+            upstream.buffer.wake()
 
     @property
     def is_stopped(self) -> bool:
@@ -3409,7 +3409,7 @@ class Feeder:
             except UpstreamError as error:
                 self._note_failure(error)
                 failure = error
-                if self._mover:
+                if self._splicer:
                     return
         assert failure
         raise failure
@@ -3452,7 +3452,7 @@ class Feeder:
         self._close()
         address = self.channel.stream.urls[self._address]
         self.channels.note_failure(address)
-        self.channel.ledger.add_error(error.reason)
+        self.channel.record.add_error(error.reason)
         log.warning("%s: %s: %s", self.channel.stream.name, self._shown_address, error.reason)
 
     @property
@@ -3483,14 +3483,14 @@ class Feeder:
 
     def _open(self, variants: Variants) -> Upstream:
         name = self._choose(variants)
-        if self._mover is None:
+        if self._splicer is None:
             canonical = variants.canonical
             if not self.channels.claim(self.channel, canonical, canonical[name]):
                 raise WindowEnded(complete=False)
             self._note_missing(variants, name)
             return variants.open(name)
-        is_other = self._mover.address != self._address
-        return variants.open(name, self._mover.number, is_other)
+        is_other = self._splicer.address != self._address
+        return variants.open(name, self._splicer.number, is_other)
 
     def _note_missing(self, variants: Variants, name: str) -> None:
         self.channel.note = variants.missing(name)
@@ -3511,7 +3511,7 @@ class Feeder:
 
     def _feed(self, upstream: Upstream, deadline: float) -> NoReturn:
         """Move what comes, until it ends or fails or nobody is left to watch."""
-        start: list[bytes | Mark] | None = []  # what came before the container was known
+        start: list[bytes | SegmentEvent] | None = []  # what came before the container was known
         alive = time.monotonic()
         while not (self._stopped.is_set() or self.channels.is_abandoned(self.channel)):
             try:
@@ -3543,21 +3543,21 @@ class Feeder:
         now = time.monotonic()
         options = self.channel.stream.options
         is_late = now > deadline
-        if is_late and self._mover is None and len(self.channel.stream.urls) == 1:
+        if is_late and self._splicer is None and len(self.channel.stream.urls) == 1:
             raise no_media_error(self.channel.stream)
         patience = max(options.timeout, 2 * upstream.target_duration) + JUDGE_GRACE
         if is_late or now - alive > patience:
             raise UpstreamError("the origin sends nothing")
 
-    def _begin(self, upstream: Upstream, start: list[bytes | Mark], is_all: bool) -> bool:
+    def _begin(self, upstream: Upstream, start: list[bytes | SegmentEvent], is_all: bool) -> bool:
         """Tell the container from an opening's first bytes; False while more are needed."""
-        data = b"".join(item for item in start if not isinstance(item, Mark))
+        data = b"".join(item for item in start if not isinstance(item, SegmentEvent))
         container = sniff(data[:SNIFF_LIMIT], is_all) if _has_media(start) else None
         if container is None:
-            if is_all and self._mover is None:
+            if is_all and self._splicer is None:
                 raise UpstreamError("the origin sent no media")
             return is_all  # an end that came while the upstream was down
-        if self._mover is None:
+        if self._splicer is None:
             self._settle(upstream, container)
         else:
             self._resume(upstream, container)
@@ -3571,7 +3571,7 @@ class Feeder:
         window.has_units = container is Container.FMP4
         if has_end:
             window.limit, window.patience = min(PRIVATE_WINDOW, window.limit), math.inf
-        self._mover = Mover(channel, container, self._address)
+        self._splicer = Splicer(channel, container, self._address)
         if not self.channels.settle(channel, container, has_end):
             raise WindowEnded(complete=False)
         kind = "has an end" if has_end else "live"
@@ -3579,7 +3579,7 @@ class Feeder:
 
     def _resume(self, upstream: Upstream, container: Container) -> None:
         """An upstream that was opened again has media."""
-        assert self._mover
+        assert self._splicer
         if container is not self.channel.container:
             raise UpstreamError(f"it has become {container.value}")
         silent = time.monotonic() - self._last_byte
@@ -3587,29 +3587,31 @@ class Feeder:
             "%s: %s: goes on after %.1f s", self.channel.stream.name, self._shown_address, silent
         )
         self.restarts += 1
-        self.channel.ledger.add("restarts")
+        self.channel.record.add("restarts")
         self.is_reopening = False
-        self._mover.resume(self._address, upstream.repeats_exactly)
+        self._splicer.resume(self._address, upstream.repeats_exactly)
 
-    def _move(self, items: list[bytes | Mark]) -> None:
-        assert self._mover
-        for is_mark, group in itertools.groupby(items, lambda item: isinstance(item, Mark)):
-            if is_mark:
+    def _move(self, items: list[bytes | SegmentEvent]) -> None:
+        assert self._splicer
+        for is_event, group in itertools.groupby(
+            items, lambda item: isinstance(item, SegmentEvent)
+        ):
+            if is_event:
                 for item in group:
-                    self._mover.pass_mark(cast(Mark, item))
-                    if cast(Mark, item).kind is MarkKind.GAP:
+                    self._splicer.pass_event(cast(SegmentEvent, item))
+                    if cast(SegmentEvent, item).kind is EventKind.GAP:
                         self.gaps += 1
-                        self.channel.ledger.add("gaps")
+                        self.channel.record.add("gaps")
             else:
                 data = b"".join(cast(Iterator[bytes], group))
-                if self._mover.pass_bytes(data):
+                if self._splicer.pass_bytes(data):
                     self._last_byte = time.monotonic()
-                self.channel.ledger.add_received(len(data))
+                self.channel.record.add_received(len(data))
 
     def _finish(self) -> NoReturn:
         """The source truly ended: hand on what was held back for more to come."""
-        assert self._mover
-        self._mover.flush()
+        assert self._splicer
+        self._splicer.flush()
         raise WindowEnded(complete=True)
 
 
@@ -3619,23 +3621,23 @@ def _pauses() -> Iterator[float]:
         yield pause * random.uniform(0.8, 1.2)
 
 
-def _has_media(items: Iterable[bytes | Mark]) -> bool:
+def _has_media(items: Iterable[bytes | SegmentEvent]) -> bool:
     """Whether there is more than initialization sections."""
     in_prefix = False
     for item in items:
-        if isinstance(item, Mark):
-            in_prefix = item.kind is MarkKind.PREFIX
+        if isinstance(item, SegmentEvent):
+            in_prefix = item.kind is EventKind.INIT
         elif not in_prefix:
             return True
     return False
 
 
-def _is_sign_of_life(item: bytes | Mark) -> bool:
+def _is_sign_of_life(item: bytes | SegmentEvent) -> bool:
     """Bytes are, and so is a segment left out on purpose; a segment that failed is none."""
-    return not isinstance(item, Mark) or item.kind is MarkKind.FILTERED
+    return not isinstance(item, SegmentEvent) or item.kind is EventKind.FILTERED
 
 
-class Mover:
+class Splicer:
     """Carries one channel's bytes from its upstreams to its window, without a repeat at the seams.
 
     It knows what was passed on: `number` is the segment to go on with, and `_passed` tells the
@@ -3656,7 +3658,7 @@ class Mover:
         self._is_resumed = False  # nothing of the new opening was judged yet
         self._again: Fingerprint | None = None  # compares what was passed on already
         self._skips_segment = False  # the open segment is of no use
-        self._gate: Gate | None = None
+        self._gate: KeyFrameGate | None = None
         self._owes_seam = False  # the next segment cannot go on, whatever its number
 
     def resume(self, address: int, repeats_exactly: bool) -> None:
@@ -3672,23 +3674,23 @@ class Mover:
         elif self.number is None:
             self._start_seam(after=getattr(self._framer, "last_dts", None))
 
-    def pass_mark(self, mark: Mark) -> None:
-        if mark.kind is MarkKind.PREFIX:
+    def pass_event(self, event: SegmentEvent) -> None:
+        if event.kind is EventKind.INIT:
             self._new_prefix = bytearray()
-        elif mark.kind is MarkKind.SEGMENT:
-            self._start_segment(mark.number)
-        elif mark.kind is MarkKind.GAP:
+        elif event.kind is EventKind.START:
+            self._start_segment(event.number)
+        elif event.kind is EventKind.GAP:
             self._framer.drop()
-            self._close_segment(mark.number)
-        elif mark.kind is MarkKind.END:
+            self._close_segment(event.number)
+        elif event.kind is EventKind.END:
             if self._again is None:
                 self._append(self._framer.flush())
-            self._close_segment(mark.number)
+            self._close_segment(event.number)
         else:
-            if self._is_resumed and (mark.number != self.number or self._passed.size):
+            if self._is_resumed and (event.number != self.number or self._passed.size):
                 self._framer.drop()
                 self._owes_seam = True
-            self._close_segment(mark.number)
+            self._close_segment(event.number)
 
     def pass_bytes(self, data: bytes) -> bool:
         """Take what came; True where it brought viewers something new."""
@@ -3759,7 +3761,7 @@ class Mover:
             self._gate.learn(prefix)
             return
         self._append(self._framer.flush())
-        self._framer.start_prefix()
+        self._framer.start_init_section()
         self._append(self._framer.feed(prefix))
 
     def _close_segment(self, number: int) -> None:
@@ -3794,7 +3796,7 @@ class Mover:
         self._framer.drop()
         self._owes_seam = False
         if isinstance(self._framer, TsFramer):
-            self._gate = Gate(after, self.channel.window.limit)
+            self._gate = KeyFrameGate(after, self.channel.window.limit)
 
     def _check_window(self) -> None:
         """Say once that the window is too small to hold two segments."""
@@ -4367,7 +4369,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.channels.leave(channel, viewer)
 
     def _stream(self, channel: Channel, viewer: Viewer, first: list[Block]) -> None:
-        channel.ledger.add("arrivals")
+        channel.record.add("arrivals")
         self.server.note_first_byte(time.monotonic() - viewer.since)
         name = channel.stream.name
         threading.current_thread().name = f"viewer-{name}-{next(self.server.numbers)}"
@@ -4379,10 +4381,10 @@ class Handler(BaseHTTPRequestHandler):
         except WindowEnded:
             ending = "was let go"
         except TimeoutError:
-            channel.ledger.add_drop("timeout")
+            channel.record.add_drop("timeout")
             ending = f"took nothing for {channel.stream.options.viewer_timeout:g} s"
         except ViewerGone as gone:
-            channel.ledger.add_drop("fell behind")
+            channel.record.add_drop("fell behind")
             ending = str(gone)
         except OSError:
             pass

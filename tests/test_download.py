@@ -69,7 +69,7 @@ PACKET = media.PACKET
 LIVE_EDGE = 3  # segments; streamlink's default
 
 CLOSING = 0.5  # seconds: what closing may take, whatever the origin does
-GAP = pipe.MarkKind.GAP
+GAP = pipe.EventKind.GAP
 QUIET = 0.3  # seconds in which something would have happened if it were to happen
 
 SEGMENTS = "/news/*.ts"
@@ -199,7 +199,7 @@ def opened(address: str, **options: object) -> Iterator[pipe.Upstream]:
         yield upstream
 
 
-def everything(upstream: pipe.Upstream) -> Iterator[bytes | pipe.Mark]:
+def everything(upstream: pipe.Upstream) -> Iterator[bytes | pipe.SegmentEvent]:
     """All that an upstream hands over up to its end, which must be one."""
     try:
         while True:
@@ -515,7 +515,7 @@ def download(
     text = "\n".join([*lines, path, "#EXT-X-ENDLIST", ""]).encode()
     with opened(origin.add_file("/one.m3u8", text), timeout=patience) as upstream:
         items = list(everything(upstream))
-    gaps = [item for item in items if isinstance(item, pipe.Mark) and item.kind is GAP]
+    gaps = [item for item in items if isinstance(item, pipe.SegmentEvent) and item.kind is GAP]
     return Outcome(b"".join(item for item in items if isinstance(item, bytes)), not gaps)
 
 

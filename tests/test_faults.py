@@ -1582,8 +1582,8 @@ def play_over_a_kill(origin_process: OriginProcess, frames: Frames) -> None:
 #### Units ####
 
 
-def mark(kind: str, number: int) -> pipe.Mark:
-    return pipe.Mark(pipe.MarkKind[kind], number)
+def event(kind: str, number: int) -> pipe.SegmentEvent:
+    return pipe.SegmentEvent(pipe.EventKind[kind], number)
 
 
 class Passed:
@@ -1593,12 +1593,12 @@ class Passed:
         stream = pipe.StreamSettings("news", ("http://a.example/",))
         self._channel = pipe.Channel(pipe.Channels(pipe.Config()), stream, "best", False)
         self._channel.container = container
-        self.mover = pipe.Mover(self._channel, container, 0)
+        self.mover = pipe.Splicer(self._channel, container, 0)
 
-    def pass_on(self, *items: bytes | pipe.Mark) -> None:
+    def pass_on(self, *items: bytes | pipe.SegmentEvent) -> None:
         for item in items:
-            if isinstance(item, pipe.Mark):
-                self.mover.pass_mark(item)
+            if isinstance(item, pipe.SegmentEvent):
+                self.mover.pass_event(item)
             else:
                 self.mover.pass_bytes(item)
 
@@ -1622,54 +1622,54 @@ class Passed:
 def test_second_failure_before_a_decoder_can_start() -> None:
     """What was held back was not passed on: the seam is still to come."""
     passed = Passed()
-    passed.pass_on(mark("SEGMENT", 5), segment(5), mark("END", 5))
+    passed.pass_on(event("START", 5), segment(5), event("END", 5))
     passed.resume()
-    passed.pass_on(mark("SEGMENT", 50), segment(6)[:100])
+    passed.pass_on(event("START", 50), segment(6)[:100])
     passed.resume()
-    passed.pass_on(mark("SEGMENT", 50), segment(6), mark("END", 50))
+    passed.pass_on(event("START", 50), segment(6), event("END", 50))
     assert passed.body == segments(5, 7)
 
 
 @pytest.mark.parametrize("number", [5, 20], ids=["the-open-one", "another"])
 def test_filtered_segment_comes_first_after_a_seam(number: int) -> None:
     passed = Passed()
-    passed.pass_on(mark("SEGMENT", 5), segment(5)[:CUT])
+    passed.pass_on(event("START", 5), segment(5)[:CUT])
     passed.resume()
-    passed.pass_on(mark("FILTERED", number), mark("SEGMENT", number + 1), segment(6))
+    passed.pass_on(event("FILTERED", number), event("START", number + 1), segment(6))
     assert passed.body == segment(5)[:WHOLE] + segment(6)
 
 
 def test_segment_that_became_shorter_is_one_cut() -> None:
     passed = Passed()
-    passed.pass_on(mark("SEGMENT", 5), segment(5)[:CUT])
+    passed.pass_on(event("START", 5), segment(5)[:CUT])
     passed.resume()
-    passed.pass_on(mark("SEGMENT", 5), segment(5)[: CUT - 1], mark("END", 5))
-    passed.pass_on(mark("SEGMENT", 6), segment(6), mark("END", 6))
+    passed.pass_on(event("START", 5), segment(5)[: CUT - 1], event("END", 5))
+    passed.pass_on(event("START", 6), segment(6), event("END", 6))
     assert passed.body == segment(5)[:WHOLE] + segment(6)
 
 
 def test_gap_is_a_whole_packet() -> None:
     passed = Passed()
-    passed.pass_on(mark("SEGMENT", 5), segment(5)[:CUT], mark("GAP", 5))
-    passed.pass_on(mark("SEGMENT", 6), segment(6), mark("END", 6))
+    passed.pass_on(event("START", 5), segment(5)[:CUT], event("GAP", 5))
+    passed.pass_on(event("START", 6), segment(6), event("END", 6))
     assert passed.body == segment(5)[:WHOLE] + segment(6)
 
 
 def test_source_without_segments_takes_over_at_a_later_key_frame() -> None:
     passed = Passed()
-    passed.pass_on(mark("SEGMENT", 5), segment(5), mark("END", 5))
+    passed.pass_on(event("START", 5), segment(5), event("END", 5))
     passed.resume()
     passed.pass_on(segments(3, 8))
     assert passed.body == segments(5, 8)
 
 
-def test_closed_ring_takes_neither_bytes_nor_marks() -> None:
-    """A mark behind bytes that were dropped would tell that they came."""
-    ring = pipe.Ring(1000)
+def test_closed_ring_takes_neither_bytes_nor_events() -> None:
+    """An event behind bytes that were dropped would tell that they came."""
+    ring = pipe.ReaderBuffer(1000)
     ring.write(b"first")
     ring.close()
     ring.write(b"second")
-    ring.mark(mark("END", 1))
+    ring.put_event(event("END", 1))
     assert ring.take(1000, 0) == [b"first"]
 
 
@@ -1698,7 +1698,7 @@ def test_gate_opens_at_the_first_later_key_frame(
     parts = [delayed(data, start) for data in media.ts_segments(SEGMENTS)[:8]]
     first = first_dts(parts[0])
     last = None if after is None else int(first + after * 90_000) % (1 << 33)
-    gate = pipe.Gate(last, 1 << 20)
+    gate = pipe.KeyFrameGate(last, 1 << 20)
     opened = gate.feed(b"".join(parts))
     assert opened == (None if opens_at is None else b"".join(parts[opens_at:]))
 
@@ -1711,7 +1711,7 @@ def first_dts(data: bytes) -> int:
 
 def test_gate_opens_in_the_end_whatever_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipe, "SEAM_PATIENCE", 0.0)
-    gate = pipe.Gate(first_dts(segment(5)), 1 << 20)
+    gate = pipe.KeyFrameGate(first_dts(segment(5)), 1 << 20)
     assert gate.feed(segments(0, 2)) == segments(0, 2)
 
 

@@ -331,7 +331,7 @@ def test_garbage_passes_unaltered(
     framer = make()
     out = []
     if is_prefixed:
-        framer.start_prefix()
+        framer.start_init_section()
     for part in cut(garbage, places):
         if segments:
             out += framer.flush()
@@ -685,7 +685,7 @@ def test_garbage_of_one_segment_does_not_reach_the_next() -> None:
 def test_fragments_of_segments_follow_the_initialization_section(size: int) -> None:
     init, segments = media.fmp4(4)
     framer = pipe.Fmp4Framer()
-    framer.start_prefix()
+    framer.start_init_section()
     out = [block for part in stepwise(init, size) for block in framer.feed(part)]
     out += feed_segments(framer, segments, size)
     stream = init + b"".join(segments)
@@ -724,7 +724,7 @@ def test_fragment_begins_with_what_stands_before_its_moof() -> None:
 def test_several_fragments_of_a_segment_are_join_points_of_less_worth() -> None:
     init, fragments = media.fmp4(4)
     framer = pipe.Fmp4Framer()
-    framer.start_prefix()
+    framer.start_init_section()
     framer.feed(init)
     feed_segments(framer, [fragments[0] + fragments[1], fragments[2]])
     first, second = len(init), len(init + fragments[0])
@@ -771,7 +771,7 @@ def test_announced_initialization_section_replaces_the_old_one() -> None:
     framer = pipe.Fmp4Framer()
     for head, fragment in ((init, fragments[0]), (other, fragments[1])):
         framer.flush()
-        framer.start_prefix()
+        framer.start_init_section()
         framer.feed(head)
         feed_segments(framer, [fragment])
     assert joins_of(framer) == [
@@ -811,7 +811,7 @@ def test_box_that_its_segment_breaks_off_does_not_reach_the_next() -> None:
     init, fragments = media.fmp4(4)
     broken = [fragment[:-1000] for fragment in fragments]
     framer = pipe.Fmp4Framer()
-    framer.start_prefix()
+    framer.start_init_section()
     framer.feed(init)
     assert b"".join(feed_segments(framer, broken)) == b"".join(broken)
     starts = itertools.accumulate(map(len, broken[:-1]), initial=len(init))
@@ -893,7 +893,7 @@ def test_frames_are_found_again_behind_garbage() -> None:
 
 def test_unknown_container_joins_at_its_segments_behind_its_prefix() -> None:
     framer = pipe.Framer()
-    framer.start_prefix()
+    framer.start_init_section()
     framer.feed(b"he")
     framer.feed(b"ad")
     assert b"".join(feed_segments(framer, [b"one", b"two"])) == b"onetwo"

@@ -7,30 +7,30 @@ import random
 
 import pytest
 
-from pipe import Mark, MarkKind, Ring
+from pipe import EventKind, ReaderBuffer, SegmentEvent
 from tests.threads import TIMEOUT, Observed, Task
 
 
-def segment(number: int) -> Mark:
-    return Mark(MarkKind.SEGMENT, number)
+def segment(number: int) -> SegmentEvent:
+    return SegmentEvent(EventKind.START, number)
 
 
-def full_ring(limit: int = 10) -> tuple[Ring, Observed]:
+def full_ring(limit: int = 10) -> tuple[ReaderBuffer, Observed]:
     """A ring without room, and the condition that its writers wait for."""
-    ring = Ring(limit)
+    ring = ReaderBuffer(limit)
     ring._not_full = room = Observed(ring._lock)
     ring.write(b"x" * limit)
     return ring, room
 
 
-def empty_ring(limit: int = 10) -> tuple[Ring, Observed]:
+def empty_ring(limit: int = 10) -> tuple[ReaderBuffer, Observed]:
     """A ring without anything, and the condition that its feeder waits for."""
-    ring = Ring(limit)
+    ring = ReaderBuffer(limit)
     ring._not_empty = things = Observed(ring._lock)
     return ring, things
 
 
-def waiting_take(ring: Ring, things: Observed) -> Task[list[bytes | Mark]]:
+def waiting_take(ring: ReaderBuffer, things: Observed) -> Task[list[bytes | SegmentEvent]]:
     task = Task(functools.partial(ring.take, 100, TIMEOUT))
     assert things.saw_wait()
     return task
@@ -40,15 +40,15 @@ def waiting_take(ring: Ring, things: Observed) -> Task[list[bytes | Mark]]:
 
 
 def test_bytes_and_marks_come_in_the_order_they_were_given() -> None:
-    ring = Ring(100)
-    ring.mark(Mark(MarkKind.PREFIX, 7))
+    ring = ReaderBuffer(100)
+    ring.put_event(SegmentEvent(EventKind.INIT, 7))
     ring.write(b"init")
-    ring.mark(segment(7))
+    ring.put_event(segment(7))
     ring.write(b"one")
     ring.write(b"two")
-    ring.mark(segment(8))
+    ring.put_event(segment(8))
     ring.close()
-    expected = [Mark(MarkKind.PREFIX, 7), b"init", segment(7), b"one", b"two", segment(8)]
+    expected = [SegmentEvent(EventKind.INIT, 7), b"init", segment(7), b"one", b"two", segment(8)]
     assert ring.take(100, 0) == expected
     assert ring.take(100, 0) == []
 
@@ -63,22 +63,24 @@ def test_bytes_and_marks_come_in_the_order_they_were_given() -> None:
         (11, [b"12345", b"67890", segment(1), b"abc"]),
     ],
 )
-def test_take_stops_as_soon_as_it_has_enough(limit: int, expected: list[bytes | Mark]) -> None:
-    ring = Ring(100)
+def test_take_stops_as_soon_as_it_has_enough(
+    limit: int, expected: list[bytes | SegmentEvent]
+) -> None:
+    ring = ReaderBuffer(100)
     for item in (b"12345", b"67890", segment(1), b"abc", b"def"):
-        if isinstance(item, Mark):
-            ring.mark(item)
+        if isinstance(item, SegmentEvent):
+            ring.put_event(item)
         else:
             ring.write(item)
     assert ring.take(limit, 0) == expected
-    assert ring.length == 16 - sum(len(i) for i in expected if not isinstance(i, Mark))
+    assert ring.length == 16 - sum(len(i) for i in expected if not isinstance(i, SegmentEvent))
 
 
 def test_length_counts_the_bytes_that_wait() -> None:
-    ring = Ring(100)
+    ring = ReaderBuffer(100)
     assert (ring.length, ring.written_once) == (0, False)
     ring.write(b"12345")
-    ring.mark(segment(1))
+    ring.put_event(segment(1))
     ring.write(b"678")
     assert (ring.length, ring.written_once) == (8, True)
     ring.take(1, 0)
@@ -86,7 +88,7 @@ def test_length_counts_the_bytes_that_wait() -> None:
 
 
 def test_nothing_written_is_nothing_handed_over() -> None:
-    ring = Ring(100)
+    ring = ReaderBuffer(100)
     ring.write(b"")
     assert not ring.written_once
     assert ring.take(100, 0) == []
@@ -111,7 +113,7 @@ def test_writer_waits_while_the_ring_is_full() -> None:
 
 
 def test_writer_goes_on_waiting_until_there_is_room() -> None:
-    ring = Ring(4)
+    ring = ReaderBuffer(4)
     ring._not_full = room = Observed(ring._lock)
     ring.write(b"abc")
     ring.write(b"defgh")  # any room will do for the whole of it
@@ -169,12 +171,12 @@ def test_take_waits_until_something_is_written() -> None:
 def test_take_waits_until_something_is_marked() -> None:
     ring, things = empty_ring()
     taker = waiting_take(ring, things)
-    ring.mark(segment(3))
+    ring.put_event(segment(3))
     assert taker.result() == [segment(3)]
 
 
 def test_take_gives_up_in_time() -> None:
-    assert Ring(10).take(100, 0.001) == []
+    assert ReaderBuffer(10).take(100, 0.001) == []
 
 
 def test_wake_ends_the_wait_for_bytes() -> None:
@@ -224,7 +226,7 @@ def test_close_frees_who_waits_for_room() -> None:
 
 
 def test_what_is_there_can_be_taken_after_close() -> None:
-    ring = Ring(100)
+    ring = ReaderBuffer(100)
     ring.write(b"rest")
     ring.close()
     ring.close()
@@ -236,7 +238,7 @@ def test_what_is_there_can_be_taken_after_close() -> None:
 
 
 def test_open_ring_is_not_exhausted() -> None:
-    assert not Ring(10).is_exhausted
+    assert not ReaderBuffer(10).is_exhausted
 
 
 #### All at once ####
@@ -245,25 +247,25 @@ def test_open_ring_is_not_exhausted() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_any_pace_hands_over_the_same_bytes_within_the_limit(seed: int) -> None:
     dice = random.Random(seed)
-    ring, most = Ring(64), 40
+    ring, most = ReaderBuffer(64), 40
     items = [bytes([n % 251]) * dice.randint(1, most) for n in range(2000)]
 
     def write() -> None:
         for number, item in enumerate(items):
             if number % 10 == 0:
-                ring.mark(segment(number))
+                ring.put_event(segment(number))
             ring.write(item)
         ring.close()
 
     writer = Task(write)
-    lengths, taken = [0], list[bytes | Mark]()
+    lengths, taken = [0], list[bytes | SegmentEvent]()
     while not ring.is_exhausted:
         lengths.append(ring.length)
         taken += ring.take(dice.randint(1, 200), TIMEOUT)
     writer.result()
-    marks = [item for item in taken if isinstance(item, Mark)]
+    marks = [item for item in taken if isinstance(item, SegmentEvent)]
     assert marks == [segment(number) for number in range(0, 2000, 10)]
-    assert [item for item in taken if not isinstance(item, Mark)] == items
+    assert [item for item in taken if not isinstance(item, SegmentEvent)] == items
     behind_marks = [taken[taken.index(mark) + 1] for mark in marks]
     assert behind_marks == items[::10]
     assert 0 < max(lengths) < 64 + most
