@@ -13,8 +13,8 @@ Data flow
     Up to `threads` Downloads fetch segments at once; the oldest one's bytes go on as they come.
     The ReaderBuffer is where an upstream hands over bytes and segment events (a segment starts
     here, ends here, is missing).  The Splicer makes one stream of what several openings of the
-    upstream bring, without a repeat at the seams.  The framer cuts it into whole packets, boxes or frames and finds the join
-    points.  The Window keeps the newest bytes of a live channel; each viewer has a Place in it.
+    upstream bring, without a repeat at the seams.  The framer cuts it into whole packets, boxes or
+    frames and finds the join points.  The Window keeps the newest bytes of a live channel; each viewer has a Place in it.
     What has an end takes the same road, one upstream and window for each viewer, and the window
     then waits for its viewer instead of moving on.
 

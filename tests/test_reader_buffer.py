@@ -130,7 +130,7 @@ def test_writer_goes_on_waiting_until_there_is_room() -> None:
 
 def test_marks_need_no_room() -> None:
     ring, _ = full_ring()
-    Task(functools.partial(ring.mark, segment(1))).result()
+    Task(functools.partial(ring.put_event, segment(1))).result()
     assert ring.take(100, 0) == [b"x" * 10, segment(1)]
 
 
