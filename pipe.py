@@ -13,8 +13,9 @@ Data flow
     Up to `threads` Downloads fetch segments at once; the oldest one's bytes go on as they come.
     The ReaderBuffer is where an upstream hands over bytes and segment events (a segment starts
     here, ends here, is missing).  The Splicer makes one stream of what several openings of the
-    upstream bring, without a repeat at the seams.  The framer cuts it into whole packets, boxes or
-    frames and finds the join points.  The Window keeps the newest bytes of a live channel; each viewer has a Place in it.
+    upstream bring, without a repeat at the seams.  The framer cuts it into whole packets or frames
+    and finds the join points.  The Window keeps the newest bytes of a live channel, and each
+    Viewer's place in them.
     What has an end takes the same road, one upstream and window for each viewer, and the window
     then waits for its viewer instead of moving on.
 
@@ -59,6 +60,7 @@ import base64
 import contextlib
 import difflib
 import enum
+import errno
 import functools
 import hmac
 import html
@@ -78,6 +80,7 @@ import re
 import signal
 import socket
 import socketserver
+import struct
 import sys
 import threading
 import time
@@ -131,7 +134,9 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
 TURN_LIMIT = 1 * MIB  # bytes a feeder takes from its buffer in one turn; more would delay viewers
 BLOCK_LIMIT = 64 * KIB  # bytes of a block; a viewer's send gathers whole blocks
-SEND_LIMIT = 256 * KIB  # bytes a viewer holds at once, whatever the window holds
+SEND_LIMIT = 1 * MIB  # bytes a viewer holds at once, whatever the window holds
+SEND_BLOCKS = 512  # blocks of them; the system takes 1,024 pieces in one call
+WINDOW_GROWTH = 8  # times `ringbuffer_size` that a window may hold to keep enough segments
 PRIVATE_WINDOW = 1 * MIB  # bytes between an upstream that has an end and its one viewer
 PLAYLIST_LIMIT = 8 * MIB  # bytes of a playlist, a key or a page; more is an attack or a mistake
 SNIFF_LIMIT = 752  # bytes: three TS packets at any offset, to tell a container
@@ -139,16 +144,22 @@ SNIFF_LIMIT = 752  # bytes: three TS packets at any offset, to tell a container
 FOREMOST_PATIENCE = 5.0  # seconds without a byte until the foremost viewer counts as paused
 KEY_FRAME_BACK = 6.0  # seconds; libavformat wants 5 s of stream before it shows a picture
 FAILURE_MEMORY = 2.0  # seconds; VLC asks a second time at once when the first answer is an error
+REPEAT_TIME = 10.0  # seconds between two lines of one kind that a player may cause forty a second
+ZAPPING_TIME = 2.0  # seconds a client that leaves one channel for another waits for the place
+ZAPPING_TICK = 0.05  # seconds between two looks whether it has left
+START_TICK = 0.5  # seconds between two looks whether a viewer still waits for a start
 HEAD_TIMEOUT = 10.0  # seconds a client has to send its request head
 HEAD_LIMIT = 64 * KIB  # bytes of a request head
 SILENCE = 5.0  # seconds until null packets fill in: ExoPlayer gives up after 8
 NULL_PACKET = b"G\x1f\xff\x10" + 184 * b"\xff"  # ISO/IEC 13818-1, 2.4.1: carries nothing
+NEW_CLOCK_TICKS = 60 * 90_000  # a clock that far back was set anew: no relay's backlog is as long
 SEAM_PATIENCE = 30.0  # seconds a relay may send again what the viewers have had
 REOPEN_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # seconds between tries, the last again and again
 HEALTHY_TIME = 60.0  # seconds of media after which the pauses begin anew
 BAD_TIME = 60.0  # seconds that a start tries a failed address after the others
 STALE_NUMBERS = 2  # how far behind a backup's playlist may be and still be the same stream
 JUDGE_GRACE = 1.5  # seconds more than a download has, so that it can give up a segment first
+SEND_TICK = 1.0  # seconds at most that a send waits for room, and so between two signs of progress
 FEEDER_TICK = 1.0  # seconds at most between two looks of a feeder at its viewers and upstream
 SPARE_CONNECTIONS = 256  # beyond max_viewers: for /health, pages and refusals
 MOST_CONNECTIONS = 4096  # where max_viewers is 0
@@ -157,6 +168,8 @@ DRAIN_TIME = 1.0  # seconds in which new streams get 503 before the listener goe
 EXIT_TIME = 4.0  # seconds until the process ends, whatever still hangs
 
 STREAM_NAME = re.compile(r"[a-z0-9-]+")
+NO_MEDIA = "the origin sent no media"
+STATES_SHOWN = ("live", "private", "reopening", "starting")  # the best of a stream's is shown
 RESERVED_NAMES = frozenset({"health", "status", "metrics", "playlist"})
 
 
@@ -186,6 +199,10 @@ class StreamError(PipeError):
         self.reason = reason
         self.retry_after = retry_after  # seconds
 
+    def again(self) -> StreamError:
+        """The same for another viewer: one that is raised collects the frames it passes."""
+        return StreamError(self.status, self.reason, self.retry_after)
+
 
 class UpstreamError(StreamError):
     """The origin failed, in words that name neither address nor exception."""
@@ -195,7 +212,15 @@ class UpstreamError(StreamError):
 
 
 class ViewerGone(PipeError):
-    """The viewer closed its connection or took no byte for too long."""
+    """The viewer closed its connection, or cannot go on."""
+
+
+class FellBehind(ViewerGone):
+    """What the viewer needed next has left the window, and it cannot go on elsewhere."""
+
+
+class TookNothing(ViewerGone):
+    """The viewer took no byte for `viewer_timeout`."""
 
 
 class WindowEnded(PipeError):
@@ -770,10 +795,10 @@ class JoinKind(enum.IntEnum):
 
 @dataclass(frozen=True)
 class JoinPoint:
-    """A decoder can start at `position` (bytes since the channel began) after `prefix`."""
+    """A decoder can start at `position` (bytes since the channel began) after `preamble`."""
 
     position: int
-    prefix: bytes  # PAT and PMT, or an initialization section; empty where the stream has them
+    preamble: bytes  # PAT and PMT, or an initialization section; empty where the stream has them
     kind: JoinKind
     time: float = field(default_factory=time.monotonic)
     dts: int | None = None  # of a transport stream's key frame, in ticks
@@ -793,6 +818,10 @@ class Framer:
         self._in_segments = False
         self._prefix = bytearray()  # the initialization section, as far as it has come
         self._in_init_section = False
+        self.last_dts: int | None = None
+
+    def leave_segments(self) -> None:
+        self._in_segments = False
 
     def start_init_section(self) -> None:
         """An initialization section starts with the next byte."""
@@ -1089,57 +1118,6 @@ def _next_sync(data: bytes, at: int) -> int:
             return found
         found = data.find(TS_SYNC, found + 1)
     return len(data)
-
-
-class KeyFrameGate:
-    """Holds a transport stream back after a seam until a decoder can start.
-
-    `after` is the last DTS that viewers have had: a relay sends its backlog again, and nobody
-    shall see a second twice.  A feeder owns it.
-    """
-
-    def __init__(self, after: int | None, limit: int) -> None:
-        self.after = after
-        self.limit = limit  # bytes to hold
-        self._deadline = time.monotonic() + SEAM_PATIENCE
-        self._framer = TsFramer()
-        self._held = bytearray()
-        self._base = 0  # position of the first byte held
-
-    def start_segment(self) -> None:
-        self._hold(self._framer.flush())
-        self._framer.start_segment()
-
-    def learn(self, prefix: bytes) -> None:
-        """Take the tables from an initialization section."""
-        self._framer.feed(prefix)
-        self._held.clear()
-        self._base = self._framer.position
-
-    def feed(self, data: bytes) -> bytes | None:
-        """None while the gate is shut; once it opens, what goes on from there."""
-        self._hold(self._framer.feed(data))
-        joins, self._framer.joins = self._framer.joins, []
-        for join in joins:
-            if join.position >= self._base and self._is_good(join):
-                self._hold(self._framer.flush())
-                return join.prefix + bytes(self._held[join.position - self._base :])
-        return None
-
-    def _hold(self, blocks: Iterable[Block]) -> None:
-        for block in blocks:
-            self._held += block
-        excess = len(self._held) - self.limit
-        if excess > 0:
-            del self._held[:excess]
-            self._base += excess
-
-    def _is_good(self, join: JoinPoint) -> bool:
-        if join.kind is JoinKind.ANY and self._framer.tables.video_pid >= 0:
-            return False
-        if self.after is None or join.dts is None or time.monotonic() > self._deadline:
-            return True
-        return 0 < (join.dts - self.after) % TIMESTAMP_MODULUS < TIMESTAMP_MODULUS // 2
 
 
 # Fragmented MP4 (ISO/IEC 14496-12)
@@ -1486,39 +1464,58 @@ class ReaderBuffer:
 
 
 # --------------------------------------------------------------------------------------------------
-# Window: the newest bytes of a channel, and its viewers' places in them
+# Window: the newest bytes of a channel, and where its viewers are in them
+#
+# Each viewer's thread takes blocks from here and sends them with a call that blocks.  Tried or
+# weighed, and not done:
+#   asyncio           streamlink is threads, and one loop for a thousand sockets takes as much CPU
+#                     as the kernel's own wake-ups while a single core has to do it all
+#   a sending thread  one for all viewers (poll, then send) cost more calls of the system for each
+#                     byte, and a slow socket's turn delays the others
+#   sendfile          from memory files: 0.32 to 0.34 s of CPU for each GB and 1,000 viewers, no
+#                     less than sends that block, and pages must not change while they are sent
 # --------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
-class Place:
-    """Where a viewer is.  Guarded by its window's lock, but for `moved`.
+class Viewer:
+    """One response that receives a channel, and where it is in the channel's window.
 
-    `moved` is written by the viewer's thread alone, after each send that took a byte.
+    Its own thread alone writes `sent` and `moved`; the window's lock guards what is below them.
     """
 
+    address: str = ""
+    agent: str = ""
+    has_left: Callable[[], bool] = lambda: False  # whether it closed its connection; never blocks
+    since: float = field(default_factory=time.monotonic)
+    sent: int = 0  # bytes of media
+    moved: float = 0.0  # when it took a byte last
     next: int | None = 0  # number of the block to take next; None: waits for a join point
     pending: list[Block] = field(default_factory=list)  # to be sent before that block
-    position: int = 0  # bytes since the channel began, of the block to take next
-    is_waiting: bool = True  # for blocks; such a viewer is not paused, however long ago it moved
-    moved: float = field(default_factory=time.monotonic)
+    is_waiting: bool = True  # for blocks: no pause, however long ago it moved
+    has_caught_up: bool = False  # had the newest block once
     skips: int = 0  # how often it fell behind
-    skipped_bytes: int = 0
-    left_at: int | None = None  # where it fell behind, until it goes on
+
+    def __repr__(self) -> str:
+        return f"<Viewer {self.address} next={self.next} sent={self.sent} skips={self.skips}>"
 
 
 class Window:
     """A channel's newest blocks; the feeder appends, each viewer takes from its own place.
 
     Blocks are numbered from 0 and positions counted in bytes since the channel began, so eviction
-    moves nobody: a place with a number below the oldest block's has fallen behind.
+    moves nobody: a viewer whose next block is older than the oldest one has fallen behind.
     """
 
-    def __init__(self, limit: int, patience: float = FOREMOST_PATIENCE) -> None:
-        self.limit = limit  # bytes; never changes
-        self.patience = patience  # seconds; changes once, before the first viewer takes anything
-        self.has_units = False  # set before the first append: only a join point may be left behind
-        self.live_edge = 3  # segments; likewise
+    def __init__(
+        self, limit: int, patience: float = FOREMOST_PATIENCE, growth: int = 1, live_edge: int = 3
+    ) -> None:
+        # Set before the first viewer takes anything, and never changed after that.
+        self.limit = limit  # bytes
+        self.patience = patience  # seconds without a byte until a viewer counts as paused
+        self.growth = growth  # how many times `limit` it may hold to keep enough segments
+        self.live_edge = live_edge  # segments
+        self.can_skip = True  # a viewer that falls behind may go on elsewhere
         # _lock guards everything below.
         self._lock = threading.Lock()
         self._grown = threading.Condition(self._lock)  # viewers wait; append() and end() notify
@@ -1529,18 +1526,22 @@ class Window:
         self._tail = 0  # its position
         self._head = 0  # position behind the newest block
         self._joins: deque[JoinPoint] = deque()
-        self._past_joins: deque[int] = deque(maxlen=4096)  # positions of evicted ones
-        self._best_kind = JoinKind.ANY
-        self._places: set[Place] = set()
-        self._end: WindowEnded | Exception | None = None
+        self._is_short = False  # a segment's start had to go that a late viewer may need
+        self._viewers: dict[Viewer, None] = {}  # in the order they came
+        self._is_complete: bool | None = None  # None: more will come; else whether this was all
         self._is_cut = False  # viewers leave at once, whatever they have not taken
+
+    def __repr__(self) -> str:
+        held = f"{self._first}+{len(self._blocks)} blocks, {self._head - self._tail} bytes"
+        end = {None: "open", True: "complete", False: "broken off"}[self._is_complete]
+        return f"<Window {held}, {len(self._joins)} joins, {len(self._viewers)} viewers, {end}>"
 
     # Feeder
 
     def append(self, blocks: Iterable[Block], joins: Iterable[JoinPoint] = ()) -> None:
         """Add blocks and join points, evicting the oldest.
 
-        Blocks while the foremost viewer still takes but has not taken what would have to go.
+        Blocks while the foremost viewer has not taken what would have to go.
         """
         with self._lock:
             new = deque(joins)
@@ -1556,29 +1557,31 @@ class Window:
                 self._add_join(join)
             self._grown.notify_all()
 
-    def _add_join(self, join: JoinPoint) -> None:
-        if join.position < self._tail:
-            self._past_joins.append(join.position)
-        else:
-            self._joins.append(join)
-            self._best_kind = max(self._best_kind, join.kind)
-
-    def end(self, reason: Exception) -> None:
-        """No more will come: viewers take the rest, then take() raises `reason`.  Idempotent."""
+    def end(self, is_complete: bool) -> None:
+        """No more will come: viewers take the rest, then take() raises WindowEnded.  Idempotent."""
         with self._lock:
-            self._end = self._end or reason
+            if self._is_complete is None:
+                self._is_complete = is_complete
+            self._drop_if_over()
             self._grown.notify_all()
 
-    def cut(self, reason: Exception) -> None:
-        """Like end(), at once, from any thread: nobody gets the rest."""
+    def cut(self) -> None:
+        """Like end(), at once and from any thread: nobody gets the rest."""
         with self._lock:
-            self._is_cut = True
-            self._end = reason
+            self._is_cut, self._is_complete = True, False
+            self._drop_if_over()
             self._grown.notify_all()
             self._taken.notify_all()
 
+    def _add_join(self, join: JoinPoint) -> None:
+        if join.position >= self._tail:
+            self._joins.append(join)
+
     def _make_room(self, size: int) -> None:
+        """Evict the oldest blocks until `size` more bytes fit, waiting for the foremost viewer."""
         while self._blocks and self._head - self._tail + size > self.limit and not self._is_cut:
+            if self._head - self._tail + size <= self._grown_limit(size):
+                return
             wait = self._foremost_wait()
             if wait <= 0:
                 self._evict()
@@ -1588,116 +1591,159 @@ class Window:
                 self._taken.wait(min(wait, FEEDER_TICK))
                 self._feeder_waits = False
 
+    def _grown_limit(self, size: int) -> int:
+        """Bytes that may be held so that a late viewer finds the segment it should start with."""
+        starts = self._segment_starts()
+        if self.growth == 1 or not starts:
+            return self.limit
+        is_enough = len(starts) >= self._kept_segments
+        oldest = starts[-self._kept_segments] if is_enough else self._tail
+        return max(self.limit, min(self._head + size - oldest, self.growth * self.limit))
+
+    @property
+    def _kept_segments(self) -> int:
+        """Those that a new viewer gets at once, the one before them, and the one that comes."""
+        return self.live_edge + 2
+
+    def _segment_starts(self) -> list[int]:
+        return [join.position for join in self._joins if join.kind is JoinKind.SEGMENT]
+
     def _foremost_wait(self) -> float:
-        """Seconds to wait for the foremost viewer to take the oldest block; 0 or less: none."""
-        if not self._places or any(
-            place.next is None or place.next > self._first for place in self._places
-        ):
+        """Seconds to wait for somebody to take the oldest block; 0 or less: evict it.
+
+        1. Nobody watches, or all wait for a join point: nobody to wait for.
+        2. All are paused, for they took no byte for `patience` seconds: they skip later.
+        3. Some have caught up with the newest block once: the one furthest along of them counts,
+           and those behind it must keep up.  A viewer that came late is none of them yet, so it
+           makes nobody lose bytes by being further along.
+        4. None has, as at a start or with a burst: the one that came first counts.
+        5. Whoever counts has taken the oldest block: nothing to wait for.
+        """
+        now = time.monotonic()
+        taking = [
+            viewer
+            for viewer in self._viewers
+            if viewer.next is not None and (viewer.is_waiting or viewer.moved + self.patience > now)
+        ]
+        if not taking:
             return 0
-        if any(place.is_waiting for place in self._places):
-            return self.patience
-        moved = max(place.moved for place in self._places)
-        return moved + self.patience - time.monotonic()
+        ahead = [viewer for viewer in taking if viewer.has_caught_up]
+        foremost = max(ahead, key=lambda viewer: cast(int, viewer.next)) if ahead else taking[0]
+        if cast(int, foremost.next) > self._first:
+            return 0
+        return self.patience if foremost.is_waiting else foremost.moved + self.patience - now
 
     def _evict(self) -> None:
         self._tail += len(self._blocks.popleft())
         self._first += 1
         while self._joins and self._joins[0].position < self._tail:
-            self._past_joins.append(self._joins.popleft().position)
+            has_enough = len(self._segment_starts()) >= self._kept_segments
+            self._is_short |= self._joins.popleft().kind is JoinKind.SEGMENT and not has_enough
 
     # Viewers
 
-    def enter(self, place: Place, from_start: bool) -> None:
-        """Put a viewer where a decoder can start; `from_start` is for those who waited for it."""
+    def enter(self, viewer: Viewer) -> None:
+        """Put a viewer where a decoder can start; before the first byte, that is the start."""
         with self._lock:
-            place.moved = time.monotonic()
-            self._places.add(place)
-            if not from_start or self._first:
-                self._seek(place)
+            viewer.next, viewer.pending, viewer.has_caught_up = 0, [], False
+            viewer.is_waiting, viewer.moved = True, time.monotonic()
+            self._viewers[viewer] = None
+            if self._head:
+                self._seek(viewer)
 
-    def leave(self, place: Place) -> None:
+    def leave(self, viewer: Viewer) -> None:
+        """Let a viewer go, from any thread: its take() raises ViewerGone.  Idempotent."""
         with self._lock:
-            self._places.discard(place)
+            self._viewers.pop(viewer, None)
+            viewer.pending = []
+            self._drop_if_over()
             self._taken.notify_all()
+            if viewer.is_waiting:
+                self._grown.notify_all()
 
-    def take(self, place: Place, timeout: float | None) -> list[Block]:
+    def take(self, viewer: Viewer, timeout: float | None) -> list[Block]:
         """The next blocks, SEND_LIMIT bytes of them at most; empty when none come in `timeout`.
 
-        A place that fell behind goes on where a new viewer would.  Raises the reason given to
-        end() or cut(), and ViewerGone where the viewer holds half of a unit that is gone.
+        A viewer that fell behind goes on where a new one would.  Raises WindowEnded where no more
+        will come, and ViewerGone where the viewer was let go or cannot go on.
         """
         with self._lock:
-            place.is_waiting = True
-            self._grown.wait_for(lambda: self._has_more(place) or self._end, timeout)
-            place.is_waiting = False
-            if self._is_cut or (self._end and not self._has_more(place)):
-                assert self._end is not None
-                raise self._end
-            if place.next is not None and place.next < self._first:
-                self._skip(place)
-            elif place.next is None:
-                self._seek(place)
-            return self._gather(place)
+            viewer.is_waiting = True
+            self._grown.wait_for(lambda: self._has_news(viewer), timeout)
+            viewer.is_waiting = False
+            if viewer not in self._viewers:
+                raise ViewerGone("left")
+            if self._is_cut or (self._is_complete is not None and not self._has_more(viewer)):
+                raise WindowEnded(bool(self._is_complete))
+            if viewer.next is None:
+                self._seek(viewer)
+            elif viewer.next < self._first:
+                self._skip(viewer)
+            return self._gather(viewer)
 
-    def _has_more(self, place: Place) -> bool:
-        if place.next is None:
+    def _has_news(self, viewer: Viewer) -> bool:
+        is_over = self._is_complete is not None or viewer not in self._viewers
+        return is_over or self._has_more(viewer)
+
+    def _has_more(self, viewer: Viewer) -> bool:
+        if viewer.next is None:
             return self._join_point() is not None
-        return bool(place.pending) or place.next < self._first + len(self._blocks)
+        return bool(viewer.pending) or viewer.next < self._first + len(self._blocks)
 
-    def _gather(self, place: Place) -> list[Block]:
-        place.moved = time.monotonic()
-        taken, place.pending = place.pending, []
+    def _gather(self, viewer: Viewer) -> list[Block]:
+        viewer.moved = time.monotonic()
+        taken, viewer.pending = viewer.pending, []
         size = sum(map(len, taken))
-        while place.next is not None and place.next < self._first + len(self._blocks):
-            block = self._blocks[place.next - self._first]
+        end = self._first + len(self._blocks)
+        while viewer.next is not None and viewer.next < end and len(taken) < SEND_BLOCKS:
+            block = self._blocks[viewer.next - self._first]
             if taken and size + len(block) > SEND_LIMIT:
                 break
             taken.append(block)
             size += len(block)
-            place.next += 1
-            place.position += len(block)
+            viewer.next += 1
+        viewer.has_caught_up |= viewer.next == end
         if self._feeder_waits:
             self._taken.notify_all()
         return taken
 
-    def _skip(self, place: Place) -> None:
-        starts = itertools.chain(self._past_joins, (join.position for join in self._joins))
-        if self.has_units and place.position not in starts:
-            raise ViewerGone("fell behind in the middle of a fragment")
-        place.skips += 1
-        place.left_at = place.position
-        self._seek(place)
+    def _skip(self, viewer: Viewer) -> None:
+        if not self.can_skip:
+            raise FellBehind("fell behind")
+        viewer.skips += 1
+        self._seek(viewer)
 
-    def _seek(self, place: Place) -> None:
+    def _seek(self, viewer: Viewer) -> None:
         """Move to the join point a new viewer gets, or to waiting for the next."""
         join = self._join_point()
         if join is None:
-            place.next, place.pending = None, []
+            viewer.next, viewer.pending = None, []
             return
-        if place.left_at is not None:
-            place.skipped_bytes += join.position - place.left_at
-            place.left_at = None
         at, number = self._tail, self._first
         for block in self._blocks:
             if at + len(block) > join.position:
                 break
             at, number = at + len(block), number + 1
-        place.pending = [join.prefix] if join.prefix else []
-        place.next, place.position = number, at
+        viewer.next, viewer.pending = number, [join.preamble] if join.preamble else []
         if join.position > at:
-            place.pending.append(self._blocks[number - self._first][join.position - at :])
-            place.next, place.position = number + 1, at + len(self._blocks[number - self._first])
+            viewer.pending.append(self._blocks[number - self._first][join.position - at :])
+            viewer.next += 1
 
     def _join_point(self) -> JoinPoint | None:
         """Where a new viewer starts (SPEC: joining), by the best kind there is."""
-        segments = [join for join in self._joins if join.kind == JoinKind.SEGMENT]
-        if segments:
-            return segments[-self.live_edge :][0]
-        least = min(self._best_kind, JoinKind.KEY_FRAME)
-        joins = [join for join in self._joins if join.kind >= least]
+        best = max((join.kind for join in self._joins), default=None)
+        joins = [join for join in self._joins if join.kind is best]
+        if best is JoinKind.SEGMENT:
+            return joins[-self.live_edge :][0]
         back = time.monotonic() - KEY_FRAME_BACK
         old_enough = [join for join in joins if join.time <= back]
         return next(iter(old_enough[-1:] or joins), None)
+
+    def _drop_if_over(self) -> None:
+        """Give the memory back once nobody will take from it, not when a collector comes by."""
+        if self._is_cut or (self._is_complete is not None and not self._viewers):
+            self._blocks.clear()
+            self._joins.clear()
 
     # Anybody
 
@@ -1705,13 +1751,12 @@ class Window:
         """Bytes in the window, and about how many seconds ago the oldest came."""
         with self._lock:
             oldest = self._joins[0].time if self._joins else time.monotonic()
-            return self._head - self._tail, time.monotonic() - oldest
+            return sum(map(len, self._blocks)), time.monotonic() - oldest
 
     def is_short(self) -> bool:
-        """Whether blocks were evicted and fewer than two segment starts are left."""
+        """Whether a late viewer did not find the segment it should have started with."""
         with self._lock:
-            held = sum(join.kind == JoinKind.SEGMENT for join in self._joins)
-            return self._best_kind == JoinKind.SEGMENT and self._first > 0 and held < 2
+            return self._is_short
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1736,6 +1781,27 @@ class Fingerprint:
     def add(self, data: bytes) -> None:
         self.value = zlib.crc32(data[-self.size % 64 :: 64], self.value)
         self.size += len(data)
+
+
+class Repeat:
+    """Compares bytes that come a second time with those that were had, and lets the rest pass."""
+
+    def __init__(self, had: Fingerprint) -> None:
+        self.had = had
+        self.differs = False
+        self._again = Fingerprint()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all that was had came again, and was the same."""
+        return self._again == self.had
+
+    def pass_on(self, data: bytes) -> bytes:
+        """What of the data is new; nothing where it `differs`."""
+        left = self.had.size - self._again.size
+        self._again.add(data[:left])
+        self.differs = self._again.size == self.had.size and self._again != self.had
+        return b"" if self.differs else data[left:]
 
 
 class DownloadFailed(PipeError):
@@ -2044,7 +2110,26 @@ class Session:
             self._is_resolving = False
         if not streams:
             raise UpstreamError("the origin offers no stream there")
-        return Variants(self, streams)
+        self._v = Variants(self, streams)
+        return self._v
+
+    # SHIM
+    @property
+    def qualities(self) -> list[str]:
+        return self._v.names
+
+    @property
+    def canonical(self) -> dict[str, str]:
+        return self._v.canonical
+
+    def offers(self, name: str) -> bool:
+        return name in self._v.streams
+
+    def missing(self, name: str) -> str | None:
+        return self._v.missing(name)
+
+    def open(self, name: str, first: int | None = None, is_other: bool = False) -> Upstream:
+        return self._v.open(name, first, is_other)
 
     def _resolve(self, address: str) -> Mapping[str, Any]:
         match = self.engine.plugins.match_url(address)
@@ -2831,7 +2916,247 @@ def _unblock(path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Statistics: what each stream has done since the start
+# Splicer: makes one stream of what several openings of an upstream bring
+#
+# State       what it does with bytes that come                      leaves it when
+#   PASSING   hands them on                                          -
+#   RESUMED   a new opening: nothing has come yet                    its first segment or byte comes
+#   COMPARING the open segment again: checks that it is the same     viewers' place in it is reached
+#   SKIPPING  drops them, the open segment is other media            the next segment starts
+#   HOLDING   (MPEG-TS) keeps them until a decoder can start         the gate opens
+#
+#   any       -> RESUMED    resume()
+#   RESUMED   -> PASSING    at the wanted segment, of which viewers have nothing
+#             -> COMPARING  at the wanted segment, of which viewers have the beginning
+#             -> HOLDING    at another segment, or at bytes without segments (a relay)
+#             -> SKIPPING   at the wanted segment with another initialization section
+#   COMPARING -> PASSING    everything was the same; -> SKIPPING  something was not
+#   SKIPPING  -> HOLDING    at the next segment;  HOLDING -> PASSING  the gate opens
+# Containers without a gate go to PASSING where this says HOLDING.
+# --------------------------------------------------------------------------------------------------
+
+
+class KeyFrameGate:
+    """Holds a transport stream back after a seam until a decoder can start.
+
+    `after` is the last DTS that viewers have had: a relay sends its backlog again, and nobody is to
+    see a second twice.  A channel's thread owns it.
+    """
+
+    def __init__(self, after: int | None, limit: int) -> None:
+        self.after = after
+        self.limit = limit  # bytes to hold
+        self._deadline = time.monotonic() + SEAM_PATIENCE
+        self._framer = TsFramer()
+        self._held = bytearray()
+        self._base = 0  # position of the first byte held
+
+    def start_segment(self) -> None:
+        self._hold(self._framer.flush())
+        self._framer.start_segment()
+
+    def learn(self, init_section: bytes) -> None:
+        """Take the tables from an initialization section."""
+        self._framer.feed(init_section)
+        self._held.clear()
+        self._base = self._framer.position
+
+    def feed(self, data: bytes) -> bytes | None:
+        """None while the gate is shut; once it opens, what goes on from there."""
+        self._hold(self._framer.feed(data))
+        joins, self._framer.joins = self._framer.joins, []
+        for join in joins:
+            if join.position >= self._base and self._opens_at(join):
+                self._hold(self._framer.flush())
+                return join.preamble + bytes(self._held[join.position - self._base :])
+        return None
+
+    def _hold(self, blocks: Iterable[Block]) -> None:
+        for block in blocks:
+            self._held += block
+        excess = len(self._held) - self.limit
+        if excess > 0:
+            del self._held[:excess]
+            self._base += excess
+
+    def _opens_at(self, join: JoinPoint) -> bool:
+        """Whether viewers can go on here: at a key frame that they have not had.
+
+        Or at one whose clock was set anew; or, in the end, wherever a unit starts: some encoders
+        send no key frame at all (intra refresh).
+        """
+        if time.monotonic() > self._deadline:
+            return True
+        if join.kind is JoinKind.ANY and self._framer.tables.video_pid >= 0:
+            return False
+        if self.after is None or join.dts is None:
+            return True
+        ahead = (join.dts - self.after) % TIMESTAMP_MODULUS
+        return 0 < ahead < TIMESTAMP_MODULUS - NEW_CLOCK_TICKS
+
+
+class SpliceState(enum.Enum):
+    PASSING = enum.auto()
+    RESUMED = enum.auto()
+    COMPARING = enum.auto()
+    SKIPPING = enum.auto()
+    HOLDING = enum.auto()
+
+
+class Splicer:
+    """Carries one channel's bytes from its upstreams to its window, without a repeat at the seams.
+
+    A channel's thread owns it.
+    """
+
+    def __init__(self, window: Window, container: Container, address: int) -> None:
+        self.window = window
+        self.address = address  # position of the address that gave the numbers
+        self.number: int | None = None  # of the segment to go on with; None without segments
+        self.segment_size = 0  # bytes of the newest whole segment
+        self._framer = framer_for(container)
+        self._state = SpliceState.PASSING
+        self._goes_on = True  # False: viewers have not had what came before, so nothing can
+        self._passed = Fingerprint()  # what viewers have had of the open segment
+        self._repeat = Repeat(self._passed)
+        self._gate: KeyFrameGate | None = None
+        self._init_section = b""  # the newest that viewers have
+        self._new_init_section: bytearray | None = None  # one that is coming
+
+    def __repr__(self) -> str:
+        return f"<Splicer {self._state.name} at {self.number}+{self._passed.size}>"
+
+    def resume(self, address: int) -> None:
+        """What comes next is from a new opening."""
+        self.address = address
+        if self._state in (SpliceState.HOLDING, SpliceState.SKIPPING):
+            self._passed, self._goes_on, self._gate = Fingerprint(), False, None
+        self._state, self._new_init_section = SpliceState.RESUMED, None
+
+    def pass_event(self, event: SegmentEvent) -> None:
+        if event.kind is EventKind.INIT:
+            self._new_init_section = bytearray()
+        elif event.kind is EventKind.START:
+            self._start_segment(event.number)
+        else:
+            self._end_segment(event)
+
+    def pass_bytes(self, data: bytes) -> bool:
+        """Take what came; True where it brought viewers something new."""
+        if self._new_init_section is not None:
+            self._new_init_section += data
+            return False
+        if self._state is SpliceState.RESUMED:  # no segment before them: this opening has none
+            self.number = None
+            self._start_seam(after=self._framer.last_dts)
+        elif self._state is SpliceState.COMPARING:
+            data = self._compare(data)
+        if self._state in (SpliceState.COMPARING, SpliceState.SKIPPING):
+            return False
+        self._passed.add(data)
+        return self._pass(data)
+
+    def flush(self) -> None:
+        """Hand on what was held back for more to come."""
+        self._append(self._framer.flush())
+
+    def _pass(self, data: bytes) -> bool:
+        if self._gate:
+            opened = self._gate.feed(data)
+            if opened is None:
+                return False
+            data, self._gate, self._state = opened, None, SpliceState.PASSING
+            if self.number is not None:
+                self._framer.start_segment()
+        self._append(self._framer.feed(data))
+        return bool(data)
+
+    def _append(self, blocks: list[Block]) -> None:
+        joins, self._framer.joins = self._framer.joins, []
+        self.window.append(blocks, joins)
+
+    def _start_segment(self, number: int) -> None:
+        init_section, self._new_init_section = bytes(self._new_init_section or b""), None
+        is_resumed = self._state is SpliceState.RESUMED
+        goes_on = self._goes_on and (not is_resumed or number == self.number)
+        is_half = is_resumed and goes_on and self._passed.size > 0  # viewers have its beginning
+        is_changed = bool(init_section) and not (is_resumed and init_section == self._init_section)
+        self.number = number
+        if is_half and not is_changed:
+            self._state, self._repeat = SpliceState.COMPARING, Repeat(self._passed)
+            return
+        if is_half or not goes_on:
+            self._start_seam()
+        if is_changed:
+            self._pass_init_section(init_section)
+        self._passed = Fingerprint()
+        if is_half:  # other media: the segment after it is the first of use
+            self._skip()
+        else:
+            self._state = SpliceState.HOLDING if self._gate else SpliceState.PASSING
+            self._open_segment()
+
+    def _open_segment(self) -> None:
+        """A segment begins, for the framer or for the gate before it."""
+        if self._gate:
+            self._gate.start_segment()
+        else:
+            self._append(self._framer.flush())
+            self._framer.start_segment()
+
+    def _pass_init_section(self, init_section: bytes) -> None:
+        self._init_section = init_section
+        if self._gate:
+            self._gate.learn(init_section)
+            return
+        self._append(self._framer.flush())
+        self._framer.start_init_section()
+        self._append(self._framer.feed(init_section))
+
+    def _end_segment(self, event: SegmentEvent) -> None:
+        """The segment is whole, or the rest of it is missing, or all of it was left out."""
+        is_resumed = self._state is SpliceState.RESUMED
+        if is_resumed and (event.number != self.number or self._passed.size):
+            self._framer.drop()
+            self._goes_on = False
+        elif event.kind is EventKind.GAP:
+            self._framer.drop()
+        elif self._state is SpliceState.PASSING:
+            self._append(self._framer.flush())
+        if self._state is SpliceState.COMPARING:  # it ended before the place that viewers reached
+            self._skip()
+        self.segment_size = self._passed.size
+        self.number, self._passed = event.number + 1, Fingerprint()
+
+    def _compare(self, data: bytes) -> bytes:
+        """What is new of the open segment, once all that viewers have had was the same."""
+        data = self._repeat.pass_on(data)
+        if self._repeat.differs:
+            self._skip()
+        elif self._repeat.is_over:
+            self._state = SpliceState.PASSING
+        return data
+
+    def _skip(self) -> None:
+        """The open segment is other media than before: go on with the next."""
+        self._start_seam()
+        self._state = SpliceState.SKIPPING
+        if self.number is not None:
+            self.number += 1
+
+    def _start_seam(self, after: int | None = None) -> None:
+        """What comes next does not continue what was: begin where a decoder can start."""
+        self._framer.drop()
+        self._goes_on = True
+        if self.number is None:
+            self._framer.leave_segments()
+        if isinstance(self._framer, TsFramer):
+            self._gate = self._gate or KeyFrameGate(after, self.window.limit)
+        self._state = SpliceState.HOLDING if self._gate else SpliceState.PASSING
+
+
+# --------------------------------------------------------------------------------------------------
+# Statistics: what is known of each stream, whatever channels it had
 # --------------------------------------------------------------------------------------------------
 
 SLOT = 5  # seconds of a bar in the page's charts
@@ -2841,67 +3166,61 @@ FIRST_BYTE_BOUNDS = ("0.01", "0.05", "0.1", "0.25", "0.5", "1.0", "2.5", "5.0", 
 
 
 class StreamRecord:
-    """A stream's totals, whatever channels it had.  `lock` guards the rest, and is taken last."""
+    """A stream's totals, and what its newest start found.  Guarded by the lock it was given.
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
+    Methods take that lock themselves; it is reentrant, for those who hold it already.
+    """
+
+    def __init__(self, lock: threading.Condition) -> None:
+        self._lock = lock
         self.counts: Counter[str] = Counter()  # by name: arrivals, received, sent, gaps ...
-        self.errors: Counter[str] = Counter()  # of upstreams, by their words
+        self.errors: Counter[str] = Counter()  # of upstreams, by reason
         self.drops: Counter[str] = Counter()  # of viewers, by reason
         self.peak = 0  # viewers at once
         self.last_error: str | None = None
+        self.container = Container.MPEG_TS  # the newest
+        self.variants: Mapping[str, str] = {}  # of the newest start: name to variant
+        self.resolved = -math.inf  # when that was
+        self.failures: dict[str, tuple[float, StreamError]] = {}  # of starts, by wanted quality
+        self.failed: dict[str, float] = {}  # addresses, and when each failed last
         self._slots: deque[tuple[int, int]] = deque(maxlen=SLOTS + 1)  # number and bytes of each
+        self._warned = -math.inf  # when a line was logged that may repeat
 
     def add(self, name: str, amount: int = 1) -> None:
-        with self.lock:
+        with self._lock:
             self.counts[name] += amount
 
     def add_drop(self, reason: str) -> None:
-        with self.lock:
+        with self._lock:
             self.drops[reason] += 1
+
+    def add_error(self, reason: str) -> None:
+        with self._lock:
+            self.errors[reason] += 1
+            self.last_error = reason
 
     def add_received(self, size: int) -> None:
         slot = int(time.monotonic() / SLOT)
-        with self.lock:
+        with self._lock:
             self.counts["received"] += size
             if self._slots and self._slots[-1][0] == slot:
                 size += self._slots.pop()[1]
             self._slots.append((slot, size))
 
-    def add_error(self, reason: str) -> None:
-        with self.lock:
-            self.errors[reason] += 1
-            self.last_error = reason
-
     def bitrates(self) -> list[float]:
         """Bits a second in each of the last SLOTS slots but the open one, the oldest first."""
         now = int(time.monotonic() / SLOT)
-        with self.lock:
+        with self._lock:
             slots = dict(self._slots)
         return [slots.get(now - SLOTS + n, 0) * 8 / SLOT for n in range(SLOTS)]
 
-
-@dataclass(frozen=True)
-class ViewerReport:
-    """Its fields are keys of /status, like a ChannelReport's."""
-
-    address: str
-    user_agent: str
-    since_seconds: float
-    bytes: int
-    skips: int
-
-
-@dataclass(frozen=True)
-class ChannelReport:
-    variant: str
-    state: str
-    note: str | None  # what is missing of it
-    uptime_seconds: float
-    window_bytes: int
-    window_seconds: float
-    restarts: int
-    viewers: tuple[ViewerReport, ...]
+    def repeat_level(self) -> int:
+        """The level for a line that a knocking player may cause: seldom a warning, else debug."""
+        now = time.monotonic()
+        with self._lock:
+            is_first = now - self._warned > REPEAT_TIME
+            self._warned = now if is_first else self._warned
+        return logging.WARNING if is_first else logging.DEBUG
 
 
 @dataclass(frozen=True)
@@ -2909,47 +3228,37 @@ class StreamReport:
     """A stream as it is now, for pages and monitoring; nothing in it changes any more."""
 
     settings: StreamSettings
-    channels: tuple[ChannelReport, ...]
+    status: Mapping[str, Any]  # what /status prints
     counts: Counter[str]
     errors: Counter[str]
     drops: Counter[str]
-    peak: int
-    last_error: str | None
-    bitrates: tuple[float, ...]
+    bitrates: Sequence[float]
 
     @property
-    def viewers(self) -> int:
-        return sum(len(channel.viewers) for channel in self.channels)
-
-    @property
-    def state(self) -> str:
-        """The best state of its channels."""
-        states = {channel.state for channel in self.channels}
-        order = ("live", "private", "reopening", "starting")
-        return next((state for state in order if state in states), "idle")
-
-    @property
-    def bitrate(self) -> float:
-        """Bits a second over the newest slots."""
-        return sum(self.bitrates[-3:]) / 3
+    def channels(self) -> Sequence[Mapping[str, Any]]:
+        return cast(Sequence[Mapping[str, Any]], self.status["channels"])
 
 
 # --------------------------------------------------------------------------------------------------
-# Channel: one upstream and its viewers
+# Channel: one upstream, the thread that feeds it, and its viewers
 #
 #   STARTING  its upstream is being opened; viewers wait
 #   LIVE      shared by everyone who asks for this variant
-#   PRIVATE   its source has an end: it is its first viewer's alone, the others start their own
-#   MERGED    the variant it was to open is another channel's; its viewers go there
+#   PRIVATE   its source has an end, or nobody could join it late: it is its first viewer's alone,
+#             the others start their own
+#   MERGED    its viewers go to another channel: one that has the same variant, or one that starts
+#             anew with other settings
 #   CLOSED    nothing more comes; `failure` tells why nothing came at all
 #
-#   STARTING -> LIVE | PRIVATE   media is at hand           (settle)
-#   STARTING -> MERGED           another channel has it     (claim, settle)
-#   STARTING -> CLOSED           all addresses failed       (retire)
-#   LIVE | PRIVATE -> CLOSED     nobody watches any more    (is_abandoned)
-#                                the source ended, or failed for `reconnect` seconds (retire)
+#   STARTING -> LIVE | PRIVATE   media is at hand                             (go_live)
+#   STARTING -> MERGED           another channel has the variant              (register, go_live)
+#                                a reload changed the stream                  (end)
+#   STARTING -> CLOSED           all addresses failed                         (end)
+#                                nobody waits, and its slot is needed         (_close)
+#   LIVE | PRIVATE -> CLOSED     nobody watches any more                      (is_abandoned, _close)
+#                                the source ended, or failed for `reconnect`  (end)
 #
-# A channel that is LIVE or PRIVATE stays so while its feeder opens a failed upstream again:
+# A channel that is LIVE or PRIVATE stays so while a failed upstream is opened again:
 # `is_reopening` tells, and its viewers keep their connections.
 # --------------------------------------------------------------------------------------------------
 
@@ -2962,408 +3271,59 @@ class State(enum.Enum):
     CLOSED = "closed"
 
 
-@dataclass(eq=False)
-class Viewer:
-    """One response that receives a channel."""
-
-    address: str
-    agent: str = ""
-    since: float = field(default_factory=time.monotonic)
-    place: Place = field(default_factory=Place)  # a new one in each window it enters
-    sent: int = 0  # bytes of media; the viewer's thread alone adds to it
-
-
 class Channel:
-    """The run-time object of a stream and variant.
-
-    `state`, `variant`, `viewers`, `idle_since` and `failure` are guarded by Channels._lock.  The
-    container is set once, before the window gets its first block.
-    """
+    """The run-time object of a stream and variant, and the thread that feeds it."""
 
     def __init__(
-        self, channels: Channels, stream: StreamSettings, wanted: str, is_alone: bool
+        self, channels: Channels, stream: StreamSettings, wanted: str, is_private: bool
     ) -> None:
-        self.stream = stream
+        self.channels = channels
         self.wanted = wanted  # the quality asked for
-        self.is_alone = is_alone  # for one viewer: it knows that the source has an end
-        self.window = Window(stream.options.ringbuffer_size)
-        self.container = Container.MPEG_TS
+        self.since = time.monotonic()
+        self.record = channels.record(stream.name)
+        self.window = Window(stream.options.ringbuffer_size, growth=WINDOW_GROWTH)
+        self.container = Container.MPEG_TS  # set once, before the window gets its first block
+        # Guarded by channels.changed.
+        self.stream = stream  # a reload replaces it
         self.state = State.STARTING
+        self.is_offered = not is_private  # to everybody who asks for what it has
+        self.is_fed = True  # its thread has not ended
         self.variant = ""
         self.viewers: dict[Viewer, None] = {}  # in order of arrival
         self.idle_since = math.inf  # when the last viewer left
         self.failure: StreamError | None = None
-        self.note: str | None = None  # what is missing of it; the feeder sets it once
-        self.since = time.monotonic()
-        self.record = channels.record(stream.name)
-        self.feeder = Feeder(channels, self)
-
-    @property
-    def linger(self) -> float:
-        """Seconds to stay open without viewers."""
-        return 0.0 if self.state is State.PRIVATE else self.stream.options.linger
-
-    def report(self) -> ChannelReport:
-        """As it is now.  Caller holds Channels._lock."""
-        now = time.monotonic()
-        is_running = self.state in (State.LIVE, State.PRIVATE)
-        state = "reopening" if is_running and self.feeder.is_reopening else self.state.value
-        held, seconds = self.window.held()
-        return ChannelReport(
-            self.variant,
-            state,
-            self.note,
-            now - self.since,
-            held,
-            seconds,
-            self.feeder.restarts,
-            tuple(
-                ViewerReport(v.address, v.agent, now - v.since, v.sent, v.place.skips)
-                for v in self.viewers
-            ),
-        )
-
-    def stop(self) -> None:
-        """Let the viewers go and end whatever the feeder waits for; returns at once."""
-        self.window.cut(WindowEnded(complete=False))
-        self.feeder.stop()
-
-
-class Channels:
-    """All channels: finds, starts and shares them."""
-
-    def __init__(self, config: Config) -> None:
-        # _lock guards everything below, and what Channel says of itself.
-        self._lock = threading.Lock()
-        self._config = config
-        self._settled = threading.Condition(self._lock)  # a channel left STARTING
-        self._retired = threading.Condition(self._lock)  # a feeder ended
-        self._fed: set[Channel] = set()  # with a running feeder
-        self._watched: set[Channel] = set()  # with viewers; some take the rest of an ended one
-        self._starting: dict[tuple[str, str], Channel] = {}  # by stream and wanted quality
-        self._shared: dict[tuple[str, str], Channel] = {}  # by stream and variant
-        self._variants: dict[str, Mapping[str, str]] = {}  # by stream: name to variant
-        self._failures: dict[tuple[str, str], tuple[float, StreamError]] = {}
-        self._containers: dict[str, Container] = {}  # last seen, by stream
-        self._records: dict[str, StreamRecord] = {}  # by stream
-        self._bad: dict[str, float] = {}  # addresses, and when each failed last
-        self.is_stopping = False
-
-    # Viewers' threads
-
-    def watch(self, stream: StreamSettings, quality: str | None, viewer: Viewer) -> Channel:
-        """Attach a viewer to the channel it asks for, started where none is running.
-
-        Blocks until it has media, for the stream's `timeout` at most.  Raises StreamError.
-        """
-        wanted = quality or stream.quality
-        deadline = time.monotonic() + stream.options.timeout
-        is_alone = False
-        while True:
-            channel = self._attach(stream, wanted, viewer, is_alone)
-            if self._await_start(channel, viewer, deadline):
-                return channel
-            is_alone = channel.state is State.PRIVATE
-
-    def leave(self, channel: Channel, viewer: Viewer) -> None:
-        """Detach; the last to leave starts the linger time."""
-        with self._lock:
-            self._detach(channel, viewer)
-        channel.feeder.wake()
-
-    def container_of(self, stream: StreamSettings) -> Container:
-        """The container last seen, for an answer that opens nothing."""
-        with self._lock:
-            return self._containers.get(stream.name, Container.MPEG_TS)
-
-    def qualities(self, stream: StreamSettings) -> list[str]:
-        """The variants that the stream's newest start found."""
-        with self._lock:
-            return list(dict.fromkeys(self._variants.get(stream.name, {}).values()))
-
-    def record(self, name: str) -> StreamRecord:
-        """The totals of a stream."""
-        return self._records.setdefault(name, StreamRecord())
-
-    def report(self) -> list[StreamReport]:
-        """All configured streams as they are now."""
-        with self._lock:
-            return [self._report(stream) for stream in self._config.streams.values()]
-
-    def _report(self, stream: StreamSettings) -> StreamReport:
-        record = self.record(stream.name)
-        known = self._fed | self._watched
-        channels = [channel for channel in known if channel.stream.name == stream.name]
-        open_ones = [c for c in channels if c.viewers or c.state is not State.CLOSED]
-        bitrates = record.bitrates()
-        with record.lock:
-            counts = record.counts.copy()
-            for channel in channels:
-                counts["sent"] += sum(viewer.sent for viewer in channel.viewers)
-                counts["skips"] += sum(viewer.place.skips for viewer in channel.viewers)
-            return StreamReport(
-                stream,
-                tuple(channel.report() for channel in open_ones),
-                counts,
-                record.errors.copy(),
-                record.drops.copy(),
-                record.peak,
-                record.last_error,
-                tuple(bitrates),
-            )
-
-    def viewer_count(self) -> int:
-        with self._lock:
-            return sum(len(channel.viewers) for channel in self._watched)
-
-    def _attach(
-        self, stream: StreamSettings, wanted: str, viewer: Viewer, is_alone: bool
-    ) -> Channel:
-        with self._lock:
-            if self.is_stopping:
-                raise stopping_error()
-            if stream.name not in self._config.streams:
-                raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
-            stream = self._config.streams[stream.name]  # a reload may have come in between
-            self._check_viewers()
-            channel = None if is_alone else self._find(stream, wanted)
-            is_new = channel is None
-            if channel is None:
-                self._recall_failure(stream, wanted)
-                self._make_room()
-                channel = Channel(self, stream, wanted, is_alone)
-                self._fed.add(channel)
-                if not is_alone:
-                    self._starting[stream.name, wanted] = channel
-            channel.viewers[viewer] = None
-            channel.idle_since = math.inf
-            self._watched.add(channel)
-            watching = (len(c.viewers) for c in self._watched if c.stream.name == stream.name)
-            channel.record.peak = max(channel.record.peak, sum(watching))
-            viewer.place = Place()
-            channel.window.enter(viewer.place, from_start=channel.state is State.STARTING)
-        if is_new:
-            channel.feeder.start()
-        return channel
-
-    def _check_viewers(self) -> None:
-        most = self._config.server.max_viewers
-        if most and sum(len(channel.viewers) for channel in self._watched) >= most:
-            raise full_error("there are too many viewers")
-
-    def _make_room(self) -> None:
-        """Let a lingering channel give way where another upstream would be one too many."""
-        most = self._config.server.max_upstreams
-        running = [channel for channel in self._fed if channel.state is not State.CLOSED]
-        if not most or len(running) < most:
-            return
-        lingering = [c for c in running if not c.viewers and c.state is not State.STARTING]
-        if not lingering:
-            raise full_error("there are too many upstreams")
-        channel = min(lingering, key=lambda c: c.idle_since)
-        channel.state = State.CLOSED
-        self._forget(channel)
-        channel.feeder.stop()
-
-    def _find(self, stream: StreamSettings, wanted: str) -> Channel | None:
-        """The channel that has, or will have, the first of the wanted qualities that exists."""
-        variants = self._variants.get(stream.name, {})
-        names = (name.strip() for name in wanted.split(","))
-        variant = next((variants[name] for name in names if name in variants), "")
-        return self._shared.get((stream.name, variant)) or self._starting.get((stream.name, wanted))
-
-    def _recall_failure(self, stream: StreamSettings, wanted: str) -> None:
-        now = time.monotonic()
-        for key, (at, _) in tuple(self._failures.items()):
-            if now - at > FAILURE_MEMORY:
-                del self._failures[key]
-        if (stream.name, wanted) in self._failures:
-            raise self._failures[stream.name, wanted][1]
-
-    def _await_start(self, channel: Channel, viewer: Viewer, deadline: float) -> bool:
-        """Wait until the channel has media for this viewer; False where it has to go elsewhere."""
-        with self._lock:
-            remaining = max(0.0, deadline - time.monotonic())
-            if not self._settled.wait_for(lambda: channel.state is not State.STARTING, remaining):
-                self._detach(channel, viewer)
-                raise no_media_error(channel.stream)
-            if channel.failure:
-                self._detach(channel, viewer)
-                raise channel.failure
-            if channel.state is State.MERGED:
-                self._detach(channel, viewer)
-            return viewer in channel.viewers
-
-    def _detach(self, channel: Channel, viewer: Viewer) -> None:
-        if viewer in channel.viewers:
-            del channel.viewers[viewer]
-            channel.record.add("sent", viewer.sent)
-            channel.record.add("skips", viewer.place.skips)
-        channel.window.leave(viewer.place)
-        if not channel.viewers:
-            self._watched.discard(channel)
-            channel.idle_since = time.monotonic()
-
-    # Feeders' threads
-
-    def claim(self, channel: Channel, canonical: Mapping[str, str], variant: str) -> bool:
-        """Note what a start resolved to; False where another channel has that variant already."""
-        with self._lock:
-            self._variants[channel.stream.name] = canonical
-            channel.variant = variant
-            return channel.is_alone or self._share(channel)
-
-    def settle(self, channel: Channel, container: Container, has_end: bool) -> bool:
-        """Make a channel with media at hand LIVE or PRIVATE; False where it became MERGED."""
-        with self._lock:
-            self._containers[channel.stream.name] = container
-            channel.container = container
-            if not has_end and not self._share(channel):
-                return False
-            self._forget(channel, keep_shared=not has_end)
-            channel.state = State.PRIVATE if has_end else State.LIVE
-            for viewer in tuple(channel.viewers)[1:] if has_end else ():
-                self._detach(channel, viewer)
-            self._settled.notify_all()
-            return True
-
-    def note_failure(self, address: str) -> None:
-        """Remember that an address failed, for the next starts."""
-        with self._lock:
-            self._bad[address] = time.monotonic()
-
-    def start_order(self, stream: StreamSettings) -> list[int]:
-        """The stream's addresses by position: as configured, those that failed lately last."""
-        with self._lock:
-            since = time.monotonic() - BAD_TIME
-            self._bad = {address: at for address, at in self._bad.items() if at > since}
-            return sorted(range(len(stream.urls)), key=lambda n: stream.urls[n] in self._bad)
-
-    def has_viewers(self, channel: Channel) -> bool:
-        with self._lock:
-            return bool(channel.viewers) and not self.is_stopping
-
-    def is_abandoned(self, channel: Channel) -> bool:
-        """Whether a feeder shall end; nobody can attach to the channel from then on."""
-        with self._lock:
-            is_idle = time.monotonic() - channel.idle_since >= channel.linger
-            if is_idle and not channel.viewers and channel.state is not State.STARTING:
-                channel.state = State.CLOSED
-                self._forget(channel)
-            return self.is_stopping or channel.state is State.CLOSED
-
-    def retire(self, channel: Channel, ending: Exception) -> None:
-        """A feeder has ended; called once for each, with the reason."""
-        with self._lock:
-            is_ended = channel.feeder.is_stopped and not self.is_stopping
-            if channel.state is State.STARTING and is_ended:
-                channel.state = State.MERGED  # a reload: who waits starts with the new settings
-            elif channel.state is State.STARTING:
-                channel.failure = self._failure_of(ending)
-                key = channel.stream.name, channel.wanted
-                self._failures[key] = time.monotonic(), channel.failure
-            if channel.state is not State.MERGED:
-                channel.state = State.CLOSED
-            self._forget(channel)
-            self._fed.discard(channel)
-            self._settled.notify_all()
-            self._retired.notify_all()
-        is_complete = isinstance(ending, WindowEnded) and ending.complete
-        channel.window.end(WindowEnded(is_complete))
-
-    def _share(self, channel: Channel) -> bool:
-        """Offer the channel to all who want its variant, or merge it with the one that is."""
-        other = self._shared.setdefault((channel.stream.name, channel.variant), channel)
-        if other is channel:
-            return True
-        channel.state = State.MERGED
-        self._forget(channel)
-        self._settled.notify_all()
-        return False
-
-    def _forget(self, channel: Channel, keep_shared: bool = False) -> None:
-        """Let nobody find the channel any more, or only by its variant."""
-        for registry in (self._starting,) if keep_shared else (self._starting, self._shared):
-            for key in [key for key, value in registry.items() if value is channel]:
-                del registry[key]
-
-    def _failure_of(self, ending: Exception) -> StreamError:
-        if self.is_stopping:
-            return stopping_error()
-        if isinstance(ending, StreamError):
-            return ending
-        return UpstreamError("the origin sent no media")
-
-    # Main
-
-    def reload(self, config: Config) -> None:
-        """Use other settings; ends the channels of streams that pull otherwise or are gone."""
-        with self._lock:
-            self._config = config
-            ended = []
-            for channel in self._fed:
-                stream = config.streams.get(channel.stream.name)
-                if stream and stream.pulls_like(channel.stream):
-                    channel.stream = stream
-                else:
-                    ended.append(channel)
-                    self._forget(channel)
-            self._failures.clear()
-        for channel in ended:
-            channel.stop()
-
-    def stop(self, timeout: float) -> bool:
-        """Let all viewers go and end all feeders; False where one still runs after `timeout`."""
-        with self._lock:
-            self.is_stopping = True
-            channels = tuple(self._fed)
-        for channel in channels:
-            channel.stop()
-        with self._lock:
-            return self._retired.wait_for(lambda: not self._fed, timeout)
-
-
-def stopping_error() -> StreamError:
-    return StreamError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", retry_after=5)
-
-
-def full_error(reason: str) -> StreamError:
-    return StreamError(HTTPStatus.SERVICE_UNAVAILABLE, reason, retry_after=5)
-
-
-def no_media_error(stream: StreamSettings) -> StreamError:
-    reason = f"no media within {stream.options.timeout:g} s"
-    return StreamError(HTTPStatus.GATEWAY_TIMEOUT, reason)
-
-
-class Feeder:
-    """The thread of a channel: opens its upstream, moves the bytes to the window, closes.
-
-    It alone judges the upstream, and opens a failed one again where it stopped.  But for start(),
-    stop() and wake(), what is here belongs to its thread.
-    """
-
-    def __init__(self, channels: Channels, channel: Channel) -> None:
-        self.channels = channels
-        self.channel = channel
-        self.gaps = 0  # segments given up
+        # Written by its thread alone.
+        self.note: str | None = None  # what is missing of it
         self.restarts = 0  # upstreams opened again
         self.is_reopening = False
-        self._stopped = threading.Event()
         self._session: Session | None = None
         self._upstream: Upstream | None = None
         self._splicer: Splicer | None = None  # None until the first media came
         self._address = 0  # position of the address in use
         self._last_byte = 0.0  # when media came last
+        self._has_warned = False  # that the window is short
+        self._start_level = logging.NOTSET  # of its lines until media came
+        self._stopped = threading.Event()
+
+    def __repr__(self) -> str:
+        name = f"{self.stream.name}/{self.variant or self.wanted}"
+        fed = "fed" if self.is_fed else "not fed"
+        return f"<Channel {name} {self.state.value}, {len(self.viewers)} viewers, {fed}>"
 
     # Any thread
 
     def start(self) -> None:
-        name = f"feed-{self.channel.stream.name}-0"
+        """Start the thread; raises RuntimeError where the system has none left."""
+        name = f"feed-{self.stream.name}-0"
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def stop(self) -> None:
-        """End whatever the thread waits for, and then the thread; returns at once."""
+        """Let the viewers go and end the thread, whatever it waits for; returns at once.
+
+        Idempotent.  A session that is made at the same moment is not found here, but its maker
+        looks at `_stopped` once it can be found.
+        """
+        self.window.cut()
         self._stopped.set()
         session = self._session
         if session:
@@ -3380,66 +3340,105 @@ class Feeder:
     def is_stopped(self) -> bool:
         return self._stopped.is_set()
 
-    # Its thread
+    @property
+    def is_running(self) -> bool:
+        return self.state in (State.LIVE, State.PRIVATE)
+
+    @property
+    def linger(self) -> float:
+        """Seconds to stay open without viewers."""
+        return 0.0 if self.state is State.PRIVATE else self.stream.options.linger
+
+    def status(self) -> dict[str, Any]:
+        """What /status prints of it.  Caller holds channels.changed."""
+        now = time.monotonic()
+        held, seconds = self.window.held()
+        return {
+            "variant": self.variant,
+            "state": "reopening" if self.is_running and self.is_reopening else self.state.value,
+            "note": self.note,
+            "uptime_seconds": round(now - self.since, 1),
+            "window_bytes": held,
+            "window_seconds": round(seconds, 1),
+            "restarts": self.restarts,
+            "viewers": [
+                {
+                    "address": viewer.address,
+                    "user_agent": viewer.agent,
+                    "since_seconds": round(now - viewer.since, 1),
+                    "bytes": viewer.sent,
+                    "skips": viewer.skips,
+                }
+                for viewer in self.viewers
+            ],
+        }
+
+    # Its thread: what is tried, and when
 
     def _run(self) -> None:
-        ending: Exception = WindowEnded(complete=False)
+        is_complete, failure = False, None
         try:
-            self._start()
+            self._open_first()
             self._keep_going()
-        except (WindowEnded, StreamError) as error:
-            ending = error
+        except WindowEnded as ending:
+            is_complete = ending.complete
+        except StreamError as error:
+            failure = error.again()  # its traceback would hold this frame, and all of the channel
         except Exception:
             log.exception("the feeder failed")
-            ending = UpstreamError("StreamPipe failed, its log says why")
-        finally:
-            self._close()
-            self.channels.retire(self.channel, ending)
-        if isinstance(ending, StreamError) and not self.channels.is_stopping:
-            log.warning("%s: ended: %s", self.channel.stream.name, ending.reason)
+            failure = UpstreamError("StreamPipe failed, its log says why")
+        finally:  # whatever fails on the way: who waits must learn of it
+            try:
+                self._close_upstream()
+            finally:
+                self.channels.end(self, is_complete, failure)
+        if failure and not self.channels.is_stopping:
+            log.log(self._log_level, "%s: ended: %s", self.stream.name, failure.reason)
 
-    def _start(self) -> None:
-        """Try each address once, all within `timeout`, until one has media; raises StreamError."""
-        order = self.channels.start_order(self.channel.stream)
-        failure: UpstreamError | None = None
+    def _open_first(self) -> None:
+        """Try each address once, all within `timeout`, until one has media.
+
+        Returns where that one failed later; raises StreamError where none has any.
+        """
+        reason = ""
+        order = self.channels.start_order(self.stream)
         for self._address in order:
             try:
-                timeout = self.channel.stream.options.timeout / len(order)
+                timeout = self.stream.options.timeout / len(order)
                 self._open_and_feed(timeout, time.monotonic() + timeout)
             except UpstreamError as error:
-                self._note_failure(error)
-                failure = error
+                reason = error.reason
+                self._note_failure(reason)
                 if self._splicer:
                     return
-        assert failure
-        raise failure
+        raise UpstreamError(reason)
 
-    def _keep_going(self) -> None:
+    def _keep_going(self) -> NoReturn:
         """Open the failed upstream again and again, for `reconnect` seconds without media."""
         tried = {self._address}  # since the last good byte
         pauses = _pauses()
         while True:
-            deadline = self._last_byte + self.channel.stream.options.reconnect
-            self._address = (self._address + 1) % len(self.channel.stream.urls)
+            deadline = self._last_byte + self.stream.options.reconnect
+            self._address = (self._address + 1) % len(self.stream.urls)
             pause = next(pauses) if self._address in tried else 0.0
             tried.add(self._address)
             self._wait(pause, deadline)
             began = time.monotonic()
             try:
-                timeout = min(self.channel.stream.options.timeout, deadline - began)
+                timeout = min(self.stream.options.timeout, deadline - began)
                 self._open_and_feed(max(timeout, 0.1), deadline)
             except UpstreamError as error:
-                self._note_failure(error)
+                self._note_failure(error.reason)
             if self._last_byte > began:
                 tried = {self._address}
             if self._last_byte - began > HEALTHY_TIME:
                 pauses = _pauses()
 
     def _wait(self, seconds: float, deadline: float) -> None:
-        """Pause before a try; raises WindowEnded where there shall be none."""
+        """Pause before a try; raises WindowEnded or UpstreamError where there shall be none."""
         self.is_reopening = True
         until = min(time.monotonic() + seconds, deadline)
-        while not self._stopped.is_set() and self.channels.has_viewers(self.channel):
+        while not self.is_stopped and self.channels.has_viewers(self):
             remaining = until - time.monotonic()
             if remaining <= 0 and until < deadline:
                 return
@@ -3448,19 +3447,29 @@ class Feeder:
             self._stopped.wait(min(remaining, FEEDER_TICK))
         raise WindowEnded(complete=False)
 
-    def _note_failure(self, error: UpstreamError) -> None:
-        self._close()
-        address = self.channel.stream.urls[self._address]
-        self.channels.note_failure(address)
-        self.channel.record.add_error(error.reason)
-        log.warning("%s: %s: %s", self.channel.stream.name, self._shown_address, error.reason)
+    def _note_failure(self, reason: str) -> None:
+        self._close_upstream()
+        if self.is_stopped:  # we cut it ourselves: the address may be well
+            raise WindowEnded(complete=False)
+        self.channels.note_failure(self.stream, self._address)
+        self.record.add_error(reason)
+        log.log(self._log_level, "%s: %s: %s", self.stream.name, self._origin, reason)
 
     @property
-    def _shown_address(self) -> str:
-        urls = self.channel.stream.urls
+    def _log_level(self) -> int:
+        """One for all lines of a start, which a player may cause again and again."""
+        if self._splicer:
+            return logging.WARNING
+        self._start_level = self._start_level or self.record.repeat_level()
+        return self._start_level
+
+    @property
+    def _origin(self) -> str:
+        """The address in use as logs may show it."""
+        urls = self.stream.urls
         return origin_of(urls[self._address], self._address + 1, len(urls))
 
-    def _close(self) -> None:
+    def _close_upstream(self) -> None:
         upstream, self._upstream = self._upstream, None
         session, self._session = self._session, None
         if upstream:
@@ -3468,52 +3477,48 @@ class Feeder:
         elif session:
             session.cut()
 
+    # Its thread: one opening
+
     def _open_and_feed(self, timeout: float, deadline: float) -> NoReturn:
         """One opening, from resolving to its end, with media before the deadline.
 
         `timeout` is for each request of resolving.
         Raises UpstreamError where it fails, WindowEnded where nothing more shall come.
         """
-        session = self._session = Session(self.channel.stream, timeout)
-        if self._stopped.is_set():
+        session = self._session = Session(self.stream, timeout)
+        if self.is_stopped:
             raise WindowEnded(complete=False)
-        variants = session.resolve(self.channel.stream.urls[self._address])
-        upstream = self._upstream = self._open(variants)
+        session.resolve(self.stream.urls[self._address])
+        upstream = self._upstream = self._open(session)
         self._feed(upstream, deadline)
 
-    def _open(self, variants: Variants) -> Upstream:
-        name = self._choose(variants)
-        if self._splicer is None:
-            canonical = variants.canonical
-            if not self.channels.claim(self.channel, canonical, canonical[name]):
-                raise WindowEnded(complete=False)
-            self._note_missing(variants, name)
-            return variants.open(name)
-        is_other = self._splicer.address != self._address
-        return variants.open(name, self._splicer.number, is_other)
+    def _open(self, session: Session) -> Upstream:
+        name = self._choose(session)
+        if self._splicer:
+            is_other = self._splicer.address != self._address
+            return session.open(name, self._splicer.number, is_other)
+        if not self.channels.register(self, session.canonical, session.canonical[name]):
+            raise WindowEnded(complete=False)
+        self.note = session.missing(name)
+        if self.note:
+            log.warning("%s: %s", self.stream.name, self.note)
+        return session.open(name)
 
-    def _note_missing(self, variants: Variants, name: str) -> None:
-        self.channel.note = variants.missing(name)
-        if self.channel.note:
-            log.warning("%s: %s", self.channel.stream.name, self.channel.note)
-
-    def _choose(self, variants: Variants) -> str:
+    def _choose(self, session: Session) -> str:
         """The variant that is running, or the first of the wanted ones that exists."""
-        channel = self.channel
-        for name in (channel.variant, *map(str.strip, channel.wanted.split(","))):
-            if name in variants.streams:
+        for name in (self.variant, *names_in(self.wanted)):
+            if session.offers(name):
                 return name
-        offered = ", ".join(variants.names)
-        if channel.wanted == channel.stream.quality:
+        if self.wanted == self.stream.quality:
+            offered = ", ".join(session.qualities)
             raise UpstreamError(f"the configured quality does not exist, only: {offered}")
-        reason = f"this quality does not exist, only: {offered}"
-        raise StreamError(HTTPStatus.NOT_FOUND, reason)
+        raise no_quality_error(session.qualities)
 
     def _feed(self, upstream: Upstream, deadline: float) -> NoReturn:
         """Move what comes, until it ends or fails or nobody is left to watch."""
         start: list[bytes | SegmentEvent] | None = []  # what came before the container was known
         alive = time.monotonic()
-        while not (self._stopped.is_set() or self.channels.is_abandoned(self.channel)):
+        while not (self.is_stopped or self.channels.is_abandoned(self)):
             try:
                 items = upstream.read(self._tick)
                 is_all = False
@@ -3534,18 +3539,16 @@ class Feeder:
 
     @property
     def _tick(self) -> float:
-        """Seconds until the feeder looks again; who leaves wakes it, who lingers does not."""
-        is_watched = bool(self.channel.viewers)
-        return FEEDER_TICK if is_watched else min(FEEDER_TICK, max(self.channel.linger, 0.05))
+        """Seconds until it looks at its viewers; one who leaves wakes it, linger does not."""
+        return FEEDER_TICK if self.viewers else min(FEEDER_TICK, max(self.linger, 0.05))
 
     def _judge(self, upstream: Upstream, alive: float, deadline: float) -> None:
         """Raise where an upstream is silent for too long."""
         now = time.monotonic()
-        options = self.channel.stream.options
         is_late = now > deadline
-        if is_late and self._splicer is None and len(self.channel.stream.urls) == 1:
-            raise no_media_error(self.channel.stream)
-        patience = max(options.timeout, 2 * upstream.target_duration) + JUDGE_GRACE
+        if is_late and self._splicer is None and len(self.stream.urls) == 1:
+            raise no_media_error(self.stream)
+        patience = max(self.stream.options.timeout, 2 * upstream.target_duration) + JUDGE_GRACE
         if is_late or now - alive > patience:
             raise UpstreamError("the origin sends nothing")
 
@@ -3555,41 +3558,38 @@ class Feeder:
         container = sniff(data[:SNIFF_LIMIT], is_all) if _has_media(start) else None
         if container is None:
             if is_all and self._splicer is None:
-                raise UpstreamError("the origin sent no media")
+                raise UpstreamError(NO_MEDIA)
             return is_all  # an end that came while the upstream was down
-        if self._splicer is None:
-            self._settle(upstream, container)
+        if self._splicer:
+            self._resume(self._splicer, container)
         else:
-            self._resume(upstream, container)
+            self._go_live(upstream, container)
         return True
 
-    def _settle(self, upstream: Upstream, container: Container) -> None:
+    def _go_live(self, upstream: Upstream, container: Container) -> None:
         """The channel's first media is here: the viewers who wait for it can go on."""
-        channel, has_end = self.channel, upstream.has_end
-        window = channel.window
+        window, has_end = self.window, upstream.has_end
         window.live_edge = max(1, upstream.live_edge)
-        window.has_units = container is Container.FMP4
+        window.can_skip = container is not Container.FMP4
         if has_end:
-            window.limit, window.patience = min(PRIVATE_WINDOW, window.limit), math.inf
-        self._splicer = Splicer(channel, container, self._address)
-        if not self.channels.settle(channel, container, has_end):
+            window.limit = min(PRIVATE_WINDOW, window.limit)
+            window.growth, window.patience = 1, math.inf
+        self._splicer = Splicer(window, container, self._address)
+        if not self.channels.go_live(self, container, has_end):
             raise WindowEnded(complete=False)
         kind = "has an end" if has_end else "live"
-        log.info("%s: %s, %s, %s", channel.stream.name, kind, channel.variant, container.value)
+        log.info("%s: %s, %s, %s", self.stream.name, kind, self.variant, container.value)
 
-    def _resume(self, upstream: Upstream, container: Container) -> None:
+    def _resume(self, splicer: Splicer, container: Container) -> None:
         """An upstream that was opened again has media."""
-        assert self._splicer
-        if container is not self.channel.container:
+        if container is not self.container:
             raise UpstreamError(f"it has become {container.value}")
         silent = time.monotonic() - self._last_byte
-        log.info(
-            "%s: %s: goes on after %.1f s", self.channel.stream.name, self._shown_address, silent
-        )
+        log.info("%s: %s: goes on after %.1f s", self.stream.name, self._origin, silent)
         self.restarts += 1
-        self.channel.record.add("restarts")
+        self.record.add("restarts")
         self.is_reopening = False
-        self._splicer.resume(self._address, upstream.repeats_exactly)
+        splicer.resume(self._address)
 
     def _move(self, items: list[bytes | SegmentEvent]) -> None:
         assert self._splicer
@@ -3597,16 +3597,28 @@ class Feeder:
             items, lambda item: isinstance(item, SegmentEvent)
         ):
             if is_event:
-                for item in group:
-                    self._splicer.pass_event(cast(SegmentEvent, item))
-                    if cast(SegmentEvent, item).kind is EventKind.GAP:
-                        self.gaps += 1
-                        self.channel.record.add("gaps")
+                for event in cast(Iterator[SegmentEvent], group):
+                    self._splicer.pass_event(event)
+                    if event.kind is EventKind.GAP:
+                        self.record.add("gaps")
+                self._warn_if_short(self._splicer.segment_size)
             else:
                 data = b"".join(cast(Iterator[bytes], group))
                 if self._splicer.pass_bytes(data):
                     self._last_byte = time.monotonic()
-                self.channel.record.add_received(len(data))
+                self.record.add_received(len(data))
+
+    def _warn_if_short(self, segment_size: int) -> None:
+        """Say once that a window holds too few segments even at its largest."""
+        if self._has_warned or self.state is not State.LIVE or not self.window.is_short():
+            return
+        self._has_warned = True
+        segments = self.window.live_edge + 2
+        fitting = math.ceil(segments * segment_size / WINDOW_GROWTH / MIB) * MIB
+        log.warning(
+            "%s: the window holds fewer than %d segments, viewers who join late may have to wait: "
+            "set ringbuffer_size: %d", self.stream.name, segments, fitting,
+        )  # fmt: skip
 
     def _finish(self) -> NoReturn:
         """The source truly ended: hand on what was held back for more to come."""
@@ -3623,197 +3635,375 @@ def _pauses() -> Iterator[float]:
 
 def _has_media(items: Iterable[bytes | SegmentEvent]) -> bool:
     """Whether there is more than initialization sections."""
-    in_prefix = False
+    in_init_section = False
     for item in items:
         if isinstance(item, SegmentEvent):
-            in_prefix = item.kind is EventKind.INIT
-        elif not in_prefix:
+            in_init_section = item.kind is EventKind.INIT
+        elif not in_init_section:
             return True
     return False
 
 
 def _is_sign_of_life(item: bytes | SegmentEvent) -> bool:
-    """Bytes are, and so is a segment left out on purpose; a segment that failed is none."""
+    """Bytes are, and so is a segment left out on purpose; one that failed is not."""
     return not isinstance(item, SegmentEvent) or item.kind is EventKind.FILTERED
 
 
-class Splicer:
-    """Carries one channel's bytes from its upstreams to its window, without a repeat at the seams.
-
-    It knows what was passed on: `number` is the segment to go on with, and `_passed` tells the
-    bytes of it that viewers have had.  A feeder owns it.
-    """
-
-    def __init__(self, channel: Channel, container: Container, address: int) -> None:
-        self.channel = channel
-        self.address = address  # position of the address that gave the numbers
-        self.number: int | None = None  # media sequence number; None without segments
-        self._framer = framer_for(container)
-        self._passed = Fingerprint()
-        self._prefix = b""  # the newest initialization section
-        self._new_prefix: bytearray | None = None  # one that is coming
-        self._size = 0  # bytes of the newest whole segment
-        self._is_warned = False
-        # At a seam:
-        self._is_resumed = False  # nothing of the new opening was judged yet
-        self._again: Fingerprint | None = None  # compares what was passed on already
-        self._skips_segment = False  # the open segment is of no use
-        self._gate: KeyFrameGate | None = None
-        self._owes_seam = False  # the next segment cannot go on, whatever its number
-
-    def resume(self, address: int, repeats_exactly: bool) -> None:
-        """What comes next is from a new opening."""
-        self.address = address
-        self._is_resumed = True
-        if self._gate:  # it is still shut: nobody has had what it swallowed
-            self._passed, self._owes_seam = Fingerprint(), True
-        self._again, self._skips_segment, self._gate = None, False, None
-        self._new_prefix = None
-        if self.number is None and repeats_exactly:
-            self._again = Fingerprint()  # the same body again, from its start
-        elif self.number is None:
-            self._start_seam(after=getattr(self._framer, "last_dts", None))
-
-    def pass_event(self, event: SegmentEvent) -> None:
-        if event.kind is EventKind.INIT:
-            self._new_prefix = bytearray()
-        elif event.kind is EventKind.START:
-            self._start_segment(event.number)
-        elif event.kind is EventKind.GAP:
-            self._framer.drop()
-            self._close_segment(event.number)
-        elif event.kind is EventKind.END:
-            if self._again is None:
-                self._append(self._framer.flush())
-            self._close_segment(event.number)
-        else:
-            if self._is_resumed and (event.number != self.number or self._passed.size):
-                self._framer.drop()
-                self._owes_seam = True
-            self._close_segment(event.number)
-
-    def pass_bytes(self, data: bytes) -> bool:
-        """Take what came; True where it brought viewers something new."""
-        if self._new_prefix is not None:
-            self._new_prefix += data
-            return False
-        if self._is_resumed and self.number is not None:  # this opening has no segments
-            self.number, self._is_resumed = None, False
-            self._start_seam(after=getattr(self._framer, "last_dts", None))
-        if self._again is not None and not self._skips_segment:
-            data = self._pass_again(data)
-        if self._skips_segment or not data:
-            return False
-        self._passed.add(data)
-        return self._pass(data)
-
-    def flush(self) -> None:
-        self._append(self._framer.flush())
-
-    def _pass(self, data: bytes) -> bool:
-        if self._gate:
-            opened = self._gate.feed(data)
-            if opened is None:
-                return False
-            data, self._gate = opened, None
-            if self.number is not None:
-                self._framer.start_segment()
-        self._append(self._framer.feed(data))
-        return True
-
-    def _append(self, blocks: list[Block]) -> None:
-        joins, self._framer.joins = self._framer.joins, []
-        self.channel.window.append(blocks, joins)
-
-    # Segments
-
-    def _start_segment(self, number: int) -> None:
-        goes_on = not self._owes_seam and (not self._is_resumed or number == self.number)
-        had = self._passed.size if self._is_resumed and goes_on else 0
-        prefix, self._new_prefix = bytes(self._new_prefix or b""), None
-        is_new_prefix = bool(prefix) and (not self._is_resumed or prefix != self._prefix)
-        if had and is_new_prefix:  # other media: its next segment is the first of use
-            goes_on, had, self._skips_segment = False, 0, True
-        if not goes_on:
-            self._start_seam()
-        if is_new_prefix:
-            self._pass_prefix(prefix)
-        self._is_resumed = False
-        self.number = number
-        if had:
-            self._again = Fingerprint()
-            return
-        self._passed = Fingerprint()
-        self._open_part(self._framer.start_segment)
-
-    def _open_part(self, start: Callable[[], None]) -> None:
-        """A segment begins, for the framer or for the gate before it."""
-        if self._gate:
-            self._gate.start_segment()
-            return
-        self._append(self._framer.flush())
-        start()
-        self._check_window()
-
-    def _pass_prefix(self, prefix: bytes) -> None:
-        self._prefix = prefix
-        if self._gate:
-            self._gate.learn(prefix)
-            return
-        self._append(self._framer.flush())
-        self._framer.start_init_section()
-        self._append(self._framer.feed(prefix))
-
-    def _close_segment(self, number: int) -> None:
-        if self._again is not None:
-            self._give_up_segment()  # it ended before the place that viewers have reached
-        self._size = self._passed.size
-        self.number, self._passed = number + 1, Fingerprint()
-        self._skips_segment = False
-
-    def _pass_again(self, data: bytes) -> bytes:
-        """Compare what viewers have had already; what is behind it is returned."""
-        assert self._again is not None
-        left = self._passed.size - self._again.size
-        self._again.add(data[:left])
-        if self._again.size == self._passed.size:
-            if self._again != self._passed:
-                self._give_up_segment()
-                return b""
-            self._again = None
-        return data[left:]
-
-    def _give_up_segment(self) -> None:
-        """The open segment is other media than before: go on with the next."""
-        self._again = None
-        if self.number is None:
-            raise UpstreamError("it has changed")
-        self._skips_segment = True
-        self._start_seam()
-
-    def _start_seam(self, after: int | None = None) -> None:
-        """What comes next does not continue what was: begin where a decoder can start."""
-        self._framer.drop()
-        self._owes_seam = False
-        if isinstance(self._framer, TsFramer):
-            self._gate = KeyFrameGate(after, self.channel.window.limit)
-
-    def _check_window(self) -> None:
-        """Say once that the window is too small to hold two segments."""
-        window = self.channel.window
-        if not self._is_warned and self.channel.state is State.LIVE and window.is_short():
-            self._is_warned = True
-            fitting = math.ceil(3 * self._size / MIB) * MIB
-            log.warning(
-                "%s: the window holds fewer than two segments, late viewers start badly: "
-                "set ringbuffer_size: %d", self.channel.stream.name, fitting,
-            )  # fmt: skip
+def names_in(quality: str) -> list[str]:
+    """The variants that `720p,best` names, in order of preference."""
+    return [name.strip() for name in quality.split(",")]
 
 
 def origin_of(address: str, position: int, count: int) -> str:
     """An address as logs may show it: `b.example, 2 of 2`."""
     host = _split(re.sub(r"^(?:hls|hlsvariant|httpstream|dash)://(?=\w+://)", "", address))[1]
     return f"{host or 'address'}, {position} of {count}"
+
+
+def stopping_error() -> StreamError:
+    return StreamError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", retry_after=5)
+
+
+def no_media_error(stream: StreamSettings) -> StreamError:
+    reason = f"no media within {stream.options.timeout:g} s"
+    return StreamError(HTTPStatus.GATEWAY_TIMEOUT, reason)
+
+
+def no_quality_error(qualities: Iterable[str]) -> StreamError:
+    reason = f"this quality does not exist, only: {', '.join(qualities)}"
+    return StreamError(HTTPStatus.NOT_FOUND, reason)
+
+
+# --------------------------------------------------------------------------------------------------
+# Channels: finds, starts and shares them
+#
+# Who may be refused, and who gives way (_attach):
+#   the server stops                          503 at once
+#   a start failed in the last 2 s            the same answer, from memory
+#   a quality that the running channel lacks  404 without asking the origin
+#   max_viewers, max_upstreams                those who closed their connection are let go; for an
+#                                             upstream, the channel without viewers that has been
+#                                             idle longest is closed; where the client's own address
+#                                             holds the place, it is about to be free (a player that
+#                                             zaps), and is waited for ZAPPING_TIME; then 503
+# --------------------------------------------------------------------------------------------------
+
+
+class LimitReached(StreamError):
+    """There is no place for another viewer, upstream or thread."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(HTTPStatus.SERVICE_UNAVAILABLE, reason, retry_after=5)
+
+
+class Channels:
+    """All channels there are, and what is known of their streams."""
+
+    def __init__(self, config: Config) -> None:
+        # Guards everything below, what a Channel says of itself, and the records.  Notified when a
+        # channel leaves STARTING and when its thread ends.  Reentrant.
+        self.changed = threading.Condition()
+        self._config = config
+        self._channels: dict[Channel, None] = {}  # fed, watched or both, in the order they came
+        self._records: dict[str, StreamRecord] = {}  # by stream
+        self.is_stopping = False
+
+    # Viewers' threads
+
+    def watch(self, stream: StreamSettings, quality: str | None, viewer: Viewer) -> Channel:
+        """Attach a viewer to the channel it asks for, started where none is running.
+
+        Blocks until it has media, for the stream's `timeout` at most.  Raises StreamError, and
+        ViewerGone where the viewer left meanwhile.
+        """
+        began = time.monotonic()
+        is_private = False
+        with self.changed:
+            while True:
+                if viewer.has_left():
+                    raise ViewerGone("left")
+                try:
+                    channel = self._attach(stream.name, quality, viewer, is_private)
+                except LimitReached:
+                    if time.monotonic() - began > ZAPPING_TIME or not self._may_zap(viewer):
+                        raise
+                    self.changed.wait(ZAPPING_TICK)
+                    continue
+                if self._await_start(channel, viewer, began + stream.options.timeout):
+                    return channel
+                is_private = channel.state is State.PRIVATE
+
+    def leave(self, channel: Channel, viewer: Viewer) -> None:
+        """Detach; the last to leave starts the linger time."""
+        with self.changed:
+            self._detach(channel, viewer)
+        channel.wake()
+
+    def record(self, name: str) -> StreamRecord:
+        with self.changed:
+            return self._records.setdefault(name, StreamRecord(self.changed))
+
+    def report(self) -> list[StreamReport]:
+        """All configured streams as they are now."""
+        with self.changed:
+            return [self._report(stream) for stream in self._config.streams.values()]
+
+    def viewer_count(self) -> int:
+        with self.changed:
+            return sum(len(channel.viewers) for channel in self._channels)
+
+    def _attach(self, name: str, quality: str | None, viewer: Viewer, is_private: bool) -> Channel:
+        """Put the viewer into a running channel or a new one; the cases stand above."""
+        if self.is_stopping:
+            raise stopping_error()
+        stream = self._config.streams.get(name)  # a reload may have come in between
+        if stream is None:
+            raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
+        wanted = quality or stream.quality
+        channel = None if is_private else self._find(stream, wanted)
+        if channel is None:
+            self._recall(stream, wanted)
+        self._make_room(self._has_seat, "there are too many viewers")
+        if channel is None:
+            self._make_room(self._has_slot, "there are too many upstreams")
+            channel = self._start(stream, wanted, is_private)
+        channel.viewers[viewer] = None
+        channel.idle_since = math.inf
+        channel.window.enter(viewer)
+        watching = (len(c.viewers) for c in self._channels if c.stream.name == name)
+        channel.record.peak = max(channel.record.peak, sum(watching))
+        return channel
+
+    def _start(self, stream: StreamSettings, wanted: str, is_private: bool) -> Channel:
+        """A channel with a running thread, which cannot do anything here before we let go."""
+        channel = Channel(self, stream, wanted, is_private)
+        try:
+            channel.start()
+        except RuntimeError as error:
+            raise LimitReached("the system has no thread left") from error
+        self._channels[channel] = None
+        return channel
+
+    def _find(self, stream: StreamSettings, wanted: str) -> Channel | None:
+        """The channel that has, or will have, the first of the wanted qualities that exists."""
+        variants = self.record(stream.name).variants
+        variant = next((variants[name] for name in names_in(wanted) if name in variants), None)
+        offered = [c for c in self._channels if c.is_offered and c.stream.name == stream.name]
+        having = (c for c in offered if c.variant and c.variant == variant)
+        starting = (c for c in offered if c.state is State.STARTING and c.wanted == wanted)
+        return next(itertools.chain(having, starting), None)
+
+    def _recall(self, stream: StreamSettings, wanted: str) -> None:
+        """Raise what a start would end with, as far as that is known without one."""
+        record, now = self.record(stream.name), time.monotonic()
+        for quality, (at, _) in tuple(record.failures.items()):
+            if now - at > FAILURE_MEMORY:
+                del record.failures[quality]
+        if wanted in record.failures:
+            raise record.failures[wanted][1].again()
+        is_known = now - record.resolved < FAILURE_MEMORY or any(
+            channel.is_running and channel.stream.name == stream.name for channel in self._channels
+        )
+        is_offered = any(name in record.variants for name in names_in(wanted))
+        if is_known and record.variants and not is_offered and wanted != stream.quality:
+            raise no_quality_error(dict.fromkeys(record.variants.values()))
+
+    def _make_room(self, has_room: Callable[[], bool], reason: str) -> None:
+        """Raise LimitReached where there is no room, once those who have left are let go."""
+        if has_room():
+            return
+        for channel in tuple(self._channels):
+            for viewer in tuple(channel.viewers):
+                if viewer.has_left():
+                    self._detach(channel, viewer)
+        if not has_room():
+            raise LimitReached(reason)
+
+    def _has_seat(self) -> bool:
+        most = self._config.server.max_viewers
+        return not most or self.viewer_count() < most
+
+    def _has_slot(self) -> bool:
+        """Whether an upstream may be opened; closes one that nobody watches, where that helps."""
+        most = self._config.server.max_upstreams
+        holding = [c for c in self._channels if c.is_running or c.state is State.STARTING]
+        if not most or len(holding) < most:
+            return True
+        idle = [channel for channel in holding if not channel.viewers]
+        if idle:
+            self._close(min(idle, key=lambda channel: channel.idle_since))
+        return bool(idle)
+
+    def _may_zap(self, viewer: Viewer) -> bool:
+        """Whether the client's own address holds a place, which it may be about to leave."""
+        viewers = itertools.chain.from_iterable(channel.viewers for channel in self._channels)
+        return any(other.address == viewer.address for other in viewers)
+
+    def _await_start(self, channel: Channel, viewer: Viewer, deadline: float) -> bool:
+        """Wait until the channel has media for this viewer; False where it has to go elsewhere."""
+        while channel.state is State.STARTING:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or viewer.has_left():
+                self._detach(channel, viewer)
+                raise no_media_error(channel.stream) if remaining <= 0 else ViewerGone("left")
+            self.changed.wait(min(remaining, START_TICK))
+        if channel.failure:
+            self._detach(channel, viewer)
+            raise channel.failure.again()
+        if channel.state is State.MERGED:
+            self._detach(channel, viewer)
+        return viewer in channel.viewers
+
+    def _detach(self, channel: Channel, viewer: Viewer) -> None:
+        if viewer in channel.viewers:
+            del channel.viewers[viewer]
+            channel.record.add("sent", viewer.sent)
+            channel.record.add("skips", viewer.skips)
+            if not channel.viewers:
+                channel.idle_since = time.monotonic()
+        channel.window.leave(viewer)
+        self._forget_if_over(channel)
+
+    def _forget_if_over(self, channel: Channel) -> None:
+        if not channel.viewers and not channel.is_fed:
+            self._channels.pop(channel, None)
+
+    def _report(self, stream: StreamSettings) -> StreamReport:
+        record = self.record(stream.name)
+        channels = [channel for channel in self._channels if channel.stream.name == stream.name]
+        viewers = [viewer for channel in channels for viewer in channel.viewers]
+        counts = record.counts.copy()
+        counts["sent"] += sum(viewer.sent for viewer in viewers)
+        counts["skips"] += sum(viewer.skips for viewer in viewers)
+        shown = [c.status() for c in channels if c.viewers or c.state is not State.CLOSED]
+        states = {channel["state"] for channel in shown}
+        bitrates = record.bitrates()
+        status = {
+            "stream": stream.name,
+            "title": stream.title,
+            "group": stream.group,
+            "state": next((state for state in STATES_SHOWN if state in states), "idle"),
+            "viewers": len(viewers),
+            "peak": record.peak,
+            "bytes_in": counts["received"],
+            "bytes_out": counts["sent"],
+            "bitrate": round(sum(bitrates[-3:]) / 3),
+            "restarts": counts["restarts"],
+            "gaps": counts["gaps"],
+            "last_error": record.last_error,
+            "channels": shown,
+        }
+        errors, drops = record.errors.copy(), record.drops.copy()
+        return StreamReport(stream, status, counts, errors, drops, bitrates)
+
+    # Channels' threads
+
+    def register(self, channel: Channel, canonical: Mapping[str, str], variant: str) -> bool:
+        """Note what a start resolved to; False where another channel has that variant already."""
+        with self.changed:
+            channel.record.variants, channel.record.resolved = canonical, time.monotonic()
+            channel.variant = variant
+            return not channel.is_offered or not self._is_taken(channel)
+
+    def go_live(self, channel: Channel, container: Container, has_end: bool) -> bool:
+        """Make a channel with media at hand LIVE or PRIVATE.
+
+        False where it became MERGED, or was stopped: a reload may have come meanwhile, and nobody
+        shall find a channel of the old settings.
+        """
+        with self.changed:
+            channel.record.container = channel.container = container
+            if channel.is_stopped or (not has_end and self._is_taken(channel)):
+                return False
+            channel.state = State.PRIVATE if has_end else State.LIVE
+            channel.is_offered = not has_end
+            for viewer in tuple(channel.viewers)[1:] if has_end else ():
+                self._detach(channel, viewer)
+            self.changed.notify_all()
+            return True
+
+    def end(self, channel: Channel, is_complete: bool, failure: StreamError | None) -> None:
+        """A channel's thread ends; called once for each, with what became of it."""
+        with self.changed:
+            if channel.state is State.STARTING and channel.is_stopped and not self.is_stopping:
+                channel.state = State.MERGED  # a reload: who waits starts with the new settings
+            elif channel.state is State.STARTING:
+                none = stopping_error() if self.is_stopping else UpstreamError(NO_MEDIA)
+                channel.failure = none if self.is_stopping or failure is None else failure
+                channel.record.failures[channel.wanted] = time.monotonic(), channel.failure
+            if channel.state is not State.MERGED:
+                channel.state = State.CLOSED
+            channel.is_offered = channel.is_fed = False
+            self._forget_if_over(channel)
+            self.changed.notify_all()
+        channel.window.end(is_complete)
+
+    def note_failure(self, stream: StreamSettings, position: int) -> None:
+        """Remember that an address failed, for the next starts."""
+        with self.changed:
+            self.record(stream.name).failed[stream.urls[position]] = time.monotonic()
+
+    def start_order(self, stream: StreamSettings) -> list[int]:
+        """The stream's addresses by position: as configured, those that failed lately last."""
+        with self.changed:
+            record, since = self.record(stream.name), time.monotonic() - BAD_TIME
+            record.failed = {address: at for address, at in record.failed.items() if at > since}
+            return sorted(range(len(stream.urls)), key=lambda n: stream.urls[n] in record.failed)
+
+    def has_viewers(self, channel: Channel) -> bool:
+        with self.changed:
+            return bool(channel.viewers) and not self.is_stopping
+
+    def is_abandoned(self, channel: Channel) -> bool:
+        """Whether a channel's thread shall end; nobody can attach to it from then on."""
+        with self.changed:
+            is_idle = time.monotonic() - channel.idle_since >= channel.linger
+            if is_idle and not channel.viewers and channel.state is not State.STARTING:
+                channel.state, channel.is_offered = State.CLOSED, False
+            return self.is_stopping or channel.state is State.CLOSED
+
+    def _is_taken(self, channel: Channel) -> bool:
+        """Whether another channel has this one's variant; its viewers then go there."""
+        if not any(
+            other is not channel
+            and other.is_offered
+            and (other.stream.name, other.variant) == (channel.stream.name, channel.variant)
+            for other in self._channels
+        ):
+            return False
+        channel.state, channel.is_offered = State.MERGED, False
+        self.changed.notify_all()
+        return True
+
+    def _close(self, channel: Channel) -> None:
+        """End a channel that nobody watches."""
+        channel.state, channel.is_offered = State.CLOSED, False
+        channel.stop()
+
+    # Main
+
+    def reload(self, config: Config) -> None:
+        """Use other settings; ends the channels of streams that pull otherwise or are gone."""
+        with self.changed:
+            self._config = config
+            for channel in self._channels:
+                stream = config.streams.get(channel.stream.name)
+                if stream and stream.pulls_like(channel.stream):
+                    channel.stream = stream
+                elif channel.is_fed:
+                    channel.is_offered = False
+                    channel.stop()
+            for record in self._records.values():
+                record.failures.clear()
+
+    def stop(self, timeout: float) -> bool:
+        """Let all viewers go and end all threads; False where one still runs after `timeout`."""
+        with self.changed:
+            self.is_stopping = True
+            for channel in self._channels:
+                if channel.is_fed:
+                    channel.stop()
+            return self.changed.wait_for(lambda: not any(c.is_fed for c in self._channels), timeout)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3947,45 +4137,18 @@ def status_json(site: Site) -> Page:
         "name": site.config.server.name,
         "version": __version__,
         "uptime_seconds": round(time.monotonic() - site.started, 1),
-        "streams": [_stream_status(report) for report in site.report()],
+        "streams": [report.status for report in site.report()],
     }
     return json_page(status)
-
-
-def _stream_status(report: StreamReport) -> dict[str, object]:
-    return {
-        "stream": report.settings.name,
-        "title": report.settings.title,
-        "group": report.settings.group,
-        "state": report.state,
-        "viewers": report.viewers,
-        "peak": report.peak,
-        "bytes_in": report.counts["received"],
-        "bytes_out": report.counts["sent"],
-        "bitrate": round(report.bitrate),
-        "restarts": report.counts["restarts"],
-        "gaps": report.counts["gaps"],
-        "last_error": report.last_error,
-        "channels": [
-            _rounded(channel) | {"viewers": [_rounded(viewer) for viewer in channel.viewers]}
-            for channel in report.channels
-        ],
-    }
-
-
-def _rounded(report: ChannelReport | ViewerReport) -> dict[str, object]:
-    """The report's fields, with seconds to a tenth."""
-    fields = vars(report).items()
-    return {key: round(value, 1) if isinstance(value, float) else value for key, value in fields}
 
 
 Sample = tuple[Mapping[str, object], float]  # labels and value
 
 
 STREAM_METRICS: tuple[tuple[str, str, Callable[[StreamReport], float]], ...] = (
-    ("viewers", "Viewers now.", lambda r: r.viewers),
+    ("viewers", "Viewers now.", lambda r: r.status["viewers"]),
     ("upstreams", "Upstreams open now.", lambda r: len(r.channels)),
-    ("window_bytes", "Bytes in windows.", lambda r: sum(c.window_bytes for c in r.channels)),
+    ("window_bytes", "Bytes in windows.", lambda r: sum(c["window_bytes"] for c in r.channels)),
     ("viewer_connections_total", "Viewers that came.", lambda r: r.counts["arrivals"]),
     ("sent_bytes_total", "Media sent to viewers.", lambda r: r.counts["sent"]),
     ("received_bytes_total", "Media received from origins.", lambda r: r.counts["received"]),
@@ -4100,7 +4263,7 @@ def status_page(site: Site) -> Page:
     groups: dict[str, list[StreamReport]] = {}
     for report in reports:
         groups.setdefault(report.settings.group or "", []).append(report)
-    viewers = sum(report.viewers for report in reports)
+    viewers = sum(report.status["viewers"] for report in reports)
     uptime = _duration(time.monotonic() - site.started)
     summary = f"{_many(len(reports), 'stream')}, {_many(viewers, 'viewer')}, up {uptime}"
     sections = [_group_section(site, group, members) for group, members in groups.items()]
@@ -4126,19 +4289,20 @@ def _card(site: Site, report: StreamReport) -> str:
     title = html.escape(stream.title)
     playlist = f"{stream.name}.m3u"
     initials = "".join(word[0] for word in stream.title.split()[:2]).upper()
-    facts = [f"<b>{report.viewers}</b> {'viewer' if report.viewers == 1 else 'viewers'}"]
+    status = report.status
+    facts = [f"<b>{status['viewers']}</b> {'viewer' if status['viewers'] == 1 else 'viewers'}"]
     if report.channels:
-        uptime = max(channel.uptime_seconds for channel in report.channels)
-        facts.append(f"<b>{report.bitrate / 1e6:.1f}</b> Mbit/s")
+        uptime = max(channel["uptime_seconds"] for channel in report.channels)
+        facts.append(f"<b>{status['bitrate'] / 1e6:.1f}</b> Mbit/s")
         facts.append(f"<b>{_duration(uptime)}</b> up")
-    notes = [channel.note for channel in report.channels if channel.note]
-    if report.last_error:
-        notes.append(f"last error: {report.last_error}")
+    notes = [channel["note"] for channel in report.channels if channel["note"]]
+    if status["last_error"]:
+        notes.append(f"last error: {status['last_error']}")
     return (
         f'<li id="{stream.name}" class="{"on" if report.channels else "off"}"><div class="top">'
         f'<div class="logo" aria-hidden="true">{html.escape(initials)}</div>'
         f'<div class="name"><b title="{title}">{title}</b>'
-        f'<span class="state {report.state}">{STATE_WORDS[report.state]}</span></div></div>'
+        f'<span class="state {status["state"]}">{STATE_WORDS[status["state"]]}</span></div></div>'
         f'<div class="facts">{"".join(f"<span>{fact}</span>" for fact in facts)}</div>'
         + (_chart(report.bitrates) if report.channels or any(report.bitrates) else "")
         + "".join(f'<p class="error">{html.escape(note)}</p>' for note in notes)
@@ -4345,7 +4509,7 @@ class Handler(BaseHTTPRequestHandler):
         """HEAD of a stream costs nothing: Kodi and Jellyfin probe with it before they play."""
         if self.server.channels.is_stopping:
             raise stopping_error()
-        container = self.server.channels.container_of(stream)
+        container = self.server.channels.record(stream.name).container
         self._send_head(HTTPStatus.OK, media_headers(container))
 
     def _send_head(self, status: HTTPStatus, headers: Mapping[str, str]) -> None:
@@ -4361,8 +4525,14 @@ class Handler(BaseHTTPRequestHandler):
 
         Raises StreamError where none comes.
         """
-        viewer = Viewer(self.client_address[0], self.headers.get("User-Agent", ""))
-        channel = self.server.channels.watch(stream, quality, viewer)
+        agent = self.headers.get("User-Agent", "")
+        viewer = Viewer(self.client_address[0], agent, functools.partial(has_left, self.connection))
+        try:
+            channel = self.server.channels.watch(stream, quality, viewer)
+        except LimitReached as refusal:
+            level = self.server.channels.record(stream.name).repeat_level()
+            log.log(level, "%s: %s refused: %s", stream.name, viewer.address, refusal.reason)
+            raise
         try:
             self._stream(channel, viewer, self._first_blocks(channel, viewer))
         finally:
@@ -4379,30 +4549,38 @@ class Handler(BaseHTTPRequestHandler):
             self._send_body(channel, viewer, first)
             ending = "got everything"
         except WindowEnded:
-            ending = "was let go"
-        except TimeoutError:
+            ending = "disconnected by the server"
+        except TookNothing:
             channel.record.add_drop("timeout")
             ending = f"took nothing for {channel.stream.options.viewer_timeout:g} s"
-        except ViewerGone as gone:
+        except FellBehind:
             channel.record.add_drop("fell behind")
-            ending = str(gone)
-        except OSError:
+            ending = "fell behind"
+        except (ViewerGone, OSError):
             pass
         finally:
             seconds = time.monotonic() - viewer.since
             log.info("%s: %s %s: %d bytes in %.1f s, %d skips", name, viewer.address, ending,
-                     viewer.sent, seconds, viewer.place.skips)  # fmt: skip
+                     viewer.sent, seconds, viewer.skips)  # fmt: skip
 
     def _first_blocks(self, channel: Channel, viewer: Viewer) -> list[Block]:
         """The media that makes the answer a 200; raises StreamError."""
+        deadline = time.monotonic() + channel.stream.options.timeout
         try:
-            blocks = channel.window.take(viewer.place, channel.stream.options.timeout)
+            while time.monotonic() < deadline:
+                if blocks := self._take(channel, viewer):
+                    return blocks
         except WindowEnded:
             is_stopping = self.server.channels.is_stopping
             error = UpstreamError("the stream has just ended")
             raise stopping_error() if is_stopping else error from None
-        if not blocks:
-            raise no_media_error(channel.stream)
+        raise no_media_error(channel.stream)
+
+    def _take(self, channel: Channel, viewer: Viewer) -> list[Block]:
+        """The next blocks; empty after a second without any, if the viewer is still there."""
+        blocks = channel.window.take(viewer, 1.0)
+        if not blocks and viewer.has_left():
+            raise ViewerGone("left")
         return blocks
 
     def _send_body(self, channel: Channel, viewer: Viewer, blocks: list[Block]) -> None:
@@ -4413,8 +4591,8 @@ class Handler(BaseHTTPRequestHandler):
         is_chunked = self.request_version != "HTTP/1.0"
         fills_silence = channel.container is Container.MPEG_TS
         silent = 0  # seconds
-        self.connection.settimeout(channel.stream.options.viewer_timeout)
         framing = {"Transfer-Encoding": "chunked"} if is_chunked else {}
+        self.connection.settimeout(channel.stream.options.viewer_timeout)
         self._send_head(HTTPStatus.OK, framing | media_headers(channel.container))
         tune(self.connection, channel.stream.options.viewer_timeout)
         try:
@@ -4424,10 +4602,8 @@ class Handler(BaseHTTPRequestHandler):
                     pieces = [b"%x\r\n" % size, *blocks, b"\r\n"] if is_chunked else blocks
                     self._send_pieces(pieces, channel, viewer)
                     viewer.sent += size
-                blocks = channel.window.take(viewer.place, 1.0)
+                blocks = self._take(channel, viewer)
                 silent = 0 if blocks else silent + 1
-                if silent and has_left(self.connection):
-                    raise ConnectionError("the viewer has left")
                 if silent >= SILENCE and fills_silence and not viewer.sent % TS_PACKET:
                     blocks = [NULL_PACKET]
         except WindowEnded as ending:
@@ -4439,11 +4615,16 @@ class Handler(BaseHTTPRequestHandler):
     def _send_pieces(self, pieces: list[Block], channel: Channel, viewer: Viewer) -> None:
         """One gathered send for all there is; each that takes a byte is a viewer's progress.
 
-        Empties the list.
+        Empties the list.  Raises TookNothing where none is taken for `viewer_timeout`.
         """
+        viewer.moved = time.monotonic()
         while pieces:
-            sent = send_some(self.connection, pieces, channel.stream.options.viewer_timeout)
-            viewer.place.moved = time.monotonic()
+            sent = send_some(self.connection, pieces)
+            now = time.monotonic()
+            if sent:
+                viewer.moved = now
+            elif now - viewer.moved >= channel.stream.options.viewer_timeout:
+                raise TookNothing
             while pieces and sent >= len(pieces[0]):
                 sent -= len(pieces.pop(0))
             if sent:
@@ -4489,9 +4670,9 @@ def is_in(address: str, networks: Iterable[str]) -> bool:
 def tune(sock: socket.socket, viewer_timeout: float) -> None:
     """Bound what the kernel holds for a viewer, and have it find machines that vanished.
 
-    No send waits from then on, so that one with room for it takes one call of the system.
+    Sends block, with the kernel's own time-out where it has one: no call of the system beside the
+    send itself.
     """
-    sock.setblocking(False)
     idle = max(30, int(viewer_timeout / 4))  # a paused player's machine answers these, too
     options = [
         (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
@@ -4505,30 +4686,39 @@ def tune(sock: socket.socket, viewer_timeout: float) -> None:
     for level, name, value in options:
         with contextlib.suppress(OSError, AttributeError):  # not every platform has them all
             sock.setsockopt(level, getattr(socket, name), value)
+    seconds = min(SEND_TICK, viewer_timeout)
+    sock.settimeout(seconds)
+    with contextlib.suppress(OSError, AttributeError):
+        timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+        sock.settimeout(None if hasattr(sock, "sendmsg") else seconds)  # Windows counts otherwise
 
 
 def has_left(sock: socket.socket) -> bool:
-    """Whether the other end has closed, which no send would tell while there is none."""
+    """Whether the other end has closed its connection, or its sending side: never blocks."""
+    if not hasattr(socket, "MSG_DONTWAIT"):
+        return False
     try:
-        return sock.recv(1, socket.MSG_PEEK) == b""
+        return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
     except BlockingIOError:
         return False
+    except OSError:
+        return True
 
 
-def send_some(sock: socket.socket, pieces: Sequence[Block], timeout: float) -> int:
-    """Send as much of the pieces as there is room for, at least a byte; raises TimeoutError."""
+def send_some(sock: socket.socket, pieces: Sequence[Block]) -> int:
+    """Send as much of the pieces as there is room for within SEND_TICK; returns its bytes.
+
+    Raises ConnectionError where the network gave up: a viewer that left, not one that took nothing.
+    """
     try:
-        return _send(sock, pieces)
-    except BlockingIOError:
-        sock.settimeout(timeout)
-        try:
-            return _send(sock, pieces)
-        finally:
-            sock.setblocking(False)
-
-
-def _send(sock: socket.socket, pieces: Sequence[Block]) -> int:
-    return sock.sendmsg(pieces) if hasattr(sock, "sendmsg") else sock.send(b"".join(pieces))
+        if hasattr(sock, "sendmsg"):
+            return sock.sendmsg(pieces)
+        return sock.send(b"".join(pieces))
+    except (BlockingIOError, TimeoutError) as error:
+        if error.errno == errno.ETIMEDOUT:
+            raise ConnectionError("the connection timed out") from error
+        return 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4662,7 +4852,7 @@ def check_stream(stream: StreamSettings) -> tuple[bool, str]:
         return False, error.reason
     finally:
         channels.stop(EXIT_TIME)
-    qualities = ", ".join(channels.qualities(stream))
+    qualities = ", ".join(dict.fromkeys(channels.record(stream.name).variants.values()))
     words = [channel.container.value, qualities, f"first byte after {seconds:.2f} s"]
     return True, "; ".join([*words, *filter(None, [channel.note])])
 
@@ -4861,43 +5051,11 @@ def _secrets_of_address(address: str) -> set[str]:
     return users | {unquote(user) for user in users} | values | tails
 
 
-class RepeatFilter(logging.Filter):
-    """Lets five lines of a kind pass in ten seconds, and sums up the rest.
-
-    A player that knocks forty times a second shall not fill the disk.
-    """
-
-    PASSED, SPAN = 5, 10.0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._lock = threading.Lock()  # guards _seen
-        self._seen: dict[tuple[object, ...], tuple[float, int]] = {}  # since when, how many
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno <= logging.DEBUG:
-            return True
-        stream = record.args[0] if isinstance(record.args, tuple) and record.args else ""
-        key = record.name, record.msg, str(stream)
-        with self._lock:
-            since, count = self._seen.get(key, (0.0, 0))
-            if record.created - since > self.SPAN:
-                self._seen = {k: v for k, v in self._seen.items() if record.created - v[0] <= 60.0}
-                self._seen[key] = record.created, 1
-            else:
-                self._seen[key] = since, count + 1
-                return count < self.PASSED
-        if count > self.PASSED:
-            record.msg = f"{record.msg} ({count - self.PASSED} more like this were left out)"
-        return True
-
-
 def set_up_logging(level: str) -> LogFormatter:
     """Log to stderr; the formatter that is returned can be told the secrets."""
     formatter = LogFormatter()
     handler = logging.StreamHandler()
     handler.setFormatter(formatter)
-    handler.addFilter(RepeatFilter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
     log.setLevel(level.upper())

@@ -162,7 +162,7 @@ class Watcher:
         self.body = b""  # so far
 
     def take(self) -> None:
-        blocks = self.channel.window.take(self._viewer.place, TIMEOUT)
+        blocks = self.channel.window.take(self._viewer, TIMEOUT)
         assert blocks, "nothing came"
         self.body += b"".join(blocks)
 
@@ -180,7 +180,7 @@ class Watcher:
             while True:
                 self.take()
         except pipe.WindowEnded as ending:
-            return Played(self.body, ending.complete, self.channel.feeder.gaps)
+            return Played(self.body, ending.complete, self.channel.record.counts["gaps"])
         finally:
             self.leave()
 

@@ -49,8 +49,10 @@ from tests.origin import (
     WrongLength,
     master,
 )
+from tests.program import eventually
 from tests.server import TIMEOUT, Site, Watch
 from tests.test_players import PROGRAM, listening_address, vlc
+from tests.test_sharing import feeders
 from tests.threads import Task
 
 # With the others, these would take `python -m pytest` beyond three minutes.
@@ -812,9 +814,7 @@ def test_new_start_begins_with_what_did_not_fail_lately(
 
 def wait_closed(site: Site) -> None:
     """Until no channel is fed any more."""
-    channels = site.channels
-    with channels._retired:
-        assert channels._retired.wait_for(lambda: not channels._fed, TIMEOUT)
+    eventually(lambda: not feeders(), "all are closed")
 
 
 def test_backup_gets_its_full_time(
@@ -1587,34 +1587,31 @@ def event(kind: str, number: int) -> pipe.SegmentEvent:
 
 
 class Passed:
-    """A mover whose window keeps all, fed with marks and bytes."""
+    """A splicer whose window keeps all, fed with segment events and bytes."""
 
     def __init__(self, container: pipe.Container = pipe.Container.MPEG_TS) -> None:
-        stream = pipe.StreamSettings("news", ("http://a.example/",))
-        self._channel = pipe.Channel(pipe.Channels(pipe.Config()), stream, "best", False)
-        self._channel.container = container
-        self.mover = pipe.Splicer(self._channel, container, 0)
+        self._window = pipe.Window(1 << 24)
+        self._viewer = pipe.Viewer()
+        self._window.enter(self._viewer)
+        self.splicer = pipe.Splicer(self._window, container, 0)
 
     def pass_on(self, *items: bytes | pipe.SegmentEvent) -> None:
         for item in items:
             if isinstance(item, pipe.SegmentEvent):
-                self.mover.pass_event(item)
+                self.splicer.pass_event(item)
             else:
-                self.mover.pass_bytes(item)
+                self.splicer.pass_bytes(item)
 
     def resume(self) -> None:
-        self.mover.resume(0, False)
+        self.splicer.resume(0)
 
     @property
     def body(self) -> bytes:
-        place = pipe.Place()
-        window = self._channel.window
-        window.enter(place, from_start=True)
-        window.end(pipe.WindowEnded(complete=True))
+        self._window.end(True)
         body = b""
         try:
             while True:
-                body += b"".join(window.take(place, 0))
+                body += b"".join(self._window.take(self._viewer, 0))
         except pipe.WindowEnded:
             return body
 

@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -473,7 +474,7 @@ def test_messages_of_the_engine_are_tagged(origin: Origin, tmp_path: Path) -> No
     assert [line for line in engine if not re.search(r" (?i:debug|info) tv-2: ", line)] == []
 
 
-def test_knocking_is_summed_up(origin: Origin, tmp_path: Path) -> None:
+def test_each_viewer_is_logged_however_many_come(origin: Origin, tmp_path: Path) -> None:
     news = live(origin)
     with Service(tmp_path, {"news": news.url}) as service:
         with Watch(service.port, "/news") as stays:
@@ -483,22 +484,45 @@ def test_knocking_is_summed_up(origin: Origin, tmp_path: Path) -> None:
                     viewer.read(PACKET)
         service.send(signal.SIGTERM)
         assert service.wait(EXIT_TIME) == 0
-        assert 5 <= sum(" watches" in line for line in service.errors()) <= 6
-        assert len(service.errors()) < 30
+        assert sum(" watches" in line for line in service.errors()) == 41
+        assert sum(" left: " in line for line in service.errors()) >= 40
 
 
-def test_repeats_are_counted_in_the_next_line() -> None:
-    repeats = pipe.RepeatFilter()
+def test_refusals_of_a_stream_are_one_line(origin: Origin, tmp_path: Path) -> None:
+    """A player that knocks forty times a second fills no disk."""
+    streams = {"news": live(origin).url, "tv": live(origin, "tv").url}
+    with Service(tmp_path, streams, max_viewers=1, trusted=["::1"]) as service:
+        with Watch(service.port, "/news") as stays:
+            stays.read(PACKET)
+            for name in ("news", "tv"):
+                with Watch(service.port, f"/{name}") as refused:
+                    assert refused.status == 503
+            with ThreadPoolExecutor(20) as pool:
+                answers = pool.map(lambda _: refusal(service.port), range(20))
+                assert set(answers) == {503}
+        service.send(signal.SIGTERM)
+        assert service.wait(EXIT_TIME) == 0
+        refusals = [line for line in service.errors() if " refused: " in line]
+    assert [line.split(" WARNING ")[-1].lower() for line in refusals] == [
+        f"{refusals[n].split()[2].lower()} {name}: 127.0.0.1 refused: there are too many viewers"
+        for n, name in enumerate(streams)
+    ]
 
-    def passes(at: float, text: str = "%s: knocked") -> str | None:
-        record = logging.LogRecord("streampipe", logging.INFO, "", 0, text, ("news",), None)
-        record.created = at
-        return record.getMessage() if repeats.filter(record) else None
 
-    knocks = [passes(1000 + number / 40) for number in range(400)]
-    assert knocks == 5 * ["news: knocked"] + 395 * [None]
-    assert passes(1005, "%s: something else") == "news: something else"
-    assert passes(1011) == "news: knocked (395 more like this were left out)"
+def refusal(port: int) -> int:
+    with Watch(port, "/news") as refused:
+        return refused.status
+
+
+def test_failed_starts_of_a_stream_are_logged_once(origin: Origin, tmp_path: Path) -> None:
+    missing = origin.url + "/missing"
+    with Service(tmp_path, {"news": {"url": missing, "quality": "best"}}) as service:
+        for number in range(10):  # each quality is a start of its own
+            with Watch(service.port, f"/news?quality=q{number}") as failed:
+                assert failed.status == 502
+        service.send(signal.SIGTERM)
+        assert service.wait(EXIT_TIME) == 0
+        assert sum("1 of 1: " in line for line in service.errors()) == 1
 
 
 def test_monitoring_is_logged_at_debug_only(origin: Origin, tmp_path: Path) -> None:
@@ -599,7 +623,7 @@ def test_removed_stream_lets_its_viewers_go(origin: Origin, tmp_path: Path) -> N
         assert not viewer.read_all()[1]
         with Watch(service.port, "/old") as gone:
             assert gone.status == 404
-        service.wait_for("old: 127.0.0.1 was let go: ")
+        service.wait_for("old: 127.0.0.1 disconnected by the server: ")
 
 
 def test_stream_that_a_reload_repairs_plays_at_once(origin: Origin, serve: Serve) -> None:

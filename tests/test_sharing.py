@@ -334,13 +334,13 @@ class Census(pipe.Channels):
         self.joined.add(channel.state)
         return channel
 
-    def claim(self, channel: pipe.Channel, *arguments: Any, **more: Any) -> bool:
-        is_claimed = super().claim(channel, *arguments, **more)
-        with self._lock:
-            states = [channel.state for channel in self._fed]
+    def register(self, channel: pipe.Channel, *arguments: Any, **more: Any) -> bool:
+        is_registered = super().register(channel, *arguments, **more)
+        with self.changed:
+            states = [channel.state for channel in self._channels if channel.is_fed]
         is_open = [state in (pipe.State.STARTING, pipe.State.LIVE) for state in states]
         self.most_open = max(self.most_open, sum(is_open))
-        return is_claimed
+        return is_registered
 
     def is_abandoned(self, channel: pipe.Channel) -> bool:
         is_abandoned = super().is_abandoned(channel)

@@ -1,4 +1,4 @@
-"""The window of a channel and the places in it: real threads, caught at waiting."""
+"""The window of a channel and the viewers in it: real threads, caught at waiting."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipe
-from pipe import JoinKind, JoinPoint, Place, ViewerGone, Window, WindowEnded
+from pipe import FellBehind, JoinKind, JoinPoint, Viewer, ViewerGone, Window, WindowEnded
 from tests.threads import TIMEOUT, Observed, Task
 
 SIZE = 10  # bytes of the blocks below
@@ -41,14 +41,14 @@ def blocks(first: int, stop: int) -> list[bytes]:
 
 
 def join(number: int, kind: JoinKind = SEGMENT, ago: float = 0.0) -> JoinPoint:
-    """A join point where block `number` starts, `ago` seconds old, with a prefix of its own."""
+    """A join point where block `number` starts, `ago` seconds old, with a preamble of its own."""
     return JoinPoint(number * SIZE, b"<%d>" % number, kind, time.monotonic() - ago)
 
 
-def enter(window: Window, *, from_start: bool = False) -> Place:
-    place = Place()
-    window.enter(place, from_start)
-    return place
+def enter(window: Window) -> Viewer:
+    viewer = Viewer()
+    window.enter(viewer)
+    return viewer
 
 
 def observed(window: Window) -> tuple[Observed, Observed]:
@@ -69,19 +69,19 @@ def segments(window: Window, first: int, stop: int, length: int = 2) -> None:
         append(window, number, number + 1, *([join(number)] if number % length == 0 else []))
 
 
-def pause(place: Place) -> None:
+def pause(viewer: Viewer) -> None:
     """Make a viewer one that has not taken a byte for long."""
-    place.moved = time.monotonic() - LONG
+    viewer.moved = time.monotonic() - LONG
 
 
-def take(window: Window, place: Place) -> bytes:
+def take(window: Window, viewer: Viewer) -> bytes:
     """What there is for the viewer now."""
-    return b"".join(window.take(place, 0))
+    return b"".join(window.take(viewer, 0))
 
 
-def take_all(window: Window, place: Place) -> bytes:
+def take_all(window: Window, viewer: Viewer) -> bytes:
     """All there is for the viewer now."""
-    return b"".join(iter(lambda: take(window, place), b""))
+    return b"".join(iter(lambda: take(window, viewer), b""))
 
 
 def text(first: int, stop: int) -> bytes:
@@ -94,8 +94,8 @@ def text(first: int, stop: int) -> bytes:
 def test_reader_waits_until_a_block_arrives() -> None:
     window = Window(1000)
     grown, _ = observed(window)
-    place = enter(window, from_start=True)
-    reader = Task(functools.partial(window.take, place, None))
+    viewer = enter(window)
+    reader = Task(functools.partial(window.take, viewer, None))
     assert grown.saw_wait()
     append(window, 0, 1)
     assert reader.result() == [block(0)]
@@ -103,60 +103,60 @@ def test_reader_waits_until_a_block_arrives() -> None:
 
 def test_take_gives_up_in_time() -> None:
     window = Window(1000)
-    place = enter(window, from_start=True)
-    assert window.take(place, 0.001) == []
+    viewer = enter(window)
+    assert window.take(viewer, 0.001) == []
     append(window, 0, 1)
-    assert window.take(place, 0.001) == [block(0)]
+    assert window.take(viewer, 0.001) == [block(0)]
 
 
 def test_reader_gets_every_block_once() -> None:
     window = Window(1000)
-    place = enter(window, from_start=True)
+    viewer = enter(window)
     append(window, 0, 3)
-    assert take(window, place) == text(0, 3)
+    assert take(window, viewer) == text(0, 3)
     append(window, 3, 5)
-    assert take(window, place) == text(3, 5)
-    assert take(window, place) == b""
+    assert take(window, viewer) == text(3, 5)
+    assert take(window, viewer) == b""
 
 
 def test_readers_share_the_same_blocks() -> None:
     window = Window(1000)
     given = blocks(0, 3)
+    readers = [enter(window) for _ in range(3)]
     window.append(given)
-    readers = [enter(window, from_start=True) for _ in range(3)]
-    for place in readers:
-        taken = window.take(place, 0)
+    for viewer in readers:
+        taken = window.take(viewer, 0)
         assert all(a is b for a, b in zip(taken, given, strict=True)), "none is a copy"
 
 
 def test_one_take_is_bounded() -> None:
     window = Window(100 * pipe.SEND_LIMIT)
-    given = [bytes([n]) * pipe.BLOCK_LIMIT for n in range(10)]
+    given = [bytes([n]) * pipe.BLOCK_LIMIT for n in range(40)]
+    viewer = enter(window)
     window.append(given)
-    place = enter(window, from_start=True)
     whole = pipe.SEND_LIMIT // pipe.BLOCK_LIMIT
-    assert [window.take(place, 0) for _ in range(3)] == [
+    assert [window.take(viewer, 0) for _ in range(3)] == [
         given[:whole], given[whole : 2 * whole], given[2 * whole :],
     ]  # fmt: skip
 
 
-def test_prefix_counts_for_the_bound_of_a_take() -> None:
+def test_preamble_counts_for_the_bound_of_a_take() -> None:
     window = Window(100 * pipe.SEND_LIMIT)
-    given = [bytes([n]) * pipe.BLOCK_LIMIT for n in range(10)]
-    window.append(given, [JoinPoint(0, b"prefix", SEGMENT)])
-    place = enter(window)
-    taken = window.take(place, 0)
-    assert taken[0] == b"prefix"
+    given = [bytes([n]) * pipe.BLOCK_LIMIT for n in range(40)]
+    window.append(given, [JoinPoint(0, b"preamble", SEGMENT)])
+    viewer = enter(window)
+    taken = window.take(viewer, 0)
+    assert taken[0] == b"preamble"
     assert 0 < sum(map(len, taken)) <= pipe.SEND_LIMIT
-    assert window.take(place, 0)[0] is given[len(taken) - 1]
+    assert window.take(viewer, 0)[0] is given[len(taken) - 1]
 
 
 def test_block_beyond_the_bound_is_taken_alone() -> None:
     window = Window(100 * pipe.SEND_LIMIT)
     large = bytes(2 * pipe.SEND_LIMIT)
+    viewer = enter(window)
     window.append([large, b"small"])
-    place = enter(window, from_start=True)
-    assert [window.take(place, 0), window.take(place, 0)] == [[large], [b"small"]]
+    assert [window.take(viewer, 0), window.take(viewer, 0)] == [[large], [b"small"]]
 
 
 #### Joining ####
@@ -164,17 +164,9 @@ def test_block_beyond_the_bound_is_taken_alone() -> None:
 
 def test_viewer_who_waited_for_the_start_gets_everything() -> None:
     window = Window(1000)
-    place = enter(window, from_start=True)
+    viewer = enter(window)
     segments(window, 0, 6)
-    assert take(window, place) == text(0, 6)
-
-
-def test_viewer_who_waited_too_long_for_the_start_joins_like_others() -> None:
-    window = Window(4 * SIZE)
-    segments(window, 0, 7)
-    place = enter(window, from_start=True)
-    assert take(window, place) == b"<4>" + text(4, 7)
-    assert place.skips == 0
+    assert take(window, viewer) == text(0, 6)
 
 
 @pytest.mark.parametrize("live_edge", [1, 2, 3, 4])
@@ -195,33 +187,33 @@ def test_viewer_joins_at_the_oldest_segment_where_there_are_few() -> None:
 def test_join_point_may_be_inside_a_block() -> None:
     window = Window(1000)
     append(window, 0, 4, JoinPoint(14, b"<>", SEGMENT))
-    place = enter(window)
-    assert take(window, place) == b"<>" + text(0, 4)[14:]
+    viewer = enter(window)
+    assert take(window, viewer) == b"<>" + text(0, 4)[14:]
     append(window, 4, 5)
-    assert take(window, place) == block(4)
+    assert take(window, viewer) == block(4)
 
 
 def test_join_point_may_be_behind_the_newest_block() -> None:
     window = Window(1000)
     append(window, 0, 2, join(2))
-    place = enter(window)
+    viewer = enter(window)
     append(window, 2, 4)
-    assert take_all(window, place) == b"<2>" + text(2, 4)
+    assert take_all(window, viewer) == b"<2>" + text(2, 4)
 
 
-def test_join_point_without_prefix_adds_nothing() -> None:
+def test_join_point_without_preamble_adds_nothing() -> None:
     window = Window(1000)
     append(window, 0, 2, JoinPoint(SIZE, b"", SEGMENT))
     assert window.take(enter(window), 0) == [block(1)]
 
 
-def test_prefix_is_sent_once() -> None:
+def test_preamble_is_sent_once() -> None:
     window = Window(1000)
     segments(window, 0, 2)
-    place = enter(window)
-    assert take(window, place) == b"<0>" + text(0, 2)
+    viewer = enter(window)
+    assert take(window, viewer) == b"<0>" + text(0, 2)
     segments(window, 2, 4)
-    assert take(window, place) == text(2, 4)
+    assert take(window, viewer) == text(2, 4)
 
 
 @pytest.mark.parametrize(
@@ -264,28 +256,32 @@ def test_any_unit_is_a_join_point_where_no_key_frame_was_seen() -> None:
     assert take(window, enter(window)) == b"<1>" + text(1, 3)
 
 
-def test_no_other_unit_is_one_once_a_key_frame_was_seen() -> None:
+def test_other_units_count_for_nothing_beside_key_frames() -> None:
+    window = Window(1000)
+    append(window, 0, 5, join(0, KEY_FRAME, ago=10), join(3, ANY, ago=8))
+    assert take(window, enter(window)) == b"<0>" + text(0, 5)
+
+
+def test_any_unit_has_to_do_where_no_better_one_is_left() -> None:
+    """A source with segments or pictures gave way to one without (a relay of a radio)."""
     window = Window(3 * SIZE)
-    append(window, 0, 1, join(0, KEY_FRAME))
-    append(window, 1, 5, join(3, ANY))
-    place = enter(window)
-    assert take(window, place) == b""
-    append(window, 5, 6, join(5, KEY_FRAME))
-    assert take(window, place) == b"<5>" + block(5)
+    append(window, 0, 1, join(0))
+    append(window, 1, 6, join(4, ANY))
+    assert take(window, enter(window)) == b"<4>" + text(4, 6)
 
 
 def test_viewer_waits_for_a_join_point_where_there_is_none() -> None:
     window = Window(1000)
     grown, _ = observed(window)
     append(window, 0, 2)
-    place = enter(window)
-    reader = Task(functools.partial(window.take, place, None))
+    viewer = enter(window)
+    reader = Task(functools.partial(window.take, viewer, None))
     assert grown.saw_wait()
     append(window, 2, 4)
     assert grown.saw_wait(), "blocks alone are not enough"
     append(window, 4, 6, join(5))
     assert b"".join(reader.result()) == b"<5>" + block(5)
-    assert place.skips == 0
+    assert viewer.skips == 0
 
 
 #### Eviction ####
@@ -300,11 +296,11 @@ def test_oldest_blocks_leave_when_the_window_is_full() -> None:
 
 def test_block_larger_than_the_window_is_kept_alone() -> None:
     window = Window(5 * SIZE)
-    place = enter(window, from_start=True)
+    viewer = enter(window)
     append(window, 0, 2)
-    assert take(window, place) == text(0, 2)
+    assert take(window, viewer) == text(0, 2)
     Task(functools.partial(window.append, [bytes(100)])).result()
-    assert take(window, place) == bytes(100)
+    assert take(window, viewer) == bytes(100)
 
 
 def test_nobody_is_waited_for_without_viewers() -> None:
@@ -314,7 +310,7 @@ def test_nobody_is_waited_for_without_viewers() -> None:
 
 def test_slow_viewer_is_not_waited_for_where_another_is_ahead() -> None:
     window = Window(2 * SIZE, patience=LONG)
-    slow, fast = (enter(window, from_start=True) for _ in range(2))
+    slow, fast = (enter(window) for _ in range(2))
     for number in range(100):
         append(window, number, number + 1)
         assert take(window, fast) == block(number)
@@ -324,23 +320,23 @@ def test_slow_viewer_is_not_waited_for_where_another_is_ahead() -> None:
 def test_feeder_waits_for_the_foremost_viewer_while_it_takes() -> None:
     window = Window(3 * SIZE, patience=LONG)
     _, taken = observed(window)
-    place = enter(window, from_start=True)
+    viewer = enter(window)
     feeder = Task(functools.partial(window.append, blocks(0, 30)))
     got = b""
     while len(got) < 30 * SIZE:
-        got += b"".join(window.take(place, TIMEOUT))
-        place.moved = time.monotonic()
+        got += b"".join(window.take(viewer, TIMEOUT))
+        viewer.moved = time.monotonic()
     feeder.result()
     assert taken.saw_wait(0), "the feeder had to wait"
     assert got == text(0, 30)
-    assert place.skips == 0
+    assert viewer.skips == 0
 
 
 def test_waiting_viewer_gets_the_blocks_of_a_turn_that_waits_for_it() -> None:
     window = Window(3 * SIZE, patience=LONG)
     grown, _ = observed(window)
-    place = enter(window, from_start=True)
-    reader = Task(functools.partial(window.take, place, None))
+    viewer = enter(window)
+    reader = Task(functools.partial(window.take, viewer, None))
     assert grown.saw_wait()
     feeder = Task(functools.partial(window.append, blocks(0, 4)))
     assert b"".join(reader.result()) == text(0, 3)
@@ -350,14 +346,14 @@ def test_waiting_viewer_gets_the_blocks_of_a_turn_that_waits_for_it() -> None:
 def test_feeder_waits_while_the_foremost_viewer_sends() -> None:
     window = Window(2 * SIZE, patience=LONG)
     _, taken = observed(window)
-    place = enter(window, from_start=True)
+    viewer = enter(window)
     append(window, 0, 2)
-    assert window.take(place, 0) == blocks(0, 2)
-    place.moved = time.monotonic()
+    assert window.take(viewer, 0) == blocks(0, 2)
+    viewer.moved = time.monotonic()
     append(window, 2, 4)
     feeder = Task(functools.partial(window.append, blocks(4, 5)))
     assert taken.saw_wait()
-    assert take(window, place) == text(2, 4)
+    assert take(window, viewer) == text(2, 4)
     feeder.result()
 
 
@@ -365,9 +361,9 @@ def test_viewer_that_had_nothing_to_take_is_not_a_paused_one() -> None:
     """After a long silence the next blocks may come faster than the first of them is sent."""
     window = Window(2 * SIZE, patience=LONG)
     grown, taken = observed(window)
-    place = enter(window, from_start=True)
-    place.moved = time.monotonic() - 10 * LONG  # before the silence
-    reader = Task(functools.partial(window.take, place, None))
+    viewer = enter(window)
+    viewer.moved = time.monotonic() - 10 * LONG  # before the silence
+    reader = Task(functools.partial(window.take, viewer, None))
     assert grown.saw_wait()
     append(window, 0, 1)
     assert reader.result() == [block(0)]
@@ -375,8 +371,8 @@ def test_viewer_that_had_nothing_to_take_is_not_a_paused_one() -> None:
     is_waited_for = taken.saw_wait(1)
     got = b""
     while feeder.is_running:
-        got += take(window, place)
-    got += take_all(window, place)
+        got += take(window, viewer)
+    got += take_all(window, viewer)
     feeder.result()
     assert is_waited_for
     assert got == text(1, 6)
@@ -384,43 +380,44 @@ def test_viewer_that_had_nothing_to_take_is_not_a_paused_one() -> None:
 
 def test_paused_viewer_is_not_waited_for() -> None:
     window = Window(2 * SIZE, patience=LONG)
-    place = enter(window, from_start=True)
+    viewer = enter(window)
     segments(window, 0, 2)
-    assert take(window, place) == text(0, 2)
-    pause(place)
+    assert take(window, viewer) == text(0, 2)
+    pause(viewer)
     segments(window, 2, 9)
-    assert take(window, place) == b"<8>" + block(8)
-    assert place.skips == 1
+    assert take(window, viewer) == b"<8>" + block(8)
+    assert viewer.skips == 1
 
 
 def test_viewer_that_stops_taking_is_waited_for_no_longer_than_patience() -> None:
     window = Window(2 * SIZE, patience=0.05)
     _, taken = observed(window)
-    place = enter(window, from_start=True)
+    viewer = enter(window)
     segments(window, 0, 2)
-    assert take(window, place) == text(0, 2)
-    place.moved = time.monotonic()
+    assert take(window, viewer) == text(0, 2)
+    viewer.moved = time.monotonic()
     began = time.monotonic()
     segments(window, 2, 9)
     assert taken.saw_wait(0)
     assert time.monotonic() - began >= 0.04
-    assert take(window, place) == b"<8>" + block(8)
+    assert take(window, viewer) == b"<8>" + block(8)
 
 
 def test_viewer_that_waits_for_a_join_point_holds_nothing_up() -> None:
     window = Window(2 * SIZE, patience=LONG)
     append(window, 0, 2)
-    enter(window)
+    viewer = enter(window)
+    assert take(window, viewer) == b""
     append(window, 2, 20)
 
 
 def test_leaving_frees_a_waiting_feeder() -> None:
     window = Window(2 * SIZE, patience=LONG)
     _, taken = observed(window)
-    place = enter(window, from_start=True)
+    viewer = enter(window)
     feeder = Task(functools.partial(window.append, blocks(0, 20)))
     assert taken.saw_wait()
-    window.leave(place)
+    window.leave(viewer)
     feeder.result()
 
 
@@ -428,20 +425,20 @@ def test_another_viewer_does_not_make_the_foremost_one_lose_bytes() -> None:
     """Join points of a turn can be used as soon as their blocks are there."""
     window = Window(4 * SIZE, patience=LONG)
     _, taken = observed(window)
-    first = enter(window, from_start=True)
+    first = enter(window)
     joins = [join(number) for number in range(0, 8, 2)]
     feeder = Task(functools.partial(window.append, blocks(0, 8), joins))
     assert taken.saw_wait()
     second = enter(window)
-    window.leave(Place())  # somebody else's leaving makes the feeder look again
+    window.leave(Viewer())  # somebody else's leaving makes the feeder look again
     assert taken.saw_wait(1), "it waits for the first viewer"
     got = {first: b"", second: b""}
     while feeder.is_running:
-        for place in got:
-            got[place] += take(window, place)
-            place.moved = time.monotonic()
-    for place in got:
-        got[place] += take_all(window, place)
+        for viewer in got:
+            got[viewer] += take(window, viewer)
+            viewer.moved = time.monotonic()
+    for viewer in got:
+        got[viewer] += take_all(window, viewer)
     feeder.result()
     assert (first.skips, second.skips) == (0, 0)
     assert got[first] == text(0, 8)
@@ -454,30 +451,30 @@ def test_another_viewer_does_not_make_the_foremost_one_lose_bytes() -> None:
 def test_private_window_keeps_what_its_viewer_has_not_taken() -> None:
     window = Window(2 * SIZE, patience=math.inf)
     _, taken = observed(window)
-    place = enter(window, from_start=True)
+    viewer = enter(window)
     feeder = Task(functools.partial(window.append, blocks(0, 10)))
     got = b""
     while len(got) < 8 * SIZE:  # the last two blocks need no more room
         assert taken.saw_wait()
-        pause(place)
-        got += take(window, place)
+        pause(viewer)
+        got += take(window, viewer)
     feeder.result()
-    got += take(window, place)
+    got += take(window, viewer)
     assert got == text(0, 10)
-    assert place.skips == 0
+    assert viewer.skips == 0
 
 
 def test_private_window_without_viewer_holds_up_nobody() -> None:
     window = Window(2 * SIZE, patience=math.inf)
     _, taken = observed(window)
-    place = enter(window, from_start=True)
+    viewer = enter(window)
     feeder = Task(functools.partial(window.append, blocks(0, 10)))
     assert taken.saw_wait()
-    window.leave(place)
+    window.leave(viewer)
     try:
         feeder.result(2)
     finally:
-        window.cut(WindowEnded(complete=False))
+        window.cut()
 
 
 #### Falling behind ####
@@ -487,204 +484,188 @@ def test_private_window_without_viewer_holds_up_nobody() -> None:
 def test_position_before_tail_means_fell_behind(live_edge: int) -> None:
     window = Window(8 * SIZE, patience=0)
     window.live_edge = live_edge
-    place = enter(window, from_start=True)
+    viewer = enter(window)
     segments(window, 0, 2)
-    assert take(window, place) == text(0, 2)
+    assert take(window, viewer) == text(0, 2)
     segments(window, 2, 21)
     first = 20 - 2 * (live_edge - 1)
-    assert take(window, place) == b"<%d>" % first + text(first, 21)
+    assert take(window, viewer) == b"<%d>" % first + text(first, 21)
     assert take(window, enter(window)) == b"<%d>" % first + text(first, 21), "as a new viewer"
-    assert place.skips == 1
-    assert place.skipped_bytes == (first - 2) * SIZE
+    assert viewer.skips == 1
 
 
 def test_oldest_block_left_is_not_fallen_behind() -> None:
     window = Window(4 * SIZE, patience=0)
-    place = enter(window, from_start=True)
+    viewer = enter(window)
     segments(window, 0, 2)
-    assert take(window, place) == text(0, 2)
+    assert take(window, viewer) == text(0, 2)
     segments(window, 2, 6)
-    assert take(window, place) == text(2, 6)
-    assert place.skips == 0
+    assert take(window, viewer) == text(2, 6)
+    assert viewer.skips == 0
 
 
 def test_each_fall_is_counted() -> None:
     window = Window(4 * SIZE, patience=0)
-    place = enter(window, from_start=True)
+    viewer = enter(window)
     for number in range(5):
         segments(window, number * 10, number * 10 + 10)
-        take_all(window, place)
-        assert place.skips == number + 1
-    assert place.skipped_bytes == 6 * SIZE * 5
+        take_all(window, viewer)
+        assert viewer.skips == number + 1
 
 
 def test_skipped_bytes_are_those_the_viewer_does_not_get() -> None:
     """Also where the join point is inside a block."""
     window = Window(3 * SIZE, patience=0)
-    place = enter(window, from_start=True)
+    viewer = enter(window)
     append(window, 0, 2)
-    assert take(window, place) == text(0, 2)
+    assert take(window, viewer) == text(0, 2)
     append(window, 2, 9, JoinPoint(7 * SIZE + 4, b"<>", SEGMENT))
-    assert take(window, place) == b"<>" + text(0, 9)[7 * SIZE + 4 :]
-    assert place.skipped_bytes == 5 * SIZE + 4
+    assert take(window, viewer) == b"<>" + text(0, 9)[7 * SIZE + 4 :]
 
 
 def test_viewer_that_fell_behind_waits_where_no_join_point_is_left() -> None:
     window = Window(3 * SIZE, patience=0)
-    place = enter(window, from_start=True)
+    viewer = enter(window)
     append(window, 0, 2, join(0))
-    assert take(window, place) == text(0, 2)
+    assert take(window, viewer) == text(0, 2)
     append(window, 2, 9)
-    assert take(window, place) == b""
+    assert take(window, viewer) == b""
     append(window, 9, 11, join(10))
-    assert take(window, place) == b"<10>" + block(10)
-    assert place.skips == 1
-    assert place.skipped_bytes == 8 * SIZE, "those that passed while it waited, too"
+    assert take(window, viewer) == b"<10>" + block(10)
+    assert viewer.skips == 1
 
 
-def test_pending_prefix_of_a_place_that_is_gone_is_not_sent() -> None:
+def test_pending_preamble_of_a_place_that_is_gone_is_not_sent() -> None:
     window = Window(4 * SIZE, patience=0)
     segments(window, 0, 4)
-    place = enter(window)
+    viewer = enter(window)
     segments(window, 4, 20)
-    assert take(window, place) == b"<16>" + text(16, 20)
-    assert place.skips == 1
+    assert take(window, viewer) == b"<16>" + text(16, 20)
+    assert viewer.skips == 1
 
 
-#### Units ####
-
-
-def unit_window(taken: int) -> tuple[Window, Place]:
-    """Fragments of two blocks, and a viewer that got `taken` blocks before they left."""
+@pytest.mark.parametrize("taken", [1, 2, 3, 4])
+def test_viewer_that_cannot_skip_is_let_go(taken: int) -> None:
+    """fMP4: whatever it had, and wherever in a segment it was."""
     window = Window(4 * SIZE, patience=0)
-    window.has_units = True
-    place = enter(window, from_start=True)
+    window.can_skip = False
+    viewer = enter(window)
     segments(window, 0, taken)
-    assert take(window, place) == text(0, taken)
+    assert take(window, viewer) == text(0, taken)
     segments(window, taken, 21)
-    return window, place
+    with pytest.raises(FellBehind):
+        window.take(viewer, 0)
 
 
-@pytest.mark.parametrize("taken", [1, 3])
-def test_viewer_with_half_a_fragment_is_let_go(taken: int) -> None:
-    window, place = unit_window(taken)
-    with pytest.raises(ViewerGone):
-        window.take(place, 0)
-
-
-@pytest.mark.parametrize("taken", [2, 4])
-def test_viewer_between_fragments_goes_on_at_another(taken: int) -> None:
-    window, place = unit_window(taken)
-    assert take(window, place) == b"<18>" + text(18, 21)
-    assert place.skips == 1
-
-
-def test_viewer_with_half_a_fragment_goes_on_where_it_can() -> None:
+def test_viewer_that_cannot_skip_goes_on_while_it_keeps_up() -> None:
     window = Window(100 * SIZE)
-    window.has_units = True
-    place = enter(window, from_start=True)
+    window.can_skip = False
+    viewer = enter(window)
     segments(window, 0, 1)
-    assert take(window, place) == block(0)
+    assert take(window, viewer) == block(0)
     segments(window, 1, 9)
-    assert take(window, place) == text(1, 9)
-
-
-def test_fragment_may_leave_within_the_turn_that_brought_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(pipe, "FEEDER_TICK", 0.01)
-    window = Window(2 * SIZE, patience=LONG)
-    window.has_units = True
-    _, taken = observed(window)
-    place = enter(window, from_start=True)
-    joins = [join(number) for number in range(0, 10, 2)]
-    feeder = Task(functools.partial(window.append, blocks(0, 9), joins))
-    assert taken.saw_wait()
-    assert take(window, place) == text(0, 2)
-    pause(place)  # between two fragments of this turn
-    feeder.result()
-    assert take(window, place) == b"<8>" + block(8)
+    assert take(window, viewer) == text(1, 9)
 
 
 #### The end ####
 
 
-def reason(complete: bool) -> WindowEnded:
-    return WindowEnded(complete)
-
-
 @pytest.mark.parametrize("complete", [True, False])
 def test_viewers_get_the_rest_before_the_end(complete: bool) -> None:
-    window, ending = Window(1000), reason(complete)
-    place = enter(window, from_start=True)
+    window = Window(1000)
+    viewer = enter(window)
     append(window, 0, 3)
-    window.end(ending)
-    assert take(window, place) == text(0, 3)
+    window.end(complete)
+    assert take(window, viewer) == text(0, 3)
     for _ in range(2):
         with pytest.raises(WindowEnded) as raised:
-            window.take(place, None)
-        assert raised.value is ending
+            window.take(viewer, None)
+        assert raised.value.complete is complete
+
+
+def test_each_viewer_learns_of_the_end_by_an_exception_of_its_own() -> None:
+    """One that all raise would collect the frames of a thousand threads."""
+    window = Window(1000)
+    viewers = [enter(window) for _ in range(2)]
+    window.end(True)
+    raised = set()
+    for viewer in viewers:
+        with pytest.raises(WindowEnded) as caught:
+            window.take(viewer, None)
+        raised.add(caught.value)
+    assert len(raised) == 2
 
 
 def test_first_end_counts() -> None:
     window = Window(1000)
-    window.end(reason(complete=True))
-    window.end(reason(complete=False))
+    window.end(True)
+    window.end(False)
     with pytest.raises(WindowEnded) as raised:
-        window.take(enter(window, from_start=True), None)
+        window.take(enter(window), None)
     assert raised.value.complete
 
 
 def test_viewer_that_fell_behind_gets_the_rest_before_the_end() -> None:
     window = Window(4 * SIZE, patience=0)
-    place = enter(window, from_start=True)
+    viewer = enter(window)
     segments(window, 0, 20)
-    window.end(reason(complete=True))
-    assert take(window, place) == b"<16>" + text(16, 20)
+    window.end(True)
+    assert take(window, viewer) == b"<16>" + text(16, 20)
     with pytest.raises(WindowEnded):
-        window.take(place, None)
+        window.take(viewer, None)
 
 
 def test_viewer_that_waits_for_a_join_point_learns_of_the_end() -> None:
     window = Window(1000)
     append(window, 0, 3)
-    place = enter(window)
-    window.end(reason(complete=True))
+    viewer = enter(window)
+    window.end(True)
     with pytest.raises(WindowEnded):
-        window.take(place, None)
+        window.take(viewer, None)
 
 
-@pytest.mark.parametrize("stop", [Window.end, Window.cut])
-def test_end_wakes_waiting_viewers(stop: Callable[[Window, Exception], None]) -> None:
-    window, ending = Window(1000), reason(complete=False)
+@pytest.mark.parametrize("stop", [lambda window: window.end(False), Window.cut], ids=["end", "cut"])
+def test_end_wakes_waiting_viewers(stop: Callable[[Window], None]) -> None:
+    window = Window(1000)
     grown, _ = observed(window)
-    places = [enter(window, from_start=True) for _ in range(3)]
-    readers = [Task(functools.partial(window.take, place, None)) for place in places]
+    viewers = [enter(window) for _ in range(3)]
+    readers = [Task(functools.partial(window.take, viewer, None)) for viewer in viewers]
     assert all(grown.saw_wait() for _ in readers)
-    stop(window, ending)
+    stop(window)
     for reader in readers:
-        with pytest.raises(WindowEnded) as raised:
+        with pytest.raises(WindowEnded):
             reader.result()
-        assert raised.value is ending
+
+
+def test_leaving_wakes_a_waiting_viewer() -> None:
+    """Somebody else noticed that it closed its connection."""
+    window = Window(1000)
+    grown, _ = observed(window)
+    viewer = enter(window)
+    reader = Task(functools.partial(window.take, viewer, None))
+    assert grown.saw_wait()
+    window.leave(viewer)
+    with pytest.raises(ViewerGone):
+        reader.result()
 
 
 def test_cut_leaves_the_rest() -> None:
     window = Window(1000)
-    place = enter(window, from_start=True)
+    viewer = enter(window)
     append(window, 0, 3)
-    window.cut(reason(complete=False))
+    window.cut()
     with pytest.raises(WindowEnded):
-        window.take(place, None)
+        window.take(viewer, None)
 
 
 def test_cut_overrides_an_end() -> None:
     window = Window(1000)
-    place = enter(window, from_start=True)
+    viewer = enter(window)
     append(window, 0, 3)
-    window.end(reason(complete=True))
-    window.cut(reason(complete=False))
+    window.end(True)
+    window.cut()
     with pytest.raises(WindowEnded) as raised:
-        window.take(place, None)
+        window.take(viewer, None)
     assert not raised.value.complete
 
 
@@ -692,13 +673,13 @@ def test_cut_overrides_an_end() -> None:
 def test_cut_frees_a_waiting_feeder(patience: float) -> None:
     window = Window(2 * SIZE, patience)
     _, taken = observed(window)
-    place = enter(window, from_start=True)
+    viewer = enter(window)
     feeder = Task(functools.partial(window.append, blocks(0, 20)))
     assert taken.saw_wait()
-    window.cut(reason(complete=False))
+    window.cut()
     feeder.result()
     with pytest.raises(WindowEnded):
-        window.take(place, None)
+        window.take(viewer, None)
 
 
 #### What the window says of itself ####
@@ -707,22 +688,114 @@ def test_cut_frees_a_waiting_feeder(patience: float) -> None:
 @pytest.mark.parametrize(
     ("limit", "kind", "stop", "expected"),
     [
-        (8, SEGMENT, 8, False),
-        (8, SEGMENT, 20, False),
-        (4, SEGMENT, 20, False),
+        (10, SEGMENT, 8, False),
+        (10, SEGMENT, 20, False),
+        (8, SEGMENT, 20, True),
         (3, SEGMENT, 20, True),
         (3, SEGMENT, 3, False),
         (3, KEY_FRAME, 20, False),
     ],
-    ids=["nothing left", "many held", "two held", "one held", "at the start", "no segments"],
+    ids=["nothing left", "enough held", "four held", "one held", "at the start", "no segments"],
 )
 def test_window_knows_that_it_holds_too_little(
     limit: int, kind: JoinKind, stop: int, expected: bool
 ) -> None:
+    """Less than a late viewer needs: three segments, one before them and the one that comes."""
     window = Window(limit * SIZE)
     for number in range(stop):
         append(window, number, number + 1, *([join(number, kind)] if number % 2 == 0 else []))
     assert window.is_short() is expected
+
+
+#### Growing ####
+
+
+def grown_to(window: Window) -> int:
+    """Blocks that the window holds."""
+    return window.held()[0] // SIZE
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [(1, 10), (2, 10), (4, 17), (8, 33), (50, 31)],
+    ids=["small", "fitting", "large", "larger", "too large"],
+)  # fmt: skip
+def test_window_grows_to_hold_the_segments_that_late_viewers_need(
+    length: int, expected: int
+) -> None:
+    window = Window(10 * SIZE, growth=8, live_edge=3)
+    segments(window, 0, 400, length)
+    assert grown_to(window) in range(expected, expected + length)
+    assert window.is_short() is (length == 50)
+
+
+def test_window_grows_with_a_segment_that_is_being_written() -> None:
+    window = Window(10 * SIZE, growth=8)
+    segments(window, 0, 60, 100)
+    assert take(window, enter(window)) == b"<0>" + text(0, 60)
+
+
+def test_window_shrinks_with_the_segments() -> None:
+    window = Window(10 * SIZE, growth=8)
+    segments(window, 0, 80, 8)
+    segments(window, 80, 200, 2)
+    assert grown_to(window) in range(10, 12)
+
+
+def test_window_without_segments_does_not_grow() -> None:
+    window = Window(10 * SIZE, growth=8)
+    for number in range(100):
+        append(window, number, number + 1, join(number, KEY_FRAME))
+    assert grown_to(window) == 10
+
+
+#### The foremost viewer ####
+
+
+def test_late_viewer_that_is_further_along_makes_nobody_lose_bytes() -> None:
+    """It joined ahead of the first viewer and has not caught up yet: the first one counts."""
+    window = Window(4 * SIZE, patience=LONG, live_edge=1)
+    _, taken = observed(window)
+    first = enter(window)
+    segments(window, 0, 4)
+    late = enter(window)  # at block 2
+    feeder = Task(functools.partial(window.append, blocks(4, 8)))
+    assert taken.saw_wait(), "nobody has caught up: it waits for the one that came first"
+    got = take(window, first)
+    while feeder.is_running:
+        got += take(window, first)
+    got += take_all(window, first)
+    assert got == text(0, 8)
+    assert first.skips == 0
+    window.leave(late)
+
+
+def test_paused_first_viewer_is_not_waited_for_at_a_start() -> None:
+    window = Window(2 * SIZE, patience=LONG)
+    first, second = enter(window), enter(window)
+    segments(window, 0, 2)
+    assert take(window, first) == text(0, 2)
+    pause(first)
+    feeder = Task(functools.partial(window.append, blocks(2, 9)))
+    got = take(window, second)
+    while feeder.is_running:
+        got += take(window, second)
+    got += take_all(window, second)
+    assert got == text(0, 9), "the second one takes, and is the foremost now"
+
+
+#### Memory ####
+
+
+@pytest.mark.parametrize("leaves_first", [True, False])
+def test_memory_returns_when_a_window_has_ended_and_nobody_is_left(leaves_first: bool) -> None:
+    window = Window(1000)
+    viewer = enter(window)
+    append(window, 0, 3)
+    steps = [lambda: window.leave(viewer), lambda: window.end(True)]
+    for step in steps if leaves_first else reversed(steps):
+        assert window.held()[0] == 3 * SIZE
+        step()
+    assert window.held()[0] == 0
 
 
 #### Any order of events ####
@@ -732,10 +805,9 @@ def test_window_knows_that_it_holds_too_little(
 class Reader:
     """A viewer and what it should have: `position` is None until it got its first byte."""
 
-    place: Place
+    viewer: Viewer
     position: int | None = None
     skips: int = 0
-    lost: int = 0
 
 
 @dataclass
@@ -761,15 +833,15 @@ class Model:
         edges = list(itertools.accumulate(sizes, initial=start))
         self.window.append(
             [self.stream[a:b] for a, b in itertools.pairwise(edges)],
-            [JoinPoint(at, self.prefix(at), SEGMENT) for at in given],
+            [JoinPoint(at, self.preamble(at), SEGMENT) for at in given],
         )
 
-    def prefix(self, position: int) -> bytes:
+    def preamble(self, position: int) -> bytes:
         return b"<<<%d>>>" % position
 
     def take(self, reader: Reader) -> None:
         """The next bytes of a viewer are those that the plain numbers say."""
-        taken = b"".join(self.window.take(reader.place, 0))
+        taken = b"".join(self.window.take(reader.viewer, 0))
         is_behind = reader.position is not None and reader.position < self.tail
         if is_behind:
             reader.skips += 1
@@ -778,7 +850,7 @@ class Model:
         else:
             assert taken == self.stream[reader.position :]
             reader.position = len(self.stream)
-        assert reader.place.skips == reader.skips
+        assert reader.viewer.skips == reader.skips
 
     def join(self, reader: Reader, taken: bytes) -> None:
         held = [position for position in self.joins if position >= self.tail]
@@ -787,7 +859,7 @@ class Model:
             reader.position = None
             return
         start = held[-self.window.live_edge :][0]
-        assert taken == self.prefix(start) + self.stream[start:]
+        assert taken == self.preamble(start) + self.stream[start:]
         reader.position = len(self.stream)
 
 
@@ -820,14 +892,14 @@ def test_each_viewer_gets_the_stream_from_a_join_point_on(
             sizes, joins = arguments
             model.append(sizes, joins)  # type: ignore[arg-type]
         elif name == "enter":
-            reader = Reader(enter(model.window))
+            reader = Reader(enter(model.window), None if model.stream else 0)
             model.take(reader)
             model.readers.append(reader)
         elif model.readers:
             reader = model.readers[int(arguments[0]) % len(model.readers)]
             model.take(reader)
             if name == "leave":
-                model.window.leave(reader.place)
+                model.window.leave(reader.viewer)
                 model.readers.remove(reader)
 
 
@@ -844,9 +916,9 @@ def test_many_viewers_of_any_pace_get_the_same_stream(seed: int) -> None:
 
     def watch(number: int) -> None:
         dice = random.Random(seed * 100 + number)
-        place = enter(window)
-        got = take_to_the_end(window, place, lambda: rest(dice.randint(0, number)))
-        check_gaps(got, place, count)
+        viewer = enter(window)
+        got = take_to_the_end(window, viewer, lambda: rest(dice.randint(0, number)))
+        check_gaps(got, viewer, count)
 
     segments(window, 0, 1, length)
     viewers = [Task(functools.partial(watch, number)) for number in range(6)]
@@ -854,18 +926,18 @@ def test_many_viewers_of_any_pace_get_the_same_stream(seed: int) -> None:
         joins = [join(number)] if number % length == 0 else []
         window.append(blocks(number, number + 1), joins)
         turns.release(3)
-    window.end(WindowEnded(complete=True))
+    window.end(True)
     turns.release(100_000)
     for viewer in viewers:
         viewer.result()
 
 
-def take_to_the_end(window: Window, place: Place, rest: Callable[[], None]) -> bytes:
+def take_to_the_end(window: Window, viewer: Viewer, rest: Callable[[], None]) -> bytes:
     """All that a viewer gets, resting after each take."""
     got = b""
     while True:
         try:
-            got += b"".join(window.take(place, TIMEOUT))
+            got += b"".join(window.take(viewer, TIMEOUT))
         except WindowEnded as ending:
             if not ending.complete:
                 raise
@@ -873,17 +945,16 @@ def take_to_the_end(window: Window, place: Place, rest: Callable[[], None]) -> b
         rest()
 
 
-def check_gaps(got: bytes, place: Place, count: int) -> None:
-    """Runs of blocks, each behind the prefix of its join point and counted, up to the last."""
-    prefixes = [int(number) for number in re.findall(rb"<(\d+)>", got)]
+def check_gaps(got: bytes, viewer: Viewer, count: int) -> None:
+    """Runs of blocks, each behind the preamble of its join point and counted, up to the last."""
+    preambles = [int(number) for number in re.findall(rb"<(\d+)>", got)]
     runs = re.split(rb"<\d+>", got)
     assert runs.pop(0) == b""
     stops = []
-    for first, run in zip(prefixes, runs, strict=True):
+    for first, run in zip(preambles, runs, strict=True):
         assert run == text(first, first + len(run) // SIZE)
         stops.append(first + len(run) // SIZE)
-    assert place.skips == len(prefixes) - 1
-    gaps = [start - stop for stop, start in zip(stops, prefixes[1:], strict=False)]
+    assert viewer.skips == len(preambles) - 1
+    gaps = [start - stop for stop, start in zip(stops, preambles[1:], strict=False)]
     assert all(gap > 0 for gap in gaps)
-    assert place.skipped_bytes == sum(gaps) * SIZE
     assert stops[-1] == count
