@@ -85,6 +85,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 import weakref
 import zlib
 from collections import Counter, deque
@@ -92,6 +93,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields, replace
 from http import HTTPStatus
+from http.cookiejar import MozillaCookieJar
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar, cast
@@ -272,76 +274,82 @@ _EXPLANATIONS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
 
 # --------------------------------------------------------------------------------------------------
 # Configuration: dataclasses, and the reader that turns YAML into them or into a list of mistakes
+#
+# The YAML library's nodes are read, not the values that YAML 1.1 would make of them: a scalar is
+# taken as written, so `on:` and `007:` are names and `token: 0123` is text, and every node knows
+# its line.  No message quotes what may be a secret: an address, a token, a header, an odd key.
 # --------------------------------------------------------------------------------------------------
-
 
 # What the upstream's engine offers under `streamlink:`: each option with an example of its type,
 # or `...` where StreamPipe sets it and nobody else may.
 EngineOptions = Mapping[str, Any]
 GLOBAL_ENGINE_OPTIONS = frozenset({"ipv4", "ipv6"})  # they act on the whole process
 
+# What a text, or a node at a path of keys, means; None stands for the default.  Both raise
+# ValueError with the message to show; Read reports mistakes in the parts of a node by itself.
+Parse = Callable[[str], Any]
+Read = Callable[["ConfigReader", yaml.Node, str], Any]
+Section = dict[str, tuple[yaml.Node, yaml.Node]]  # the nodes of key and value by key
 
-@dataclass
-class Entry:
-    """A value of the file as it is written, and where."""
-
-    line: int
-    path: str  # of keys, as mistakes show it
-    value: str | list[Entry] | dict[str, Entry] | None = None  # None: nothing, `null` or `~`
-    key_line: int = 0
-
-    @property
-    def key(self) -> Entry:
-        """The place of its key."""
-        return Entry(self.key_line, self.path)
+NULL, MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
+KINDS = {yaml.ScalarNode: "text", yaml.SequenceNode: "a list", yaml.MappingNode: "a section"}
+EXPANDED_LIMIT = 250_000  # keys and values; an alias of aliases of aliases may mean any number
 
 
-Read = Callable[["ConfigReader", Entry], Any]
+def text_of(node: yaml.Node) -> str:
+    """A single value as it is written; nothing for `null` or `~`."""
+    if isinstance(node, yaml.ScalarNode):
+        return "" if node.tag == NULL else str(node.value)
+    raise ValueError(f"expected a single value, got {KINDS[type(node)]}")
 
 
-def _shown(entry: Entry) -> str:
-    """What a mistake quotes of a value that is no secret."""
-    if isinstance(entry.value, str):
-        is_short = re.fullmatch(r"[\w.+-]{0,20}", entry.value)
-        return f'"{entry.value}"' if is_short else "something else"
-    if entry.value is None:
-        return "nothing"
-    return "a list" if isinstance(entry.value, list) else "a section"
+def path_of(section: str, key: str) -> str:
+    """Where a key is, as a mistake may show it."""
+    shown = key if re.fullmatch(r"[\w .%/<-]{0,40}", key) else "(a key)"
+    return f"{section}.{shown}" if section else shown
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(names), 1)
-    return f", did you mean {close[0]}?" if close else ""
+def validated_text(check: Callable[[str], object], message: str) -> Parse:
+    """A parser that takes a text as it is where `check` is true and does not raise."""
+
+    def parse(text: str) -> str:
+        with contextlib.suppress(ValueError, OSError, RuntimeError):
+            if check(text):
+                return text
+        raise ValueError(message)
+
+    return parse
 
 
-# What a value may be.  Each reads one entry and reports what is wrong with it; what it returns
-# then does not matter, as no Config comes of it.
+def converted_text(convert: Callable[[str], Any], expected: str) -> Parse:
+    """A parser of what `convert` makes of a text; it raises ValueError or KeyError for others."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError, KeyError):
+            return convert(text)
+        got = f'"{text}"' if re.fullmatch(r"[\w.+-]{0,20}", text) else "something else"
+        raise ValueError(f"expected {expected}, got {got}")
+
+    return parse
 
 
-def as_text(reader: ConfigReader, entry: Entry) -> str | None:
-    if isinstance(entry.value, (list, dict)):
-        reader.mistake(entry, f"expected text, got {_shown(entry)}")
-        return None
-    return entry.value
+def number(kind: type[int] | type[float], least: float, most: float = math.inf) -> Parse:
+    bounds = f", {least} or more" if most == math.inf else f" from {least} to {most}"
 
-
-def validated_text(is_right: Callable[[str], bool], words: str) -> Read:
-    """A reader of text that is right; `words` say what is wrong otherwise."""
-
-    def read(reader: ConfigReader, entry: Entry) -> str | None:
-        value = as_text(reader, entry)
-        if value is not None and not is_right(value):
-            reader.mistake(entry, words)
+    def convert(text: str) -> float:
+        value = kind(text) if re.fullmatch(r"[-+.\d_eE]+", text) else math.nan
+        if not least <= value <= most or value == math.inf:
+            raise ValueError
         return value
 
-    return read
+    return converted_text(convert, f"{'a whole number' if kind is int else 'a number'}{bounds}")
 
 
-def as_url(*schemes: str) -> Read:
-    """A reader of absolute addresses with one of these schemes."""
+def url(*schemes: str) -> Parse:
+    """A parser of absolute addresses with one of these schemes."""
     wanted = " or ".join(f"{scheme}://" for scheme in schemes[:2])
-    words = f"expected an address that begins with {wanted}"
-    return validated_text(lambda address: _split(address)[0] in schemes, words)
+    message = f"expected an address that starts with {wanted}"
+    return validated_text(lambda address: _split(address)[0] in schemes, message)
 
 
 def _split(address: str) -> tuple[str, str]:
@@ -353,117 +361,145 @@ def _split(address: str) -> tuple[str, str]:
     return "", ""
 
 
+def stream_address(text: str) -> str:
+    """An address for the upstream to open, with any prefixes (`hls://https://...`)."""
+    address = text.strip()
+    target = re.sub(r"^((?!file:)[\w.+-]+://)+", "", address, flags=re.I)
+    if not target:
+        raise ValueError("the address is missing")
+    if re.match(r"file:|~|\.{0,2}[/\\](?!/)|[a-z]:[/\\]", target, re.I):
+        raise ValueError("local files are never opened: use an http:// or https:// address")
+    if target == address:
+        raise ValueError("write http:// or https:// in front of the address")
+    if not address.isprintable():
+        raise ValueError("the address contains a control character")
+    return address
+
+
+def _is_cookies_file(file: str) -> bool:
+    path = Path(file).expanduser()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # http.cookiejar warns of a bad line with a traceback
+        if is_file := path.is_file():
+            MozillaCookieJar().load(str(path))
+    return is_file
+
+
 # An empty token would let everybody in.
-as_words = validated_text(bool, "the text is empty: remove this key or fill it")
-# What HTTP can carry (RFC 9110, 5.5).
-as_header_value = validated_text(
-    lambda value: value.isprintable() and value.isascii() and value.strip() == value,
-    "a header's value is one line of ASCII text",
+filled_text = validated_text(bool, "empty value: fill it in or remove the key")
+network = validated_text(ipaddress.ip_network, "expected a network like 192.168.0.0/16")
+stream_name = validated_text(
+    STREAM_NAME.fullmatch, "a stream name may only contain a-z, 0-9 and -, e.g. channel-1"
 )
+free_name = validated_text(
+    lambda name: name not in RESERVED_NAMES, "this name is reserved: choose another"
+)
+header_name = validated_text(
+    re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch, "not a valid header name"
+)
+# What HTTP can carry (RFC 9110, 5.5).
+header_value = validated_text(
+    lambda value: value.isprintable() and value.isascii() and value.strip() == value,
+    "a header value must be one line of ASCII text without surrounding blanks",
+)
+web_url = url("http", "https")
+proxy_url = url("http", "socks5h", "https", "socks5", "socks4", "socks4a")
+thread_count = number(int, 1, 64)
+ring_size = number(int, 256 * KIB, 4096 * MIB)  # bytes
+request_time = number(float, 0.1, 3600)  # seconds
 
 
-def as_value(what: str, convert: Callable[[str], Any]) -> Read:
-    """A reader of what `convert` makes of text; it raises ValueError or KeyError for any other."""
+def single(parse: Parse) -> Read:
+    return lambda reader, node, path: None if node.tag == NULL else parse(text_of(node))
 
-    def read(reader: ConfigReader, entry: Entry) -> Any:
-        if isinstance(entry.value, str):
-            with contextlib.suppress(ValueError, KeyError):
-                return convert(entry.value)
-        reader.mistake(entry, f"expected {what}, got {_shown(entry)}")
-        return None
+
+def list_of(parse: Parse) -> Read:
+    def read(reader: ConfigReader, node: yaml.Node, path: str) -> tuple[Any, ...] | None:
+        if isinstance(node, yaml.SequenceNode):
+            return reader.parsed(parse, node.value, path)
+        if node.tag == NULL:
+            return None
+        raise ValueError(f"expected a list like [a, b], got {KINDS[type(node)]}")
 
     return read
 
 
-def as_number(kind: type[int] | type[float], least: float, most: float = math.inf) -> Read:
-    """A reader of whole numbers or seconds within bounds."""
-    what = "a whole number" if kind is int else "a number"
-    bounds = f"{least} or more" if most == math.inf else f"from {least} to {most}"
-
-    def convert(text: str) -> float:
-        number = kind(text) if re.fullmatch(r"[-+.\d_eE]+", text) else math.nan
-        if not least <= number <= most:
-            raise ValueError
-        return number
-
-    return as_value(f"{what}, {bounds}", convert)
+def as_addresses(reader: ConfigReader, node: yaml.Node, path: str) -> tuple[str, ...]:
+    """One address or a list of them."""
+    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if not nodes:
+        reader.mistake(node, path, "the list of addresses is empty")
+    return reader.parsed(stream_address, nodes, path)
 
 
-def as_urls(reader: ConfigReader, entry: Entry) -> tuple[str, ...]:
-    """One address or a list of them, for the upstream to open."""
-    items = entry.value if isinstance(entry.value, list) else [entry]
-    if not items:
-        reader.mistake(entry, "the list of addresses is empty")
-    return tuple(_address(reader, item) for item in items)
+def as_unique_number(reader: ConfigReader, node: yaml.Node, path: str) -> int | None:
+    """A stream's number, which no other stream has."""
+    value: int | None = single(number(int, 1))(reader, node, path)
+    if value is not None and (other := reader.numbers.setdefault(value, path)) != path:
+        raise ValueError(f"{value} is already used by {other.split('.')[1]}")
+    return value
 
 
-def _address(reader: ConfigReader, entry: Entry) -> str:
-    text = "" if entry.value is None else as_text(reader, entry)
-    if text is None:
-        return ""
-    address = text.strip()
-    if not address:
-        reader.mistake(entry, "the address is missing")
-    elif re.match(r"(\w+://)*file:", address, re.I):
-        reader.mistake(entry, "file:// is never opened; use an http(s) address")
-    elif not address.isprintable():
-        reader.mistake(entry, "the address holds a control character")
-    return address
-
-
-def as_networks(reader: ConfigReader, entry: Entry) -> tuple[str, ...]:
-    if not isinstance(entry.value, list):
-        reader.mistake(entry, 'expected a list like ["192.168.0.0/16"]')
-        return ()
-    for item in entry.value:
-        try:
-            ipaddress.ip_network(str(item.value))
-        except ValueError:
-            reader.mistake(item, "expected a network like 192.168.0.0/16")
-    return tuple(str(item.value) for item in entry.value)
-
-
-def as_headers(reader: ConfigReader, entry: Entry) -> dict[str, str]:
+def as_headers(reader: ConfigReader, node: yaml.Node, path: str) -> dict[str, str]:
+    """Headers by name; cookies and query parameters are such text, too."""
     found = {}
-    for name, value in reader.pairs(entry):
-        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
-            reader.mistake(Entry(value.key_line, entry.path), "this is no name of an HTTP header")
-        else:
-            found[name] = as_header_value(reader, value) or ""
+    for name, (key, value) in reader.section(node, path).items():
+        with reader.reporting(key, path):
+            header_name(name)
+        with reader.reporting(value, path_of(path, name)):
+            found[name] = header_value(text_of(value))
     return found
 
 
-def as_list(reader: ConfigReader, entry: Entry) -> list[str]:
-    if isinstance(entry.value, list):
-        return [as_text(reader, item) or "" for item in entry.value]
-    reader.mistake(entry, f"expected a list, got {_shown(entry)}")
-    return []
+def as_engine_options(reader: ConfigReader, node: yaml.Node, path: str) -> dict[str, Any]:
+    """The `streamlink:` map; its names may be written with underscores."""
+    values = reader.table(node, path, reader.engine)
+    return {name.replace("_", "-"): value for name, value in values.items()}
 
 
-def as_engine_options(reader: ConfigReader, entry: Entry) -> dict[str, Any]:
-    """The `streamlink:` map, each value of the type its option has."""
-    found: dict[str, Any] = {}
-    for key, value in reader.pairs(entry):
-        name = key.replace("_", "-")
-        if name not in reader.engine:
-            nearest = _nearest(name, reader.engine)
-            reader.mistake(value.key, f"unknown streamlink option{nearest}")
-        elif reader.engine[name] is Ellipsis:
-            reader.mistake(value.key, "StreamPipe sets this itself, for safety; remove it")
-        elif name in GLOBAL_ENGINE_OPTIONS and entry.path != "options.streamlink":
-            words = "acts on the whole process: set it under options.streamlink"
-            reader.mistake(value.key, words)
-        elif value.value is not None:
-            found[name] = ENGINE_TYPES.get(type(reader.engine[name]), as_text)(reader, value)
-    return found
+def engine_reader(name: str, example: Any) -> Read:
+    """How the value of an option of streamlink's is read."""
+    parse = ENGINE_PARSERS.get(name) or ENGINE_PARSERS.get(type(example), str)
+    read_value = as_headers if isinstance(example, dict) else single(parse)
+    read_value = list_of(parse) if isinstance(example, list) else read_value
+
+    def read(reader: ConfigReader, node: yaml.Node, path: str) -> Any:
+        if example is Ellipsis:
+            raise ValueError("StreamPipe sets this itself for safety: remove it")
+        if name in GLOBAL_ENGINE_OPTIONS and not path.startswith("options."):
+            raise ValueError("this affects the whole process: set it under options.streamlink")
+        return read_value(reader, node, path)
+
+    return read
 
 
-ENGINE_TYPES: dict[type, Read] = {  # any other is text
-    bool: as_value("true or false", lambda text: yaml.SafeLoader.bool_values[text.lower()]),
-    int: as_value("a whole number", int),
-    float: as_value("a number", float),
-    list: as_list,
-    dict: as_headers,  # cookies and query parameters are such text, too
+# By type, and by name where streamlink would raise, hang or do nothing with some values of a type.
+ENGINE_PARSERS: dict[str | type, Parse] = {
+    bool: converted_text(lambda text: yaml.SafeLoader.bool_values[text.lower()], "true or false"),
+    int: number(int, 0),
+    float: number(float, 0),
+    "ringbuffer-size": ring_size,
+    "stream-segment-threads": thread_count,
+    "stream-segment-attempts": number(int, 1),
+    "stream-segment-timeout": request_time,
+    "stream-segmented-queue-deadline": number(float, 0),  # target durations
+    "stream-timeout": request_time,
+    "http-timeout": request_time,
+    "http-proxy": proxy_url,
+    "http-ssl-cert": validated_text(lambda file: Path(file).is_file(), "no such file"),
+    "http-cookies-files": validated_text(
+        _is_cookies_file, "expected a readable cookies.txt file in Netscape format"
+    ),
+    "ffmpeg-validation-timeout": request_time,
+    "hls-live-edge": number(int, 1),
+    "hls-start-offset": number(float, -604800, 604800),  # seconds; negative: from a film's end
+    "hls-playlist-reload-time": validated_text(
+        lambda text: text in ("default", "segment", "live-edge") or 0 <= float(text) < math.inf,
+        "expected default, segment, live-edge or a number of seconds",
+    ),
+    "locale": validated_text(
+        lambda text: re.fullmatch("[A-Za-z]{2}_[A-Za-z]{2}", text), "expected a locale like en_US"
+    ),
 }
 
 
@@ -481,32 +517,32 @@ def keys_of(settings: type[Any]) -> dict[str, Read]:
 
 
 def as_section(settings: type[Any]) -> Read:
-    return lambda reader, entry: settings(**reader.table(entry, keys_of(settings)))
+    return lambda reader, node, path: settings(**reader.table(node, path, keys_of(settings)))
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    host: str = setting(as_words, "0.0.0.0")
-    port: int = setting(as_number(int, 0, 65535), 8080)
-    max_viewers: int = setting(as_number(int, 0), 1000)  # 0 = no limit
-    max_upstreams: int = setting(as_number(int, 0), 64)  # 0 = no limit
-    token: str | None = setting(as_words, None)
-    trusted: tuple[str, ...] = setting(as_networks, ())  # in CIDR form
-    public_url: str | None = setting(as_url("http", "https"), None)
-    name: str = setting(as_text, "StreamPipe")
-    epg: str | None = setting(as_url("http", "https"), None)
+    host: str = setting(single(filled_text), "0.0.0.0")
+    port: int = setting(single(number(int, 0, 65535)), 8080)
+    max_viewers: int = setting(single(number(int, 0)), 1000)  # 0 = no limit
+    max_upstreams: int = setting(single(number(int, 0)), 64)  # 0 = no limit
+    token: str | None = setting(single(filled_text), None)
+    trusted: tuple[str, ...] = setting(list_of(network), ())  # CIDR
+    public_url: str | None = setting(single(web_url), None)
+    name: str = setting(single(str), "StreamPipe")
+    epg: str | None = setting(single(web_url), None)
 
 
 @dataclass(frozen=True)
 class Options:
-    user_agent: str = setting(as_header_value, "StreamPipe/1.0")
-    threads: int = setting(as_number(int, 1, 64), 4)
-    timeout: float = setting(as_number(float, 0.1, 3600), 20.0)  # seconds
-    buffer_size: int = setting(as_number(int, 1, 64 * MIB), 8192)  # bytes
-    ringbuffer_size: int = setting(as_number(int, 256 * KIB, 4096 * MIB), 16 * MIB)  # bytes
-    linger: float = setting(as_number(float, 0, 86400), 10.0)  # seconds
-    reconnect: float = setting(as_number(float, 0, 86400), 60.0)  # seconds
-    viewer_timeout: float = setting(as_number(float, 0.1, 86400), 600.0)  # seconds
+    user_agent: str = setting(single(header_value), "StreamPipe/1.0")
+    threads: int = setting(single(thread_count), 4)
+    timeout: float = setting(single(request_time), 20.0)  # seconds
+    buffer_size: int = setting(single(number(int, 1, 64 * MIB)), 8192)  # bytes
+    ringbuffer_size: int = setting(single(ring_size), 16 * MIB)  # bytes
+    linger: float = setting(single(number(float, 0, 86400)), 10.0)  # seconds
+    reconnect: float = setting(single(number(float, 0, 86400)), 60.0)  # seconds
+    viewer_timeout: float = setting(single(number(float, 0.1, 86400)), 600.0)  # seconds
     streamlink: Mapping[str, Any] = setting(as_engine_options, {})
 
 
@@ -516,16 +552,14 @@ class StreamSettings:
 
     name: str
     urls: tuple[str, ...]
-    title: str = setting(as_text, "")
-    logo: str | None = setting(as_url("http", "https"), None)
-    group: str | None = setting(as_text, None)
-    tvg_id: str | None = setting(as_text, None)
-    number: int | None = setting(as_number(int, 1), None)
-    quality: str = setting(as_words, "best")
+    title: str = setting(single(str), "")
+    logo: str | None = setting(single(web_url), None)
+    group: str | None = setting(single(str), None)
+    tvg_id: str | None = setting(single(str), None)
+    number: int | None = setting(as_unique_number, None)
+    quality: str = setting(single(filled_text), "best")
     headers: Mapping[str, str] = setting(as_headers, {})
-    proxy: str | None = setting(
-        as_url("http", "socks5h", "https", "socks5", "socks4", "socks4a"), None
-    )
+    proxy: str | None = setting(single(proxy_url), None)
     options: Options = field(default_factory=Options)
 
     def pulls_like(self, other: StreamSettings) -> bool:
@@ -555,174 +589,155 @@ def load_config(path: Path, engine: EngineOptions) -> Config:
         problem = f"no such file; copy config.example.yml to {path} and edit it, "
         problem += "or try: python pipe.py --demo"
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        problem = f"cannot be read: {reason}"
+        problem = f"cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}"
     else:
         return ConfigReader(str(path), engine).read(text)
     raise ConfigError([f"{path}: {problem}"])
 
 
 class ConfigReader:
-    """Turns one YAML document into a Config and collects the mistakes on the way.
-
-    Scalars are taken as written, so `on:` and `007:` are names and `token: 0123` is text: the
-    parser's nodes are read, not the values that YAML 1.1 would make of them.
-    """
+    """Turns one YAML document into a Config and collects the mistakes on the way."""
 
     def __init__(self, file: str, engine: EngineOptions) -> None:
         self.file = file
-        self.engine = engine
+        self.engine = {name: engine_reader(name, example) for name, example in engine.items()}
+        self.engine |= {name.replace("-", "_"): read for name, read in self.engine.items()}
+        self.numbers: dict[int, str] = {}  # of streams, with the path where each is first used
         self.mistakes: set[tuple[int, str]] = set()  # line, text; an alias repeats its mistakes
-        self._room = 100_000  # entries; an alias of aliases of aliases may mean any number
 
     def read(self, text: str) -> Config:
         """Parse and check; raises ConfigError."""
-        config = self._config(self._parse(text))
+        config = Config()
+        try:
+            root = yaml.compose(text, yaml.SafeLoader)
+            if root is not None and root.tag != NULL:
+                _measure(root, {})
+                with self.reporting(root, ""):
+                    config = self._config(root)
+        except yaml.YAMLError as error:
+            self.mistakes = {_yaml_mistake(error, text)}
+        except RecursionError:
+            self.mistakes = {(1, "broken YAML: nested too deeply")}
         if self.mistakes:
-            raise ConfigError(
-                [f"{self.file}:{line}: {text}" for line, text in sorted(self.mistakes)]
-            )
+            lines = [f"{self.file}:{line}: {text}" for line, text in sorted(self.mistakes)]
+            raise ConfigError(lines)
         return config
 
-    def mistake(self, place: Entry, text: str) -> None:
-        text = f"{place.path}: {text}" if place.path else text
-        self.mistakes.add((place.line, "".join(c if c.isprintable() else "?" for c in text)))
+    def mistake(self, node: yaml.Node, path: str, message: str) -> None:
+        text = f"{path}: {message}" if path else message
+        printable = "".join(c if c.isprintable() else "?" for c in text)
+        self.mistakes.add((node.start_mark.line + 1, printable))
 
-    # YAML to entries
-
-    def _parse(self, text: str) -> Entry:
+    @contextlib.contextmanager
+    def reporting(self, node: yaml.Node, path: str) -> Iterator[None]:
+        """Make a ValueError in the block a mistake at this node."""
         try:
-            node = yaml.compose(text, yaml.SafeLoader)
-            return Entry(1, "") if node is None else self._entry(node, "", 0)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            at = getattr(error, "position", 0)  # of a character that YAML does not allow
-            line = mark.line + 1 if mark else text.count("\n", 0, at) + 1
-            problem = _yaml_problem(error, text, line)
-        except RecursionError:
-            line, problem = 1, "it is nested too deeply"
-        raise ConfigError([f"{self.file}:{line}: broken YAML: {problem}"])
+            yield
+        except ValueError as error:
+            self.mistake(node, path, str(error))
 
-    def _entry(self, node: yaml.Node, path: str, depth: int) -> Entry:
-        entry = Entry(node.start_mark.line + 1, path)
-        self._room -= 1
-        if depth > 20 or self._room < 0:
-            problem = "broken YAML: it is nested too deeply, or an alias holds itself"
-            raise ConfigError([f"{self.file}:{entry.line}: {problem}"])
-        if isinstance(node, yaml.MappingNode):
-            entry.value = self._mapping(node, path, depth)
-        elif isinstance(node, yaml.SequenceNode):
-            entry.value = [self._entry(item, path, depth + 1) for item in node.value]
-        elif node.tag != "tag:yaml.org,2002:null":
-            entry.value = str(node.value)
-        return entry
+    def parsed(self, parse: Parse, nodes: Iterable[yaml.Node], path: str) -> tuple[Any, ...]:
+        """What the items of a list mean, without those that are mistakes."""
+        found = []
+        for node in nodes:
+            with self.reporting(node, path):
+                found.append(parse(text_of(node)))
+        return tuple(found)
 
-    def _mapping(self, node: yaml.MappingNode, path: str, depth: int) -> dict[str, Entry]:
-        """A mapping's entries, with those of `<<: *other` behind what is written here."""
-        entries: dict[str, Entry] = {}
-        merged: dict[str, Entry] = {}
+    def section(self, node: yaml.Node, path: str) -> Section:
+        """The entries of a section, its own behind those that `<<` brings in.
+
+        Raises ValueError for anything but a section.
+        """
+        if node.tag == NULL:
+            raise ValueError("this section is empty: remove it or fill it in")
+        if not isinstance(node, yaml.MappingNode):
+            raise ValueError(f'expected "key: value" lines, got {KINDS[type(node)]}')
+        own: Section = {}
+        merged: Section = {}
         for key, value in node.value:
-            is_merge = key.tag == "tag:yaml.org,2002:merge"
-            where = path if is_merge else _path_of(path, str(key.value))
-            entry = self._entry(value, where, depth + 1)
-            entry.key_line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
-                self.mistake(Entry(entry.key_line, path), "a key must be plain text")
-            elif is_merge:
-                merged = {**self._merged(entry), **merged}
-            elif key.value in entries:
-                self.mistake(entry.key, "this name stands here twice")
+                self.mistake(key, path, "a key must be plain text")
+                continue
+            where = path_of(path, key.value)
+            if key.tag == MERGE:
+                for other in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    with self.reporting(other, where):
+                        merged = {**self.section(other, path), **merged}
+            elif key.value in own:
+                self.mistake(key, where, "duplicate key")
             else:
-                entries[key.value] = entry
-        return {**merged, **entries}
+                own[key.value] = key, value
+        return {**merged, **own}
 
-    def _merged(self, entry: Entry) -> dict[str, Entry]:
-        """What `<<` brings in: of several sections the first one's entries win."""
-        merged: dict[str, Entry] = {}
-        for other in entry.value if isinstance(entry.value, list) else [entry]:
-            if isinstance(other.value, dict):
-                merged = {**other.value, **merged}
+    def table(self, node: yaml.Node, path: str, keys: Mapping[str, Read]) -> dict[str, Any]:
+        """The values of a section with known keys; nulls and mistakes are left out."""
+        values: dict[str, Any] = {}
+        for name, (key, value) in self.section(node, path).items():
+            where = path_of(path, name)
+            if name in keys:
+                with self.reporting(value, where):
+                    values[name] = keys[name](self, value, where)
             else:
-                self.mistake(other, "<< takes a section, or a list of them")
-        return merged
+                close = difflib.get_close_matches(name, sorted(keys), 1)
+                hint = f", did you mean {close[0]}?" if close else ""
+                self.mistake(key, where, f"unknown key{hint}")
+        return {name: value for name, value in values.items() if value is not None}
 
-    # Entries to settings
-
-    def _config(self, root: Entry) -> Config:
-        if root.value is None:
-            return Config()
+    def _config(self, root: yaml.Node) -> Config:
         server, options = as_section(ServerSettings), as_section(Options)
-        keys = {"server": server, "streams": ConfigReader.pairs, "options": options}
-        sections = self.table(root, keys)
-        shared = sections.setdefault("options", Options())
-        sections["streams"] = self._streams(sections.get("streams", ()), shared)
-        return Config(**sections)
-
-    def _streams(
-        self, pairs: Iterable[tuple[str, Entry]], shared: Options
-    ) -> dict[str, StreamSettings]:
+        keys = {"server": server, "streams": ConfigReader.section, "options": options}
+        sections = {"options": Options(), **self.table(root, "", keys)}
         streams: dict[str, StreamSettings] = {}
-        numbers: dict[int, str] = {}
-        for name, entry in pairs:
-            if not STREAM_NAME.fullmatch(name):
-                self.mistake(entry.key, "a name holds only a-z, 0-9 and -, e.g. channel-1")
-            elif name in RESERVED_NAMES:
-                self.mistake(entry.key, "this name is reserved, choose another")
-            else:
-                stream = streams[name] = self._stream(name, entry, shared)
-                if stream.number is not None and numbers.setdefault(stream.number, name) != name:
-                    assert isinstance(entry.value, dict)
-                    words = f"{stream.number} is {numbers[stream.number]}'s already"
-                    self.mistake(entry.value["number"], words)
-        return streams
+        for name, (key, node) in sections.get("streams", {}).items():
+            with self.reporting(key, path_of("streams", name)):
+                free_name(stream_name(name))
+                streams[name] = self._stream(name, node, sections["options"])
+        return Config(**{**sections, "streams": streams})
 
-    def _stream(self, name: str, entry: Entry, shared: Options) -> StreamSettings:
-        if not isinstance(entry.value, dict):  # its address alone
-            entry = replace(entry, value={"url": entry})
-        elif "url" not in entry.value:
-            self.mistake(entry, "url is missing")
-        own_keys = keys_of(Options)
-        values = self.table(entry, {"url": as_urls, **keys_of(StreamSettings), **own_keys})
-        own = {key: values.pop(key) for key in own_keys if key in values}
+    def _stream(self, name: str, node: yaml.Node, shared: Options) -> StreamSettings:
+        path = f"streams.{name}"
+        if isinstance(node, yaml.MappingNode):
+            keys = {"url": as_addresses, **keys_of(StreamSettings), **keys_of(Options)}
+            values = self.table(node, path, keys)
+        else:
+            values = {"url": as_addresses(self, node, path)}
+        if "url" not in values:
+            raise ValueError("url is missing")
+        own = {key: values.pop(key) for key in keys_of(Options) if key in values}
         own["streamlink"] = {**shared.streamlink, **own.get("streamlink", {})}
-        addresses = values.pop("url", ())
         values["title"] = values.get("title") or name
+        addresses = values.pop("url")
         return StreamSettings(name, addresses, **values, options=replace(shared, **own))
 
-    def pairs(self, entry: Entry) -> Iterable[tuple[str, Entry]]:
-        """The entries of a mapping; anything else is a mistake and has none."""
-        if isinstance(entry.value, dict):
-            return entry.value.items()
-        if entry.value is None:
-            self.mistake(entry, "this section is empty: remove it or fill it")
-        else:
-            got = "text" if isinstance(entry.value, str) else "a list"  # the text may be a secret
-            self.mistake(entry, f'expected "key: value" lines, got {got}')
-        return ()
 
-    def table(self, entry: Entry, keys: Mapping[str, Read]) -> dict[str, Any]:
-        """A mapping with known keys; nulls are left out."""
-        values: dict[str, Any] = {}
-        for name, value in self.pairs(entry):
-            if name not in keys:
-                self.mistake(value.key, f"unknown key{_nearest(name, keys)}")
-            elif (result := keys[name](self, value)) is not None:
-                values[name] = result
-        return values
+def _measure(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
+    """How many keys and values a node means, aliases written out; raises YAMLError for too many."""
+    if node not in sizes:
+        sizes[node] = math.inf  # until it is known: an alias of a node inside itself has no end
+        parts = () if isinstance(node, yaml.ScalarNode) else node.value
+        parts = itertools.chain(*parts) if isinstance(node, yaml.MappingNode) else parts
+        sizes[node] = 1 + sum(_measure(part, sizes) for part in parts)
+        if sizes[node] > EXPANDED_LIMIT:
+            problem = "an alias contains itself, or aliases expand to too much"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    return sizes[node]
 
 
-def _yaml_problem(error: yaml.YAMLError, text: str, line: int) -> str:
-    lines = text.splitlines()
-    if 0 < line <= len(lines) and "\t" in lines[line - 1]:
-        return "a tab stands here, use spaces"
-    problem = getattr(error, "problem", None) or str(error)
-    return re.sub(r"alias .*", "alias", problem.splitlines()[0])  # its name may be a secret's
-
-
-def _path_of(section: str, key: str) -> str:
-    """Where a key is, as a mistake may show it: one that is an address or odd may be a secret."""
-    shown = key if re.fullmatch(r"[\w .%/-]{0,40}", key) else "(a key)"
-    return f"{section}.{shown}" if section else shown
+def _yaml_mistake(error: yaml.YAMLError, text: str) -> tuple[int, str]:
+    """Line and text of what the YAML library cannot read."""
+    mark = getattr(error, "problem_mark", None)
+    position = getattr(error, "position", 0)  # of a character that YAML does not allow
+    line = mark.line + 1 if mark else text.count("\n", 0, position) + 1
+    problem = (getattr(error, "problem", None) or str(error)).splitlines()[0]
+    if "\t" in "".join(text.splitlines()[line - 1 : line]):
+        problem = "found a tab: use spaces"
+    elif problem == "but found another document":
+        problem = "found a second document: remove it"
+    elif problem == "second occurrence":
+        problem = "duplicate anchor"
+    problem = re.sub(r"(alias|handle) ['\"].*", r"\1", problem)  # its name may be a secret's
+    return line, f"broken YAML: {problem}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4939,16 +4954,16 @@ def demo_origin() -> Iterator[str]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("pipe.py", description="Watch HLS channels over plain HTTP.")
     add = parser.add_argument
-    words = "the configuration (default: config.yml)"
-    add("-c", "--config", metavar="FILE", type=Path, help=words)
+    text = "the configuration (default: config.yml)"
+    add("-c", "--config", metavar="FILE", type=Path, help=text)
     add("--host", metavar="ADDR", help="listen here instead of the file's host")
     add("--port", metavar="N", type=_port, help="... and on this port")
-    words = f"serve /{DEMO_STREAM}, a channel that needs no network"
-    add("--demo", action="store_true", help=words)
+    text = f"serve /{DEMO_STREAM}, a channel that needs no network"
+    add("--demo", action="store_true", help=text)
     add("--check", action="store_true", help="open every stream, tell what comes, and end")
     levels = ("debug", "info", "warning", "error")
-    words = "debug, info, warning or error (default: info)"
-    add("--log-level", metavar="LEVEL", default="info", choices=levels, help=words)
+    text = "debug, info, warning or error (default: info)"
+    add("--log-level", metavar="LEVEL", default="info", choices=levels, help=text)
     python = ".".join(map(str, sys.version_info[:3]))
     version = f"StreamPipe {__version__}, streamlink {engine_version}, Python {python}"
     add("--version", action="version", version=version)
@@ -4974,7 +4989,7 @@ def read_settings(arguments: argparse.Namespace, demo: str | None) -> Config:
     server = replace(config.server, **{k: v for k, v in given.items() if v is not None})
     streams = dict(config.streams)
     if demo and DEMO_STREAM in streams:
-        mistake = f"streams.{DEMO_STREAM}: --demo adds a stream of this name, rename yours"
+        mistake = f"streams.{DEMO_STREAM}: --demo adds a stream with this name: rename yours"
         raise ConfigError([mistake])
     if demo:
         streams[DEMO_STREAM] = StreamSettings(

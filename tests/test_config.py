@@ -12,6 +12,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from streamlink.session.session import Streamlink
 
 import pipe
 
@@ -103,9 +104,20 @@ def test_stream_with_an_address_alone_has_the_defaults() -> None:
     }
 
 
-@pytest.mark.parametrize("key", ["token", "public_url", "name", "epg", "host"])
-def test_null_means_the_default(key: str) -> None:
-    assert read(server(f"{key}: null")) == pipe.Config()
+@pytest.mark.parametrize(
+    "key", sorted(field.name for field in dataclasses.fields(pipe.ServerSettings))
+)
+@pytest.mark.parametrize("null", ["null", "~", ""])
+def test_null_means_the_default(key: str, null: str) -> None:
+    assert read(server(f"{key}: {null}")) == pipe.Config()
+
+
+@pytest.mark.parametrize("keys", ["threads: ~", "number: ~", "proxy: ~", "streamlink: {ipv4: ~}"])
+def test_null_of_a_stream_means_the_default(keys: str) -> None:
+    if "streamlink" in keys:
+        assert read(options(keys)) == pipe.Config()
+    else:
+        assert read_stream(keys) == pipe.StreamSettings("a", (URL,), title="a")
 
 
 #### Every key ####
@@ -219,7 +231,7 @@ def test_forms_of_an_address(value: str, urls: tuple[str, ...]) -> None:
 
 
 def test_streams_keep_the_order_of_the_file() -> None:
-    assert list(read("streams: {z: u, a: u, m: u}").streams) == ["z", "a", "m"]
+    assert list(read("streams: {z: hls://u, a: hls://u, m: hls://u}").streams) == ["z", "a", "m"]
 
 
 #### As written ####
@@ -268,13 +280,95 @@ def test_streamlink_options_may_have_underscores() -> None:
         ("hls-live-edge: 2", 2),
         ("stream-timeout: 5", 5),
         ("stream-timeout: 0.5", 0.5),
-        ("hls-audio-select: [en, de]", ["en", "de"]),
+        ("hls-audio-select: [en, de]", ("en", "de")),
         ("http-cookies: {a: b}", {"a": "b"}),
         ("http-proxy: http://p.example", "http://p.example"),
     ],
 )
 def test_streamlink_value_has_the_type_of_its_option(text: str, value: object) -> None:
     assert list(read(engine(text)).options.streamlink.values()) == [value]
+
+
+ENGINE_BOUNDS: list[tuple[str, str, list[str], list[str]]] = [  # good and bad values
+    ("ringbuffer-size", "a whole number from 262144 to ", ["262144"], ["0", "-1", "1e6", "16M"]),
+    ("stream-segment-threads", "a whole number from 1 to 64", ["1", "64"], ["0", "-1", "65"]),
+    ("stream-segment-attempts", "a whole number, 1 or more", ["1", "9"], ["0", "-1", "1.5"]),
+    ("stream-segment-timeout", "a number from 0.1 to 3600", ["0.1"], ["0", "-1", "nan", "1e9"]),
+    ("stream-segmented-duration", "a number, 0 or more", ["0", "9.5"], ["-1", "inf", "1e999"]),
+    ("stream-segmented-queue-deadline", "a number, 0 or more", ["0", "2.5"], ["-1", "nan"]),
+    ("stream-timeout", "a number from 0.1 to 3600", ["0.1"], ["0", "-5", "1e9"]),
+    ("http-timeout", "a number from 0.1 to 3600", ["0.1"], ["0", "-5", "1e9"]),
+    ("ffmpeg-validation-timeout", "a number from 0.1 to 3600", ["4"], ["0", "-5", "1e9"]),
+    ("hls-live-edge", "a whole number, 1 or more", ["1"], ["0", "-1", "2.5"]),
+    ("hls-start-offset", "a number from -604800 to 604800", ["-30", "1.5"], ["nan", "1e9"]),
+    ("hls-playlist-reload-attempts", "a whole number, 0 or more", ["0"], ["-1"]),
+    ("dash-manifest-reload-attempts", "a whole number, 0 or more", ["0"], ["-1"]),
+    ("hls-playlist-reload-time", "default, segment, live-edge or a number of seconds",
+     ["default", "segment", "live-edge", "2.5"], ["soon", "-1", "nan", "inf", "''"]),
+    ("http-proxy", "an address that starts with http:// or socks5h://",
+     ["http://p:1", "socks5h://p:1"], ["p:1", "ftp://p", "''"]),
+    ("locale", "a locale like en_US", ["en_US", "de_AT"], ["german", "de", "''"]),
+]  # fmt: skip
+
+
+def test_bounds_are_those_of_options_that_exist() -> None:
+    assert {option for option, *_ in ENGINE_BOUNDS} <= set(ENGINE)
+    assert {name for name in pipe.ENGINE_PARSERS if isinstance(name, str)} <= set(ENGINE)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [(option, value) for option, _, good, _ in ENGINE_BOUNDS for value in good]
+)
+def test_value_that_streamlink_can_use(option: str, value: str) -> None:
+    found = read(engine(f"{option}: {value}")).options.streamlink
+    assert str(found[option]).removesuffix(".0") == value
+    Streamlink().set_option(option, found[option])
+
+
+@pytest.mark.parametrize(
+    ("option", "expected", "value"),
+    [(option, message, value) for option, message, _, bad in ENGINE_BOUNDS for value in bad],
+)
+def test_value_that_streamlink_cannot_use(option: str, expected: str, value: str) -> None:
+    (mistake,) = mistakes(engine(f"{option}: {value}"))
+    assert mistake.startswith(f"test.yml:1: options.streamlink.{option}: expected {expected}")
+
+
+def test_file_of_cookies_is_tried(tmp_path: Path) -> None:
+    file = tmp_path / "cookies.txt"
+    head = "# Netscape HTTP Cookie File\n"
+    file.write_text(f"{head}.h.example\tTRUE\t/\tFALSE\t0\tname\tvalue\n", encoding="utf-8")
+    found = read(engine(f"http-cookies-files: ['{file}']")).options.streamlink
+    assert found == {"http-cookies-files": (str(file),)}
+    Streamlink().set_option("http-cookies-files", found["http-cookies-files"])
+
+
+@pytest.mark.filterwarnings("error")  # a warning would be logged with a traceback
+@pytest.mark.parametrize(
+    "content", [None, b"", b"a=b", b"# Netscape HTTP Cookie File\nx\n", b"\xff"]
+)
+def test_file_of_cookies_that_cannot_be_loaded(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "cookies.txt"
+    if content is not None:
+        file.write_bytes(content)
+    path = "options.streamlink.http-cookies-files"
+    expected = f"{path}: expected a readable cookies.txt file in Netscape format"
+    text = engine(f"http-cookies-files:\n  ['{file}']")
+    assert mistakes(text) == [f"test.yml:2: {expected}"]
+
+
+@pytest.mark.parametrize("value", ["[~nobody-of-this-name/x]", "['']", "[.]", '["\\0"]'])
+def test_odd_path_of_a_file_of_cookies(value: str) -> None:
+    (mistake,) = mistakes(engine(f"http-cookies-files: {value}"))
+    assert mistake.startswith("test.yml:1: options.streamlink.http-cookies-files: expected ")
+
+
+def test_certificate_that_does_not_exist(tmp_path: Path) -> None:
+    file = tmp_path / "me.pem"
+    text = engine(f"http-ssl-cert: '{file}'")
+    assert mistakes(text) == ["test.yml:1: options.streamlink.http-ssl-cert: no such file"]
+    file.touch()
+    assert read(text).options.streamlink == {"http-ssl-cert": str(file)}
 
 
 #### YAML's own means ####
@@ -303,8 +397,8 @@ def test_alias_stands_for_a_whole_stream() -> None:
         pytest.param("&a [*a]", id="document"),
         pytest.param("streams: &s {a: *s}", id="streams"),
         pytest.param("streams: {a: &a {url: [*a]}}", id="address"),
-        pytest.param("streams: &s {<<: *s, a: u}", id="merge"),
-        pytest.param("streams: {a: &a {url: u, headers: {X: *a}}}", id="header"),
+        pytest.param("streams: &s {<<: *s, a: hls://u}", id="merge"),
+        pytest.param("streams: {a: &a {url: hls://u, headers: {X: *a}}}", id="header"),
         pytest.param("server: {trusted: &t [*t]}", id="networks"),
         pytest.param("options: {streamlink: &x {http-headers: *x}}", id="map of streamlink"),
         pytest.param("options: {streamlink: {hls-audio-select: &x [*x]}}", id="list of streamlink"),
@@ -316,28 +410,28 @@ def test_alias_inside_itself_is_a_mistake(text: str) -> None:
 
 @pytest.mark.parametrize("merge", ["x", "[x]", "[[x]]", ""])
 def test_merge_of_what_is_no_section_is_a_mistake(merge: str) -> None:
-    (mistake,) = mistakes(f"streams:\n  a: {{<<: {merge}, url: u}}\n")
+    (mistake,) = mistakes(f"streams:\n  a: {{<<: {merge}, url: hls://u}}\n")
     assert mistake.startswith("test.yml:2: ")
 
 
 def test_first_of_several_merged_sections_wins() -> None:
     config = read("""
         streams:
-          a: &a {url: u, title: A}
-          b: &b {url: v, title: B, group: B}
+          a: &a {url: hls://u, title: A}
+          b: &b {url: hls://v, title: B, group: B}
           c: {<<: [*a, *b], quality: 720p}
     """)
-    expected = pipe.StreamSettings("c", ("u",), title="A", group="B", quality="720p")
+    expected = pipe.StreamSettings("c", ("hls://u",), title="A", group="B", quality="720p")
     assert config.streams["c"] == expected
 
 
 def test_merge_does_not_hide_a_key_that_comes_twice() -> None:
-    text = "streams:\n  a: &a {url: u}\n  b: {<<: *a, title: x, title: y}\n"
-    assert mistakes(text) == ["test.yml:3: streams.b.title: this name stands here twice"]
+    text = "streams:\n  a: &a {url: hls://u}\n  b: {<<: *a, title: x, title: y}\n"
+    assert mistakes(text) == ["test.yml:3: streams.b.title: duplicate key"]
 
 
 def test_key_that_is_no_text_beside_a_merge() -> None:
-    text = "streams:\n  a: &a {url: u}\n  b: {<<: *a, [x]: y}\n"
+    text = "streams:\n  a: &a {url: hls://u}\n  b: {<<: *a, [x]: y}\n"
     assert mistakes(text) == ["test.yml:3: streams.b: a key must be plain text"]
 
 
@@ -355,7 +449,7 @@ def test_key_that_is_no_text_beside_a_merge() -> None:
         (stream("host: x"), "streams.a.host: unknown key"),
         (
             "options: {streamlink: {hls-liv-edge: 2}}",
-            "options.streamlink.hls-liv-edge: unknown streamlink option, "
+            "options.streamlink.hls-liv-edge: unknown key, "
             "did you mean hls-live-edge?",
         ),
     ],
@@ -365,16 +459,16 @@ def test_unknown_key_is_reported_with_the_nearest_valid_one(text: str, mistake: 
 
 
 NUMBER_BOUNDS = [
-    (server, "port", "a whole number, from 0 to 65535", ["-1", "65536", "80.5", "http", "nan"]),
+    (server, "port", "a whole number from 0 to 65535", ["-1", "65536", "80.5", "http", "nan"]),
     (server, "max_viewers", "a whole number, 0 or more", ["-1", "1.5", "many"]),
     (server, "max_upstreams", "a whole number, 0 or more", ["-1", "1.5", "many"]),
-    (options, "threads", "a whole number, from 1 to 64", ["0", "65", "2.5", "two"]),
-    (options, "timeout", "a number, from 0.1 to 3600", ["0", "3601", "nan", "inf", "long"]),
-    (options, "buffer_size", "a whole number, from 1 to 67108864", ["0", "67108865", "8K"]),
-    (options, "ringbuffer_size", "a whole number, from 262144 to 4294967296", ["262143", "16M"]),
-    (options, "linger", "a number, from 0 to 86400", ["-0.1", "86401", "nan"]),
-    (options, "reconnect", "a number, from 0 to 86400", ["-0.1", "86401", "nan"]),
-    (options, "viewer_timeout", "a number, from 0.1 to 86400", ["0", "86401", "nan"]),
+    (options, "threads", "a whole number from 1 to 64", ["0", "65", "2.5", "two"]),
+    (options, "timeout", "a number from 0.1 to 3600", ["0", "3601", "nan", "inf", "long"]),
+    (options, "buffer_size", "a whole number from 1 to 67108864", ["0", "67108865", "8K"]),
+    (options, "ringbuffer_size", "a whole number from 262144 to 4294967296", ["262143", "16M"]),
+    (options, "linger", "a number from 0 to 86400", ["-0.1", "86401", "nan"]),
+    (options, "reconnect", "a number from 0 to 86400", ["-0.1", "86401", "nan"]),
+    (options, "viewer_timeout", "a number from 0.1 to 86400", ["0", "86401", "nan"]),
     (stream, "number", "a whole number, 1 or more", ["0", "-1", "1.5", "one"]),
 ]
 
@@ -414,18 +508,19 @@ def test_bounds_are_valid_themselves(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "start"),
     [
-        (server("token: [x]"), "server.token: expected text"),
-        (server("name: {x: y}"), "server.name: expected text"),
-        (stream("title: {}"), "streams.a.title: expected text"),
-        (stream("headers: {X: [y]}"), "streams.a.headers.X: expected text"),
+        (server("token: [x]"), "server.token: expected a single value, got a list"),
+        (server("name: {x: y}"), "server.name: expected a single value, got a section"),
+        (stream("title: {}"), "streams.a.title: expected a single value, got a section"),
+        (stream("headers: {X: [y]}"), "streams.a.headers.X: expected a single value, got a list"),
         ("hello", 'expected "key: value" lines'),
         ("[]", 'expected "key: value" lines'),
         ("server: [x]", 'server: expected "key: value" lines'),
         ("streams: u", 'streams: expected "key: value" lines'),
-        (server("trusted: 10.0.0.0/8"), 'server.trusted: expected a list like ["192.168.0.0/16"]'),
+        (server("trusted: 10.0.0.0/8"), "server.trusted: expected a list like [a, b], got text"),
         (server("trusted: [lan]"), "server.trusted: expected a network like 192.168.0.0/16"),
         (server("trusted: [10.1.1.1/8]"), "server.trusted: expected a network like "),
-        (server("trusted: [[x]]"), "server.trusted: expected a network like 192.168.0.0/16"),
+        (server("trusted: [[x]]"), "server.trusted: expected a single value, got a list"),
+        (server("trusted: [~]"), "server.trusted: expected a network like 192.168.0.0/16"),
         (engine("hls-live-edge: two"), "options.streamlink.hls-live-edge: expected a whole number"),
         (
             engine("hls-live-edge: true"),
@@ -434,8 +529,8 @@ def test_bounds_are_valid_themselves(text: str) -> None:
         (engine("stream-timeout: soon"), "options.streamlink.stream-timeout: expected a number"),
         (engine("ipv4: 1"), "options.streamlink.ipv4: expected true or false"),
         (engine("hls-audio-select: en"), "options.streamlink.hls-audio-select: expected a list"),
-        (engine("locale: {}"), "options.streamlink.locale: expected text"),
-        (engine("http-proxy: [u]"), "options.streamlink.http-proxy: expected text"),
+        (engine("locale: {}"), "options.streamlink.locale: expected a single value"),
+        (engine("http-proxy: [u]"), "options.streamlink.http-proxy: expected a single value"),
         (engine("http-cookies: u"), 'options.streamlink.http-cookies: expected "key: value" lines'),
     ],
 )
@@ -467,7 +562,7 @@ def test_tag_that_its_value_does_not_fit(value: str) -> None:
 )
 def test_address_without_a_usable_scheme_or_host(keys: str, schemes: str) -> None:
     key = keys.partition(":")[0]
-    expected = f"test.yml:1: streams.a.{key}: expected an address that begins with {schemes}"
+    expected = f"test.yml:1: streams.a.{key}: expected an address that starts with {schemes}"
     assert mistakes(stream(keys)) == [expected]
 
 
@@ -476,33 +571,35 @@ def test_address_without_a_usable_scheme_or_host(keys: str, schemes: str) -> Non
     "value", ["tv.example", "ftp://tv.example", "http://", "http://tv.example:port", "'http://[x'"]
 )
 def test_address_of_the_server_that_is_none(key: str, value: str) -> None:
-    expected = f"server.{key}: expected an address that begins with http:// or https://"
+    expected = f"server.{key}: expected an address that starts with http:// or https://"
     assert mistakes(server(f"{key}: {value}")) == [f"test.yml:1: {expected}"]
 
 
 @pytest.mark.parametrize("name", ["A", "a_b", "a b", "ä", "a.m3u", ".."])
 def test_bad_name(name: str) -> None:
-    expected = "a name holds only a-z, 0-9 and -, e.g. channel-1"
-    assert mistakes(f"streams:\n  '{name}': u\n") == [f"test.yml:2: streams.{name}: {expected}"]
+    expected = "a stream name may only contain a-z, 0-9 and -, e.g. channel-1"
+    assert mistakes(f"streams:\n  '{name}': hls://u\n") == [
+        f"test.yml:2: streams.{name}: {expected}"
+    ]
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "%61", "a\\nb", "a" * 100 + "/", "日本"])
 def test_odd_name(name: str) -> None:
-    (mistake,) = mistakes(f'streams:\n  "{name}": u\n')
+    (mistake,) = mistakes(f'streams:\n  "{name}": hls://u\n')
     assert mistake.startswith("test.yml:2: streams.")
-    assert mistake.endswith(": a name holds only a-z, 0-9 and -, e.g. channel-1")
+    assert mistake.endswith(": a stream name may only contain a-z, 0-9 and -, e.g. channel-1")
 
 
 @pytest.mark.parametrize("name", ["health", "status", "metrics", "playlist"])
 def test_reserved_name(name: str) -> None:
-    expected = f"test.yml:1: streams.{name}: this name is reserved, choose another"
-    assert mistakes(f"streams: {{{name}: u}}") == [expected]
+    expected = f"test.yml:1: streams.{name}: this name is reserved: choose another"
+    assert mistakes(f"streams: {{{name}: hls://u}}") == [expected]
 
 
 @pytest.mark.parametrize("names", [("a", "a"), ("007", "'007'")])
 def test_name_that_stands_twice(names: tuple[str, str]) -> None:
-    text = "streams:\n  {}: u\n  {}: v\n".format(*names)
-    assert mistakes(text) == [f"test.yml:3: streams.{names[0]}: this name stands here twice"]
+    text = "streams:\n  {}: hls://u\n  {}: hls://v\n".format(*names)
+    assert mistakes(text) == [f"test.yml:3: streams.{names[0]}: duplicate key"]
 
 
 @pytest.mark.parametrize(
@@ -510,25 +607,31 @@ def test_name_that_stands_twice(names: tuple[str, str]) -> None:
     [
         ("server: {}\nserver: {}\n", "server"),
         ("server: {port: 1,\n  port: 2}", "server.port"),
-        ("streams: {a: {url: u,\n  url: v}}", "streams.a.url"),
+        ("streams: {a: {url: hls://u,\n  url: hls://v}}", "streams.a.url"),
         ("options: {streamlink: {ipv4: true,\n  ipv4: false}}", "options.streamlink.ipv4"),
     ],
 )
 def test_key_that_stands_twice(text: str, path: str) -> None:
-    assert mistakes(text) == [f"test.yml:2: {path}: this name stands here twice"]
+    assert mistakes(text) == [f"test.yml:2: {path}: duplicate key"]
 
 
 def test_number_that_another_stream_has() -> None:
     text = """\
 streams:
   a:
-    url: u
+    url: hls://u
     number: 7
   b:
-    url: u
+    url: hls://u
     number: 07
 """
-    assert mistakes(text) == ["test.yml:7: streams.b.number: 7 is a's already"]
+    assert mistakes(text) == ["test.yml:7: streams.b.number: 7 is already used by a"]
+
+
+def test_number_that_a_stream_of_a_long_name_has() -> None:
+    a, b = 60 * "a", 60 * "b"
+    text = f"streams: {{{a}: {{url: hls://u, number: 1}}, {b}: {{url: hls://u, number: 1}}}}"
+    assert mistakes(text) == [f"test.yml:1: streams.{b}.number: 1 is already used by {a}"]
 
 
 @pytest.mark.parametrize(
@@ -541,7 +644,9 @@ streams:
         pytest.param("{title: T}", "streams.a: url is missing", id="no url"),
         pytest.param("{url: }", "streams.a.url: the address is missing", id="null url"),
         pytest.param("{url: []}", "streams.a.url: the list of addresses is empty", id="empty list"),
-        pytest.param("{url: [u, '']}", "streams.a.url: the address is missing", id="empty item"),
+        pytest.param(
+            "{url: [hls://u, '']}", "streams.a.url: the address is missing", id="empty item"
+        ),
         pytest.param("[]", "streams.a: the list of addresses is empty", id="bare empty list"),
     ],
 )
@@ -563,15 +668,57 @@ def test_address_of_another_type_is_one_mistake(value: str) -> None:
         "hls://file:///etc/passwd",
         "httpstream://file://x",
         "file:/etc/passwd",
+        "/home/me/a.m3u8",
+        "./a.m3u8",
+        "../a.m3u8",
+        "~/a.m3u8",
+        "~me/a.m3u8",
+        "C:\\a.m3u8",
+        "c:/a.m3u8",
+        "\\\\nas\\a.m3u8",
+        "httpstream:///home/me/a.ts",
+        "hls://C:/a.m3u8",
     ],
 )
-def test_file_is_refused(address: str) -> None:
-    expected = "test.yml:1: streams.a.url: file:// is never opened; use an http(s) address"
-    assert mistakes(f"streams: {{a: {{url: ['{address}']}}}}") == [expected]
+def test_local_file_is_refused(address: str) -> None:
+    expected = "local files are never opened: use an http:// or https:// address"
+    text = f"streams: {{a: {{url: ['{address}']}}}}"
+    assert mistakes(text) == [f"test.yml:1: streams.a.url: {expected}"]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("example.com/a.m3u8", "www.example.com", "example.com:8080/a", "//example.com/a.m3u8"),
+        *("localhost", "192.0.2.1/a", "a.m3u8", "user:word@example.com/a", "twitch.tv/x"),
+    ],
+)
+def test_address_without_a_scheme_is_refused(address: str) -> None:
+    expected = "test.yml:1: streams.a: write http:// or https:// in front of the address"
+    assert mistakes(f"streams: {{a: '{address}'}}") == [expected]
+
+
+@pytest.mark.parametrize("address", ["http://", "hls://", "hls://https://"])
+def test_scheme_alone_is_no_address(address: str) -> None:
+    assert mistakes(f"streams: {{a: '{address}'}}") == [
+        "test.yml:1: streams.a: the address is missing"
+    ]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("hls://example.com/x", "hls://https://example.com/x", "httpstream://example.com/x"),
+        *("dash://http://example.com/x.mpd", "hlsvariant://example.com/x name_key=bitrate"),
+        *("https://www.twitch.tv/x", "HTTP://[::1]:80/~x/./a", "http://h/http://file:///x"),
+    ],
+)
+def test_address_with_a_scheme_or_prefix_is_taken(address: str) -> None:
+    assert read(f"streams: {{a: '{address}'}}").streams["a"].urls == (address,)
 
 
 def test_control_character_in_an_address() -> None:
-    expected = ["test.yml:1: streams.a: the address holds a control character"]
+    expected = ["test.yml:1: streams.a: the address contains a control character"]
     assert mistakes('streams: {a: "http://h/\\nx"}') == expected
 
 
@@ -579,7 +726,7 @@ def test_control_character_in_an_address() -> None:
 def test_bad_name_of_a_header(name: str) -> None:
     (mistake,) = mistakes(stream(f'headers: {{"{name}": x}}'))
     assert mistake.startswith("test.yml:1: streams.a.headers")
-    assert mistake.endswith(" is no name of an HTTP header")
+    assert mistake.endswith(": not a valid header name")
 
 
 @pytest.mark.parametrize(
@@ -608,7 +755,7 @@ def test_safety_option_is_refused(option: str, section: str) -> None:
 
 @pytest.mark.parametrize("option", ["ipv4", "ipv6"])
 def test_ip_version_is_no_option_of_a_stream(option: str) -> None:
-    expected = "acts on the whole process: set it under options.streamlink"
+    expected = "this affects the whole process: set it under options.streamlink"
     path = f"streams.a.streamlink.{option}"
     assert mistakes(stream(f"streamlink: {{{option}: true}}")) == [
         f"test.yml:1: {path}: {expected}"
@@ -626,14 +773,14 @@ def test_ip_version_is_no_option_of_a_stream(option: str) -> None:
     ],
 )
 def test_empty_section(text: str, path: str) -> None:
-    assert mistakes(text) == [f"test.yml:1: {path}: this section is empty: remove it or fill it"]
+    assert mistakes(text) == [f"test.yml:1: {path}: this section is empty: remove it or fill it in"]
 
 
 @pytest.mark.parametrize(
     ("text", "mistake"),
     [
         pytest.param(
-            "streams:\n\ta: u\n", "2: broken YAML: a tab stands here, use spaces", id="tab",
+            "streams:\n\ta: u\n", "2: broken YAML: found a tab: use spaces", id="tab",
         ),
         pytest.param(
             "streams:\n  a: {\n  url: [u}\n", "3: broken YAML: expected ',' or ']', but got '}'",
@@ -644,10 +791,16 @@ def test_empty_section(text: str, path: str) -> None:
             id="bracket never closed",
         ),
         pytest.param(
-            "streams:\n  a: u\n   b: v\n", "3: broken YAML: mapping values are not allowed here",
+            "streams:\n  a: hls://u\n   b: hls://v\n",
+            "3: broken YAML: mapping values are not allowed here",
             id="indentation",
         ),
-        pytest.param("a: 1\n---\nb: 2\n", "2: broken YAML: but found another document", id="two"),
+        pytest.param(
+            "a: 1\n---\nb: 2\n", "2: broken YAML: found a second document: remove it", id="two"
+        ),
+        pytest.param(
+            "a: &x 1\nb: &x 2\n", "2: broken YAML: duplicate anchor", id="anchor twice"
+        ),
     ],
 )  # fmt: skip
 def test_broken_yaml_is_one_line_at_its_place(text: str, mistake: str) -> None:
@@ -655,8 +808,34 @@ def test_broken_yaml_is_one_line_at_its_place(text: str, mistake: str) -> None:
 
 
 def test_control_character_in_yaml_is_reported_at_its_line() -> None:
-    (mistake,) = mistakes("streams:\n  a: u\n  b: '\x07'\n")
+    (mistake,) = mistakes("streams:\n  a: hls://u\n  b: '\x07'\n")
     assert mistake.startswith("test.yml:3: broken YAML: ")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param("b{n}: &a{n} [*a{m}, *a{m}, *a{m}, *a{m}]", id="lists"),
+        pytest.param("b{n}: &a{n} {{k: *a{m}, l: *a{m}, m: *a{m}}}", id="sections"),
+        pytest.param("b{n}: &a{n} {{<<: [*a{m}, *a{m}, *a{m}]}}", id="merges"),
+        pytest.param("b{n}: &a{n} {{<<: *a{m}, <<: *a{m}, <<: *a{m}}}", id="many merges"),
+    ],
+)
+def test_aliases_that_expand_to_too_much_are_one_mistake(line: str) -> None:
+    bombs = "\n".join(line.format(n=n, m=n - 1) for n in range(1, 40))
+    (mistake,) = mistakes(f"streams:\na: &a0 {{k: v}}\n{bombs}\n")
+    assert re.fullmatch(r"test\.yml:\d+: broken YAML: .+ aliases expand to too much", mistake)
+
+
+def test_merges_in_a_long_row_are_read_or_reported() -> None:
+    rows = "\n".join(f"  s{n}: &s{n} {{<<: *s{n - 1}}}" for n in range(1, 900))
+    found_mistakes(f"streams:\n  s0: &s0 {{url: hls://u}}\n{rows}\n")
+
+
+def test_large_file_is_read() -> None:
+    keys = "title: T, group: G, logo: http://h/l, tvg_id: x, quality: best, threads: 2, proxy: ~"
+    text = "".join(f"  s{n}: {{url: hls://u, number: {n}, {keys}}}\n" for n in range(1, 3001))
+    assert len(read(f"streams:\n{text}").streams) == 3000
 
 
 @pytest.mark.parametrize("text", ["[" * 5000, "{a: " * 5000, "streams: {a: " + "[" * 5000])
@@ -671,15 +850,15 @@ server:
   port: http
   nmae: TV
 streams:
-  Bad: u
-  health: u
+  Bad: hls://u
+  health: hls://u
   a: file:///x
   b:
     title: B
     thread: 2
-  c: {url: u, number: 1}
-  d: {url: u, number: 1}
-  c: u
+  c: {url: hls://u, number: 1}
+  d: {url: hls://u, number: 1}
+  c: hls://u
 options:
   timeout: 0
   streamlink:
@@ -693,7 +872,7 @@ options:
         "test.yml:6: streams.Bad",
         "test.yml:7: streams.health",
         "test.yml:8: streams.a",
-        "test.yml:10: streams.b",
+        "test.yml:9: streams.b",
         "test.yml:11: streams.b.thread",
         "test.yml:13: streams.d.number",
         "test.yml:14: streams.c",
@@ -708,12 +887,20 @@ options:
     [
         server(f"token: [{SECRET}]"),
         server(f"token: *{SECRET}"),
+        server(f"token: !{SECRET}!x y"),
+        server(f"trusted: [{SECRET}]"),
+        server(f"<<: {SECRET}"),
+        f"streams: {{a: {SECRET}}}",
+        f"streams: {{a: /home/{SECRET}}}",
+        engine(f"http-proxy: {SECRET}"),
+        engine(f"http-cookies-files: [{SECRET}]"),
+        engine(f"http-ssl-cert: {SECRET}"),
         server(f'token: "{SECRET}'),
         f"server:\n  token: {SECRET}\n {SECRET}\n",
         f"streams: {{a: 'file:///{SECRET}'}}",
         f'streams: {{a: "http://h/\\n{SECRET}"}}',
         f"streams: {{a: {{url: {{x: {SECRET}}}}}}}",
-        f"streams:\n  http://user:{SECRET}@h/x: u\n",
+        f"streams:\n  http://user:{SECRET}@h/x: hls://u\n",
         stream(f"headers: {SECRET}"),
         stream(f"headers: {{Cookie: [{SECRET}]}}"),
         stream(f'headers: {{Cookie: "{SECRET}\\n"}}'),
@@ -741,7 +928,7 @@ def test_file_is_read_and_named_in_its_mistakes(tmp_path: Path) -> None:
     path.write_text("\nserver: {port: x}", encoding="utf-8")
     with pytest.raises(pipe.ConfigError) as caught:
         pipe.load_config(path, ENGINE)
-    expected = 'server.port: expected a whole number, from 0 to 65535, got "x"'
+    expected = 'server.port: expected a whole number from 0 to 65535, got "x"'
     assert caught.value.mistakes == (f"{path}:2: {expected}",)
 
 
