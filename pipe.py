@@ -780,7 +780,7 @@ class Framer:
     def start_segment(self) -> None:
         """A segment starts with the next byte."""
         self._in_segments, self._in_init_section = True, False
-        self._join(self.position, JoinKind.SEGMENT, self._init_section)
+        self.joins.append(JoinPoint(self.position, self._init_section, JoinKind.SEGMENT))
 
     def leave_segments(self) -> None:
         """What comes next, behind a seam, has no segments."""
@@ -800,11 +800,6 @@ class Framer:
     def drop(self) -> None:
         """Forget what is held back: the rest of it will not come."""
         self._carry = b""
-
-    def _join(
-        self, position: int, kind: JoinKind, preamble: bytes = b"", dts: int | None = None
-    ) -> None:
-        self.joins.append(JoinPoint(position, preamble, kind, dts=dts))
 
     def _hand_on(self, data: bytes, start: int, end: int, unit: int = 1) -> list[Block]:
         """A part of the data as blocks of at most BLOCK_LIMIT, cut at multiples of `unit` bytes.
@@ -968,7 +963,7 @@ class TsFramer(Framer):
     def start_segment(self) -> None:
         if self._segment is not None and self._first_unit is not None and self.tables.packets:
             # No key frame in the whole last segment: its first picture has to do.
-            self._join(self._first_unit, JoinKind.SEGMENT, self.tables.packets)
+            self.joins.append(JoinPoint(self._first_unit, self.tables.packets, JoinKind.SEGMENT))
         self._in_segments = True
         self._segment, self._first_unit, self._has_tables = self.position, None, False
 
@@ -1019,10 +1014,9 @@ class TsFramer(Framer):
         waits_for_key_frame = self._in_segments or (has_video and self._seen_key_frame)
         if self._segment is not None and (is_key_frame or not has_video):
             self._join_segment(self._segment, position)
-        elif is_key_frame:
-            self._join(position, JoinKind.KEY_FRAME, tables.packets, self.last_dts)
-        elif not (waits_for_key_frame or self.joins):  # one a turn is enough
-            self._join(position, JoinKind.ANY, tables.packets, self.last_dts)
+        elif is_key_frame or not (waits_for_key_frame or self.joins):  # of others, one a turn
+            kind = JoinKind.KEY_FRAME if is_key_frame else JoinKind.ANY
+            self.joins.append(JoinPoint(position, tables.packets, kind, dts=self.last_dts))
         if self._first_unit is None and (pid == tables.video_pid or not has_video):
             self._first_unit = position
         self._seen_key_frame |= is_key_frame
@@ -1046,7 +1040,8 @@ class TsFramer(Framer):
         """Join it here where pictures that need others came first, else at its start."""
         is_whole = self._first_unit is None
         preamble = b"" if is_whole and self._has_tables else self.tables.packets
-        self._join(start if is_whole else position, JoinKind.SEGMENT, preamble, self.last_dts)
+        at = start if is_whole else position
+        self.joins.append(JoinPoint(at, preamble, JoinKind.SEGMENT, dts=self.last_dts))
         self._segment = None
 
     def _is_key_frame(self, packet: bytes) -> bool:
@@ -1233,7 +1228,9 @@ class AudioFramer(Framer):
             if end == at:  # the next frame or tag has not come whole
                 break
             if end > start and not (self._in_segments or self._is_broken or self.joins):
-                self._join(self.position, JoinKind.ANY)  # one a turn is enough
+                self.joins.append(
+                    JoinPoint(self.position, b"", JoinKind.ANY)
+                )  # one a turn is enough
             blocks += self._hand_on(data, start, end)
             at = end
         self._carry = data[at:]
@@ -1315,11 +1312,9 @@ def _sniff_audio(start: bytes, is_all: bool) -> Container | None:
 
 
 def framer_for(container: Container) -> Framer:
-    if container is Container.MPEG_TS:
-        return TsFramer()
     if container in FRAME_SIZES:
         return AudioFramer(FRAME_SIZES[container])
-    return Framer()
+    return TsFramer() if container is Container.MPEG_TS else Framer()
 
 
 # --------------------------------------------------------------------------------------------------
