@@ -142,6 +142,7 @@ WINDOW_GROWTH = 8  # times `ringbuffer_size` that a window may hold to keep enou
 PRIVATE_WINDOW = 1 * MIB  # bytes between an upstream that has an end and its one viewer
 PLAYLIST_LIMIT = 8 * MIB  # bytes of a playlist, a key or a page; more is an attack or a mistake
 SNIFF_LIMIT = 752  # bytes: three TS packets at any offset, to tell a container
+TAG_LIMIT = 1 * MIB  # bytes of ID3 tags to wait for until the container behind them is told
 
 FOREMOST_PATIENCE = 5.0  # seconds without a byte until the foremost viewer counts as paused
 KEY_FRAME_BACK = 6.0  # seconds; libavformat wants 5 s of stream before it shows a picture
@@ -744,8 +745,8 @@ def _yaml_mistake(error: yaml.YAMLError, text: str) -> tuple[int, str]:
 # Media: telling containers apart, cutting them into whole units, finding join points
 #
 # A framer is fed an upstream's bytes in order and hands all of them on, cut into blocks that end
-# where a unit of its container ends (a packet, a frame, a box), so that a viewer who is moved from
-# one block to another never gets half a unit.  It reports the places where a decoder can start.
+# where a packet or an audio frame ends where it knows them, so that a viewer who is moved from one
+# block to another never gets half of one.  It reports the places where a decoder can start.
 # --------------------------------------------------------------------------------------------------
 
 Block = bytes | memoryview  # bytes appended to a window at once
@@ -753,6 +754,7 @@ Block = bytes | memoryview  # bytes appended to a window at once
 TS_PACKET = 188
 TS_SYNC = b"G"
 TIMESTAMP_MODULUS = 1 << 33
+VIDEO_PATIENCE = 3 * 90_000  # ticks of sound without the video that the PMT names
 
 
 class Container(enum.Enum):
@@ -761,49 +763,22 @@ class Container(enum.Enum):
     MPEG_TS = "video/mp2t"
     FMP4 = "video/mp4"
     AAC = "audio/aac"
+    MPEG_AUDIO = "audio/mpeg"
+    AC3 = "audio/ac3"
+    EAC3 = "audio/eac3"
     MATROSKA = "video/x-matroska"
     OTHER = "application/octet-stream"
 
-
-def sniff(start: bytes, is_all: bool = False) -> Container | None:
-    """Tell the container from a stream's first bytes; None asks for more of them.
-
-    With `is_all`, no more will come.  Never None from SNIFF_LIMIT bytes on.
-    """
-    if start[:4] == b"\x1a\x45\xdf\xa3":
-        return Container.MATROSKA
-    if start[4:8] in FMP4_FIRST_BOXES:
-        return Container.FMP4
-    if start[:3] == b"ID3" or _is_adts(start, headers=2):
-        return Container.AAC
-    if is_all or len(start) >= SNIFF_LIMIT:
-        if any(_is_in_sync(start, offset) for offset in range(TS_PACKET)):
-            return Container.MPEG_TS
-        return Container.AAC if _is_adts(start, headers=1) else Container.OTHER
-    # A first packet that is whole and followed by another's sync byte needs no more proof.
-    return Container.MPEG_TS if start[: TS_PACKET + 1 : TS_PACKET] == 2 * TS_SYNC else None
-
-
-def _is_adts(start: bytes, headers: int) -> bool:
-    """Whether so many frames in a row begin like one of AAC's (ISO/IEC 13818-7, 6.2)."""
-    at = 0
-    for _ in range(headers):
-        if start[at : at + 1] != b"\xff" or start[at + 1 : at + 2] not in ADTS_SECOND_BYTES:
-            return False
-        at += max(7, _adts_size(start[at : at + 7]))
-    return True
-
-
-def _is_in_sync(start: bytes, offset: int) -> bool:
-    """Whether up to three packets begin at `offset`, the first of them whole."""
-    syncs = start[offset : offset + 3 * TS_PACKET : TS_PACKET]
-    return offset + TS_PACKET <= len(start) and not syncs.strip(TS_SYNC)
+    @property
+    def has_join_points(self) -> bool:
+        """Whether late viewers can join it where it has no segments."""
+        return self is Container.MPEG_TS or self in FRAME_SIZES
 
 
 class JoinKind(enum.IntEnum):
     """How good a place to start is; a window offers its best kind."""
 
-    ANY = 0  # a unit starts here; nothing better is known of this stream
+    ANY = 0  # an audio frame or a PES packet starts here
     KEY_FRAME = 1
     SEGMENT = 2
 
@@ -820,7 +795,7 @@ class JoinPoint:
 
 
 class Framer:
-    """Base of the framers, and the one for containers without a known structure.
+    """Base of the framers, and the one for what can only be joined where a segment starts.
 
     Not thread-safe: a feeder owns it.  `joins` collects the points found since they were last
     taken away.
@@ -829,31 +804,29 @@ class Framer:
     def __init__(self) -> None:
         self.position = 0  # bytes handed on
         self.joins: list[JoinPoint] = []
-        self._carry = b""  # the start of a unit
+        self._carry = b""  # the start of a packet or frame
         self._in_segments = False
-        self._prefix = bytearray()  # the initialization section, as far as it has come
+        self._init_section = b""  # as far as it has come
         self._in_init_section = False
         self.last_dts: int | None = None
 
-    def leave_segments(self) -> None:
-        self._in_segments = False
-
     def start_init_section(self) -> None:
         """An initialization section starts with the next byte."""
-        self._prefix.clear()
-        self._in_init_section = True
+        self._init_section, self._in_init_section = b"", True
 
     def start_segment(self) -> None:
         """A segment starts with the next byte."""
         self._in_segments, self._in_init_section = True, False
-        self._join(self.position, JoinKind.SEGMENT)
+        self.joins.append(JoinPoint(self.position, self._init_section, JoinKind.SEGMENT))
+
+    def leave_segments(self) -> None:
+        """What comes next, behind a seam, has no segments."""
+        self._in_segments = self._in_init_section = False
 
     def feed(self, data: bytes) -> list[Block]:
-        """Take any bytes, give back those that make whole units; the rest waits for more."""
-        if self._in_init_section:
-            self._keep_init_section(data)
-        elif not self._in_segments:
-            self._join(self.position, JoinKind.ANY)
+        """Take any bytes, give back whole packets or frames; the rest waits for more."""
+        if self._in_init_section:  # none is as large as the limit
+            self._init_section = (self._init_section + data)[:PLAYLIST_LIMIT]
         return self._hand_on(data, 0, len(data))
 
     def flush(self) -> list[Block]:
@@ -862,20 +835,8 @@ class Framer:
         return self._hand_on(carry, 0, len(carry))
 
     def drop(self) -> None:
-        """Forget what is held back: the rest of its unit will not come."""
+        """Forget what is held back: the rest of it will not come."""
         self._carry = b""
-
-    def _keep_init_section(self, data: bytes) -> None:
-        self._prefix += data
-        if len(self._prefix) > PLAYLIST_LIMIT:  # no initialization section is that large
-            self._prefix.clear()
-            self._in_init_section = False
-
-    def _join(
-        self, position: int, kind: JoinKind, prefix: bytes | None = None, dts: int | None = None
-    ) -> None:
-        prefix = bytes(self._prefix) if prefix is None else prefix
-        self.joins.append(JoinPoint(position, prefix, kind, dts=dts))
 
     def _hand_on(self, data: bytes, start: int, end: int, unit: int = 1) -> list[Block]:
         """A part of the data as blocks of at most BLOCK_LIMIT, cut at multiples of `unit` bytes.
@@ -892,6 +853,7 @@ class Framer:
 
 VIDEO_TYPES = frozenset({0x01, 0x02, 0x10, 0x1B, 0x20, 0x24, 0x33, 0x42, 0xD1, 0xEA})
 _UNIT_START = re.compile(rb"[\x40-\x7f\xc0-\xff]")  # a packet's second byte, with that bit set
+_ANY_BYTE = re.compile(rb".", re.DOTALL)
 # Start codes of what only stands in front of a picture that needs no other, by stream type.
 _KEY_UNITS = {
     0x01: re.compile(rb"\x00\x00\x01\xb3"),  # MPEG-1 and -2: sequence header
@@ -940,16 +902,24 @@ class ProgramTables:
 
     def __init__(self) -> None:
         self.program_pid = -1  # where the PMT is
-        self.video_pid = -1  # -1: none, or no PMT yet
+        self.named_video_pid = -1  # -1: none, or no PMT yet
         self.video_type = 0
         self.pids: frozenset[int] = frozenset()  # elementary streams
+        self.lacks_video = False  # the video that the PMT names does not come
         self._packets: dict[int, bytes] = {}  # PAT and PMT by PID, as they came
-        self._parts: dict[int, bytearray] = {}  # sections that go on in a further packet
+        self.parts: dict[int, bytearray] = {}  # by PID: sections that go on in a further packet
+
+    @property
+    def video_pid(self) -> int:
+        """The picture's; -1 where there is none."""
+        return -1 if self.lacks_video else self.named_video_pid
 
     @property
     def main_pid(self) -> int:
         """The picture's, or the first sound's."""
-        return self.video_pid if self.video_pid >= 0 else min(self.pids, default=-1)
+        if self.video_pid >= 0:
+            return self.video_pid
+        return min(self.pids - {self.named_video_pid}, default=-1)
 
     @property
     def packets(self) -> bytes:
@@ -957,31 +927,23 @@ class ProgramTables:
         complete = 0 in self._packets and self.program_pid in self._packets
         return self._packets[0] + self._packets[self.program_pid] if complete else b""
 
-    @property
-    def is_split(self) -> bool:
-        """Whether a section waits for its further packets."""
-        return bool(self._parts)
-
     def add(self, pid: int, packet: bytes) -> None:
         """Take a packet of the PAT or PMT, the first of its section or a further one."""
         if packet[1] & 0x40:
-            self._parts[pid] = bytearray(packet)
-        elif pid in self._parts:
-            self._parts[pid] += packet
-        packets = self._parts.get(pid, b"")
+            self.parts[pid] = bytearray(packet)
+        elif pid in self.parts:
+            self.parts[pid] += packet
+        packets = self.parts.get(pid, b"")
         section = _section(packets)
         if section is not None:
             self._packets[pid] = bytes(packets)
-            del self._parts[pid]
-            self._read(pid, section)
+            del self.parts[pid]
+            if pid == 0 and section[0] == 0x00:
+                self._read_pat(section)
+            elif pid != 0 and section[0] == 0x02:
+                self._read_pmt(section)
         elif len(packets) > 8 * TS_PACKET:  # a section has at most 1,024 bytes
-            del self._parts[pid]
-
-    def _read(self, pid: int, section: bytes) -> None:
-        if pid == 0 and section[0] == 0x00:
-            self._read_pat(section)
-        elif pid != 0 and section[0] == 0x02:
-            self._read_pmt(section)
+            del self.parts[pid]
 
     def _read_pat(self, section: bytes) -> None:
         entries = (section[at : at + 4] for at in range(8, len(section) - 4, 4))
@@ -996,7 +958,7 @@ class ProgramTables:
             streams[(section[at + 1] & 0x1F) << 8 | section[at + 2]] = section[at]
             at += 5 + ((section[at + 3] & 0x0F) << 8 | section[at + 4])
         video = [(pid, kind) for pid, kind in streams.items() if kind in VIDEO_TYPES]
-        self.video_pid, self.video_type = video[0] if video else (-1, 0)
+        self.named_video_pid, self.video_type = video[0] if video else (-1, 0)
         self.pids = frozenset(streams)
 
 
@@ -1016,7 +978,7 @@ def _section(packets: bytes | bytearray) -> bytes | None:
 
 
 class TsFramer(Framer):
-    """Whole packets, and join points at key frames.
+    """Whole packets, and join points at key frames, or at any PES packet where no picture comes.
 
     A segment's join point is its first byte where PAT, PMT and a key frame come first in it, as
     RFC 8216 section 3 asks; otherwise its first key frame, with PAT and PMT put before it.
@@ -1025,11 +987,12 @@ class TsFramer(Framer):
     def __init__(self) -> None:
         super().__init__()
         self.tables = ProgramTables()
+        self.last_dts: int | None = None  # of the picture, or of sound where there is none
+        self._sounds: dict[int, int] = {}  # by PID: the first DTS since a picture came
         self._seen_key_frame = False
         self._segment: int | None = None  # where the segment began that has no join point yet
         self._first_unit: int | None = None  # its first PES packet that starts a unit
         self._has_tables = False  # PAT and PMT came in it
-        self.last_dts: int | None = None  # of the picture, or of sound where there is none
 
     def start_init_section(self) -> None:
         self._segment = None
@@ -1037,9 +1000,13 @@ class TsFramer(Framer):
     def start_segment(self) -> None:
         if self._segment is not None and self._first_unit is not None and self.tables.packets:
             # No key frame in the whole last segment: its first picture has to do.
-            self._join(self._first_unit, JoinKind.SEGMENT, self.tables.packets)
+            self.joins.append(JoinPoint(self._first_unit, self.tables.packets, JoinKind.SEGMENT))
         self._in_segments = True
         self._segment, self._first_unit, self._has_tables = self.position, None, False
+
+    def leave_segments(self) -> None:
+        super().leave_segments()
+        self._segment, self._seen_key_frame = None, False
 
     def feed(self, data: bytes) -> list[Block]:
         carry, self._carry = self._carry, b""
@@ -1063,52 +1030,56 @@ class TsFramer(Framer):
 
     def _scan(self, data: bytes, start: int, end: int) -> None:
         """Look at each packet that starts a section or a PES packet; one in fifty does."""
-        second_bytes = data[start + 1 : end : TS_PACKET]
-        indexes: Iterable[int] = (found.start() for found in _UNIT_START.finditer(second_bytes))
-        if self.tables.is_split:
-            indexes = range(len(second_bytes))
-        for at in (start + index * TS_PACKET for index in indexes):
+        flags = data[start + 1 : end : TS_PACKET]
+        index = 0
+        while found := (_ANY_BYTE if self.tables.parts else _UNIT_START).search(flags, index):
+            at = start + found.start() * TS_PACKET
             packet = data[at : at + TS_PACKET]
             pid = pid_of(packet)
             if pid in (0, self.tables.program_pid):
-                self._see_tables(pid, data, at, end)
+                self.tables.add(pid, packet)
+                self._has_tables |= pid == self.tables.program_pid
             elif packet[1] & 0x40 and pid in self.tables.pids:
                 self._see_unit(pid, packet, self.position + at - start)
-
-    def _see_tables(self, pid: int, data: bytes, start: int, end: int) -> None:
-        for at in range(start, end, TS_PACKET):
-            packet = data[at : at + TS_PACKET]
-            if at == start or (pid_of(packet) == pid and not packet[1] & 0x40):
-                self.tables.add(pid, packet)
-            if not self.tables.is_split:
-                break
-        if pid == self.tables.program_pid:
-            self._has_tables = True
+            index = found.end()
 
     def _see_unit(self, pid: int, packet: bytes, position: int) -> None:
+        self._see_time(pid, packet)
         tables = self.tables
+        has_video = tables.video_pid >= 0
         is_key_frame = pid == tables.video_pid and self._is_key_frame(packet)
-        is_random_access = is_key_frame or tables.video_pid < 0
-        if pid == tables.main_pid:
-            for at in timestamp_positions(packet):
-                self.last_dts = read_timestamp(packet, at)
-        if self._segment is not None and is_random_access:
+        waits_for_key_frame = self._in_segments or (has_video and self._seen_key_frame)
+        if self._segment is not None and (is_key_frame or not has_video):
             self._join_segment(self._segment, position)
-            self._segment = None
-        elif is_key_frame:
-            self._join(position, JoinKind.KEY_FRAME, tables.packets, self.last_dts)
-        elif not (self._in_segments or self._seen_key_frame or self.joins):  # one a turn is enough
-            self._join(position, JoinKind.ANY, tables.packets, self.last_dts)
-        if self._first_unit is None and pid == (tables.video_pid if tables.video_pid >= 0 else pid):
+        elif is_key_frame or not (waits_for_key_frame or self.joins):  # of others, one a turn
+            kind = JoinKind.KEY_FRAME if is_key_frame else JoinKind.ANY
+            self.joins.append(JoinPoint(position, tables.packets, kind, dts=self.last_dts))
+        if self._first_unit is None and (pid == tables.video_pid or not has_video):
             self._first_unit = position
         self._seen_key_frame |= is_key_frame
 
+    def _see_time(self, pid: int, packet: bytes) -> None:
+        """Keep the newest DTS, and notice whether the video that the PMT names comes."""
+        tables = self.tables
+        dts = None
+        for at in timestamp_positions(packet):
+            dts = read_timestamp(packet, at)
+        if tables.named_video_pid in (pid, -1):
+            self._sounds.clear()
+            tables.lacks_video = False
+        elif dts is not None:
+            silence = (dts - self._sounds.setdefault(pid, dts)) % TIMESTAMP_MODULUS
+            tables.lacks_video |= VIDEO_PATIENCE < silence < TIMESTAMP_MODULUS // 2
+        if pid == tables.main_pid and dts is not None:
+            self.last_dts = dts
+
     def _join_segment(self, start: int, position: int) -> None:
-        if self._first_unit is not None:  # pictures that need others come first
-            self._join(position, JoinKind.SEGMENT, self.tables.packets, self.last_dts)
-        else:
-            prefix = b"" if self._has_tables else self.tables.packets
-            self._join(start, JoinKind.SEGMENT, prefix, self.last_dts)
+        """Join it here where pictures that need others came first, else at its start."""
+        is_whole = self._first_unit is None
+        preamble = b"" if is_whole and self._has_tables else self.tables.packets
+        at = start if is_whole else position
+        self.joins.append(JoinPoint(at, preamble, JoinKind.SEGMENT, dts=self.last_dts))
+        self._segment = None
 
     def _is_key_frame(self, packet: bytes) -> bool:
         """random_access_indicator (2.4.3.4), or the units only a key frame has."""
@@ -1135,175 +1106,201 @@ def _next_sync(data: bytes, at: int) -> int:
     return len(data)
 
 
-# Fragmented MP4 (ISO/IEC 14496-12)
+# Packed audio: a run of frames, with ID3 tags in front of a segment's first (RFC 8216, 3.4)
 
-FMP4_FIRST_BOXES = frozenset({b"ftyp", b"styp", b"moov", b"moof", b"sidx", b"emsg", b"prft"})
-FRAGMENT_BOXES = FMP4_FIRST_BOXES - {b"ftyp", b"moov"}  # what a fragment may begin with
+FRAME_HEADER = 6  # bytes that tell a frame's size
+ID3_HEADER = 10
+# kbit/s by bit rate index, from 1 on, for the layers of MPEG-1 (ISO/IEC 11172-3, 2.4.2.3) and of
+# MPEG-2 (ISO/IEC 13818-3, 2.4.2.3), which are those of MPEG-2.5.
+_MPEG_RATES = {
+    (1, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
+    (1, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (1, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (2, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (2, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (2, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+_MPEG_SAMPLE_RATES = (44_100, 48_000, 32_000)  # MPEG-2 has half of them, MPEG-2.5 a quarter
+# kbit/s by half of frmsizecod (ETSI TS 102 366, table 4.13)
+_AC3_RATES = (*_MPEG_RATES[1, 3], 384, 448, 512, 576, 640)
 
 
-class Fmp4Framer(Framer):
-    """Boxes; a fragment begins with `moof` or what stands before it, and ends with `mdat`."""
+def _adts_size(header: bytes) -> int:
+    """Bytes of the AAC frame with this header (ISO/IEC 13818-7, 6.2); 0: it is none."""
+    if header[0] != 0xFF or header[1] & 0xF6 != 0xF0:
+        return 0
+    size = (header[3] & 3) << 11 | header[4] << 3 | header[5] >> 5
+    return size if size >= 7 else 0
 
-    def __init__(self) -> None:
+
+def _mpeg_audio_size(header: bytes) -> int:
+    """Bytes of the frame with this header (ISO/IEC 11172-3, 2.4.1.3); 0: it is none."""
+    if header[0] != 0xFF or header[1] < 0xE0:
+        return 0
+    halvings = {3: 0, 2: 1, 0: 2}.get(header[1] >> 3 & 3)  # MPEG-1, MPEG-2, MPEG-2.5
+    layer, padding = 4 - (header[1] >> 1 & 3), header[2] >> 1 & 1
+    rate, sampling = header[2] >> 4, header[2] >> 2 & 3
+    if halvings is None or layer == 4 or rate in (0, 15) or sampling == 3:
+        return 0
+    bits = 1000 * _MPEG_RATES[min(halvings + 1, 2), layer][rate - 1]
+    sample_rate = _MPEG_SAMPLE_RATES[sampling] >> halvings
+    if layer == 1:
+        return (12 * bits // sample_rate + padding) * 4
+    samples = 576 if layer == 3 and halvings else 1152
+    return samples // 8 * bits // sample_rate + padding
+
+
+def _ac3_size(header: bytes) -> int:
+    """Bytes of the frame with this header (ETSI TS 102 366, 4.3.1); 0: it is none."""
+    sampling, code = header[4] >> 6, header[4] & 0x3F
+    if header[:2] != b"\x0b\x77" or sampling == 3 or code > 37 or header[5] >> 3 > 10:
+        return 0
+    rate = _AC3_RATES[code >> 1]
+    return (4 * rate, 2 * (rate * 320 // 147 + code % 2), 6 * rate)[sampling]  # 48, 44.1, 32 kHz
+
+
+def _eac3_size(header: bytes) -> int:
+    """Bytes of the frame with this header (ETSI TS 102 366, E.1.2.2); 0: it is none."""
+    if header[:2] != b"\x0b\x77" or not 11 <= header[5] >> 3 <= 16:
+        return 0
+    return ((header[2] & 7) << 8 | header[3]) * 2 + 2
+
+
+FRAME_SIZES: dict[Container, Callable[[bytes], int]] = {
+    Container.AAC: _adts_size,
+    Container.MPEG_AUDIO: _mpeg_audio_size,
+    Container.AC3: _ac3_size,
+    Container.EAC3: _eac3_size,
+}
+
+
+def _id3_size(start: bytes) -> int:
+    """Bytes of the ID3 tag that begins so; 0 where none does, or its header is not whole.
+
+    Its header holds 28 bits of size; version 4 may add a footer, which that does not count.
+    """
+    if start[:3] != b"ID3" or len(start) < ID3_HEADER:
+        return 0
+    size = functools.reduce(lambda total, byte: total << 7 | byte & 0x7F, start[6:10], 0)
+    has_footer = start[3] >= 4 and start[5] & 0x10
+    return ID3_HEADER + size + (ID3_HEADER if has_footer else 0)
+
+
+class AudioFramer(Framer):
+    """Whole frames; ID3 tags, of any version, are taken out.
+
+    Data in which no frame follows is handed on as it is until the next segment or seam.
+    """
+
+    def __init__(self, frame_size: Callable[[bytes], int]) -> None:
         super().__init__()
-        self._left: float = 0  # bytes of the open box still to come
-        self._in_fragment = False  # between a fragment's first box and its media
-        self._in_init_section = True
-        self._joined = -1  # the newest join point's position
-
-    def start_init_section(self) -> None:
-        super().start_init_section()
-        self._carry, self._left, self._in_fragment = b"", 0, False
-
-    def start_segment(self) -> None:
-        super().start_segment()
-        self._carry, self._left, self._in_fragment = b"", 0, False
-        self._joined = self.position
-
-    def feed(self, data: bytes) -> list[Block]:
-        data, at, done, blocks = self._carry + data, 0, 0, []
-        while at < len(data):
-            if not self._left:
-                size = _box_size(data[at : at + 16])
-                if size is None:
-                    break
-                if self._opens_fragment(data[at + 4 : at + 8]):
-                    blocks += self._hand_on(data, done, at)
-                    done = at
-                    self._join_fragment()
-                self._left = size
-            taken = int(min(self._left, len(data) - at))
-            if self._in_init_section:
-                self._keep_init_section(data[at : at + taken])
-            self._left -= taken
-            at += taken
-        self._carry = data[at:]
-        return blocks + self._hand_on(data, done, at)
-
-    def _opens_fragment(self, kind: bytes) -> bool:
-        """Note what box opens, and tell whether it is the first of a fragment."""
-        if kind == b"ftyp":
-            self._prefix.clear()
-            self._in_init_section = True
-        is_first = kind in FRAGMENT_BOXES and not self._in_fragment
-        if is_first or kind == b"mdat":
-            self._in_init_section = False
-        self._in_fragment = (self._in_fragment or is_first) and kind != b"mdat"
-        return is_first
-
-    def _join_fragment(self) -> None:
-        if self.position != self._joined:  # where a segment starts, its join point is there
-            self._joined = self.position
-            self._join(self.position, JoinKind.KEY_FRAME)
-
-
-def _box_size(header: bytes) -> float | None:
-    """The size of the box with this header of up to 16 bytes; None asks for more of it."""
-    size = int.from_bytes(header[:4], "big")
-    if len(header) < (16 if size == 1 else 8):
-        return None
-    if size == 1:
-        size = int.from_bytes(header[8:], "big")
-    return size if size >= 8 else math.inf  # 0: up to the end; less: not a box at all
-
-
-# AAC in ADTS frames (ISO/IEC 13818-7), with ID3 tags in front of a segment's first (RFC 8216, 3.4)
-
-
-ADTS_SECOND_BYTES = (b"\xf0", b"\xf1", b"\xf8", b"\xf9")
-
-
-class AacFramer(Framer):
-    """Whole frames; ID3 tags, of any version, are taken out."""
-
-    def __init__(self) -> None:
-        super().__init__()
+        self._frame_size = frame_size
         self._tag_left = 0  # bytes of an open ID3 tag still to come
-        self._is_adts = True  # until a segment shows otherwise
+        self._is_broken = False
 
     def start_segment(self) -> None:
         super().start_segment()
-        self._is_adts, self._tag_left = True, 0
+        self.drop()
+
+    def drop(self) -> None:
+        super().drop()
+        self._tag_left, self._is_broken = 0, False
 
     def feed(self, data: bytes) -> list[Block]:
         data, at, blocks = self._carry + data, 0, list[Block]()
-        if not self._in_segments:
-            self._join(self.position, JoinKind.ANY)
         while at < len(data):
-            end, is_media = self._next_run(data, at)
-            if is_media:
-                blocks += self._hand_on(data, at, end)
+            start = self._skip_tag(data, at)
+            end = self._frames_end(data, start)
             if end == at:  # the next frame or tag has not come whole
                 break
+            if end > start and not (self._in_segments or self._is_broken or self.joins):
+                self.joins.append(
+                    JoinPoint(self.position, b"", JoinKind.ANY)
+                )  # one a turn is enough
+            blocks += self._hand_on(data, start, end)
             at = end
         self._carry = data[at:]
         return blocks
 
-    def _next_run(self, data: bytes, at: int) -> tuple[int, bool]:
-        """Where the frames or the tag from `at` on end, and whether they are media."""
-        start = data[at : at + 10]
-        if (
-            self._is_adts
-            and not self._tag_left
-            and b"ID3" in (start[:3], start + b"ID3"[len(start) :])
-        ):
-            if len(start) < 10:
-                return at, False
-            self._tag_left = _id3_size(start)
-        if self._tag_left:
-            end = min(at + self._tag_left, len(data))
-            self._tag_left -= end - at
-            return end, False
-        return self._frames_end(data, at), True
+    def _skip_tag(self, data: bytes, at: int) -> int:
+        """Where the tag at `at` ends, if there is one, as far as it has come."""
+        if not (self._tag_left or self._is_broken):
+            self._tag_left = _id3_size(data[at : at + ID3_HEADER])
+        skipped = min(self._tag_left, len(data) - at)
+        self._tag_left -= skipped
+        return at + skipped
 
     def _frames_end(self, data: bytes, start: int) -> int:
         """Where a block's worth of whole frames from `start` on ends.
 
-        That is the next frame, or the end of the data, where no frame of AAC starts there.
+        That is the end of the data where no frame starts there.
         """
         at = start
-        while self._is_adts and at + 7 <= len(data) and data[at : at + 3] != b"ID3":
-            size = _adts_size(data[at : at + 7])
-            if size < 7 or not _is_adts(data[at : at + 2], headers=1):
-                self._is_adts = False
-            elif at + size > min(len(data), start + BLOCK_LIMIT):
-                break
-            else:
-                at += size
-        return at if self._is_adts or at > start else self._next_frame(data, at)
-
-    def _next_frame(self, data: bytes, at: int) -> int:
-        """Where two frames follow each other again."""
-        found = data.find(b"\xff", at + 1)
-        while found >= 0:
-            if _is_adts(data[found:], headers=2):
-                self._is_adts = True
-                return found
-            found = data.find(b"\xff", found + 1)
-        return len(data)
+        while not self._is_broken:
+            header = data[at : at + FRAME_HEADER]
+            if len(header) < FRAME_HEADER or header[:3] == b"ID3":
+                return at
+            size = self._frame_size(header)
+            self._is_broken = not size
+            if at + size > min(len(data), start + BLOCK_LIMIT):
+                return at
+            at += size
+        return at if at > start else len(data)
 
 
-def _id3_size(header: bytes) -> int:
-    """Bytes of the tag with this header of ten: a 28-bit size, and a footer in version 4."""
-    size = functools.reduce(lambda total, byte: total << 7 | byte & 0x7F, header[6:10], 0)
-    has_footer = header[3] >= 4 and header[5] & 0x10
-    return 10 + size + (10 if has_footer else 0)
+# Telling containers apart
+
+FMP4_FIRST_BOXES = frozenset({b"ftyp", b"styp", b"moov", b"moof", b"sidx", b"emsg", b"prft"})
 
 
-def _adts_size(header: bytes) -> int:
-    """Bytes of the frame with this header, which is part of it; 0 for less than a header."""
-    if len(header) < 7:
-        return 0
-    return (header[3] & 3) << 11 | header[4] << 3 | header[5] >> 5
+def sniff(start: bytes, is_all: bool = False) -> Container | None:
+    """Tell the container from all that has come of a stream; None asks for more.
+
+    With `is_all`, no more will come.  Otherwise it asks for ID3 tags whole, up to TAG_LIMIT, and
+    behind them for SNIFF_LIMIT bytes or two frames of audio, which are 8 KiB at most.
+    """
+    at = 0
+    while size := _id3_size(start[at : at + ID3_HEADER]):
+        at += size
+    if at > len(start) >= TAG_LIMIT:
+        return Container.MPEG_AUDIO  # what has so large a tag is a music file with its cover
+    start = start[at:]
+    if start[:4] == b"\x1a\x45\xdf\xa3":
+        return Container.MATROSKA
+    if start[4:8] in FMP4_FIRST_BOXES:
+        return Container.FMP4
+    # A first packet that is whole and followed by another's sync byte needs no more proof.
+    if start[: TS_PACKET + 1 : TS_PACKET] == 2 * TS_SYNC:
+        return Container.MPEG_TS
+    is_enough = is_all or len(start) >= SNIFF_LIMIT
+    if is_enough and any(_is_in_sync(start, offset) for offset in range(TS_PACKET)):
+        return Container.MPEG_TS
+    audio = _sniff_audio(start, is_all)
+    return audio if is_enough or audio is not Container.OTHER else None
+
+
+def _is_in_sync(start: bytes, offset: int) -> bool:
+    """Whether up to three packets begin at `offset`, the first of them whole."""
+    syncs = start[offset : offset + 3 * TS_PACKET : TS_PACKET]
+    return offset + TS_PACKET <= len(start) and not syncs.strip(TS_SYNC)
+
+
+def _sniff_audio(start: bytes, is_all: bool) -> Container | None:
+    """The container of the frames that `start` begins with, OTHER for none; None asks for more."""
+    if len(start) < FRAME_HEADER:
+        return Container.OTHER
+    for container, frame_size in FRAME_SIZES.items():
+        size = frame_size(start)
+        second = start[size : size + FRAME_HEADER]
+        if size and (len(second) < FRAME_HEADER or frame_size(second)):
+            return container if is_all or len(second) == FRAME_HEADER else None
+    return Container.OTHER
 
 
 def framer_for(container: Container) -> Framer:
-    kinds = {
-        Container.MPEG_TS: TsFramer,
-        Container.FMP4: Fmp4Framer,
-        Container.AAC: AacFramer,
-    }
-    return kinds.get(container, Framer)()
+    if container in FRAME_SIZES:
+        return AudioFramer(FRAME_SIZES[container])
+    return TsFramer() if container is Container.MPEG_TS else Framer()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1867,7 +1864,7 @@ class Download:
         self._length = 0  # bytes of the whole, where an answer with a part of it told
         # _changed guards everything below; notified with each part and at the end.
         self._changed = threading.Condition()
-        self._parts: list[bytes] = []
+        self.parts: list[bytes] = []
         self._is_done = False
         self._failure: str | None = None
 
@@ -1988,7 +1985,7 @@ class Download:
         self._had.add(part)
         self.moved = self.requester.newest_byte = time.monotonic()
         with self._changed:
-            self._parts.append(part)
+            self.parts.append(part)
             self._changed.notify_all()
 
     # The taker
@@ -2000,13 +1997,13 @@ class Download:
         """
         for taken in itertools.count():
             with self._changed:
-                while taken == len(self._parts) and not self._is_done:
+                while taken == len(self.parts) and not self._is_done:
                     self._changed.wait()
-                if taken == len(self._parts):
+                if taken == len(self.parts):
                     break
-                part = self._parts[taken]
+                part = self.parts[taken]
                 if not keep:
-                    self._parts[taken] = b""
+                    self.parts[taken] = b""
             yield part
         if self._failure:
             raise DownloadFailed(self._failure)
@@ -3314,6 +3311,7 @@ class Channel:
         self._session: Session | None = None
         self._upstream: Upstream | None = None
         self._splicer: Splicer | None = None  # None until the first media came
+        self._has_end = False  # its source ends by itself; known from its first media on
         self._address = 0  # position of the address in use
         self._last_byte = 0.0  # when media came last
         self._has_warned = False  # that the window is short
@@ -3430,6 +3428,8 @@ class Channel:
 
     def _keep_going(self) -> NoReturn:
         """Open the failed upstream again and again, for `reconnect` seconds without media."""
+        if self.state is State.PRIVATE and not self._has_end:
+            raise UpstreamError("a source without a length cannot be continued where it broke off")
         tried = {self._address}  # since the last good byte
         pauses = _pauses()
         while True:
@@ -3570,7 +3570,7 @@ class Channel:
     def _begin(self, upstream: Upstream, start: list[bytes | SegmentEvent], is_all: bool) -> bool:
         """Tell the container from an opening's first bytes; False while more are needed."""
         data = b"".join(item for item in start if not isinstance(item, SegmentEvent))
-        container = sniff(data[:SNIFF_LIMIT], is_all) if _has_media(start) else None
+        container = sniff(data, is_all) if _has_media(start) else None
         if container is None:
             if is_all and self._splicer is None:
                 raise UpstreamError(NO_MEDIA)
@@ -3578,21 +3578,27 @@ class Channel:
         if self._splicer:
             self._resume(self._splicer, container)
         else:
-            self._go_live(upstream, container)
+            has_segments = any(isinstance(item, SegmentEvent) for item in start)
+            self._go_live(upstream, container, has_segments)
         return True
 
-    def _go_live(self, upstream: Upstream, container: Container) -> None:
-        """The channel's first media is here: the viewers who wait for it can go on."""
-        window, has_end = self.window, upstream.has_end
+    def _go_live(self, upstream: Upstream, container: Container, has_segments: bool) -> None:
+        """The channel's first media is here: the viewers who wait for it can go on.
+
+        Whether it has an end is decided here, once.
+        """
+        window = self.window
+        self._has_end = upstream.has_end
+        is_private = self._has_end or not (has_segments or container.has_join_points)
         window.live_edge = max(1, upstream.live_edge)
         window.can_skip = container is not Container.FMP4
-        if has_end:
+        if is_private:
             window.limit = min(PRIVATE_WINDOW, window.limit)
             window.growth, window.patience = 1, math.inf
         self._splicer = Splicer(window, container, self._address)
-        if not self.channels.go_live(self, container, has_end):
+        if not self.channels.go_live(self, container, is_private):
             raise WindowEnded(complete=False)
-        kind = "has an end" if has_end else "live"
+        kind = "has an end" if self._has_end else "for one viewer" if is_private else "live"
         log.info("%s: %s, %s, %s", self.stream.name, kind, self.variant, container.value)
 
     def _resume(self, splicer: Splicer, container: Container) -> None:
@@ -3920,7 +3926,7 @@ class Channels:
             channel.variant = variant
             return not channel.is_offered or not self._is_taken(channel)
 
-    def go_live(self, channel: Channel, container: Container, has_end: bool) -> bool:
+    def go_live(self, channel: Channel, container: Container, is_private: bool) -> bool:
         """Make a channel with media at hand LIVE or PRIVATE.
 
         False where it became MERGED, or was stopped: a reload may have come meanwhile, and nobody
@@ -3928,11 +3934,11 @@ class Channels:
         """
         with self.changed:
             channel.record.container = channel.container = container
-            if channel.is_stopped or (not has_end and self._is_taken(channel)):
+            if channel.is_stopped or (not is_private and self._is_taken(channel)):
                 return False
-            channel.state = State.PRIVATE if has_end else State.LIVE
-            channel.is_offered = not has_end
-            for viewer in tuple(channel.viewers)[1:] if has_end else ():
+            channel.state = State.PRIVATE if is_private else State.LIVE
+            channel.is_offered = not is_private
+            for viewer in tuple(channel.viewers)[1:] if is_private else ():
                 self._detach(channel, viewer)
             self.changed.notify_all()
             return True

@@ -238,6 +238,32 @@ def aac_segments(count: int = 8) -> tuple[bytes, ...]:
     return tuple(map(bytes, segments))
 
 
+@functools.cache
+def audio_frames(
+    codec: str, rate: int = SAMPLE_RATE, bit_rate: int = 64_000, seconds: float = 2
+) -> tuple[bytes, ...]:
+    """The frames that an encoder makes of the tone: `libmp3lame`, `mp2`, `ac3` or `eac3`.
+
+    Joined they are packed audio, as these codecs write their headers themselves.
+    """
+    encoder = av.CodecContext.create(codec, "w")
+    assert isinstance(encoder, av.AudioCodecContext)
+    formats = encoder.codec.audio_formats
+    assert formats
+    encoder.format, encoder.layout = formats[0], av.AudioLayout("mono")
+    encoder.sample_rate, encoder.bit_rate = rate, bit_rate
+    encoder.open()
+    resampler = av.AudioResampler(formats[0], "mono", rate, encoder.frame_size)
+    tones = map(_tone, range(0, round(seconds * SAMPLE_RATE), FRAME_SAMPLES))
+    packets = [
+        packet
+        for tone in (*tones, None)
+        for frame in resampler.resample(tone)
+        for packet in encoder.encode(frame)
+    ]
+    return tuple(map(bytes, packets + encoder.encode(None)))
+
+
 def _synchsafe(number: int) -> bytes:
     """The 28 bits of an ID3 size in four bytes of seven."""
     return bytes(number >> shift & 0x7F for shift in (21, 14, 7, 0))

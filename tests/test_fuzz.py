@@ -265,7 +265,7 @@ def test_mutated_playlists_harm_nobody(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of the process")
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("container", ["ts", "fmp4", "aac", "encrypted"])
+@pytest.mark.parametrize("container", ["ts", "fmp4", "aac", "mp3", "encrypted"])
 def test_mutated_segments_harm_nobody(
     origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture, container: str, count: int
 ) -> None:
@@ -277,6 +277,8 @@ def test_mutated_segments_harm_nobody(
         originals, head = list(fragments[:2]), '#EXT-X-MAP:URI="init.mp4"\n'
     elif container == "aac":
         originals = list(media.aac_segments()[:2])
+    elif container == "mp3":
+        originals = [b"".join(media.audio_frames("libmp3lame", 44_100))] * 2
     elif container == "encrypted":
         head = '#EXT-X-KEY:METHOD=AES-128,URI="key"\n'
     text, streams = playlist_text(2, head), {}

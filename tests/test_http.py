@@ -363,6 +363,7 @@ def test_media_is_the_same_whatever_headers_ask_for(news: Site, headers: dict[st
 
 
 MATROSKA = b"\x1a\x45\xdf\xa3" + bytes(range(256)) * 2000
+COVER = b"ID3\3\0\0\0\x0c\0\0" + 3 * 65536 * b"\xff"  # a tag of 192 KiB
 OTHER = b"RIFF" + bytes(range(256)) * 2000
 FILES: dict[str, tuple[str, Callable[[], bytes], Callable[[], bytes]]] = {
     "ts": ("video/mp2t", lambda: NEWS, lambda: NEWS),
@@ -375,6 +376,16 @@ FILES: dict[str, tuple[str, Callable[[], bytes], Callable[[], bytes]]] = {
     "id3 version 4": (
         "audio/aac", lambda: media.id3_timestamp(1, 4) + aac_file(), lambda: aac_file()
     ),
+    "mp3": ("audio/mpeg", lambda: audio_file("libmp3lame"), lambda: audio_file("libmp3lame")),
+    "mp3 behind its cover": (
+        "audio/mpeg", lambda: COVER + audio_file("libmp3lame"), lambda: audio_file("libmp3lame")
+    ),
+    "mp2": ("audio/mpeg", lambda: audio_file("mp2"), lambda: audio_file("mp2")),
+    "ac3 behind a tag": (
+        "audio/ac3", lambda: media.id3_timestamp(1, 3) + audio_file("ac3"),
+        lambda: audio_file("ac3"),
+    ),
+    "eac3": ("audio/eac3", lambda: audio_file("eac3"), lambda: audio_file("eac3")),
     "matroska": ("video/x-matroska", lambda: MATROSKA, lambda: MATROSKA),
     "other": ("application/octet-stream", lambda: OTHER, lambda: OTHER),
     "five bytes": ("application/octet-stream", lambda: b"hello", lambda: b"hello"),
@@ -385,6 +396,10 @@ FILES: dict[str, tuple[str, Callable[[], bytes], Callable[[], bytes]]] = {
 def fmp4_file() -> bytes:
     init, fragments = media.fmp4(4)
     return init + b"".join(fragments)
+
+
+def audio_file(codec: str) -> bytes:
+    return b"".join(media.audio_frames(codec))
 
 
 def aac_file() -> bytes:

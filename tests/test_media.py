@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import lzma
@@ -38,7 +39,7 @@ def cut(data: bytes, places: Iterable[int]) -> Iterator[bytes]:
 
 def joins_of(framer: pipe.Framer) -> list[Join]:
     """The join points found so far, without the moments they were found at."""
-    return [(join.position, join.prefix, join.kind) for join in framer.joins]
+    return [(join.position, join.preamble, join.kind) for join in framer.joins]
 
 
 def feed(framer: pipe.Framer, parts: Iterable[bytes]) -> list[bytes]:
@@ -64,8 +65,8 @@ def edges_of(blocks: Iterable[bytes]) -> set[int]:
 
 
 def decodes_from(join: Join, stream: bytes) -> media.Decoded:
-    position, prefix, _ = join
-    return media.decode(prefix + stream[position:])
+    position, preamble, _ = join
+    return media.decode(preamble + stream[position:])
 
 
 #### What the streams are made of ####
@@ -99,17 +100,6 @@ def newest_tables(stream: bytes, position: int) -> bytes:
     return b"".join([p for p in before if media.pid(p) == pid][-1] for pid in (0, 0x1000))
 
 
-def box(kind: bytes, body: bytes) -> bytes:
-    return (8 + len(body)).to_bytes(4, "big") + kind + body
-
-
-def boxes(data: bytes) -> Iterator[bytes]:
-    while data:
-        size = int.from_bytes(data[:4], "big")
-        yield data[:size]
-        data = data[size:]
-
-
 def adts_frames(data: bytes) -> Iterator[bytes]:
     while data:
         size = (data[3] & 3) << 11 | data[4] << 3 | data[5] >> 5
@@ -132,11 +122,40 @@ TAGS = {
     "large": b"ID3\3\0\0\0\0\2\4" + b"ID3\xff\xf1" * 52,  # 2 * 128 + 4
 }
 
+# Packed audio: its container, and how it is encoded.
+AUDIO: dict[str, tuple[Container, Callable[[], Sequence[bytes]]]] = {
+    "aac": (Container.AAC, lambda: list(adts_frames(b"".join(media.aac_segments(4))))),
+    "mp3": (Container.MPEG_AUDIO, lambda: media.audio_frames("libmp3lame", 44_100)),
+    "mp3 320k": (Container.MPEG_AUDIO, lambda: media.audio_frames("libmp3lame", 44_100, 320_000)),
+    "mp3 mpeg-2": (Container.MPEG_AUDIO, lambda: media.audio_frames("libmp3lame", 22_050)),
+    "mp3 mpeg-2.5": (Container.MPEG_AUDIO, lambda: media.audio_frames("libmp3lame", 11_025)),
+    "mp2": (Container.MPEG_AUDIO, lambda: media.audio_frames("mp2", 44_100)),
+    "mp2 mpeg-2": (Container.MPEG_AUDIO, lambda: media.audio_frames("mp2", 22_050)),
+    "ac3": (Container.AC3, lambda: media.audio_frames("ac3", 48_000)),
+    "ac3 44.1 kHz": (Container.AC3, lambda: media.audio_frames("ac3", 44_100, 96_000)),
+    "ac3 32 kHz 640k": (Container.AC3, lambda: media.audio_frames("ac3", 32_000, 640_000)),
+    "eac3": (Container.EAC3, lambda: media.audio_frames("eac3")),
+    "eac3 44.1 kHz 640k": (Container.EAC3, lambda: media.audio_frames("eac3", 44_100, 640_000)),
+}
+of_all_audio = pytest.mark.parametrize("audio", AUDIO)
+
+
+def frames_of(audio: str) -> list[bytes]:
+    return list(AUDIO[audio][1]())
+
+
+def audio_framer(audio: str = "aac") -> pipe.Framer:
+    return pipe.framer_for(AUDIO[audio][0])
+
+
 STREAMS: dict[str, tuple[Container, Callable[[], bytes]]] = {
     "ts": (Container.MPEG_TS, lambda: b"".join(media.ts_segments(4)[:2])),
     "ts sound": (Container.MPEG_TS, lambda: b"".join(media.audio_only_segments(4))),
     "fmp4": (Container.FMP4, lambda: media.fmp4(4)[0] + b"".join(media.fmp4(4)[1][:2])),
     "aac": (Container.AAC, lambda: b"".join(media.aac_segments(4))),
+    "mp3": (Container.MPEG_AUDIO, lambda: b"".join(frames_of("mp3"))),
+    "ac3": (Container.AC3, lambda: b"".join(frames_of("ac3"))),
+    "eac3": (Container.EAC3, lambda: b"".join(frames_of("eac3"))),
     "other": (Container.OTHER, lambda: bytes(range(256)) * 300),
 }
 of_every_stream = pytest.mark.parametrize("name", STREAMS)
@@ -149,18 +168,32 @@ def stream_of(name: str) -> tuple[Container, bytes]:
 
 #### Telling containers apart ####
 
-STARTS = {
+
+def audio_start(make: Callable[[], Sequence[bytes]], tag: bytes = b"") -> bytes:
+    return tag + b"".join(make())
+
+
+STARTS: dict[str, tuple[Container, Callable[[], bytes]]] = {
     "ts": (Container.MPEG_TS, lambda: media.ts_segments(4)[0]),
     "fmp4": (Container.FMP4, lambda: media.fmp4(4)[0]),
     "fmp4 fragment": (Container.FMP4, lambda: media.fmp4(4)[1][0]),
     "adts": (Container.AAC, lambda: media.aac_segments(4)[0]),
     "id3": (Container.AAC, lambda: TAGS["version 4"] + media.aac_segments(4)[0]),
     "id3 version 2": (Container.AAC, lambda: TAGS["version 2"] + media.aac_segments(4)[0]),
+    "several tags": (Container.AAC, lambda: b"".join(TAGS.values()) + media.aac_segments(4)[0]),
+    "id3 ts": (Container.MPEG_TS, lambda: TAGS["version 3"] + media.ts_segments(4)[0]),
+    "id3 text": (Container.OTHER, lambda: TAGS["version 3"] + b"no audio " * 100),
     "matroska": (Container.MATROSKA, lambda: matroska()),
     "flv": (Container.OTHER, lambda: b"FLV\1\5\0\0\0\t" + bytes(1000)),
-    "mp3": (Container.OTHER, lambda: b"\xff\xfb\x90\x64" + bytes(1000)),
+    "one frame of mp3": (Container.OTHER, lambda: b"\xff\xfb\x90\x64" + bytes(1000)),
+    "utf-16": (Container.OTHER, lambda: ("\ufeffHello, world. " * 60).encode("utf-16-le")),
     "text": (Container.OTHER, lambda: b"Good day, this is no media. Go away.\n" * 30),
 }
+for name, (container, make) in AUDIO.items():
+    STARTS[name] = (container, functools.partial(audio_start, make))
+    STARTS[f"id3 {name}"] = (container, functools.partial(audio_start, make, TAGS["version 4"]))
+
+ENOUGH = pipe.SNIFF_LIMIT + (8 << 10)  # bytes: what is not told by them is not told at all
 of_every_start = pytest.mark.parametrize(("container", "make"), STARTS.values(), ids=list(STARTS))
 
 
@@ -183,14 +216,14 @@ def matroska() -> bytes:
 def test_container_is_told_from_the_first_bytes(
     container: Container, make: Callable[[], bytes]
 ) -> None:
-    assert pipe.sniff(make()[: pipe.SNIFF_LIMIT]) is container
+    assert pipe.sniff(make()[:ENOUGH]) is container
 
 
 @of_every_start
 def test_fewer_bytes_give_the_same_answer_or_ask_for_more(
     container: Container, make: Callable[[], bytes]
 ) -> None:
-    start = make()[: pipe.SNIFF_LIMIT]
+    start = make()[:ENOUGH]
     answers = [pipe.sniff(start[:size]) for size in range(len(start) + 1)]
     assert answers[0] is None
     assert set(answers) == {None, container}
@@ -212,11 +245,32 @@ def test_transport_stream_may_start_anywhere_in_a_packet() -> None:
     assert {at: told for at, told in wrong.items() if told is not Container.MPEG_TS} == {}
 
 
+def tagged(size: int) -> bytes:
+    """The head of a tag that claims so many bytes, as a large cover makes it."""
+    return b"ID3\3\0\0" + bytes(size >> shift & 0x7F for shift in (21, 14, 7, 0))
+
+
+def test_container_is_told_behind_a_tag_of_any_size_up_to_a_limit() -> None:
+    size = pipe.TAG_LIMIT - 10
+    start = tagged(size) + bytes(size)
+    frames = b"".join(frames_of("ac3")[:2])
+    assert pipe.sniff(start) is None
+    assert pipe.sniff(start + frames) is Container.AC3
+
+
+def test_larger_tag_is_that_of_a_music_file() -> None:
+    start = (tagged(1 << 27) + bytes(pipe.TAG_LIMIT))[: pipe.TAG_LIMIT]
+    assert pipe.sniff(start[:-1]) is None
+    assert pipe.sniff(start) is Container.MPEG_AUDIO
+
+
 TINY = {
     "nothing": (b"", Container.OTHER),
     "a byte": (b"\xff", Container.OTHER),
-    "sync byte of adts": (b"\xff\xf1", Container.AAC),
-    "id3": (b"ID3", Container.AAC),
+    "half a header of adts": (b"\xff\xf1", Container.OTHER),
+    "header of adts": (b"\xff\xf1\x50\x40\x0b\x7f", Container.AAC),
+    "id3": (b"ID3", Container.OTHER),
+    "empty tag": (b"ID3\4\0\0\0\0\0\0", Container.OTHER),
     "half a box": (b"\0\0\0\x18fty", Container.OTHER),
     "a box header": (b"\0\0\0\x18ftyp", Container.FMP4),
     "matroska": (b"\x1a\x45\xdf\xa3", Container.MATROSKA),
@@ -237,11 +291,18 @@ def test_whole_body_of_few_packets_is_a_transport_stream(count: int) -> None:
     assert pipe.sniff(body, is_all=True) is Container.MPEG_TS
 
 
-@given(start=st.binary(max_size=2 * pipe.SNIFF_LIMIT))
-def test_sniffing_always_ends(start: bytes) -> None:
+@given(start=st.binary(max_size=2 * pipe.SNIFF_LIMIT), fill=st.binary(min_size=1, max_size=9))
+@example(start=b"\xff\xf1\x50\x43\xff\xff", fill=b"\xff")  # the largest frame of all
+def test_sniffing_always_ends(start: bytes, fill: bytes) -> None:
     assert pipe.sniff(start, is_all=True)
-    if len(start) >= pipe.SNIFF_LIMIT:
-        assert pipe.sniff(start)
+    assert pipe.sniff((start + fill * ENOUGH)[:ENOUGH]) or start[:3] == b"ID3"
+    assert pipe.sniff((start + fill * pipe.TAG_LIMIT)[: pipe.TAG_LIMIT + ENOUGH])
+
+
+@pytest.mark.parametrize("container", Container)
+def test_only_packets_and_frames_have_join_points_of_their_own(container: Container) -> None:
+    without = {Container.FMP4, Container.MATROSKA, Container.OTHER}
+    assert container.has_join_points is (container not in without)
 
 
 #### Every byte, once, in order ####
@@ -292,12 +353,10 @@ def test_any_split_of_segments_gives_the_same_bytes_and_join_points(
     ]
 
 
-FRAMERS = [pipe.TsFramer, pipe.Fmp4Framer, pipe.AacFramer, pipe.Framer]
-BOXES = st.builds(
-    lambda size, kind, body: size.to_bytes(4, "big") + kind + body,
-    st.sampled_from([0, 1, 2, 7, 8, 9, 16, 24, 1 << 31]),
-    st.sampled_from([b"ftyp", b"moov", b"moof", b"mdat", b"styp", b"free"]),
-    st.binary(max_size=24),
+FRAME_LIKE = st.builds(
+    lambda head, rest: head + rest,
+    st.sampled_from([b"\xff\xf1\x50", b"\xff\xfb\x90", b"\xff\xe3\x10", b"\x0b\x77"]),
+    st.binary(max_size=200),
 )
 TABLE_LIKE = st.builds(
     lambda head, body: (b"G" + head + body)[:PACKET].ljust(PACKET, b"\xff"),
@@ -310,25 +369,26 @@ TABLE_LIKE = st.builds(
 )
 GARBAGE = st.lists(
     st.binary(max_size=200)
-    | BOXES
+    | FRAME_LIKE
     | TABLE_LIKE
     | st.integers(0, 300).map(lambda count: b"G" * count),
     max_size=8,
 ).map(b"".join)
 
 
-@pytest.mark.parametrize("make", FRAMERS)
+@pytest.mark.parametrize("container", set(Container) - {Container.FMP4, Container.MATROSKA})
 @settings(deadline=None, max_examples=200)
 @given(garbage=GARBAGE, places=SPLITS, segments=st.booleans(), is_prefixed=st.booleans())
 def test_garbage_passes_unaltered(
-    make: Callable[[], pipe.Framer],
+    container: Container,
     garbage: bytes,
     places: list[int],
     segments: bool,
     is_prefixed: bool,
 ) -> None:
-    assume(make is not pipe.AacFramer or b"ID3" not in garbage)
-    framer = make()
+    is_audio = container.has_join_points and container is not Container.MPEG_TS
+    assume(not is_audio or b"ID3" not in garbage)
+    framer = pipe.framer_for(container)
     out = []
     if is_prefixed:
         framer.start_init_section()
@@ -355,23 +415,18 @@ def test_blocks_are_bounded(name: str, size: int) -> None:
     assert max(map(len, blocks)) > min(size, 25_000) * 0.9, "and not cut for nothing"
 
 
-def frame_edges(stream: bytes) -> set[int]:
-    return edges_of(adts_frames(stream))
-
-
 @pytest.mark.parametrize("size", [4_999, 1 << 24])
 @pytest.mark.parametrize(
-    ("name", "edges"),
-    [("ts", lambda stream: set(range(0, len(stream) + 1, PACKET))), ("aac", frame_edges)],
-    ids=["packets", "frames"],
+    ("container", "make"),
+    [(Container.MPEG_TS, lambda: list(media.packets(stream_of("ts")[1]))), *AUDIO.values()],
+    ids=["ts", *AUDIO],
 )
-def test_blocks_end_where_units_end(
-    name: str, edges: Callable[[bytes], set[int]], size: int
+def test_blocks_end_where_packets_and_frames_end(
+    container: Container, make: Callable[[], Sequence[bytes]], size: int
 ) -> None:
-    container, stream = stream_of(name)
-    stream *= 6
-    blocks = feed(pipe.framer_for(container), stepwise(stream, size))
-    assert edges_of(blocks) <= edges(stream)
+    units = [*make()] * 6
+    blocks = feed(pipe.framer_for(container), stepwise(b"".join(units), size))
+    assert edges_of(blocks) <= edges_of(units)
 
 
 @pytest.mark.parametrize("name", ["ts", "fmp4"])
@@ -385,21 +440,13 @@ def test_blocks_are_views_of_what_came(name: str) -> None:
     assert len(b"".join(copied)) <= PACKET, "the packet between the two parts"
 
 
-@pytest.mark.parametrize("size", [1, 4_999, 1 << 24])
-def test_fragments_begin_with_a_block(size: int) -> None:
-    framer = pipe.Fmp4Framer()
-    blocks = feed(framer, stepwise(stream_of("fmp4")[1], size))
-    assert len(framer.joins) == 2
-    assert {join.position for join in framer.joins} <= edges_of(blocks)
-
-
 @pytest.mark.parametrize(
-    ("name", "cut_off"), [("ts", 100), ("fmp4", 4), ("aac", 100)], ids=["packet", "box", "frame"]
+    ("name", "cut_off"), [("ts", 100), ("aac", 100), ("ac3", 100)], ids=["ts", "aac", "ac3"]
 )
 def test_dropped_rest_of_a_unit_is_not_handed_on(name: str, cut_off: int) -> None:
     """What follows a gap starts anew."""
     container, stream = stream_of(name)
-    unit = {"ts": PACKET, "aac": len(next(adts_frames(stream)))}.get(name, len(media.fmp4(4)[0]))
+    unit = PACKET if name == "ts" else len(frames_of(name)[0])
     framer = pipe.framer_for(container)
     framer.start_segment()
     out = framer.feed(stream[: unit + cut_off])
@@ -448,9 +495,9 @@ def test_segment_without_tables_gets_them_put_before_it(
     framer = pipe.TsFramer()
     feed_segments(framer, segments)
     starts = itertools.accumulate(map(len, segments[:-1]), initial=0)
-    prefixes = [b"", first[: 2 * PACKET], first[: 2 * PACKET]]
+    preambles = [b"", first[: 2 * PACKET], first[: 2 * PACKET]]
     assert joins_of(framer) == [
-        (start, prefix, JoinKind.SEGMENT) for start, prefix in zip(starts, prefixes, strict=True)
+        (start, tables, JoinKind.SEGMENT) for start, tables in zip(starts, preambles, strict=True)
     ]
     for join in joins_of(framer):
         decoded = decodes_from(join, b"".join(segments))
@@ -598,6 +645,94 @@ def test_stream_of_sound_joins_where_a_frame_starts() -> None:
         assert decodes_from(join, stream).audio_frames > 0
 
 
+def without_video(stream: bytes) -> bytes:
+    """The stream as a radio programme sends it whose PMT names video that never comes."""
+    return b"".join(p for p in media.packets(stream) if media.pid(p) != 0x100)
+
+
+def sound_starts(stream: bytes) -> list[int]:
+    return [
+        number * PACKET
+        for number, packet in enumerate(media.packets(stream))
+        if media.pid(packet) == 0x101 and packet[1] & 0x40
+    ]
+
+
+def test_segments_whose_video_never_comes_join_all_the_same() -> None:
+    segments = list(map(without_video, media.ts_segments(8)))
+    framer = pipe.TsFramer()
+    feed_segments(framer, segments)
+    starts = list(itertools.accumulate(map(len, segments[:-1]), initial=0))
+    expected = [(start, b"", JoinKind.SEGMENT) for start in starts]
+    assert joins_of(framer) == expected[-len(framer.joins) :]
+    assert len(framer.joins) >= 4, "a few seconds are enough to see that it does not come"
+    for join in expected[:-1]:
+        assert decodes_from(join, b"".join(segments)).audio_frames > 0
+
+
+@pytest.mark.parametrize("before", [1, 6], ids=["at once", "after a while"])
+def test_video_that_comes_later_is_joined_at_its_key_frames(before: int) -> None:
+    segments = list(media.ts_segments(10))
+    segments[:before] = map(without_video, segments[:before])
+    late = pictures(segments[before])[3]  # of the segment that opens with other pictures
+    segments[before] = segments[before][: 2 * PACKET] + segments[before][late:]
+    framer = pipe.TsFramer()
+    feed_segments(framer, segments)
+    starts = list(itertools.accumulate(map(len, segments[:-1]), initial=0))
+    found = [join for join in joins_of(framer) if join[0] > starts[before] + 2 * PACKET]
+    assert found == [(start, b"", JoinKind.SEGMENT) for start in starts[before + 1 :]]
+    assert framer.tables.video_pid == 0x100
+
+
+def test_stream_whose_video_never_comes_joins_where_a_frame_starts() -> None:
+    stream = without_video(b"".join(media.ts_segments(8)))
+    framer = pipe.TsFramer()
+    found = joins_by_turns(framer, stream)
+    assert {kind for _, _, kind in found} == {JoinKind.ANY}
+    assert {position for position, _, _ in found} <= set(sound_starts(stream))
+    last = sound_starts(stream)[-1]
+    assert framer.last_dts == pipe.read_timestamp(
+        stream, last + next(pipe.timestamp_positions(stream[last : last + PACKET]))
+    ), "its clock is that of the sound"
+
+
+def test_stream_that_loses_its_video_joins_where_a_frame_starts() -> None:
+    with_video = b"".join(media.ts_segments(4))
+    stream = with_video + without_video(b"".join(media.ts_segments(8)[4:]))
+    found = joins_by_turns(pipe.TsFramer(), stream)
+    assert [position for position, _, kind in found if kind is JoinKind.KEY_FRAME] == key_frames(
+        with_video
+    )
+    assert found[-1][2] is JoinKind.ANY
+    other = b"".join(media.audio_only_segments(4))  # whose PMT names none
+    found = joins_by_turns(pipe.TsFramer(), with_video + other)
+    assert found[-1][0] > len(with_video)
+    assert found[-1][2] is JoinKind.ANY
+
+
+def test_clock_that_goes_back_takes_no_video_away() -> None:
+    first, *_, last = media.ts_segments(8)
+    framer = pipe.TsFramer()
+    feed(framer, [last, without_video(first)])  # sound comes first, as it may
+    assert framer.tables.video_pid == 0x100
+
+
+def test_segments_do_not_outlive_a_seam_to_a_stream_without_them() -> None:
+    first, *others = media.ts_segments(4)
+    framer = pipe.TsFramer()
+    feed_segments(framer, [first])
+    framer.drop()
+    framer.leave_segments()
+    framer.joins.clear()
+    early = pictures(others[0])[1]  # no key frame has come yet, and none may come
+    found = joins_by_turns(framer, others[0][: 2 * PACKET] + others[0][early:])
+    assert len(found) > 3
+    assert {kind for _, _, kind in found} == {JoinKind.ANY}
+    found = joins_by_turns(framer, others[1])
+    assert JoinKind.KEY_FRAME in {kind for _, _, kind in found}
+    assert JoinKind.SEGMENT not in {kind for _, _, kind in found}
+
+
 def long_section(pid: int, table_id: int, body: bytes) -> bytes:
     """A section over as many packets as it takes, the first counter being 0."""
     writer = make_test_card.Writer()
@@ -665,9 +800,9 @@ def test_alignment_is_found_again_behind_garbage(garbage: bytes, places: list[in
     last = len(segments[0] + garbage + segments[1])
     framer = pipe.TsFramer()
     assert b"".join(feed(framer, cut(stream, places))) == stream
-    position, prefix, kind = joins_of(framer)[-1]
+    position, preamble, kind = joins_of(framer)[-1]
     assert (position, kind) == (last + 2 * PACKET, JoinKind.KEY_FRAME)
-    assert len(prefix) % PACKET == 0
+    assert len(preamble) % PACKET == 0
 
 
 def test_garbage_of_one_segment_does_not_reach_the_next() -> None:
@@ -678,13 +813,13 @@ def test_garbage_of_one_segment_does_not_reach_the_next() -> None:
     assert joins_of(framer) == [(start, b"", JoinKind.SEGMENT) for start in starts]
 
 
-#### Join points of fMP4 ####
+#### fMP4 ####
 
 
 @pytest.mark.parametrize("size", [1, 1000, 1 << 20])
 def test_fragments_of_segments_follow_the_initialization_section(size: int) -> None:
     init, segments = media.fmp4(4)
-    framer = pipe.Fmp4Framer()
+    framer = pipe.framer_for(Container.FMP4)
     framer.start_init_section()
     out = [block for part in stepwise(init, size) for block in framer.feed(part)]
     out += feed_segments(framer, segments, size)
@@ -698,77 +833,35 @@ def test_fragments_of_segments_follow_the_initialization_section(size: int) -> N
         assert decoded.video_frames == (4 - number) * media.FPS
 
 
-@pytest.mark.parametrize("size", [1, 7, 1 << 20])
-def test_fragments_without_segments_follow_ftyp_and_moov(size: int) -> None:
-    init, fragments = media.fmp4(4)
-    stream = init + b"".join(fragments)
-    framer = pipe.Fmp4Framer()
-    feed(framer, stepwise(stream, size))
-    starts = itertools.accumulate(map(len, fragments[:-1]), initial=len(init))
-    assert joins_of(framer) == [(start, init, JoinKind.KEY_FRAME) for start in starts]
-    for join in joins_of(framer):
-        assert decodes_from(join, stream).starts_with_key
+def test_stream_without_segments_has_no_join_points() -> None:
+    """Nobody could join it late: its viewers have an upstream each."""
+    framer = pipe.framer_for(Container.FMP4)
+    feed(framer, [stream_of("fmp4")[1]])
+    assert joins_of(framer) == []
 
 
-def test_fragment_begins_with_what_stands_before_its_moof() -> None:
-    init, fragments = media.fmp4(4)
-    before = box(b"styp", b"msdh\0\0\0\0msdh") + box(b"prft", bytes(24)) + box(b"emsg", bytes(20))
-    bare = [b"".join(b for b in boxes(f) if b[4:8] in (b"moof", b"mdat")) for f in fragments]
-    stream = init + b"".join(before + fragment for fragment in bare)
-    framer = pipe.Fmp4Framer()
-    feed(framer, [stream])
-    starts = itertools.accumulate((len(before + f) for f in bare[:-1]), initial=len(init))
-    assert [join.position for join in framer.joins] == list(starts)
-
-
-def test_several_fragments_of_a_segment_are_join_points_of_less_worth() -> None:
-    init, fragments = media.fmp4(4)
-    framer = pipe.Fmp4Framer()
+def test_initialization_section_that_never_ends_is_kept_in_part() -> None:
+    framer = pipe.Framer()
     framer.start_init_section()
-    framer.feed(init)
-    feed_segments(framer, [fragments[0] + fragments[1], fragments[2]])
-    first, second = len(init), len(init + fragments[0])
-    assert joins_of(framer) == [
-        (first, init, JoinKind.SEGMENT),
-        (second, init, JoinKind.KEY_FRAME),
-        (second + len(fragments[1]), init, JoinKind.SEGMENT),
-    ]
-
-
-@pytest.mark.parametrize("size", [1, 1000, 1 << 20])
-def test_new_initialization_section_replaces_the_old_one(size: int) -> None:
-    init, fragments = media.fmp4(4)
-    other = init + box(b"free", b"another one")
-    stream = init + fragments[0] + other + fragments[1]
-    framer = pipe.Fmp4Framer()
-    feed(framer, stepwise(stream, size))
-    assert joins_of(framer) == [
-        (len(init), init, JoinKind.KEY_FRAME),
-        (len(init + fragments[0] + other), other, JoinKind.KEY_FRAME),
-    ]
-    assert decodes_from(joins_of(framer)[1], stream).video_frames == media.FPS
-
-
-def test_media_is_no_part_of_the_initialization_section() -> None:
-    init, fragments = media.fmp4(4)
-    framer = pipe.Fmp4Framer()
-    feed(framer, [init + box(b"mdat", bytes(100)) + box(b"free", bytes(100)) + fragments[0]])
-    assert joins_of(framer) == [(len(init) + 216, init, JoinKind.KEY_FRAME)]
-
-
-def test_initialization_section_that_never_ends_is_not_kept() -> None:
-    init, _ = media.fmp4(4)
-    framer = pipe.Fmp4Framer()
-    framer.feed(init + b"\0\0\0\0free")  # a box up to the end
     for _ in range(24):
         framer.feed(bytes(1 << 20))
-    assert len(framer._prefix) < 1 << 24
+    framer.start_segment()
+    assert len(framer.joins[0].preamble) < 1 << 24
+
+
+def test_initialization_section_is_not_copied_for_each_join_point() -> None:
+    init, fragments = media.fmp4(4)
+    framer = pipe.framer_for(Container.FMP4)
+    framer.start_init_section()
+    framer.feed(init)
+    feed_segments(framer, fragments)
+    assert len({id(join.preamble) for join in framer.joins}) == 1
 
 
 def test_announced_initialization_section_replaces_the_old_one() -> None:
     init, fragments = media.fmp4(4)
-    other = init + box(b"free", b"another one")
-    framer = pipe.Fmp4Framer()
+    other = init + b"\0\0\0\x10free another"
+    framer = pipe.framer_for(Container.FMP4)
     for head, fragment in ((init, fragments[0]), (other, fragments[1])):
         framer.flush()
         framer.start_init_section()
@@ -780,52 +873,95 @@ def test_announced_initialization_section_replaces_the_old_one() -> None:
     ]
 
 
-def large(whole: bytes) -> bytes:
-    """The box with its size in 64 bits."""
-    return b"\0\0\0\1" + whole[4:8] + (len(whole) + 8).to_bytes(8, "big") + whole[8:]
+#### Packed audio ####
 
 
-@pytest.mark.parametrize("size", [1, 5, 1 << 20])
-def test_large_sizes_are_understood(size: int) -> None:
-    init, fragments = media.fmp4(4)
-    grown = [b"".join(map(large, boxes(fragment))) for fragment in fragments]
-    stream = b"".join(map(large, boxes(init))) + b"".join(grown)
-    framer = pipe.Fmp4Framer()
-    assert b"".join(feed(framer, stepwise(stream, size))) == stream
-    assert len(framer.joins) == 4
-    assert {join.prefix for join in framer.joins} == {b"".join(map(large, boxes(init)))}
-    assert framer.joins[-1].position == len(stream) - len(grown[-1])
+@of_all_audio
+@settings(deadline=None, max_examples=15)
+@given(places=SPLITS)
+def test_encoded_frames_pass_whole_and_decode(audio: str, places: list[int]) -> None:
+    frames = frames_of(audio)
+    framer = audio_framer(audio)
+    blocks = feed(framer, cut(b"".join(frames), places))
+    assert edges_of(blocks) <= edges_of(frames)
+    assert media.decode(b"".join(blocks)).audio_frames == len(frames)
+    for join in joins_of(framer):
+        assert decodes_from(join, b"".join(frames)).audio_frames == len(frames)
 
 
-@pytest.mark.parametrize("size", [1, 5, 1 << 20])
-def test_box_of_size_zero_goes_on_to_the_end(size: int) -> None:
-    init, fragments = media.fmp4(4)
-    *head, mdat = boxes(fragments[0])
-    stream = init + b"".join(head) + bytes(4) + mdat[4:] + fragments[1]
-    framer = pipe.Fmp4Framer()
-    assert b"".join(feed(framer, stepwise(stream, size))) == stream
-    assert joins_of(framer) == [(len(init), init, JoinKind.KEY_FRAME)]
+def audio_segments(audio: str) -> list[bytes]:
+    frames = frames_of(audio)
+    size = len(frames) // 4 + 1
+    return [b"".join(frames[at : at + size]) for at in range(0, len(frames), size)]
 
 
-def test_box_that_its_segment_breaks_off_does_not_reach_the_next() -> None:
-    init, fragments = media.fmp4(4)
-    broken = [fragment[:-1000] for fragment in fragments]
-    framer = pipe.Fmp4Framer()
-    framer.start_init_section()
-    framer.feed(init)
-    assert b"".join(feed_segments(framer, broken)) == b"".join(broken)
-    starts = itertools.accumulate(map(len, broken[:-1]), initial=len(init))
-    assert joins_of(framer) == [(start, init, JoinKind.SEGMENT) for start in starts]
+@of_all_audio
+@pytest.mark.parametrize("size", [9, 10, 1 << 20])
+def test_segments_of_audio_join_at_their_starts(audio: str, size: int) -> None:
+    segments = audio_segments(audio)
+    framer = audio_framer(audio)
+    out = feed_segments(framer, [TAGS["version 4"] + segment for segment in segments], size)
+    assert b"".join(out) == b"".join(segments)
+    starts = itertools.accumulate(map(len, segments[:-1]), initial=0)
+    assert joins_of(framer) == [(start, b"", JoinKind.SEGMENT) for start in starts]
+    for join in joins_of(framer):
+        assert decodes_from(join, b"".join(segments)).audio_frames > 0
 
 
-#### AAC ####
+@pytest.mark.parametrize("layer", [1, 2, 3])
+@pytest.mark.parametrize("version", [0, 2, 3], ids=["mpeg-2.5", "mpeg-2", "mpeg-1"])
+def test_all_sizes_of_mpeg_audio_are_those_of_libav(version: int, layer: int) -> None:
+    second = 0xE1 | version << 3 | (4 - layer) << 1
+    thirds = [(rate << 4 | rest) for rate in range(1, 15) for rest in (0, 2, 4, 6, 8, 10)]
+    for third in thirds:
+        assert_cut_as_by_libav("mp3", Container.MPEG_AUDIO, bytes([0xFF, second, third, 0, 0, 0]))
+
+
+def test_all_sizes_of_ac3_are_those_of_libav() -> None:
+    for byte in (rate << 6 | code for rate in range(3) for code in range(38)):
+        assert_cut_as_by_libav("ac3", Container.AC3, b"\x0b\x77\0\0" + bytes([byte, 0x40, 0x40]))
+
+
+def assert_cut_as_by_libav(codec: str, container: Container, header: bytes) -> None:
+    """Frames of nothing behind this header: libav's parser and the framer see the same."""
+    parser = av.CodecContext.create(codec, "r")
+    size = pipe.FRAME_SIZES[container](header)
+    frame = header.ljust(size, b"\0")
+    assert [bytes(packet) for packet in parser.parse(3 * frame) + parser.parse(None)] == 3 * [frame]
+
+
+NOT_FRAMES = {
+    Container.AAC: [b"\xff\xe1\x50\x40\x0b\x7f", b"\xff\xf1\x50\x40\x00\x7f"],
+    Container.MPEG_AUDIO: [
+        b"\xff\xeb\x90\0\0\0",  # no such version
+        b"\xff\xf9\x90\0\0\0",  # no such layer
+        b"\xff\xfb\x00\0\0\0",  # free format: its frames do not tell their size
+        b"\xff\xfb\xf0\0\0\0",
+        b"\xff\xfb\x9c\0\0\0",
+        b"\xff\xdb\x90\0\0\0",
+    ],
+    Container.AC3: [
+        b"\x0b\x77\0\0\xc0\x40",
+        b"\x0b\x77\0\0\x26\x40",
+        b"\x0b\x77\0\0\0\x80",  # that is E-AC-3
+        b"\x77\x0b\0\0\0\x40",
+    ],
+    Container.EAC3: [b"\x0b\x77\0\0\0\x40", b"\x0b\x77\0\0\0\x88", b"\x77\x0b\0\0\0\x80"],
+}
+
+
+@pytest.mark.parametrize("container", NOT_FRAMES)
+def test_headers_that_no_frame_has_are_told(container: Container) -> None:
+    assert [pipe.FRAME_SIZES[container](header) for header in NOT_FRAMES[container]] == [0] * len(
+        NOT_FRAMES[container]
+    )
 
 
 @pytest.mark.parametrize("size", [1, 9, 10, 11, 1 << 20])
 @pytest.mark.parametrize("tag", TAGS.values(), ids=list(TAGS))
 def test_id3_tag_in_front_of_a_segment_is_removed(tag: bytes, size: int) -> None:
     segments = media.aac_segments(4)
-    framer = pipe.AacFramer()
+    framer = audio_framer()
     out = feed_segments(framer, [tag + segment for segment in segments], size)
     assert b"".join(out) == b"".join(segments)
     starts = itertools.accumulate(map(len, segments[:-1]), initial=0)
@@ -834,15 +970,27 @@ def test_id3_tag_in_front_of_a_segment_is_removed(tag: bytes, size: int) -> None
 
 @settings(deadline=None, max_examples=100)
 @given(
-    items=st.lists(st.sampled_from(sorted(TAGS)) | st.integers(1, 4), max_size=12), places=SPLITS
+    audio=st.sampled_from(sorted(AUDIO)),
+    in_segments=st.booleans(),
+    items=st.lists(st.sampled_from(sorted(TAGS)) | st.integers(1, 4), max_size=12),
+    places=SPLITS,
 )
-@example(items=["version 2", "version 3", "version 4", "footer", "large", "empty", 2], places=[])
-def test_only_id3_tags_are_removed(items: Sequence[str | int], places: list[int]) -> None:
+@example(
+    audio="aac",
+    in_segments=True,
+    items=["version 2", "version 3", "version 4", "footer", "large", "empty", 2],
+    places=[],
+)
+def test_only_id3_tags_are_removed(
+    audio: str, in_segments: bool, items: Sequence[str | int], places: list[int]
+) -> None:
     """Wherever they stand between frames, and however many in a row."""
-    frames = list(adts_frames(media.aac_segments(4)[0]))
+    frames = frames_of(audio)
     parts = [TAGS[item] if isinstance(item, str) else b"".join(frames[:item]) for item in items]
     media_alone = [part for item, part in zip(items, parts, strict=True) if item not in TAGS]
-    framer = pipe.AacFramer()
+    framer = audio_framer(audio)
+    if in_segments:
+        framer.start_segment()
     assert b"".join(feed(framer, cut(b"".join(parts), places))) == b"".join(media_alone)
     assert framer.position == len(b"".join(media_alone))
 
@@ -852,7 +1000,7 @@ def test_frames_that_contain_the_letters_of_a_tag_stay() -> None:
     frame = make_test_card.adts(payload)
     stream = frame * 10
     for size in SIZES:
-        assert b"".join(feed(pipe.AacFramer(), stepwise(stream, size))) == stream
+        assert b"".join(feed(audio_framer(), stepwise(stream, size))) == stream
 
 
 @pytest.mark.parametrize("is_whole", [True, False], ids=["size too large", "broken off"])
@@ -860,38 +1008,61 @@ def test_tag_takes_nothing_of_the_next_segment(is_whole: bool) -> None:
     first, second, *_ = media.aac_segments(4)
     tag = b"ID3\4\0\0\0\x7f\x7f\x7f" + bytes(20)  # claims 2 MiB
     segments = [tag + first if is_whole else tag, second]
-    out = b"".join(feed_segments(pipe.AacFramer(), segments))
+    out = b"".join(feed_segments(audio_framer(), segments))
     assert out.endswith(second)
 
 
 def test_packed_audio_of_another_kind_passes_without_its_tags() -> None:
     mp3 = b"\xff\xfb\x90\x64" + bytes(range(200)) * 2
-    out = feed_segments(pipe.AacFramer(), [TAGS["version 4"] + mp3 * 3] * 3, 100)
+    out = feed_segments(audio_framer(), [TAGS["version 4"] + mp3 * 3] * 3, 100)
     assert b"".join(out) == mp3 * 9
 
 
+@of_all_audio
 @pytest.mark.parametrize("size", [1, 333, 1 << 20])
-def test_stream_of_frames_joins_where_a_frame_starts(size: int) -> None:
-    stream = b"".join(media.aac_segments(4))
-    framer = pipe.AacFramer()
-    feed(framer, stepwise(stream, size))
-    assert {join.position for join in framer.joins} <= frame_edges(stream)
-    assert {(join.prefix, join.kind) for join in framer.joins} == {(b"", JoinKind.ANY)}
-    assert len(framer.joins) == -(-len(stream) // size)
+def test_stream_of_frames_joins_where_a_frame_starts(audio: str, size: int) -> None:
+    frames = frames_of(audio)
+    framer = audio_framer(audio)
+    turns = 0
+    found = []
+    for part in stepwise(b"".join(frames), size):
+        turns += bool(framer.feed(part))
+        found += joins_of(framer)
+        framer.joins.clear()
+    assert {position for position, _, _ in found} <= edges_of(frames)
+    assert {(preamble, kind) for _, preamble, kind in found} == {(b"", JoinKind.ANY)}
+    assert len(found) == turns, "one for each turn that brings frames"
 
 
-def test_frames_are_found_again_behind_garbage() -> None:
-    frames = list(adts_frames(b"".join(media.aac_segments(4))))
-    stream = b"".join([*frames[:20], b"no frame at all", *frames[20:]])
-    found = joins_by_turns(pipe.AacFramer(), stream)
-    edges = edges_of([*frames[:20], b"no frame at all", *frames[20:]])
-    assert {position for position, _, _ in found[-10:]} <= edges
+@pytest.mark.parametrize("garbage", [b"no frame at all", b"\xff", b"\x0b\x77" * 9])
+def test_what_follows_garbage_in_a_segment_is_handed_on(garbage: bytes) -> None:
+    frames = frames_of("aac")
+    broken = b"".join([*frames[:20], garbage, TAGS["version 4"], *frames[20:40]])
+    whole = TAGS["version 4"] + b"".join(frames[40:])
+    for size in SIZES:
+        framer = audio_framer()
+        out = feed_segments(framer, [broken, whole], size)
+        assert b"".join(out) == broken + b"".join(frames[40:])
+        assert joins_of(framer)[-1] == (len(broken), b"", JoinKind.SEGMENT)
+
+
+def test_segments_of_audio_do_not_outlive_a_seam_to_a_stream_without_them() -> None:
+    frames = frames_of("aac")
+    framer = audio_framer()
+    feed_segments(framer, [b"".join(frames[:40]) + b"garbage"])
+    start = framer.position
+    framer.drop()
+    framer.leave_segments()
+    found = joins_by_turns(framer, b"".join(frames))[1:]
+    assert len(found) > 10
+    assert {kind for _, _, kind in found} == {JoinKind.ANY}
+    assert {position - start for position, _, _ in found} <= edges_of(frames)
 
 
 #### Other containers ####
 
 
-def test_unknown_container_joins_at_its_segments_behind_its_prefix() -> None:
+def test_unknown_container_joins_at_its_segments_behind_its_initialization_section() -> None:
     framer = pipe.Framer()
     framer.start_init_section()
     framer.feed(b"he")
@@ -907,8 +1078,11 @@ def test_unknown_container_joins_at_its_segments_behind_its_prefix() -> None:
     ("container", "kind"),
     [
         (Container.MPEG_TS, pipe.TsFramer),
-        (Container.FMP4, pipe.Fmp4Framer),
-        (Container.AAC, pipe.AacFramer),
+        (Container.FMP4, pipe.Framer),
+        (Container.AAC, pipe.AudioFramer),
+        (Container.MPEG_AUDIO, pipe.AudioFramer),
+        (Container.AC3, pipe.AudioFramer),
+        (Container.EAC3, pipe.AudioFramer),
         (Container.MATROSKA, pipe.Framer),
         (Container.OTHER, pipe.Framer),
     ],

@@ -791,7 +791,7 @@ def test_memory_returns_when_a_window_has_ended_and_nobody_is_left(leaves_first:
     window = Window(1000)
     viewer = enter(window)
     append(window, 0, 3)
-    steps = [lambda: window.leave(viewer), lambda: window.end(True)]
+    steps: list[Callable[[], None]] = [lambda: window.leave(viewer), lambda: window.end(True)]
     for step in steps if leaves_first else reversed(steps):
         assert window.held()[0] == 3 * SIZE
         step()
