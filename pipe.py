@@ -4546,6 +4546,7 @@ class Handler(BaseHTTPRequestHandler):
 
         Raises StreamError where none comes.
         """
+        tune(self.connection, stream.options.viewer_timeout)
         agent = self.headers.get("User-Agent", "")
         viewer = Viewer(self.client_address[0], agent, functools.partial(has_left, self.connection))
         try:
@@ -4613,9 +4614,7 @@ class Handler(BaseHTTPRequestHandler):
         fills_silence = channel.container is Container.MPEG_TS
         silent = 0  # seconds
         framing = {"Transfer-Encoding": "chunked"} if is_chunked else {}
-        self.connection.settimeout(channel.stream.options.viewer_timeout)
         self._send_head(HTTPStatus.OK, framing | media_headers(channel.container))
-        tune(self.connection, channel.stream.options.viewer_timeout)
         try:
             while True:
                 if blocks:
