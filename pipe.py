@@ -89,14 +89,14 @@ import warnings
 import weakref
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields, replace
 from http import HTTPStatus
 from http.cookiejar import MozillaCookieJar
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlsplit
 
 try:
@@ -104,10 +104,12 @@ try:
     import yaml
     from Crypto.Util.Padding import unpad
     from requests.adapters import HTTPAdapter
+    from streamlink.buffers import RingBuffer
     from streamlink.exceptions import StreamError as EngineStreamError
     from streamlink.options import Options as PluginOptions
     from streamlink.plugins import hls as _hls_plugin  # noqa: F401  (the first viewer would wait for it)
     from streamlink.plugins import http as _http_plugin  # noqa: F401
+    from streamlink.session.http import HTTPSession
     from streamlink.session.session import Streamlink
     from streamlink.stream.dash.dash import DASHStream
     from streamlink.stream.ffmpegmux import FFMPEGMuxer, MuxedStream
@@ -118,6 +120,8 @@ try:
         HLSStreamWriter,
     )
     from streamlink.stream.http import HTTPStream
+    from streamlink.stream.segmented.segmented import SegmentedStreamReader
+    from streamlink.utils.id3v2 import ID3v2Error
     from streamlink.utils.url import update_scheme
 except ImportError as error:
     sys.exit(f"StreamPipe needs its packages ({error}): pip install -r requirements.txt")
@@ -239,37 +243,46 @@ class ResponseTooLarge(requests.RequestException):
 
 
 def explain(error: BaseException) -> str:
-    """Why an upstream failed, in words for anybody: no address, no text of the exception's."""
+    """Why an upstream failed, in words for anybody: no address, no library's text."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = getattr(cause, "err", None) or cause.__cause__ or cause.__context__
     for cause in chain:
+        if isinstance(cause, PipeError):
+            return str(cause)
         if isinstance(cause, requests.HTTPError) and cause.response is not None:
             return f"the origin answered {cause.response.status_code}"
-        for kinds, words in _EXPLANATIONS:
+        for kinds, message in _MESSAGES_BY_KIND:
             if isinstance(cause, kinds):
-                return words
-    told = " ".join(str(cause) for cause in chain)
-    if "file:" in told or "scheme='file'" in told:
-        return "the origin names a local file: refused"
-    if "insecure resource" in told or "Disallowed redirection" in told:
-        return "the origin goes from https to http: configure the http:// address"
-    if "EXTM3U" in told or "variant playlist" in told:
-        return "the origin's playlist is none"
-    return "the origin's stream cannot be opened"
+                return message
+    text = " ".join(str(cause) for cause in chain)
+    messages = (message for words, message in _MESSAGES_BY_TEXT if any(w in text for w in words))
+    return next(messages, "the origin's stream cannot be opened")
 
 
 UNREACHABLE = "the origin cannot be reached"
-_EXPLANATIONS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
+_MESSAGES_BY_KIND: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
     ((requests.Timeout, TimeoutError), "the origin did not answer in time"),
     ((ResponseTooLarge,), "the origin's playlist is too large or too slow"),
-    ((requests.exceptions.SSLError,), "the origin's certificate is not accepted"),
+    ((requests.exceptions.SSLError,), "the origin's certificate is not valid"),
     ((requests.exceptions.ProxyError,), "the proxy does not answer"),
     ((requests.exceptions.InvalidSchema,), "the origin names an address that is never opened"),
     ((requests.ConnectionError, ConnectionError), UNREACHABLE),
     ((FileNotFoundError,), "ffmpeg cannot be run"),
+)
+_MESSAGES_BY_TEXT = (
+    (("file:", "scheme='file'"), "the origin names a local file: refused"),
+    (
+        ("insecure resource", "Disallowed redirection"),
+        "the origin goes from https to http: configure the http:// address",
+    ),
+    (
+        ("EXTM3U", "variant playlist"),
+        "the origin sent something that is not an HLS playlist",
+    ),
+    (("new thread",), "the system lets StreamPipe start no more threads"),
 )
 
 
@@ -1396,25 +1409,30 @@ class SegmentEvent:
 
 
 class ReaderBuffer:
-    """Bytes and segment events on their way from an upstream's threads to the feeder, bounded.
+    """Bytes and segment events on their way from one thread to another, bounded.
 
-    Its writer waits while it is full, which is the back-pressure on every download.  The lower-case
-    interface (write, wait_free, close, length, ...) is what streamlink asks of a reader's buffer.
+    Its writer waits while it is full, which is the back-pressure on every download.  It ends once:
+    who notices first says how.  write, wait_free, close and closed are what streamlink asks of a
+    reader's buffer.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit  # bytes; never changes
-        self.written_once = False
         # _lock guards everything below.
         self._lock = threading.Lock()
         self._not_full = threading.Condition(self._lock)  # the writer waits; take() notifies
-        self._not_empty = threading.Condition(self._lock)  # the feeder waits; the rest notifies
+        self._not_empty = threading.Condition(self._lock)  # the taker waits; the rest notifies
         self._items: deque[bytes | SegmentEvent] = deque()
         self._woken = False
         self.length = 0  # bytes
         self.closed = False
+        self.failure: str | None = None  # why it broke off, once it is closed
 
-    # Upstream's threads
+    def __repr__(self) -> str:
+        state = self.failure or ("ended" if self.closed else "open")
+        return f"<ReaderBuffer: {state}, {self.length} of {self.limit} bytes>"
+
+    # The writer
 
     def write(self, data: bytes) -> None:
         """Append, waiting for room as long as it takes; dropped once the buffer is closed."""
@@ -1425,7 +1443,6 @@ class ReaderBuffer:
             if not self.closed:
                 self._items.append(bytes(data))
                 self.length += len(data)
-                self.written_once = True
                 self._not_empty.notify()
 
     def put_event(self, event: SegmentEvent) -> None:
@@ -1439,16 +1456,33 @@ class ReaderBuffer:
         with self._lock:
             return self._not_full.wait_for(lambda: self.length < self.limit or self.closed, timeout)
 
-    def close(self) -> None:
-        """No more will be written; what is there can still be taken.  Idempotent."""
+    # Any thread
+
+    def end(self, failure: str | None) -> None:
+        """No more will be written: it broke off, or has come to its end (None).
+
+        What is there can still be taken.  The first call counts.
+        """
         with self._lock:
-            self.closed = True
-            self._not_full.notify_all()
-            self._not_empty.notify_all()
+            if not self.closed:
+                self.closed, self.failure = True, failure
+                self._not_full.notify_all()
+                self._not_empty.notify_all()
 
-    # Feeder
+    def close(self) -> None:
+        """Streamlink's way to end; who knows why has said so before."""
+        self.end("the origin sends no more segments")
 
-    def take(self, limit: int, timeout: float) -> list[bytes | SegmentEvent]:
+    def discard(self) -> None:
+        """Nobody takes from here any more: drop what waits and whatever is still written."""
+        self.end("closed")
+        with self._lock:
+            self._items.clear()
+            self.length = 0
+
+    # The taker
+
+    def take(self, limit: int, timeout: float | None) -> list[bytes | SegmentEvent]:
         """What is waiting, about `limit` bytes of it at most; empty after `timeout` or a wake()."""
         with self._lock:
             self._not_empty.wait_for(lambda: self._items or self.closed or self._woken, timeout)
@@ -1473,6 +1507,27 @@ class ReaderBuffer:
     def is_exhausted(self) -> bool:
         with self._lock:
             return self.closed and not self._items
+
+
+Items = Generator[bytes | SegmentEvent, None, None]
+
+
+def fill(buffer: Any, items: Items) -> None:
+    """Write what comes into a buffer, and end it as they end."""
+    try:
+        with contextlib.closing(items):
+            for item in items:
+                if isinstance(item, SegmentEvent):
+                    buffer.put_event(item)
+                else:
+                    buffer.write(item)
+                if buffer.closed:
+                    return
+        buffer.end(None)
+    except BaseException as error:
+        buffer.end(explain(error))
+        if not isinstance(error, PipeError):
+            log.debug("a source broke off", exc_info=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1772,10 +1827,11 @@ class Window:
 
 
 # --------------------------------------------------------------------------------------------------
-# Download: one segment's body, handed on as it comes and resumed where it broke off
+# Download: one body, handed on as it comes and resumed where it broke off
 # --------------------------------------------------------------------------------------------------
 
 PART_LIMIT = 256 * KIB  # bytes of one read; larger ones save little and delay the first
+BODY_LIMIT = 8 * MIB  # bytes of a body that wait for their taker; the rest stays at the origin
 RETRY_PAUSES = (0.1, 0.2, 0.4, 0.8)  # seconds, the last one again and again
 
 
@@ -1796,104 +1852,80 @@ class Fingerprint:
 
 
 class Repeat:
-    """Compares bytes that come a second time with those that were had, and lets the rest pass."""
+    """Bytes that come a second time, up to the place where new ones begin."""
 
     def __init__(self, had: Fingerprint) -> None:
-        self.had = had
-        self.differs = False
+        self._had = replace(had)  # as it is now: it may grow while this is in use
         self._again = Fingerprint()
 
     @property
     def is_over(self) -> bool:
-        """Whether all that was had came again, and was the same."""
-        return self._again == self.had
+        """Whether all that was had has come again."""
+        return self._again.size == self._had.size
 
-    def pass_on(self, data: bytes) -> bytes:
-        """What of the data is new; nothing where it `differs`."""
-        left = self.had.size - self._again.size
+    def pass_on(self, data: bytes) -> bytes | None:
+        """What of it is new; None where all that was had has come and was different."""
+        left = self._had.size - self._again.size
         self._again.add(data[:left])
-        self.differs = self._again.size == self.had.size and self._again != self.had
-        return b"" if self.differs else data[left:]
+        return None if self.is_over and self._again != self._had else data[left:]
 
 
 class DownloadFailed(PipeError):
-    """A segment, or the rest of it, cannot be had."""
-
-
-class Requester(Protocol):
-    """Whoever a download belongs to: makes its requests and says for how long to try."""
-
-    newest_byte: float  # when any of its downloads moved
-
-    @property
-    def patience(self) -> float:
-        """Seconds without a byte until a download is given up."""
-
-    def request(
-        self, address: str, headers: Mapping[str, str], timeout: float
-    ) -> requests.Response:
-        """A response whose body is still to be read."""
-
-    def is_listed(self, number: int) -> bool:
-        """Whether a segment can still be had: False where trying again is of no use."""
-
-    def wait(self, time: float) -> bool:
-        """Wait so many seconds; False where the upstream is closing."""
+    """A body, or the rest of it, cannot be had."""
 
 
 class Download:
-    """A body on its way: one thread runs it, another takes its bytes meanwhile.
+    """A body, tried for until it is whole; what was had of it is not passed on again.
 
-    To the taker it looks like a response of requests', as far as streamlink asks.
+    One thread goes through parts(); or one runs it, and another takes its bytes meanwhile, to whom
+    it looks like a response of requests', as far as streamlink asks.
+
+    `request` asks for it, with more headers and a time-out; `wait` pauses between two tries, and is
+    False where none shall follow; `patience` is for how many seconds without a byte it is tried.
     """
 
     def __init__(
-        self, requester: Requester, address: str, number: int, first: int, last: int | None
+        self,
+        request: Callable[[Mapping[str, str], float], requests.Response],
+        wait: Callable[[float], bool],
+        patience: Callable[[], float],
+        is_listed: Callable[[], bool] = lambda: True,  # False where it cannot be had any more
+        byte_range: tuple[int, int] | None = None,
+        opened: tuple[requests.Response, bytes] | None = None,
     ) -> None:
-        self.requester = requester
-        self.address = address
-        self.number = number  # the segment's
-        self.first = first  # of the resource's bytes; with `last`, a range of them
-        self.size = None if last is None else last - first + 1
-        # The runner's own: what it had and how to ask for the rest.
+        self._request, self._wait = request, wait
+        self._patience, self._is_listed = patience, is_listed
+        self._first, last = byte_range or (0, None)  # of the resource's bytes
+        self._size = None if last is None else last - self._first + 1
+        self._opened = opened  # an answer that is there already, and what was read of it
         self._had = Fingerprint()
-        self.moved = 0.0  # when the newest byte came
+        self._moved = 0.0  # when the newest byte was passed on, or the first try began
         self.gone_since = math.inf  # since when each try found nobody there
-        self._validator: str | None = None
-        self._can_resume = True
+        self._validator: str | None = None  # None: the rest cannot be asked for
         self._length = 0  # bytes of the whole, where an answer with a part of it told
-        # _changed guards everything below; notified with each part and at the end.
-        self._changed = threading.Condition()
-        self.parts: list[bytes] = []
-        self._is_done = False
-        self._failure: str | None = None
+        self.buffer = ReaderBuffer(BODY_LIMIT)  # between the two threads
+
+    def __repr__(self) -> str:
+        return f"<Download: {self._had.size} bytes came, {self.buffer}>"
+
+    @property
+    def newest_byte(self) -> float:
+        """When it came; 0 where none has."""
+        return self._moved if self._had.size else 0.0
 
     # The runner
 
     def run(self) -> None:
-        """Fetch the body, trying again as the requester allows."""
-        self.moved = time.monotonic()
-        try:
-            self._try_until_done()
-            self.finish(None)
-        except DownloadFailed as error:
-            self.finish(str(error))
-        except Exception:
-            log.exception("a download failed")
-            self.finish("StreamPipe failed")
+        fill(self.buffer, self.parts())
 
-    def finish(self, failure: str | None) -> None:
-        """Let the taker know that no more comes, and why; the first call counts."""
-        with self._changed:
-            if not self._is_done:
-                self._is_done, self._failure = True, failure
-                self._changed.notify_all()
-
-    def _try_until_done(self) -> None:
+    def parts(self) -> Generator[bytes, None, None]:
+        """The bytes as they come; raises DownloadFailed where the rest cannot be had."""
+        self._moved = time.monotonic()
         for pause in itertools.chain(RETRY_PAUSES, itertools.repeat(RETRY_PAUSES[-1])):
             try:
-                with contextlib.closing(self._ask()) as response:
-                    self._take(response, self._offset_of(response))
+                response, start = self._open()
+                with contextlib.closing(response):
+                    yield from self._new_parts(response, start)
                 return
             except DownloadFailed:
                 raise
@@ -1902,7 +1934,7 @@ class Download:
                 if self._is_whole(error):
                     return
                 self._judge(explain(error), pause)
-            if not self.requester.wait(pause):
+            if not self._wait(pause):
                 raise DownloadFailed("closed")
 
     def _judge(self, reason: str, pause: float) -> None:
@@ -1910,9 +1942,9 @@ class Download:
         now = time.monotonic()
         is_gone = reason == UNREACHABLE
         self.gone_since = min(self.gone_since, now) if is_gone else math.inf
-        if not self.requester.is_listed(self.number):
+        if not self._is_listed():
             raise DownloadFailed(f"{reason}, and the playlist no longer lists it")
-        if now + pause - self.moved > self.requester.patience:
+        if now + pause - self._moved > self._patience():
             raise DownloadFailed(reason)
 
     def _is_whole(self, error: Exception) -> bool:
@@ -1920,42 +1952,40 @@ class Download:
         answer = getattr(getattr(error, "err", None), "response", None)
         if answer is None or answer.status_code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             return False
-        self._can_resume = False
-        end = self.first + self._had.size
+        self._validator = None
+        end = self._first + self._had.size
         return bool(self._had.size and answer.headers.get("Content-Range") == f"bytes */{end}")
 
-    def _ask(self) -> requests.Response:
+    def _open(self) -> tuple[requests.Response, bytes]:
         """Ask for the body, or for the rest of it where that is possible."""
+        opened, self._opened = self._opened, None
+        if opened:
+            return opened
         headers = {"Accept-Encoding": "identity"}
-        first, last = self.first, "" if self.size is None else str(self.first + self.size - 1)
-        if self._resumes:
-            assert self._validator
+        first, last = self._first, "" if self._size is None else str(self._first + self._size - 1)
+        if self._had.size and self._validator:
             first += self._had.size
             headers["If-Range"] = self._validator  # RFC 9110, 13.1.5: all of it if it changed
         if first or last:
             headers["Range"] = f"bytes={first}-{last}"
-        patience = self.requester.patience
-        left = self.moved + patience - time.monotonic()
-        return self.requester.request(self.address, headers, max(0.1, min(patience / 2, left)))
-
-    @property
-    def _resumes(self) -> bool:
-        return bool(self._had.size and self._validator and self._can_resume)
+        patience = self._patience()
+        left = self._moved + patience - time.monotonic()
+        return self._request(headers, max(0.1, min(patience / 2, left))), b""
 
     def _offset_of(self, response: requests.Response) -> int:
-        """Where the body starts, in bytes from ours: negative where more comes than was asked."""
+        """Where an answer starts, in bytes from ours: negative where more comes than was asked."""
         start = 0
         is_coded = response.headers.get("Content-Encoding", "identity") != "identity"
         if response.status_code == HTTPStatus.PARTIAL_CONTENT:
             sent = response.headers.get("Content-Range", "")
             match = re.match(r"bytes (\d+)-\d+/(\d+|\*)", sent)
-            if match and match[2] != "*" and self.size is None:
+            if match and match[2] != "*" and self._size is None:
                 self._length = int(match[2])
             # A part of a compressed body is of no use: we count what is in it.
             start = int(match[1]) if match and not is_coded else -1
-        offset = start - self.first
-        if offset not in (self._had.size if self._resumes else 0, -self.first):
-            self._can_resume = False
+        offset = start - self._first
+        if offset not in (self._had.size if self._validator else 0, -self._first):
+            self._validator = None
             raise ConnectionError("another range than asked for")
         if not self._had.size and not is_coded:
             etag = response.headers.get("ETag", "")
@@ -1963,70 +1993,69 @@ class Download:
             self._validator = etag if is_strong else response.headers.get("Last-Modified")
         return offset
 
-    def _take(self, response: requests.Response, offset: int) -> None:
-        """Read the body from `offset` on: compare what we had, add what is new."""
-        at, again = offset, Fingerprint()
-        is_coded = "Content-Encoding" in response.headers  # urllib3 copies what it may decode
-        read = functools.partial(response.raw.read1, PART_LIMIT, decode_content=is_coded)
-        while (self.size is None or self._had.size < self.size) and (part := read()):
-            again.add(part[max(0, -at) : max(0, self._had.size - at)])
-            new = part[max(0, self._had.size - at) :]
-            at += len(part)
-            if offset <= 0 < again.size == self._had.size and again != self._had:
+    def _new_parts(self, response: requests.Response, start: bytes) -> Iterator[bytes]:
+        """Read an answer, after the `start` that was read of it, and yield what is new."""
+        offset = self._offset_of(response)
+        before = max(0, -offset)  # bytes still to come in front of ours
+        repeat = Repeat(self._had if offset <= 0 else Fingerprint())
+        read = reading(response, PART_LIMIT)
+        while self._left != 0 and (part := start or read()):
+            start = b""
+            part, before = part[before:], max(0, before - len(part))
+            new = repeat.pass_on(part)
+            if new is None:
                 raise DownloadFailed("it changed meanwhile")
-            if new:
-                self._add(new if self.size is None else new[: self.size - self._had.size])
-        if at < self._had.size:
+            if new := new[: self._left]:
+                self._had.add(new)
+                yield new
+                self._moved = time.monotonic()
+        if before or not repeat.is_over:
             raise DownloadFailed("it became shorter meanwhile")
-        if self._had.size < (self.size or self._length):
+        if self._had.size < (self._size or self._length):
             raise ConnectionError("the range ended early")
 
-    def _add(self, part: bytes) -> None:
-        self._had.add(part)
-        self.moved = self.requester.newest_byte = time.monotonic()
-        with self._changed:
-            self.parts.append(part)
-            self._changed.notify_all()
+    @property
+    def _left(self) -> int | None:
+        """Bytes of the range still to come."""
+        return None if self._size is None else self._size - self._had.size
 
     # The taker
 
-    def iter_content(self, chunk_size: int = 1, keep: bool = False) -> Iterator[bytes]:
-        """The bytes as they come, from the first; raises DownloadFailed if the rest cannot be had.
+    def iter_content(self, chunk_size: int = 1) -> Iterator[bytes]:
+        """The bytes as they come; raises DownloadFailed if the rest cannot be had."""
+        while not self.buffer.is_exhausted:
+            yield from cast(list[bytes], self.buffer.take(PART_LIMIT, None))
+        if self.buffer.failure:
+            raise DownloadFailed(self.buffer.failure)
 
-        They are gone once taken, unless all takers `keep` them.
-        """
-        for taken in itertools.count():
-            with self._changed:
-                while taken == len(self.parts) and not self._is_done:
-                    self._changed.wait()
-                if taken == len(self.parts):
-                    break
-                part = self.parts[taken]
-                if not keep:
-                    self.parts[taken] = b""
-            yield part
-        if self._failure:
-            raise DownloadFailed(self._failure)
+    @functools.cached_property
+    def content(self) -> bytes:
+        """All of it, once it is there; kept for the next time, and so for small bodies only."""
+        content = b""
+        for part in self.iter_content():
+            content += part
+            if len(content) > BODY_LIMIT:
+                raise DownloadFailed("it is too large")
+        return content
 
-    @property
-    def raw(self) -> Download:
-        return self
 
-    def drain_conn(self) -> None:
-        """Asked for a filtered segment, of which nothing was fetched."""
+def reading(response: requests.Response, size: int) -> Callable[[], bytes]:
+    """What reads a body as it comes, up to `size` bytes at once and none at its end."""
+    is_coded = "Content-Encoding" in response.headers  # urllib3 copies what it may decode
+    return functools.partial(response.raw.read1, size, decode_content=is_coded)
 
 
 # --------------------------------------------------------------------------------------------------
 # Upstream: all there is of streamlink
 #
-# A Session is streamlink prepared for one channel.  It resolves an address to variants and opens
-# one as an Upstream, whose bytes and segment events come through a ReaderBuffer.  HLS goes through
-# streamlink's own reader with our ReaderBuffer as its buffer; whatever else there is (a raw body,
-# ffmpeg's output) is moved to the ReaderBuffer by a pump thread.
+# A Session is streamlink prepared for one opening of a channel.  It resolves an address and opens
+# one quality of it as an Upstream, whose bytes and segment events come through a ReaderBuffer.  HLS
+# goes through streamlink's own reader with our ReaderBuffer as its buffer; whatever else there is
+# (a raw body, ffmpeg's output) is moved to the ReaderBuffer by a pump thread.
 # --------------------------------------------------------------------------------------------------
 
 # Nobody can switch these back: a browser, files on disk, and the environment's proxies and
-# credentials have no place in a server (reference: streamlink's CVE-2026-44353 and -92164).
+# credentials have no place in a server (streamlink's CVE-2026-44353 and -92164).
 SAFETY_OPTIONS: Mapping[str, Any] = {
     "webbrowser": False,
     "no-plugin-cache": True,
@@ -2041,15 +2070,13 @@ ALIASES = ("best", "worst", "best-unfiltered", "worst-unfiltered")  # names for 
 
 
 def check_engine() -> None:
-    """Raise PipeError where the installed streamlink is too old to be safe; warn if too new."""
+    """Raise PipeError where the installed streamlink is not safe, or not one that fits."""
     numbers = tuple(int(n) for n in re.findall(r"\d+", engine_version)[:3])
-    if numbers < LEAST_STREAMLINK:
-        raise PipeError(f"streamlink {engine_version} is too old: pip install -r requirements.txt")
-    if not hooks_fit():
-        log.warning(
-            "streamlink %s is unknown: segments are downloaded its own way and channels start "
-            "later; pip install -r requirements.txt gets a known one", engine_version,
-        )  # fmt: skip
+    if numbers < LEAST_STREAMLINK or not hooks_fit():
+        raise PipeError(
+            f"StreamPipe cannot work with streamlink {engine_version}: "
+            "pip install -r requirements.txt installs one that fits"
+        )
 
 
 def warm_up() -> None:
@@ -2078,76 +2105,93 @@ class Session:
 
     def __init__(self, stream: StreamSettings, timeout: float) -> None:
         self.name = stream.name
-        self.buffer_size = stream.options.buffer_size
+        self.read_size = max(stream.options.buffer_size, 64 * KIB)
         self.timeout = timeout  # seconds
         self.engine = Streamlink()
+        self.engine.http = self._http = Http()
         for settings in (_own_options(stream, timeout), stream.options.streamlink, SAFETY_OPTIONS):
             for option, value in settings.items():
                 self.engine.set_option(option, value)
-        self.engine.http.adapters.pop("file://", None)
-        self._is_resolving = False
-        self._kept: dict[str, requests.Response] = {}  # playlists to be used a second time
-        self._moved: dict[str, str] = {}  # playlists' addresses, to where a redirect led
-        self._load = self.engine.http.request
-        self._target_of = self.engine.http.get_redirect_target
-        vars(self.engine.http).update(request=self._request, get_redirect_target=self._redirect)
-        self._transports = [self._mount(prefix) for prefix in ("https://", "http://")]
-
-    def _mount(self, prefix: str) -> Transport:
-        """Put our transport in the place of an adapter, with what its options made of it."""
-        adapter: Any = self.engine.http.adapters[prefix]
-        size = self.engine.get_option("stream-segment-threads") + 4
-        transport = _transport_class(adapter.__class__)(pool_connections=16, pool_maxsize=size)
-        transport.poolmanager.connection_pool_kw.update(adapter.poolmanager.connection_pool_kw)
-        self.engine.http.mount(prefix, transport)
-        return transport
+        # What the address offers, once it is resolved:
+        self.qualities: list[str] = []  # the names that stand for themselves, in streamlink's order
+        self.canonical: dict[str, str] = {}  # for each name the one of `qualities` that means it
+        self._streams: Mapping[str, Any] = {}
+        self._raw: tuple[requests.Response, bytes] | None = None  # an answer, and what was read
 
     def cut(self) -> None:
-        """End every request now and refuse further ones, from any thread."""
-        for transport in self._transports:
-            transport.cut()
+        """End every request now, refuse further ones and keep nothing, from any thread."""
+        self._http.cut()
+        self._raw = None
 
-    def resolve(self, address: str) -> Variants:
-        """What an address offers.  Blocks for as long as the origin takes, up to its time-outs.
+    def resolve(self, address: str) -> None:
+        """Find what an address offers; blocks as long as the origin takes, up to its time-outs.
 
         Raises UpstreamError.
         """
-        self._is_resolving = True
         try:
             streams = self._resolve(update_scheme("https://", address, force=False))
         except Exception as error:  # a plugin may raise anything
             log.debug("cannot resolve", exc_info=True)
             raise UpstreamError(explain(error)) from error
-        finally:
-            self._is_resolving = False
         if not streams:
             raise UpstreamError("the origin offers no stream there")
-        self._v = Variants(self, streams)
-        return self._v
-
-    # SHIM
-    @property
-    def qualities(self) -> list[str]:
-        return self._v.names
-
-    @property
-    def canonical(self) -> dict[str, str]:
-        return self._v.canonical
+        self._http.is_resolving = False
+        self._streams = streams
+        self.qualities = [name for name in streams if name not in ALIASES] or list(streams)
+        names = {id(streams[name]): name for name in reversed(self.qualities)}
+        self.canonical = {name: names.get(id(stream), name) for name, stream in streams.items()}
 
     def offers(self, name: str) -> bool:
-        return name in self._v.streams
+        return name in self._streams
 
     def missing(self, name: str) -> str | None:
-        return self._v.missing(name)
+        """What a viewer of this quality has to do without."""
+        stream = self._streams[name]
+        if not isinstance(stream, HLSStream) or stream.multivariant is None:
+            return None
+        playlist = next((p for p in stream.multivariant.playlists if p.uri == stream.url), None)
+        has_sound_apart = playlist and any(m.type == "AUDIO" and m.uri for m in playlist.media)
+        if has_sound_apart and not FFMPEGMuxer.is_usable(self.engine):
+            return "no sound: install ffmpeg"
+        return None
 
     def open(self, name: str, first: int | None = None, is_other: bool = False) -> Upstream:
-        return self._v.open(name, first, is_other)
+        """Open a quality, from the segment `first` on where it is listed; raises UpstreamError.
+
+        `is_other`: another address gave that number, so the playlist may be a little behind it.
+        """
+        upstream: Upstream | None = None
+        try:
+            upstream = self._upstream_of(name, first, STALE_NUMBERS if is_other else 0)
+            upstream.start()
+        except Exception as error:
+            log.debug("cannot open", exc_info=True)
+            if upstream:
+                upstream.close()
+            raise UpstreamError(explain(error)) from error
+        return upstream
+
+    def _upstream_of(self, name: str, first: int | None, slack: int) -> Upstream:
+        stream = self._streams[name]
+        if isinstance(stream, HLSStream):
+            return SegmentedUpstream(self, stream, first, slack)
+        if isinstance(stream, HTTPStream):
+            headers = {"Accept-Encoding": "identity"}  # or it could not be resumed
+            opened = self._raw or (self._http.ask(stream.args, headers, self.timeout), b"")
+            return RawUpstream(self, stream.args, opened)
+        if (
+            isinstance(stream, DASHStream)
+            and stream.video_representation
+            and (stream.audio_representation and not FFMPEGMuxer.is_usable(self.engine))
+        ):
+            raise UpstreamError("its sound comes apart from its picture: install ffmpeg")
+        return ProcessUpstream(self, stream)
 
     def _resolve(self, address: str) -> Mapping[str, Any]:
         match = self.engine.plugins.match_url(address)
         if match is None:
-            if raw := self._judge(address):
-                return dict.fromkeys(("live", "best", "worst"), raw)
+            if not self._is_playlist(address):
+                return dict.fromkeys(("live", "best", "worst"), HTTPStream(self.engine, address))
             address = f"hls://{address}"
             match = self.engine.plugins.match_url(address)
             assert match
@@ -2158,72 +2202,18 @@ class Session:
             # Every plugin leaves its cache with atexit, for ever.
             atexit.unregister(plugin.cache._save)
 
-    def _judge(self, address: str) -> OpenResponse | None:
-        """Open an address that no plugin knows; None where its first bytes are a playlist's."""
-        response = self.request(url=address)
-        start = b""
-        while len(start) < 16 and (more := response.raw.read1(64, decode_content=True)):
+    def _is_playlist(self, address: str) -> bool:
+        """Open an address that no plugin knows, and judge it by its first bytes."""
+        response = self._http.ask({"url": address}, {}, self.timeout)
+        read, start = reading(response, 64), b""
+        while len(start) < 16 and (more := read()):
             start += more
         if not start.lstrip(b"\xef\xbb\xbf \r\n").startswith(b"#EXTM3U"):
-            return OpenResponse(response, start)
-        _read_bounded(response, time.monotonic() + self.timeout, start)
-        self._keep(response)
-        return None
-
-    def request(self, **arguments: Any) -> requests.Response:
-        """A request whose body is still to be read; raises what streamlink makes of a failure."""
-        defaults = {"method": "GET", "exception": EngineStreamError, "timeout": self.timeout}
-        response: requests.Response = self._request(**{**defaults, "stream": True, **arguments})
-        return response
-
-    def _request(self, method: str, url: str, **arguments: Any) -> Any:
-        """Stand in for the engine's request(), which leaves open what is answered with an error."""
-        is_streamed = arguments.get("stream")
-        if method == "GET" and not (is_streamed or arguments.get("schema")):  # a plugin's reads it
-            return self._load_playlist(url, **arguments)
-        try:
-            return self._load(method, url, **arguments)
-        except Exception as error:
-            answer = getattr(getattr(error, "err", None), "response", None)
-            if answer is not None:
-                answer.close()
-            raise
-
-    def _load_playlist(self, url: str, **arguments: Any) -> requests.Response:
-        """A playlist, or another small body; a start costs none of them a second round trip.
-
-        What resolving loaded is used again by the worker, once; reloads go to where the first load
-        was redirected, until that fails (a CDN's redirect may be slow, and lead elsewhere).
-        """
-        kept = self._kept.get(url)
-        if not self._is_resolving:
-            self._kept.clear()
-        if kept:
-            return kept
-        try:
-            address = self._moved.get(url, url)
-            response: requests.Response = self._load("GET", address, **arguments)
-        except Exception:
-            self._moved.pop(url, None)
-            raise
-        if response.content[:7] == b"#EXTM3U":
-            self._keep(response)
-        return response
-
-    def _redirect(self, response: requests.Response) -> str | None:
-        """Where a redirect leads; one that streamlink refuses (file://) leaves nothing open."""
-        try:
-            return self._target_of(response)
-        except Exception:
-            response.close()
-            raise
-
-    def _keep(self, response: requests.Response) -> None:
-        asked = (response.history or [response])[0].request.url
-        if asked and self._is_resolving:
-            self._kept[asked] = response
-        if asked and response.history and not self.engine.http.params:
-            self._moved[asked] = response.url
+            self._raw = response, start
+            return False
+        read_bounded(response, self.timeout, start)
+        self._http.keep(response)
+        return True
 
 
 def _own_options(stream: StreamSettings, timeout: float) -> dict[str, Any]:
@@ -2245,49 +2235,84 @@ def _own_options(stream: StreamSettings, timeout: float) -> dict[str, Any]:
     }
 
 
-# Transport: how requests leave.  What is not streamed (playlists, keys, pages) is bounded in size
-# and time, and every socket can be shut down from another thread, at once.
+class Http(HTTPSession):
+    """How requests leave.  Another thread can end them all, at once.
 
+    What is not streamed (playlists, keys, pages) is bounded in size and time, and so is what comes
+    with an error or a redirect.  A start loads no playlist twice.
+    """
 
-class Transport(HTTPAdapter):
-    def __init__(self, **arguments: Any) -> None:
-        self._managers: list[Any] = []  # of connection pools
-        # _lock guards these two.
+    def __init__(self) -> None:
+        self.is_resolving = True  # what is loaded now is used a second time
+        self._kept: dict[str, requests.Response] = {}  # playlists, by their addresses
+        self._moved: dict[str, str] = {}  # playlists' addresses, to where a redirect led
+        # _lock guards these three.
         self._lock = threading.Lock()
+        self._pools: weakref.WeakSet[Any] = weakref.WeakSet()
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._is_cut = False
-        super().__init__(**arguments)
+        super().__init__()
+        self.hooks["response"].append(cast(Any, _bound))
 
-    def init_poolmanager(self, *arguments: Any, **more: Any) -> None:
-        super().init_poolmanager(*arguments, **more)
-        self._watch(self.poolmanager)
+    def ask(
+        self, arguments: Mapping[str, Any], headers: Mapping[str, str], timeout: float
+    ) -> requests.Response:
+        """Ask for a body that is still to be read; raises what streamlink makes of a failure."""
+        headers = {**(arguments.get("headers") or {}), **headers}
+        arguments = {"method": "GET", **arguments, "headers": headers, "timeout": timeout}
+        return cast(requests.Response, self.request(**arguments, stream=True))
 
-    def proxy_manager_for(self, *arguments: Any, **more: Any) -> Any:
-        return self._watch(super().proxy_manager_for(*arguments, **more))
+    def request(self, method: str, url: str, **arguments: Any) -> Any:  # type: ignore[override]
+        """As streamlink's, but what resolving loaded is used again by the worker, once.
 
-    def _watch(self, manager: Any) -> Any:
-        """Have the manager's connections report their sockets, before and after TLS."""
-        if manager in self._managers:
-            return manager
-        add = self._add
-        self._managers.append(manager)
+        Reloads go to where the first load was redirected, until that fails (a CDN's redirect may be
+        slow, and lead elsewhere).
+        """
+        if method != "GET" or arguments.get("stream") or arguments.get("schema"):  # a plugin's
+            return super().request(method, url, **arguments)
+        kept = self._kept.get(url)
+        if not self.is_resolving:
+            self._kept.clear()
+        if kept:
+            return kept
+        try:
+            response = super().request("GET", self._moved.get(url, url), **arguments)
+        except Exception:
+            self._moved.pop(url, None)
+            raise
+        if response.content[:7] == b"#EXTM3U":
+            self.keep(response)
+        return response
 
-        def watched(pool: Any) -> type:
-            class Connection(pool.ConnectionCls):  # type: ignore[misc]
-                def _new_conn(self) -> socket.socket:
-                    return add(super()._new_conn())
+    def keep(self, response: requests.Response) -> None:
+        """Note a playlist, and where it was found."""
+        asked = (response.history or [response])[0].request.url
+        if asked and self.is_resolving:
+            self._kept[asked] = response
+        if asked and response.history and not self.params:
+            self._moved[asked] = response.url
 
-                def connect(self) -> None:
-                    super().connect()
-                    add(self.sock)
+    def mount(self, prefix: Any, adapter: Any) -> None:
+        """Watch an adapter's pools; what reads local files is not mounted at all."""
+        if isinstance(adapter, HTTPAdapter):
+            find_pool = functools.partial(self._find_pool, adapter.get_connection_with_tls_context)
+            vars(adapter)["get_connection_with_tls_context"] = find_pool
+            super().mount(prefix, adapter)
 
-            return type("Pool", (pool,), {"ConnectionCls": Connection})
-
-        pools = manager.pool_classes_by_scheme
-        manager.pool_classes_by_scheme = {scheme: watched(pool) for scheme, pool in pools.items()}
-        return manager
+    def _find_pool(self, find: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+        """The pool that a request takes its connection from, directly or over a proxy."""
+        pool = find(*arguments, **more)
+        with self._lock:
+            if self._is_cut:
+                raise requests.ConnectionError("closed")
+            if pool not in self._pools:
+                self._pools.add(pool)
+                pool.pool.maxsize = 0  # keep them all: there are no more than the threads need
+                pool.ConnectionCls = _reporting(pool.ConnectionCls, self._add)
+        return pool
 
     def _add(self, sock: socket.socket) -> socket.socket:
+        """Note a socket; one that is connected while another thread cuts is shut down here."""
         with self._lock:
             self._sockets.add(sock)
             is_cut = self._is_cut
@@ -2296,33 +2321,29 @@ class Transport(HTTPAdapter):
         return sock
 
     def cut(self) -> None:
+        """End every request now, refuse further ones and keep nothing, from any thread."""
         with self._lock:
             self._is_cut = True
-            sockets = list(self._sockets)
+            sockets, pools = list(self._sockets), list(self._pools)
         for sock in sockets:
             _shut(sock)
-        for pools in (manager.pools for manager in self._managers):
-            for key in pools.keys():  # noqa: SIM118  (urllib3's container has no other way)
-                pools[key].close()  # what is idle now, and the others when they are done
-
-    def send(  # type: ignore[override]  # the rest is handed on as it comes
-        self, request: Any, stream: bool = False, timeout: Any = None, **arguments: Any
-    ) -> requests.Response:
-        if self._is_cut:
-            raise requests.ConnectionError("closed")
-        began = time.monotonic()
-        response = super().send(request, stream=stream, timeout=timeout, **arguments)
-        is_segment = "-executor" in threading.current_thread().name  # DASH: whole, of any size
-        if not stream and not is_segment:
-            seconds = timeout if isinstance(timeout, (int, float)) else math.inf
-            _read_bounded(response, began + seconds)
-        return response
+        for pool in pools:
+            pool.close()  # what is idle now, and the others when they are done
+        self._kept = {}
 
 
-@functools.cache
-def _transport_class(adapter: type) -> type[Transport]:
-    """Our transport over an adapter of streamlink's that an option brought in."""
-    return type("Transport", (Transport, adapter), {})
+def _reporting(kind: Any, report: Callable[[socket.socket], socket.socket]) -> Any:
+    """A kind of connection that reports its sockets, before and after TLS."""
+
+    class Connection(kind):  # type: ignore[misc]
+        def _new_conn(self) -> socket.socket:
+            return report(super()._new_conn())
+
+        def connect(self) -> None:
+            super().connect()
+            report(self.sock)
+
+    return Connection
 
 
 def _shut(sock: socket.socket) -> None:
@@ -2330,108 +2351,88 @@ def _shut(sock: socket.socket) -> None:
         socket.socket.shutdown(sock, socket.SHUT_RDWR)  # past TLS, which would want to say goodbye
 
 
-def _read_bounded(response: requests.Response, deadline: float, start: bytes = b"") -> None:
-    """Read a body to its end and keep it, after `start`; raises ResponseTooLarge."""
-    body = bytearray(start)
-    while part := response.raw.read1(64 * KIB, decode_content=True):
-        body += part
-        if len(body) > PLAYLIST_LIMIT or time.monotonic() > deadline:
-            response.close()
-            raise ResponseTooLarge("too large" if len(body) > PLAYLIST_LIMIT else "too slow")
+def _bound(response: requests.Response, stream: bool, timeout: Any, **_: Any) -> None:
+    """Read an answer that nobody reads as it comes."""
+    is_segment = "-executor_" in threading.current_thread().name  # DASH: whole, of any size
+    if response.status_code >= 300 or not (stream or is_segment):
+        seconds = timeout if isinstance(timeout, (int, float)) else math.inf
+        read_bounded(response, seconds - response.elapsed.total_seconds())
+
+
+def read_bounded(response: requests.Response, timeout: float, start: bytes = b"") -> None:
+    """Read a body to its end and keep it, after `start`; raises ResponseTooLarge.
+
+    Of a redirect or an error that can be as much as there is of it: its status tells enough.
+    """
+    deadline = time.monotonic() + timeout
+    body, read = bytearray(start), reading(response, 64 * KIB)
+    try:
+        while part := read():
+            body += part
+            if len(body) > PLAYLIST_LIMIT or time.monotonic() > deadline:
+                raise ResponseTooLarge("too large" if len(body) > PLAYLIST_LIMIT else "too slow")
+    except Exception:
+        response.close()
+        if response.status_code < 300:
+            raise
     vars(response).update(_content=bytes(body), _content_consumed=True)
 
 
-# What is opened
-
-
-@dataclass
-class OpenResponse:
-    """A raw response, found by opening it; `start` was read already."""
-
-    response: requests.Response
-    start: bytes
-
-
-class Variants:
-    """The streams an address resolved to, by streamlink's names for them."""
-
-    def __init__(self, session: Session, streams: Mapping[str, Any]) -> None:
-        self.session = session
-        self.streams = streams
-
-    @property
-    def names(self) -> list[str]:
-        """The names that stand for themselves, in streamlink's order."""
-        return [name for name in self.streams if name not in ALIASES] or list(self.streams)
-
-    @property
-    def canonical(self) -> dict[str, str]:
-        """For each name the one of `names` that means the same stream."""
-        by_stream = {id(self.streams[name]): name for name in reversed(self.names)}
-        return {name: by_stream.get(id(stream), name) for name, stream in self.streams.items()}
-
-    def open(self, name: str, first: int | None = None, is_other: bool = False) -> Upstream:
-        """Open one, from the segment `first` on where it is listed; raises UpstreamError.
-
-        `is_other`: another address gave that number, so the playlist may be a little behind it.
-        """
-        stream = self.streams[name]
-        vars(stream).update(first_number=first, stale_numbers=STALE_NUMBERS if is_other else 0)
-        try:
-            return self._open(stream)
-        except UpstreamError:
-            raise
-        except Exception as error:
-            log.debug("cannot open", exc_info=True)
-            raise UpstreamError(explain(error)) from error
-
-    def missing(self, name: str) -> str | None:
-        """What a viewer of this one has to do without."""
-        stream = self.streams[name]
-        if not isinstance(stream, HLSStream) or stream.multivariant is None:
-            return None
-        playlist = next((p for p in stream.multivariant.playlists if p.uri == stream.url), None)
-        has_sound_apart = playlist and any(m.type == "AUDIO" and m.uri for m in playlist.media)
-        if has_sound_apart and not FFMPEGMuxer.is_usable(self.session.engine):
-            return "no sound: install ffmpeg"
-        return None
-
-    def _open(self, stream: Any) -> Upstream:
-        if isinstance(stream, HLSStream) and hooks_fit():
-            return SegmentedUpstream(self.session, stream)
-        if isinstance(stream, OpenResponse):
-            return RawUpstream(self.session, stream.response, stream.start)
-        if isinstance(stream, HTTPStream) and not isinstance(stream, HLSStream):
-            return RawUpstream(self.session, self.session.request(**stream.args), b"")
-        if (
-            isinstance(stream, DASHStream)
-            and stream.video_representation
-            and (stream.audio_representation and not FFMPEGMuxer.is_usable(self.session.engine))
-        ):
-            raise UpstreamError("its sound comes apart from its picture: install ffmpeg")
-        return ProcessUpstream(self.session, stream)
+# How an upstream ends.  Whoever notices first says so to its ReaderBuffer; read() hands on what
+# came before, and then raises WindowEnded (complete) or UpstreamError.
+#
+#   HLS            complete  writer   all up to EXT-X-ENDLIST was handed on, filtered or a gap
+#                  failure   writer   no key, no initialization section, nobody at the origin
+#                            worker   no first playlist, an expired address, numbers that start anew
+#   raw body       complete  pump     all of its length came
+#                  failure   pump     it broke off; it ended and had no length
+#   ffmpeg, files  complete  pump     the data ended, and every track has an end
+#                  failure   pump     the data ended otherwise
+#                            a track  as for HLS
+#   any            failure   all      a mistake of a plugin's, or of ours
+#
+# Silence ends none of them: the channel judges that, and closes the upstream.
 
 
 class Upstream:
     """An open source.  The feeder reads; close() may come from any thread."""
 
-    def __init__(self, session: Session, buffer: ReaderBuffer) -> None:
+    def __init__(self, session: Session) -> None:
         self.session = session
-        self.buffer = buffer
+        self.buffer = ReaderBuffer(session.engine.get_option("ringbuffer-size"))
         self.live_edge: int = session.engine.get_option("hls-live-edge")
-        self._is_closed = False
+        self._files: list[Any] = []  # what streamlink made for it, in that order
+        self._closing = threading.Event()
 
-    repeats_exactly = False  # whether another opening begins with the same bytes
+    def __repr__(self) -> str:
+        state = "closed" if self._closing.is_set() else "open"
+        return f"<{type(self).__name__} {self.session.name}, {state}: {self.buffer}>"
 
     @property
     def has_end(self) -> bool:
         """Whether this source ends by itself; known from its first bytes on."""
-        return False
+        workers = self._workers
+        return bool(workers) and all(
+            getattr(worker, "playlist_end", None) is not None
+            or getattr(getattr(worker, "mpd", None), "type", None) == "static"
+            for worker in workers
+        )
 
     @property
     def target_duration(self) -> float:
         """Seconds; 0 where there are no segments."""
-        return 0.0
+        durations = (getattr(worker, "playlist_targetduration", 0.0) for worker in self._workers)
+        return float(max(durations, default=0.0))
+
+    @property
+    def _workers(self) -> list[Any]:
+        """Who loads the playlists of each track; None for one that has none."""
+        tracks = (file for file in self._files if not isinstance(file, FFMPEGMuxer))
+        return [getattr(track, "worker", None) for track in tracks]
+
+    def start(self) -> None:
+        """Open the source; may raise anything, and whatever happens close() ends it."""
+        raise NotImplementedError
 
     def read(self, timeout: float) -> list[bytes | SegmentEvent]:
         """What has come, in order; empty after `timeout`, or when the buffer was woken.
@@ -2439,65 +2440,103 @@ class Upstream:
         Raises WindowEnded where the source truly ended, UpstreamError where it broke off.
         """
         items = self.buffer.take(TURN_LIMIT, timeout)
-        if self._is_over(items):
-            raise self._ending()
-        return items
+        if items or not self.buffer.is_exhausted:
+            return items
+        if self.buffer.failure:
+            raise UpstreamError(self.buffer.failure)
+        raise WindowEnded(complete=True)
 
     def close(self) -> None:
-        """End everything, on a thread of its own; returns at once.  Idempotent."""
-        if not self._is_closed:
-            self._is_closed = True
-            self.buffer.close()
-            self.session.cut()
-            name = f"close-{self.session.name}-0"
+        """End everything and drop what nobody took; returns at once.  Idempotent."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self.buffer.discard()
+        self.session.cut()
+        name = f"close-{self.session.name}-0"
+        try:
             threading.Thread(target=self._close, name=name, daemon=True).start()
-
-    def _is_over(self, items: list[bytes | SegmentEvent]) -> bool:
-        """Whether nothing comes after these, or nothing of use."""
-        return not items and self.buffer.is_exhausted
-
-    def _ending(self) -> Exception:
-        raise NotImplementedError
+        except RuntimeError:  # the system allows no more threads: this one waits for the others
+            self._close()
 
     def _close(self) -> None:
-        raise NotImplementedError
+        """Wait for the end of what was started."""
+        for file in reversed(self._files):
+            try:
+                close_file(file)
+            except Exception:
+                log.debug("cannot close", exc_info=True)
+        for file in self._files:
+            if isinstance(file, SegmentReader):
+                file.let_go()
+        self._files.clear()
+
+    def _remember(self, stream: Any) -> None:
+        """Note what a stream makes when it is opened: it forgets that where it fails half-way."""
+        files, maker = self._files, "__reader__" if hasattr(stream, "__reader__") else "open"
+        make = getattr(stream, maker)
+
+        def make_and_note(*arguments: Any, **more: Any) -> Any:
+            files.append(make(*arguments, **more))
+            return files[-1]
+
+        vars(stream)[maker] = make_and_note
+
+
+def close_file(file: Any) -> None:
+    """Close what streamlink opened, or was about to open; blocks for seconds at most."""
+    if isinstance(file, FFMPEGMuxer):
+        _close_muxer(file)
+    if isinstance(file, SegmentedStreamReader):
+        file._opened = True  # streamlink would leave a writer whose worker could not be started
+    file.close()
+
+
+def _close_muxer(muxer: Any) -> None:
+    """End ffmpeg and its tracks; streamlink leaves a zombie, and FIFOs with threads at them."""
+    process, muxer.process = muxer.process, None
+    if process:
+        process.kill()
+        process.stdin.close()
+        process.stdout.close()
+        process.wait()
+    for stream in muxer.streams:
+        close_file(stream)
+    for pipe, thread in zip(muxer.pipes, muxer.pipe_threads, strict=True):
+        for _ in range(20):
+            if thread.is_alive():
+                _unblock(pipe.path)
+                thread.join(0.1)
+        with contextlib.suppress(OSError):
+            pipe.path.unlink()
+
+
+def _unblock(path: Path) -> None:
+    """Let a thread go on that opens a FIFO which ffmpeg will never open at its other end."""
+    with contextlib.suppress(OSError, AttributeError):  # Windows has neither the flag nor the wait
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
 
 
 class SegmentedUpstream(Upstream):
     """An HLS stream: streamlink's worker and writer with our downloads and our ReaderBuffer."""
 
-    def __init__(self, session: Session, stream: HLSStream) -> None:
-        hook(stream, session.name, has_ring=True)
-        self._reader = stream.open()
-        super().__init__(session, self._reader.buffer)
+    def __init__(
+        self, session: Session, stream: HLSStream, first: int | None = None, slack: int = 0
+    ) -> None:
+        super().__init__(session)
+        self._stream = stream
+        hook(stream, session.name, self.buffer, first=first, slack=slack)
+        self._remember(stream)
 
-    @property
-    def has_end(self) -> bool:
-        return self._reader.worker.playlist_end is not None
-
-    @property
-    def target_duration(self) -> float:
-        return float(self._reader.worker.playlist_targetduration)
-
-    def _is_over(self, items: list[bytes | SegmentEvent]) -> bool:
-        """A writer that has died did not close the buffer."""
-        return super()._is_over(items) or (not items and not self._reader.writer.is_alive())
-
-    def _ending(self) -> Exception:
-        worker, writer = self._reader.worker, self._reader.writer
-        if writer.is_drained and self.has_end and worker.sequence > worker.playlist_end:
-            return WindowEnded(complete=True)
-        return UpstreamError(self._reader.failure or "the origin sends no more segments")
-
-    def _close(self) -> None:
-        self._reader.close()
+    def start(self) -> None:
+        self._stream.open()
 
 
-def hook(stream: Any, name: str, has_ring: bool) -> None:
+def hook(stream: Any, name: str, buffer: ReaderBuffer | TrackBuffer, **told: Any) -> None:
     """Put our downloads into an HLS stream, perhaps a plugin's own, before it is opened."""
     stream.name = name  # part of its threads' names, and so of their log lines
-    stream.has_ring = has_ring  # False: a track for ffmpeg, which reads streamlink's own buffer
-    vars(stream)["__reader__"] = _hooked(type(stream).__reader__)
+    reader = _hooked(type(stream).__reader__)
+    vars(stream)["__reader__"] = functools.partial(reader, buffer=buffer, **told)
 
 
 @functools.cache
@@ -2511,25 +2550,49 @@ def _hooked(base: Any) -> Any:
     return type(base.__name__, (SegmentReader, base), members)
 
 
+class TrackBuffer(RingBuffer):
+    """A track's, which streamlink's muxer reads; where the track fails, its upstream does."""
+
+    def __init__(self, outlet: ReaderBuffer) -> None:
+        super().__init__(outlet.limit)  # type: ignore[no-untyped-call]
+        self._outlet = outlet  # the upstream's
+
+    def put_event(self, event: SegmentEvent) -> None:
+        """Nobody asks for them."""
+
+    def end(self, failure: str | None) -> None:
+        if failure:
+            self._outlet.end(failure)
+        self.close()  # type: ignore[no-untyped-call]
+
+
 class SegmentReader(HLSStreamReader):
-    def __init__(self, stream: Any, name: str | None = None) -> None:
+    def __init__(
+        self, stream: Any, name: str | None, buffer: Any, first: int | None = None, slack: int = 0
+    ) -> None:
+        self.first = first  # the segment to begin with, where it is listed
+        self.slack = slack  # how many numbers the playlist may be behind it
         super().__init__(stream, name=name)
         self.timeout = 2.0  # seconds that close() waits for each of two threads
-        if stream.has_ring:
-            self.buffer: Any = ReaderBuffer(self.session.get_option("ringbuffer-size"))
-            stream.parse_packed_audio = False  # the framer removes ID3 tags, of every version
+        self.buffer: Any = buffer  # a ReaderBuffer or a TrackBuffer
 
-    @property
-    def failure(self) -> str | None:
-        """Why it broke off, in words."""
-        worker, writer = cast(WatchedWorker, self.worker), cast(DownloadingWriter, self.writer)
-        return worker.failure or writer.failure
+    def fail(self, reason: str) -> None:
+        """Break off: the worker has no more segments to put."""
+        self.buffer.end(reason)
+        self.close()
+
+    def let_go(self) -> None:
+        """Have streamlink's threads let go of this, once they have ended, and of its bytes."""
+        if not (self.worker.is_alive() or self.writer.is_alive()):
+            del self.worker.reader, self.worker.writer, self.writer.reader, self.buffer
 
 
 class WatchedWorker(HLSStreamWorker):
     """Tells why it failed, where it starts, and when the origin started anew."""
 
-    failure: str | None = None  # of the newest playlist, in words
+    reader: Any
+    failure: str | None = None  # of the newest playlist
+    _is_loaded = False  # the first playlist came
     _below = 0  # successive playlists that end below the last number queued
 
     def run(self) -> None:
@@ -2537,16 +2600,16 @@ class WatchedWorker(HLSStreamWorker):
             super().run()
         except Exception as error:
             log.exception("the worker died")
-            self._fail(explain(error))
+            self.reader.fail(explain(error))
 
     def reload(self) -> None:
         try:
             super().reload()  # type: ignore[no-untyped-call]
-            self.failure = None
+            self._is_loaded, self.failure = True, None
         except Exception as error:
             self.failure = explain(error)
-            if self.failure in EXPIRED:
-                self._fail(self.failure)  # the address may have expired: it is resolved anew
+            if self.failure in EXPIRED or not self._is_loaded:
+                self.reader.fail(self.failure)  # the address may have expired: it is resolved anew
             raise
 
     def process_segments(self, playlist: Any) -> None:
@@ -2556,7 +2619,7 @@ class WatchedWorker(HLSStreamWorker):
         elif last < self.sequence - 1:  # caches serve playlists a number or two old
             self._below += 1
             if self._below == 3 or self.failure:
-                self._fail("the origin started anew")
+                self.reader.fail("the origin started anew")
                 return
         else:
             self._below = 0
@@ -2564,14 +2627,9 @@ class WatchedWorker(HLSStreamWorker):
 
     def _choose_first(self, first: int, last: int) -> None:
         """Go on where another opening stopped, unless the numbers tell nothing."""
-        wanted = getattr(self.stream, "first_number", None)
-        slack = getattr(self.stream, "stale_numbers", 0)
-        if wanted is not None and first <= wanted <= last + 1 + slack:
+        wanted = self.reader.first
+        if wanted is not None and first <= wanted <= last + 1 + self.reader.slack:
             self.sequence = wanted
-
-    def _fail(self, reason: str) -> None:
-        self.failure = reason
-        self.reader.close()
 
 
 # What an address answers that is not valid any more, by explain()'s words.
@@ -2581,34 +2639,38 @@ EXPIRED = frozenset(f"the origin answered {status}" for status in (401, 403, 404
 class DownloadingWriter(HLSStreamWriter):
     """Runs up to `threads` downloads at once and hands on the oldest one's bytes as they come.
 
-    put() is the worker's, write() the writer's thread.  A segment takes one of `threads + 1` slots
-    before its request and gives it back when its last byte is in the buffer: that bounds memory.
+    A segment takes one of `threads + 1` slots before its request and gives it back when its last
+    byte is in the buffer: that bounds memory.
     """
+
+    reader: Any
 
     def __init__(self, reader: Any, **arguments: Any) -> None:
         super().__init__(reader, **arguments)
         self.retries = 0  # of keys: streamlink would sleep in between, whoever wants it to end
-        self.is_drained = False  # the worker's end of the stream was reached, in order
-        self.failure: str | None = None
-        self._is_closing = False
         self._slots = threading.Semaphore(self.threads + 1)
+        # Segments, in order, with their downloads (None: filtered); True for their maps.
+        self._queued: queue.SimpleQueue[tuple[Any, Download | None, bool] | None]
+        self._queued = queue.SimpleQueue()
         self._map: tuple[object, Download] | None = None  # the newest EXT-X-MAP
-        self._running_lock = threading.Lock()  # guards _running and _is_closing
-        self._running: weakref.WeakSet[Download] = weakref.WeakSet()
-        self.newest_byte = 0.0  # when any download moved; each writes it, the newest wins
+        # _lock guards these two.
+        self._lock = threading.Lock()
+        self._downloads: weakref.WeakSet[Download] = weakref.WeakSet()
+        self._is_closing = False
 
     # The worker's thread
 
     def put(self, segment: Any) -> None:
         if segment is None:
-            self.queue(None, None)
+            self._queued.put(None)
             return
         self._slots.acquire()
-        if self._is_closing:
+        if self.should_filter_segment(segment):
+            self._queued.put((segment, None, False))
             return
-        if segment.map is not None and not self.should_filter_segment(segment):
+        if segment.map is not None:
             self._put_map(segment)
-        self._queue_at_once(segment, self._start(segment, segment), is_map=False)
+        self._queued.put((segment, self._start(segment, segment), False))
 
     def _put_map(self, segment: Any) -> None:
         """Hand on the initialization section where it changed, or the stream is discontinuous."""
@@ -2617,142 +2679,138 @@ class DownloadingWriter(HLSStreamWriter):
             self._map = key, self._start(segment, segment.map)
         elif not segment.discontinuity:
             return
-        self._queue_at_once(segment, self._map[1], is_map=True)
-
-    def _queue_at_once(self, segment: Any, download: Download, is_map: bool) -> None:
-        """As a future that is done: streamlink's writer waits for it, and shall not."""
-        future: Future[Any] = Future()
-        future.set_result(download)
-        self.queue(segment, future, is_map)
+        self._queued.put((segment, self._map[1], True))
 
     def _start(self, segment: Any, part: Any) -> Download:
         """A download of a segment or of its map, in the executor's queue."""
-        first, last, failure = 0, None, None
+        byte_range, failure = None, None
         try:
             if part.byterange and part is segment:
-                first, last = self.byterange.cached(segment.num, part.byterange)
+                byte_range = self.byterange.cached(segment.num, part.byterange)
             elif part.byterange:
-                first, last = self.byterange.uncached(part.byterange)
+                byte_range = self.byterange.uncached(part.byterange)
         except EngineStreamError as error:  # an offset is missing
             failure = explain(error)
-        download = Download(self, part.uri, segment.num, first, last)
-        if failure or (part is segment and self.should_filter_segment(segment)):
-            download.finish(failure)
-            return download
-        with self._running_lock:
-            if self._is_closing:
-                download.finish("closed")
+        request = functools.partial(self._request, part.uri)
+        is_listed = functools.partial(self._is_listed, segment.num)
+        download = Download(request, self.wait, self._patience, is_listed, byte_range)
+        with self._lock:
+            self._downloads.add(download)
+            if failure or self._is_closing:
+                download.buffer.end(failure or "closed")
             else:
-                self._running.add(download)
                 self.executor.submit(download.run)
         return download
 
-    # The downloads' threads: what a Requester does
+    # The downloads' threads
 
-    def request(
+    def _request(
         self, address: str, headers: Mapping[str, str], timeout: float
     ) -> requests.Response:
-        arguments = dict(self.reader.request_params)
-        arguments["headers"] = {**(arguments.get("headers") or {}), **headers}
-        limit = min(timeout, self.timeout)
-        response = self.session.http.get(address, stream=True, timeout=limit, **arguments)
-        return cast(requests.Response, response)
+        arguments = {**self.reader.request_params, "url": address}
+        return cast(Http, self.session.http).ask(arguments, headers, min(timeout, self.timeout))
 
-    def is_listed(self, number: int) -> bool:
+    def _is_listed(self, number: int) -> bool:
         listed = self.reader.worker.playlist_segments
         return self._has_end or not listed or number >= listed[0].num
 
-    @property
-    def patience(self) -> float:
-        if self._has_end:
-            return float(self.timeout)
-        return 2.0 * (self.reader.worker.playlist_targetduration or 1.0)
+    def _patience(self) -> float:
+        target_duration: float = self.reader.worker.playlist_targetduration or 1.0
+        return float(self.timeout) if self._has_end else 2 * target_duration
 
     @property
     def _has_end(self) -> bool:
         return self.reader.worker.playlist_end is not None
 
-    # The writer's thread
+    # Its own thread
 
-    def write(self, segment: Any, result: Any, *data: Any) -> None:
-        is_map: bool = data[0]
+    def run(self) -> None:
+        fill(self.reader.buffer, self._items())
+        self.close()
+
+    def _items(self) -> Items:
+        """All that is to be handed on, in order; raises UpstreamError where it breaks off."""
+        while item := self._queued.get():
+            yield from self._items_of(*item)
+        worker = self.reader.worker
+        if worker.playlist_end is None or worker.sequence <= worker.playlist_end:
+            raise UpstreamError("the origin sends no more segments")
+
+    def _items_of(self, segment: Any, download: Download | None, is_map: bool) -> Items:
         try:
-            if self.should_filter_segment(segment):
-                super().write(segment, result, *data)
-                self._put_event(EventKind.FILTERED, segment)
-            else:
-                self._put_event(EventKind.INIT if is_map else EventKind.START, segment)
-                self._hand_on(segment, result, is_map)
-                if not is_map:
-                    self._put_event(EventKind.END, segment)
-        except Exception as error:  # must not end the writer's thread, and with it the stream
-            if not self._is_closing:
-                self._give_up(segment, result, is_map, error)
+            if download is None:
+                self.reader.pause()
+                yield SegmentEvent(EventKind.FILTERED, segment.num)
+                return
+            yield SegmentEvent(EventKind.INIT if is_map else EventKind.START, segment.num)
+            yield from self._bytes_of(segment, download, is_map)
+            self.reader.resume()
+            if not is_map:
+                yield SegmentEvent(EventKind.END, segment.num)
+        except UpstreamError:
+            raise
+        except Exception as error:
+            assert download
+            yield self._give_up(segment, download, is_map, explain(error))
         finally:
             if not is_map:
                 self._slots.release()
 
-    def _give_up(self, segment: Any, download: Download, is_map: bool, error: Exception) -> None:
+    def _give_up(self, segment: Any, download: Download, is_map: bool, reason: str) -> SegmentEvent:
         """Leave a gap; or end, where the origin is gone or nothing could be decoded any more."""
-        reason = str(error) if isinstance(error, DownloadFailed) else explain(error)
-        is_gone = self.newest_byte <= download.gone_since < math.inf
-        if is_map or is_gone:
-            what = "its initialization section cannot be had: " if is_map else ""
-            self.failure = what + reason
-            self.close()
-            return
-        log.warning("segment %d is given up: %s", segment.num, reason)
-        self._put_event(EventKind.GAP, segment)
-
-    def _put_event(self, kind: EventKind, segment: Any) -> None:
-        if isinstance(self.reader.buffer, ReaderBuffer):
-            self.reader.buffer.put_event(SegmentEvent(kind, segment.num))
-
-    def _hand_on(self, segment: Any, download: Download, is_map: bool) -> None:
+        with self._lock:
+            newest_byte = max(other.newest_byte for other in self._downloads)
         if is_map:
-            key, pieces = segment.map.key, download.iter_content(keep=True)
-        else:
-            key, pieces = segment.key, self.iter_segment_content(segment, cast(Any, download))
+            raise UpstreamError(f"its initialization section cannot be had: {reason}")
+        if newest_byte <= download.gone_since < math.inf:
+            raise UpstreamError(reason)
+        if not self._is_closing:
+            log.warning("segment %d is given up: %s", segment.num, reason)
+        return SegmentEvent(EventKind.GAP, segment.num)
+
+    def _bytes_of(self, segment: Any, download: Download, is_map: bool) -> Iterator[bytes]:
+        key, pieces = segment.key, self.iter_segment_content(segment, cast(Any, download))
+        if is_map:
+            key, pieces = segment.map.key, iter([download.content])
         if key and key.method != "NONE" and not self.passthrough_encrypted:
             pieces = _decrypted(pieces, self._decryptor(key, segment.num))
-        if self.stream.parse_packed_audio and not is_map:
-            pieces = self._parse_packed_audio_timestamp(_without_old_id3(pieces))
-        for piece in pieces:
-            self.reader.buffer.write(piece)
-        if self.reader.is_paused():
-            self.reader.resume()
+        is_track = isinstance(self.reader.buffer, TrackBuffer)
+        if is_track and self.stream.parse_packed_audio and not is_map:
+            pieces = self._without_tags(pieces)
+        return pieces
 
     def _decryptor(self, key: Any, number: int) -> Any:
         """Without its key a stream cannot go on: it is tried for as long as a segment would be."""
-        deadline = time.monotonic() + self.patience
+        deadline = time.monotonic() + self._patience()
         for pause in itertools.chain(RETRY_PAUSES, itertools.repeat(RETRY_PAUSES[-1])):
             try:
                 return self.create_decryptor(key, number)
             except Exception as error:
                 if time.monotonic() + pause > deadline or not self.wait(pause):
-                    self.failure = f"its key cannot be had: {explain(error)}"
-                    self.close()
-                    raise
+                    raise UpstreamError(f"its key cannot be had: {explain(error)}") from error
         return None
 
-    def _queue_get(self) -> Any:
-        item = super()._queue_get()
-        self.is_drained = item is None and not self._is_closing
-        return item
+    def _without_tags(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """Take out the time stamps of packed audio, but for tags that streamlink cannot read."""
+        start, whole = itertools.tee(pieces)
+        try:
+            return self._parse_packed_audio_timestamp(start)
+        except ID3v2Error:
+            return whole
 
     # Any thread
 
     def close(self) -> None:
-        """Wake all that wait here, then end as streamlink does."""
-        with self._running_lock:
+        """Wake all that wait here and drop what nobody took, then end as streamlink does."""
+        with self._lock:
             self._is_closing = True
-            running = tuple(self._running)
+            downloads = tuple(self._downloads)
         self._wait.set()
-        for download in running:
-            download.finish("closed")
+        for download in downloads:
+            download.buffer.discard()
+        self._map = None
         self._slots.release(self.threads + 2)
-        with contextlib.suppress(queue.Full):
-            self._queue.put_nowait(None)  # the writer looks at it twice a second otherwise
+        self._queued.put(None)
         super().close()
 
 
@@ -2768,163 +2826,128 @@ def _decrypted(pieces: Iterable[bytes], cipher: Any) -> Iterator[bytes]:
     yield unpad(cipher.decrypt(held), 16, style="pkcs7")
 
 
-def _without_old_id3(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Take out ID3 tags that streamlink cannot read: it knows version 4 alone."""
-    start = b""
-    for piece in pieces:
-        start += piece
-        if len(start) >= 10:
-            break
-    is_old = start[:3] == b"ID3" and start[3:4] != b"\x04"
-    left = _id3_size(start.ljust(10, b"\0")) if is_old else 0
-    for piece in itertools.chain([start], pieces):
-        yield piece[left:]
-        left = max(0, left - len(piece))
-
-
 @functools.cache
 def hooks_fit() -> bool:
-    """Whether this streamlink has what the hooks above override and call."""
+    """Whether the libraries have what is overridden and called here."""
     wanted: tuple[tuple[Any, Mapping[str, str]], ...] = (
         (HLSStreamWriter, {
-            "put": "self segment", "queue": "self segment future *data",
-            "write": "self segment result *data", "close": "self",
+            "put": "self segment", "run": "self", "close": "self",
             "should_filter_segment": "self segment", "create_decryptor": "self key num",
             "iter_segment_content": "self segment response",
-            "_parse_packed_audio_timestamp": "self iterator", "_queue_get": "self",
+            "_parse_packed_audio_timestamp": "self iterator",
         }),
-        (HLSStreamWorker, {"reload": "self"}),
-        (HLSStreamReader, {"is_paused": "self", "resume": "self"}),
+        (HLSStreamWorker, {"reload": "self", "run": "self", "process_segments": "self playlist"}),
+        (HLSStreamReader, {"close": "self", "pause": "self", "resume": "self"}),
+        (MuxedStream, {"_open_streams": "self"}),
+        (HTTPAdapter, {"get_connection_with_tls_context": "self request verify proxies cert"}),
     )  # fmt: skip
     return all(
-        _signature(getattr(owner, name, None)) == signature
+        hasattr(owner, name)
+        and " ".join(inspect.signature(getattr(owner, name)).parameters) == parameters
         for owner, methods in wanted
-        for name, signature in methods.items()
+        for name, parameters in methods.items()
     )
 
 
-def _signature(function: Any) -> str:
-    if function is None:
-        return ""
-    parameters = inspect.signature(function).parameters.values()
-    return " ".join("*" * (p.kind is p.VAR_POSITIONAL) + p.name for p in parameters)
-
-
 class PumpedUpstream(Upstream):
-    """A source without segments, moved to the buffer by a thread as its bytes come."""
+    """A source that a thread moves to the buffer as its bytes come."""
 
-    def __init__(self, session: Session, pieces: Iterable[bytes]) -> None:
-        super().__init__(session, ReaderBuffer(session.engine.get_option("ringbuffer-size")))
-        self._pieces = pieces  # of the source, each as soon as there are any bytes
-        self._failure: str | None = None
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
         self._pump = threading.Thread(target=self._run, name=f"pump-{session.name}-0", daemon=True)
+
+    def start(self) -> None:
         self._pump.start()
 
     def _run(self) -> None:
-        try:
-            for piece in self._pieces:
-                self.buffer.write(piece)
-                if self.buffer.closed:
-                    break
-        except Exception as error:
-            if not self._is_closed:
-                log.debug("the source broke off", exc_info=True)
-                self._failure = explain(error)
-        finally:
-            self.buffer.close()
+        fill(self.buffer, self._items())
 
-    def _ending(self) -> Exception:
-        if self.has_end and not self._failure:
-            return WindowEnded(complete=True)
-        return UpstreamError(self._failure or "the origin closed the connection")
+    def _items(self) -> Items:
+        """All that comes; raises UpstreamError where that is not an end."""
+        raise NotImplementedError
+
+    def _close(self) -> None:
+        super()._close()
+        if self._pump.ident:
+            self._pump.join()
 
 
 class RawUpstream(PumpedUpstream):
-    """A plain HTTP body: it has an end where it has a length, and is live otherwise."""
+    """A plain HTTP body: with a length it is one segment, and resumed as such; else it is live."""
 
-    def __init__(self, session: Session, response: requests.Response, start: bytes) -> None:
-        self._response = response
-        self.repeats_exactly = "Content-Length" in response.headers
-        limit = max(session.buffer_size, 64 * KIB)
-        read = functools.partial(response.raw.read1, limit, decode_content=True)
-        super().__init__(session, itertools.chain([start], iter(read, b"")))
+    def __init__(
+        self,
+        session: Session,
+        arguments: Mapping[str, Any],
+        opened: tuple[requests.Response, bytes],
+    ) -> None:
+        super().__init__(session)
+        self._arguments = arguments  # of its request
+        self._opened = opened
 
     @property
     def has_end(self) -> bool:
-        return self.repeats_exactly
+        return "Content-Length" in self._opened[0].headers
+
+    def _items(self) -> Items:
+        if not self.has_end:
+            response, start = self._opened
+            yield start
+            yield from iter(reading(response, self.session.read_size), b"")
+            raise UpstreamError("the origin closed the connection")
+        http = cast(Http, self.session.engine.http)
+        # A body that stalls is noticed after `timeout`, and then asked for once more.
+        patience = self.session.engine.get_option("stream-segment-timeout") + JUDGE_GRACE / 2
+        download = Download(
+            functools.partial(http.ask, self._arguments),
+            lambda seconds: not self._closing.wait(seconds),
+            lambda: patience,
+            opened=self._opened,
+        )
+        yield SegmentEvent(EventKind.START, 0)
+        yield from download.parts()
+        yield SegmentEvent(EventKind.END, 0)
 
     def _close(self) -> None:
-        self._pump.join()
-        self._response.close()
+        super()._close()
+        self._opened[0].close()
 
 
 class ProcessUpstream(PumpedUpstream):
     """Tracks that ffmpeg puts together, and whatever else streamlink opens as a file."""
 
     def __init__(self, session: Session, stream: Any) -> None:
-        self._tracks: list[Any] = []
+        super().__init__(session)
+        self._stream = stream
+        self._file: Any = None
+
+    def start(self) -> None:
+        stream = self._stream
         if isinstance(stream, MuxedStream):
-            self._remember_tracks(stream, session.name)
-        try:
+            self._prepare_tracks(stream)
+            tracks = stream._open_streams()
+            self._file = FFMPEGMuxer(self.session.engine, *tracks, **stream.options)
+            self._files.append(self._file)
+            self._file.open()
+        else:
+            self._remember(stream)
             self._file = stream.open()
-        except BaseException:
-            for track in self._tracks:
-                track.close()
-            raise
+            self._files.append(self._file)
+        super().start()
+
+    def _prepare_tracks(self, stream: Any) -> None:
+        for index, track in enumerate((*stream.substreams, *stream.subtitles.values())):
+            if isinstance(track, HLSStream):
+                name = f"{self.session.name}--{index}"
+                hook(track, name, TrackBuffer(self.buffer))
+            self._remember(track)
+
+    def _items(self) -> Items:
         is_muxer = isinstance(self._file, FFMPEGMuxer)
         read = self._file.process.stdout.read1 if is_muxer else self._file.read
-        super().__init__(session, iter(functools.partial(read, 64 * KIB), b""))
-
-    def _remember_tracks(self, stream: Any, name: str) -> None:
-        """Keep what streamlink opens: it forgets the tracks when the muxer then fails."""
-        open_tracks = stream._open_streams
-
-        def remember() -> list[Any]:
-            self._tracks = open_tracks()
-            return self._tracks
-
-        stream._open_streams = remember
-        for index, track in enumerate(stream.substreams):
-            if isinstance(track, HLSStream) and hooks_fit():
-                hook(track, f"{name}--{index}", has_ring=False)
-
-    @property
-    def has_end(self) -> bool:
-        ends = [getattr(track, "worker", None) for track in self._tracks or [self._file]]
-        return all(
-            getattr(worker, "playlist_end", None) is not None
-            or getattr(getattr(worker, "mpd", None), "type", None) == "static"
-            for worker in ends
-        )
-
-    def _is_over(self, items: list[bytes | SegmentEvent]) -> bool:
-        return super()._is_over(items) or self._track_failure is not None
-
-    def _ending(self) -> Exception:
-        failure = self._track_failure
-        return UpstreamError(failure) if failure else super()._ending()
-
-    @property
-    def _track_failure(self) -> str | None:
-        """Why a track was closed before its end: ffmpeg goes on with the others."""
-        closed = (t for t in self._tracks if isinstance(t, SegmentReader) and t.buffer.closed)
-        return next((track.failure for track in closed if track.failure), None)
-
-    def _close(self) -> None:
-        if process := getattr(self._file, "process", None):
-            process.kill()
-            for pipe in self._file.pipes:
-                _unblock(pipe.path)
-            process.stdin.close()  # streamlink leaves this open, and the process a zombie
-            process.wait()
-        self._file.close()
-        self._pump.join()
-
-
-def _unblock(path: Path) -> None:
-    """Let a thread go on that opens a FIFO which ffmpeg will never open at its other end."""
-    with contextlib.suppress(OSError, AttributeError):  # Windows has neither the flag nor the wait
-        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        yield from iter(functools.partial(read, 64 * KIB), b"")
+        if not self.has_end:
+            raise UpstreamError("the origin closed the connection")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3142,12 +3165,12 @@ class Splicer:
 
     def _compare(self, data: bytes) -> bytes:
         """What is new of the open segment, once all that viewers have had was the same."""
-        data = self._repeat.pass_on(data)
-        if self._repeat.differs:
+        new = self._repeat.pass_on(data)
+        if new is None:
             self._skip()
         elif self._repeat.is_over:
             self._state = SpliceState.PASSING
-        return data
+        return new or b""
 
     def _skip(self) -> None:
         """The open segment is other media than before: go on with the next."""

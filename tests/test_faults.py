@@ -1149,9 +1149,9 @@ def test_dead_writer_is_a_failure_at_once(
     audience = Audience(serve(both(live.url), **{**QUICK, "timeout": 60, "reconnect": 60}))
     audience.expect(live.plain(2, 5))
     with monkeypatch.context() as patch:
-        patch.setattr(HLSStreamWriter, "_queue_get", leave)
+        patch.setattr(HLSStreamWriter, "iter_segment_content", leave)
+        live.advance()
         journal.wait_failed()
-    live.advance()
     audience.expect(live.plain(5, 6))
 
 
