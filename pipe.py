@@ -3316,7 +3316,8 @@ class Channel:
         self.wanted = wanted  # the quality asked for
         self.since = time.monotonic()
         self.record = channels.record(stream.name)
-        self.window = Window(stream.options.ringbuffer_size, growth=WINDOW_GROWTH)
+        limit = stream.options.ringbuffer_size
+        self.window = Window(limit, FOREMOST_PATIENCE, WINDOW_GROWTH)
         self.container = Container.MPEG_TS  # set once, before the window gets its first block
         # Guarded by channels.changed.
         self.stream = stream  # a reload replaces it

@@ -74,7 +74,9 @@ class Sluggish:
             self.head += self.read(1)
 
     def read(self, size: int) -> bytes:
-        return self._sock.recv(size, socket.MSG_WAITALL)
+        data = self._sock.recv(size, socket.MSG_WAITALL)
+        assert data, "the server closed the connection"
+        return data
 
     def read_all(self) -> bytes:
         """The rest, with room for it: otherwise each 2 KiB would be a packet of their own."""
@@ -469,7 +471,7 @@ def feeders() -> list[threading.Thread]:
 
 def set_patience(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Another FOREMOST_PATIENCE for channels that are opened from now on."""
-    monkeypatch.setattr(pipe.Window.__init__, "__defaults__", (seconds,))
+    monkeypatch.setattr(pipe, "FOREMOST_PATIENCE", seconds)
 
 
 def test_lone_viewer_a_little_faster_than_the_stream_loses_nothing(
