@@ -821,14 +821,15 @@ class Framer:
         self._in_segments = False
         self._init_section = b""  # as far as it has come
         self._in_init_section = False
-        self.last_dts: int | None = None
+        self.last_dts: int | None = None  # of a picture, or of sound where there is none
 
     def start_init_section(self) -> None:
         """An initialization section starts with the next byte."""
         self._init_section, self._in_init_section = b"", True
 
     def start_segment(self) -> None:
-        """A segment starts with the next byte."""
+        """A segment starts with the next byte; what is held back belongs to none."""
+        self.drop()
         self._in_segments, self._in_init_section = True, False
         self.joins.append(JoinPoint(self.position, self._init_section, JoinKind.SEGMENT))
 
@@ -867,6 +868,7 @@ class Framer:
 VIDEO_TYPES = frozenset({0x01, 0x02, 0x10, 0x1B, 0x20, 0x24, 0x33, 0x42, 0xD1, 0xEA})
 _UNIT_START = re.compile(rb"[\x40-\x7f\xc0-\xff]")  # a packet's second byte, with that bit set
 _ANY_BYTE = re.compile(rb".", re.DOTALL)
+_PACKET_START = re.compile(rb"G(?!.{187}[^G])", re.DOTALL)  # another or nothing where it ends
 # Start codes of what only stands in front of a picture that needs no other, by stream type.
 _KEY_UNITS = {
     0x01: re.compile(rb"\x00\x00\x01\xb3"),  # MPEG-1 and -2: sequence header
@@ -889,13 +891,6 @@ def read_timestamp(data: bytes | bytearray, at: int) -> int:
     """The PTS or DTS in the five bytes at `at`, in ticks of 1/90000 s (2.4.3.7)."""
     value = int.from_bytes(data[at : at + 5], "big")
     return value >> 3 & 0x1_C000_0000 | value >> 2 & 0x3FFF_8000 | value >> 1 & 0x7FFF
-
-
-def write_timestamp(packet: bytearray, at: int, value: int) -> None:
-    """Replace the PTS or DTS at `at`; its four prefix and three marker bits stay."""
-    kept = int.from_bytes(packet[at : at + 5], "big") & 0xF1_0001_0001
-    bits = (value & 0x1_C000_0000) << 3 | (value & 0x3FFF_8000) << 2 | (value & 0x7FFF) << 1
-    packet[at : at + 5] = (kept | bits).to_bytes(5, "big")
 
 
 def timestamp_positions(packet: bytes | bytearray) -> Iterator[int]:
@@ -928,13 +923,6 @@ class ProgramTables:
         return -1 if self.lacks_video else self.named_video_pid
 
     @property
-    def main_pid(self) -> int:
-        """The picture's, or the first sound's."""
-        if self.video_pid >= 0:
-            return self.video_pid
-        return min(self.pids - {self.named_video_pid}, default=-1)
-
-    @property
     def packets(self) -> bytes:
         """PAT and PMT to put before a join point; empty until both were seen."""
         complete = 0 in self._packets and self.program_pid in self._packets
@@ -948,46 +936,42 @@ class ProgramTables:
             self.parts[pid] += packet
         packets = self.parts.get(pid, b"")
         section = _section(packets)
-        if section is not None:
+        if section:
             self._packets[pid] = bytes(packets)
-            del self.parts[pid]
             if pid == 0 and section[0] == 0x00:
-                self._read_pat(section)
+                places = range(8, len(section) - 4, 4)
+                entries = (struct.unpack_from(">HH", section, at) for at in places)
+                programs = [entry & 0x1FFF for number, entry in entries if number]
+                if programs and self.program_pid not in programs:
+                    self.program_pid = programs[0]
             elif pid != 0 and section[0] == 0x02:
                 self._read_pmt(section)
-        elif len(packets) > 8 * TS_PACKET:  # a section has at most 1,024 bytes
+        if section or len(packets) > 8 * TS_PACKET:  # a section has at most 1,024 bytes
             del self.parts[pid]
-
-    def _read_pat(self, section: bytes) -> None:
-        entries = (section[at : at + 4] for at in range(8, len(section) - 4, 4))
-        programs = [(e[2] & 0x1F) << 8 | e[3] for e in entries if e[:2] != b"\0\0"]
-        if programs and self.program_pid not in programs:
-            self.program_pid = programs[0]
 
     def _read_pmt(self, section: bytes) -> None:
         streams: dict[int, int] = {}
-        at = 12 + ((section[10] & 0x0F) << 8 | section[11])
+        at = 12 + (int.from_bytes(section[10:12], "big") & 0xFFF)
         while at + 5 <= len(section) - 4:
-            streams[(section[at + 1] & 0x1F) << 8 | section[at + 2]] = section[at]
-            at += 5 + ((section[at + 3] & 0x0F) << 8 | section[at + 4])
+            kind, pid, length = struct.unpack_from(">BHH", section, at)
+            streams[pid & 0x1FFF] = kind
+            at += 5 + (length & 0xFFF)
         video = [(pid, kind) for pid, kind in streams.items() if kind in VIDEO_TYPES]
         self.named_video_pid, self.video_type = video[0] if video else (-1, 0)
         self.pids = frozenset(streams)
 
 
-def _section(packets: bytes | bytearray) -> bytes | None:
-    """The section these packets of one PID hold, or None while it is not complete."""
-    data = bytearray()
+def _section(packets: bytes | bytearray) -> bytes:
+    """The section these packets of one PID hold; empty while it is not complete."""
+    data = b""
     for at in range(0, len(packets), TS_PACKET):
         packet = packets[at : at + TS_PACKET]
         start = payload_start(packet)
         if packet[1] & 0x40 and start < TS_PACKET:
             start += 1 + packet[start]  # pointer_field
         data += packet[start:]
-    if len(data) < 3:
-        return None
-    length = 3 + ((data[1] & 0x0F) << 8 | data[2])
-    return bytes(data[:length]) if 12 <= length <= len(data) else None
+    length = 3 + (int.from_bytes(data[1:3], "big") & 0xFFF)
+    return data[:length] if 12 <= length <= len(data) else b""
 
 
 class TsFramer(Framer):
@@ -1000,7 +984,6 @@ class TsFramer(Framer):
     def __init__(self) -> None:
         super().__init__()
         self.tables = ProgramTables()
-        self.last_dts: int | None = None  # of the picture, or of sound where there is none
         self._sounds: dict[int, int] = {}  # by PID: the first DTS since a picture came
         self._seen_key_frame = False
         self._segment: int | None = None  # where the segment began that has no join point yet
@@ -1032,10 +1015,14 @@ class TsFramer(Framer):
     def _cut(self, data: bytes, at: int) -> list[Block]:
         blocks = []
         while len(data) - at >= TS_PACKET:
-            count = _packets_in_sync(data, at)
-            end = at + count * TS_PACKET if count else _next_sync(data, at + 1)
-            if count:
+            whole = (len(data) - at) // TS_PACKET
+            first_bytes = data[at : at + whole * TS_PACKET : TS_PACKET]
+            end = at + (whole - len(first_bytes.lstrip(TS_SYNC))) * TS_PACKET
+            if end > at:
                 self._scan(data, at, end)
+            else:
+                found = _PACKET_START.search(data, at + 1)
+                end = found.start() if found else len(data)
             blocks += self._hand_on(data, at, end, TS_PACKET)
             at = end
         self._carry = data[at:]
@@ -1063,7 +1050,12 @@ class TsFramer(Framer):
         is_key_frame = pid == tables.video_pid and self._is_key_frame(packet)
         waits_for_key_frame = self._in_segments or (has_video and self._seen_key_frame)
         if self._segment is not None and (is_key_frame or not has_video):
-            self._join_segment(self._segment, position)
+            # Here where pictures that need others came first, else at the segment's start.
+            is_whole = self._first_unit is None
+            preamble = b"" if is_whole and self._has_tables else tables.packets
+            at = self._segment if is_whole else position
+            self.joins.append(JoinPoint(at, preamble, JoinKind.SEGMENT, dts=self.last_dts))
+            self._segment = None
         elif is_key_frame or not (waits_for_key_frame or self.joins):  # of others, one a turn
             kind = JoinKind.KEY_FRAME if is_key_frame else JoinKind.ANY
             self.joins.append(JoinPoint(position, tables.packets, kind, dts=self.last_dts))
@@ -1083,16 +1075,11 @@ class TsFramer(Framer):
         elif dts is not None:
             silence = (dts - self._sounds.setdefault(pid, dts)) % TIMESTAMP_MODULUS
             tables.lacks_video |= VIDEO_PATIENCE < silence < TIMESTAMP_MODULUS // 2
-        if pid == tables.main_pid and dts is not None:
+        main_pid = tables.video_pid
+        if main_pid < 0:
+            main_pid = min(tables.pids - {tables.named_video_pid}, default=-1)
+        if pid == main_pid and dts is not None:
             self.last_dts = dts
-
-    def _join_segment(self, start: int, position: int) -> None:
-        """Join it here where pictures that need others came first, else at its start."""
-        is_whole = self._first_unit is None
-        preamble = b"" if is_whole and self._has_tables else self.tables.packets
-        at = start if is_whole else position
-        self.joins.append(JoinPoint(at, preamble, JoinKind.SEGMENT, dts=self.last_dts))
-        self._segment = None
 
     def _is_key_frame(self, packet: bytes) -> bool:
         """random_access_indicator (2.4.3.4), or the units only a key frame has."""
@@ -1100,23 +1087,6 @@ class TsFramer(Framer):
             return True
         units = _KEY_UNITS.get(self.tables.video_type)
         return bool(units and units.search(packet, payload_start(packet)))
-
-
-def _packets_in_sync(data: bytes, at: int) -> int:
-    """How many whole packets from `at` on begin with a sync byte."""
-    whole = (len(data) - at) // TS_PACKET
-    first_bytes = data[at : at + whole * TS_PACKET : TS_PACKET]
-    return whole - len(first_bytes.lstrip(TS_SYNC))
-
-
-def _next_sync(data: bytes, at: int) -> int:
-    """The next place that looks like a packet's start, or the end of the data."""
-    found = data.find(TS_SYNC, at)
-    while found >= 0:
-        if data[found + TS_PACKET : found + TS_PACKET + 1] in (TS_SYNC, b""):
-            return found
-        found = data.find(TS_SYNC, found + 1)
-    return len(data)
 
 
 # Packed audio: a run of frames, with ID3 tags in front of a segment's first (RFC 8216, 3.4)
@@ -1140,10 +1110,9 @@ _AC3_RATES = (*_MPEG_RATES[1, 3], 384, 448, 512, 576, 640)
 
 def _adts_size(header: bytes) -> int:
     """Bytes of the AAC frame with this header (ISO/IEC 13818-7, 6.2); 0: it is none."""
-    if header[0] != 0xFF or header[1] & 0xF6 != 0xF0:
-        return 0
+    is_header = header[0] == 0xFF and header[1] & 0xF6 == 0xF0
     size = (header[3] & 3) << 11 | header[4] << 3 | header[5] >> 5
-    return size if size >= 7 else 0
+    return size if is_header and size >= 7 else 0
 
 
 def _mpeg_audio_size(header: bytes) -> int:
@@ -1174,9 +1143,8 @@ def _ac3_size(header: bytes) -> int:
 
 def _eac3_size(header: bytes) -> int:
     """Bytes of the frame with this header (ETSI TS 102 366, E.1.2.2); 0: it is none."""
-    if header[:2] != b"\x0b\x77" or not 11 <= header[5] >> 3 <= 16:
-        return 0
-    return ((header[2] & 7) << 8 | header[3]) * 2 + 2
+    is_header = header[:2] == b"\x0b\x77" and 11 <= header[5] >> 3 <= 16
+    return 2 * ((header[2] & 7) << 8 | header[3]) + 2 if is_header else 0
 
 
 FRAME_SIZES: dict[Container, Callable[[bytes], int]] = {
@@ -1211,10 +1179,6 @@ class AudioFramer(Framer):
         self._tag_left = 0  # bytes of an open ID3 tag still to come
         self._is_broken = False
 
-    def start_segment(self) -> None:
-        super().start_segment()
-        self.drop()
-
     def drop(self) -> None:
         super().drop()
         self._tag_left, self._is_broken = 0, False
@@ -1222,26 +1186,20 @@ class AudioFramer(Framer):
     def feed(self, data: bytes) -> list[Block]:
         data, at, blocks = self._carry + data, 0, list[Block]()
         while at < len(data):
-            start = self._skip_tag(data, at)
+            if not (self._tag_left or self._is_broken):
+                self._tag_left = _id3_size(data[at : at + ID3_HEADER])
+            start = min(at + self._tag_left, len(data))
+            self._tag_left -= start - at
             end = self._frames_end(data, start)
             if end == at:  # the next frame or tag has not come whole
                 break
             if end > start and not (self._in_segments or self._is_broken or self.joins):
-                self.joins.append(
-                    JoinPoint(self.position, b"", JoinKind.ANY)
-                )  # one a turn is enough
+                # One a turn is enough.
+                self.joins.append(JoinPoint(self.position, b"", JoinKind.ANY))
             blocks += self._hand_on(data, start, end)
             at = end
         self._carry = data[at:]
         return blocks
-
-    def _skip_tag(self, data: bytes, at: int) -> int:
-        """Where the tag at `at` ends, if there is one, as far as it has come."""
-        if not (self._tag_left or self._is_broken):
-            self._tag_left = _id3_size(data[at : at + ID3_HEADER])
-        skipped = min(self._tag_left, len(data) - at)
-        self._tag_left -= skipped
-        return at + skipped
 
     def _frames_end(self, data: bytes, start: int) -> int:
         """Where a block's worth of whole frames from `start` on ends.
@@ -1263,7 +1221,14 @@ class AudioFramer(Framer):
 
 # Telling containers apart
 
-FMP4_FIRST_BOXES = frozenset({b"ftyp", b"styp", b"moov", b"moof", b"sidx", b"emsg", b"prft"})
+_FIRST_BYTES = {
+    Container.MATROSKA: re.compile(rb"\x1a\x45\xdf\xa3"),
+    Container.FMP4: re.compile(rb".{4}(ftyp|styp|moov|moof|sidx|emsg|prft)", re.DOTALL),
+    # A first packet that is whole and followed by another's sync byte needs no more proof.
+    Container.MPEG_TS: re.compile(rb"G.{187}G", re.DOTALL),
+}
+# Up to three packets that begin anywhere, the first of them whole.
+_PACKETS = re.compile(rb".{0,187}?G(?=.{187})(?!.{187}[^G])(?!.{375}[^G])", re.DOTALL)
 
 
 def sniff(start: bytes, is_all: bool = False) -> Container | None:
@@ -1278,36 +1243,18 @@ def sniff(start: bytes, is_all: bool = False) -> Container | None:
     if at > len(start) >= TAG_LIMIT:
         return Container.MPEG_AUDIO  # what has so large a tag is a music file with its cover
     start = start[at:]
-    if start[:4] == b"\x1a\x45\xdf\xa3":
-        return Container.MATROSKA
-    if start[4:8] in FMP4_FIRST_BOXES:
-        return Container.FMP4
-    # A first packet that is whole and followed by another's sync byte needs no more proof.
-    if start[: TS_PACKET + 1 : TS_PACKET] == 2 * TS_SYNC:
-        return Container.MPEG_TS
+    for container, first_bytes in _FIRST_BYTES.items():
+        if first_bytes.match(start):
+            return container
     is_enough = is_all or len(start) >= SNIFF_LIMIT
-    if is_enough and any(_is_in_sync(start, offset) for offset in range(TS_PACKET)):
+    if is_enough and _PACKETS.match(start):
         return Container.MPEG_TS
-    audio = _sniff_audio(start, is_all)
-    return audio if is_enough or audio is not Container.OTHER else None
-
-
-def _is_in_sync(start: bytes, offset: int) -> bool:
-    """Whether up to three packets begin at `offset`, the first of them whole."""
-    syncs = start[offset : offset + 3 * TS_PACKET : TS_PACKET]
-    return offset + TS_PACKET <= len(start) and not syncs.strip(TS_SYNC)
-
-
-def _sniff_audio(start: bytes, is_all: bool) -> Container | None:
-    """The container of the frames that `start` begins with, OTHER for none; None asks for more."""
-    if len(start) < FRAME_HEADER:
-        return Container.OTHER
     for container, frame_size in FRAME_SIZES.items():
-        size = frame_size(start)
+        size = frame_size(start) if len(start) >= FRAME_HEADER else 0
         second = start[size : size + FRAME_HEADER]
         if size and (len(second) < FRAME_HEADER or frame_size(second)):
             return container if is_all or len(second) == FRAME_HEADER else None
-    return Container.OTHER
+    return Container.OTHER if is_enough else None
 
 
 def framer_for(container: Container) -> Framer:
@@ -1351,40 +1298,31 @@ rz5V*o2#sOvbpkI$v;QlnW%U<I!TKjd;2!j#3Dd{j%&a(W);#IIwh`8Rc?-t0i&@%gs<%$5~+4e*mzP`
 
 
 def delay_timestamps(packet: bytearray, ticks: int) -> None:
+    """Move PTS and DTS; their four prefix and three marker bits stay."""
     for at in timestamp_positions(packet):
-        write_timestamp(packet, at, (read_timestamp(packet, at) + ticks) % TIMESTAMP_MODULUS)
-
-
-def delay_pcr(packet: bytearray, ticks: int) -> None:
-    """Move the 33-bit base of the PCR, if there is one; its 9-bit extension stays (2.4.3.5)."""
-    if packet[3] & 0x20 and packet[4] and packet[5] & 0x10:
-        base, rest = divmod(int.from_bytes(packet[6:12], "big"), 1 << 15)
-        base = (base + ticks) % TIMESTAMP_MODULUS
-        packet[6:12] = (base << 15 | rest).to_bytes(6, "big")
-
-
-@functools.cache
-def test_card() -> tuple[Sequence[bytes], Counter[int]]:
-    """The clip's packets, and how far they move the continuity counter of each PID.
-
-    Only packets with a payload count (2.4.3.3).
-    """
-    clip = lzma.decompress(base64.b85decode("".join(TEST_CARD.split())))
-    packets = [clip[at : at + TS_PACKET] for at in range(0, len(clip), TS_PACKET)]
-    return packets, Counter(pid_of(packet) for packet in packets if packet[3] & 0x10)
+        value = (read_timestamp(packet, at) + ticks) % TIMESTAMP_MODULUS
+        kept = int.from_bytes(packet[at : at + 5], "big") & 0xF1_0001_0001
+        bits = (value & 0x1_C000_0000) << 3 | (value & 0x3FFF_8000) << 2 | (value & 0x7FFF) << 1
+        packet[at : at + 5] = (kept | bits).to_bytes(5, "big")
 
 
 def test_card_segment(number: int) -> bytes:
     """The test card as loop `number`, which continues loop `number - 1` without a seam."""
-    packets, counts = test_card()
-    segment = bytearray()
-    for packet in map(bytearray, packets):
+    clip = lzma.decompress(base64.b85decode("".join(TEST_CARD.split())))
+    packets = [bytearray(clip[at : at + TS_PACKET]) for at in range(0, len(clip), TS_PACKET)]
+    # A loop moves a PID's continuity counter by its packets with a payload (2.4.3.3).
+    counts = Counter(pid_of(packet) for packet in packets if packet[3] & 0x10)
+    ticks = number * TEST_CARD_TICKS
+    for packet in packets:
         counter = packet[3] + number * counts[pid_of(packet)]
         packet[3] = packet[3] & 0xF0 | counter & 0x0F
-        delay_pcr(packet, number * TEST_CARD_TICKS)
-        delay_timestamps(packet, number * TEST_CARD_TICKS)
-        segment += packet
-    return bytes(segment)
+        if packet[3] & 0x20 and packet[4] and packet[5] & 0x10:
+            # The PCR: a base of 33 bits, and an extension that stays (2.4.3.5).
+            base, rest = divmod(int.from_bytes(packet[6:12], "big"), 1 << 15)
+            base = (base + ticks) % TIMESTAMP_MODULUS
+            packet[6:12] = (base << 15 | rest).to_bytes(6, "big")
+        delay_timestamps(packet, ticks)
+    return b"".join(packets)
 
 
 # --------------------------------------------------------------------------------------------------

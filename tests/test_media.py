@@ -295,7 +295,8 @@ def test_whole_body_of_few_packets_is_a_transport_stream(count: int) -> None:
 @example(start=b"\xff\xf1\x50\x43\xff\xff", fill=b"\xff")  # the largest frame of all
 def test_sniffing_always_ends(start: bytes, fill: bytes) -> None:
     assert pipe.sniff(start, is_all=True)
-    assert pipe.sniff((start + fill * ENOUGH)[:ENOUGH]) or start[:3] == b"ID3"
+    enough = (start + fill * ENOUGH)[:ENOUGH]
+    assert pipe.sniff(enough) or enough[:3] == b"ID3"
     assert pipe.sniff((start + fill * pipe.TAG_LIMIT)[: pipe.TAG_LIMIT + ENOUGH])
 
 
@@ -1097,15 +1098,18 @@ def test_each_container_has_its_framer(container: Container, kind: type[pipe.Fra
 #### Time stamps ####
 
 
-@given(value=st.integers(0, pipe.TIMESTAMP_MODULUS - 1), at=st.integers(0, 10))
-def test_time_stamp_is_read_as_it_was_written(value: int, at: int) -> None:
-    packet = bytearray(b"\xa5" * 16)
-    packet[at : at + 5] = b"\x21\x00\x01\x00\x01"
-    pipe.write_timestamp(packet, at, value)
-    assert pipe.read_timestamp(packet, at) == value
-    stamp = packet[at : at + 5]
+@given(value=st.integers(0, pipe.TIMESTAMP_MODULUS - 1), size=st.integers(0, 100))
+def test_time_stamp_is_read_as_it_was_written(value: int, size: int) -> None:
+    """Behind an adaptation field of any size; nothing beside it changes."""
+    field = bytes([size, *size * b"\xff"])
+    head = b"G\x41\x00\x30" + field + b"\0\0\1\xe0\0\0\x80\x80\5"
+    packet = bytearray(head + b"\x21\0\1\0\1").ljust(PACKET, b"\xa5")
+    pipe.delay_timestamps(packet, value)
+    assert pipe.read_timestamp(packet, len(head)) == value
+    stamp, rest = packet[len(head) : len(head) + 5], packet[len(head) + 5 :]
     assert (stamp[0] & 0xF1, stamp[2] & 1, stamp[4] & 1) == (0x21, 1, 1), "marker bits stay"
-    assert packet[:at] + packet[at + 5 :] == b"\xa5" * 11
+    assert packet[: len(head)] == head
+    assert set(rest) == {0xA5}
 
 
 def test_time_stamp_is_coded_as_the_standard_says() -> None:
