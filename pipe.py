@@ -4364,9 +4364,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _receive_head(self) -> bytes:
         """The bytes up to the empty line; raises ViewerGone where they do not come in time."""
-        head = b""
+        head, data = bytearray(), b""
         deadline = time.monotonic() + HEAD_TIMEOUT
-        while not re.search(rb"\r?\n\r?\n", head):
+        while not re.search(rb"\r?\n\r?\n", head[-3 - len(data) :]):  # what came may complete it
             remaining = deadline - time.monotonic()
             if remaining <= 0 or len(head) >= HEAD_LIMIT:
                 raise ViewerGone("no request")
@@ -4374,8 +4374,8 @@ class Handler(BaseHTTPRequestHandler):
             data = self.connection.recv(HEAD_LIMIT - len(head))
             if not data:
                 raise ViewerGone("no request")
-            head = (head + data).lstrip(b"\r\n")  # RFC 9112, 2.2: empty lines may come first
-        return head
+            head += data if head else data.lstrip(b"\r\n")  # RFC 9112, 2.2: these may come first
+        return bytes(head)
 
     def _answer_request(self) -> None:
         path, query = self._target()
@@ -4437,8 +4437,9 @@ class Handler(BaseHTTPRequestHandler):
             if re.fullmatch(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", host, re.ASCII):
                 break
         else:
-            ip, port = self.connection.getsockname()[:2]
-            host = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+            address, port = self.connection.getsockname()[:2]
+            ip = ip_of(address)
+            host = f"{ip}:{port}" if ip.version == 4 else f"[{ip}]:{port}"
         return f"{scheme if scheme in ('http', 'https') else 'http'}://{host}"
 
     def _may_enter(self, query: Mapping[str, list[str]]) -> bool:
@@ -4642,11 +4643,15 @@ def media_headers(container: Container) -> dict[str, str]:
     }
 
 
+def ip_of(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """A socket's address, without its scope; "::" serves IPv4 under addresses of IPv6."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    return getattr(ip, "ipv4_mapped", None) or ip
+
+
 def is_in(address: str, networks: Iterable[str]) -> bool:
     """Whether an address of a socket's is in one of these networks."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip  # "::" serves IPv4 under such addresses
-    return any(ip in ipaddress.ip_network(network) for network in networks)
+    return any(ip_of(address) in ipaddress.ip_network(network) for network in networks)
 
 
 def tune(sock: socket.socket, viewer_timeout: float) -> None:
@@ -4678,7 +4683,7 @@ def tune(sock: socket.socket, viewer_timeout: float) -> None:
 
 def has_left(sock: socket.socket) -> bool:
     """Whether the other end has closed its connection, or its sending side: never blocks."""
-    if not hasattr(socket, "MSG_DONTWAIT"):
+    if sock.gettimeout() is not None:  # Windows; recv() would wait that long
         return False
     try:
         return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""

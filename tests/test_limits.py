@@ -296,6 +296,30 @@ def test_head_above_64_kib_is_given_up_at_once(origin: Origin, serve: Serve, lin
     assert origin.requests == ()
 
 
+def test_head_that_comes_byte_by_byte_is_searched_once(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not all of it again with each byte: a few clients would take a core."""
+    searches: queue.SimpleQueue[int] = queue.SimpleQueue()  # the bytes of each
+    search = re.search
+
+    def count(pattern: Any, text: Any, *more: Any) -> Any:
+        if isinstance(text, (bytes, bytearray)):
+            searches.put(len(text))
+        return search(pattern, text, *more)
+
+    monkeypatch.setattr(re, "search", count)
+    site = serve({"news": live(origin).url})
+    head = b"GET /health HTTP/1.1\r\nHost: tv\r\nX: " + 1000 * b"x" + b"\r\n\r\n"
+    searched = 0
+    with contextlib.closing(connect(site.port)) as sock:
+        for byte in head:  # the next when the last was looked at
+            searched += searches.get(timeout=TIMEOUT)
+            sock.sendall(bytes([byte]))
+        assert read_to_end(sock).startswith(b"HTTP/1.1 200 ")
+    assert searched <= 4 * len(head), "each byte with those of an end before it"
+
+
 def test_silent_connections_end_in_time(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -182,8 +182,9 @@ def test_addresses_are_those_the_client_reaches(
     assert entry.url == f"{base}/one"
 
 
-def test_address_without_host_is_the_sockets(serve: Serve) -> None:
-    site = serve({"one": NOWHERE})
+@pytest.mark.parametrize("host", ["127.0.0.1", "::"])
+def test_address_without_host_is_the_sockets(serve: Serve, host: str) -> None:
+    site = serve({"one": NOWHERE}, server={"host": host})
     answer = site.raw(b"GET /playlist.m3u HTTP/1.0\r\n\r\n")
     assert answer.endswith(
         f'\r\n\r\n#EXTM3U\n#EXTINF:-1 tvg-name="one",one\n{site.url}/one\n'.encode()
