@@ -4024,8 +4024,8 @@ class Page:
     kind: str
 
 
-def json_page(content: object) -> Page:
-    return Page(json.dumps(content, indent=1).encode() + b"\n", "application/json")
+def json_page(content: object, indent: int | None = 1) -> Page:
+    return Page(json.dumps(content, indent=indent).encode() + b"\n", "application/json")
 
 
 # For players
@@ -4044,17 +4044,14 @@ def playlist_page(site: Site, streams: Iterable[StreamSettings]) -> Page:
             "group-title": _attribute(stream.group),
         }
         shown = "".join(f' {key}="{value}"' for key, value in attributes.items() if value)
-        lines += [f"#EXTINF:-1{shown},{_one_line(stream.title)}", site.link(stream.name)]
+        title = " ".join(stream.title.split())
+        lines += [f"#EXTINF:-1{shown},{title}", site.link(stream.name)]
     return Page("\n".join(lines).encode() + b"\n", "audio/x-mpegurl")
 
 
-def _one_line(value: object) -> str:
-    return " ".join(str(value).split())
-
-
 def _attribute(value: object) -> str:
-    """A value between quotes; M3U has no way to escape one."""
-    return _one_line(value).replace('"', "'") if value else ""
+    """A value on one line and between quotes; M3U has no way to escape one."""
+    return " ".join(str(value or "").split()).replace('"', "'")
 
 
 SCAN_STATUS = {"ScanInProgress": 0, "ScanPossible": 1, "Source": "Cable", "SourceList": ["Cable"]}
@@ -4080,15 +4077,14 @@ def lineup_page(site: Site) -> Page:
     streams = site.config.streams.values()
     taken = {stream.number for stream in streams}
     free = (number for number in itertools.count(1000) if number not in taken)
-    lineup = [
+    return json_page([
         {
             "GuideNumber": str(stream.number or next(free)),
             "GuideName": stream.title,
             "URL": site.link(stream.name),
         }
         for stream in streams
-    ]
-    return json_page(lineup)
+    ])  # fmt: skip
 
 
 def device_page(site: Site) -> Page:
@@ -4116,16 +4112,12 @@ def device_page(site: Site) -> Page:
 
 
 def status_json(site: Site) -> Page:
-    status = {
+    return json_page({
         "name": site.config.server.name,
         "version": __version__,
         "uptime_seconds": round(time.monotonic() - site.started, 1),
         "streams": [report.status for report in site.report()],
-    }
-    return json_page(status)
-
-
-Sample = tuple[Mapping[str, object], float]  # labels and value
+    })  # fmt: skip
 
 
 STREAM_METRICS: tuple[tuple[str, str, Callable[[StreamReport], float]], ...] = (
@@ -4139,72 +4131,57 @@ STREAM_METRICS: tuple[tuple[str, str, Callable[[StreamReport], float]], ...] = (
     ("segment_gaps_total", "Segments given up.", lambda r: r.counts["gaps"]),
     ("upstream_restarts_total", "Upstreams opened again.", lambda r: r.counts["restarts"]),
 )
-REASON_METRICS: tuple[tuple[str, str, Callable[[StreamReport], Counter[str]]], ...] = (
-    ("upstream_errors_total", "Failures of upstreams.", lambda r: r.errors),
-    ("viewer_drops_total", "Viewers that were dropped.", lambda r: r.drops),
-)
 
 
 def metrics_page(site: Site) -> Page:
     """Prometheus' text format, version 0.0.4."""
     started = time.time() - (time.monotonic() - site.started)
     answers, first_bytes, first_byte_sum = site.counts()
+    buckets = {f"_bucket{_labels(le=bound)}": first_bytes[bound] for bound in FIRST_BYTE_BOUNDS}
+    histogram = {**buckets, "_sum": first_byte_sum, "_count": first_bytes["+Inf"]}
+    requests = {_labels(code=code): count for code, count in sorted(answers.items())}
+    reports = {report.settings.name: report for report in site.report()}
+    errors = {name: report.errors for name, report in reports.items()}
+    drops = {name: report.drops for name, report in reports.items()}
     families = [
-        _family("build_info", "StreamPipe's version.", [({"version": __version__}, 1)]),
-        _family("start_time_seconds", "When it started.", [({}, started)]),
-        _family(
-            "http_requests_total",
-            "Answers by status.",
-            [({"code": code}, count) for code, count in sorted(answers.items())],
-        ),
-        *_stream_families(site.report()),
-        _first_byte_family(first_bytes, first_byte_sum),
+        _family("build_info", "StreamPipe's version.", {_labels(version=__version__): 1}),
+        _family("start_time_seconds", "When it started.", {"": started}),
+        _family("http_requests_total", "Answers by status.", requests),
+        _family("first_byte_seconds", "From a request to its first media byte.", histogram),
+        _family("upstream_errors_total", "Failures of upstreams.", _by_reason(errors)),
+        _family("viewer_drops_total", "Viewers that were dropped.", _by_reason(drops)),
     ]
+    for name, words, value in STREAM_METRICS:
+        samples = {_labels(stream=stream): value(report) for stream, report in reports.items()}
+        families.append(_family(name, words, samples))
     return Page("".join(families).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
-def _stream_families(reports: Sequence[StreamReport]) -> Iterator[str]:
-    for name, words, value in STREAM_METRICS:
-        yield _family(name, words, [({"stream": r.settings.name}, value(r)) for r in reports])
-    for name, words, counted in REASON_METRICS:
-        samples: list[Sample] = [
-            ({"stream": r.settings.name, "reason": reason}, count)
-            for r in reports
-            for reason, count in sorted(counted(r).items())
-        ]
-        yield _family(name, words, samples)
+def _by_reason(counts: Mapping[str, Counter[str]]) -> dict[str, int]:
+    return {
+        _labels(stream=stream, reason=reason): count
+        for stream, counter in counts.items()
+        for reason, count in sorted(counter.items())
+    }
 
 
-def _first_byte_family(counts: Counter[str], total: float) -> str:
-    name = "streampipe_first_byte_seconds"
-    lines = [f"# HELP {name} From a request to its first media byte.", f"# TYPE {name} histogram"]
-    lines += [f'{name}_bucket{{le="{bound}"}} {counts[bound]}' for bound in FIRST_BYTE_BOUNDS]
-    return "\n".join([*lines, f"{name}_sum {total!r}", f"{name}_count {counts['+Inf']}", ""])
+def _labels(**labels: object) -> str:
+    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    shown = (f'{name}="{str(value).translate(escapes)}"' for name, value in labels.items())
+    return f"{{{','.join(shown)}}}"
 
 
-def _family(name: str, words: str, samples: Iterable[Sample]) -> str:
-    name = f"streampipe_{name}"
-    kind = "counter" if name.endswith("_total") else "gauge"
-    lines = [f"# HELP {name} {words}", f"# TYPE {name} {kind}"]
-    for labels, value in samples:
-        shown = ",".join(f'{key}="{_label(text)}"' for key, text in labels.items())
-        lines.append(f"{name}{{{shown}}} {value!r}" if shown else f"{name} {value!r}")
+def _family(name: str, words: str, samples: Mapping[str, float]) -> str:
+    """A metric with its samples by what follows its name: labels, or a part of a histogram."""
+    kind = "counter" if name.endswith("_total") else "histogram" if "_sum" in samples else "gauge"
+    lines = [f"# HELP streampipe_{name} {words}", f"# TYPE streampipe_{name} {kind}"]
+    lines += [f"streampipe_{name}{tail} {value!r}" for tail, value in samples.items()]
     return "\n".join(lines) + "\n"
-
-
-def _label(text: object) -> str:
-    return str(text).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 # For people
 
-STATE_WORDS = {
-    "live": "live",
-    "private": "playing",
-    "reopening": "waiting for its origin",
-    "starting": "starting",
-    "idle": "idle",
-}
+STATE_WORDS = {"private": "playing", "reopening": "waiting for its origin"}  # others as they are
 PAGE_STYLE = """
 :root{color-scheme:light dark;--bg:#f4f5f7;--card:#fff;--ink:#1b1f24;--soft:#5b6570;--line:#dfe3e8;
 --live:#1a7f4b;--wait:#b35c00;--bar:#3a76d8}
@@ -4249,7 +4226,11 @@ def status_page(site: Site) -> Page:
     viewers = sum(report.status["viewers"] for report in reports)
     uptime = _duration(time.monotonic() - site.started)
     summary = f"{_many(len(reports), 'stream')}, {_many(viewers, 'viewer')}, up {uptime}"
-    sections = [_group_section(site, group, members) for group, members in groups.items()]
+    sections = (
+        f"<section><h2>{html.escape(group or 'Streams')}</h2>"
+        f"<ul>{''.join(_card(site, report) for report in members)}</ul></section>\n"
+        for group, members in groups.items()
+    )
     body = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{name}</title>
 <meta name="viewport" content="width=device-width,initial-scale=1">
@@ -4262,17 +4243,13 @@ def status_page(site: Site) -> Page:
     return Page(body.encode(), "text/html; charset=utf-8")
 
 
-def _group_section(site: Site, group: str, reports: Iterable[StreamReport]) -> str:
-    cards = "".join(_card(site, report) for report in reports)
-    return f"<section><h2>{html.escape(group or 'Streams')}</h2><ul>{cards}</ul></section>\n"
-
-
 def _card(site: Site, report: StreamReport) -> str:
     stream = report.settings
     title = html.escape(stream.title)
     playlist = f"{stream.name}.m3u"
     initials = "".join(word[0] for word in stream.title.split()[:2]).upper()
     status = report.status
+    state = STATE_WORDS.get(status["state"], status["state"])
     facts = [f"<b>{status['viewers']}</b> {'viewer' if status['viewers'] == 1 else 'viewers'}"]
     if report.channels:
         uptime = max(channel["uptime_seconds"] for channel in report.channels)
@@ -4285,7 +4262,7 @@ def _card(site: Site, report: StreamReport) -> str:
         f'<li id="{stream.name}" class="{"on" if report.channels else "off"}"><div class="top">'
         f'<div class="logo" aria-hidden="true">{html.escape(initials)}</div>'
         f'<div class="name"><b title="{title}">{title}</b>'
-        f'<span class="state {status["state"]}">{STATE_WORDS[status["state"]]}</span></div></div>'
+        f'<span class="state {status["state"]}">{state}</span></div></div>'
         f'<div class="facts">{"".join(f"<span>{fact}</span>" for fact in facts)}</div>'
         + (_chart(report.bitrates) if report.channels or any(report.bitrates) else "")
         + "".join(f'<p class="error">{html.escape(note)}</p>' for note in notes)
@@ -4344,6 +4321,12 @@ PAGES: Mapping[str, Callable[[Site], Page]] = {
 # does when it is missing.
 # --------------------------------------------------------------------------------------------------
 
+HOST = re.compile(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", re.ASCII)
+MEDIA_HEADERS = {
+    "X-Accel-Buffering": "no",  # nginx would spool a slow viewer's stream to its disk
+    "Accept-Ranges": "none",
+}
+
 
 class Handler(BaseHTTPRequestHandler):
     """One connection: reads a request head, answers, closes."""
@@ -4378,28 +4361,25 @@ class Handler(BaseHTTPRequestHandler):
         return bytes(head)
 
     def _answer_request(self) -> None:
-        path, query = self._target()
+        query: dict[str, list[str]] = {}
+        try:
+            target = urlsplit(self.path)
+            path, query = unquote(target.path, errors="strict"), parse_qs(target.query)
+        except ValueError:
+            path = ""  # no stream's, no page's
         allowed = "GET, HEAD, OPTIONS, POST" if path == "/lineup.post" else "GET, HEAD, OPTIONS"
         if self.request_version == "HTTP/0.9":
             self.send_error(HTTPStatus.BAD_REQUEST, "HTTP/0.9 is not spoken here")
         elif self.command not in allowed.split(", "):
             self.answer_error(HTTPStatus.METHOD_NOT_ALLOWED, "use GET", {"Allow": allowed})
         elif self.command == "OPTIONS":  # RFC 9110, 8.6: no length without content
-            self._send_head(HTTPStatus.NO_CONTENT, {"Cache-Control": "no-store", "Allow": allowed})
+            self._send_head(HTTPStatus.NO_CONTENT, {"Allow": allowed})
         else:
             try:
                 self._route(path, query)
             except StreamError as error:
                 retry = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
                 self.answer_error(error.status, error.reason, retry)
-
-    def _target(self) -> tuple[str, dict[str, list[str]]]:
-        """Path and query; an empty path where they cannot be read."""
-        try:
-            target = urlsplit(self.path)
-            return unquote(target.path, errors="strict"), parse_qs(target.query)
-        except ValueError:
-            return "", {}
 
     def _route(self, path: str, query: Mapping[str, list[str]]) -> None:
         is_trusted = self._may_enter(query)
@@ -4424,23 +4404,17 @@ class Handler(BaseHTTPRequestHandler):
             self.stream_channel(streams[name], query.get("quality", [""])[-1] or None)
 
     def site(self) -> Site:
-        """This server as the client sees it."""
+        """This server as the client reaches it, through whatever proxies."""
         server, config = self.server, self.server.config
-        url = config.server.public_url or self._own_url()
-        return Site(config, url.rstrip("/"), server.started, server.channels.report, server.counts)
-
-    def _own_url(self) -> str:
-        """Scheme, host and port by which the client reached us, through whatever proxies."""
-        scheme = self.headers.get("X-Forwarded-Proto", "").split(",")[0].strip()
-        for name in ("X-Forwarded-Host", "Host"):
-            host = self.headers.get(name, "").split(",")[0].strip()
-            if re.fullmatch(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", host, re.ASCII):
-                break
-        else:
-            address, port = self.connection.getsockname()[:2]
-            ip = ip_of(address)
-            host = f"{ip}:{port}" if ip.version == 4 else f"[{ip}]:{port}"
-        return f"{scheme if scheme in ('http', 'https') else 'http'}://{host}"
+        names = ("X-Forwarded-Proto", "X-Forwarded-Host", "Host")
+        scheme, *hosts = (self.headers.get(name, "").split(",")[0].strip() for name in names)
+        address, port = self.connection.getsockname()[:2]
+        ip = ip_of(address)
+        own_host = f"{ip}:{port}" if ip.version == 4 else f"[{ip}]:{port}"
+        host = next(filter(HOST.fullmatch, hosts), own_host)
+        url = f"{scheme if scheme in ('http', 'https') else 'http'}://{host}"
+        url = (config.server.public_url or url).rstrip("/")
+        return Site(config, url, server.started, server.channels.report, server.counts)
 
     def _may_enter(self, query: Mapping[str, list[str]]) -> bool:
         """Whether this request has the token, or needs none."""
@@ -4463,42 +4437,36 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status: HTTPStatus, page: Page, headers: Mapping[str, str] = {}) -> None:
         """Send a whole answer; its body is left out for HEAD."""
         about = {"Content-Type": page.kind, "Content-Length": str(len(page.body))}
-        self._send_head(status, {**about, "Cache-Control": "no-store", **headers})
+        self._send_head(status, {**about, **headers})
         if self.command != "HEAD":
             self.wfile.write(page.body)
-
-    def answer_json(
-        self, status: HTTPStatus, content: object, headers: Mapping[str, str] = {}
-    ) -> None:
-        self.answer(status, Page(json.dumps(content).encode() + b"\n", "application/json"), headers)
 
     def answer_error(
         self, status: HTTPStatus, reason: str, headers: Mapping[str, str] = {}
     ) -> None:
-        self.answer_json(status, {"error": reason}, headers)
+        self.answer(status, json_page({"error": reason}, indent=None), headers)
 
     def answer_health(self, is_trusted: bool) -> None:
-        is_stopping = self.server.channels.is_stopping
-        content: dict[str, object] = {
-            "status": "stopping" if is_stopping else "ok",
-            "streams": len(self.server.config.streams),
-        }
+        status, word, headers = HTTPStatus.OK, "ok", dict[str, str]()
+        if self.server.channels.is_stopping:
+            status, word, headers = HTTPStatus.SERVICE_UNAVAILABLE, "stopping", {"Retry-After": "5"}
+        content = {"status": word, "streams": len(self.server.config.streams)}
         if is_trusted:
             content["viewers"] = self.server.channels.viewer_count()
             content["uptime_seconds"] = int(time.monotonic() - self.server.started)
-        status = HTTPStatus.SERVICE_UNAVAILABLE if is_stopping else HTTPStatus.OK
-        self.answer_json(status, content, {"Retry-After": "5"} if is_stopping else {})
+        self.answer(status, json_page(content, indent=None), headers)
 
     def answer_head(self, stream: StreamSettings) -> None:
         """HEAD of a stream costs nothing: Kodi and Jellyfin probe with it before they play."""
         if self.server.channels.is_stopping:
             raise stopping_error()
         container = self.server.channels.record(stream.name).container
-        self._send_head(HTTPStatus.OK, media_headers(container))
+        self._send_head(HTTPStatus.OK, {"Content-Type": container.value, **MEDIA_HEADERS})
 
     def _send_head(self, status: HTTPStatus, headers: Mapping[str, str]) -> None:
         self.send_response(status)
-        for name, value in {**headers, "Connection": "close"}.items():
+        every = {"Cache-Control": "no-store", "Connection": "close"}
+        for name, value in {**headers, **every}.items():
             self.send_header(name, value)
         self.end_headers()
 
@@ -4576,8 +4544,9 @@ class Handler(BaseHTTPRequestHandler):
         is_chunked = self.request_version != "HTTP/1.0"
         fills_silence = channel.container is Container.MPEG_TS
         silent = 0  # seconds
+        headers = {"Content-Type": channel.container.value, **MEDIA_HEADERS}
         framing = {"Transfer-Encoding": "chunked"} if is_chunked else {}
-        self._send_head(HTTPStatus.OK, framing | media_headers(channel.container))
+        self._send_head(HTTPStatus.OK, headers | framing)
         try:
             while True:
                 if blocks:
@@ -4629,18 +4598,6 @@ class Handler(BaseHTTPRequestHandler):
         self.server.note_answer(int(code))
         path = self.path.partition("?")[0]  # a query may hold the token
         log.debug("%s: %s %s: %s", self.client_address[0], self.command, path, code)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        log.debug("%s: %s", self.client_address[0], format % args)
-
-
-def media_headers(container: Container) -> dict[str, str]:
-    return {
-        "Content-Type": container.value,
-        "Cache-Control": "no-store",
-        "X-Accel-Buffering": "no",  # nginx would spool a slow viewer's stream to its disk
-        "Accept-Ranges": "none",
-    }
 
 
 def ip_of(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
@@ -4771,11 +4728,7 @@ class Server(ThreadingHTTPServer):
         most = self.config.server.max_viewers
         with self._open_lock:
             is_full = len(self._open) >= (most + SPARE_CONNECTIONS if most else MOST_CONNECTIONS)
-            if not is_full:
-                self._open.add(request)
-        if is_full:
-            self._refuse(request)
-            return
+            self._open.add(request)
         thread = threading.Thread(
             target=self.process_request_thread,
             args=(request, client_address),
@@ -4783,8 +4736,11 @@ class Server(ThreadingHTTPServer):
             daemon=True,
         )
         try:
-            thread.start()
+            if not is_full:
+                thread.start()
         except RuntimeError:  # the system has no thread left
+            is_full = True
+        if is_full:
             self._refuse(request)
 
     def _refuse(self, request: socket.socket) -> None:
