@@ -34,7 +34,7 @@ Locks
     Window._lock      blocks, join points and places of one window
     ReaderBuffer._lock        what an upstream has handed over and the feeder has not taken
     StreamRecord.lock       a stream's totals
-    Taken in that order.  Those of Download, Transport, DownloadingWriter, Server and RepeatFilter
+    Taken in that order.  Those of Http, DownloadingWriter, Server and RepeatFilter
     are taken alone.  None is held across a socket write, an upstream call or a join.
 
 Where to find what
@@ -1874,30 +1874,33 @@ class DownloadFailed(PipeError):
     """A body, or the rest of it, cannot be had."""
 
 
+Opened = tuple[requests.Response, bytes]  # an answer, and what was read of its body
+
+
 class Download:
     """A body, tried for until it is whole; what was had of it is not passed on again.
 
     One thread goes through parts(); or one runs it, and another takes its bytes meanwhile, to whom
     it looks like a response of requests', as far as streamlink asks.
 
-    `request` asks for it, with more headers and a time-out; `wait` pauses between two tries, and is
-    False where none shall follow; `patience` is for how many seconds without a byte it is tried.
+    `request` asks for it, with more headers and a time-out; no try follows once its upstream is
+    `closing`; `patience` is for how many seconds without a byte it is tried.
     """
 
     def __init__(
         self,
         request: Callable[[Mapping[str, str], float], requests.Response],
-        wait: Callable[[float], bool],
+        closing: threading.Event,
         patience: Callable[[], float],
         is_listed: Callable[[], bool] = lambda: True,  # False where it cannot be had any more
         byte_range: tuple[int, int] | None = None,
-        opened: tuple[requests.Response, bytes] | None = None,
+        opened: Opened | None = None,
     ) -> None:
-        self._request, self._wait = request, wait
+        self._request, self._closing = request, closing
         self._patience, self._is_listed = patience, is_listed
         self._first, last = byte_range or (0, None)  # of the resource's bytes
         self._size = None if last is None else last - self._first + 1
-        self._opened = opened  # an answer that is there already, and what was read of it
+        self._opened = opened  # the first answer, where it is there already
         self._had = Fingerprint()
         self._moved = 0.0  # when the newest byte was passed on, or the first try began
         self.gone_since = math.inf  # since when each try found nobody there
@@ -1934,7 +1937,7 @@ class Download:
                 if self._is_whole(error):
                     return
                 self._judge(explain(error), pause)
-            if not self._wait(pause):
+            if self._closing.wait(pause):
                 raise DownloadFailed("closed")
 
     def _judge(self, reason: str, pause: float) -> None:
@@ -1956,7 +1959,7 @@ class Download:
         end = self._first + self._had.size
         return bool(self._had.size and answer.headers.get("Content-Range") == f"bytes */{end}")
 
-    def _open(self) -> tuple[requests.Response, bytes]:
+    def _open(self) -> Opened:
         """Ask for the body, or for the rest of it where that is possible."""
         opened, self._opened = self._opened, None
         if opened:
@@ -2035,7 +2038,7 @@ class Download:
         for part in self.iter_content():
             content += part
             if len(content) > BODY_LIMIT:
-                raise DownloadFailed("it is too large")
+                raise DownloadFailed(f"it is larger than {BODY_LIMIT // MIB} MiB")
         return content
 
 
@@ -2116,7 +2119,7 @@ class Session:
         self.qualities: list[str] = []  # the names that stand for themselves, in streamlink's order
         self.canonical: dict[str, str] = {}  # for each name the one of `qualities` that means it
         self._streams: Mapping[str, Any] = {}
-        self._raw: tuple[requests.Response, bytes] | None = None  # an answer, and what was read
+        self._raw: Opened | None = None  # what no plugin knew, and was no playlist
 
     def cut(self) -> None:
         """End every request now, refuse further ones and keep nothing, from any thread."""
@@ -2179,11 +2182,10 @@ class Session:
             headers = {"Accept-Encoding": "identity"}  # or it could not be resumed
             opened = self._raw or (self._http.ask(stream.args, headers, self.timeout), b"")
             return RawUpstream(self, stream.args, opened)
-        if (
-            isinstance(stream, DASHStream)
-            and stream.video_representation
-            and (stream.audio_representation and not FFMPEGMuxer.is_usable(self.engine))
-        ):
+        has_both = isinstance(stream, DASHStream) and (
+            stream.video_representation and stream.audio_representation
+        )
+        if has_both and not FFMPEGMuxer.is_usable(self.engine):
             raise UpstreamError("its sound comes apart from its picture: install ffmpeg")
         return ProcessUpstream(self, stream)
 
@@ -2402,6 +2404,7 @@ class Upstream:
         self.buffer = ReaderBuffer(session.engine.get_option("ringbuffer-size"))
         self.live_edge: int = session.engine.get_option("hls-live-edge")
         self._files: list[Any] = []  # what streamlink made for it, in that order
+        self._pump: threading.Thread | None = None  # moves what comes to the buffer
         self._closing = threading.Event()
 
     def __repr__(self) -> str:
@@ -2427,11 +2430,20 @@ class Upstream:
     @property
     def _workers(self) -> list[Any]:
         """Who loads the playlists of each track; None for one that has none."""
-        tracks = (file for file in self._files if not isinstance(file, FFMPEGMuxer))
+        tracks = [file for file in self._files if not isinstance(file, FFMPEGMuxer)]
         return [getattr(track, "worker", None) for track in tracks]
 
     def start(self) -> None:
         """Open the source; may raise anything, and whatever happens close() ends it."""
+        self._pump = threading.Thread(
+            target=lambda: fill(self.buffer, self._items()),
+            name=f"pump-{self.session.name}-0",
+            daemon=True,
+        )
+        self._pump.start()
+
+    def _items(self) -> Items:
+        """All that comes, for the pump; raises UpstreamError where that is not an end."""
         raise NotImplementedError
 
     def read(self, timeout: float) -> list[bytes | SegmentEvent]:
@@ -2470,6 +2482,8 @@ class Upstream:
             if isinstance(file, SegmentReader):
                 file.let_go()
         self._files.clear()
+        if self._pump and self._pump.ident:
+            self._pump.join()
 
     def _remember(self, stream: Any) -> None:
         """Note what a stream makes when it is opened: it forgets that where it fails half-way."""
@@ -2503,18 +2517,14 @@ def _close_muxer(muxer: Any) -> None:
     for stream in muxer.streams:
         close_file(stream)
     for pipe, thread in zip(muxer.pipes, muxer.pipe_threads, strict=True):
-        for _ in range(20):
-            if thread.is_alive():
-                _unblock(pipe.path)
-                thread.join(0.1)
+        deadline = time.monotonic() + 2.0
+        while thread.is_alive() and time.monotonic() < deadline:
+            # It may wait for ffmpeg to open the other end.  (Windows has neither flag nor wait.)
+            with contextlib.suppress(OSError, AttributeError):
+                os.close(os.open(pipe.path, os.O_RDONLY | os.O_NONBLOCK))
+            thread.join(0.1)
         with contextlib.suppress(OSError):
             pipe.path.unlink()
-
-
-def _unblock(path: Path) -> None:
-    """Let a thread go on that opens a FIFO which ffmpeg will never open at its other end."""
-    with contextlib.suppress(OSError, AttributeError):  # Windows has neither the flag nor the wait
-        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
 
 
 class SegmentedUpstream(Upstream):
@@ -2608,14 +2618,16 @@ class WatchedWorker(HLSStreamWorker):
             self._is_loaded, self.failure = True, None
         except Exception as error:
             self.failure = explain(error)
-            if self.failure in EXPIRED or not self._is_loaded:
-                self.reader.fail(self.failure)  # the address may have expired: it is resolved anew
+            if self.failure in EXPIRED or not self._is_loaded:  # or it is tried again
+                self.reader.fail(self.failure)
             raise
 
     def process_segments(self, playlist: Any) -> None:
-        last = playlist.segments[-1].num
+        first, last, wanted = playlist.segments[0].num, playlist.segments[-1].num, self.reader.first
         if self.sequence < 0:
-            self._choose_first(playlist.segments[0].num, last)
+            # Go on where another opening stopped, unless the numbers tell nothing.
+            if wanted is not None and first <= wanted <= last + 1 + self.reader.slack:
+                self.sequence = wanted
         elif last < self.sequence - 1:  # caches serve playlists a number or two old
             self._below += 1
             if self._below == 3 or self.failure:
@@ -2625,14 +2637,8 @@ class WatchedWorker(HLSStreamWorker):
             self._below = 0
         super().process_segments(playlist)
 
-    def _choose_first(self, first: int, last: int) -> None:
-        """Go on where another opening stopped, unless the numbers tell nothing."""
-        wanted = self.reader.first
-        if wanted is not None and first <= wanted <= last + 1 + self.reader.slack:
-            self.sequence = wanted
 
-
-# What an address answers that is not valid any more, by explain()'s words.
+# What an address answers that is not valid any more, by explain()'s words: it is resolved anew.
 EXPIRED = frozenset(f"the origin answered {status}" for status in (401, 403, 404, 410))
 
 
@@ -2693,7 +2699,7 @@ class DownloadingWriter(HLSStreamWriter):
             failure = explain(error)
         request = functools.partial(self._request, part.uri)
         is_listed = functools.partial(self._is_listed, segment.num)
-        download = Download(request, self.wait, self._patience, is_listed, byte_range)
+        download = Download(request, self._wait, self._patience, is_listed, byte_range)
         with self._lock:
             self._downloads.add(download)
             if failure or self._is_closing:
@@ -2704,10 +2710,8 @@ class DownloadingWriter(HLSStreamWriter):
 
     # The downloads' threads
 
-    def _request(
-        self, address: str, headers: Mapping[str, str], timeout: float
-    ) -> requests.Response:
-        arguments = {**self.reader.request_params, "url": address}
+    def _request(self, url: str, headers: Mapping[str, str], timeout: float) -> requests.Response:
+        arguments = {**self.reader.request_params, "url": url}
         return cast(Http, self.session.http).ask(arguments, headers, min(timeout, self.timeout))
 
     def _is_listed(self, number: int) -> bool:
@@ -2776,7 +2780,9 @@ class DownloadingWriter(HLSStreamWriter):
             pieces = _decrypted(pieces, self._decryptor(key, segment.num))
         is_track = isinstance(self.reader.buffer, TrackBuffer)
         if is_track and self.stream.parse_packed_audio and not is_map:
-            pieces = self._without_tags(pieces)
+            start, pieces = itertools.tee(pieces)
+            with contextlib.suppress(ID3v2Error):  # of tags before version 4, which stay
+                pieces = self._parse_packed_audio_timestamp(start)
         return pieces
 
     def _decryptor(self, key: Any, number: int) -> Any:
@@ -2789,14 +2795,6 @@ class DownloadingWriter(HLSStreamWriter):
                 if time.monotonic() + pause > deadline or not self.wait(pause):
                     raise UpstreamError(f"its key cannot be had: {explain(error)}") from error
         return None
-
-    def _without_tags(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        """Take out the time stamps of packed audio, but for tags that streamlink cannot read."""
-        start, whole = itertools.tee(pieces)
-        try:
-            return self._parse_packed_audio_timestamp(start)
-        except ID3v2Error:
-            return whole
 
     # Any thread
 
@@ -2849,38 +2847,10 @@ def hooks_fit() -> bool:
     )
 
 
-class PumpedUpstream(Upstream):
-    """A source that a thread moves to the buffer as its bytes come."""
-
-    def __init__(self, session: Session) -> None:
-        super().__init__(session)
-        self._pump = threading.Thread(target=self._run, name=f"pump-{session.name}-0", daemon=True)
-
-    def start(self) -> None:
-        self._pump.start()
-
-    def _run(self) -> None:
-        fill(self.buffer, self._items())
-
-    def _items(self) -> Items:
-        """All that comes; raises UpstreamError where that is not an end."""
-        raise NotImplementedError
-
-    def _close(self) -> None:
-        super()._close()
-        if self._pump.ident:
-            self._pump.join()
-
-
-class RawUpstream(PumpedUpstream):
+class RawUpstream(Upstream):
     """A plain HTTP body: with a length it is one segment, and resumed as such; else it is live."""
 
-    def __init__(
-        self,
-        session: Session,
-        arguments: Mapping[str, Any],
-        opened: tuple[requests.Response, bytes],
-    ) -> None:
+    def __init__(self, session: Session, arguments: Mapping[str, Any], opened: Opened) -> None:
         super().__init__(session)
         self._arguments = arguments  # of its request
         self._opened = opened
@@ -2895,15 +2865,11 @@ class RawUpstream(PumpedUpstream):
             yield start
             yield from iter(reading(response, self.session.read_size), b"")
             raise UpstreamError("the origin closed the connection")
-        http = cast(Http, self.session.engine.http)
+        engine = self.session.engine
         # A body that stalls is noticed after `timeout`, and then asked for once more.
-        patience = self.session.engine.get_option("stream-segment-timeout") + JUDGE_GRACE / 2
-        download = Download(
-            functools.partial(http.ask, self._arguments),
-            lambda seconds: not self._closing.wait(seconds),
-            lambda: patience,
-            opened=self._opened,
-        )
+        patience = engine.get_option("stream-segment-timeout") + JUDGE_GRACE / 2
+        ask = functools.partial(cast(Http, engine.http).ask, self._arguments)
+        download = Download(ask, self._closing, lambda: patience, opened=self._opened)
         yield SegmentEvent(EventKind.START, 0)
         yield from download.parts()
         yield SegmentEvent(EventKind.END, 0)
@@ -2913,7 +2879,7 @@ class RawUpstream(PumpedUpstream):
         self._opened[0].close()
 
 
-class ProcessUpstream(PumpedUpstream):
+class ProcessUpstream(Upstream):
     """Tracks that ffmpeg puts together, and whatever else streamlink opens as a file."""
 
     def __init__(self, session: Session, stream: Any) -> None:
@@ -2938,8 +2904,7 @@ class ProcessUpstream(PumpedUpstream):
     def _prepare_tracks(self, stream: Any) -> None:
         for index, track in enumerate((*stream.substreams, *stream.subtitles.values())):
             if isinstance(track, HLSStream):
-                name = f"{self.session.name}--{index}"
-                hook(track, name, TrackBuffer(self.buffer))
+                hook(track, f"{self.session.name}--{index}", TrackBuffer(self.buffer))
             self._remember(track)
 
     def _items(self) -> Items:
