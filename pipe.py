@@ -3026,6 +3026,11 @@ class Splicer:
     def __repr__(self) -> str:
         return f"<Splicer {self._state.name} at {self.number}+{self._passed.size}>"
 
+    @property
+    def is_skipping(self) -> bool:
+        """Whether the end of the newest segment did not reach viewers: it was other media."""
+        return self._state is SpliceState.SKIPPING
+
     def resume(self, address: int) -> None:
         """What comes next is from a new opening."""
         self.address = address
@@ -3523,11 +3528,7 @@ class Channel:
         start: list[bytes | SegmentEvent] | None = []  # what came before the container was known
         alive = time.monotonic()
         while not (self.is_stopped or self.channels.is_abandoned(self)):
-            try:
-                items = upstream.read(self._tick)
-                is_all = False
-            except WindowEnded:
-                items, is_all = [], True
+            items, is_all = self._read(upstream)
             if start is not None and (items or is_all):
                 start += items
                 if self._begin(upstream, start, is_all):
@@ -3535,11 +3536,26 @@ class Channel:
             if start is None:
                 self._move(items)
             if is_all:
-                self._finish()
+                self._finish(upstream)
             if any(map(_is_sign_of_life, items)):
                 alive = time.monotonic()
             self._judge(upstream, alive, deadline if start is not None else math.inf)
         raise WindowEnded(complete=False)
+
+    def _read(self, upstream: Upstream) -> tuple[list[bytes | SegmentEvent], bool]:
+        """What has come, and whether that was all; raises UpstreamError.
+
+        A live source without a playlist has no end: what has a length in its place (nothing, or a
+        clip of a few seconds) is what a relay answers while its own source is down.
+        """
+        is_relay = self._splicer is not None and not (self._has_end or upstream.target_duration)
+        try:
+            items = upstream.read(self._tick)
+        except WindowEnded:
+            if is_relay:
+                raise UpstreamError("the origin closed the connection") from None
+            return [], True
+        return [item for item in items if isinstance(item, bytes)] if is_relay else items, False
 
     @property
     def _tick(self) -> float:
@@ -3630,10 +3646,13 @@ class Channel:
             "set ringbuffer_size: %d", self.stream.name, segments, fitting,
         )  # fmt: skip
 
-    def _finish(self) -> NoReturn:
+    def _finish(self, upstream: Upstream) -> NoReturn:
         """The source truly ended: hand on what was held back for more to come."""
         assert self._splicer
         self._splicer.flush()
+        if self._splicer.is_skipping and not upstream.target_duration:
+            log.warning("%s: the file is another one than before", self.stream.name)
+            raise WindowEnded(complete=False)
         raise WindowEnded(complete=True)
 
 
