@@ -164,6 +164,7 @@ SEAM_PATIENCE = 30.0  # seconds a relay may send again what the viewers have had
 REOPEN_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # seconds between tries, the last again and again
 HEALTHY_TIME = 60.0  # seconds of media after which the pauses begin anew
 BAD_TIME = 60.0  # seconds that a start tries a failed address after the others
+LISTED_TIME = 60.0  # seconds that a live playlist lists at most, or about
 STALE_NUMBERS = 2  # how far behind a backup's playlist may be and still be the same stream
 JUDGE_GRACE = 1.5  # seconds more than a download has, so that it can give up a segment first
 SEND_TICK = 1.0  # seconds at most that a send waits for room, and so between two signs of progress
@@ -176,7 +177,7 @@ EXIT_TIME = 4.0  # seconds until the process ends, whatever still hangs
 
 STREAM_NAME = re.compile(r"[a-z0-9-]+")
 NO_MEDIA = "the origin sent no media"
-STATES_SHOWN = ("live", "private", "reopening", "starting")  # the best of a stream's is shown
+STATES_SHOWN = ("live", "private", "waiting", "starting")  # the best of a stream's is shown
 RESERVED_NAMES = frozenset({"health", "status", "metrics", "playlist"})
 
 
@@ -2428,6 +2429,12 @@ class Upstream:
         return float(max(durations, default=0.0))
 
     @property
+    def trouble(self) -> str | None:
+        """Why the newest playlist could not be loaded; None where it could."""
+        failures = (getattr(worker, "failure", None) for worker in self._workers)
+        return next(filter(None, failures), None)
+
+    @property
     def _workers(self) -> list[Any]:
         """Who loads the playlists of each track; None for one that has none."""
         tracks = [file for file in self._files if not isinstance(file, FFMPEGMuxer)]
@@ -3038,13 +3045,17 @@ class Splicer:
             self._passed, self._goes_on, self._gate = Fingerprint(), False, None
         self._state, self._new_init_section = SpliceState.RESUMED, None
 
-    def pass_event(self, event: SegmentEvent) -> None:
+    def pass_event(self, event: SegmentEvent) -> int:
+        """Take what happened between the bytes; returns how many segments it shows to be lost."""
         if event.kind is EventKind.INIT:
             self._new_init_section = bytearray()
-        elif event.kind is EventKind.START:
-            self._start_segment(event.number)
-        else:
+            return 0
+        if event.kind is not EventKind.START:
             self._end_segment(event)
+            return int(event.kind is EventKind.GAP)
+        lost = 0 if self.number is None else event.number - self.number
+        self._start_segment(event.number)
+        return max(0, lost)
 
     def pass_bytes(self, data: bytes) -> bool:
         """Take what came; True where it brought viewers something new."""
@@ -3263,8 +3274,8 @@ class StreamReport:
 #   LIVE | PRIVATE -> CLOSED     nobody watches any more                      (is_abandoned, _close)
 #                                the source ended, or failed for `reconnect`  (end)
 #
-# A channel that is LIVE or PRIVATE stays so while a failed upstream is opened again:
-# `is_reopening` tells, and its viewers keep their connections.
+# A channel that is LIVE or PRIVATE stays so while its origin fails and a failed upstream is opened
+# again: `trouble` tells why it waits, and its viewers keep their connections.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -3301,13 +3312,16 @@ class Channel:
         # Written by its thread alone.
         self.note: str | None = None  # what is missing of it
         self.restarts = 0  # upstreams opened again
-        self.is_reopening = False
+        self.trouble: str | None = None  # why it waits for media, from the first failed request on
         self._session: Session | None = None
         self._upstream: Upstream | None = None
         self._splicer: Splicer | None = None  # None until the first media came
         self._has_end = False  # its source ends by itself; known from its first media on
         self._address = 0  # position of the address in use
         self._last_byte = 0.0  # when media came last
+        self._troubled_since = math.inf
+        self._told: set[tuple[int, str]] = set()  # what failed since then, as it was logged
+        self._gaps = 0  # segments lost since then
         self._has_warned = False  # that the window is short
         self._start_level = logging.NOTSET  # of its lines until media came
         self._stopped = threading.Event()
@@ -3362,7 +3376,7 @@ class Channel:
         held, seconds = self.window.held()
         return {
             "variant": self.variant,
-            "state": "reopening" if self.is_running and self.is_reopening else self.state.value,
+            "state": "waiting" if self.is_running and self.trouble else self.state.value,
             "note": self.note,
             "uptime_seconds": round(now - self.since, 1),
             "window_bytes": held,
@@ -3445,7 +3459,6 @@ class Channel:
 
     def _wait(self, seconds: float, deadline: float) -> None:
         """Pause before a try; raises WindowEnded or UpstreamError where there shall be none."""
-        self.is_reopening = True
         until = min(time.monotonic() + seconds, deadline)
         while not self.is_stopped and self.channels.has_viewers(self):
             remaining = until - time.monotonic()
@@ -3462,7 +3475,27 @@ class Channel:
             raise WindowEnded(complete=False)
         self.channels.note_failure(self.stream, self._address)
         self.record.add_error(reason)
-        log.log(self._log_level, "%s: %s: %s", self.stream.name, self._origin, reason)
+        self._note_trouble(reason)
+
+    def _note_trouble(self, reason: str) -> None:
+        """The origin fails: say so once in an outage, however often it is asked in vain."""
+        if self.trouble is None:
+            self._troubled_since = time.monotonic()
+        self.trouble = self.record.last_error = reason
+        if (self._address, reason) not in self._told:
+            self._told.add((self._address, reason))
+            log.log(self._log_level, "%s: %s: %s", self.stream.name, self._origin, reason)
+
+    def _note_recovery(self) -> None:
+        """Media comes again."""
+        is_other = any(address != self._address for address, _ in self._told)
+        log.info(
+            "%s: %sgoes on after %.1f s%s", self.stream.name,
+            f"{self._origin}: " if is_other else "", time.monotonic() - self._last_byte,
+            f", {_many(self._gaps, 'segment')} lost" if self._gaps else "",
+        )  # fmt: skip
+        self.trouble, self._troubled_since, self._gaps = None, math.inf, 0
+        self._told.clear()
 
     @property
     def _log_level(self) -> int:
@@ -3518,7 +3551,7 @@ class Channel:
         for name in (self.variant, *names_in(self.wanted)):
             if session.offers(name):
                 return name
-        if self.wanted == self.stream.quality:
+        if self._splicer or self.wanted == self.stream.quality:  # a transcoder may be coming up
             offered = ", ".join(session.qualities)
             raise UpstreamError(f"the configured quality does not exist, only: {offered}")
         raise no_quality_error(session.qualities)
@@ -3534,7 +3567,9 @@ class Channel:
                 if self._begin(upstream, start, is_all):
                     items, start = start, None
             if start is None:
-                self._move(items)
+                self._move(upstream, items)
+            if upstream.trouble and self.trouble is None:
+                self._note_trouble(upstream.trouble)
             if is_all:
                 self._finish(upstream)
             if any(map(_is_sign_of_life, items)):
@@ -3563,14 +3598,22 @@ class Channel:
         return FEEDER_TICK if self.viewers else min(FEEDER_TICK, max(self.linger, 0.05))
 
     def _judge(self, upstream: Upstream, alive: float, deadline: float) -> None:
-        """Raise where an upstream is silent for too long."""
+        """Raise where an upstream has failed without saying so.
+
+        No media in time, at a start or a reopening; nothing new for `timeout` or two target
+        durations, whichever is longer; or, where a backup could be asked instead, only refusals for
+        two target durations.
+        """
         now = time.monotonic()
         is_late = now > deadline
         if is_late and self._splicer is None and len(self.stream.urls) == 1:
             raise no_media_error(self.stream)
+        refused = now - max(self._troubled_since, alive) if upstream.trouble else 0.0
+        if refused > 2 * upstream.target_duration and len(self.stream.urls) > 1:
+            raise UpstreamError(upstream.trouble or "")
         patience = max(self.stream.options.timeout, 2 * upstream.target_duration) + JUDGE_GRACE
         if is_late or now - alive > patience:
-            raise UpstreamError("the origin sends nothing")
+            raise UpstreamError(upstream.trouble or "the origin sends nothing")
 
     def _begin(self, upstream: Upstream, start: list[bytes | SegmentEvent], is_all: bool) -> bool:
         """Tell the container from an opening's first bytes; False while more are needed."""
@@ -3610,29 +3653,33 @@ class Channel:
         """An upstream that was opened again has media."""
         if container is not self.container:
             raise UpstreamError(f"it has become {container.value}")
-        silent = time.monotonic() - self._last_byte
-        log.info("%s: %s: goes on after %.1f s", self.stream.name, self._origin, silent)
         self.restarts += 1
         self.record.add("restarts")
-        self.is_reopening = False
         splicer.resume(self._address)
 
-    def _move(self, items: list[bytes | SegmentEvent]) -> None:
+    def _move(self, upstream: Upstream, items: list[bytes | SegmentEvent]) -> None:
         assert self._splicer
         for is_event, group in itertools.groupby(
             items, lambda item: isinstance(item, SegmentEvent)
         ):
             if is_event:
-                for event in cast(Iterator[SegmentEvent], group):
-                    self._splicer.pass_event(event)
-                    if event.kind is EventKind.GAP:
-                        self.record.add("gaps")
+                for lost in map(self._splicer.pass_event, cast(Iterator[SegmentEvent], group)):
+                    self._count_lost(lost, upstream)
                 self._warn_if_short(self._splicer.segment_size)
             else:
                 data = b"".join(cast(Iterator[bytes], group))
                 if self._splicer.pass_bytes(data):
+                    if self.trouble and not upstream.trouble:
+                        self._note_recovery()
                     self._last_byte = time.monotonic()
                 self.record.add_received(len(data))
+
+    def _count_lost(self, segments: int, upstream: Upstream) -> None:
+        """Count them, unless they would be more than time has passed: an origin numbers anew."""
+        silent = time.monotonic() - self._last_byte
+        if segments * upstream.target_duration <= silent + LISTED_TIME:
+            self._gaps += segments
+            self.record.add("gaps", segments)
 
     def _warn_if_short(self, segment_size: int) -> None:
         """Say once that a window holds too few segments even at its largest."""
@@ -3676,6 +3723,10 @@ def _has_media(items: Iterable[bytes | SegmentEvent]) -> bool:
 def _is_sign_of_life(item: bytes | SegmentEvent) -> bool:
     """Bytes are, and so is a segment left out on purpose; one that failed is not."""
     return not isinstance(item, SegmentEvent) or item.kind is EventKind.FILTERED
+
+
+def _many(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 def names_in(quality: str) -> list[str]:
@@ -4247,7 +4298,7 @@ def _label(text: object) -> str:
 STATE_WORDS = {
     "live": "live",
     "private": "playing",
-    "reopening": "waiting for its origin",
+    "waiting": "waiting for its origin",
     "starting": "starting",
     "idle": "idle",
 }
@@ -4272,7 +4323,7 @@ display:grid;place-items:center;font-weight:600}
 .name{min-width:0}.name b{display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:2;
 overflow:hidden;overflow-wrap:anywhere;line-height:1.25}
 .state{font-size:.875rem;color:var(--soft)}.state.live,.state.private{color:var(--live)}
-.state.reopening,.state.starting{color:var(--wait)}
+.state.waiting,.state.starting{color:var(--wait)}
 .state::before{content:"";display:inline-block;width:.55em;height:.55em;border-radius:50%;
 background:currentColor;margin-right:.4em}li.on{border-color:var(--live)}li.off .logo{opacity:.7}
 .facts{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:.875rem;color:var(--soft)}
@@ -4353,10 +4404,6 @@ def _chart(bitrates: Sequence[float]) -> str:
         f'<svg viewBox="0 0 {4 * SLOTS} 36" preserveAspectRatio="none" role="img" '
         f'aria-label="{words}"><line x1="0" y1="35.5" x2="{4 * SLOTS}" y2="35.5"/>{bars}</svg>'
     )
-
-
-def _many(count: int, word: str) -> str:
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 def _duration(seconds: float) -> str:
