@@ -9,13 +9,13 @@
 channel is pulled once, by streamlink, however many watch it; everything stays in memory.
 
 Data flow
-    origin -> Downloads -> ReaderBuffer -> feeder (Splicer, framer) -> Window -> viewers -> sockets
+    origin -> Download -> ReaderBuffer -> Channel (Splicer, framer) -> Window -> viewers -> sockets
     Up to `threads` Downloads fetch segments at once; the oldest one's bytes go on as they come.
-    The ReaderBuffer is where an upstream hands over bytes and segment events (a segment starts
-    here, ends here, is missing).  The Splicer makes one stream of what several openings of the
+    A ReaderBuffer is where one thread hands bytes and segment events (a segment starts here, ends
+    here, is missing) to another.  The Splicer makes one stream of what several openings of the
     upstream bring, without a repeat at the seams.  The framer cuts it into whole packets or frames
-    and finds the join points.  The Window keeps the newest bytes of a live channel, and each
-    Viewer's place in them.
+    and finds the join points.  The Window keeps the newest bytes of a live channel, and knows where
+    each Viewer is in them.
     What has an end takes the same road, one upstream and window for each viewer, and the window
     then waits for its viewer instead of moving on.
 
@@ -23,33 +23,35 @@ Threads
     main           parses arguments, waits for signals, reloads, closes everything
     listener       accepts connections; refuses what is too much
     viewer-N       one for each connection: reads a request, then only takes from a Window
-    feed-NAME-N    one for each channel: opens its upstream, judges it, opens it again
-    pump-NAME-N    for a source that is no segmented stream: moves its body to the ReaderBuffer
+    feed-NAME-N    one for each Channel: opens its upstream, judges it, opens it again
+    pump-NAME-N    for a source without a playlist: moves its body to the ReaderBuffer
     close-NAME-N   ends an upstream, which may take as long as streamlink's threads do
     Streamlink's own are named after the channel: a worker loads playlists and puts segments, a
     writer hands on the oldest download, an executor runs the downloads.
 
 Locks
-    Channels._lock    the registry; every channel's state and viewers
-    Window._lock      blocks, join points and places of one window
-    ReaderBuffer._lock        what an upstream has handed over and the feeder has not taken
-    StreamRecord.lock       a stream's totals
-    Taken in that order.  Those of Http, DownloadingWriter, Server and RepeatFilter
-    are taken alone.  None is held across a socket write, an upstream call or a join.
+    Channels.changed     the set of channels, what each says of itself, the records of streams
+    Window._lock         blocks, join points and viewers of one window
+    ReaderBuffer._lock   what was handed over and has not been taken
+    Taken in that order.  Those of Http, DownloadingWriter and Server are taken alone.  None is held
+    across a socket write, an upstream call or a join.
 
-Where to find what
-    a key of the configuration    Configuration: the dataclasses, with each key's reader
-    where a viewer starts         Window._join_point; what a join point is: Media
-    a slow or paused viewer       Window.take and Window._make_room
-    who shares an upstream        Channels.watch; the states stand above State
-    a fault of the origin         Feeder (what is tried when), Splicer (what viewers see),
-                                  Download (within a segment), WatchedWorker (playlists)
-    an answer                     Handler._route; documents: Pages
-    a limit                       Constants, Channels._attach, Server.process_request
+Where it is decided
+    what a key of the file means     Configuration: the dataclasses, with each key's parser
+    where a viewer starts            Window._join_point; what a join point is: Media
+    what is evicted, who waits       Window._make_room and _foremost_wait; its cases stand there
+    who shares an upstream           Channels._find; the states stand above State
+    who is refused, who gives way    Channels._attach; the cases stand above Channels
+    that a source has ended          the table above Upstream; Channel._read and _finish
+    that an upstream has failed      Channel._judge; within a segment Download._judge
+    what is tried next, and when     Channel._open_first and _keep_going
+    what viewers see of a seam       Splicer; its states stand above it
+    an answer                        Handler._route; documents: Pages
+    which thread may call            the class's docstring, or a comment above its methods
 
 Reading order
-    Window, Channels.watch, Feeder, Splicer, then Handler.stream_channel.  Configuration, Media and
-    Pages are pure; Upstream is all there is of streamlink.
+    Window, Channels.watch, Channel._run, Splicer, then Handler.stream_channel.  Configuration,
+    Media and Pages are pure; Upstream is all there is of streamlink.
 """
 
 from __future__ import annotations
