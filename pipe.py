@@ -96,7 +96,7 @@ from http import HTTPStatus
 from http.cookiejar import MozillaCookieJar
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, cast
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlsplit
 
 try:
@@ -359,13 +359,6 @@ def number(kind: type[int] | type[float], least: float, most: float = math.inf) 
     return converted_text(convert, f"{'a whole number' if kind is int else 'a number'}{bounds}")
 
 
-def url(*schemes: str) -> Parse:
-    """A parser of absolute addresses with one of these schemes."""
-    wanted = " or ".join(f"{scheme}://" for scheme in schemes[:2])
-    message = f"expected an address that starts with {wanted}"
-    return validated_text(lambda address: _split(address)[0] in schemes, message)
-
-
 def _split(address: str) -> tuple[str, str]:
     """Scheme and host; nothing where the address is malformed or has no host."""
     with contextlib.suppress(ValueError):
@@ -402,22 +395,19 @@ def _is_cookies_file(file: str) -> bool:
 # An empty token would let everybody in.
 filled_text = validated_text(bool, "empty value: fill it in or remove the key")
 network = validated_text(ipaddress.ip_network, "expected a network like 192.168.0.0/16")
-stream_name = validated_text(
-    STREAM_NAME.fullmatch, "a stream name may only contain a-z, 0-9 and -, e.g. channel-1"
-)
-free_name = validated_text(
-    lambda name: name not in RESERVED_NAMES, "this name is reserved: choose another"
-)
-header_name = validated_text(
-    re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch, "not a valid header name"
-)
 # What HTTP can carry (RFC 9110, 5.5).
 header_value = validated_text(
     lambda value: value.isprintable() and value.isascii() and value.strip() == value,
     "a header value must be one line of ASCII text without surrounding blanks",
 )
-web_url = url("http", "https")
-proxy_url = url("http", "socks5h", "https", "socks5", "socks4", "socks4a")
+web_url = validated_text(
+    lambda address: _split(address)[0] in ("http", "https"),
+    "expected an address that starts with http:// or https://",
+)
+proxy_url = validated_text(
+    lambda address: re.fullmatch("https?|socks5h?|socks4a?", _split(address)[0]),
+    "expected an address that starts with http:// or socks5h://",
+)
 thread_count = number(int, 1, 64)
 ring_size = number(int, 256 * KIB, 4096 * MIB)  # bytes
 request_time = number(float, 0.1, 3600)  # seconds
@@ -458,8 +448,8 @@ def as_headers(reader: ConfigReader, node: yaml.Node, path: str) -> dict[str, st
     """Headers by name; cookies and query parameters are such text, too."""
     found = {}
     for name, (key, value) in reader.section(node, path).items():
-        with reader.reporting(key, path):
-            header_name(name)
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+            reader.mistake(key, path, "not a valid header name")
         with reader.reporting(value, path_of(path, name)):
             found[name] = header_value(text_of(value))
     return found
@@ -467,24 +457,25 @@ def as_headers(reader: ConfigReader, node: yaml.Node, path: str) -> dict[str, st
 
 def as_engine_options(reader: ConfigReader, node: yaml.Node, path: str) -> dict[str, Any]:
     """The `streamlink:` map; its names may be written with underscores."""
-    values = reader.table(node, path, reader.engine)
+    options = reader.engine.items()
+    keys = {name: functools.partial(as_engine_option, name, example) for name, example in options}
+    keys |= {name.replace("-", "_"): read for name, read in keys.items()}
+    values = reader.table(node, path, keys)
     return {name.replace("_", "-"): value for name, value in values.items()}
 
 
-def engine_reader(name: str, example: Any) -> Read:
-    """How the value of an option of streamlink's is read."""
+def as_engine_option(
+    name: str, example: Any, reader: ConfigReader, node: yaml.Node, path: str
+) -> Any:
+    if example is Ellipsis:
+        raise ValueError("StreamPipe sets this itself for safety: remove it")
+    if name in GLOBAL_ENGINE_OPTIONS and not path.startswith("options."):
+        raise ValueError("this affects the whole process: set it under options.streamlink")
+    if isinstance(example, dict):
+        return as_headers(reader, node, path)
     parse = ENGINE_PARSERS.get(name) or ENGINE_PARSERS.get(type(example), str)
-    read_value = as_headers if isinstance(example, dict) else single(parse)
-    read_value = list_of(parse) if isinstance(example, list) else read_value
-
-    def read(reader: ConfigReader, node: yaml.Node, path: str) -> Any:
-        if example is Ellipsis:
-            raise ValueError("StreamPipe sets this itself for safety: remove it")
-        if name in GLOBAL_ENGINE_OPTIONS and not path.startswith("options."):
-            raise ValueError("this affects the whole process: set it under options.streamlink")
-        return read_value(reader, node, path)
-
-    return read
+    read = list_of(parse) if isinstance(example, list) else single(parse)
+    return read(reader, node, path)
 
 
 # By type, and by name where streamlink would raise, hang or do nothing with some values of a type.
@@ -519,10 +510,8 @@ ENGINE_PARSERS: dict[str | type, Parse] = {
 
 # What is read.  A field that is a key of the file has its reader and its default.
 
-Value = TypeVar("Value")
 
-
-def setting(read: Read, default: Value) -> Value:
+def setting(read: Read, default: Any) -> Any:
     return field(default_factory=lambda: default, metadata={"read": read})
 
 
@@ -609,15 +598,14 @@ def load_config(path: Path, engine: EngineOptions) -> Config:
     raise ConfigError([f"{path}: {problem}"])
 
 
+@dataclass
 class ConfigReader:
     """Turns one YAML document into a Config and collects the mistakes on the way."""
 
-    def __init__(self, file: str, engine: EngineOptions) -> None:
-        self.file = file
-        self.engine = {name: engine_reader(name, example) for name, example in engine.items()}
-        self.engine |= {name.replace("-", "_"): read for name, read in self.engine.items()}
-        self.numbers: dict[int, str] = {}  # of streams, with the path where each is first used
-        self.mistakes: set[tuple[int, str]] = set()  # line, text; an alias repeats its mistakes
+    file: str
+    engine: EngineOptions
+    numbers: dict[int, str] = field(default_factory=dict)  # of streams, with their first paths
+    mistakes: set[tuple[int, str]] = field(default_factory=set)  # by line; aliases repeat them
 
     def read(self, text: str) -> Config:
         """Parse and check; raises ConfigError."""
@@ -639,8 +627,7 @@ class ConfigReader:
 
     def mistake(self, node: yaml.Node, path: str, message: str) -> None:
         text = f"{path}: {message}" if path else message
-        printable = "".join(c if c.isprintable() else "?" for c in text)
-        self.mistakes.add((node.start_mark.line + 1, printable))
+        self.mistakes.add((node.start_mark.line + 1, text))
 
     @contextlib.contextmanager
     def reporting(self, node: yaml.Node, path: str) -> Iterator[None]:
@@ -705,7 +692,11 @@ class ConfigReader:
         streams: dict[str, StreamSettings] = {}
         for name, (key, node) in sections.get("streams", {}).items():
             with self.reporting(key, path_of("streams", name)):
-                free_name(stream_name(name))
+                if not STREAM_NAME.fullmatch(name):
+                    wanted = "a stream name may only contain a-z, 0-9 and -, e.g. channel-1"
+                    raise ValueError(wanted)
+                if name in RESERVED_NAMES:
+                    raise ValueError("this name is reserved: choose another")
                 streams[name] = self._stream(name, node, sections["options"])
         return Config(**{**sections, "streams": streams})
 
