@@ -419,21 +419,26 @@ def single(parse: Parse) -> Read:
 
 def list_of(parse: Parse) -> Read:
     def read(reader: ConfigReader, node: yaml.Node, path: str) -> tuple[Any, ...] | None:
-        if isinstance(node, yaml.SequenceNode):
-            return reader.parsed(parse, node.value, path)
-        if node.tag == NULL:
-            return None
-        raise ValueError(f"expected a list like [a, b], got {KINDS[type(node)]}")
+        if not isinstance(node, yaml.SequenceNode):
+            if node.tag == NULL:
+                return None
+            raise ValueError(f"expected a list like [a, b], got {KINDS[type(node)]}")
+        found = []
+        for item in node.value:
+            with reader.reporting(item, path):
+                found.append(parse(text_of(item)))
+        return tuple(found)
 
     return read
 
 
-def as_addresses(reader: ConfigReader, node: yaml.Node, path: str) -> tuple[str, ...]:
+def as_addresses(reader: ConfigReader, node: yaml.Node, path: str) -> Any:
     """One address or a list of them."""
-    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
-    if not nodes:
+    if not isinstance(node, yaml.SequenceNode):
+        node = yaml.SequenceNode("", [node])
+    elif not node.value:
         reader.mistake(node, path, "the list of addresses is empty")
-    return reader.parsed(stream_address, nodes, path)
+    return list_of(stream_address)(reader, node, path)
 
 
 def as_unique_number(reader: ConfigReader, node: yaml.Node, path: str) -> int | None:
@@ -458,15 +463,13 @@ def as_headers(reader: ConfigReader, node: yaml.Node, path: str) -> dict[str, st
 def as_engine_options(reader: ConfigReader, node: yaml.Node, path: str) -> dict[str, Any]:
     """The `streamlink:` map; its names may be written with underscores."""
     options = reader.engine.items()
-    keys = {name: functools.partial(as_engine_option, name, example) for name, example in options}
+    keys = {name: functools.partial(engine_option, name, example) for name, example in options}
     keys |= {name.replace("-", "_"): read for name, read in keys.items()}
     values = reader.table(node, path, keys)
     return {name.replace("_", "-"): value for name, value in values.items()}
 
 
-def as_engine_option(
-    name: str, example: Any, reader: ConfigReader, node: yaml.Node, path: str
-) -> Any:
+def engine_option(name: str, example: Any, reader: ConfigReader, node: yaml.Node, path: str) -> Any:
     if example is Ellipsis:
         raise ValueError("StreamPipe sets this itself for safety: remove it")
     if name in GLOBAL_ENGINE_OPTIONS and not path.startswith("options."):
@@ -582,10 +585,7 @@ class Config:
 
 
 def load_config(path: Path, engine: EngineOptions) -> Config:
-    """Read and check a file; `engine` lists the options allowed under `streamlink:`.
-
-    Raises ConfigError with every mistake in it.
-    """
+    """Read a file that may set these options of the engine; raises ConfigError for mistakes."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -637,19 +637,8 @@ class ConfigReader:
         except ValueError as error:
             self.mistake(node, path, str(error))
 
-    def parsed(self, parse: Parse, nodes: Iterable[yaml.Node], path: str) -> tuple[Any, ...]:
-        """What the items of a list mean, without those that are mistakes."""
-        found = []
-        for node in nodes:
-            with self.reporting(node, path):
-                found.append(parse(text_of(node)))
-        return tuple(found)
-
     def section(self, node: yaml.Node, path: str) -> Section:
-        """The entries of a section, its own behind those that `<<` brings in.
-
-        Raises ValueError for anything but a section.
-        """
+        """A section's entries, its own behind those that `<<` brings in; may raise ValueError."""
         if node.tag == NULL:
             raise ValueError("this section is empty: remove it or fill it in")
         if not isinstance(node, yaml.MappingNode):
@@ -659,14 +648,12 @@ class ConfigReader:
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 self.mistake(key, path, "a key must be plain text")
-                continue
-            where = path_of(path, key.value)
-            if key.tag == MERGE:
+            elif key.tag == MERGE:
                 for other in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                    with self.reporting(other, where):
+                    with self.reporting(other, path_of(path, key.value)):
                         merged = {**self.section(other, path), **merged}
             elif key.value in own:
-                self.mistake(key, where, "duplicate key")
+                self.mistake(key, path_of(path, key.value), "duplicate key")
             else:
                 own[key.value] = key, value
         return {**merged, **own}
@@ -712,8 +699,8 @@ class ConfigReader:
         own = {key: values.pop(key) for key in keys_of(Options) if key in values}
         own["streamlink"] = {**shared.streamlink, **own.get("streamlink", {})}
         values["title"] = values.get("title") or name
-        addresses = values.pop("url")
-        return StreamSettings(name, addresses, **values, options=replace(shared, **own))
+        values["urls"] = values.pop("url")
+        return StreamSettings(name, **values, options=replace(shared, **own))
 
 
 def _measure(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
@@ -4889,7 +4876,7 @@ def check_stream(stream: StreamSettings) -> tuple[bool, str]:
         channels.stop(EXIT_TIME)
     qualities = ", ".join(dict.fromkeys(channels.record(stream.name).variants.values()))
     words = [channel.container.value, qualities, f"first byte after {seconds:.2f} s"]
-    return True, "; ".join([*words, *filter(None, [channel.note])])
+    return True, "; ".join([*words, channel.note] if channel.note else words)
 
 
 def run_check(config: Config) -> int:
@@ -4929,27 +4916,25 @@ class DemoHandler(BaseHTTPRequestHandler):
         newest = DEMO_SEGMENTS + int((time.monotonic() - self.started) * 90_000 / TEST_CARD_TICKS)
         number = re.fullmatch(r"/(\d{1,12})\.ts", self.path)
         if self.path == "/live.m3u8":
-            self._answer("application/vnd.apple.mpegurl", self._playlist(newest))
+            kind, body = "application/vnd.apple.mpegurl", self._playlist(newest)
         elif number and int(number[1]) <= newest:
-            self._answer(Container.MPEG_TS.value, test_card_segment(int(number[1])))
+            kind, body = Container.MPEG_TS.value, test_card_segment(int(number[1]))
         else:
             self.send_error(HTTPStatus.NOT_FOUND)
-
-    def _playlist(self, newest: int) -> bytes:
-        seconds = TEST_CARD_TICKS / 90_000
-        first = newest - DEMO_SEGMENTS + 1
-        lines = ["#EXTM3U", "#EXT-X-VERSION:3", f"#EXT-X-TARGETDURATION:{math.ceil(seconds)}"]
-        lines.append(f"#EXT-X-MEDIA-SEQUENCE:{first}")
-        for number in range(first, newest + 1):
-            lines += [f"#EXTINF:{seconds:.3f},", f"{number}.ts"]
-        return "\n".join(lines).encode() + b"\n"
-
-    def _answer(self, kind: str, body: bytes) -> None:
+            return
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def _playlist(self, newest: int) -> bytes:
+        seconds = TEST_CARD_TICKS / 90_000
+        first = newest - DEMO_SEGMENTS + 1
+        text = f"#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:{math.ceil(seconds)}\n"
+        text += f"#EXT-X-MEDIA-SEQUENCE:{first}\n"
+        text += "".join(f"#EXTINF:{seconds:.3f},\n{n}.ts\n" for n in range(first, newest + 1))
+        return text.encode()
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("demo origin: %s", format % args)
@@ -4997,10 +4982,12 @@ def _port(value: str) -> int:
     return port
 
 
-def read_settings(arguments: argparse.Namespace, demo: str | None) -> Config:
+def read_settings(
+    arguments: argparse.Namespace, demo: str | None, formatter: LogFormatter
+) -> Config:
     """The file's configuration with the command line's laid over; raises ConfigError.
 
-    `demo` is the address of the demo's stream.
+    `demo` is the address of the demo's stream; `formatter` learns what logs must not show.
     """
     config = Config()
     if arguments.config or not arguments.demo:
@@ -5008,14 +4995,15 @@ def read_settings(arguments: argparse.Namespace, demo: str | None) -> Config:
     given = {"host": arguments.host, "port": arguments.port}
     server = replace(config.server, **{k: v for k, v in given.items() if v is not None})
     streams = dict(config.streams)
-    if demo and DEMO_STREAM in streams:
-        mistake = f"streams.{DEMO_STREAM}: --demo adds a stream with this name: rename yours"
-        raise ConfigError([mistake])
     if demo:
-        streams[DEMO_STREAM] = StreamSettings(
-            DEMO_STREAM, (demo,), title="Test card", options=config.options
-        )
-    return replace(config, server=server, streams=streams)
+        if DEMO_STREAM in streams:
+            mistake = f"streams.{DEMO_STREAM}: --demo adds a stream with this name: rename yours"
+            raise ConfigError([mistake])
+        card = StreamSettings(DEMO_STREAM, (demo,), title="Test card", options=config.options)
+        streams[DEMO_STREAM] = card
+    config = replace(config, server=server, streams=streams)
+    formatter.secrets = secrets_of(config)
+    return config
 
 
 # Logging
@@ -5026,16 +5014,13 @@ _ADDRESS = re.compile(
 _BARE_ADDRESS = re.compile(r"\b(https?:)(?!//)[^\s'\"]+")
 _REQUEST_PATH = re.compile(r"(\burl: )/\S*")  # urllib3 names them without their host
 _CHANNEL_THREAD = re.compile(r"[A-Za-z]+-([a-z0-9-]+?)(?:--\w+)?-\d+(?:-executor_\d+)?")
-HIDDEN = "***"
 LEAST_SECRET = 4  # characters; shorter ones stand in every other word
 
 
 class LogFormatter(logging.Formatter):
     """One line for an event, with the channel, without a secret; no address beyond its host."""
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s%(channel)s %(message)s")
-        self.secrets: tuple[str, ...] = ()  # longest first; replaced whole by a reload
+    secrets: tuple[str, ...] = ()  # longest first; replaced whole by a reload
 
     def format(self, record: logging.LogRecord) -> str:
         match = _CHANNEL_THREAD.fullmatch(record.threadName or "")
@@ -5043,7 +5028,7 @@ class LogFormatter(logging.Formatter):
         record.channel = f" {match[1]}:" if match and not is_ours else ""
         text = super().format(record)
         for secret in self.secrets:
-            text = text.replace(secret, HIDDEN)
+            text = text.replace(secret, "***")
         if record.exc_info or not is_ours:
             text = _BARE_ADDRESS.sub(r"\1...", _ADDRESS.sub(r"\1\2/...", text))
             text = _REQUEST_PATH.sub(r"\1/...", text)
@@ -5088,7 +5073,7 @@ def _secrets_of_address(address: str) -> set[str]:
 
 def set_up_logging(level: str) -> LogFormatter:
     """Log to stderr; the formatter that is returned can be told the secrets."""
-    formatter = LogFormatter()
+    formatter = LogFormatter("%(asctime)s %(levelname)s%(channel)s %(message)s")
     handler = logging.StreamHandler()
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
@@ -5102,25 +5087,17 @@ def set_up_logging(level: str) -> LogFormatter:
 
 def _log_dead_thread(dead: threading.ExceptHookArgs) -> None:
     name = dead.thread.name if dead.thread else "a thread"
-    error = dead.exc_value or dead.exc_type()
-    log.error("%s died", name, exc_info=(dead.exc_type, error, dead.exc_traceback))
+    log.error("%s died", name, exc_info=dead.exc_value)
 
 
 # Running
 
-
-class Command(enum.Enum):
-    """What a signal asks of main."""
-
-    STOP = enum.auto()
-    RELOAD = enum.auto()
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+Signals = queue.SimpleQueue[int]  # its put() may be called from a signal handler
 
 
-Commands = queue.SimpleQueue[Command]  # its put() may be called from a signal handler
-
-
-def serve(config: Config, commands: Commands, read_again: Callable[[], Config]) -> int:
-    """Serve until told to stop; blocks.  Returns the exit status.
+def serve(config: Config, received: Signals, read_again: Callable[[], Config]) -> int:
+    """Serve until a signal ends it; blocks.  Returns the exit status.
 
     `read_again` gives the configuration for a reload, or raises ConfigError.
     """
@@ -5135,7 +5112,7 @@ def serve(config: Config, commands: Commands, read_again: Callable[[], Config]) 
         accept = server.serve_forever
         threading.Thread(target=accept, args=(0.1,), name="listener", daemon=True).start()
         announce(config, server)
-        while next_command(commands) is not Command.STOP:
+        while next_signal(received) not in END_SIGNALS:
             reload(server, read_again)
         close(server, channels)
     return EXIT_OK
@@ -5150,15 +5127,15 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def next_command(commands: Commands) -> Command:
-    """Wait for a command; looks twice a second.
+def next_signal(received: Signals) -> int:
+    """Wait for a signal; looks twice a second.
 
     The system may hand a signal to any thread, and Python runs its handler in this one only once
     it does something: a wait without end would sleep through it.
     """
     while True:
         with contextlib.suppress(queue.Empty):
-            return commands.get(timeout=0.5)
+            return received.get(timeout=0.5)
 
 
 def reload(server: Server, read_again: Callable[[], Config]) -> None:
@@ -5199,24 +5176,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     arguments = build_parser().parse_args(argv)
     formatter = set_up_logging("error" if arguments.check else arguments.log_level)
-    commands: Commands = queue.SimpleQueue()
     try:
         check_engine()
         with contextlib.ExitStack() as stack:
             demo = stack.enter_context(demo_origin()) if arguments.demo else None
-
-            def read() -> Config:
-                config = read_settings(arguments, demo)
-                formatter.secrets = secrets_of(config)
-                return config
-
+            read = functools.partial(read_settings, arguments, demo, formatter)
             config = read()
             warm_up()
             raise_file_limit()
             if arguments.check:
                 return run_check(config)
-            stack.enter_context(signals(commands))
-            return serve(config, commands, read)
+            return serve(config, stack.enter_context(signals()), read)
     except ConfigError as error:
         print(*error.mistakes, sep="\n", file=sys.stderr)  # noqa: T201
         return EXIT_USAGE
@@ -5228,37 +5198,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def signals(commands: Commands) -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into commands; a second end ends the process at once."""
+def signals() -> Iterator[Signals]:
+    """Collect SIGINT, SIGTERM and SIGHUP; a second one to end ends the process at once."""
+    received: Signals = queue.SimpleQueue()
     is_ending = False
 
-    def end(number: int, frame: object) -> None:
+    def note(number: int, frame: object) -> None:
         nonlocal is_ending
-        if is_ending:
-            os._exit(EXIT_FAILED)
-        is_ending = True
-        commands.put(Command.STOP)
+        if number in END_SIGNALS:
+            if is_ending:
+                os._exit(EXIT_FAILED)
+            is_ending = True
+        received.put(number)
 
-    def hang_up(number: int, frame: object) -> None:
-        commands.put(Command.RELOAD)
-
-    handlers = {signal.SIGINT: end, signal.SIGTERM: end}
-    if hasattr(signal, "SIGHUP"):  # not on Windows
-        handlers[signal.SIGHUP] = hang_up
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def leave(status: int) -> NoReturn:
-    """End the process without waiting for downloads that hang: Python would join their threads."""
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(status)
+    hang_up = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # not on Windows
+    with contextlib.ExitStack() as stack:
+        for number in (*END_SIGNALS, *hang_up):
+            stack.callback(signal.signal, number, signal.signal(number, note))
+        yield received
 
 
 if __name__ == "__main__":
-    leave(main())
+    status = main()
+    # Python would wait for the threads of downloads that hang.
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)
