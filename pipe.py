@@ -98,7 +98,7 @@ from http import HTTPStatus
 from http.cookiejar import MozillaCookieJar
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, cast
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlsplit
 
 try:
@@ -362,13 +362,6 @@ def number(kind: type[int] | type[float], least: float, most: float = math.inf) 
     return converted_text(convert, f"{'a whole number' if kind is int else 'a number'}{bounds}")
 
 
-def url(*schemes: str) -> Parse:
-    """A parser of absolute addresses with one of these schemes."""
-    wanted = " or ".join(f"{scheme}://" for scheme in schemes[:2])
-    message = f"expected an address that starts with {wanted}"
-    return validated_text(lambda address: _split(address)[0] in schemes, message)
-
-
 def _split(address: str) -> tuple[str, str]:
     """Scheme and host; nothing where the address is malformed or has no host."""
     with contextlib.suppress(ValueError):
@@ -405,22 +398,19 @@ def _is_cookies_file(file: str) -> bool:
 # An empty token would let everybody in.
 filled_text = validated_text(bool, "empty value: fill it in or remove the key")
 network = validated_text(ipaddress.ip_network, "expected a network like 192.168.0.0/16")
-stream_name = validated_text(
-    STREAM_NAME.fullmatch, "a stream name may only contain a-z, 0-9 and -, e.g. channel-1"
-)
-free_name = validated_text(
-    lambda name: name not in RESERVED_NAMES, "this name is reserved: choose another"
-)
-header_name = validated_text(
-    re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch, "not a valid header name"
-)
 # What HTTP can carry (RFC 9110, 5.5).
 header_value = validated_text(
     lambda value: value.isprintable() and value.isascii() and value.strip() == value,
     "a header value must be one line of ASCII text without surrounding blanks",
 )
-web_url = url("http", "https")
-proxy_url = url("http", "socks5h", "https", "socks5", "socks4", "socks4a")
+web_url = validated_text(
+    lambda address: _split(address)[0] in ("http", "https"),
+    "expected an address that starts with http:// or https://",
+)
+proxy_url = validated_text(
+    lambda address: re.fullmatch("https?|socks5h?|socks4a?", _split(address)[0]),
+    "expected an address that starts with http:// or socks5h://",
+)
 thread_count = number(int, 1, 64)
 ring_size = number(int, 256 * KIB, 4096 * MIB)  # bytes
 request_time = number(float, 0.1, 3600)  # seconds
@@ -432,21 +422,26 @@ def single(parse: Parse) -> Read:
 
 def list_of(parse: Parse) -> Read:
     def read(reader: ConfigReader, node: yaml.Node, path: str) -> tuple[Any, ...] | None:
-        if isinstance(node, yaml.SequenceNode):
-            return reader.parsed(parse, node.value, path)
-        if node.tag == NULL:
-            return None
-        raise ValueError(f"expected a list like [a, b], got {KINDS[type(node)]}")
+        if not isinstance(node, yaml.SequenceNode):
+            if node.tag == NULL:
+                return None
+            raise ValueError(f"expected a list like [a, b], got {KINDS[type(node)]}")
+        found = []
+        for item in node.value:
+            with reader.reporting(item, path):
+                found.append(parse(text_of(item)))
+        return tuple(found)
 
     return read
 
 
-def as_addresses(reader: ConfigReader, node: yaml.Node, path: str) -> tuple[str, ...]:
+def as_addresses(reader: ConfigReader, node: yaml.Node, path: str) -> Any:
     """One address or a list of them."""
-    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
-    if not nodes:
+    if not isinstance(node, yaml.SequenceNode):
+        node = yaml.SequenceNode("", [node])
+    elif not node.value:
         reader.mistake(node, path, "the list of addresses is empty")
-    return reader.parsed(stream_address, nodes, path)
+    return list_of(stream_address)(reader, node, path)
 
 
 def as_unique_number(reader: ConfigReader, node: yaml.Node, path: str) -> int | None:
@@ -461,8 +456,8 @@ def as_headers(reader: ConfigReader, node: yaml.Node, path: str) -> dict[str, st
     """Headers by name; cookies and query parameters are such text, too."""
     found = {}
     for name, (key, value) in reader.section(node, path).items():
-        with reader.reporting(key, path):
-            header_name(name)
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+            reader.mistake(key, path, "not a valid header name")
         with reader.reporting(value, path_of(path, name)):
             found[name] = header_value(text_of(value))
     return found
@@ -470,24 +465,23 @@ def as_headers(reader: ConfigReader, node: yaml.Node, path: str) -> dict[str, st
 
 def as_engine_options(reader: ConfigReader, node: yaml.Node, path: str) -> dict[str, Any]:
     """The `streamlink:` map; its names may be written with underscores."""
-    values = reader.table(node, path, reader.engine)
+    options = reader.engine.items()
+    keys = {name: functools.partial(engine_option, name, example) for name, example in options}
+    keys |= {name.replace("-", "_"): read for name, read in keys.items()}
+    values = reader.table(node, path, keys)
     return {name.replace("_", "-"): value for name, value in values.items()}
 
 
-def engine_reader(name: str, example: Any) -> Read:
-    """How the value of an option of streamlink's is read."""
+def engine_option(name: str, example: Any, reader: ConfigReader, node: yaml.Node, path: str) -> Any:
+    if example is Ellipsis:
+        raise ValueError("StreamPipe sets this itself for safety: remove it")
+    if name in GLOBAL_ENGINE_OPTIONS and not path.startswith("options."):
+        raise ValueError("this affects the whole process: set it under options.streamlink")
+    if isinstance(example, dict):
+        return as_headers(reader, node, path)
     parse = ENGINE_PARSERS.get(name) or ENGINE_PARSERS.get(type(example), str)
-    read_value = as_headers if isinstance(example, dict) else single(parse)
-    read_value = list_of(parse) if isinstance(example, list) else read_value
-
-    def read(reader: ConfigReader, node: yaml.Node, path: str) -> Any:
-        if example is Ellipsis:
-            raise ValueError("StreamPipe sets this itself for safety: remove it")
-        if name in GLOBAL_ENGINE_OPTIONS and not path.startswith("options."):
-            raise ValueError("this affects the whole process: set it under options.streamlink")
-        return read_value(reader, node, path)
-
-    return read
+    read = list_of(parse) if isinstance(example, list) else single(parse)
+    return read(reader, node, path)
 
 
 # By type, and by name where streamlink would raise, hang or do nothing with some values of a type.
@@ -522,10 +516,8 @@ ENGINE_PARSERS: dict[str | type, Parse] = {
 
 # What is read.  A field that is a key of the file has its reader and its default.
 
-Value = TypeVar("Value")
 
-
-def setting(read: Read, default: Value) -> Value:
+def setting(read: Read, default: Any) -> Any:
     return field(default_factory=lambda: default, metadata={"read": read})
 
 
@@ -596,10 +588,7 @@ class Config:
 
 
 def load_config(path: Path, engine: EngineOptions) -> Config:
-    """Read and check a file; `engine` lists the options allowed under `streamlink:`.
-
-    Raises ConfigError with every mistake in it.
-    """
+    """Read a file that may set these options of the engine; raises ConfigError for mistakes."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -612,15 +601,14 @@ def load_config(path: Path, engine: EngineOptions) -> Config:
     raise ConfigError([f"{path}: {problem}"])
 
 
+@dataclass
 class ConfigReader:
     """Turns one YAML document into a Config and collects the mistakes on the way."""
 
-    def __init__(self, file: str, engine: EngineOptions) -> None:
-        self.file = file
-        self.engine = {name: engine_reader(name, example) for name, example in engine.items()}
-        self.engine |= {name.replace("-", "_"): read for name, read in self.engine.items()}
-        self.numbers: dict[int, str] = {}  # of streams, with the path where each is first used
-        self.mistakes: set[tuple[int, str]] = set()  # line, text; an alias repeats its mistakes
+    file: str
+    engine: EngineOptions
+    numbers: dict[int, str] = field(default_factory=dict)  # of streams, with their first paths
+    mistakes: set[tuple[int, str]] = field(default_factory=set)  # by line; aliases repeat them
 
     def read(self, text: str) -> Config:
         """Parse and check; raises ConfigError."""
@@ -642,8 +630,7 @@ class ConfigReader:
 
     def mistake(self, node: yaml.Node, path: str, message: str) -> None:
         text = f"{path}: {message}" if path else message
-        printable = "".join(c if c.isprintable() else "?" for c in text)
-        self.mistakes.add((node.start_mark.line + 1, printable))
+        self.mistakes.add((node.start_mark.line + 1, text))
 
     @contextlib.contextmanager
     def reporting(self, node: yaml.Node, path: str) -> Iterator[None]:
@@ -653,19 +640,8 @@ class ConfigReader:
         except ValueError as error:
             self.mistake(node, path, str(error))
 
-    def parsed(self, parse: Parse, nodes: Iterable[yaml.Node], path: str) -> tuple[Any, ...]:
-        """What the items of a list mean, without those that are mistakes."""
-        found = []
-        for node in nodes:
-            with self.reporting(node, path):
-                found.append(parse(text_of(node)))
-        return tuple(found)
-
     def section(self, node: yaml.Node, path: str) -> Section:
-        """The entries of a section, its own behind those that `<<` brings in.
-
-        Raises ValueError for anything but a section.
-        """
+        """A section's entries, its own behind those that `<<` brings in; may raise ValueError."""
         if node.tag == NULL:
             raise ValueError("this section is empty: remove it or fill it in")
         if not isinstance(node, yaml.MappingNode):
@@ -675,14 +651,12 @@ class ConfigReader:
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 self.mistake(key, path, "a key must be plain text")
-                continue
-            where = path_of(path, key.value)
-            if key.tag == MERGE:
+            elif key.tag == MERGE:
                 for other in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                    with self.reporting(other, where):
+                    with self.reporting(other, path_of(path, key.value)):
                         merged = {**self.section(other, path), **merged}
             elif key.value in own:
-                self.mistake(key, where, "duplicate key")
+                self.mistake(key, path_of(path, key.value), "duplicate key")
             else:
                 own[key.value] = key, value
         return {**merged, **own}
@@ -708,7 +682,11 @@ class ConfigReader:
         streams: dict[str, StreamSettings] = {}
         for name, (key, node) in sections.get("streams", {}).items():
             with self.reporting(key, path_of("streams", name)):
-                free_name(stream_name(name))
+                if not STREAM_NAME.fullmatch(name):
+                    wanted = "a stream name may only contain a-z, 0-9 and -, e.g. channel-1"
+                    raise ValueError(wanted)
+                if name in RESERVED_NAMES:
+                    raise ValueError("this name is reserved: choose another")
                 streams[name] = self._stream(name, node, sections["options"])
         return Config(**{**sections, "streams": streams})
 
@@ -724,8 +702,8 @@ class ConfigReader:
         own = {key: values.pop(key) for key in keys_of(Options) if key in values}
         own["streamlink"] = {**shared.streamlink, **own.get("streamlink", {})}
         values["title"] = values.get("title") or name
-        addresses = values.pop("url")
-        return StreamSettings(name, addresses, **values, options=replace(shared, **own))
+        values["urls"] = values.pop("url")
+        return StreamSettings(name, **values, options=replace(shared, **own))
 
 
 def _measure(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
@@ -4931,7 +4909,7 @@ def check_stream(stream: StreamSettings) -> tuple[bool, str]:
         channels.stop(EXIT_TIME)
     qualities = ", ".join(dict.fromkeys(channels.record(stream.name).variants.values()))
     words = [channel.container.value, qualities, f"first byte after {seconds:.2f} s"]
-    return True, "; ".join([*words, *filter(None, [channel.note])])
+    return True, "; ".join([*words, channel.note] if channel.note else words)
 
 
 def run_check(config: Config) -> int:
@@ -4971,27 +4949,25 @@ class DemoHandler(BaseHTTPRequestHandler):
         newest = DEMO_SEGMENTS + int((time.monotonic() - self.started) * 90_000 / TEST_CARD_TICKS)
         number = re.fullmatch(r"/(\d{1,12})\.ts", self.path)
         if self.path == "/live.m3u8":
-            self._answer("application/vnd.apple.mpegurl", self._playlist(newest))
+            kind, body = "application/vnd.apple.mpegurl", self._playlist(newest)
         elif number and int(number[1]) <= newest:
-            self._answer(Container.MPEG_TS.value, test_card_segment(int(number[1])))
+            kind, body = Container.MPEG_TS.value, test_card_segment(int(number[1]))
         else:
             self.send_error(HTTPStatus.NOT_FOUND)
-
-    def _playlist(self, newest: int) -> bytes:
-        seconds = TEST_CARD_TICKS / 90_000
-        first = newest - DEMO_SEGMENTS + 1
-        lines = ["#EXTM3U", "#EXT-X-VERSION:3", f"#EXT-X-TARGETDURATION:{math.ceil(seconds)}"]
-        lines.append(f"#EXT-X-MEDIA-SEQUENCE:{first}")
-        for number in range(first, newest + 1):
-            lines += [f"#EXTINF:{seconds:.3f},", f"{number}.ts"]
-        return "\n".join(lines).encode() + b"\n"
-
-    def _answer(self, kind: str, body: bytes) -> None:
+            return
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def _playlist(self, newest: int) -> bytes:
+        seconds = TEST_CARD_TICKS / 90_000
+        first = newest - DEMO_SEGMENTS + 1
+        text = f"#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:{math.ceil(seconds)}\n"
+        text += f"#EXT-X-MEDIA-SEQUENCE:{first}\n"
+        text += "".join(f"#EXTINF:{seconds:.3f},\n{n}.ts\n" for n in range(first, newest + 1))
+        return text.encode()
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("demo origin: %s", format % args)
@@ -5039,10 +5015,12 @@ def _port(value: str) -> int:
     return port
 
 
-def read_settings(arguments: argparse.Namespace, demo: str | None) -> Config:
+def read_settings(
+    arguments: argparse.Namespace, demo: str | None, formatter: LogFormatter
+) -> Config:
     """The file's configuration with the command line's laid over; raises ConfigError.
 
-    `demo` is the address of the demo's stream.
+    `demo` is the address of the demo's stream; `formatter` learns what logs must not show.
     """
     config = Config()
     if arguments.config or not arguments.demo:
@@ -5050,14 +5028,15 @@ def read_settings(arguments: argparse.Namespace, demo: str | None) -> Config:
     given = {"host": arguments.host, "port": arguments.port}
     server = replace(config.server, **{k: v for k, v in given.items() if v is not None})
     streams = dict(config.streams)
-    if demo and DEMO_STREAM in streams:
-        mistake = f"streams.{DEMO_STREAM}: --demo adds a stream with this name: rename yours"
-        raise ConfigError([mistake])
     if demo:
-        streams[DEMO_STREAM] = StreamSettings(
-            DEMO_STREAM, (demo,), title="Test card", options=config.options
-        )
-    return replace(config, server=server, streams=streams)
+        if DEMO_STREAM in streams:
+            mistake = f"streams.{DEMO_STREAM}: --demo adds a stream with this name: rename yours"
+            raise ConfigError([mistake])
+        card = StreamSettings(DEMO_STREAM, (demo,), title="Test card", options=config.options)
+        streams[DEMO_STREAM] = card
+    config = replace(config, server=server, streams=streams)
+    formatter.secrets = secrets_of(config)
+    return config
 
 
 # Logging
@@ -5068,16 +5047,13 @@ _ADDRESS = re.compile(
 _BARE_ADDRESS = re.compile(r"\b(https?:)(?!//)[^\s'\"]+")
 _REQUEST_PATH = re.compile(r"(\burl: )/\S*")  # urllib3 names them without their host
 _CHANNEL_THREAD = re.compile(r"[A-Za-z]+-([a-z0-9-]+?)(?:--\w+)?-\d+(?:-executor_\d+)?")
-HIDDEN = "***"
 LEAST_SECRET = 4  # characters; shorter ones stand in every other word
 
 
 class LogFormatter(logging.Formatter):
     """One line for an event, with the channel, without a secret; no address beyond its host."""
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s%(channel)s %(message)s")
-        self.secrets: tuple[str, ...] = ()  # longest first; replaced whole by a reload
+    secrets: tuple[str, ...] = ()  # longest first; replaced whole by a reload
 
     def format(self, record: logging.LogRecord) -> str:
         match = _CHANNEL_THREAD.fullmatch(record.threadName or "")
@@ -5085,7 +5061,7 @@ class LogFormatter(logging.Formatter):
         record.channel = f" {match[1]}:" if match and not is_ours else ""
         text = super().format(record)
         for secret in self.secrets:
-            text = text.replace(secret, HIDDEN)
+            text = text.replace(secret, "***")
         if record.exc_info or not is_ours:
             text = _BARE_ADDRESS.sub(r"\1...", _ADDRESS.sub(r"\1\2/...", text))
             text = _REQUEST_PATH.sub(r"\1/...", text)
@@ -5130,7 +5106,7 @@ def _secrets_of_address(address: str) -> set[str]:
 
 def set_up_logging(level: str) -> LogFormatter:
     """Log to stderr; the formatter that is returned can be told the secrets."""
-    formatter = LogFormatter()
+    formatter = LogFormatter("%(asctime)s %(levelname)s%(channel)s %(message)s")
     handler = logging.StreamHandler()
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
@@ -5144,25 +5120,17 @@ def set_up_logging(level: str) -> LogFormatter:
 
 def _log_dead_thread(dead: threading.ExceptHookArgs) -> None:
     name = dead.thread.name if dead.thread else "a thread"
-    error = dead.exc_value or dead.exc_type()
-    log.error("%s died", name, exc_info=(dead.exc_type, error, dead.exc_traceback))
+    log.error("%s died", name, exc_info=dead.exc_value)
 
 
 # Running
 
-
-class Command(enum.Enum):
-    """What a signal asks of main."""
-
-    STOP = enum.auto()
-    RELOAD = enum.auto()
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+Signals = queue.SimpleQueue[int]  # its put() may be called from a signal handler
 
 
-Commands = queue.SimpleQueue[Command]  # its put() may be called from a signal handler
-
-
-def serve(config: Config, commands: Commands, read_again: Callable[[], Config]) -> int:
-    """Serve until told to stop; blocks.  Returns the exit status.
+def serve(config: Config, received: Signals, read_again: Callable[[], Config]) -> int:
+    """Serve until a signal ends it; blocks.  Returns the exit status.
 
     `read_again` gives the configuration for a reload, or raises ConfigError.
     """
@@ -5177,7 +5145,7 @@ def serve(config: Config, commands: Commands, read_again: Callable[[], Config]) 
         accept = server.serve_forever
         threading.Thread(target=accept, args=(0.1,), name="listener", daemon=True).start()
         announce(config, server)
-        while next_command(commands) is not Command.STOP:
+        while next_signal(received) not in END_SIGNALS:
             reload(server, read_again)
         close(server, channels)
     return EXIT_OK
@@ -5192,15 +5160,15 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def next_command(commands: Commands) -> Command:
-    """Wait for a command; looks twice a second.
+def next_signal(received: Signals) -> int:
+    """Wait for a signal; looks twice a second.
 
     The system may hand a signal to any thread, and Python runs its handler in this one only once
     it does something: a wait without end would sleep through it.
     """
     while True:
         with contextlib.suppress(queue.Empty):
-            return commands.get(timeout=0.5)
+            return received.get(timeout=0.5)
 
 
 def reload(server: Server, read_again: Callable[[], Config]) -> None:
@@ -5241,24 +5209,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     arguments = build_parser().parse_args(argv)
     formatter = set_up_logging("error" if arguments.check else arguments.log_level)
-    commands: Commands = queue.SimpleQueue()
     try:
         check_engine()
         with contextlib.ExitStack() as stack:
             demo = stack.enter_context(demo_origin()) if arguments.demo else None
-
-            def read() -> Config:
-                config = read_settings(arguments, demo)
-                formatter.secrets = secrets_of(config)
-                return config
-
+            read = functools.partial(read_settings, arguments, demo, formatter)
             config = read()
             warm_up()
             raise_file_limit()
             if arguments.check:
                 return run_check(config)
-            stack.enter_context(signals(commands))
-            return serve(config, commands, read)
+            return serve(config, stack.enter_context(signals()), read)
     except ConfigError as error:
         print(*error.mistakes, sep="\n", file=sys.stderr)  # noqa: T201
         return EXIT_USAGE
@@ -5270,37 +5231,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def signals(commands: Commands) -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into commands; a second end ends the process at once."""
+def signals() -> Iterator[Signals]:
+    """Collect SIGINT, SIGTERM and SIGHUP; a second one to end ends the process at once."""
+    received: Signals = queue.SimpleQueue()
     is_ending = False
 
-    def end(number: int, frame: object) -> None:
+    def note(number: int, frame: object) -> None:
         nonlocal is_ending
-        if is_ending:
-            os._exit(EXIT_FAILED)
-        is_ending = True
-        commands.put(Command.STOP)
+        if number in END_SIGNALS:
+            if is_ending:
+                os._exit(EXIT_FAILED)
+            is_ending = True
+        received.put(number)
 
-    def hang_up(number: int, frame: object) -> None:
-        commands.put(Command.RELOAD)
-
-    handlers = {signal.SIGINT: end, signal.SIGTERM: end}
-    if hasattr(signal, "SIGHUP"):  # not on Windows
-        handlers[signal.SIGHUP] = hang_up
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def leave(status: int) -> NoReturn:
-    """End the process without waiting for downloads that hang: Python would join their threads."""
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(status)
+    hang_up = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # not on Windows
+    with contextlib.ExitStack() as stack:
+        for number in (*END_SIGNALS, *hang_up):
+            stack.callback(signal.signal, number, signal.signal(number, note))
+        yield received
 
 
 if __name__ == "__main__":
-    leave(main())
+    status = main()
+    # Python would wait for the threads of downloads that hang.
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)

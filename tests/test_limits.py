@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import itertools
 import logging
-import queue
 import random
 import re
 import signal
@@ -491,10 +490,9 @@ def test_option_that_the_system_refuses_is_left_out() -> None:
 def test_signals_without_sighup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(signal, "SIGHUP")
     before = signal.getsignal(signal.SIGTERM)
-    commands: pipe.Commands = queue.SimpleQueue()
-    with pipe.signals(commands):
+    with pipe.signals() as received:
         signal.raise_signal(signal.SIGTERM)
-        assert pipe.next_command(commands) is pipe.Command.STOP
+        assert pipe.next_signal(received) == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
 
 
