@@ -1778,7 +1778,7 @@ class Window:
             viewer.next += 1
 
     def _join_point(self) -> JoinPoint | None:
-        """Where a new viewer starts: by segments, key frames or any unit, the best kind there is."""
+        """Where a new viewer starts: at the best kind of join points that there is."""
         best = max((join.kind for join in self._joins), default=None)
         joins = [join for join in self._joins if join.kind is best]
         if best is JoinKind.SEGMENT:
