@@ -13,8 +13,10 @@ import gc
 import itertools
 import os
 import random
+import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -363,6 +365,47 @@ def test_gzip_nobody_asked_for_is_decoded(origin: Origin, serve: Serve, at: int)
     assert {r.headers["accept-encoding"] for r in origin.requests if r.path.endswith(".ts")} == {
         "identity"
     }
+
+
+@pytest.mark.parametrize("prefix", ["", "httpstream://"], ids=["bare", "httpstream"])
+@by_origin
+def test_file_that_breaks_goes_on_at_its_byte(
+    origin: Origin, serve: Serve, conduct: Mapping[str, bool], prefix: str
+) -> None:
+    behave(origin, conduct)
+    body = show()
+    address = origin.add_file("/film", body)
+    broken = [len(body) // 3, len(body) // 3]
+    for at in broken:
+        origin.fault("/film", Break(at))
+    answer = serve({"news": prefix + address}).get("/news")
+    assert (answer.body, answer.is_complete) == (body, True)
+    first, *others = of(origin, "/film")
+    assert "range" not in first.headers
+    if not conduct:
+        ranges = [f"bytes={at}-" for at in itertools.accumulate(broken)]
+        assert [request.headers["range"] for request in others] == ranges
+        assert all(request.headers["if-range"] for request in others)
+        assert sum(request.sent for request in (first, *others)) == len(body)
+
+
+def test_file_that_stalls_goes_on_at_its_byte(origin: Origin, serve: Serve) -> None:
+    address = origin.add_file("/film", show())
+    origin.fault("/film", Stall(at=10_000))
+    answer = serve({"news": address}, timeout=0.6).get("/news")
+    assert (answer.body, answer.is_complete) == (show(), True)
+    assert of(origin, "/film")[1].headers["range"] == "bytes=10000-"
+
+
+@pytest.mark.parametrize("size", [100, 100_000, 9 * MIB])
+def test_error_keeps_its_status_whatever_comes_with_it(
+    origin: Origin, serve: Serve, size: int
+) -> None:
+    playlist = origin.add(Playlist("news", media.ts_segments()))
+    origin.fault(playlist.path, Status(403, bytes(size)), times=None)
+    answer = serve({"news": playlist.url}).get("/news")
+    assert (answer.status, answer.json) == (502, {"error": "the origin answered 403"})
+    origin.wait_connections(0)
 
 
 #### Gaps ####
@@ -772,7 +815,7 @@ def test_explicit_engine_option_sets_the_number_of_threads(origin: Origin, serve
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_what_nobody_reads_is_not_asked_for(origin: Origin, threads: int) -> None:
-    """A segment's place is free once its last byte is in the ring, and not before."""
+    """A segment's place is free once its last byte is in the buffer, and not before."""
     size = len(media.padded(media.ts_segments(8)[0], MIB))
     playlist = origin.add(Playlist("news", large(8, MIB)))
     ring = 262_144
@@ -782,10 +825,72 @@ def test_what_nobody_reads_is_not_asked_for(origin: Origin, threads: int) -> Non
         taken = bytearray()
         while len(taken) < 3 * size:
             taken += b"".join(i for i in upstream.read(TIMEOUT) if isinstance(i, bytes))
-            in_ring = (len(taken) + ring + pipe.PART_LIMIT) // size
-            assert origin.count(SEGMENTS) <= threads + 1 + in_ring
+            handed_on = (len(taken) + ring + pipe.PART_LIMIT) // size
+            assert origin.count(SEGMENTS) <= threads + 1 + handed_on
         origin.wait_for(SEGMENTS, threads + 1 + 3)
         assert bytes(taken) + drain(upstream) == playlist.plain(0, 8)
+
+
+KERNEL = 8 * MIB  # bytes that two sockets hold at most
+
+
+@pytest.mark.parametrize("kind", ["segment", "file"])
+def test_large_body_waits_at_the_origin(origin: Origin, kind: str) -> None:
+    body = bytes(40 * MIB)
+    text = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/body\n#EXT-X-ENDLIST\n"
+    origin.add_file("/one.m3u8", text)
+    origin.add_file("/body", body)
+    address = {"segment": f"{origin.url}/one.m3u8", "file": f"httpstream://{origin.url}/body"}
+    with opened(address[kind], ringbuffer_size=262_144) as upstream:
+        origin.wait_for("/body")
+        seen = -1
+        while seen != (seen := of(origin, "/body")[0].sent):
+            with pytest.raises(AssertionError):
+                origin.wait_for("/body", 2, timeout=QUIET)
+        assert seen < pipe.BODY_LIMIT + KERNEL + 2 * MIB
+        assert drain(upstream) == body
+
+
+def plain_film(origin: Origin) -> str:
+    return origin.add(Playlist("news", large(12, MIB))).url
+
+
+def fmp4_film(origin: Origin) -> str:
+    """Its initialization section is as large as one may be."""
+    init, parts = media.fmp4()
+    init += (6 * MIB).to_bytes(4, "big") + b"free" + bytes(6 * MIB - 8)
+    return origin.add(Playlist("news", parts, init=init, extension=".m4s")).url
+
+
+def film_in_a_file(origin: Origin) -> str:
+    return "httpstream://" + origin.add_file("/film", b"".join(large(12, MIB)))
+
+
+@pytest.mark.parametrize("make", [plain_film, fmp4_film, film_in_a_file])
+def test_closing_gives_memory_back_without_a_collector(
+    origin: Origin, make: Callable[[Origin], str]
+) -> None:
+    address = make(origin)
+    with opened(address):
+        pass  # what is made once
+    before = set(threading.enumerate())
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        with opened(address, threads=4, ringbuffer_size=4 * MIB) as upstream:
+            buffer = upstream.buffer
+            with buffer._lock:
+                full = buffer._not_empty.wait_for(lambda: buffer.length >= buffer.limit, TIMEOUT)
+            assert full
+            assert tracemalloc.get_traced_memory()[0] > 2 * MIB
+        join_all(before)
+        origin.clear_requests()
+        assert tracemalloc.get_traced_memory()[0] < MIB
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert upstream.buffer.is_exhausted
 
 
 @pytest.mark.long
@@ -820,6 +925,16 @@ def channel_threads(before: set[threading.Thread]) -> list[threading.Thread]:
     current = {threading.current_thread(), threading.main_thread()}
     running = set(threading.enumerate()) - before - current
     return [thread for thread in running if not thread.name.startswith("origin-")]
+
+
+def join_all(before: set[threading.Thread], seconds: float = TIMEOUT) -> None:
+    """Until no thread runs for the stream any more."""
+    deadline = time.monotonic() + seconds
+    while running := channel_threads(before):
+        left = deadline - time.monotonic()
+        with contextlib.suppress(RuntimeError):  # it has not quite started
+            running[0].join(max(0.0, left))
+        assert left > 0, f"still runs: {', '.join(thread.name for thread in running)}"
 
 
 #### Closing ####
@@ -886,11 +1001,7 @@ HANGING_STARTS: Cases = {
 
 def assert_all_ends(origin: Origin, before: set[threading.Thread], began: float) -> None:
     """No thread runs for the stream any more and no connection is open, in time."""
-    while running := channel_threads(before):
-        left = began + CLOSING - time.monotonic()
-        with contextlib.suppress(RuntimeError):  # it has not quite started
-            running[0].join(max(0.0, left))
-        assert left > 0, f"still runs: {', '.join(thread.name for thread in running)}"
+    join_all(before, began + CLOSING - time.monotonic())
     origin.wait_connections(0, max(0.0, began + CLOSING - time.monotonic()))
 
 
@@ -951,6 +1062,99 @@ def test_closing_in_the_middle_of_anything_leaves_nothing(origin: Origin) -> Non
             origin.wait_for(SEGMENTS, wanted)
             began = time.monotonic()
         assert_all_ends(origin, before, began)
+
+
+#### Threads that cannot be started ####
+
+
+def refuse_threads(patch: pytest.MonkeyPatch, pattern: str, allowed: int = 0) -> list[str]:
+    """The system starts so many threads of these names, and no more; returns who was refused."""
+    start, refused, count = threading.Thread.start, list[str](), itertools.count()
+
+    def limited(thread: threading.Thread) -> None:
+        if re.search(pattern, thread.name) and next(count) >= allowed:
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    patch.setattr(threading.Thread, "start", limited)
+    return refused
+
+
+def plain_address(origin: Origin) -> str:
+    return origin.add(Playlist("news", media.ts_segments())).url
+
+
+def file_address(origin: Origin) -> str:
+    return "httpstream://" + origin.add_file("/film", show())
+
+
+def muxed_address(origin: Origin) -> str:
+    picture = Playlist("picture", media.video_only_segments())
+    return origin.add(master("apart", {"360p": picture}, sound_ts())).url
+
+
+def leftovers(folder: Path) -> list[str]:
+    """FIFOs of streamlink's muxer."""
+    return [path.name for path in folder.glob("streamlinkpipe-*")]
+
+
+@pytest.mark.usefixtures("_ffmpeg")
+@pytest.mark.parametrize(
+    ("make", "pattern", "allowed"),
+    [
+        pytest.param(plain_address, "^HLSStreamWriter-news-[0-9]+$", 0, id="writer"),
+        pytest.param(plain_address, "^HLSStreamWorker-", 0, id="worker"),
+        pytest.param(plain_address, "-executor_", 0, id="first-download"),
+        pytest.param(plain_address, "-executor_", 1, id="second-download"),
+        pytest.param(file_address, "^pump-", 0, id="pump"),
+        pytest.param(muxed_address, "^HLSStreamWorker-", 1, id="worker-of-the-sound"),
+        pytest.param(muxed_address, "copy_to_pipe", 0, id="muxer"),
+        pytest.param(muxed_address, "copy_to_pipe", 1, id="muxer-of-the-sound"),
+        pytest.param(muxed_address, "^pump-", 0, id="pump-of-the-muxer"),
+    ],
+)
+def test_thread_that_cannot_be_started_leaves_nothing(
+    origin: Origin,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    make: Callable[[Origin], str],
+    pattern: str,
+    allowed: int,
+) -> None:
+    address, before = make(origin), set(threading.enumerate())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with monkeypatch.context() as patch:
+        refused = refuse_threads(patch, pattern, allowed)
+        with (
+            pytest.raises(pipe.UpstreamError, match="no more threads"),
+            opened(address) as upstream,
+        ):
+            drain(upstream)
+    assert refused
+    join_all(before)
+    origin.wait_connections(0)
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.usefixtures("_ffmpeg")
+@pytest.mark.parametrize("make", [plain_address, file_address, muxed_address])
+def test_upstream_closes_without_a_thread_for_it(
+    origin: Origin,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    make: Callable[[Origin], str],
+) -> None:
+    address, before = make(origin), set(threading.enumerate())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with monkeypatch.context() as patch, opened(address) as upstream:
+        assert upstream.read(TIMEOUT)
+        refused = refuse_threads(patch, "^close-")
+        upstream.close()
+        assert channel_threads(before) == []
+    assert refused
+    origin.wait_connections(0)
+    assert leftovers(tmp_path) == []
 
 
 #### What playlists may hold ####
@@ -1015,6 +1219,16 @@ def test_initialization_section_that_was_missing_is_asked_for_again(
     assert answer.body == b"".join([first, *parts[:4], second, *parts[4:]])
     assert answer.is_complete
     assert origin.count("/news/b.mp4") == 5
+
+
+def test_initialization_section_that_is_too_large_is_refused(origin: Origin, serve: Serve) -> None:
+    parts = media.fmp4()[1]
+    init = bytes(pipe.BODY_LIMIT + 1)
+    playlist = origin.add(Playlist("news", parts, init=init, extension=".m4s"))
+    answer = serve({"news": playlist.url}, reconnect=1).get("/news")
+    assert answer.status == 502
+    expected = "its initialization section cannot be had: it is larger than 8 MiB"
+    assert answer.json == {"error": expected}
 
 
 def test_initialization_section_within_a_file(origin: Origin, serve: Serve) -> None:

@@ -1660,14 +1660,14 @@ def test_source_without_segments_takes_over_at_a_later_key_frame() -> None:
     assert passed.body == segments(5, 8)
 
 
-def test_closed_ring_takes_neither_bytes_nor_events() -> None:
+def test_closed_buffer_takes_neither_bytes_nor_events() -> None:
     """An event behind bytes that were dropped would tell that they came."""
-    ring = pipe.ReaderBuffer(1000)
-    ring.write(b"first")
-    ring.close()
-    ring.write(b"second")
-    ring.put_event(event("END", 1))
-    assert ring.take(1000, 0) == [b"first"]
+    buffer = pipe.ReaderBuffer(1000)
+    buffer.write(b"first")
+    buffer.close()
+    buffer.write(b"second")
+    buffer.put_event(event("END", 1))
+    assert buffer.take(1000, 0) == [b"first"]
 
 
 def delayed(data: bytes, ticks: int) -> bytes:

@@ -1,13 +1,14 @@
-"""The ring between an upstream and its feeder: real threads, caught at waiting."""
+"""The buffer between an upstream and its feeder: real threads, caught at waiting."""
 
 from __future__ import annotations
 
 import functools
 import random
+import threading
 
 import pytest
 
-from pipe import EventKind, ReaderBuffer, SegmentEvent
+from pipe import EventKind, Items, ReaderBuffer, SegmentEvent, UpstreamError, fill
 from tests.threads import TIMEOUT, Observed, Task
 
 
@@ -15,23 +16,23 @@ def segment(number: int) -> SegmentEvent:
     return SegmentEvent(EventKind.START, number)
 
 
-def full_ring(limit: int = 10) -> tuple[ReaderBuffer, Observed]:
-    """A ring without room, and the condition that its writers wait for."""
-    ring = ReaderBuffer(limit)
-    ring._not_full = room = Observed(ring._lock)
-    ring.write(b"x" * limit)
-    return ring, room
+def full_buffer(limit: int = 10) -> tuple[ReaderBuffer, Observed]:
+    """A buffer without room, and the condition that its writers wait for."""
+    buffer = ReaderBuffer(limit)
+    buffer._not_full = room = Observed(buffer._lock)
+    buffer.write(b"x" * limit)
+    return buffer, room
 
 
-def empty_ring(limit: int = 10) -> tuple[ReaderBuffer, Observed]:
-    """A ring without anything, and the condition that its feeder waits for."""
-    ring = ReaderBuffer(limit)
-    ring._not_empty = things = Observed(ring._lock)
-    return ring, things
+def empty_buffer(limit: int = 10) -> tuple[ReaderBuffer, Observed]:
+    """A buffer without anything, and the condition that its feeder waits for."""
+    buffer = ReaderBuffer(limit)
+    buffer._not_empty = things = Observed(buffer._lock)
+    return buffer, things
 
 
-def waiting_take(ring: ReaderBuffer, things: Observed) -> Task[list[bytes | SegmentEvent]]:
-    task = Task(functools.partial(ring.take, 100, TIMEOUT))
+def waiting_take(buffer: ReaderBuffer, things: Observed) -> Task[list[bytes | SegmentEvent]]:
+    task = Task(functools.partial(buffer.take, 100, TIMEOUT))
     assert things.saw_wait()
     return task
 
@@ -39,18 +40,18 @@ def waiting_take(ring: ReaderBuffer, things: Observed) -> Task[list[bytes | Segm
 #### Order and bounds ####
 
 
-def test_bytes_and_marks_come_in_the_order_they_were_given() -> None:
-    ring = ReaderBuffer(100)
-    ring.put_event(SegmentEvent(EventKind.INIT, 7))
-    ring.write(b"init")
-    ring.put_event(segment(7))
-    ring.write(b"one")
-    ring.write(b"two")
-    ring.put_event(segment(8))
-    ring.close()
+def test_bytes_and_events_come_in_the_order_they_were_given() -> None:
+    buffer = ReaderBuffer(100)
+    buffer.put_event(SegmentEvent(EventKind.INIT, 7))
+    buffer.write(b"init")
+    buffer.put_event(segment(7))
+    buffer.write(b"one")
+    buffer.write(b"two")
+    buffer.put_event(segment(8))
+    buffer.close()
     expected = [SegmentEvent(EventKind.INIT, 7), b"init", segment(7), b"one", b"two", segment(8)]
-    assert ring.take(100, 0) == expected
-    assert ring.take(100, 0) == []
+    assert buffer.take(100, 0) == expected
+    assert buffer.take(100, 0) == []
 
 
 @pytest.mark.parametrize(
@@ -66,95 +67,95 @@ def test_bytes_and_marks_come_in_the_order_they_were_given() -> None:
 def test_take_stops_as_soon_as_it_has_enough(
     limit: int, expected: list[bytes | SegmentEvent]
 ) -> None:
-    ring = ReaderBuffer(100)
+    buffer = ReaderBuffer(100)
     for item in (b"12345", b"67890", segment(1), b"abc", b"def"):
         if isinstance(item, SegmentEvent):
-            ring.put_event(item)
+            buffer.put_event(item)
         else:
-            ring.write(item)
-    assert ring.take(limit, 0) == expected
-    assert ring.length == 16 - sum(len(i) for i in expected if not isinstance(i, SegmentEvent))
+            buffer.write(item)
+    assert buffer.take(limit, 0) == expected
+    assert buffer.length == 16 - sum(len(i) for i in expected if not isinstance(i, SegmentEvent))
 
 
 def test_length_counts_the_bytes_that_wait() -> None:
-    ring = ReaderBuffer(100)
-    assert ring.length == 0
-    ring.write(b"12345")
-    ring.put_event(segment(1))
-    ring.write(b"678")
-    assert ring.length == 8
-    ring.take(1, 0)
-    assert ring.length == 3
+    buffer = ReaderBuffer(100)
+    assert buffer.length == 0
+    buffer.write(b"12345")
+    buffer.put_event(segment(1))
+    buffer.write(b"678")
+    assert buffer.length == 8
+    buffer.take(1, 0)
+    assert buffer.length == 3
 
 
 def test_nothing_written_is_nothing_handed_over() -> None:
-    ring = ReaderBuffer(100)
-    ring.write(b"")
-    assert ring.length == 0
-    assert ring.take(100, 0) == []
+    buffer = ReaderBuffer(100)
+    buffer.write(b"")
+    assert buffer.length == 0
+    assert buffer.take(100, 0) == []
 
 
 def test_nothing_written_does_not_wait_for_room() -> None:
-    ring, _ = full_ring()
-    Task(functools.partial(ring.write, b"")).result()
+    buffer, _ = full_buffer()
+    Task(functools.partial(buffer.write, b"")).result()
 
 
 #### Back-pressure ####
 
 
-def test_writer_waits_while_the_ring_is_full() -> None:
-    ring, room = full_ring()
-    writer = Task(functools.partial(ring.write, b"more"))
+def test_writer_waits_while_the_buffer_is_full() -> None:
+    buffer, room = full_buffer()
+    writer = Task(functools.partial(buffer.write, b"more"))
     assert room.saw_wait()
-    assert ring.length == 10
-    assert ring.take(1, 0) == [b"x" * 10]
+    assert buffer.length == 10
+    assert buffer.take(1, 0) == [b"x" * 10]
     writer.result()
-    assert ring.take(1, 0) == [b"more"]
+    assert buffer.take(1, 0) == [b"more"]
 
 
 def test_writer_goes_on_waiting_until_there_is_room() -> None:
-    ring = ReaderBuffer(4)
-    ring._not_full = room = Observed(ring._lock)
-    ring.write(b"abc")
-    ring.write(b"defgh")  # any room will do for the whole of it
-    assert ring.length == 8
-    writer = Task(functools.partial(ring.write, b"i"))
+    buffer = ReaderBuffer(4)
+    buffer._not_full = room = Observed(buffer._lock)
+    buffer.write(b"abc")
+    buffer.write(b"defgh")  # any room will do for the whole of it
+    assert buffer.length == 8
+    writer = Task(functools.partial(buffer.write, b"i"))
     assert room.saw_wait()
-    ring.take(1, 0)  # 5 bytes are still more than 4
+    buffer.take(1, 0)  # 5 bytes are still more than 4
     with pytest.raises(TimeoutError):
         writer.result(0)
-    ring.take(1, 0)
+    buffer.take(1, 0)
     writer.result()
-    assert ring.take(1, 0) == [b"i"]
+    assert buffer.take(1, 0) == [b"i"]
 
 
-def test_marks_need_no_room() -> None:
-    ring, _ = full_ring()
-    Task(functools.partial(ring.put_event, segment(1))).result()
-    assert ring.take(100, 0) == [b"x" * 10, segment(1)]
+def test_events_need_no_room() -> None:
+    buffer, _ = full_buffer()
+    Task(functools.partial(buffer.put_event, segment(1))).result()
+    assert buffer.take(100, 0) == [b"x" * 10, segment(1)]
 
 
 def test_wait_free_tells_whether_there_is_room() -> None:
-    ring, _ = full_ring()
-    assert not ring.wait_free(0)
-    ring.take(1, 0)
-    assert ring.wait_free(0)
+    buffer, _ = full_buffer()
+    assert not buffer.wait_free(0)
+    buffer.take(1, 0)
+    assert buffer.wait_free(0)
 
 
 def test_wait_free_waits_for_room() -> None:
-    ring, room = full_ring()
-    waiter = Task(ring.wait_free)
+    buffer, room = full_buffer()
+    waiter = Task(buffer.wait_free)
     assert room.saw_wait()
-    ring.take(1, 0)
+    buffer.take(1, 0)
     assert waiter.result()
 
 
 def test_room_is_told_to_all_who_wait_for_it() -> None:
     """Streamlink's worker waits for it beside its writer."""
-    ring, room = full_ring()
-    waiters = [Task(ring.wait_free) for _ in range(3)]
+    buffer, room = full_buffer()
+    waiters = [Task(buffer.wait_free) for _ in range(3)]
     assert all(room.saw_wait() for _ in waiters)
-    ring.take(1, 0)
+    buffer.take(1, 0)
     assert [waiter.result() for waiter in waiters] == [True] * 3
 
 
@@ -162,16 +163,16 @@ def test_room_is_told_to_all_who_wait_for_it() -> None:
 
 
 def test_take_waits_until_something_is_written() -> None:
-    ring, things = empty_ring()
-    taker = waiting_take(ring, things)
-    ring.write(b"data")
+    buffer, things = empty_buffer()
+    taker = waiting_take(buffer, things)
+    buffer.write(b"data")
     assert taker.result() == [b"data"]
 
 
-def test_take_waits_until_something_is_marked() -> None:
-    ring, things = empty_ring()
-    taker = waiting_take(ring, things)
-    ring.put_event(segment(3))
+def test_take_waits_until_an_event_comes() -> None:
+    buffer, things = empty_buffer()
+    taker = waiting_take(buffer, things)
+    buffer.put_event(segment(3))
     assert taker.result() == [segment(3)]
 
 
@@ -180,19 +181,19 @@ def test_take_gives_up_in_time() -> None:
 
 
 def test_wake_ends_the_wait_for_bytes() -> None:
-    ring, things = empty_ring()
-    taker = waiting_take(ring, things)
-    ring.wake()
+    buffer, things = empty_buffer()
+    taker = waiting_take(buffer, things)
+    buffer.wake()
     assert taker.result() == []
 
 
 def test_wake_counts_for_one_take_that_comes_later() -> None:
-    ring, things = empty_ring()
-    ring.wake()
-    ring.wake()
-    assert Task(functools.partial(ring.take, 100, TIMEOUT)).result() == []
-    taker = waiting_take(ring, things)
-    ring.write(b"data")
+    buffer, things = empty_buffer()
+    buffer.wake()
+    buffer.wake()
+    assert Task(functools.partial(buffer.take, 100, TIMEOUT)).result() == []
+    taker = waiting_take(buffer, things)
+    buffer.write(b"data")
     assert taker.result() == [b"data"]
 
 
@@ -200,45 +201,130 @@ def test_wake_counts_for_one_take_that_comes_later() -> None:
 
 
 def test_close_ends_the_wait_for_bytes() -> None:
-    ring, things = empty_ring()
-    taker = waiting_take(ring, things)
-    ring.close()
+    buffer, things = empty_buffer()
+    taker = waiting_take(buffer, things)
+    buffer.close()
     assert taker.result() == []
-    assert ring.is_exhausted
+    assert buffer.is_exhausted
 
 
 def test_close_frees_a_waiting_writer_and_drops_what_it_had() -> None:
-    ring, room = full_ring()
-    writer = Task(functools.partial(ring.write, b"dropped"))
+    buffer, room = full_buffer()
+    writer = Task(functools.partial(buffer.write, b"dropped"))
     assert room.saw_wait()
-    ring.close()
+    buffer.close()
     writer.result()
-    assert ring.take(100, 0) == [b"x" * 10]
-    assert ring.is_exhausted
+    assert buffer.take(100, 0) == [b"x" * 10]
+    assert buffer.is_exhausted
 
 
 def test_close_frees_who_waits_for_room() -> None:
-    ring, room = full_ring()
-    waiter = Task(ring.wait_free)
+    buffer, room = full_buffer()
+    waiter = Task(buffer.wait_free)
     assert room.saw_wait()
-    ring.close()
+    buffer.close()
     assert waiter.result()
 
 
 def test_what_is_there_can_be_taken_after_close() -> None:
-    ring = ReaderBuffer(100)
-    ring.write(b"rest")
-    ring.close()
-    ring.close()
-    ring.write(b"too late")
-    assert ring.closed
-    assert not ring.is_exhausted
-    assert ring.take(100, TIMEOUT) == [b"rest"]
-    assert ring.is_exhausted
+    buffer = ReaderBuffer(100)
+    buffer.write(b"rest")
+    buffer.close()
+    buffer.close()
+    buffer.write(b"too late")
+    assert buffer.closed
+    assert not buffer.is_exhausted
+    assert buffer.take(100, TIMEOUT) == [b"rest"]
+    assert buffer.is_exhausted
 
 
-def test_open_ring_is_not_exhausted() -> None:
+def test_open_buffer_is_not_exhausted() -> None:
     assert not ReaderBuffer(10).is_exhausted
+
+
+@pytest.mark.parametrize("failure", [None, "it broke off"])
+def test_first_to_end_it_says_how(failure: str | None) -> None:
+    buffer = ReaderBuffer(100)
+    buffer.write(b"rest")
+    buffer.end(failure)
+    buffer.end("another")
+    buffer.close()
+    assert (buffer.closed, buffer.failure) == (True, failure)
+    assert buffer.take(100, TIMEOUT) == [b"rest"]
+    assert buffer.is_exhausted
+
+
+def test_close_alone_is_no_good_end() -> None:
+    buffer = ReaderBuffer(100)
+    buffer.close()
+    assert buffer.failure
+
+
+def test_discard_drops_what_waits_and_frees_the_writer() -> None:
+    buffer, room = full_buffer()
+    writer = Task(functools.partial(buffer.write, b"dropped"))
+    assert room.saw_wait()
+    buffer.discard()
+    writer.result()
+    buffer.put_event(segment(1))
+    assert buffer.is_exhausted
+    assert buffer.length == 0
+    assert buffer.take(100, TIMEOUT) == []
+
+
+def test_discard_ends_the_wait_for_bytes() -> None:
+    buffer, things = empty_buffer()
+    taker = waiting_take(buffer, things)
+    buffer.discard()
+    assert taker.result() == []
+
+
+#### Filling ####
+
+
+def test_fill_hands_on_everything_in_order_and_ends() -> None:
+    buffer = ReaderBuffer(100)
+    fill(buffer, (item for item in (segment(1), b"one", segment(2), b"two")))
+    assert buffer.take(100, 0) == [segment(1), b"one", segment(2), b"two"]
+    assert (buffer.is_exhausted, buffer.failure) == (True, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [
+        (UpstreamError("the origin went home"), "the origin went home"),
+        (TimeoutError("after 3 s at http://secret/"), "the origin did not answer in time"),
+        (SystemExit(), "the origin's stream cannot be opened"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_fill_tells_what_went_wrong(error: BaseException, failure: str) -> None:
+    def items() -> Items:
+        yield b"first"
+        raise error
+
+    buffer = ReaderBuffer(100)
+    fill(buffer, items())
+    assert buffer.take(100, 0) == [b"first"]
+    assert (buffer.is_exhausted, buffer.failure) == (True, failure)
+
+
+def test_fill_lets_go_of_its_source_once_nobody_wants_more() -> None:
+    buffer, room = full_buffer()
+    is_let_go = threading.Event()
+
+    def items() -> Items:
+        try:
+            while True:
+                yield b"more"
+        finally:
+            is_let_go.set()
+
+    filler = Task(functools.partial(fill, buffer, items()))
+    assert room.saw_wait()
+    buffer.discard()
+    filler.result()
+    assert is_let_go.is_set()
 
 
 #### All at once ####
@@ -247,26 +333,26 @@ def test_open_ring_is_not_exhausted() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_any_pace_hands_over_the_same_bytes_within_the_limit(seed: int) -> None:
     dice = random.Random(seed)
-    ring, most = ReaderBuffer(64), 40
+    buffer, most = ReaderBuffer(64), 40
     items = [bytes([n % 251]) * dice.randint(1, most) for n in range(2000)]
 
     def write() -> None:
         for number, item in enumerate(items):
             if number % 10 == 0:
-                ring.put_event(segment(number))
-            ring.write(item)
-        ring.close()
+                buffer.put_event(segment(number))
+            buffer.write(item)
+        buffer.close()
 
     writer = Task(write)
     lengths, taken = [0], list[bytes | SegmentEvent]()
-    while not ring.is_exhausted:
-        lengths.append(ring.length)
-        taken += ring.take(dice.randint(1, 200), TIMEOUT)
+    while not buffer.is_exhausted:
+        lengths.append(buffer.length)
+        taken += buffer.take(dice.randint(1, 200), TIMEOUT)
     writer.result()
-    marks = [item for item in taken if isinstance(item, SegmentEvent)]
-    assert marks == [segment(number) for number in range(0, 2000, 10)]
+    events = [item for item in taken if isinstance(item, SegmentEvent)]
+    assert events == [segment(number) for number in range(0, 2000, 10)]
     assert [item for item in taken if not isinstance(item, SegmentEvent)] == items
-    behind_marks = [taken[taken.index(mark) + 1] for mark in marks]
-    assert behind_marks == items[::10]
+    behind_events = [taken[taken.index(event) + 1] for event in events]
+    assert behind_events == items[::10]
     assert 0 < max(lengths) < 64 + most
-    assert ring.length == 0
+    assert buffer.length == 0
