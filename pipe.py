@@ -2247,7 +2247,8 @@ class Http(HTTPSession):
     def __init__(self) -> None:
         self.is_resolving = True  # what is loaded now is used a second time
         self._kept: dict[str, requests.Response] = {}  # playlists, by their addresses
-        self._moved: dict[str, str] = {}  # playlists' addresses, to where a redirect led
+        # Playlists' addresses, to where a redirect led, or to "" where that has failed.
+        self._moved: dict[str, str] = {}
         # _lock guards these three.
         self._lock = threading.Lock()
         self._pools: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -2265,11 +2266,7 @@ class Http(HTTPSession):
         return cast(requests.Response, self.request(**arguments, stream=True))
 
     def request(self, method: str, url: str, **arguments: Any) -> Any:  # type: ignore[override]
-        """As streamlink's, but what resolving loaded is used again by the worker, once.
-
-        Reloads go to where the first load was redirected, until that fails (a CDN's redirect may be
-        slow, and lead elsewhere).
-        """
+        """As streamlink's, but what resolving loaded is used again by the worker, once."""
         if method != "GET" or arguments.get("stream") or arguments.get("schema"):  # a plugin's
             return super().request(method, url, **arguments)
         kept = self._kept.get(url)
@@ -2277,14 +2274,27 @@ class Http(HTTPSession):
             self._kept.clear()
         if kept:
             return kept
-        try:
-            response = super().request("GET", self._moved.get(url, url), **arguments)
-        except Exception:
-            self._moved.pop(url, None)
-            raise
-        if response.content[:7] == b"#EXTM3U":
+        response = self._ask_moved(url, arguments) or super().request(method, url, **arguments)
+        if is_playlist(response.content):
             self.keep(response)
         return response
+
+    def _ask_moved(self, url: str, arguments: Mapping[str, Any]) -> requests.Response | None:
+        """A playlist from where its redirect led: a CDN's may be slow, and lead elsewhere.
+
+        None where that fails: its token may have been good once, or for some seconds.  The address
+        itself is then asked, now and from then on, since who collects refusals is banned.
+        """
+        if not self._moved.get(url):
+            return None
+        timeout = (arguments.get("timeout") or self.timeout) / 2
+        with contextlib.suppress(Exception):
+            arguments = {**arguments, "timeout": timeout}
+            response = cast(Any, super().request("GET", self._moved[url], **arguments))
+            if is_playlist(response.content):
+                return cast(requests.Response, response)
+        self._moved[url] = ""
+        return None
 
     def keep(self, response: requests.Response) -> None:
         """Note a playlist, and where it was found."""
@@ -2292,7 +2302,7 @@ class Http(HTTPSession):
         if asked and self.is_resolving:
             self._kept[asked] = response
         if asked and response.history and not self.params:
-            self._moved[asked] = response.url
+            self._moved.setdefault(asked, response.url)
 
     def mount(self, prefix: Any, adapter: Any) -> None:
         """Watch an adapter's pools; what reads local files is not mounted at all."""
@@ -2351,6 +2361,10 @@ def _reporting(kind: Any, report: Callable[[socket.socket], socket.socket]) -> A
 def _shut(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):
         socket.socket.shutdown(sock, socket.SHUT_RDWR)  # past TLS, which would want to say goodbye
+
+
+def is_playlist(body: bytes) -> bool:
+    return body.startswith(b"#EXTM3U")
 
 
 def _bound(response: requests.Response, stream: bool, timeout: Any, **_: Any) -> None:
