@@ -64,6 +64,7 @@ import errno
 import functools
 import hmac
 import html
+import http.client
 import importlib.metadata
 import inspect
 import io
@@ -80,6 +81,7 @@ import re
 import signal
 import socket
 import socketserver
+import ssl
 import struct
 import sys
 import threading
@@ -101,6 +103,8 @@ from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlsplit
 
 try:
     import requests
+    import socks  # type: ignore[import-untyped]
+    import urllib3
     import yaml
     from Crypto.Util.Padding import unpad
     from requests.adapters import HTTPAdapter
@@ -254,34 +258,69 @@ def explain(error: BaseException) -> str:
             return str(cause)
         if isinstance(cause, requests.HTTPError) and cause.response is not None:
             return f"the origin answered {cause.response.status_code}"
-        for kinds, message in _MESSAGES_BY_KIND:
-            if isinstance(cause, kinds):
-                return message
+    for kinds, message in _MESSAGES_BY_KIND:
+        if any(isinstance(cause, kinds) for cause in chain):
+            return message
     text = " ".join(str(cause) for cause in chain)
     messages = (message for words, message in _MESSAGES_BY_TEXT if any(w in text for w in words))
-    return next(messages, "the origin's stream cannot be opened")
+    is_network = any(isinstance(cause, requests.ConnectionError) for cause in chain)
+    return next(messages, UNREACHABLE if is_network else "the origin's stream cannot be opened")
 
 
+REFUSED = "the origin refuses connections"
+UNKNOWN = "the origin is not found: its name is unknown"
+NO_ROUTE = "the origin is not reachable"
 UNREACHABLE = "the origin cannot be reached"
+CLOSED = "the origin closed the connection"
+GONE = frozenset({REFUSED, UNKNOWN, NO_ROUTE, UNREACHABLE, CLOSED})  # nobody is there
+WEB_PAGE = "the origin sent a web page, not a stream"
+
+# The first that fits any of the causes: a reason stands before what it brings about.
 _MESSAGES_BY_KIND: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
-    ((requests.Timeout, TimeoutError), "the origin did not answer in time"),
-    ((ResponseTooLarge,), "the origin's playlist is too large or too slow"),
-    ((requests.exceptions.SSLError,), "the origin's certificate is not valid"),
-    ((requests.exceptions.ProxyError,), "the proxy does not answer"),
+    ((ResponseTooLarge,), "the origin's playlist is too large"),
+    ((requests.exceptions.ProxyError, socks.ProxyError), "the proxy does not answer"),
+    ((socket.gaierror,), UNKNOWN),
+    ((ConnectionRefusedError,), REFUSED),
+    (
+        (requests.Timeout, urllib3.exceptions.ReadTimeoutError, TimeoutError),
+        "the origin did not answer in time",
+    ),
+    ((ssl.SSLCertVerificationError,), "the origin's certificate is not valid"),
     ((requests.exceptions.InvalidSchema,), "the origin names an address that is never opened"),
-    ((requests.ConnectionError, ConnectionError), UNREACHABLE),
+    ((requests.TooManyRedirects,), "the origin redirects in a circle"),
+    (
+        (requests.exceptions.ContentDecodingError, urllib3.exceptions.DecodeError),
+        "the origin's answer cannot be decompressed",
+    ),
+    (
+        (http.client.IncompleteRead, urllib3.exceptions.IncompleteRead),
+        "the origin's answer broke off",
+    ),
+    ((ConnectionError,), CLOSED),
+    ((http.client.HTTPException,), "the origin does not speak HTTP"),
     ((FileNotFoundError,), "ffmpeg cannot be run"),
 )
+_NO_ROUTE = errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN
 _MESSAGES_BY_TEXT = (
+    (tuple(f"[Errno {number}]" for number in _NO_ROUTE), NO_ROUTE),
     (("file:", "scheme='file'"), "the origin names a local file: refused"),
     (
         ("insecure resource", "Disallowed redirection"),
         "the origin goes from https to http: configure the http:// address",
     ),
     (
-        ("EXTM3U", "variant playlist"),
-        "the origin sent something that is not an HLS playlist",
+        ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL"),
+        "the origin does not speak https there: write http:// in front of its address",
     ),
+    (("[SSL",), "the origin refuses a secure connection"),
+    (("Invalid URL", "Failed to parse: "), "the origin names an address that is not valid"),
+    (("EXTM3U",), "the origin sent something that is not an HLS playlist"),
+    (("variant playlist",), "the origin's playlist lists no stream that can be played"),
+    (("I-frames only",), "the origin's playlist has key frames only, for seeking"),
+    (("BYTERANGE offset",), "the origin's playlist does not say where a byte range starts"),
+    (("invalid literal", "could not convert"), "the origin's playlist has an invalid number"),
+    (("AES key length", "IV length"), "it is not a key of AES-128"),
+    (("adding is incorrect", "be padded", "be unpadded"), "it cannot be decrypted with its key"),
     (("new thread",), "the system lets StreamPipe start no more threads"),
 )
 
@@ -1943,7 +1982,7 @@ class Download:
     def _judge(self, reason: str, pause: float) -> None:
         """Raise DownloadFailed where another try after this pause is of no use."""
         now = time.monotonic()
-        is_gone = reason == UNREACHABLE
+        is_gone = reason in GONE
         self.gone_since = min(self.gone_since, now) if is_gone else math.inf
         if not self._is_listed():
             raise DownloadFailed(f"{reason}, and the playlist no longer lists it")
