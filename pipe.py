@@ -243,7 +243,7 @@ class WindowEnded(PipeError):
 
 
 class ResponseTooLarge(requests.RequestException):
-    """A playlist, key or page beyond PLAYLIST_LIMIT or its time."""
+    """A playlist, key or page beyond PLAYLIST_LIMIT."""
 
 
 def explain(error: BaseException) -> str:
@@ -2043,6 +2043,8 @@ class Download:
         read = reading(response, PART_LIMIT)
         while self._left != 0 and (part := start or read()):
             start = b""
+            if not self._had.size and is_page(part):
+                raise UpstreamError(WEB_PAGE)
             part, before = part[before:], max(0, before - len(part))
             new = repeat.pass_on(part)
             if new is None:
@@ -2148,7 +2150,7 @@ class Session:
     def __init__(self, stream: StreamSettings, timeout: float) -> None:
         self.name = stream.name
         self.read_size = max(stream.options.buffer_size, 64 * KIB)
-        self.timeout = timeout  # seconds
+        self._ends = time.monotonic() + timeout  # when resolving and opening have to be over
         self.engine = Streamlink()
         self.engine.http = self._http = Http()
         for settings in (_own_options(stream, timeout), stream.options.streamlink, SAFETY_OPTIONS):
@@ -2166,12 +2168,13 @@ class Session:
         self._raw = None
 
     def resolve(self, address: str) -> None:
-        """Find what an address offers; blocks as long as the origin takes, up to its time-outs.
+        """Find what an address offers; blocks for the session's time-out at most.
 
         Raises UpstreamError.
         """
         try:
-            streams = self._resolve(update_scheme("https://", address, force=False))
+            with self._http.within(self._ends - time.monotonic()):
+                streams = self._resolve(update_scheme("https://", address, force=False))
         except Exception as error:  # a plugin may raise anything
             log.debug("cannot resolve", exc_info=True)
             raise UpstreamError(explain(error)) from error
@@ -2204,7 +2207,8 @@ class Session:
         """
         upstream: Upstream | None = None
         try:
-            upstream = self._upstream_of(name, first, STALE_NUMBERS if is_other else 0)
+            with self._http.within(self._ends - time.monotonic()):
+                upstream = self._upstream_of(name, first, STALE_NUMBERS if is_other else 0)
             upstream.start()
         except Exception as error:
             log.debug("cannot open", exc_info=True)
@@ -2218,8 +2222,7 @@ class Session:
         if isinstance(stream, HLSStream):
             return SegmentedUpstream(self, stream, first, slack)
         if isinstance(stream, HTTPStream):
-            headers = {"Accept-Encoding": "identity"}  # or it could not be resumed
-            opened = self._raw or (self._http.ask(stream.args, headers, self.timeout), b"")
+            opened = self._raw or self._open_raw(stream.args)
             return RawUpstream(self, stream.args, opened)
         has_both = isinstance(stream, DASHStream) and (
             stream.video_representation and stream.audio_representation
@@ -2245,16 +2248,28 @@ class Session:
 
     def _is_playlist(self, address: str) -> bool:
         """Open an address that no plugin knows, and judge it by its first bytes."""
-        response = self._http.ask({"url": address}, {}, self.timeout)
-        read, start = reading(response, 64), b""
-        while len(start) < 16 and (more := read()):
-            start += more
-        if not start.lstrip(b"\xef\xbb\xbf \r\n").startswith(b"#EXTM3U"):
+        response, start = self._open_raw({"url": address})
+        if not is_playlist(start):
             self._raw = response, start
             return False
-        read_bounded(response, self.timeout, start)
+        read_bounded(response, start)
         self._http.keep(response)
         return True
+
+    def _open_raw(self, arguments: Mapping[str, Any]) -> Opened:
+        """Ask for a body, and read as much of it as tells what it is."""
+        headers = {"Accept-Encoding": "identity"}  # or it could not be resumed
+        response = self._http.ask(arguments, headers, self._http.timeout)
+        read, start = reading(response, START_LIMIT), b""
+        while len(start) < START_LIMIT and (len(start) < 64 or _COMMENTS.fullmatch(start)):
+            more = read()
+            if not more:
+                break
+            start += more
+        if is_page(start):
+            response.close()
+            raise UpstreamError(WEB_PAGE)
+        return response, without_preface(start)
 
 
 def _own_options(stream: StreamSettings, timeout: float) -> dict[str, Any]:
@@ -2280,7 +2295,8 @@ class Http(HTTPSession):
     """How requests leave.  Another thread can end them all, at once.
 
     What is not streamed (playlists, keys, pages) is bounded in size and time, and so is what comes
-    with an error or a redirect.  A start loads no playlist twice.
+    with an error or a redirect.  A try ends in time whatever it waits for: a connection, one of
+    several redirects, a head or a body that drips.  A start loads no playlist twice.
     """
 
     def __init__(self) -> None:
@@ -2288,13 +2304,32 @@ class Http(HTTPSession):
         self._kept: dict[str, requests.Response] = {}  # playlists, by their addresses
         # Playlists' addresses, to where a redirect led, or to "" where that has failed.
         self._moved: dict[str, str] = {}
+        self._try = threading.local()  # `ends`: when that of the thread has to be over
         # _lock guards these three.
         self._lock = threading.Lock()
         self._pools: weakref.WeakSet[Any] = weakref.WeakSet()
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._is_cut = False
         super().__init__()
-        self.hooks["response"].append(cast(Any, _bound))
+        self.hooks["response"].append(cast(Any, self._bound))
+
+    @contextlib.contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """What this thread asks for meanwhile, and reads of it, has so many seconds in all."""
+        outer: float | None = getattr(self._try, "ends", None)
+        ends = time.monotonic() + seconds
+        self._try.ends = ends if outer is None else min(outer, ends)
+        try:
+            yield
+        finally:
+            self._try.ends = outer
+
+    def patience(self, seconds: float) -> float:
+        """How many of these seconds this thread may wait now; raises TimeoutError at the end."""
+        left = (getattr(self._try, "ends", None) or math.inf) - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the try took too long")
+        return min(seconds, left)
 
     def ask(
         self, arguments: Mapping[str, Any], headers: Mapping[str, str], timeout: float
@@ -2305,15 +2340,32 @@ class Http(HTTPSession):
         return cast(requests.Response, self.request(**arguments, stream=True))
 
     def request(self, method: str, url: str, **arguments: Any) -> Any:  # type: ignore[override]
-        """As streamlink's, but what resolving loaded is used again by the worker, once."""
-        if method != "GET" or arguments.get("stream") or arguments.get("schema"):  # a plugin's
-            return super().request(method, url, **arguments)
+        """As streamlink's, in time."""
+        is_streamed = arguments.get("stream")
+        kind, timeout = arguments.get("exception"), arguments.get("timeout")
+        # DASH alone gives a time-out of its own to what is not streamed: segments, of any size.
+        is_segment = kind is EngineStreamError and timeout and not is_streamed
+        seconds = timeout if isinstance(timeout, (int, float)) else self.timeout
+        with self.within(math.inf if is_segment else seconds):
+            if (
+                method != "GET" or is_streamed or is_segment or arguments.get("schema")
+            ):  # a plugin's
+                return super().request(method, url, **arguments)
+            return self._load(url, arguments)
+
+    def _load(self, url: str, arguments: Mapping[str, Any]) -> Any:
+        """A playlist, key or page; what resolving loaded is used again by the worker, once."""
         kept = self._kept.get(url)
         if not self.is_resolving:
             self._kept.clear()
         if kept:
             return kept
-        response = self._ask_moved(url, arguments) or super().request(method, url, **arguments)
+        response = self._ask_moved(url, arguments) or super().request("GET", url, **arguments)
+        # Streamlink asks so for playlists and keys, and plugins for their pages otherwise.
+        kind = arguments.get("exception")
+        is_manifest = b"<MPD" in response.content[:START_LIMIT]  # of DASH
+        if kind in (OSError, EngineStreamError) and is_page(response.content) and not is_manifest:
+            raise kind from UpstreamError(WEB_PAGE)
         if is_playlist(response.content):
             self.keep(response)
         return response
@@ -2326,14 +2378,19 @@ class Http(HTTPSession):
         """
         if not self._moved.get(url):
             return None
-        timeout = (arguments.get("timeout") or self.timeout) / 2
-        with contextlib.suppress(Exception):
-            arguments = {**arguments, "timeout": timeout}
+        with contextlib.suppress(Exception), self.within(self.patience(math.inf) / 2):
             response = cast(Any, super().request("GET", self._moved[url], **arguments))
             if is_playlist(response.content):
                 return cast(requests.Response, response)
         self._moved[url] = ""
         return None
+
+    def _bound(self, response: requests.Response, stream: bool, timeout: Any, **_: Any) -> None:
+        """Read an answer that nobody reads as it comes."""
+        is_segment = getattr(self._try, "ends", None) == math.inf
+        if response.status_code >= 300 or not (stream or is_segment):
+            with self.within(timeout):
+                read_bounded(response)
 
     def keep(self, response: requests.Response) -> None:
         """Note a playlist, and where it was found."""
@@ -2359,10 +2416,10 @@ class Http(HTTPSession):
             if pool not in self._pools:
                 self._pools.add(pool)
                 pool.pool.maxsize = 0  # keep them all: there are no more than the threads need
-                pool.ConnectionCls = _reporting(pool.ConnectionCls, self._add)
+                pool.ConnectionCls = _watched(pool.ConnectionCls, self)
         return pool
 
-    def _add(self, sock: socket.socket) -> socket.socket:
+    def add(self, sock: socket.socket) -> socket.socket:
         """Note a socket; one that is connected while another thread cuts is shut down here."""
         with self._lock:
             self._sockets.add(sock)
@@ -2383,18 +2440,50 @@ class Http(HTTPSession):
         self._kept = {}
 
 
-def _reporting(kind: Any, report: Callable[[socket.socket], socket.socket]) -> Any:
-    """A kind of connection that reports its sockets, before and after TLS."""
+def _watched(kind: Any, http_session: Http) -> Any:
+    """A kind of connection that reports its sockets, before and after TLS, and keeps to its try."""
 
     class Connection(kind):  # type: ignore[misc]
+        timeout: float  # seconds, for what comes next
+
         def _new_conn(self) -> socket.socket:
-            return report(super()._new_conn())
+            # Half of it for each: where IPv6 leads nowhere, IPv4 has its turn.
+            self.timeout = http_session.patience(self.timeout) / 2
+            return http_session.add(super()._new_conn())
 
         def connect(self) -> None:
             super().connect()
-            report(self.sock)
+            http_session.add(self.sock)
+
+        def response_class(self, sock: socket.socket, *arguments: Any, **more: Any) -> Any:
+            response = http.client.HTTPResponse(sock, *arguments, **more)
+            file = TimedFile(sock, response.fp, lambda: http_session.patience(self.timeout))
+            response.fp = io.BufferedReader(file)
+            return response
 
     return Connection
+
+
+class TimedFile(io.RawIOBase):
+    """A socket's bytes; `patience` tells before each read for how many seconds it may wait."""
+
+    def __init__(
+        self, sock: socket.socket, file: io.BufferedReader, patience: Callable[[], float]
+    ) -> None:
+        self._sock, self._file, self._patience = sock, file.detach(), patience
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        seconds = self._patience()
+        if seconds != self._sock.gettimeout():
+            self._sock.settimeout(seconds)
+        return cast(int | None, self._file.readinto(buffer))
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _shut(sock: socket.socket) -> None:
@@ -2402,35 +2491,50 @@ def _shut(sock: socket.socket) -> None:
         socket.socket.shutdown(sock, socket.SHUT_RDWR)  # past TLS, which would want to say goodbye
 
 
+START_LIMIT = 4 * KIB  # bytes of blanks and comments in front of a playlist, at most
+_COMMENTS = re.compile(rb"(\xef\xbb\xbf)?(\s|#(?!EXTM3U)[^\r\n]*[\r\n])*(#[^\r\n]*)?")
+_PREFACE = re.compile(_COMMENTS.pattern[: -len(rb"(#[^\r\n]*)?")] + rb"(?=#EXTM3U)")
+_PAGE = re.compile(
+    rb"(\xef\xbb\xbf)?\s*(<(!doctype|!--|\?xml|[a-z][\w:-]*[\s>/])|[{\[]\s*[\"{}\[\]\d])", re.I
+)
+
+
 def is_playlist(body: bytes) -> bool:
-    return body.startswith(b"#EXTM3U")
+    return bool(_PREFACE.match(body, 0, START_LIMIT))
 
 
-def _bound(response: requests.Response, stream: bool, timeout: Any, **_: Any) -> None:
-    """Read an answer that nobody reads as it comes."""
-    is_segment = "-executor_" in threading.current_thread().name  # DASH: whole, of any size
-    if response.status_code >= 300 or not (stream or is_segment):
-        seconds = timeout if isinstance(timeout, (int, float)) else math.inf
-        read_bounded(response, seconds - response.elapsed.total_seconds())
+def without_preface(body: bytes) -> bytes:
+    """A playlist without BOM, blanks and comments in front, which streamlink would refuse."""
+    preface = _PREFACE.match(body, 0, START_LIMIT)
+    return body[preface.end() :] if preface else body
 
 
-def read_bounded(response: requests.Response, timeout: float, start: bytes = b"") -> None:
+def is_page(start: bytes) -> bool:
+    """Whether this begins like HTML, XML or JSON, and like text: media may begin with any byte.
+
+    A key of 16 bytes is none.
+    """
+    is_text = not re.search(rb"[\x00-\x08\x0e-\x1f]", start[:512])
+    return is_text and len(start) > 16 and bool(_PAGE.match(start, 0, START_LIMIT))
+
+
+def read_bounded(response: requests.Response, start: bytes = b"") -> None:
     """Read a body to its end and keep it, after `start`; raises ResponseTooLarge.
 
     Of a redirect or an error that can be as much as there is of it: its status tells enough.
     """
-    deadline = time.monotonic() + timeout
     body, read = bytearray(start), reading(response, 64 * KIB)
     try:
         while part := read():
             body += part
-            if len(body) > PLAYLIST_LIMIT or time.monotonic() > deadline:
-                raise ResponseTooLarge("too large" if len(body) > PLAYLIST_LIMIT else "too slow")
+            if len(body) > PLAYLIST_LIMIT:
+                raise ResponseTooLarge("too large")
     except Exception:
         response.close()
         if response.status_code < 300:
             raise
-    vars(response).update(_content=bytes(body), _content_consumed=True)
+    content = without_preface(bytes(body))
+    vars(response).update(_content=content, _content_consumed=True)
 
 
 # How an upstream ends.  Whoever notices first says so to its ReaderBuffer; read() hands on what

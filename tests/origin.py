@@ -559,6 +559,20 @@ class Body:
 
 
 @dataclass(frozen=True)
+class Preface:
+    """Something in front of the body: a byte order mark, blanks, comments."""
+
+    data: bytes
+
+    def apply(self, answer: Answer) -> None:
+        if isinstance(answer.content, Content):
+            answer.content = Content(self.data + answer.content.body, answer.content.type)
+
+
+WEB_PAGE = b"<!DOCTYPE html>\n<html><head><title>Please log in</title></head></html>\n"
+
+
+@dataclass(frozen=True)
 class Gzip:
     """Compressed, though nobody asked for it. Length, ranges and ETag are the compressed body's."""
 
