@@ -9,13 +9,13 @@
 channel is pulled once, by streamlink, however many watch it; everything stays in memory.
 
 Data flow
-    origin -> Downloads -> ReaderBuffer -> feeder (Splicer, framer) -> Window -> viewers -> sockets
+    origin -> Download -> ReaderBuffer -> Channel (Splicer, framer) -> Window -> viewers -> sockets
     Up to `threads` Downloads fetch segments at once; the oldest one's bytes go on as they come.
-    The ReaderBuffer is where an upstream hands over bytes and segment events (a segment starts
-    here, ends here, is missing).  The Splicer makes one stream of what several openings of the
+    A ReaderBuffer is where one thread hands bytes and segment events (a segment starts here, ends
+    here, is missing) to another.  The Splicer makes one stream of what several openings of the
     upstream bring, without a repeat at the seams.  The framer cuts it into whole packets or frames
-    and finds the join points.  The Window keeps the newest bytes of a live channel, and each
-    Viewer's place in them.
+    and finds the join points.  The Window keeps the newest bytes of a live channel, and knows where
+    each Viewer is in them.
     What has an end takes the same road, one upstream and window for each viewer, and the window
     then waits for its viewer instead of moving on.
 
@@ -23,33 +23,35 @@ Threads
     main           parses arguments, waits for signals, reloads, closes everything
     listener       accepts connections; refuses what is too much
     viewer-N       one for each connection: reads a request, then only takes from a Window
-    feed-NAME-N    one for each channel: opens its upstream, judges it, opens it again
-    pump-NAME-N    for a source that is no segmented stream: moves its body to the ReaderBuffer
+    feed-NAME-N    one for each Channel: opens its upstream, judges it, opens it again
+    pump-NAME-N    for a source without a playlist: moves its body to the ReaderBuffer
     close-NAME-N   ends an upstream, which may take as long as streamlink's threads do
     Streamlink's own are named after the channel: a worker loads playlists and puts segments, a
     writer hands on the oldest download, an executor runs the downloads.
 
 Locks
-    Channels._lock    the registry; every channel's state and viewers
-    Window._lock      blocks, join points and places of one window
-    ReaderBuffer._lock        what an upstream has handed over and the feeder has not taken
-    StreamRecord.lock       a stream's totals
-    Taken in that order.  Those of Http, DownloadingWriter, Server and RepeatFilter
-    are taken alone.  None is held across a socket write, an upstream call or a join.
+    Channels.changed     the set of channels, what each says of itself, the records of streams
+    Window._lock         blocks, join points and viewers of one window
+    ReaderBuffer._lock   what was handed over and has not been taken
+    Taken in that order.  Those of Http, DownloadingWriter and Server are taken alone.  None is held
+    across a socket write, an upstream call or a join.
 
-Where to find what
-    a key of the configuration    Configuration: the dataclasses, with each key's reader
-    where a viewer starts         Window._join_point; what a join point is: Media
-    a slow or paused viewer       Window.take and Window._make_room
-    who shares an upstream        Channels.watch; the states stand above State
-    a fault of the origin         Feeder (what is tried when), Splicer (what viewers see),
-                                  Download (within a segment), WatchedWorker (playlists)
-    an answer                     Handler._route; documents: Pages
-    a limit                       Constants, Channels._attach, Server.process_request
+Where it is decided
+    what a key of the file means     Configuration: the dataclasses, with each key's parser
+    where a viewer starts            Window._join_point; what a join point is: Media
+    what is evicted, who waits       Window._make_room and _foremost_wait; its cases stand there
+    who shares an upstream           Channels._find; the states stand above State
+    who is refused, who gives way    Channels._attach; the cases stand above Channels
+    that a source has ended          the table above Upstream; Channel._read and _finish
+    that an upstream has failed      Channel._judge; within a segment Download._judge
+    what is tried next, and when     Channel._open_first and _keep_going
+    what viewers see of a seam       Splicer; its states stand above it
+    an answer                        Handler._route; documents: Pages
+    which thread may call            the class's docstring, or a comment above its methods
 
 Reading order
-    Window, Channels.watch, Feeder, Splicer, then Handler.stream_channel.  Configuration, Media and
-    Pages are pure; Upstream is all there is of streamlink.
+    Window, Channels.watch, Channel._run, Splicer, then Handler.stream_channel.  Configuration,
+    Media and Pages are pure; Upstream is all there is of streamlink.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ from http import HTTPStatus
 from http.cookiejar import MozillaCookieJar
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, cast
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlsplit
 
 try:
@@ -168,6 +170,7 @@ SEAM_PATIENCE = 30.0  # seconds a relay may send again what the viewers have had
 REOPEN_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # seconds between tries, the last again and again
 HEALTHY_TIME = 60.0  # seconds of media after which the pauses begin anew
 BAD_TIME = 60.0  # seconds that a start tries a failed address after the others
+LISTED_TIME = 60.0  # seconds that a live playlist lists at most, or about
 STALE_NUMBERS = 2  # how far behind a backup's playlist may be and still be the same stream
 JUDGE_GRACE = 1.5  # seconds more than a download has, so that it can give up a segment first
 SEND_TICK = 1.0  # seconds at most that a send waits for room, and so between two signs of progress
@@ -180,7 +183,7 @@ EXIT_TIME = 4.0  # seconds until the process ends, whatever still hangs
 
 STREAM_NAME = re.compile(r"[a-z0-9-]+")
 NO_MEDIA = "the origin sent no media"
-STATES_SHOWN = ("live", "private", "reopening", "starting")  # the best of a stream's is shown
+STATES_SHOWN = ("live", "private", "waiting", "starting")  # the best of a stream's is shown
 RESERVED_NAMES = frozenset({"health", "status", "metrics", "playlist"})
 
 
@@ -398,13 +401,6 @@ def number(kind: type[int] | type[float], least: float, most: float = math.inf) 
     return converted_text(convert, f"{'a whole number' if kind is int else 'a number'}{bounds}")
 
 
-def url(*schemes: str) -> Parse:
-    """A parser of absolute addresses with one of these schemes."""
-    wanted = " or ".join(f"{scheme}://" for scheme in schemes[:2])
-    message = f"expected an address that starts with {wanted}"
-    return validated_text(lambda address: _split(address)[0] in schemes, message)
-
-
 def _split(address: str) -> tuple[str, str]:
     """Scheme and host; nothing where the address is malformed or has no host."""
     with contextlib.suppress(ValueError):
@@ -441,22 +437,19 @@ def _is_cookies_file(file: str) -> bool:
 # An empty token would let everybody in.
 filled_text = validated_text(bool, "empty value: fill it in or remove the key")
 network = validated_text(ipaddress.ip_network, "expected a network like 192.168.0.0/16")
-stream_name = validated_text(
-    STREAM_NAME.fullmatch, "a stream name may only contain a-z, 0-9 and -, e.g. channel-1"
-)
-free_name = validated_text(
-    lambda name: name not in RESERVED_NAMES, "this name is reserved: choose another"
-)
-header_name = validated_text(
-    re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch, "not a valid header name"
-)
 # What HTTP can carry (RFC 9110, 5.5).
 header_value = validated_text(
     lambda value: value.isprintable() and value.isascii() and value.strip() == value,
     "a header value must be one line of ASCII text without surrounding blanks",
 )
-web_url = url("http", "https")
-proxy_url = url("http", "socks5h", "https", "socks5", "socks4", "socks4a")
+web_url = validated_text(
+    lambda address: _split(address)[0] in ("http", "https"),
+    "expected an address that starts with http:// or https://",
+)
+proxy_url = validated_text(
+    lambda address: re.fullmatch("https?|socks5h?|socks4a?", _split(address)[0]),
+    "expected an address that starts with http:// or socks5h://",
+)
 thread_count = number(int, 1, 64)
 ring_size = number(int, 256 * KIB, 4096 * MIB)  # bytes
 request_time = number(float, 0.1, 3600)  # seconds
@@ -468,21 +461,26 @@ def single(parse: Parse) -> Read:
 
 def list_of(parse: Parse) -> Read:
     def read(reader: ConfigReader, node: yaml.Node, path: str) -> tuple[Any, ...] | None:
-        if isinstance(node, yaml.SequenceNode):
-            return reader.parsed(parse, node.value, path)
-        if node.tag == NULL:
-            return None
-        raise ValueError(f"expected a list like [a, b], got {KINDS[type(node)]}")
+        if not isinstance(node, yaml.SequenceNode):
+            if node.tag == NULL:
+                return None
+            raise ValueError(f"expected a list like [a, b], got {KINDS[type(node)]}")
+        found = []
+        for item in node.value:
+            with reader.reporting(item, path):
+                found.append(parse(text_of(item)))
+        return tuple(found)
 
     return read
 
 
-def as_addresses(reader: ConfigReader, node: yaml.Node, path: str) -> tuple[str, ...]:
+def as_addresses(reader: ConfigReader, node: yaml.Node, path: str) -> Any:
     """One address or a list of them."""
-    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
-    if not nodes:
+    if not isinstance(node, yaml.SequenceNode):
+        node = yaml.SequenceNode("", [node])
+    elif not node.value:
         reader.mistake(node, path, "the list of addresses is empty")
-    return reader.parsed(stream_address, nodes, path)
+    return list_of(stream_address)(reader, node, path)
 
 
 def as_unique_number(reader: ConfigReader, node: yaml.Node, path: str) -> int | None:
@@ -497,8 +495,8 @@ def as_headers(reader: ConfigReader, node: yaml.Node, path: str) -> dict[str, st
     """Headers by name; cookies and query parameters are such text, too."""
     found = {}
     for name, (key, value) in reader.section(node, path).items():
-        with reader.reporting(key, path):
-            header_name(name)
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+            reader.mistake(key, path, "not a valid header name")
         with reader.reporting(value, path_of(path, name)):
             found[name] = header_value(text_of(value))
     return found
@@ -506,24 +504,23 @@ def as_headers(reader: ConfigReader, node: yaml.Node, path: str) -> dict[str, st
 
 def as_engine_options(reader: ConfigReader, node: yaml.Node, path: str) -> dict[str, Any]:
     """The `streamlink:` map; its names may be written with underscores."""
-    values = reader.table(node, path, reader.engine)
+    options = reader.engine.items()
+    keys = {name: functools.partial(engine_option, name, example) for name, example in options}
+    keys |= {name.replace("-", "_"): read for name, read in keys.items()}
+    values = reader.table(node, path, keys)
     return {name.replace("_", "-"): value for name, value in values.items()}
 
 
-def engine_reader(name: str, example: Any) -> Read:
-    """How the value of an option of streamlink's is read."""
+def engine_option(name: str, example: Any, reader: ConfigReader, node: yaml.Node, path: str) -> Any:
+    if example is Ellipsis:
+        raise ValueError("StreamPipe sets this itself for safety: remove it")
+    if name in GLOBAL_ENGINE_OPTIONS and not path.startswith("options."):
+        raise ValueError("this affects the whole process: set it under options.streamlink")
+    if isinstance(example, dict):
+        return as_headers(reader, node, path)
     parse = ENGINE_PARSERS.get(name) or ENGINE_PARSERS.get(type(example), str)
-    read_value = as_headers if isinstance(example, dict) else single(parse)
-    read_value = list_of(parse) if isinstance(example, list) else read_value
-
-    def read(reader: ConfigReader, node: yaml.Node, path: str) -> Any:
-        if example is Ellipsis:
-            raise ValueError("StreamPipe sets this itself for safety: remove it")
-        if name in GLOBAL_ENGINE_OPTIONS and not path.startswith("options."):
-            raise ValueError("this affects the whole process: set it under options.streamlink")
-        return read_value(reader, node, path)
-
-    return read
+    read = list_of(parse) if isinstance(example, list) else single(parse)
+    return read(reader, node, path)
 
 
 # By type, and by name where streamlink would raise, hang or do nothing with some values of a type.
@@ -558,10 +555,8 @@ ENGINE_PARSERS: dict[str | type, Parse] = {
 
 # What is read.  A field that is a key of the file has its reader and its default.
 
-Value = TypeVar("Value")
 
-
-def setting(read: Read, default: Value) -> Value:
+def setting(read: Read, default: Any) -> Any:
     return field(default_factory=lambda: default, metadata={"read": read})
 
 
@@ -632,10 +627,7 @@ class Config:
 
 
 def load_config(path: Path, engine: EngineOptions) -> Config:
-    """Read and check a file; `engine` lists the options allowed under `streamlink:`.
-
-    Raises ConfigError with every mistake in it.
-    """
+    """Read a file that may set these options of the engine; raises ConfigError for mistakes."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -648,15 +640,14 @@ def load_config(path: Path, engine: EngineOptions) -> Config:
     raise ConfigError([f"{path}: {problem}"])
 
 
+@dataclass
 class ConfigReader:
     """Turns one YAML document into a Config and collects the mistakes on the way."""
 
-    def __init__(self, file: str, engine: EngineOptions) -> None:
-        self.file = file
-        self.engine = {name: engine_reader(name, example) for name, example in engine.items()}
-        self.engine |= {name.replace("-", "_"): read for name, read in self.engine.items()}
-        self.numbers: dict[int, str] = {}  # of streams, with the path where each is first used
-        self.mistakes: set[tuple[int, str]] = set()  # line, text; an alias repeats its mistakes
+    file: str
+    engine: EngineOptions
+    numbers: dict[int, str] = field(default_factory=dict)  # of streams, with their first paths
+    mistakes: set[tuple[int, str]] = field(default_factory=set)  # by line; aliases repeat them
 
     def read(self, text: str) -> Config:
         """Parse and check; raises ConfigError."""
@@ -678,8 +669,7 @@ class ConfigReader:
 
     def mistake(self, node: yaml.Node, path: str, message: str) -> None:
         text = f"{path}: {message}" if path else message
-        printable = "".join(c if c.isprintable() else "?" for c in text)
-        self.mistakes.add((node.start_mark.line + 1, printable))
+        self.mistakes.add((node.start_mark.line + 1, text))
 
     @contextlib.contextmanager
     def reporting(self, node: yaml.Node, path: str) -> Iterator[None]:
@@ -689,19 +679,8 @@ class ConfigReader:
         except ValueError as error:
             self.mistake(node, path, str(error))
 
-    def parsed(self, parse: Parse, nodes: Iterable[yaml.Node], path: str) -> tuple[Any, ...]:
-        """What the items of a list mean, without those that are mistakes."""
-        found = []
-        for node in nodes:
-            with self.reporting(node, path):
-                found.append(parse(text_of(node)))
-        return tuple(found)
-
     def section(self, node: yaml.Node, path: str) -> Section:
-        """The entries of a section, its own behind those that `<<` brings in.
-
-        Raises ValueError for anything but a section.
-        """
+        """A section's entries, its own behind those that `<<` brings in; may raise ValueError."""
         if node.tag == NULL:
             raise ValueError("this section is empty: remove it or fill it in")
         if not isinstance(node, yaml.MappingNode):
@@ -711,14 +690,12 @@ class ConfigReader:
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 self.mistake(key, path, "a key must be plain text")
-                continue
-            where = path_of(path, key.value)
-            if key.tag == MERGE:
+            elif key.tag == MERGE:
                 for other in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                    with self.reporting(other, where):
+                    with self.reporting(other, path_of(path, key.value)):
                         merged = {**self.section(other, path), **merged}
             elif key.value in own:
-                self.mistake(key, where, "duplicate key")
+                self.mistake(key, path_of(path, key.value), "duplicate key")
             else:
                 own[key.value] = key, value
         return {**merged, **own}
@@ -744,7 +721,11 @@ class ConfigReader:
         streams: dict[str, StreamSettings] = {}
         for name, (key, node) in sections.get("streams", {}).items():
             with self.reporting(key, path_of("streams", name)):
-                free_name(stream_name(name))
+                if not STREAM_NAME.fullmatch(name):
+                    wanted = "a stream name may only contain a-z, 0-9 and -, e.g. channel-1"
+                    raise ValueError(wanted)
+                if name in RESERVED_NAMES:
+                    raise ValueError("this name is reserved: choose another")
                 streams[name] = self._stream(name, node, sections["options"])
         return Config(**{**sections, "streams": streams})
 
@@ -760,8 +741,8 @@ class ConfigReader:
         own = {key: values.pop(key) for key in keys_of(Options) if key in values}
         own["streamlink"] = {**shared.streamlink, **own.get("streamlink", {})}
         values["title"] = values.get("title") or name
-        addresses = values.pop("url")
-        return StreamSettings(name, addresses, **values, options=replace(shared, **own))
+        values["urls"] = values.pop("url")
+        return StreamSettings(name, **values, options=replace(shared, **own))
 
 
 def _measure(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
@@ -1836,7 +1817,7 @@ class Window:
             viewer.next += 1
 
     def _join_point(self) -> JoinPoint | None:
-        """Where a new viewer starts (SPEC: joining), by the best kind there is."""
+        """Where a new viewer starts: at the best kind of join points that there is."""
         best = max((join.kind for join in self._joins), default=None)
         joins = [join for join in self._joins if join.kind is best]
         if best is JoinKind.SEGMENT:
@@ -2585,6 +2566,12 @@ class Upstream:
         return float(max(durations, default=0.0))
 
     @property
+    def trouble(self) -> str | None:
+        """Why the newest playlist could not be loaded; None where it could."""
+        failures = (getattr(worker, "failure", None) for worker in self._workers)
+        return next(filter(None, failures), None)
+
+    @property
     def _workers(self) -> list[Any]:
         """Who loads the playlists of each track; None for one that has none."""
         tracks = [file for file in self._files if not isinstance(file, FFMPEGMuxer)]
@@ -3195,13 +3182,17 @@ class Splicer:
             self._passed, self._goes_on, self._gate = Fingerprint(), False, None
         self._state, self._new_init_section = SpliceState.RESUMED, None
 
-    def pass_event(self, event: SegmentEvent) -> None:
+    def pass_event(self, event: SegmentEvent) -> int:
+        """Take what happened between the bytes; returns how many segments it shows to be lost."""
         if event.kind is EventKind.INIT:
             self._new_init_section = bytearray()
-        elif event.kind is EventKind.START:
-            self._start_segment(event.number)
-        else:
+            return 0
+        if event.kind is not EventKind.START:
             self._end_segment(event)
+            return int(event.kind is EventKind.GAP)
+        lost = 0 if self.number is None else event.number - self.number
+        self._start_segment(event.number)
+        return max(0, lost)
 
     def pass_bytes(self, data: bytes) -> bool:
         """Take what came; True where it brought viewers something new."""
@@ -3420,8 +3411,8 @@ class StreamReport:
 #   LIVE | PRIVATE -> CLOSED     nobody watches any more                      (is_abandoned, _close)
 #                                the source ended, or failed for `reconnect`  (end)
 #
-# A channel that is LIVE or PRIVATE stays so while a failed upstream is opened again:
-# `is_reopening` tells, and its viewers keep their connections.
+# A channel that is LIVE or PRIVATE stays so while its origin fails and a failed upstream is opened
+# again: `trouble` tells why it waits, and its viewers keep their connections.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -3458,13 +3449,16 @@ class Channel:
         # Written by its thread alone.
         self.note: str | None = None  # what is missing of it
         self.restarts = 0  # upstreams opened again
-        self.is_reopening = False
+        self.trouble: str | None = None  # why it waits for media, from the first failed request on
         self._session: Session | None = None
         self._upstream: Upstream | None = None
         self._splicer: Splicer | None = None  # None until the first media came
         self._has_end = False  # its source ends by itself; known from its first media on
         self._address = 0  # position of the address in use
         self._last_byte = 0.0  # when media came last
+        self._troubled_since = math.inf
+        self._told: set[tuple[int, str]] = set()  # what failed since then, as it was logged
+        self._gaps = 0  # segments lost since then
         self._has_warned = False  # that the window is short
         self._start_level = logging.NOTSET  # of its lines until media came
         self._stopped = threading.Event()
@@ -3519,7 +3513,7 @@ class Channel:
         held, seconds = self.window.held()
         return {
             "variant": self.variant,
-            "state": "reopening" if self.is_running and self.is_reopening else self.state.value,
+            "state": "waiting" if self.is_running and self.trouble else self.state.value,
             "note": self.note,
             "uptime_seconds": round(now - self.since, 1),
             "window_bytes": held,
@@ -3602,7 +3596,6 @@ class Channel:
 
     def _wait(self, seconds: float, deadline: float) -> None:
         """Pause before a try; raises WindowEnded or UpstreamError where there shall be none."""
-        self.is_reopening = True
         until = min(time.monotonic() + seconds, deadline)
         while not self.is_stopped and self.channels.has_viewers(self):
             remaining = until - time.monotonic()
@@ -3619,7 +3612,27 @@ class Channel:
             raise WindowEnded(complete=False)
         self.channels.note_failure(self.stream, self._address)
         self.record.add_error(reason)
-        log.log(self._log_level, "%s: %s: %s", self.stream.name, self._origin, reason)
+        self._note_trouble(reason)
+
+    def _note_trouble(self, reason: str) -> None:
+        """The origin fails: say so once in an outage, however often it is asked in vain."""
+        if self.trouble is None:
+            self._troubled_since = time.monotonic()
+        self.trouble = self.record.last_error = reason
+        if (self._address, reason) not in self._told:
+            self._told.add((self._address, reason))
+            log.log(self._log_level, "%s: %s: %s", self.stream.name, self._origin, reason)
+
+    def _note_recovery(self) -> None:
+        """Media comes again."""
+        is_other = any(address != self._address for address, _ in self._told)
+        log.info(
+            "%s: %sgoes on after %.1f s%s", self.stream.name,
+            f"{self._origin}: " if is_other else "", time.monotonic() - self._last_byte,
+            f", {_many(self._gaps, 'segment')} lost" if self._gaps else "",
+        )  # fmt: skip
+        self.trouble, self._troubled_since, self._gaps = None, math.inf, 0
+        self._told.clear()
 
     @property
     def _log_level(self) -> int:
@@ -3675,7 +3688,7 @@ class Channel:
         for name in (self.variant, *names_in(self.wanted)):
             if session.offers(name):
                 return name
-        if self.wanted == self.stream.quality:
+        if self._splicer or self.wanted == self.stream.quality:  # a transcoder may be coming up
             offered = ", ".join(session.qualities)
             raise UpstreamError(f"the configured quality does not exist, only: {offered}")
         raise no_quality_error(session.qualities)
@@ -3691,7 +3704,9 @@ class Channel:
                 if self._begin(upstream, start, is_all):
                     items, start = start, None
             if start is None:
-                self._move(items)
+                self._move(upstream, items)
+            if upstream.trouble and self.trouble is None:
+                self._note_trouble(upstream.trouble)
             if is_all:
                 self._finish(upstream)
             if any(map(_is_sign_of_life, items)):
@@ -3720,14 +3735,22 @@ class Channel:
         return FEEDER_TICK if self.viewers else min(FEEDER_TICK, max(self.linger, 0.05))
 
     def _judge(self, upstream: Upstream, alive: float, deadline: float) -> None:
-        """Raise where an upstream is silent for too long."""
+        """Raise where an upstream has failed without saying so.
+
+        No media in time, at a start or a reopening; nothing new for `timeout` or two target
+        durations, whichever is longer; or, where a backup could be asked instead, only refusals for
+        two target durations.
+        """
         now = time.monotonic()
         is_late = now > deadline
         if is_late and self._splicer is None and len(self.stream.urls) == 1:
             raise no_media_error(self.stream)
+        refused = now - max(self._troubled_since, alive) if upstream.trouble else 0.0
+        if refused > 2 * upstream.target_duration and len(self.stream.urls) > 1:
+            raise UpstreamError(upstream.trouble or "")
         patience = max(self.stream.options.timeout, 2 * upstream.target_duration) + JUDGE_GRACE
         if is_late or now - alive > patience:
-            raise UpstreamError("the origin sends nothing")
+            raise UpstreamError(upstream.trouble or "the origin sends nothing")
 
     def _begin(self, upstream: Upstream, start: list[bytes | SegmentEvent], is_all: bool) -> bool:
         """Tell the container from an opening's first bytes; False while more are needed."""
@@ -3767,29 +3790,33 @@ class Channel:
         """An upstream that was opened again has media."""
         if container is not self.container:
             raise UpstreamError(f"it has become {container.value}")
-        silent = time.monotonic() - self._last_byte
-        log.info("%s: %s: goes on after %.1f s", self.stream.name, self._origin, silent)
         self.restarts += 1
         self.record.add("restarts")
-        self.is_reopening = False
         splicer.resume(self._address)
 
-    def _move(self, items: list[bytes | SegmentEvent]) -> None:
+    def _move(self, upstream: Upstream, items: list[bytes | SegmentEvent]) -> None:
         assert self._splicer
         for is_event, group in itertools.groupby(
             items, lambda item: isinstance(item, SegmentEvent)
         ):
             if is_event:
-                for event in cast(Iterator[SegmentEvent], group):
-                    self._splicer.pass_event(event)
-                    if event.kind is EventKind.GAP:
-                        self.record.add("gaps")
+                for lost in map(self._splicer.pass_event, cast(Iterator[SegmentEvent], group)):
+                    self._count_lost(lost, upstream)
                 self._warn_if_short(self._splicer.segment_size)
             else:
                 data = b"".join(cast(Iterator[bytes], group))
                 if self._splicer.pass_bytes(data):
+                    if self.trouble and not upstream.trouble:
+                        self._note_recovery()
                     self._last_byte = time.monotonic()
                 self.record.add_received(len(data))
+
+    def _count_lost(self, segments: int, upstream: Upstream) -> None:
+        """Count them, unless they would be more than time has passed: an origin numbers anew."""
+        silent = time.monotonic() - self._last_byte
+        if segments * upstream.target_duration <= silent + LISTED_TIME:
+            self._gaps += segments
+            self.record.add("gaps", segments)
 
     def _warn_if_short(self, segment_size: int) -> None:
         """Say once that a window holds too few segments even at its largest."""
@@ -3833,6 +3860,10 @@ def _has_media(items: Iterable[bytes | SegmentEvent]) -> bool:
 def _is_sign_of_life(item: bytes | SegmentEvent) -> bool:
     """Bytes are, and so is a segment left out on purpose; one that failed is not."""
     return not isinstance(item, SegmentEvent) or item.kind is EventKind.FILTERED
+
+
+def _many(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 def names_in(quality: str) -> list[str]:
@@ -4404,7 +4435,7 @@ def _label(text: object) -> str:
 STATE_WORDS = {
     "live": "live",
     "private": "playing",
-    "reopening": "waiting for its origin",
+    "waiting": "waiting for its origin",
     "starting": "starting",
     "idle": "idle",
 }
@@ -4429,7 +4460,7 @@ display:grid;place-items:center;font-weight:600}
 .name{min-width:0}.name b{display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:2;
 overflow:hidden;overflow-wrap:anywhere;line-height:1.25}
 .state{font-size:.875rem;color:var(--soft)}.state.live,.state.private{color:var(--live)}
-.state.reopening,.state.starting{color:var(--wait)}
+.state.waiting,.state.starting{color:var(--wait)}
 .state::before{content:"";display:inline-block;width:.55em;height:.55em;border-radius:50%;
 background:currentColor;margin-right:.4em}li.on{border-color:var(--live)}li.off .logo{opacity:.7}
 .facts{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:.875rem;color:var(--soft)}
@@ -4510,10 +4541,6 @@ def _chart(bitrates: Sequence[float]) -> str:
         f'<svg viewBox="0 0 {4 * SLOTS} 36" preserveAspectRatio="none" role="img" '
         f'aria-label="{words}"><line x1="0" y1="35.5" x2="{4 * SLOTS}" y2="35.5"/>{bars}</svg>'
     )
-
-
-def _many(count: int, word: str) -> str:
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 def _duration(seconds: float) -> str:
@@ -4885,7 +4912,7 @@ def has_left(sock: socket.socket) -> bool:
         return False
     try:
         return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
+    except (BlockingIOError, TimeoutError):
         return False
     except OSError:
         return True
@@ -5039,7 +5066,7 @@ def check_stream(stream: StreamSettings) -> tuple[bool, str]:
         channels.stop(EXIT_TIME)
     qualities = ", ".join(dict.fromkeys(channels.record(stream.name).variants.values()))
     words = [channel.container.value, qualities, f"first byte after {seconds:.2f} s"]
-    return True, "; ".join([*words, *filter(None, [channel.note])])
+    return True, "; ".join([*words, channel.note] if channel.note else words)
 
 
 def run_check(config: Config) -> int:
@@ -5079,27 +5106,25 @@ class DemoHandler(BaseHTTPRequestHandler):
         newest = DEMO_SEGMENTS + int((time.monotonic() - self.started) * 90_000 / TEST_CARD_TICKS)
         number = re.fullmatch(r"/(\d{1,12})\.ts", self.path)
         if self.path == "/live.m3u8":
-            self._answer("application/vnd.apple.mpegurl", self._playlist(newest))
+            kind, body = "application/vnd.apple.mpegurl", self._playlist(newest)
         elif number and int(number[1]) <= newest:
-            self._answer(Container.MPEG_TS.value, test_card_segment(int(number[1])))
+            kind, body = Container.MPEG_TS.value, test_card_segment(int(number[1]))
         else:
             self.send_error(HTTPStatus.NOT_FOUND)
-
-    def _playlist(self, newest: int) -> bytes:
-        seconds = TEST_CARD_TICKS / 90_000
-        first = newest - DEMO_SEGMENTS + 1
-        lines = ["#EXTM3U", "#EXT-X-VERSION:3", f"#EXT-X-TARGETDURATION:{math.ceil(seconds)}"]
-        lines.append(f"#EXT-X-MEDIA-SEQUENCE:{first}")
-        for number in range(first, newest + 1):
-            lines += [f"#EXTINF:{seconds:.3f},", f"{number}.ts"]
-        return "\n".join(lines).encode() + b"\n"
-
-    def _answer(self, kind: str, body: bytes) -> None:
+            return
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def _playlist(self, newest: int) -> bytes:
+        seconds = TEST_CARD_TICKS / 90_000
+        first = newest - DEMO_SEGMENTS + 1
+        text = f"#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:{math.ceil(seconds)}\n"
+        text += f"#EXT-X-MEDIA-SEQUENCE:{first}\n"
+        text += "".join(f"#EXTINF:{seconds:.3f},\n{n}.ts\n" for n in range(first, newest + 1))
+        return text.encode()
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("demo origin: %s", format % args)
@@ -5147,10 +5172,12 @@ def _port(value: str) -> int:
     return port
 
 
-def read_settings(arguments: argparse.Namespace, demo: str | None) -> Config:
+def read_settings(
+    arguments: argparse.Namespace, demo: str | None, formatter: LogFormatter
+) -> Config:
     """The file's configuration with the command line's laid over; raises ConfigError.
 
-    `demo` is the address of the demo's stream.
+    `demo` is the address of the demo's stream; `formatter` learns what logs must not show.
     """
     config = Config()
     if arguments.config or not arguments.demo:
@@ -5158,14 +5185,15 @@ def read_settings(arguments: argparse.Namespace, demo: str | None) -> Config:
     given = {"host": arguments.host, "port": arguments.port}
     server = replace(config.server, **{k: v for k, v in given.items() if v is not None})
     streams = dict(config.streams)
-    if demo and DEMO_STREAM in streams:
-        mistake = f"streams.{DEMO_STREAM}: --demo adds a stream with this name: rename yours"
-        raise ConfigError([mistake])
     if demo:
-        streams[DEMO_STREAM] = StreamSettings(
-            DEMO_STREAM, (demo,), title="Test card", options=config.options
-        )
-    return replace(config, server=server, streams=streams)
+        if DEMO_STREAM in streams:
+            mistake = f"streams.{DEMO_STREAM}: --demo adds a stream with this name: rename yours"
+            raise ConfigError([mistake])
+        card = StreamSettings(DEMO_STREAM, (demo,), title="Test card", options=config.options)
+        streams[DEMO_STREAM] = card
+    config = replace(config, server=server, streams=streams)
+    formatter.secrets = secrets_of(config)
+    return config
 
 
 # Logging
@@ -5176,16 +5204,13 @@ _ADDRESS = re.compile(
 _BARE_ADDRESS = re.compile(r"\b(https?:)(?!//)[^\s'\"]+")
 _REQUEST_PATH = re.compile(r"(\burl: )/\S*")  # urllib3 names them without their host
 _CHANNEL_THREAD = re.compile(r"[A-Za-z]+-([a-z0-9-]+?)(?:--\w+)?-\d+(?:-executor_\d+)?")
-HIDDEN = "***"
 LEAST_SECRET = 4  # characters; shorter ones stand in every other word
 
 
 class LogFormatter(logging.Formatter):
     """One line for an event, with the channel, without a secret; no address beyond its host."""
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s%(channel)s %(message)s")
-        self.secrets: tuple[str, ...] = ()  # longest first; replaced whole by a reload
+    secrets: tuple[str, ...] = ()  # longest first; replaced whole by a reload
 
     def format(self, record: logging.LogRecord) -> str:
         match = _CHANNEL_THREAD.fullmatch(record.threadName or "")
@@ -5193,7 +5218,7 @@ class LogFormatter(logging.Formatter):
         record.channel = f" {match[1]}:" if match and not is_ours else ""
         text = super().format(record)
         for secret in self.secrets:
-            text = text.replace(secret, HIDDEN)
+            text = text.replace(secret, "***")
         if record.exc_info or not is_ours:
             text = _BARE_ADDRESS.sub(r"\1...", _ADDRESS.sub(r"\1\2/...", text))
             text = _REQUEST_PATH.sub(r"\1/...", text)
@@ -5238,7 +5263,7 @@ def _secrets_of_address(address: str) -> set[str]:
 
 def set_up_logging(level: str) -> LogFormatter:
     """Log to stderr; the formatter that is returned can be told the secrets."""
-    formatter = LogFormatter()
+    formatter = LogFormatter("%(asctime)s %(levelname)s%(channel)s %(message)s")
     handler = logging.StreamHandler()
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
@@ -5252,25 +5277,17 @@ def set_up_logging(level: str) -> LogFormatter:
 
 def _log_dead_thread(dead: threading.ExceptHookArgs) -> None:
     name = dead.thread.name if dead.thread else "a thread"
-    error = dead.exc_value or dead.exc_type()
-    log.error("%s died", name, exc_info=(dead.exc_type, error, dead.exc_traceback))
+    log.error("%s died", name, exc_info=dead.exc_value)
 
 
 # Running
 
-
-class Command(enum.Enum):
-    """What a signal asks of main."""
-
-    STOP = enum.auto()
-    RELOAD = enum.auto()
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+Signals = queue.SimpleQueue[int]  # its put() may be called from a signal handler
 
 
-Commands = queue.SimpleQueue[Command]  # its put() may be called from a signal handler
-
-
-def serve(config: Config, commands: Commands, read_again: Callable[[], Config]) -> int:
-    """Serve until told to stop; blocks.  Returns the exit status.
+def serve(config: Config, received: Signals, read_again: Callable[[], Config]) -> int:
+    """Serve until a signal ends it; blocks.  Returns the exit status.
 
     `read_again` gives the configuration for a reload, or raises ConfigError.
     """
@@ -5285,7 +5302,7 @@ def serve(config: Config, commands: Commands, read_again: Callable[[], Config]) 
         accept = server.serve_forever
         threading.Thread(target=accept, args=(0.1,), name="listener", daemon=True).start()
         announce(config, server)
-        while next_command(commands) is not Command.STOP:
+        while next_signal(received) not in END_SIGNALS:
             reload(server, read_again)
         close(server, channels)
     return EXIT_OK
@@ -5300,15 +5317,15 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def next_command(commands: Commands) -> Command:
-    """Wait for a command; looks twice a second.
+def next_signal(received: Signals) -> int:
+    """Wait for a signal; looks twice a second.
 
     The system may hand a signal to any thread, and Python runs its handler in this one only once
     it does something: a wait without end would sleep through it.
     """
     while True:
         with contextlib.suppress(queue.Empty):
-            return commands.get(timeout=0.5)
+            return received.get(timeout=0.5)
 
 
 def reload(server: Server, read_again: Callable[[], Config]) -> None:
@@ -5349,24 +5366,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     arguments = build_parser().parse_args(argv)
     formatter = set_up_logging("error" if arguments.check else arguments.log_level)
-    commands: Commands = queue.SimpleQueue()
     try:
         check_engine()
         with contextlib.ExitStack() as stack:
             demo = stack.enter_context(demo_origin()) if arguments.demo else None
-
-            def read() -> Config:
-                config = read_settings(arguments, demo)
-                formatter.secrets = secrets_of(config)
-                return config
-
+            read = functools.partial(read_settings, arguments, demo, formatter)
             config = read()
             warm_up()
             raise_file_limit()
             if arguments.check:
                 return run_check(config)
-            stack.enter_context(signals(commands))
-            return serve(config, commands, read)
+            return serve(config, stack.enter_context(signals()), read)
     except ConfigError as error:
         print(*error.mistakes, sep="\n", file=sys.stderr)  # noqa: T201
         return EXIT_USAGE
@@ -5378,37 +5388,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def signals(commands: Commands) -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into commands; a second end ends the process at once."""
+def signals() -> Iterator[Signals]:
+    """Collect SIGINT, SIGTERM and SIGHUP; a second one to end ends the process at once."""
+    received: Signals = queue.SimpleQueue()
     is_ending = False
 
-    def end(number: int, frame: object) -> None:
+    def note(number: int, frame: object) -> None:
         nonlocal is_ending
-        if is_ending:
-            os._exit(EXIT_FAILED)
-        is_ending = True
-        commands.put(Command.STOP)
+        if number in END_SIGNALS:
+            if is_ending:
+                os._exit(EXIT_FAILED)
+            is_ending = True
+        received.put(number)
 
-    def hang_up(number: int, frame: object) -> None:
-        commands.put(Command.RELOAD)
-
-    handlers = {signal.SIGINT: end, signal.SIGTERM: end}
-    if hasattr(signal, "SIGHUP"):  # not on Windows
-        handlers[signal.SIGHUP] = hang_up
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def leave(status: int) -> NoReturn:
-    """End the process without waiting for downloads that hang: Python would join their threads."""
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(status)
+    hang_up = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # not on Windows
+    with contextlib.ExitStack() as stack:
+        for number in (*END_SIGNALS, *hang_up):
+            stack.callback(signal.signal, number, signal.signal(number, note))
+        yield received
 
 
 if __name__ == "__main__":
-    leave(main())
+    status = main()
+    # Python would wait for the threads of downloads that hang.
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)

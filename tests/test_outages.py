@@ -1,0 +1,297 @@
+"""What real origins do to a running channel: real origins, streamlink, StreamPipe and sockets.
+
+Times are those of the program, but where a test says what it shortens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+import pipe
+from tests import media
+from tests.make_test_card import crc32
+from tests.origin import Body, Close, Origin, Playlist, Status, master
+from tests.program import eventually
+from tests.server import Site, Watch
+
+Serve = Callable[..., Site]
+SEGMENTS = 12  # of one timeline, a second each
+HOUR = 3600 * 90_000  # ticks
+
+
+@pytest.fixture
+def backup() -> Iterator[Origin]:
+    """A second origin."""
+    with Origin() as running:
+        yield running
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Callable[[str], list[str]]:
+    """StreamPipe's lines, from information on, that have a pattern."""
+    caplog.set_level(logging.INFO, "streampipe")
+
+    def matching(pattern: str) -> list[str]:
+        found = (record.getMessage() for record in caplog.records if record.levelno >= 20)
+        return [message for message in found if re.search(pattern, message)]
+
+    return matching
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipe, "REOPEN_PAUSES", (0.1, 0.2))
+
+
+def live(name: str = "news", **options: Any) -> Playlist:
+    """A live channel that moves when a test says so."""
+    return Playlist(name, media.ts_segments(SEGMENTS), mode="live", **options)
+
+
+def segments(first: int, stop: int) -> bytes:
+    return b"".join(media.ts_segments(SEGMENTS)[first:stop])
+
+
+def relay(origin: Origin, bodies: Sequence[bytes]) -> str:
+    """A raw live stream: each connection gets the next of these, and is closed behind it."""
+    left = itertools.chain(bodies, itertools.repeat(bodies[-1]))
+    return f"httpstream://{origin.add_endless('/relay', lambda: [next(left)])}"
+
+
+def delayed(data: bytes, ticks: int) -> bytes:
+    """The same packets at another time."""
+    packets = [bytearray(packet) for packet in media.packets(data)]
+    for packet in packets:
+        pipe.delay_timestamps(packet, ticks)
+    return b"".join(packets)
+
+
+def without_announcements(data: bytes) -> bytes:
+    """The stream but for packets that only announce a discontinuity."""
+    return b"".join(p for p in media.packets(data) if p[3] & 0x30 != 0x20)
+
+
+def read_stream(viewer: Watch, size: int) -> bytes:
+    """So many bytes of the origin's."""
+    data = b""
+    while len(data) < size:
+        data += without_announcements(viewer.read(media.PACKET))
+    return data
+
+
+def status(site: Site) -> Any:
+    return site.get("/status").json["streams"][0]
+
+
+#### A relay has no end ####
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [Body(b""), Body(segments(0, 2), "video/mp2t")],
+    ids=["nothing, with a length", "a clip that viewers have had, with a length"],
+)
+def test_live_source_does_not_end_with_a_body_that_has_a_length(
+    origin: Origin, serve: Serve, answer: Body
+) -> None:
+    address = relay(origin, [segments(0, 4), segments(4, 8)])
+    viewer = serve({"news": address}, timeout=5).watch("/news")
+    refused = origin.fault("/relay", answer, times=2)
+    start = read_stream(viewer, len(segments(0, 8)))
+    assert start == segments(0, 8)
+    assert refused.taken == 2
+
+
+#### A quality that is missing for a while ####
+
+
+@pytest.mark.parametrize("query", ["?quality=720p", ""], ids=["asked for", "configured"])
+def test_quality_that_a_reopened_source_lacks_is_waited_for(
+    origin: Origin, serve: Serve, query: str
+) -> None:
+    """A transcoder comes up rendition by rendition."""
+    small, large = live("small"), live("large")
+    all_of_it = origin.add(master("all", {"360p": small, "720p": large}))
+    stream = {"url": all_of_it.url, "quality": "720p"}
+    site = serve({"news": all_of_it.url if query else stream}, timeout=5)
+    viewer = site.watch(f"/news{query}")
+    assert viewer.read(len(segments(2, 5))) == segments(2, 5)
+    half = master("all", {"360p": small})
+    half.attach(origin)
+    content = half.find(half.path)
+    assert content
+    lacking = origin.fault(all_of_it.path, Body(content.body), times=2)
+    origin.fault(large.path, Status(404))  # the address has expired: it is resolved anew
+    large.advance()
+    assert read_stream(viewer, len(segments(5, 6))) == segments(5, 6)
+    assert lacking.taken == 2
+
+
+#### A dead origin with a backup ####
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seconds", [1, 2])
+def test_backup_takes_over_after_two_target_durations_of_refusals(
+    origin: Origin, serve: Serve, backup: Origin, seconds: int
+) -> None:
+    """`timeout` is too long to be waited for here."""
+    media_segments = media.ts_segments(SEGMENTS, float(seconds))
+    channels = [Playlist("news", media_segments, mode="live") for _ in range(2)]
+    first, second = origin.add(channels[0]), backup.add(channels[1])
+    site = serve({"news": {"url": [first.url, second.url]}}, timeout=600, reconnect=600)
+    viewer = site.watch("/news")
+    start = b"".join(media_segments[2:5])
+    assert viewer.read(len(start)) == start
+    origin.stop()
+    second.advance()
+    assert read_stream(viewer, len(media_segments[5])) == media_segments[5]
+
+
+#### What an operator sees ####
+
+
+def test_failed_reload_shows_at_once(
+    origin: Origin, serve: Serve, lines: Callable[[str], list[str]]
+) -> None:
+    news = origin.add(live(target_duration=1))
+    site = serve({"news": news.url}, timeout=30)
+    viewer = site.watch("/news")
+    assert viewer.read(len(segments(2, 5))) == segments(2, 5)
+    assert (status(site)["state"], status(site)["last_error"]) == ("live", None)
+    origin.fault(news.path, Status(503), times=None)
+    eventually(lambda: status(site)["state"] == "waiting", "it shows")
+    assert status(site)["last_error"] == "the origin answered 503"
+    assert "waiting for its origin" in site.get("/", Accept="text/html").body.decode()
+    assert status(site)["viewers"] == 1
+    eventually(lambda: origin.count(news.path) >= 4, "it is tried again")
+    assert lines(r"1 of 1: ") == ["news: 127.0.0.1, 1 of 1: the origin answered 503"]
+
+
+def test_short_outage_is_two_lines_that_tell_what_was_lost(
+    origin: Origin, serve: Serve, lines: Callable[[str], list[str]]
+) -> None:
+    news = origin.add(live(window=3, listed=3, keep=0))
+    site = serve({"news": news.url}, timeout=30)
+    viewer = site.watch("/news")
+    assert viewer.read(len(segments(0, 3))) == segments(0, 3)
+    down = origin.fault(news.path, Close(), times=3)
+    eventually(lambda: down.taken == 3, "it is down")
+    news.advance(6)  # 3, 4 and 5 have left the list
+    assert read_stream(viewer, len(segments(6, 7))) == segments(6, 7)
+    eventually(lambda: status(site)["state"] == "live", "it goes on")
+    told = [line for line in lines("^news: ") if "watches" not in line and "video/mp2t" not in line]
+    assert len(told) == 2, told
+    assert re.fullmatch(r"news: 127\.0\.0\.1, 1 of 1: .+", told[0])
+    assert re.fullmatch(r"news: goes on after \d+\.\d s, 3 segments lost", told[1])
+    assert status(site)["gaps"] == 3
+    assert status(site)["last_error"]
+
+
+def test_gaps_are_those_of_one_numbering(origin: Origin, serve: Serve, backup: Origin) -> None:
+    """A backup that numbers otherwise has lost nothing."""
+    first, second = origin.add(live()), backup.add(live(first_sequence=5000))
+    site = serve({"news": {"url": [first.url, second.url]}}, timeout=5)
+    viewer = site.watch("/news")
+    assert viewer.read(len(segments(2, 5))) == segments(2, 5)
+    origin.fault(first.path, Status(404), times=None)
+    read_stream(viewer, len(segments(0, 1)))
+    assert status(site)["gaps"] == 0
+    assert status(site)["restarts"] == 1
+
+
+#### Going on without key frames, or with another clock ####
+
+
+def test_relay_without_key_frames_goes_on_in_the_end(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Intra refresh: no picture after the first is a key frame."""
+    monkeypatch.setattr(pipe, "SEAM_PATIENCE", 1.0)
+    (whole,) = media.ts_segments(1, 10.0)
+    cut = len(whole) // 2 // media.PACKET * media.PACKET
+    rest = whole[:940] + whole[cut:]  # its tables come first
+
+    def trickle() -> Iterator[bytes]:
+        for packet in itertools.cycle(media.packets(rest)):
+            yield packet
+            time.sleep(0.002)
+
+    bodies = iter([iter([whole[:cut]])])
+    address = origin.add_endless("/relay", lambda: next(bodies, trickle()))
+    site = serve({"news": f"httpstream://{address}"}, timeout=5)
+    viewer = site.watch("/news")
+    assert viewer.read(cut) == whole[:cut]
+    eventually(lambda: status(site)["state"] == "waiting", "nothing comes yet")
+    data = read_stream(viewer, 100 * media.PACKET)
+    assert set(map(media.pid, media.packets(data))) - {media.PID_NULL} > {0}
+    eventually(lambda: status(site)["state"] == "live", "media comes again")
+
+
+def test_clock_that_was_set_anew_is_taken_at_once(origin: Origin, serve: Serve) -> None:
+    later = delayed(segments(0, 4), HOUR)
+    viewer = serve({"news": relay(origin, [later, segments(4, 8)])}, timeout=5).watch("/news")
+    assert viewer.read(len(later)) == later
+    assert read_stream(viewer, len(segments(4, 8))) == segments(4, 8)
+
+
+#### Late viewers ####
+
+
+def named_video(segment: bytes) -> bytes:
+    """Sound whose PMT names a picture that never comes."""
+    pmt = next(p for p in media.packets(segment) if media.pid(p) == 0x1000)
+    section = bytearray(pmt[5 : 5 + 3 + ((pmt[6] & 0x0F) << 8 | pmt[7])])
+    section[-4:-4] = bytes([0x1B, 0xE1, 0x10, 0xF0, 0x00])  # H.264 at PID 0x110
+    section[2] += 5
+    body = bytes(section[:-4])
+    whole = body + crc32(body)
+    packet = pmt[:5] + whole + b"\xff" * (183 - len(whole))
+    return segment.replace(pmt, packet)
+
+
+@pytest.mark.parametrize("has_segments", [True, False], ids=["hls", "relay"])
+def test_late_viewer_of_radio_whose_pmt_names_video(
+    origin: Origin, serve: Serve, has_segments: bool
+) -> None:
+    sound = [named_video(segment) for segment in media.audio_only_segments(SEGMENTS)]
+    playlist = origin.add(Playlist("radio", sound, mode="live", window=10))
+    if has_segments:
+        address = playlist.url
+    else:
+        origin.rate = 40_000
+        address = f"httpstream://{origin.add_endless('/radio', lambda: itertools.cycle(sound))}"
+    site = serve({"radio": address}, timeout=8)
+    first = site.watch("/radio")
+    playlist.advance(2)  # three seconds tell that no picture will come
+    got = first.read(len(sound[0]) * 5)
+    assert media.decode(got, strict=False).audio_frames
+    late = site.watch("/radio")
+    assert late.status == 200
+    assert media.decode(late.read(len(sound[0])), strict=False).audio_frames
+
+
+def test_late_viewer_after_packed_audio_failed_over_to_a_relay(
+    origin: Origin, serve: Serve, backup: Origin
+) -> None:
+    sound = media.aac_segments(SEGMENTS)
+    news = origin.add(Playlist("radio", sound, mode="live", extension=".aac"))
+    backup.rate = 20_000
+    spare = backup.add_endless("/radio", lambda: itertools.cycle(sound))
+    urls = [news.url, f"httpstream://{spare}"]
+    site = serve({"radio": {"url": urls, "ringbuffer_size": 262_144}}, timeout=5)
+    first = site.watch("/radio")
+    first.read(10_000)
+    origin.fault(news.path, Status(404), times=None)
+    eventually(lambda: status(site)["restarts"] == 1, "the backup has taken over")
+    first.read(300_000)  # no segment is left in the window
+    with site.watch("/radio") as late:
+        assert late.status == 200
+        assert late.read(5_000)[0] == 0xFF
