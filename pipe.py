@@ -66,6 +66,7 @@ import errno
 import functools
 import hmac
 import html
+import http.client
 import importlib.metadata
 import inspect
 import io
@@ -82,6 +83,7 @@ import re
 import signal
 import socket
 import socketserver
+import ssl
 import struct
 import sys
 import threading
@@ -103,6 +105,8 @@ from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlsplit
 
 try:
     import requests
+    import socks  # type: ignore[import-untyped]
+    import urllib3
     import yaml
     from Crypto.Util.Padding import unpad
     from requests.adapters import HTTPAdapter
@@ -242,7 +246,7 @@ class WindowEnded(PipeError):
 
 
 class ResponseTooLarge(requests.RequestException):
-    """A playlist, key or page beyond PLAYLIST_LIMIT or its time."""
+    """A playlist, key or page beyond PLAYLIST_LIMIT."""
 
 
 def explain(error: BaseException) -> str:
@@ -257,34 +261,69 @@ def explain(error: BaseException) -> str:
             return str(cause)
         if isinstance(cause, requests.HTTPError) and cause.response is not None:
             return f"the origin answered {cause.response.status_code}"
-        for kinds, message in _MESSAGES_BY_KIND:
-            if isinstance(cause, kinds):
-                return message
+    for kinds, message in _MESSAGES_BY_KIND:
+        if any(isinstance(cause, kinds) for cause in chain):
+            return message
     text = " ".join(str(cause) for cause in chain)
     messages = (message for words, message in _MESSAGES_BY_TEXT if any(w in text for w in words))
-    return next(messages, "the origin's stream cannot be opened")
+    is_network = any(isinstance(cause, requests.ConnectionError) for cause in chain)
+    return next(messages, UNREACHABLE if is_network else "the origin's stream cannot be opened")
 
 
+REFUSED = "the origin refuses connections"
+UNKNOWN = "the origin is not found: its name is unknown"
+NO_ROUTE = "the origin is not reachable"
 UNREACHABLE = "the origin cannot be reached"
+CLOSED = "the origin closed the connection"
+GONE = frozenset({REFUSED, UNKNOWN, NO_ROUTE, UNREACHABLE, CLOSED})  # nobody is there
+WEB_PAGE = "the origin sent a web page, not a stream"
+
+# The first that fits any of the causes: a reason stands before what it brings about.
 _MESSAGES_BY_KIND: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
-    ((requests.Timeout, TimeoutError), "the origin did not answer in time"),
-    ((ResponseTooLarge,), "the origin's playlist is too large or too slow"),
-    ((requests.exceptions.SSLError,), "the origin's certificate is not valid"),
-    ((requests.exceptions.ProxyError,), "the proxy does not answer"),
+    ((ResponseTooLarge,), "the origin's playlist is too large"),
+    ((requests.exceptions.ProxyError, socks.ProxyError), "the proxy does not answer"),
+    ((socket.gaierror,), UNKNOWN),
+    ((ConnectionRefusedError,), REFUSED),
+    (
+        (requests.Timeout, urllib3.exceptions.ReadTimeoutError, TimeoutError),
+        "the origin did not answer in time",
+    ),
+    ((ssl.SSLCertVerificationError,), "the origin's certificate is not valid"),
     ((requests.exceptions.InvalidSchema,), "the origin names an address that is never opened"),
-    ((requests.ConnectionError, ConnectionError), UNREACHABLE),
+    ((requests.TooManyRedirects,), "the origin redirects in a circle"),
+    (
+        (requests.exceptions.ContentDecodingError, urllib3.exceptions.DecodeError),
+        "the origin's answer cannot be decompressed",
+    ),
+    (
+        (http.client.IncompleteRead, urllib3.exceptions.IncompleteRead),
+        "the origin's answer broke off",
+    ),
+    ((ConnectionError,), CLOSED),
+    ((http.client.HTTPException,), "the origin does not speak HTTP"),
     ((FileNotFoundError,), "ffmpeg cannot be run"),
 )
+_NO_ROUTE = errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN
 _MESSAGES_BY_TEXT = (
+    (tuple(f"[Errno {number}]" for number in _NO_ROUTE), NO_ROUTE),
     (("file:", "scheme='file'"), "the origin names a local file: refused"),
     (
         ("insecure resource", "Disallowed redirection"),
         "the origin goes from https to http: configure the http:// address",
     ),
     (
-        ("EXTM3U", "variant playlist"),
-        "the origin sent something that is not an HLS playlist",
+        ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL"),
+        "the origin does not speak https there: write http:// in front of its address",
     ),
+    (("[SSL",), "the origin refuses a secure connection"),
+    (("Invalid URL", "Failed to parse: "), "the origin names an address that is not valid"),
+    (("EXTM3U",), "the origin sent something that is not an HLS playlist"),
+    (("variant playlist",), "the origin's playlist lists no stream that can be played"),
+    (("I-frames only",), "the origin's playlist has key frames only, for seeking"),
+    (("BYTERANGE offset",), "the origin's playlist does not say where a byte range starts"),
+    (("invalid literal", "could not convert"), "the origin's playlist has an invalid number"),
+    (("AES key length", "IV length"), "it is not a key of AES-128"),
+    (("adding is incorrect", "be padded", "be unpadded"), "it cannot be decrypted with its key"),
     (("new thread",), "the system lets StreamPipe start no more threads"),
 )
 
@@ -1862,7 +1901,7 @@ class Download:
     def _judge(self, reason: str, pause: float) -> None:
         """Raise DownloadFailed where another try after this pause is of no use."""
         now = time.monotonic()
-        is_gone = reason == UNREACHABLE
+        is_gone = reason in GONE
         self.gone_since = min(self.gone_since, now) if is_gone else math.inf
         if not self._is_listed():
             raise DownloadFailed(f"{reason}, and the playlist no longer lists it")
@@ -1923,6 +1962,8 @@ class Download:
         read = reading(response, PART_LIMIT)
         while self._left != 0 and (part := start or read()):
             start = b""
+            if not self._had.size and is_page(part):
+                raise UpstreamError(WEB_PAGE)
             part, before = part[before:], max(0, before - len(part))
             new = repeat.pass_on(part)
             if new is None:
@@ -2028,7 +2069,7 @@ class Session:
     def __init__(self, stream: StreamSettings, timeout: float) -> None:
         self.name = stream.name
         self.read_size = max(stream.options.buffer_size, 64 * KIB)
-        self.timeout = timeout  # seconds
+        self._ends = time.monotonic() + timeout  # when resolving and opening have to be over
         self.engine = Streamlink()
         self.engine.http = self._http = Http()
         for settings in (_own_options(stream, timeout), stream.options.streamlink, SAFETY_OPTIONS):
@@ -2046,12 +2087,13 @@ class Session:
         self._raw = None
 
     def resolve(self, address: str) -> None:
-        """Find what an address offers; blocks as long as the origin takes, up to its time-outs.
+        """Find what an address offers; blocks for the session's time-out at most.
 
         Raises UpstreamError.
         """
         try:
-            streams = self._resolve(update_scheme("https://", address, force=False))
+            with self._http.within(self._ends - time.monotonic()):
+                streams = self._resolve(update_scheme("https://", address, force=False))
         except Exception as error:  # a plugin may raise anything
             log.debug("cannot resolve", exc_info=True)
             raise UpstreamError(explain(error)) from error
@@ -2084,7 +2126,8 @@ class Session:
         """
         upstream: Upstream | None = None
         try:
-            upstream = self._upstream_of(name, first, STALE_NUMBERS if is_other else 0)
+            with self._http.within(self._ends - time.monotonic()):
+                upstream = self._upstream_of(name, first, STALE_NUMBERS if is_other else 0)
             upstream.start()
         except Exception as error:
             log.debug("cannot open", exc_info=True)
@@ -2098,8 +2141,7 @@ class Session:
         if isinstance(stream, HLSStream):
             return SegmentedUpstream(self, stream, first, slack)
         if isinstance(stream, HTTPStream):
-            headers = {"Accept-Encoding": "identity"}  # or it could not be resumed
-            opened = self._raw or (self._http.ask(stream.args, headers, self.timeout), b"")
+            opened = self._raw or self._open_raw(stream.args)
             return RawUpstream(self, stream.args, opened)
         has_both = isinstance(stream, DASHStream) and (
             stream.video_representation and stream.audio_representation
@@ -2125,16 +2167,28 @@ class Session:
 
     def _is_playlist(self, address: str) -> bool:
         """Open an address that no plugin knows, and judge it by its first bytes."""
-        response = self._http.ask({"url": address}, {}, self.timeout)
-        read, start = reading(response, 64), b""
-        while len(start) < 16 and (more := read()):
-            start += more
-        if not start.lstrip(b"\xef\xbb\xbf \r\n").startswith(b"#EXTM3U"):
+        response, start = self._open_raw({"url": address})
+        if not is_playlist(start):
             self._raw = response, start
             return False
-        read_bounded(response, self.timeout, start)
+        read_bounded(response, start)
         self._http.keep(response)
         return True
+
+    def _open_raw(self, arguments: Mapping[str, Any]) -> Opened:
+        """Ask for a body, and read as much of it as tells what it is."""
+        headers = {"Accept-Encoding": "identity"}  # or it could not be resumed
+        response = self._http.ask(arguments, headers, self._http.timeout)
+        read, start = reading(response, START_LIMIT), b""
+        while len(start) < START_LIMIT and (len(start) < 64 or _COMMENTS.fullmatch(start)):
+            more = read()
+            if not more:
+                break
+            start += more
+        if is_page(start):
+            response.close()
+            raise UpstreamError(WEB_PAGE)
+        return response, without_preface(start)
 
 
 def _own_options(stream: StreamSettings, timeout: float) -> dict[str, Any]:
@@ -2160,20 +2214,41 @@ class Http(HTTPSession):
     """How requests leave.  Another thread can end them all, at once.
 
     What is not streamed (playlists, keys, pages) is bounded in size and time, and so is what comes
-    with an error or a redirect.  A start loads no playlist twice.
+    with an error or a redirect.  A try ends in time whatever it waits for: a connection, one of
+    several redirects, a head or a body that drips.  A start loads no playlist twice.
     """
 
     def __init__(self) -> None:
         self.is_resolving = True  # what is loaded now is used a second time
         self._kept: dict[str, requests.Response] = {}  # playlists, by their addresses
-        self._moved: dict[str, str] = {}  # playlists' addresses, to where a redirect led
+        # Playlists' addresses, to where a redirect led, or to "" where that has failed.
+        self._moved: dict[str, str] = {}
+        self._try = threading.local()  # `ends`: when that of the thread has to be over
         # _lock guards these three.
         self._lock = threading.Lock()
         self._pools: weakref.WeakSet[Any] = weakref.WeakSet()
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._is_cut = False
         super().__init__()
-        self.hooks["response"].append(cast(Any, _bound))
+        self.hooks["response"].append(cast(Any, self._bound))
+
+    @contextlib.contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """What this thread asks for meanwhile, and reads of it, has so many seconds in all."""
+        outer: float | None = getattr(self._try, "ends", None)
+        ends = time.monotonic() + seconds
+        self._try.ends = ends if outer is None else min(outer, ends)
+        try:
+            yield
+        finally:
+            self._try.ends = outer
+
+    def patience(self, seconds: float) -> float:
+        """How many of these seconds this thread may wait now; raises TimeoutError at the end."""
+        left = (getattr(self._try, "ends", None) or math.inf) - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the try took too long")
+        return min(seconds, left)
 
     def ask(
         self, arguments: Mapping[str, Any], headers: Mapping[str, str], timeout: float
@@ -2184,26 +2259,57 @@ class Http(HTTPSession):
         return cast(requests.Response, self.request(**arguments, stream=True))
 
     def request(self, method: str, url: str, **arguments: Any) -> Any:  # type: ignore[override]
-        """As streamlink's, but what resolving loaded is used again by the worker, once.
+        """As streamlink's, in time."""
+        is_streamed = arguments.get("stream")
+        kind, timeout = arguments.get("exception"), arguments.get("timeout")
+        # DASH alone gives a time-out of its own to what is not streamed: segments, of any size.
+        is_segment = kind is EngineStreamError and timeout and not is_streamed
+        seconds = timeout if isinstance(timeout, (int, float)) else self.timeout
+        with self.within(math.inf if is_segment else seconds):
+            if (
+                method != "GET" or is_streamed or is_segment or arguments.get("schema")
+            ):  # a plugin's
+                return super().request(method, url, **arguments)
+            return self._load(url, arguments)
 
-        Reloads go to where the first load was redirected, until that fails (a CDN's redirect may be
-        slow, and lead elsewhere).
-        """
-        if method != "GET" or arguments.get("stream") or arguments.get("schema"):  # a plugin's
-            return super().request(method, url, **arguments)
+    def _load(self, url: str, arguments: Mapping[str, Any]) -> Any:
+        """A playlist, key or page; what resolving loaded is used again by the worker, once."""
         kept = self._kept.get(url)
         if not self.is_resolving:
             self._kept.clear()
         if kept:
             return kept
-        try:
-            response = super().request("GET", self._moved.get(url, url), **arguments)
-        except Exception:
-            self._moved.pop(url, None)
-            raise
-        if response.content[:7] == b"#EXTM3U":
+        response = self._ask_moved(url, arguments) or super().request("GET", url, **arguments)
+        # Streamlink asks so for playlists and keys, and plugins for their pages otherwise.
+        kind = arguments.get("exception")
+        is_manifest = b"<MPD" in response.content[:START_LIMIT]  # of DASH
+        if kind in (OSError, EngineStreamError) and is_page(response.content) and not is_manifest:
+            raise kind from UpstreamError(WEB_PAGE)
+        if is_playlist(response.content):
             self.keep(response)
         return response
+
+    def _ask_moved(self, url: str, arguments: Mapping[str, Any]) -> requests.Response | None:
+        """A playlist from where its redirect led: a CDN's may be slow, and lead elsewhere.
+
+        None where that fails: its token may have been good once, or for some seconds.  The address
+        itself is then asked, now and from then on, since who collects refusals is banned.
+        """
+        if not self._moved.get(url):
+            return None
+        with contextlib.suppress(Exception), self.within(self.patience(math.inf) / 2):
+            response = cast(Any, super().request("GET", self._moved[url], **arguments))
+            if is_playlist(response.content):
+                return cast(requests.Response, response)
+        self._moved[url] = ""
+        return None
+
+    def _bound(self, response: requests.Response, stream: bool, timeout: Any, **_: Any) -> None:
+        """Read an answer that nobody reads as it comes."""
+        is_segment = getattr(self._try, "ends", None) == math.inf
+        if response.status_code >= 300 or not (stream or is_segment):
+            with self.within(timeout):
+                read_bounded(response)
 
     def keep(self, response: requests.Response) -> None:
         """Note a playlist, and where it was found."""
@@ -2211,7 +2317,7 @@ class Http(HTTPSession):
         if asked and self.is_resolving:
             self._kept[asked] = response
         if asked and response.history and not self.params:
-            self._moved[asked] = response.url
+            self._moved.setdefault(asked, response.url)
 
     def mount(self, prefix: Any, adapter: Any) -> None:
         """Watch an adapter's pools; what reads local files is not mounted at all."""
@@ -2229,10 +2335,10 @@ class Http(HTTPSession):
             if pool not in self._pools:
                 self._pools.add(pool)
                 pool.pool.maxsize = 0  # keep them all: there are no more than the threads need
-                pool.ConnectionCls = _reporting(pool.ConnectionCls, self._add)
+                pool.ConnectionCls = _watched(pool.ConnectionCls, self)
         return pool
 
-    def _add(self, sock: socket.socket) -> socket.socket:
+    def add(self, sock: socket.socket) -> socket.socket:
         """Note a socket; one that is connected while another thread cuts is shut down here."""
         with self._lock:
             self._sockets.add(sock)
@@ -2253,18 +2359,50 @@ class Http(HTTPSession):
         self._kept = {}
 
 
-def _reporting(kind: Any, report: Callable[[socket.socket], socket.socket]) -> Any:
-    """A kind of connection that reports its sockets, before and after TLS."""
+def _watched(kind: Any, http_session: Http) -> Any:
+    """A kind of connection that reports its sockets, before and after TLS, and keeps to its try."""
 
     class Connection(kind):  # type: ignore[misc]
+        timeout: float  # seconds, for what comes next
+
         def _new_conn(self) -> socket.socket:
-            return report(super()._new_conn())
+            # Half of it for each: where IPv6 leads nowhere, IPv4 has its turn.
+            self.timeout = http_session.patience(self.timeout) / 2
+            return http_session.add(super()._new_conn())
 
         def connect(self) -> None:
             super().connect()
-            report(self.sock)
+            http_session.add(self.sock)
+
+        def response_class(self, sock: socket.socket, *arguments: Any, **more: Any) -> Any:
+            response = http.client.HTTPResponse(sock, *arguments, **more)
+            file = TimedFile(sock, response.fp, lambda: http_session.patience(self.timeout))
+            response.fp = io.BufferedReader(file)
+            return response
 
     return Connection
+
+
+class TimedFile(io.RawIOBase):
+    """A socket's bytes; `patience` tells before each read for how many seconds it may wait."""
+
+    def __init__(
+        self, sock: socket.socket, file: io.BufferedReader, patience: Callable[[], float]
+    ) -> None:
+        self._sock, self._file, self._patience = sock, file.detach(), patience
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        seconds = self._patience()
+        if seconds != self._sock.gettimeout():
+            self._sock.settimeout(seconds)
+        return cast(int | None, self._file.readinto(buffer))
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _shut(sock: socket.socket) -> None:
@@ -2272,31 +2410,50 @@ def _shut(sock: socket.socket) -> None:
         socket.socket.shutdown(sock, socket.SHUT_RDWR)  # past TLS, which would want to say goodbye
 
 
-def _bound(response: requests.Response, stream: bool, timeout: Any, **_: Any) -> None:
-    """Read an answer that nobody reads as it comes."""
-    is_segment = "-executor_" in threading.current_thread().name  # DASH: whole, of any size
-    if response.status_code >= 300 or not (stream or is_segment):
-        seconds = timeout if isinstance(timeout, (int, float)) else math.inf
-        read_bounded(response, seconds - response.elapsed.total_seconds())
+START_LIMIT = 4 * KIB  # bytes of blanks and comments in front of a playlist, at most
+_COMMENTS = re.compile(rb"(\xef\xbb\xbf)?(\s|#(?!EXTM3U)[^\r\n]*[\r\n])*(#[^\r\n]*)?")
+_PREFACE = re.compile(_COMMENTS.pattern[: -len(rb"(#[^\r\n]*)?")] + rb"(?=#EXTM3U)")
+_PAGE = re.compile(
+    rb"(\xef\xbb\xbf)?\s*(<(!doctype|!--|\?xml|[a-z][\w:-]*[\s>/])|[{\[]\s*[\"{}\[\]\d])", re.I
+)
 
 
-def read_bounded(response: requests.Response, timeout: float, start: bytes = b"") -> None:
+def is_playlist(body: bytes) -> bool:
+    return bool(_PREFACE.match(body, 0, START_LIMIT))
+
+
+def without_preface(body: bytes) -> bytes:
+    """A playlist without BOM, blanks and comments in front, which streamlink would refuse."""
+    preface = _PREFACE.match(body, 0, START_LIMIT)
+    return body[preface.end() :] if preface else body
+
+
+def is_page(start: bytes) -> bool:
+    """Whether this begins like HTML, XML or JSON, and like text: media may begin with any byte.
+
+    A key of 16 bytes is none.
+    """
+    is_text = not re.search(rb"[\x00-\x08\x0e-\x1f]", start[:512])
+    return is_text and len(start) > 16 and bool(_PAGE.match(start, 0, START_LIMIT))
+
+
+def read_bounded(response: requests.Response, start: bytes = b"") -> None:
     """Read a body to its end and keep it, after `start`; raises ResponseTooLarge.
 
     Of a redirect or an error that can be as much as there is of it: its status tells enough.
     """
-    deadline = time.monotonic() + timeout
     body, read = bytearray(start), reading(response, 64 * KIB)
     try:
         while part := read():
             body += part
-            if len(body) > PLAYLIST_LIMIT or time.monotonic() > deadline:
-                raise ResponseTooLarge("too large" if len(body) > PLAYLIST_LIMIT else "too slow")
+            if len(body) > PLAYLIST_LIMIT:
+                raise ResponseTooLarge("too large")
     except Exception:
         response.close()
         if response.status_code < 300:
             raise
-    vars(response).update(_content=bytes(body), _content_consumed=True)
+    content = without_preface(bytes(body))
+    vars(response).update(_content=content, _content_consumed=True)
 
 
 # How an upstream ends.  Whoever notices first says so to its ReaderBuffer; read() hands on what

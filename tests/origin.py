@@ -22,7 +22,9 @@ import argparse
 import contextlib
 import fnmatch
 import gzip
+import io
 import itertools
+import math
 import selectors
 import socket
 import socketserver
@@ -457,6 +459,7 @@ class Answer:
     """
 
     content: Content | Endless
+    path: str = ""  # that was asked for, with the query
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     ranges: bool = True
@@ -471,6 +474,7 @@ class Answer:
     break_at: int | None = None  # bytes of the body
     reset: bool = False  # break with a TCP reset
     byte_pause: float = 0.0  # seconds before each byte
+    head_pause: float = 0.0  # the same of the head
 
     def etag(self) -> str | None:
         if not self.validators or not isinstance(self.content, Content) or self.etags == "none":
@@ -514,6 +518,35 @@ class Redirect:
         Status(self.code, headers=(("Location", self.url),)).apply(answer)
 
 
+class Tokens:
+    """Addresses that are good for a while, as panels and CDNs give them out.
+
+    Ordered for /login and for `target`: the first redirects to the second with a token, and that
+    is refused without one, or with one used `uses` times or older than `seconds`.
+    """
+
+    def __init__(self, target: str, *, uses: float = 1, seconds: float = math.inf) -> None:
+        self._target, self._uses, self._seconds = target, uses, seconds
+        self._lock = threading.Lock()
+        self._given: list[tuple[float, int]] = []  # for each token its time and its uses
+
+    def apply(self, answer: Answer) -> None:
+        path, _, query = answer.path.partition("?token=")
+        with self._lock:
+            if path != self._target:
+                Redirect(f"{self._target}?token={len(self._given)}").apply(answer)
+                self._given.append((time.monotonic(), 0))
+            elif not self._take_locked(query):
+                Status(403).apply(answer)
+
+    def _take_locked(self, query: str) -> bool:
+        if not query.isdecimal() or int(query) >= len(self._given):
+            return False
+        given, uses = self._given[int(query)]
+        self._given[int(query)] = given, uses + 1
+        return uses < self._uses and time.monotonic() - given < self._seconds
+
+
 @dataclass(frozen=True)
 class Body:
     """Another body, also where there is none."""
@@ -523,6 +556,20 @@ class Body:
 
     def apply(self, answer: Answer) -> None:
         answer.status, answer.content = 200, Content(self.body, self.content_type)
+
+
+@dataclass(frozen=True)
+class Preface:
+    """Something in front of the body: a byte order mark, blanks, comments."""
+
+    data: bytes
+
+    def apply(self, answer: Answer) -> None:
+        if isinstance(answer.content, Content):
+            answer.content = Content(self.data + answer.content.body, answer.content.type)
+
+
+WEB_PAGE = b"<!DOCTYPE html>\n<html><head><title>Please log in</title></head></html>\n"
 
 
 @dataclass(frozen=True)
@@ -583,6 +630,16 @@ class Drip:
 
     def apply(self, answer: Answer) -> None:
         answer.byte_pause = self.per_byte_seconds
+
+
+@dataclass(frozen=True)
+class DripHead:
+    """The status line and the headers come byte by byte."""
+
+    per_byte_seconds: float
+
+    def apply(self, answer: Answer) -> None:
+        answer.head_pause = self.per_byte_seconds
 
 
 @dataclass(frozen=True)
@@ -859,6 +916,15 @@ class _Handler(BaseHTTPRequestHandler):
         return range(int(first), min(length, int(last) + 1 if last else length))
 
     def _send_head(self, answer: Answer, body: memoryview | Endless) -> None:
+        connection, self.wfile = self.wfile, io.BytesIO()
+        self._write_head(answer, body)
+        head, self.wfile = self.wfile.getvalue(), connection
+        size = 1 if answer.head_pause else len(head)
+        for at in range(0, len(head), size):
+            self._wait(answer.head_pause)
+            self.wfile.write(head[at : at + size])
+
+    def _write_head(self, answer: Answer, body: memoryview | Endless) -> None:
         self.send_response(answer.status)
         for name, value in (answer.headers | self._usual_headers(answer)).items():
             self.send_header(name, value)
@@ -1273,7 +1339,7 @@ class Origin:
 
     def _answer(self, path: str) -> Answer:
         content = self._find(path.partition("?")[0])
-        answer = Answer(content or Content(b"not found\n", "text/plain"))
+        answer = Answer(content or Content(b"not found\n", "text/plain"), path)
         answer.status = 200 if content else 404
         answer.ranges, answer.validators = self.ranges, self.validators
         return answer

@@ -1,0 +1,304 @@
+"""What origins do with playlists and keys, and what is said of it: redirects, pages, DRM, gaps.
+
+Everything is real and seen from outside. Time is shortened where its length is not the matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+import requests
+
+import pipe
+from tests import media
+from tests.origin import (
+    WEB_PAGE,
+    Body,
+    Drip,
+    DripHead,
+    Fault,
+    Origin,
+    Playlist,
+    Preface,
+    Redirect,
+    Status,
+    Tokens,
+    master,
+)
+from tests.server import Site
+from tests.threads import Task
+
+Serve = Callable[..., Site]
+
+SEGMENTS = media.ts_segments(12)
+LOGIN = "/login/news.m3u8"
+
+
+def news(name: str = "news", **more: object) -> Playlist:
+    return Playlist(name, SEGMENTS, mode="live", **more)  # type: ignore[arg-type]
+
+
+def reason(site: Site, path: str = "/news") -> tuple[int, str]:
+    """How a start fails."""
+    answer = site.get(path)
+    return answer.status, answer.json["error"]
+
+
+@contextlib.contextmanager
+def answering(data: bytes) -> Iterator[str]:
+    """A server that answers one request with these bytes."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(data)
+
+        task = Task(answer)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        task.result()
+
+
+#### Redirects ####
+
+
+@pytest.mark.parametrize("uses", [1, 3])
+def test_token_in_a_redirect_is_asked_for_anew(origin: Origin, serve: Serve, uses: int) -> None:
+    """The address is good for a few requests: nothing is opened again, and nothing is lost."""
+    live = origin.add(news())
+    tokens = Tokens(live.path, uses=uses)
+    origin.fault(LOGIN, tokens, times=None)
+    origin.fault(live.path, tokens, times=None)
+    site = serve({"news": origin.url + LOGIN})
+    viewer = site.watch("/news")
+    assert viewer.read(len(live.plain(2, 5))) == live.plain(2, 5)
+    for number in range(5, 9):
+        live.advance()
+        expected = live.plain(number, number + 1)
+        assert viewer.read(len(expected)) == expected
+    channel = site.get("/status").json["streams"][0]
+    assert (channel["restarts"], channel["last_error"]) == (0, None)
+
+
+def test_refused_target_is_not_asked_again(origin: Origin, serve: Serve) -> None:
+    """Panels ban who collects refusals: after the first, the address itself is asked."""
+    live = origin.add(news())
+    tokens = Tokens(live.path)
+    origin.fault(LOGIN, tokens, times=None)
+    origin.fault(live.path, tokens, times=None)
+    viewer = serve({"news": origin.url + LOGIN}).watch("/news")
+    viewer.read(len(live.plain(2, 5)))
+    for number in range(5, 8):
+        live.advance()
+        viewer.read(len(live.plain(number, number + 1)))
+    assert [r.status for r in origin.requests if r.path.startswith(live.path)].count(403) == 1
+
+
+def test_answer_of_the_address_decides(origin: Origin, serve: Serve) -> None:
+    """Only where the address itself refuses, it is resolved anew."""
+    live = origin.add(news())
+    tokens = Tokens(live.path)
+    origin.fault(LOGIN, tokens, times=2)
+    origin.fault(live.path, tokens, times=None)
+    refused = origin.fault(LOGIN, Status(403), times=1)
+    origin.fault(LOGIN, tokens, times=None)
+    site = serve({"news": origin.url + LOGIN})
+    viewer = site.watch("/news")
+    viewer.read(len(live.plain(2, 5)))
+    for number in range(5, 8):
+        live.advance()
+        expected = live.plain(number, number + 1)
+        assert viewer.read(len(expected)) == expected
+    refused.wait()
+    live.advance()
+    assert viewer.read(len(live.plain(8, 9))) == live.plain(8, 9)
+    assert site.get("/status").json["streams"][0]["restarts"] == 1
+
+
+#### Who does not answer ####
+
+
+def test_refused_connection_is_told(origin: Origin, serve: Serve) -> None:
+    address = origin.url
+    origin.stop()
+    site = serve({"news": f"{address}/news.m3u8"})
+    assert reason(site) == (502, "the origin refuses connections")
+
+
+def test_unknown_name_is_told(serve: Serve) -> None:
+    site = serve({"news": "http://nowhere.invalid/news.m3u8"})
+    assert reason(site) == (502, "the origin is not found: its name is unknown")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EHOSTUNREACH, "No route to host"), "the origin is not reachable"),
+        (OSError(errno.ENETUNREACH, "Network is unreachable"), "the origin is not reachable"),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), "the origin closed the connection"),
+    ],
+)
+def test_lost_connection_is_told(error: OSError, words: str) -> None:
+    """What a loopback has no network for."""
+    wrapped = requests.ConnectionError("Max retries exceeded with url: /secret")
+    wrapped.__cause__ = error
+    assert pipe.explain(wrapped) == words
+
+
+@pytest.mark.parametrize("address", ["https://{}", "hls://{}", "httpstream://{}"])
+def test_https_where_http_is_spoken_is_told(origin: Origin, serve: Serve, address: str) -> None:
+    """Streamlink takes an address behind a prefix for https."""
+    live = origin.add(news())
+    site = serve({"news": address.format(live.url.removeprefix("http://"))})
+    status, words = reason(site)
+    assert (status, words.partition(": ")[2]) == (502, "write http:// in front of its address")
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"ICY 200 OK\r\nicy-name: news\r\n\r\n", "the origin does not speak HTTP"),
+        (b"", "the origin closed the connection"),
+    ],
+    ids=["shoutcast", "nothing"],
+)
+def test_other_protocol_is_told(serve: Serve, answer: bytes, words: str) -> None:
+    with answering(answer) as address:
+        assert reason(serve({"news": f"{address}/news"})) == (502, words)
+
+
+def test_refusing_proxy_is_not_taken_for_the_origin(origin: Origin, serve: Serve) -> None:
+    live = origin.add(news())
+    with Origin() as other:
+        refusing = other.url.removeprefix("http://")
+    for kind in ("http", "socks5h"):
+        site = serve({"news": {"url": live.url, "proxy": f"{kind}://{refusing}"}})
+        assert reason(site) == (502, "the proxy does not answer")
+
+
+#### Pages in the place of streams ####
+
+PAGES = {
+    "html": WEB_PAGE,
+    "fragment": b"\n <div class='error'>expired: account 4711</div>" + 64 * b" ",
+    "xml": b"\xef\xbb\xbf<?xml version='1.0'?><error code='17'>expired</error>",
+    "json": b'{"user_info": {"auth": 0, "status": "Expired"}}',
+    "list": b'[{"error": "no such channel"}]',
+}
+
+
+@pytest.mark.parametrize("page", PAGES.values(), ids=list(PAGES))
+@pytest.mark.parametrize("place", ["{}/news", "{}/news.m3u8", "httpstream://{}/news"])
+def test_page_is_no_stream(origin: Origin, serve: Serve, place: str, page: bytes) -> None:
+    origin.fault("/news*", Body(page, "video/mp2t"), times=None)
+    site = serve({"news": place.format(origin.url)})
+    assert reason(site) == (502, "the origin sent a web page, not a stream")
+
+
+@pytest.mark.parametrize("kind", ["variant", "key"])
+def test_page_within_a_stream_is_told(origin: Origin, serve: Serve, kind: str) -> None:
+    live = origin.add(news(aes_key=bytes(16)))
+    channel = origin.add(master("tv", {"720p": live}))
+    origin.fault(live.key_path if kind == "key" else live.path, Body(WEB_PAGE), times=None)
+    status, words = reason(serve({"news": channel.url}, timeout=4))
+    assert (status, words.endswith("the origin sent a web page, not a stream")) == (502, True)
+
+
+def test_check_says_that_it_is_a_page(origin: Origin) -> None:
+    origin.fault("/news", Body(WEB_PAGE, "text/html"), times=None)
+    stream = pipe.StreamSettings("news", (f"{origin.url}/news",))
+    assert pipe.check_stream(stream) == (False, "the origin sent a web page, not a stream")
+
+
+@pytest.mark.parametrize("place", ["playlist", "segment"])
+def test_captive_portal_in_between_is_an_outage(origin: Origin, serve: Serve, place: str) -> None:
+    """It answers every request with 200 and a page, which no viewer may get."""
+    live = origin.add(news())
+    viewer = serve({"news": live.url}).watch("/news")
+    assert viewer.read(len(live.plain(2, 5))) == live.plain(2, 5)
+    pattern = live.path if place == "playlist" else live.segment_path(5)
+    portal = origin.fault(pattern, Body(WEB_PAGE, "text/html"), times=2)
+    live.advance()
+    assert viewer.read(len(live.plain(5, 6))) == live.plain(5, 6)
+    assert portal.taken == 2
+
+
+def test_media_that_begins_like_a_page_is_media(origin: Origin, serve: Serve) -> None:
+    """A relay's first bytes are from anywhere in a packet."""
+    data = b"<a " + b"".join(SEGMENTS)[3:]
+    site = serve({"news": origin.add_file("/news", data)})
+    answer = site.get("/news")
+    assert (answer.status, answer.body) == (200, data)
+
+
+#### In front of a playlist ####
+
+PREFACES = {
+    "bom": b"\xef\xbb\xbf",
+    "blanks": b"\r\n \n\t",
+    "comments": b"\xef\xbb\xbf# made by a panel\r\n\n#EXT-X-SOMETHING\n" + 900 * b"#\n",
+}
+
+
+@pytest.mark.parametrize("preface", PREFACES.values(), ids=list(PREFACES))
+@pytest.mark.parametrize("address", ["media", "multivariant", "unknown"])
+def test_playlist_may_begin_late(
+    origin: Origin, serve: Serve, address: str, preface: bytes
+) -> None:
+    live = origin.add(news())
+    channel = origin.add(master("tv", {"720p": live}))
+    origin.fault("/unknown", Redirect(live.url), times=None)
+    origin.fault("*.m3u8", Preface(preface), times=None)
+    addresses = {"media": live.url, "multivariant": channel.url}
+    site = serve({"news": addresses.get(address, f"{origin.url}/unknown")})
+    viewer = site.watch("/news")
+    assert viewer.read(len(live.plain(2, 5))) == live.plain(2, 5)
+    for number in (5, 6):
+        live.advance()
+        expected = live.plain(number, number + 1)
+        assert viewer.read(len(expected)) == expected
+    assert site.get("/status").json["streams"][0]["last_error"] is None
+
+
+#### Answers that drip ####
+
+
+@pytest.mark.parametrize("fault", [DripHead(0.2), Drip(0.2)], ids=["head", "body"])
+@pytest.mark.parametrize("address", ["/tv/master.m3u8", "/news/index.m3u8", "/unknown"])
+def test_dripping_address_leaves_the_backup_its_time(
+    origin: Origin, serve: Serve, address: str, fault: Fault
+) -> None:
+    live = origin.add(news())
+    origin.add(master("tv", {"720p": live}))
+    dripping = origin.fault(address, fault, times=None)
+    with Origin() as other:
+        backup = other.add(news())
+        site = serve({"news": [origin.url + address, backup.url]}, timeout=3)
+        viewer = site.watch("/news")
+        assert (viewer.status, dripping.taken) == (200, 1)
+        assert viewer.read(len(backup.plain(2, 5))) == backup.plain(2, 5)
+
+
+def test_dripping_reload_is_an_outage_as_long_as_it_lasts(origin: Origin, serve: Serve) -> None:
+    live = origin.add(news())
+    viewer = serve({"news": live.url}, timeout=1.5).watch("/news")
+    viewer.read(len(live.plain(2, 5)))
+    dripping = origin.fault(live.path, DripHead(0.2), times=1)
+    dripping.wait()
+    live.advance()
+    assert viewer.read(len(live.plain(5, 6))) == live.plain(5, 6)
+
+
+def test_dripping_head_of_a_segment_is_asked_for_anew(origin: Origin, serve: Serve) -> None:
+    live = origin.add(news(target_duration=2))
+    viewer = serve({"news": live.url}).watch("/news")
+    viewer.read(len(live.plain(2, 5)))
+    dripping = origin.fault(live.segment_path(5), DripHead(0.2), times=1)
+    live.advance()
+    assert viewer.read(len(live.plain(5, 6))) == live.plain(5, 6)
+    assert dripping.taken == 1
