@@ -104,14 +104,13 @@ try:
     import yaml
     from Crypto.Util.Padding import unpad
     from requests.adapters import HTTPAdapter
-    from streamlink.buffers import RingBuffer
     from streamlink.exceptions import StreamError as EngineStreamError
     from streamlink.options import Options as PluginOptions
     from streamlink.plugins import hls as _hls_plugin  # noqa: F401  (the first viewer would wait for it)
     from streamlink.plugins import http as _http_plugin  # noqa: F401
     from streamlink.session.http import HTTPSession
     from streamlink.session.session import Streamlink
-    from streamlink.stream.dash.dash import DASHStream
+    from streamlink.stream.dash.dash import DASHStream, DASHStreamReader
     from streamlink.stream.ffmpegmux import FFMPEGMuxer, MuxedStream
     from streamlink.stream.hls.hls import (
         HLSStream,
@@ -2492,6 +2491,8 @@ class Upstream:
 
         def make_and_note(*arguments: Any, **more: Any) -> Any:
             files.append(make(*arguments, **more))
+            if isinstance(files[-1], DASHStreamReader):
+                vars(files[-1])["read"] = files[-1].buffer.read  # as SegmentReader.read
             return files[-1]
 
         vars(stream)[maker] = make_and_note
@@ -2560,20 +2561,34 @@ def _hooked(base: Any) -> Any:
     return type(base.__name__, (SegmentReader, base), members)
 
 
-class TrackBuffer(RingBuffer):
+class TrackBuffer(ReaderBuffer):
     """A track's, which streamlink's muxer reads; where the track fails, its upstream does."""
 
-    def __init__(self, outlet: ReaderBuffer) -> None:
-        super().__init__(outlet.limit)  # type: ignore[no-untyped-call]
-        self._outlet = outlet  # the upstream's
+    def __init__(self, limit: int, fail: Callable[[str], None]) -> None:
+        super().__init__(limit)
+        self._fail = fail  # its upstream
+        self.event_used = threading.Event()  # something came, or never will: streamlink waits
 
-    def put_event(self, event: SegmentEvent) -> None:
-        """Nobody asks for them."""
+    def write(self, data: bytes) -> None:
+        super().write(data)
+        self.event_used.set()
 
     def end(self, failure: str | None) -> None:
-        if failure:
-            self._outlet.end(failure)
-        self.close()  # type: ignore[no-untyped-call]
+        super().end(failure)
+        self.event_used.set()
+        if self.failure:
+            self._fail(self.failure)
+
+    def read(self, size: int) -> bytes:
+        """What comes next, about `size` bytes; waits for as long as it takes.
+
+        Nothing only where the track is over: silence is for the channel to judge.
+        """
+        while not self.is_exhausted:
+            items = self.take(size, None)
+            if data := b"".join(item for item in items if isinstance(item, bytes)):
+                return data
+        return b""
 
 
 class SegmentReader(HLSStreamReader):
@@ -2585,6 +2600,11 @@ class SegmentReader(HLSStreamReader):
         super().__init__(stream, name=name)
         self.timeout = 2.0  # seconds that close() waits for each of two threads
         self.buffer: Any = buffer  # a ReaderBuffer or a TrackBuffer
+
+    def read(self, size: int) -> bytes:
+        """Without streamlink's time-out, which would end a track where it stalls."""
+        data: bytes = self.buffer.read(size)
+        return data
 
     def fail(self, reason: str) -> None:
         """Break off: the worker has no more segments to put."""
@@ -2886,6 +2906,8 @@ class ProcessUpstream(Upstream):
         super().__init__(session)
         self._stream = stream
         self._file: Any = None
+        self._tracks: list[TrackBuffer] = []
+        self._failure: str | None = None  # of a track
 
     def start(self) -> None:
         stream = self._stream
@@ -2904,13 +2926,25 @@ class ProcessUpstream(Upstream):
     def _prepare_tracks(self, stream: Any) -> None:
         for index, track in enumerate((*stream.substreams, *stream.subtitles.values())):
             if isinstance(track, HLSStream):
-                hook(track, f"{self.session.name}--{index}", TrackBuffer(self.buffer))
+                self._tracks.append(TrackBuffer(self.buffer.limit, self._fail))
+                hook(track, f"{self.session.name}--{index}", self._tracks[-1])
             self._remember(track)
 
+    def _fail(self, reason: str) -> None:
+        """A track broke off: end all, so that ffmpeg writes what it has and ends, too."""
+        if self._failure is None:
+            self._failure = reason
+            for track in self._tracks:
+                track.discard()
+
     def _items(self) -> Items:
-        is_muxer = isinstance(self._file, FFMPEGMuxer)
-        read = self._file.process.stdout.read1 if is_muxer else self._file.read
+        process = self._file.process if isinstance(self._file, FFMPEGMuxer) else None
+        read = process.stdout.read1 if process else self._file.read
         yield from iter(functools.partial(read, 64 * KIB), b"")
+        if self._failure:
+            raise UpstreamError(self._failure)
+        if process and process.wait():
+            raise UpstreamError("ffmpeg failed")
         if not self.has_end:
             raise UpstreamError("the origin closed the connection")
 
