@@ -82,6 +82,7 @@ import socket
 import socketserver
 import struct
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -2184,9 +2185,23 @@ class Session:
         has_both = isinstance(stream, DASHStream) and (
             stream.video_representation and stream.audio_representation
         )
-        if has_both and not FFMPEGMuxer.is_usable(self.engine):
-            raise UpstreamError("its sound comes apart from its picture: install ffmpeg")
+        if has_both or isinstance(stream, MuxedStream):
+            self._check_muxing()
         return ProcessUpstream(self, stream)
+
+    def _check_muxing(self) -> None:
+        """Raise UpstreamError where ffmpeg, or a place for the FIFOs that it reads, is missing."""
+        if not FFMPEGMuxer.is_usable(self.engine):
+            raise UpstreamError("its sound comes apart from its picture: install ffmpeg")
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                if hasattr(os, "mkfifo"):  # not on Windows
+                    os.mkfifo(Path(folder, "fifo"))
+        except OSError as error:
+            raise UpstreamError(
+                "its sound comes apart from its picture, and to put them together needs a "
+                "writable temporary folder: mount one at /tmp"
+            ) from error
 
     def _resolve(self, address: str) -> Mapping[str, Any]:
         match = self.engine.plugins.match_url(address)
@@ -2458,12 +2473,18 @@ class Upstream:
         raise WindowEnded(complete=True)
 
     def close(self) -> None:
-        """End everything and drop what nobody took; returns at once.  Idempotent."""
+        """End everything and drop what nobody took; returns at once.  Idempotent.
+
+        What would outlive the process (ffmpeg, and files for it) has ended then.
+        """
         if self._closing.is_set():
             return
         self._closing.set()
         self.buffer.discard()
         self.session.cut()
+        for file in self._files:
+            if isinstance(file, FFMPEGMuxer):
+                end_muxer(file)
         name = f"close-{self.session.name}-0"
         try:
             threading.Thread(target=self._close, name=name, daemon=True).start()
@@ -2507,25 +2528,33 @@ def close_file(file: Any) -> None:
     file.close()
 
 
-def _close_muxer(muxer: Any) -> None:
-    """End ffmpeg and its tracks; streamlink leaves a zombie, and FIFOs with threads at them."""
-    process, muxer.process = muxer.process, None
-    if process:
-        process.kill()
-        process.stdin.close()
-        process.stdout.close()
-        process.wait()
+def end_muxer(muxer: Any) -> None:
+    """Kill ffmpeg, and remove its FIFOs once nobody waits at them."""
+    if muxer.process:
+        muxer.process.kill()
     for stream in muxer.streams:
-        close_file(stream)
+        if isinstance(stream, SegmentedStreamReader):
+            stream.buffer.close()
     for pipe, thread in zip(muxer.pipes, muxer.pipe_threads, strict=True):
         deadline = time.monotonic() + 2.0
         while thread.is_alive() and time.monotonic() < deadline:
             # It may wait for ffmpeg to open the other end.  (Windows has neither flag nor wait.)
             with contextlib.suppress(OSError, AttributeError):
                 os.close(os.open(pipe.path, os.O_RDONLY | os.O_NONBLOCK))
-            thread.join(0.1)
+            thread.join(0.02)
         with contextlib.suppress(OSError):
             pipe.path.unlink()
+
+
+def _close_muxer(muxer: Any) -> None:
+    """Close ffmpeg, which has ended, and its tracks; streamlink would leave a zombie."""
+    process, muxer.process = muxer.process, None
+    if process:
+        process.stdin.close()
+        process.stdout.close()
+        process.wait()
+    for stream in muxer.streams:
+        close_file(stream)
 
 
 class SegmentedUpstream(Upstream):
@@ -2938,7 +2967,7 @@ class ProcessUpstream(Upstream):
                 track.discard()
 
     def _items(self) -> Items:
-        process = self._file.process if isinstance(self._file, FFMPEGMuxer) else None
+        process: Any = self._file.process if isinstance(self._file, FFMPEGMuxer) else None
         read = process.stdout.read1 if process else self._file.read
         yield from iter(functools.partial(read, 64 * KIB), b"")
         if self._failure:

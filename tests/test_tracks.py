@@ -5,21 +5,27 @@ Packets are counted in what viewers get and in what the origin has: all of them 
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import os
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import av
 import pytest
-from streamlink import Streamlink
+from streamlink.session.session import Streamlink
 from streamlink.stream.ffmpegmux import FFMPEGMuxer
 
+import pipe
 from tests import media
 from tests.origin import Origin, Playlist, Segment, Stall, master
 from tests.server import Site
+from tests.test_cli import Program
 from tests.threads import Task
 
 Serve = Callable[..., Site]
@@ -60,7 +66,11 @@ class Apart:
 
     @property
     def url(self) -> str:
-        return self.origin.add(master("apart", {"360p": self.picture}, self.sound)).url
+        return self.named("apart")
+
+    def named(self, name: str) -> str:
+        """Its address on the origin."""
+        return self.origin.add(master(name, {"360p": self.picture}, self.sound)).url
 
     def sent(self, first: int, stop: int) -> Counter[str]:
         """How many packets the origin has of each kind in these segments."""
@@ -175,3 +185,44 @@ def test_track_that_cannot_go_on_is_no_end(origin: Origin, serve: Serve, track: 
     body, is_complete = viewer.read_all()
     assert not is_complete
     assert body
+
+
+#### The temporary folder, where ffmpeg's FIFOs are ####
+
+FOLDER = "needs a writable temporary folder: mount one at /tmp"
+
+
+@pytest.mark.parametrize("make", [lambda origin: film(origin).url, dash_film], ids=["hls", "dash"])
+def test_missing_temporary_folder_is_told(
+    origin: Origin,
+    serve: Serve,
+    make: Callable[[Origin], str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    site = serve({"news": make(origin)})
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
+    answer = site.get("/news")
+    assert answer.status == 502
+    assert FOLDER in answer.json["error"]
+    assert pipe.run_check(site.config) == 1
+    assert FOLDER in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_stalling", [False, True], ids=["plays", "stalls"])
+def test_check_leaves_nothing_in_the_temporary_folder(
+    origin: Origin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stalling: bool
+) -> None:
+    """Neither where a stream plays nor where its sound stalls and ffmpeg waits for it."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    apart = live(origin, 8, 2.0)
+    if is_stalling:
+        origin.fault("/sound/*.ts", Stall(100), times=None)
+    tree = {"streams": {"news": apart.url}, "options": {"timeout": 2.0 if is_stalling else 15.0}}
+    (tmp_path / "config.yml").write_text(json.dumps(tree), encoding="utf-8")
+    with contextlib.closing(Program("--check", cwd=tmp_path)) as program:
+        assert program.wait() == is_stalling
+        assert program.output().startswith(f"news  {'failed' if is_stalling else 'ok'}  ")
+    assert list(folder.iterdir()) == []
