@@ -86,6 +86,7 @@ import socketserver
 import ssl
 import struct
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -110,14 +111,13 @@ try:
     import yaml
     from Crypto.Util.Padding import unpad
     from requests.adapters import HTTPAdapter
-    from streamlink.buffers import RingBuffer
     from streamlink.exceptions import StreamError as EngineStreamError
     from streamlink.options import Options as PluginOptions
     from streamlink.plugins import hls as _hls_plugin  # noqa: F401  (the first viewer would wait for it)
     from streamlink.plugins import http as _http_plugin  # noqa: F401
     from streamlink.session.http import HTTPSession
     from streamlink.session.session import Streamlink
-    from streamlink.stream.dash.dash import DASHStream
+    from streamlink.stream.dash.dash import DASHStream, DASHStreamReader
     from streamlink.stream.ffmpegmux import FFMPEGMuxer, MuxedStream
     from streamlink.stream.hls.hls import (
         HLSStream,
@@ -2146,9 +2146,23 @@ class Session:
         has_both = isinstance(stream, DASHStream) and (
             stream.video_representation and stream.audio_representation
         )
-        if has_both and not FFMPEGMuxer.is_usable(self.engine):
-            raise UpstreamError("its sound comes apart from its picture: install ffmpeg")
+        if has_both or isinstance(stream, MuxedStream):
+            self._check_muxing()
         return ProcessUpstream(self, stream)
+
+    def _check_muxing(self) -> None:
+        """Raise UpstreamError where ffmpeg, or a place for the FIFOs that it reads, is missing."""
+        if not FFMPEGMuxer.is_usable(self.engine):
+            raise UpstreamError("its sound comes apart from its picture: install ffmpeg")
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                if hasattr(os, "mkfifo"):  # not on Windows
+                    os.mkfifo(Path(folder, "fifo"))
+        except OSError as error:
+            raise UpstreamError(
+                "its sound comes apart from its picture, and to put them together needs a "
+                "writable temporary folder: mount one at /tmp"
+            ) from error
 
     def _resolve(self, address: str) -> Mapping[str, Any]:
         match = self.engine.plugins.match_url(address)
@@ -2541,12 +2555,18 @@ class Upstream:
         raise WindowEnded(complete=True)
 
     def close(self) -> None:
-        """End everything and drop what nobody took; returns at once.  Idempotent."""
+        """End everything and drop what nobody took; returns at once.  Idempotent.
+
+        What would outlive the process (ffmpeg, and files for it) has ended then.
+        """
         if self._closing.is_set():
             return
         self._closing.set()
         self.buffer.discard()
         self.session.cut()
+        for file in self._files:
+            if isinstance(file, FFMPEGMuxer):
+                end_muxer(file)
         name = f"close-{self.session.name}-0"
         try:
             threading.Thread(target=self._close, name=name, daemon=True).start()
@@ -2574,6 +2594,8 @@ class Upstream:
 
         def make_and_note(*arguments: Any, **more: Any) -> Any:
             files.append(make(*arguments, **more))
+            if isinstance(files[-1], DASHStreamReader):
+                vars(files[-1])["read"] = files[-1].buffer.read  # as SegmentReader.read
             return files[-1]
 
         vars(stream)[maker] = make_and_note
@@ -2588,25 +2610,33 @@ def close_file(file: Any) -> None:
     file.close()
 
 
-def _close_muxer(muxer: Any) -> None:
-    """End ffmpeg and its tracks; streamlink leaves a zombie, and FIFOs with threads at them."""
-    process, muxer.process = muxer.process, None
-    if process:
-        process.kill()
-        process.stdin.close()
-        process.stdout.close()
-        process.wait()
+def end_muxer(muxer: Any) -> None:
+    """Kill ffmpeg, and remove its FIFOs once nobody waits at them."""
+    if muxer.process:
+        muxer.process.kill()
     for stream in muxer.streams:
-        close_file(stream)
+        if isinstance(stream, SegmentedStreamReader):
+            stream.buffer.close()
     for pipe, thread in zip(muxer.pipes, muxer.pipe_threads, strict=True):
         deadline = time.monotonic() + 2.0
         while thread.is_alive() and time.monotonic() < deadline:
             # It may wait for ffmpeg to open the other end.  (Windows has neither flag nor wait.)
             with contextlib.suppress(OSError, AttributeError):
                 os.close(os.open(pipe.path, os.O_RDONLY | os.O_NONBLOCK))
-            thread.join(0.1)
+            thread.join(0.02)
         with contextlib.suppress(OSError):
             pipe.path.unlink()
+
+
+def _close_muxer(muxer: Any) -> None:
+    """Close ffmpeg, which has ended, and its tracks; streamlink would leave a zombie."""
+    process, muxer.process = muxer.process, None
+    if process:
+        process.stdin.close()
+        process.stdout.close()
+        process.wait()
+    for stream in muxer.streams:
+        close_file(stream)
 
 
 class SegmentedUpstream(Upstream):
@@ -2642,20 +2672,34 @@ def _hooked(base: Any) -> Any:
     return type(base.__name__, (SegmentReader, base), members)
 
 
-class TrackBuffer(RingBuffer):
+class TrackBuffer(ReaderBuffer):
     """A track's, which streamlink's muxer reads; where the track fails, its upstream does."""
 
-    def __init__(self, outlet: ReaderBuffer) -> None:
-        super().__init__(outlet.limit)  # type: ignore[no-untyped-call]
-        self._outlet = outlet  # the upstream's
+    def __init__(self, limit: int, fail: Callable[[str], None]) -> None:
+        super().__init__(limit)
+        self._fail = fail  # its upstream
+        self.event_used = threading.Event()  # something came, or never will: streamlink waits
 
-    def put_event(self, event: SegmentEvent) -> None:
-        """Nobody asks for them."""
+    def write(self, data: bytes) -> None:
+        super().write(data)
+        self.event_used.set()
 
     def end(self, failure: str | None) -> None:
-        if failure:
-            self._outlet.end(failure)
-        self.close()  # type: ignore[no-untyped-call]
+        super().end(failure)
+        self.event_used.set()
+        if self.failure:
+            self._fail(self.failure)
+
+    def read(self, size: int) -> bytes:
+        """What comes next, about `size` bytes; waits for as long as it takes.
+
+        Nothing only where the track is over: silence is for the channel to judge.
+        """
+        while not self.is_exhausted:
+            items = self.take(size, None)
+            if data := b"".join(item for item in items if isinstance(item, bytes)):
+                return data
+        return b""
 
 
 class SegmentReader(HLSStreamReader):
@@ -2667,6 +2711,11 @@ class SegmentReader(HLSStreamReader):
         super().__init__(stream, name=name)
         self.timeout = 2.0  # seconds that close() waits for each of two threads
         self.buffer: Any = buffer  # a ReaderBuffer or a TrackBuffer
+
+    def read(self, size: int) -> bytes:
+        """Without streamlink's time-out, which would end a track where it stalls."""
+        data: bytes = self.buffer.read(size)
+        return data
 
     def fail(self, reason: str) -> None:
         """Break off: the worker has no more segments to put."""
@@ -2968,6 +3017,8 @@ class ProcessUpstream(Upstream):
         super().__init__(session)
         self._stream = stream
         self._file: Any = None
+        self._tracks: list[TrackBuffer] = []
+        self._failure: str | None = None  # of a track
 
     def start(self) -> None:
         stream = self._stream
@@ -2986,13 +3037,25 @@ class ProcessUpstream(Upstream):
     def _prepare_tracks(self, stream: Any) -> None:
         for index, track in enumerate((*stream.substreams, *stream.subtitles.values())):
             if isinstance(track, HLSStream):
-                hook(track, f"{self.session.name}--{index}", TrackBuffer(self.buffer))
+                self._tracks.append(TrackBuffer(self.buffer.limit, self._fail))
+                hook(track, f"{self.session.name}--{index}", self._tracks[-1])
             self._remember(track)
 
+    def _fail(self, reason: str) -> None:
+        """A track broke off: end all, so that ffmpeg writes what it has and ends, too."""
+        if self._failure is None:
+            self._failure = reason
+            for track in self._tracks:
+                track.discard()
+
     def _items(self) -> Items:
-        is_muxer = isinstance(self._file, FFMPEGMuxer)
-        read = self._file.process.stdout.read1 if is_muxer else self._file.read
+        process: Any = self._file.process if isinstance(self._file, FFMPEGMuxer) else None
+        read = process.stdout.read1 if process else self._file.read
         yield from iter(functools.partial(read, 64 * KIB), b"")
+        if self._failure:
+            raise UpstreamError(self._failure)
+        if process and process.wait():
+            raise UpstreamError("ffmpeg failed")
         if not self.has_end:
             raise UpstreamError("the origin closed the connection")
 

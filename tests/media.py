@@ -212,9 +212,11 @@ def padded(segment: bytes, size: int) -> bytes:
 #### fMP4 and packed audio ####
 
 
-def fmp4(count: int = 8, seconds: float = 1.0) -> tuple[bytes, tuple[bytes, ...]]:
+def fmp4(
+    count: int = 8, seconds: float = 1.0, *, video: bool = True, audio: bool = True
+) -> tuple[bytes, tuple[bytes, ...]]:
     """The initialization section (ftyp, moov) and the media segments (moof, mdat) of fMP4."""
-    init, *media = _segments(_Recipe(count, seconds, fmp4=True))
+    init, *media = _segments(_Recipe(count, seconds, video, audio, fmp4=True))
     return init, tuple(media)
 
 
