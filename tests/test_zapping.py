@@ -19,9 +19,9 @@ import pytest
 
 import pipe
 from tests import media
-from tests.origin import Origin, Playlist, Stall, StallHeaders
+from tests.origin import Multivariant, Origin, Playlist, Stall, StallHeaders, master
 from tests.program import eventually
-from tests.server import TIMEOUT, Site
+from tests.server import TIMEOUT, Site, Watch
 
 Serve = Callable[..., Site]
 
@@ -87,6 +87,13 @@ def household(
     """Five channels; linger is so long that nothing ends by it."""
     origin.rate = 2_000_000
     return serve({name: kind(origin, name) for name in CHANNELS}, **{"linger": 600, **settings})
+
+
+def watch(site: Site, path: str) -> Watch:
+    """A viewer that has the first packet."""
+    viewer = site.watch(path)
+    assert (viewer.status, viewer.read(media.PACKET)[:1]) == (200, b"G")
+    return viewer
 
 
 def viewers(site: Site) -> int:
@@ -218,6 +225,98 @@ def test_place_is_waited_for_no_longer_than_two_seconds(
     assert pipe.ZAPPING_TIME == 2.0
     monkeypatch.setattr(pipe, "ZAPPING_TIME", 0.2)
     site = household(origin, serve, relay, server={"max_upstreams": 1})
-    with Player(site, "/a") as player, Player(site, "/b") as second:
+    with Player(site, "/a") as player:
         player.read_media()
-        assert sorted([player.status, second.status]) == [200, 503]
+        with Player(site, "/b") as second:
+            assert second.status == 503
+
+
+#### A quality that does not exist ####
+
+
+ONLY_TWO = "this quality does not exist, only: 360p, 720p"
+
+
+def two_qualities(origin: Origin, name: str) -> Multivariant:
+    small, large = (
+        Playlist(f"{name}-{height}", media.ts_segments(), mode="live", clock=True)
+        for height in (360, 720)
+    )
+    return origin.add(master(name, {"360p": small, "720p": large}))
+
+
+def test_quality_that_a_running_channel_lacks_asks_the_origin_nothing(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also long after the start."""
+    news = two_qualities(origin, "news")
+    site = serve({"news": news.url})
+    watch(site, "/news")
+    monkeypatch.setattr(pipe, "FAILURE_MEMORY", 0.0)
+    origin.clear_requests()
+    for number in range(20):
+        answer = site.get(f"/news?quality=nope{number}")
+        assert answer.status == 404
+        assert answer.json["error"] == ONLY_TWO
+    assert origin.count(news.path) == 0
+
+
+@pytest.mark.parametrize("is_lingering", [True, False], ids=["lingering", "watched"])
+def test_quality_that_does_not_exist_pushes_nothing_out(
+    origin: Origin, serve: Serve, is_lingering: bool
+) -> None:
+    site = serve(
+        {name: two_qualities(origin, name).url for name in ("a", "b")},
+        server={"max_upstreams": 2}, linger=600,
+    )  # fmt: skip
+    for name in ("a", "b"):
+        viewer = watch(site, f"/{name}")
+        if is_lingering:
+            viewer.close()
+    if is_lingering:
+        eventually(lambda: viewers(site) == 0, "both linger")
+    assert site.get("/a?quality=nope").status == 404
+    assert upstreams(site) == 2
+
+
+def test_idle_stream_is_asked_once_for_names_that_do_not_exist(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One load in FAILURE_MEMORY, however the name is varied."""
+    assert pipe.FAILURE_MEMORY == 2.0
+    monkeypatch.setattr(pipe, "FAILURE_MEMORY", LONG)
+    news = two_qualities(origin, "news")
+    site = serve({"news": news.url})
+    answers = [site.get(f"/news?quality=nope{number}") for number in range(20)]
+    assert {answer.status for answer in answers} == {404}
+    assert {answer.json["error"] for answer in answers} == {ONLY_TWO}
+    assert origin.count("*") == 1
+    watch(site, "/news?quality=360p")
+
+
+def test_idle_stream_is_asked_again_in_time(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its origin offers may have changed."""
+    monkeypatch.setattr(pipe, "FAILURE_MEMORY", 0.2)
+    news = two_qualities(origin, "news")
+    site = serve({"news": news.url})
+    assert site.get("/news?quality=240p").status == 404
+    tiny = Playlist("tiny", media.ts_segments(), mode="live", clock=True)
+    origin.add(master("news", {"240p": tiny}))
+    eventually(lambda: site.watch("/news?quality=240p").status == 200, "it is found")
+
+
+def test_running_channel_is_joined_though_the_newest_start_lacked_it(
+    origin: Origin, serve: Serve
+) -> None:
+    """A transcoder that comes up again lists one rendition after the other."""
+    news = two_qualities(origin, "news")
+    site = serve({"news": news.url})
+    watch(site, "/news")
+    origin.add(master("news", {"360p": news.variants[0].playlist}))
+    watch(site, "/news?quality=360p")
+    loads = origin.count(news.path)
+    watch(site, "/news?quality=720p")
+    assert site.get("/news?quality=240p").status == 404
+    assert origin.count(news.path) == loads
