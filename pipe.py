@@ -3863,7 +3863,12 @@ class Channels:
     def _has_slot(self) -> bool:
         """Whether an upstream may be opened; closes one that nobody watches, where that helps."""
         most = self._config.server.max_upstreams
-        holding = [c for c in self._channels if c.is_running or c.state is State.STARTING]
+        holding = [
+            channel
+            for channel in self._channels
+            if channel.state in (State.STARTING, State.LIVE, State.PRIVATE)
+            and not channel.is_stopped  # its connections are closed, whenever its thread ends
+        ]
         if not most or len(holding) < most:
             return True
         idle = [channel for channel in holding if not channel.viewers]
@@ -4000,7 +4005,7 @@ class Channels:
         with self.changed:
             is_idle = time.monotonic() - channel.idle_since >= channel.linger
             if is_idle and not channel.viewers and channel.state is not State.STARTING:
-                channel.state, channel.is_offered = State.CLOSED, False
+                self._close(channel)
             return self.is_stopping or channel.state is State.CLOSED
 
     def _is_taken(self, channel: Channel) -> bool:
@@ -4017,7 +4022,7 @@ class Channels:
         return True
 
     def _close(self, channel: Channel) -> None:
-        """End a channel that nobody watches."""
+        """End a channel that nobody watches: its connections close before another one's open."""
         channel.state, channel.is_offered = State.CLOSED, False
         channel.stop()
 

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 
 import pytest
+import yaml
 
 import pipe
 from tests import media
@@ -231,6 +232,32 @@ def test_place_is_waited_for_no_longer_than_two_seconds(
             assert second.status == 503
 
 
+def threads_end_late(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Hold up channels that end, as a busy machine does, until the event is set."""
+    may_end, close = threading.Event(), pipe.Channel._close_upstream
+    monkeypatch.setattr(
+        pipe.Channel, "_close_upstream", lambda channel: may_end.wait(TIMEOUT) and close(channel)
+    )
+    return may_end
+
+
+@pytest.mark.parametrize("linger", [0, 600])
+def test_connection_of_a_channel_that_was_left_closes_before_the_next_opens(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch, linger: int
+) -> None:
+    """A provider that allows one connection would refuse the second."""
+    may_end = threads_end_late(monkeypatch)
+    site = household(origin, serve, relay, server={"max_upstreams": 1}, linger=linger)
+    with Player(site, "/a") as player:
+        player.read_media()
+    if linger == 0:
+        eventually(lambda: upstreams(site) == 0, "the channel is closed")
+    with Player(site, "/b") as player:
+        player.read_media()
+        origin.wait_connections(1)
+    may_end.set()
+
+
 #### A quality that does not exist ####
 
 
@@ -263,8 +290,9 @@ def test_quality_that_a_running_channel_lacks_asks_the_origin_nothing(
 
 @pytest.mark.parametrize("is_lingering", [True, False], ids=["lingering", "watched"])
 def test_quality_that_does_not_exist_pushes_nothing_out(
-    origin: Origin, serve: Serve, is_lingering: bool
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch, is_lingering: bool
 ) -> None:
+    monkeypatch.setattr(pipe, "FAILURE_MEMORY", 0.0)
     site = serve(
         {name: two_qualities(origin, name).url for name in ("a", "b")},
         server={"max_upstreams": 2}, linger=600,
@@ -320,3 +348,67 @@ def test_running_channel_is_joined_though_the_newest_start_lacked_it(
     watch(site, "/news?quality=720p")
     assert site.get("/news?quality=240p").status == 404
     assert origin.count(news.path) == loads
+
+
+#### A reload during a start ####
+
+
+def reload(site: Site, stream: dict[str, object], **server: object) -> None:
+    """Another configuration of the stream `news`, as main would use it."""
+    text = yaml.safe_dump({"server": {"host": "127.0.0.1", **server}, "streams": {"news": stream}})
+    site.server.reload(pipe.ConfigReader("test.yml", pipe.engine_options()).read(text))
+
+
+def test_who_waits_for_a_start_gets_the_new_default_quality(origin: Origin, serve: Serve) -> None:
+    news = two_qualities(origin, "news")
+    hanging = origin.fault(news.path, StallHeaders())
+    site = serve({"news": {"url": news.url, "quality": "720p"}})
+    paths = ["/news", "/news", "/news?quality=best", "/news?quality=nope"]
+    with contextlib.ExitStack() as stack:
+        players = [stack.enter_context(Player(site, path)) for path in paths]
+        eventually(lambda: viewers(site) == len(paths), "all wait")
+        hanging.wait_held()
+        reload(site, {"url": news.url, "quality": "360p"})
+        assert [player.status for player in players] == [200, 200, 200, 404]
+        variants = site.get("/status").json["streams"][0]["channels"]
+        assert {c["variant"]: len(c["viewers"]) for c in variants} == {"360p": 2, "720p": 1}
+    hanging.release()
+
+
+def test_stream_that_a_reload_removes_during_its_start(origin: Origin, serve: Serve) -> None:
+    hanging = origin.fault("/a", StallHeaders())
+    site = serve({"a": relay(origin, "a")})
+    with Player(site, "/a") as player:
+        hanging.wait_held()
+        reload(site, {"url": relay(origin, "b")})
+        assert player.status == 404
+    hanging.release()
+
+
+def test_address_that_a_reload_cut_off_is_not_a_failed_one(origin: Origin, serve: Serve) -> None:
+    urls = [relay(origin, "first"), relay(origin, "second")]
+    hanging = origin.fault("/first", StallHeaders())
+    site = serve({"news": {"url": urls}})
+    with Player(site, "/news") as player:
+        hanging.wait_held()
+        reload(site, {"url": urls, "headers": {"X-New": "yes"}})
+        player.read_media()
+    assert [request.path for request in origin.requests] == ["/first", "/first"]
+    stream = site.get("/status").json["streams"][0]
+    assert (stream["restarts"], stream["last_error"]) == (0, None)
+    hanging.release()
+
+
+def test_slot_of_a_channel_that_a_reload_ends_is_free_at_once(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connections are closed, though its thread may take a while to end."""
+    may_end = threads_end_late(monkeypatch)
+    site = serve({"news": relay(origin, "a")}, server={"max_upstreams": 1})
+    with Player(site, "/news", SOURCES[0]) as player:
+        player.read_media()
+        reload(site, {"url": relay(origin, "b")}, max_upstreams=1)
+        with Player(site, "/news", SOURCES[1]) as newcomer:
+            newcomer.read_media()
+            origin.wait_connections(1)
+        may_end.set()
