@@ -77,6 +77,7 @@ import os
 import queue
 import random
 import re
+import select
 import signal
 import socket
 import socketserver
@@ -4741,10 +4742,10 @@ def tune(sock: socket.socket, viewer_timeout: float) -> None:
 
 def has_left(sock: socket.socket) -> bool:
     """Whether the other end has closed its connection, or its sending side: never blocks."""
-    if not hasattr(socket, "MSG_DONTWAIT"):
-        return False
     try:
-        return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        if hasattr(socket, "MSG_DONTWAIT"):
+            return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        return any(select.select([sock], [], [], 0)) and sock.recv(1, socket.MSG_PEEK) == b""
     except BlockingIOError:
         return False
     except OSError:
