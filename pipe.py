@@ -80,6 +80,7 @@ import os
 import queue
 import random
 import re
+import select
 import signal
 import socket
 import socketserver
@@ -3718,11 +3719,12 @@ class Channel:
         self._feed(upstream, deadline)
 
     def _open(self, session: Session) -> Upstream:
-        name = self._choose(session)
         if self._splicer:
             is_other = self._splicer.address != self._address
-            return session.open(name, self._splicer.number, is_other)
-        if not self.channels.register(self, session.canonical, session.canonical[name]):
+            return session.open(self._choose(session), self._splicer.number, is_other)
+        self.channels.note_variants(self, session.canonical)
+        name = self._choose(session)
+        if not self.channels.register(self, session.canonical[name]):
             raise WindowEnded(complete=False)
         self.note = session.missing(name)
         if self.note:
@@ -4049,12 +4051,18 @@ class Channels:
 
     def _find(self, stream: StreamSettings, wanted: str) -> Channel | None:
         """The channel that has, or will have, the first of the wanted qualities that exists."""
-        variants = self.record(stream.name).variants
+        variants = self._variants_of(stream)
         variant = next((variants[name] for name in names_in(wanted) if name in variants), None)
         offered = [c for c in self._channels if c.is_offered and c.stream.name == stream.name]
         having = (c for c in offered if c.variant and c.variant == variant)
         starting = (c for c in offered if c.state is State.STARTING and c.wanted == wanted)
         return next(itertools.chain(having, starting), None)
+
+    def _variants_of(self, stream: StreamSettings) -> Mapping[str, str]:
+        """By name, what the newest start found, and what is running though that lacked it."""
+        mine = (channel for channel in self._channels if channel.stream.name == stream.name)
+        running = {channel.variant: channel.variant for channel in mine if channel.is_running}
+        return {**self.record(stream.name).variants, **running}
 
     def _recall(self, stream: StreamSettings, wanted: str) -> None:
         """Raise what a start would end with, as far as that is known without one."""
@@ -4067,9 +4075,10 @@ class Channels:
         is_known = now - record.resolved < FAILURE_MEMORY or any(
             channel.is_running and channel.stream.name == stream.name for channel in self._channels
         )
-        is_offered = any(name in record.variants for name in names_in(wanted))
-        if is_known and record.variants and not is_offered and wanted != stream.quality:
-            raise no_quality_error(dict.fromkeys(record.variants.values()))
+        variants = self._variants_of(stream)
+        is_offered = any(name in variants for name in names_in(wanted))
+        if is_known and variants and not is_offered and wanted != stream.quality:
+            raise no_quality_error(dict.fromkeys(variants.values()))
 
     def _make_room(self, has_room: Callable[[], bool], reason: str) -> None:
         """Raise LimitReached where there is no room, once those who have left are let go."""
@@ -4089,7 +4098,12 @@ class Channels:
     def _has_slot(self) -> bool:
         """Whether an upstream may be opened; closes one that nobody watches, where that helps."""
         most = self._config.server.max_upstreams
-        holding = [c for c in self._channels if c.is_running or c.state is State.STARTING]
+        holding = [
+            channel
+            for channel in self._channels
+            if channel.state in (State.STARTING, State.LIVE, State.PRIVATE)
+            and not channel.is_stopped  # its connections are closed, whenever its thread ends
+        ]
         if not most or len(holding) < most:
             return True
         idle = [channel for channel in holding if not channel.viewers]
@@ -4161,10 +4175,14 @@ class Channels:
 
     # Channels' threads
 
-    def register(self, channel: Channel, canonical: Mapping[str, str], variant: str) -> bool:
-        """Note what a start resolved to; False where another channel has that variant already."""
+    def note_variants(self, channel: Channel, canonical: Mapping[str, str]) -> None:
+        """Remember what a start found, also where it lacks the quality that was asked for."""
         with self.changed:
             channel.record.variants, channel.record.resolved = canonical, time.monotonic()
+
+    def register(self, channel: Channel, variant: str) -> bool:
+        """Name a start's variant; False where another channel has that one already."""
+        with self.changed:
             channel.variant = variant
             return not channel.is_offered or not self._is_taken(channel)
 
@@ -4222,7 +4240,7 @@ class Channels:
         with self.changed:
             is_idle = time.monotonic() - channel.idle_since >= channel.linger
             if is_idle and not channel.viewers and channel.state is not State.STARTING:
-                channel.state, channel.is_offered = State.CLOSED, False
+                self._close(channel)
             return self.is_stopping or channel.state is State.CLOSED
 
     def _is_taken(self, channel: Channel) -> bool:
@@ -4239,7 +4257,7 @@ class Channels:
         return True
 
     def _close(self, channel: Channel) -> None:
-        """End a channel that nobody watches."""
+        """End a channel that nobody watches: its connections close before another one's open."""
         channel.state, channel.is_offered = State.CLOSED, False
         channel.stop()
 
@@ -4916,11 +4934,12 @@ def tune(sock: socket.socket, viewer_timeout: float) -> None:
 
 def has_left(sock: socket.socket) -> bool:
     """Whether the other end has closed its connection, or its sending side: never blocks."""
-    if sock.gettimeout() is not None:  # Windows; recv() would wait that long
-        return False
     try:
-        return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except (BlockingIOError, TimeoutError):
+        if sock.gettimeout() is None and hasattr(socket, "MSG_DONTWAIT"):
+            return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        # Windows, where recv() would wait for as long as a send may.
+        return any(select.select([sock], [], [], 0)) and sock.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
         return False
     except OSError:
         return True

@@ -365,11 +365,11 @@ def test_slow_viewer_is_not_dropped(origin: Origin, serve: Serve) -> None:
 def test_viewer_that_pauses_at_the_end_gets_the_final_chunk(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    filled, has_left = threading.Event(), pipe.has_left
+    answered, filled, has_left = threading.Event(), threading.Event(), pipe.has_left
 
     def look_and_fill(sock: socket.socket) -> bool:
         answer, timeout = has_left(sock), sock.gettimeout()
-        if not filled.is_set() and threading.current_thread().name.startswith("viewer-news-"):
+        if answered.is_set() and not filled.is_set():
             fill(sock)
             sock.settimeout(timeout)
             filled.set()
@@ -379,6 +379,7 @@ def test_viewer_that_pauses_at_the_end_gets_the_final_chunk(
     news = live(origin)
     site = serve({"news": news.url})
     with contextlib.closing(idle_viewer(site.port, "/news", room=None)) as paused:
+        answered.set()
         assert filled.wait(TIMEOUT)
         news.end()
         origin.wait_connections(0)
@@ -475,6 +476,7 @@ LINUX_OPTIONS = (
     "TCP_KEEPIDLE",
     "TCP_KEEPINTVL",
     "TCP_KEEPCNT",
+    "MSG_DONTWAIT",
 )
 
 
@@ -496,6 +498,26 @@ def test_viewers_are_served_without_what_linux_has(
         answer = serve({"vod": vod.url}).get("/vod", http10=http10)
         assert (answer.body, answer.is_complete) == (vod.plain(0, 8), True)
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize("missing", [[], ["MSG_DONTWAIT"]], ids=["here", "on-windows"])
+def test_viewer_that_left_is_known_by_its_socket(
+    monkeypatch: pytest.MonkeyPatch, missing: list[str]
+) -> None:
+    for name in missing:
+        monkeypatch.delattr(socket, name)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        player = connect(listener.getsockname()[1])
+        sock, _ = listener.accept()
+        with sock, player:
+            pipe.tune(sock, 600.0)
+            assert not pipe.has_left(sock)
+            player.send(b"more")
+            eventually(lambda: sock.recv(1, socket.MSG_PEEK) == b"m", "it has come")
+            assert not pipe.has_left(sock), "whoever says something is there"
+            sock.recv(4)
+            player.shutdown(socket.SHUT_WR)
+            eventually(lambda: pipe.has_left(sock), "it left")
 
 
 def test_option_that_the_system_refuses_is_left_out() -> None:

@@ -1,0 +1,414 @@
+"""Zapping: one connection to the provider, one tuner, one viewer, and players in a hurry.
+
+Everything is real; other households are other loopback addresses.  Constants are replaced to tell
+what comes at once from what was waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+
+import pytest
+import yaml
+
+import pipe
+from tests import media
+from tests.origin import Multivariant, Origin, Playlist, Stall, StallHeaders, master
+from tests.program import eventually
+from tests.server import TIMEOUT, Site, Watch
+
+Serve = Callable[..., Site]
+
+LONG = 1000.0  # seconds; no test waits as long
+CHANNELS = ("a", "b", "c", "d", "e")
+ONE = [{"max_upstreams": 1}, {"max_viewers": 1}]
+SOURCES = ("127.0.0.2", "127.0.0.3") if sys.platform == "linux" else 2 * ("127.0.0.1",)
+other_addresses = pytest.mark.skipif(
+    sys.platform != "linux", reason="the other systems have one loopback address"
+)
+
+
+class Player:
+    """A connection that asks for a stream; what it reads of the answer is up to the test."""
+
+    def __init__(self, site: Site, path: str, source: str = "127.0.0.1") -> None:
+        self._sock = socket.create_connection(("127.0.0.1", site.port), TIMEOUT, (source, 0))
+        self._sock.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+        self._start = b""
+
+    @property
+    def status(self) -> int:
+        """Of its answer, waited for."""
+        while len(self._start) < 12:
+            data = self._sock.recv(12 - len(self._start))
+            assert data, "no answer"
+            self._start += data
+        return int(self._start[9:12])
+
+    def read_media(self) -> None:
+        """A little of it; fails where there is none."""
+        assert self.status == 200
+        data = b""
+        while not re.search(rb"\r\n\r\nG", data):
+            more = self._sock.recv(4096)
+            assert more, "the answer has no media"
+            data += more
+
+    def finish_sending(self) -> None:
+        self._sock.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def __enter__(self) -> Player:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def relay(origin: Origin, name: str) -> str:
+    return origin.add_endless(f"/{name}", lambda: itertools.cycle(media.ts_segments()))
+
+
+def segmented(origin: Origin, name: str) -> str:
+    return origin.add(Playlist(name, media.ts_segments(), mode="live", clock=True)).url
+
+
+def household(
+    origin: Origin, serve: Serve, kind: Callable[[Origin, str], str], **settings: object
+) -> Site:
+    """Five channels; linger is so long that nothing ends by it."""
+    origin.rate = 2_000_000
+    return serve({name: kind(origin, name) for name in CHANNELS}, **{"linger": 600, **settings})
+
+
+def watch(site: Site, path: str) -> Watch:
+    """A viewer that has the first packet."""
+    viewer = site.watch(path)
+    assert (viewer.status, viewer.read(media.PACKET)[:1]) == (200, b"G")
+    return viewer
+
+
+def viewers(site: Site) -> int:
+    count = site.ask("GET", "/health").json["viewers"]
+    assert isinstance(count, int)
+    return count
+
+
+def upstreams(site: Site) -> int:
+    streams = site.get("/status").json["streams"]
+    return sum(len(stream["channels"]) for stream in streams)
+
+
+#### The same player asks for the next channel ####
+
+
+@pytest.mark.parametrize("limits", ONE, ids=lambda limits: next(iter(limits)))
+@pytest.mark.parametrize("kind", [relay, segmented])
+def test_channel_that_was_left_gives_way_to_the_next_one(
+    origin: Origin, serve: Serve, kind: Callable[[Origin, str], str], limits: dict[str, int]
+) -> None:
+    site = household(origin, serve, kind, server=limits)
+    statuses = []
+    for number, name in enumerate(itertools.islice(itertools.cycle(CHANNELS), 10)):
+        with Player(site, f"/{name}", SOURCES[number % 2]) as player:
+            statuses.append(player.status)
+            player.read_media()
+    assert statuses == 10 * [200]
+
+
+@pytest.mark.parametrize("limits", ONE, ids=lambda limits: next(iter(limits)))
+def test_channel_is_asked_for_before_the_last_one_is_left(
+    origin: Origin, serve: Serve, limits: dict[str, int]
+) -> None:
+    """Players with a buffer close the old connection when the new one answers, or a little late."""
+    site = household(origin, serve, relay, server=limits)
+    current, statuses = Player(site, "/a"), []
+    pause = threading.Event()
+    with contextlib.ExitStack() as stack:
+        for number, name in enumerate(itertools.islice(itertools.cycle(CHANNELS), 1, 11)):
+            stack.callback(current.close)
+            current.read_media()
+            following = Player(site, f"/{name}")
+            stack.callback(following.close)
+            pause.wait(0.1 + 0.02 * number)
+            current.close()
+            statuses.append(following.status)
+            current = following
+    assert statuses == 10 * [200]
+
+
+@pytest.mark.parametrize("limits", ONE, ids=lambda limits: next(iter(limits)))
+@pytest.mark.parametrize("fault", [StallHeaders(), Stall(100)], ids=["head", "body"])
+def test_start_that_hangs_and_was_left_gives_its_place_back(
+    origin: Origin,
+    serve: Serve,
+    monkeypatch: pytest.MonkeyPatch,
+    limits: dict[str, int],
+    fault: StallHeaders | Stall,
+) -> None:
+    """It is looked for where a place is needed, whenever those who wait for a start look."""
+    monkeypatch.setattr(pipe, "START_TICK", LONG)
+    site = household(origin, serve, relay, server=limits)
+    hanging = origin.fault("/a", fault)
+    with Player(site, "/a"):
+        hanging.wait_held()
+    with Player(site, "/b") as player:
+        player.read_media()
+        assert viewers(site) == 1
+    hanging.release()
+
+
+def test_health_does_not_count_who_left_a_start(origin: Origin, serve: Serve) -> None:
+    site = household(origin, serve, relay, timeout=600)
+    hanging = origin.fault("/a", StallHeaders())
+    with Player(site, "/a"):
+        hanging.wait_held()
+        assert viewers(site) == 1
+    eventually(lambda: viewers(site) == 0, "the one who left is not counted")
+    hanging.release()
+
+
+@other_addresses
+@pytest.mark.parametrize("limits", ONE, ids=lambda limits: next(iter(limits)))
+def test_place_that_somebody_else_holds_is_refused_at_once(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int]
+) -> None:
+    monkeypatch.setattr(pipe, "ZAPPING_TIME", LONG)
+    site = household(origin, serve, relay, server=limits)
+    with Player(site, "/a", "127.0.0.2") as somebody:
+        somebody.read_media()
+        with Player(site, "/b", "127.0.0.3") as player:
+            assert player.status == 503
+        with Player(site, "/b", "127.0.0.2") as waiting:
+            eventually(lambda: waits_in_watch() == 1, "the same household waits")
+            with Player(site, "/b", "127.0.0.3") as player:
+                assert player.status == 503, "whoever waits holds nothing"
+            somebody.close()
+            assert waiting.status == 200
+
+
+def waits_in_watch() -> int:
+    """Threads that wait for a place."""
+    stacks = [
+        {frame.f_code.co_name for frame, _ in traceback.walk_stack(frame)}
+        for frame in sys._current_frames().values()
+    ]
+    return sum("watch" in names and "_await_start" not in names for names in stacks)
+
+
+def test_who_waits_for_a_place_and_leaves_takes_none(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipe, "ZAPPING_TIME", LONG)
+    site = household(origin, serve, relay, server={"max_upstreams": 1})
+    with Player(site, "/a") as player:
+        player.read_media()
+        with Player(site, "/b"):
+            eventually(lambda: waits_in_watch() == 1, "it waits")
+        eventually(lambda: waits_in_watch() == 0, "it is gone")
+    with Player(site, "/c") as player:
+        player.read_media()
+    assert origin.count("/b") == 0
+
+
+def test_place_is_waited_for_no_longer_than_two_seconds(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pipe.ZAPPING_TIME == 2.0
+    monkeypatch.setattr(pipe, "ZAPPING_TIME", 0.2)
+    site = household(origin, serve, relay, server={"max_upstreams": 1})
+    with Player(site, "/a") as player:
+        player.read_media()
+        with Player(site, "/b") as second:
+            assert second.status == 503
+
+
+def threads_end_late(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Hold up channels that end, as a busy machine does, until the event is set."""
+    may_end, close = threading.Event(), pipe.Channel._close_upstream
+    monkeypatch.setattr(
+        pipe.Channel, "_close_upstream", lambda channel: may_end.wait(TIMEOUT) and close(channel)
+    )
+    return may_end
+
+
+@pytest.mark.parametrize("linger", [0, 600])
+def test_connection_of_a_channel_that_was_left_closes_before_the_next_opens(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch, linger: int
+) -> None:
+    """A provider that allows one connection would refuse the second."""
+    may_end = threads_end_late(monkeypatch)
+    site = household(origin, serve, relay, server={"max_upstreams": 1}, linger=linger)
+    with Player(site, "/a") as player:
+        player.read_media()
+    if linger == 0:
+        eventually(lambda: upstreams(site) == 0, "the channel is closed")
+    with Player(site, "/b") as player:
+        player.read_media()
+        origin.wait_connections(1)
+    may_end.set()
+
+
+#### A quality that does not exist ####
+
+
+ONLY_TWO = "this quality does not exist, only: 360p, 720p"
+
+
+def two_qualities(origin: Origin, name: str) -> Multivariant:
+    small, large = (
+        Playlist(f"{name}-{height}", media.ts_segments(), mode="live", clock=True)
+        for height in (360, 720)
+    )
+    return origin.add(master(name, {"360p": small, "720p": large}))
+
+
+def test_quality_that_a_running_channel_lacks_asks_the_origin_nothing(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also long after the start."""
+    news = two_qualities(origin, "news")
+    site = serve({"news": news.url})
+    watch(site, "/news")
+    monkeypatch.setattr(pipe, "FAILURE_MEMORY", 0.0)
+    origin.clear_requests()
+    for number in range(20):
+        answer = site.get(f"/news?quality=nope{number}")
+        assert answer.status == 404
+        assert answer.json["error"] == ONLY_TWO
+    assert origin.count(news.path) == 0
+
+
+@pytest.mark.parametrize("is_lingering", [True, False], ids=["lingering", "watched"])
+def test_quality_that_does_not_exist_pushes_nothing_out(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch, is_lingering: bool
+) -> None:
+    monkeypatch.setattr(pipe, "FAILURE_MEMORY", 0.0)
+    site = serve(
+        {name: two_qualities(origin, name).url for name in ("a", "b")},
+        server={"max_upstreams": 2}, linger=600,
+    )  # fmt: skip
+    for name in ("a", "b"):
+        viewer = watch(site, f"/{name}")
+        if is_lingering:
+            viewer.close()
+    if is_lingering:
+        eventually(lambda: viewers(site) == 0, "both linger")
+    assert site.get("/a?quality=nope").status == 404
+    assert upstreams(site) == 2
+
+
+def test_idle_stream_is_asked_once_for_names_that_do_not_exist(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One load in FAILURE_MEMORY, however the name is varied."""
+    assert pipe.FAILURE_MEMORY == 2.0
+    monkeypatch.setattr(pipe, "FAILURE_MEMORY", LONG)
+    news = two_qualities(origin, "news")
+    site = serve({"news": news.url})
+    answers = [site.get(f"/news?quality=nope{number}") for number in range(20)]
+    assert {answer.status for answer in answers} == {404}
+    assert {answer.json["error"] for answer in answers} == {ONLY_TWO}
+    assert origin.count("*") == 1
+    watch(site, "/news?quality=360p")
+
+
+def test_idle_stream_is_asked_again_in_time(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its origin offers may have changed."""
+    monkeypatch.setattr(pipe, "FAILURE_MEMORY", 0.2)
+    news = two_qualities(origin, "news")
+    site = serve({"news": news.url})
+    assert site.get("/news?quality=240p").status == 404
+    tiny = Playlist("tiny", media.ts_segments(), mode="live", clock=True)
+    origin.add(master("news", {"240p": tiny}))
+    eventually(lambda: site.watch("/news?quality=240p").status == 200, "it is found")
+
+
+def test_running_channel_is_joined_though_the_newest_start_lacked_it(
+    origin: Origin, serve: Serve
+) -> None:
+    """A transcoder that comes up again lists one rendition after the other."""
+    news = two_qualities(origin, "news")
+    site = serve({"news": news.url})
+    watch(site, "/news")
+    origin.add(master("news", {"360p": news.variants[0].playlist}))
+    watch(site, "/news?quality=360p")
+    loads = origin.count(news.path)
+    watch(site, "/news?quality=720p")
+    assert site.get("/news?quality=240p").status == 404
+    assert origin.count(news.path) == loads
+
+
+#### A reload during a start ####
+
+
+def reload(site: Site, stream: dict[str, object], **server: object) -> None:
+    """Another configuration of the stream `news`, as main would use it."""
+    text = yaml.safe_dump({"server": {"host": "127.0.0.1", **server}, "streams": {"news": stream}})
+    site.server.reload(pipe.ConfigReader("test.yml", pipe.engine_options()).read(text))
+
+
+def test_who_waits_for_a_start_gets_the_new_default_quality(origin: Origin, serve: Serve) -> None:
+    news = two_qualities(origin, "news")
+    hanging = origin.fault(news.path, StallHeaders())
+    site = serve({"news": {"url": news.url, "quality": "720p"}})
+    paths = ["/news", "/news", "/news?quality=best", "/news?quality=nope"]
+    with contextlib.ExitStack() as stack:
+        players = [stack.enter_context(Player(site, path)) for path in paths]
+        eventually(lambda: viewers(site) == len(paths), "all wait")
+        hanging.wait_held()
+        reload(site, {"url": news.url, "quality": "360p"})
+        assert [player.status for player in players] == [200, 200, 200, 404]
+        variants = site.get("/status").json["streams"][0]["channels"]
+        assert {c["variant"]: len(c["viewers"]) for c in variants} == {"360p": 2, "720p": 1}
+    hanging.release()
+
+
+def test_stream_that_a_reload_removes_during_its_start(origin: Origin, serve: Serve) -> None:
+    hanging = origin.fault("/a", StallHeaders())
+    site = serve({"a": relay(origin, "a")})
+    with Player(site, "/a") as player:
+        hanging.wait_held()
+        reload(site, {"url": relay(origin, "b")})
+        assert player.status == 404
+    hanging.release()
+
+
+def test_address_that_a_reload_cut_off_is_not_a_failed_one(origin: Origin, serve: Serve) -> None:
+    urls = [relay(origin, "first"), relay(origin, "second")]
+    hanging = origin.fault("/first", StallHeaders())
+    site = serve({"news": {"url": urls}})
+    with Player(site, "/news") as player:
+        hanging.wait_held()
+        reload(site, {"url": urls, "headers": {"X-New": "yes"}})
+        player.read_media()
+    assert [request.path for request in origin.requests] == ["/first", "/first"]
+    stream = site.get("/status").json["streams"][0]
+    assert (stream["restarts"], stream["last_error"]) == (0, None)
+    hanging.release()
+
+
+def test_slot_of_a_channel_that_a_reload_ends_is_free_at_once(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connections are closed, though its thread may take a while to end."""
+    may_end = threads_end_late(monkeypatch)
+    site = serve({"news": relay(origin, "a")}, server={"max_upstreams": 1})
+    with Player(site, "/news", SOURCES[0]) as player:
+        player.read_media()
+        reload(site, {"url": relay(origin, "b")}, max_upstreams=1)
+        with Player(site, "/news", SOURCES[1]) as newcomer:
+            newcomer.read_media()
+            origin.wait_connections(1)
+        may_end.set()
