@@ -6,10 +6,13 @@ started stand for a system that allows no more of them (a pids limit, TasksMax o
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import re
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,7 +42,7 @@ def without_collector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def zap(service: Service, path: str) -> None:
-    """Watch a channel until SIZE of it has come, and leave it; waits until nothing is left of it."""
+    """Watch a channel until SIZE of it has come, leave it, and wait until nothing is left of it."""
     with Watch(service.port, path) as viewer:
         assert (viewer.status, len(viewer.read(SIZE))) == (200, SIZE)
     eventually(lambda: not channels(service.port), "the channel ended")
@@ -84,3 +87,112 @@ def test_zapping_through_large_channels_gives_memory_back(
             zap(service, f"/{name}")
             memory.append(service.memory // MIB)
     assert memory[-1] - memory[1] < 2 * SIZE // MIB, memory
+
+
+#### Threads that cannot be started ####
+
+Fail = Callable[[str], contextlib.AbstractContextManager[None]]
+
+
+@pytest.fixture
+def no_thread(monkeypatch: pytest.MonkeyPatch) -> Fail:
+    """Within `no_thread("feed-")`, threads of that name cannot be started."""
+    start = threading.Thread.start
+
+    @contextlib.contextmanager
+    def failing(pattern: str) -> Iterator[None]:
+        def fail(thread: threading.Thread) -> None:
+            if re.search(pattern, thread.name):
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            yield
+
+    return failing
+
+
+def live(origin: Origin) -> str:
+    return origin.add(Playlist("live", media.ts_segments(), mode="live", clock=True)).url
+
+
+def film(origin: Origin) -> str:
+    return origin.add(Playlist("film", media.ts_segments())).url
+
+
+def relay(origin: Origin) -> str:
+    origin.rate = 2_000_000
+    return relayed(origin, "relay")
+
+
+KINDS = [live, film, relay]
+
+
+def assert_plays(site: Site) -> None:
+    viewer = site.watch("/news")
+    assert (viewer.status, viewer.read(media.PACKET)[:1]) == (200, b"G")
+    viewer.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_channel_whose_thread_cannot_be_started_leaves_nothing_behind(
+    origin: Origin, serve: Serve, no_thread: Fail, kind: Callable[[Origin], str]
+) -> None:
+    site = serve({"news": kind(origin)}, server={"max_upstreams": 1, "max_viewers": 1}, linger=0)
+    with no_thread("^feed-"):
+        for _ in range(3):
+            answer = site.get("/news")
+            assert answer.status == 503
+            assert int(answer.headers["Retry-After"]) > 0
+            assert answer.json == {"error": "the system has no thread left"}
+    assert (channels(site.port), origin.count("*")) == ([], 0)
+    assert site.ask("GET", "/health").json["viewers"] == 0
+    assert_plays(site)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_upstream_whose_closing_thread_cannot_be_started_closes(
+    origin: Origin, serve: Serve, no_thread: Fail, kind: Callable[[Origin], str]
+) -> None:
+    site = serve({"news": kind(origin)}, server={"max_upstreams": 1}, linger=0)
+    with no_thread("^close-"):
+        assert_plays(site)
+        eventually(lambda: not channels(site.port), "the channel ended")
+        origin.wait_connections(0)
+    assert_plays(site)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (live, "^HLSStreamWorker-"),
+        (live, "^HLSStreamWriter-"),
+        (live, "-executor"),
+        (film, "-executor"),
+        (relay, "^pump-"),
+    ],
+)
+def test_upstream_whose_threads_cannot_be_started_fails(
+    origin: Origin, serve: Serve, no_thread: Fail, kind: Callable[[Origin], str], name: str
+) -> None:
+    site = serve({"news": kind(origin)}, linger=0, timeout=2)
+    with no_thread(name):
+        assert site.get("/news").status in (502, 503)
+        eventually(lambda: not channels(site.port), "nothing is left of it")
+        origin.wait_connections(0)
+    eventually(lambda: site.watch("/news").status == 200, "the failure is forgotten")
+
+
+def test_connection_whose_thread_cannot_be_started_is_refused(
+    origin: Origin, serve: Serve, no_thread: Fail
+) -> None:
+    site = serve({"news": live(origin)}, server={"max_viewers": 1})
+    with no_thread("^viewer-"):
+        for _ in range(3):
+            answer = site.get("/news")
+            assert (answer.status, answer.json) == (
+                503, {"error": "there are too many connections"},
+            )  # fmt: skip
+            assert int(answer.headers["Retry-After"]) > 0
+    assert_plays(site)
