@@ -20,9 +20,10 @@ import yaml
 
 import pipe
 from tests import media
-from tests.origin import Multivariant, Origin, Playlist, Stall, StallHeaders, master
+from tests.origin import Multivariant, Origin, Playlist, Stall, StallHeaders, Status, master
 from tests.program import eventually
 from tests.server import TIMEOUT, Site, Watch
+from tests.threads import Task
 
 Serve = Callable[..., Site]
 
@@ -412,3 +413,25 @@ def test_slot_of_a_channel_that_a_reload_ends_is_free_at_once(
             newcomer.read_media()
             origin.wait_connections(1)
         may_end.set()
+
+
+#### A failed start ####
+
+
+def test_each_who_waits_gets_an_error_of_its_own(origin: Origin, serve: Serve) -> None:
+    """One object raised for all of them would collect their tracebacks, frame by frame."""
+    hanging = origin.fault("/a", StallHeaders(), Status(404))
+    site = serve({"a": relay(origin, "a")})
+    stream = site.config.streams["a"]
+
+    def watch() -> BaseException:
+        with pytest.raises(pipe.StreamError) as caught:
+            site.channels.watch(stream, None, pipe.Viewer())
+        return caught.value
+
+    tasks = [Task(watch) for _ in range(5)]
+    eventually(lambda: viewers(site) == 5, "all wait")
+    hanging.release()
+    errors = [task.result() for task in tasks] + [watch() for _ in range(5)]
+    assert len(set(map(id, errors))) == 10
+    assert len({len(list(traceback.walk_tb(error.__traceback__))) for error in errors}) <= 2
