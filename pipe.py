@@ -2727,7 +2727,7 @@ class DownloadingWriter(HLSStreamWriter):
         if self.should_filter_segment(segment):
             self._queued.put((segment, None, False))
             return
-        if segment.map is not None:
+        if segment.map is not None and self._is_listed(segment.num):
             self._put_map(segment)
         self._queued.put((segment, self._start(segment, segment), False))
 

@@ -7,6 +7,7 @@ take minutes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import pytest
 from streamlink.stream.hls.hls import HLSStreamWorker
@@ -24,9 +25,19 @@ STUCK = Trickle(2_000)
 Serve = Callable[..., Site]
 
 
-def live(origin: Origin, target_duration: int = 2) -> Playlist:
-    """A list of five segments, of which a channel starts with the third."""
-    segments = [Segment(media.padded(data, SEGMENT), SECONDS) for data in media.ts_segments(8)]
+def live(
+    origin: Origin, target_duration: int = 2, tags: Mapping[int, str] = MappingProxyType({})
+) -> Playlist:
+    """A list of five segments, of which a channel starts with the third.
+
+    `tags` stand in front of the segment of that number, and of every eighth after it.
+    """
+    segments = [
+        Segment(
+            media.padded(data, SEGMENT), SECONDS, tags=(tags[number],) if number in tags else ()
+        )
+        for number, data in enumerate(media.ts_segments(8))
+    ]
     playlist = Playlist("news", segments, mode="live", target_duration=target_duration)
     return origin.add(playlist)
 
@@ -88,11 +99,14 @@ def test_full_slots_do_not_stop_the_reloads(
 ) -> None:
     """What leaves the list while nobody could ask for it is missing, and is counted.
 
-    A segment is tried for two target durations, a minute.
+    A segment is tried for two target durations, a minute.  The initialization section of one that
+    left the list is not asked for.
     """
     wait = HLSStreamWorker.wait
     monkeypatch.setattr(HLSStreamWorker, "wait", lambda worker, time: wait(worker, time / 5))
-    playlist = live(origin, target_duration=30)
+    origin.add_file("/news/init.ts", pipe.NULL_PACKET)
+    maps = {0: '#EXT-X-MAP:URI="init.ts"', 5: '#EXT-X-MAP:URI="gone.ts"'}
+    playlist = live(origin, target_duration=30, tags=maps)
     stuck = origin.fault(playlist.segment_path(2), Stall(at=188 * 1000))
     options = {"hls-playlist-reload-time": "segment"}
     site = serve({"news": playlist.url}, threads=1, timeout=60, streamlink=options)
@@ -106,6 +120,6 @@ def test_full_slots_do_not_stop_the_reloads(
     playlist.end()
     body, is_complete = viewer.read_all()
     assert is_complete
-    came = [2, 3, *range(8, 13)]  # number 3 had a slot already
-    assert body == b"".join(playlist.plain(number, number + 1) for number in came)
+    kept = playlist.plain(2, 4), playlist.plain(8, 13)  # number 3 had a slot already
+    assert body == b"".join(pipe.NULL_PACKET + part for part in kept)
     assert gaps(site) == 4
