@@ -1791,6 +1791,7 @@ class Window:
 
 PART_LIMIT = 256 * KIB  # bytes of one read; larger ones save little and delay the first
 BODY_LIMIT = 8 * MIB  # bytes of a body that wait for their taker; the rest stays at the origin
+SLOW_TIME = 2.0  # seconds of a body that tell how fast it comes
 REFUSAL_TIME = 1.0  # seconds in which no segment of a film may be had, until its address expired
 RETRY_PAUSES = (0.1, 0.2, 0.4, 0.8)  # seconds, the last one again and again
 
@@ -1853,26 +1854,40 @@ class Download:
         closing: threading.Event,
         patience: Callable[[], float],
         is_hopeless: Callable[[Download], str] = lambda _: "",  # why another try is of no use
+        is_slow: Callable[[Download], bool] = lambda _: False,  # beside others, and to be played
         byte_range: tuple[int, int] | None = None,
         opened: Opened | None = None,
     ) -> None:
         self._request, self._closing = request, closing
-        self._patience, self._is_hopeless = patience, is_hopeless
+        self._patience, self._is_hopeless, self._is_slow = patience, is_hopeless, is_slow
         self._first, last = byte_range or (0, None)  # of the resource's bytes
         self._size = None if last is None else last - self._first + 1
         self._opened = opened  # the first answer, where it is there already
         self._had = Fingerprint()
         self._moved = 0.0  # when the newest byte was passed on, or the first try began
-        self.asked = 0.0  # when the newest try began
+        self.began = self.asked = 0.0  # when the first try began, and the newest
         self.answered = 0.0  # when the newest try began that was answered
         self.failure: str | None = None  # of the newest try; None where it was answered
         self.failing_since = 0.0  # when the first of the tries began that failed like this
+        self._came = 0  # bytes of the newest try, new or not
+        self._waited = 0.0  # seconds in which it waited for them
+        self._slow_time = SLOW_TIME  # seconds after which a try that is slow is ended
         self._validator: str | None = None  # None: the rest cannot be asked for
         self._length = 0  # bytes of the whole, where an answer with a part of it told
         self.buffer = ReaderBuffer(BODY_LIMIT)  # between the two threads
 
     def __repr__(self) -> str:
         return f"<Download: {self._had.size} bytes came, {self.buffer}>"
+
+    @property
+    def size(self) -> int:
+        """Bytes that came so far."""
+        return self._had.size
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second, as the origin sent them in the newest try."""
+        return self._came / max(self._waited, 1e-3)
 
     # The runner
 
@@ -1881,7 +1896,7 @@ class Download:
 
     def parts(self) -> Generator[bytes, None, None]:
         """The bytes as they come; raises DownloadFailed where the rest cannot be had."""
-        self._moved = time.monotonic()
+        self.began = self._moved = time.monotonic()
         for pause in itertools.chain(RETRY_PAUSES, itertools.repeat(RETRY_PAUSES[-1])):
             self.asked = time.monotonic()
             try:
@@ -1962,7 +1977,8 @@ class Download:
         before = max(0, -offset)  # bytes still to come in front of ours
         repeat = Repeat(self._had if offset <= 0 else Fingerprint())
         read = reading(response, PART_LIMIT)
-        while self._left != 0 and (part := start or read()):
+        self._came, self._waited = 0, 0.0
+        while self._left != 0 and (part := start or self._wait_for(read)):
             start = b""
             if not self._had.size and is_page(part):
                 raise UpstreamError(WEB_PAGE)
@@ -1974,10 +1990,29 @@ class Download:
                 self._had.add(new)
                 yield new
                 self._moved = time.monotonic()
+            self._judge_rate()
         if before or not repeat.is_over:
             raise DownloadFailed("it became shorter meanwhile")
         if self._had.size < (self._size or self._length):
             raise ConnectionError("the range ended early")
+
+    def _wait_for(self, read: Callable[[], bytes]) -> bytes:
+        asked = time.monotonic()
+        part = read()
+        self._waited += time.monotonic() - asked
+        self._came += len(part)
+        return part
+
+    def _judge_rate(self) -> None:
+        """End a try that is slow: another connection may be faster.
+
+        Each time later, or a body of which only all can be had would never be whole.
+        """
+        if self._waited < SLOW_TIME or not self._is_slow(self):
+            return
+        if self._waited > self._slow_time or self._is_hopeless(self):
+            self._slow_time *= 2
+            raise PipeError("it comes too slowly")
 
     @property
     def _left(self) -> int | None:
@@ -2780,7 +2815,8 @@ class DownloadingWriter(HLSStreamWriter):
     """Runs up to `threads` downloads at once and hands on the oldest one's bytes as they come.
 
     A segment takes one of `threads + 1` slots before its request and gives it back when its last
-    byte is in the buffer: that bounds memory.
+    byte is in the buffer: that bounds memory.  The others wait in line, never the worker, who has
+    to load playlists; whoever leaves the list meanwhile is a gap.
     """
 
     reader: Any
@@ -2788,27 +2824,41 @@ class DownloadingWriter(HLSStreamWriter):
     def __init__(self, reader: Any, **arguments: Any) -> None:
         super().__init__(reader, **arguments)
         self.retries = 0  # of keys: streamlink would sleep in between, whoever wants it to end
-        self._slots = threading.Semaphore(self.threads + 1)
-        # Segments, in order, with their downloads (None: filtered); True for their maps.
+        # What has begun: segments with their downloads (None: filtered); True for their maps.
         self._queued: queue.SimpleQueue[tuple[Any, Download | None, bool] | None]
         self._queued = queue.SimpleQueue()
         self._map: tuple[object, Download] | None = None  # the newest EXT-X-MAP
-        # _lock guards these two.
+        # _lock guards these.
         self._lock = threading.Lock()
+        self._slots = self.threads + 1  # free ones
+        self._waiting: deque[Any] = deque()  # segments that wait for one, or None: the end
         self._downloads: weakref.WeakSet[Download] = weakref.WeakSet()
         self._is_closing = False
 
     # The worker's thread
 
     def put(self, segment: Any) -> None:
-        if segment is None:
-            self._queued.put(None)
-            return
-        self._slots.acquire()
+        with self._lock:
+            self._waiting.append(segment)
+            self._begin_waiting()
+
+    # Any thread, and the caller holds _lock
+
+    def _begin_waiting(self) -> None:
+        """Begin what waits in line, as far as there are slots."""
+        while self._waiting and (self._slots or self._waiting[0] is None):
+            segment = self._waiting.popleft()
+            if segment is None:
+                self._queued.put(None)
+                return
+            self._slots -= 1
+            self._begin(segment)
+
+    def _begin(self, segment: Any) -> None:
         if self.should_filter_segment(segment):
             self._queued.put((segment, None, False))
             return
-        if segment.map is not None:
+        if segment.map is not None and self._is_listed(segment.num):
             self._put_map(segment)
         self._queued.put((segment, self._start(segment, segment), False))
 
@@ -2823,7 +2873,8 @@ class DownloadingWriter(HLSStreamWriter):
 
     def _start(self, segment: Any, part: Any) -> Download:
         """A download of a segment or of its map, in the executor's queue."""
-        byte_range, failure = None, None
+        byte_range = None
+        failure = None if self._is_listed(segment.num) else "the playlist no longer lists it"
         try:
             if part.byterange and part is segment:
                 byte_range = self.byterange.cached(segment.num, part.byterange)
@@ -2833,13 +2884,13 @@ class DownloadingWriter(HLSStreamWriter):
             failure = explain(error)
         request = functools.partial(self._request, part.uri)
         is_hopeless = functools.partial(self._is_hopeless, segment.num)
-        download = Download(request, self._wait, self._patience, is_hopeless, byte_range)
-        with self._lock:
-            self._downloads.add(download)
-            if failure or self._is_closing:
-                download.buffer.end(failure or "closed")
-            else:
-                self.executor.submit(download.run)
+        is_slow = functools.partial(self._is_slow, segment.duration)
+        download = Download(request, self._wait, self._patience, is_hopeless, is_slow, byte_range)
+        self._downloads.add(download)
+        if failure or self._is_closing:
+            download.buffer.end(failure or "closed")
+        else:
+            self.executor.submit(download.run)
         return download
 
     # The downloads' threads
@@ -2874,13 +2925,24 @@ class DownloadingWriter(HLSStreamWriter):
         since, until = download.failing_since, download.asked
         return not any(since < other.answered < until for other in self._others(download))
 
+    def _is_slow(self, duration: float, download: Download) -> bool:
+        """Whether it comes more slowly than it plays, beside what was asked for later.
+
+        The others tell how large a segment is, for its own length may be unknown.
+        """
+        size = duration * download.rate  # bytes that come while it plays
+        return any(
+            other.asked > download.began and other.size > size and other.rate > 2 * download.rate
+            for other in self._others(download)
+        )
+
     def _others(self, download: Download) -> list[Download]:
         with self._lock:
             return [other for other in self._downloads if other is not download]
 
     def _is_listed(self, number: int) -> bool:
         listed = self.reader.worker.playlist_segments
-        return self._has_end or not listed or number >= listed[0].num
+        return not listed or number >= listed[0].num
 
     def _patience(self) -> float:
         target_duration: float = self.reader.worker.playlist_targetduration or 1.0
@@ -2904,6 +2966,7 @@ class DownloadingWriter(HLSStreamWriter):
         """All that is to be handed on, in order; raises UpstreamError where it breaks off."""
         while item := self._queued.get():
             yield from self._items_of(*item)
+            self._free_slot(*item)
         worker = self.reader.worker
         if worker.playlist_end is None or worker.sequence <= worker.playlist_end:
             raise UpstreamError("the origin sends no more segments")
@@ -2924,9 +2987,11 @@ class DownloadingWriter(HLSStreamWriter):
         except Exception as error:
             assert download
             yield self._give_up(segment, download, is_map, explain(error))
-        finally:
-            if not is_map:
-                self._slots.release()
+
+    def _free_slot(self, segment: Any, download: Download | None, is_map: bool) -> None:
+        with self._lock:
+            self._slots += not is_map
+            self._begin_waiting()
 
     def _give_up(self, segment: Any, download: Download, is_map: bool, reason: str) -> SegmentEvent:
         """Leave a gap; or end, where that would be one of many, or nothing could be decoded."""
@@ -2984,7 +3049,6 @@ class DownloadingWriter(HLSStreamWriter):
         for download in downloads:
             download.buffer.discard()
         self._map = None
-        self._slots.release(self.threads + 2)
         self._queued.put(None)
         super().close()
 

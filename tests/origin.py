@@ -1446,7 +1446,9 @@ def _add_channels(origin: Origin) -> list[str]:
         Playlist("vod-byterange", ts, byte_ranges=True),
         Playlist("event", ts, mode="event", clock=True),
         Playlist("discontinuity", jumping, mode="live", clock=True),
+        Playlist("live-trickle", ts, mode="live", clock=True),
     ]
+    origin.fault("/live-trickle/*5.ts", Trickle(2_000), times=None)
     sound = Playlist("sound", media.audio_only_segments(30), mode="live", clock=True)
     picture = Playlist("picture", media.video_only_segments(30), mode="live", clock=True)
     small = Playlist("small", ts, mode="live", clock=True)

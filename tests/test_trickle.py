@@ -1,0 +1,125 @@
+"""A segment that comes more slowly than it plays, beside others that do not.
+
+Everything is real, as in test_download.py. A stuck connection sends 2 KB/s; a segment of it would
+take minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import pytest
+from streamlink.stream.hls.hls import HLSStreamWorker
+
+import pipe
+from tests import media
+from tests.origin import Origin, Playlist, Segment, Stall, Trickle
+from tests.server import Site
+from tests.test_download import behave, by_origin, of
+
+SEGMENT = 500_000  # bytes, which play for 2 s
+SECONDS = 2.0
+STUCK = Trickle(2_000)
+
+Serve = Callable[..., Site]
+
+
+def live(
+    origin: Origin, target_duration: int = 2, tags: Mapping[int, str] = MappingProxyType({})
+) -> Playlist:
+    """A list of five segments, of which a channel starts with the third.
+
+    `tags` stand in front of the segment of that number, and of every eighth after it.
+    """
+    segments = [
+        Segment(
+            media.padded(data, SEGMENT), SECONDS, tags=(tags[number],) if number in tags else ()
+        )
+        for number, data in enumerate(media.ts_segments(8))
+    ]
+    playlist = Playlist("news", segments, mode="live", target_duration=target_duration)
+    return origin.add(playlist)
+
+
+def gaps(site: Site) -> int:
+    return site.channels.record("news").counts["gaps"]
+
+
+@by_origin
+def test_rest_of_a_segment_that_trickles_is_asked_for_again(
+    origin: Origin, serve: Serve, conduct: Mapping[str, bool]
+) -> None:
+    behave(origin, conduct)
+    playlist = live(origin)
+    path = playlist.segment_path(3)
+    origin.fault(path, STUCK)
+    site = serve({"news": playlist.url})
+    viewer = site.watch("/news")
+    origin.wait_for(path, 2)
+    expected = playlist.plain(2, 5)
+    assert viewer.read(len(expected)) == expected
+    first, second = of(origin, path)
+    assert first.connection != second.connection
+    assert first.sent < SEGMENT / 10
+    if not conduct:
+        assert second.headers["range"].startswith("bytes=")
+        assert second.sent < SEGMENT - pipe.SLOW_TIME * STUCK.rate / 2
+    assert gaps(site) == 0
+
+
+@pytest.mark.long
+def test_segment_that_trickles_is_given_up_when_it_is_no_longer_listed(
+    origin: Origin, serve: Serve
+) -> None:
+    """However often it is asked for; the rest of the list plays on."""
+    playlist = live(origin)
+    origin.fault(playlist.segment_path(3), STUCK, times=None)
+    site = serve({"news": playlist.url}, threads=2)
+    viewer = site.watch("/news")
+    start = playlist.plain(2, 3)
+    assert viewer.read(len(start)) == start
+    loads = origin.count(playlist.path)
+    playlist.advance(2)
+    origin.wait_for(playlist.path, loads + 1)  # which begins with number 2 now
+    origin.wait_for(playlist.segment_path(3), 2)
+    playlist.advance(2)
+    playlist.end()
+    body, is_complete = viewer.read_all()
+    assert is_complete
+    assert body.endswith(playlist.plain(4, 9))
+    kept = body[: -len(playlist.plain(4, 9))]
+    assert playlist.plain(3, 4).startswith(kept)
+    assert len(kept) < SEGMENT / 10
+    assert gaps(site) == 1
+
+
+def test_full_slots_do_not_stop_the_reloads(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What leaves the list while nobody could ask for it is missing, and is counted.
+
+    A segment is tried for two target durations, a minute.  The initialization section of one that
+    left the list is not asked for.
+    """
+    wait = HLSStreamWorker.wait
+    monkeypatch.setattr(HLSStreamWorker, "wait", lambda worker, time: wait(worker, time / 5))
+    origin.add_file("/news/init.ts", pipe.NULL_PACKET)
+    maps = {0: '#EXT-X-MAP:URI="init.ts"', 5: '#EXT-X-MAP:URI="gone.ts"'}
+    playlist = live(origin, target_duration=30, tags=maps)
+    stuck = origin.fault(playlist.segment_path(2), Stall(at=188 * 1000))
+    options = {"hls-playlist-reload-time": "segment"}
+    site = serve({"news": playlist.url}, threads=1, timeout=60, streamlink=options)
+    viewer = site.watch("/news")
+    stuck.wait_held()
+    for _ in range(4):
+        loads = origin.count(playlist.path)
+        playlist.advance(2)
+        origin.wait_for(playlist.path, loads + 2)
+    stuck.release()
+    playlist.end()
+    body, is_complete = viewer.read_all()
+    assert is_complete
+    kept = playlist.plain(2, 4), playlist.plain(8, 13)  # number 3 had a slot already
+    assert body == b"".join(pipe.NULL_PACKET + part for part in kept)
+    assert gaps(site) == 4
