@@ -172,6 +172,8 @@ REOPEN_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # seconds between tries, the la
 HEALTHY_TIME = 60.0  # seconds of media after which the pauses begin anew
 BAD_TIME = 60.0  # seconds that a start tries a failed address after the others
 LISTED_TIME = 60.0  # seconds that a live playlist lists at most, or about
+MUXER_LAG = 0.5  # seconds ffmpeg may need to write what it has read
+TRACK_LEAD = 10  # segments at most that ffmpeg takes of one track before it needs the other's
 STALE_NUMBERS = 2  # how far behind a backup's playlist may be and still be the same stream
 JUDGE_GRACE = 1.5  # seconds more than a download has, so that it can give up a segment first
 SEND_TICK = 1.0  # seconds at most that a send waits for room, and so between two signs of progress
@@ -2156,15 +2158,23 @@ class Session:
             return "no sound: install ffmpeg"
         return None
 
-    def open(self, name: str, first: int | None = None, is_other: bool = False) -> Upstream:
+    def open(
+        self,
+        name: str,
+        first: int | None = None,
+        is_other: bool = False,
+        tracks: Sequence[int] = (),
+    ) -> Upstream:
         """Open a quality, from the segment `first` on where it is listed; raises UpstreamError.
 
-        `is_other`: another address gave that number, so the playlist may be a little behind it.
+        `tracks` are the same for tracks that ffmpeg puts together.
+        `is_other`: another address gave the numbers, so the playlist may be a little behind them.
         """
         upstream: Upstream | None = None
         try:
+            slack = STALE_NUMBERS if is_other else 0
             with self._http.within(self._ends - time.monotonic()):
-                upstream = self._upstream_of(name, first, STALE_NUMBERS if is_other else 0)
+                upstream = self._upstream_of(name, first, slack, tracks)
             upstream.start()
         except Exception as error:
             log.debug("cannot open", exc_info=True)
@@ -2173,7 +2183,9 @@ class Session:
             raise UpstreamError(explain(error)) from error
         return upstream
 
-    def _upstream_of(self, name: str, first: int | None, slack: int) -> Upstream:
+    def _upstream_of(
+        self, name: str, first: int | None, slack: int, tracks: Sequence[int]
+    ) -> Upstream:
         stream = self._streams[name]
         if isinstance(stream, HLSStream):
             return SegmentedUpstream(self, stream, first, slack)
@@ -2185,7 +2197,7 @@ class Session:
         )
         if has_both or isinstance(stream, MuxedStream):
             self._check_muxing()
-        return ProcessUpstream(self, stream)
+        return ProcessUpstream(self, stream, tracks, slack)
 
     def _check_muxing(self) -> None:
         """Raise UpstreamError where ffmpeg, or a place for the FIFOs that it reads, is missing."""
@@ -2256,7 +2268,6 @@ def _own_options(stream: StreamSettings, timeout: float) -> dict[str, Any]:
         # The channel judges its upstream, nobody else does.
         "stream-segmented-queue-deadline": 0,
         "hls-playlist-reload-attempts": 0,
-        "ffmpeg-copyts": True,  # time stamps go on over a seam only if they are the origin's
         "ffmpeg-fout": "mpegts",  # the default, Matroska, plays in few set-top boxes
     }
 
@@ -2533,6 +2544,7 @@ class Upstream:
         self._files: list[Any] = []  # what streamlink made for it, in that order
         self._pump: threading.Thread | None = None  # moves what comes to the buffer
         self._closing = threading.Event()
+        self.is_clean = False  # see Splicer.resume
 
     def __repr__(self) -> str:
         state = "closed" if self._closing.is_set() else "open"
@@ -2547,6 +2559,11 @@ class Upstream:
             or getattr(getattr(worker, "mpd", None), "type", None) == "static"
             for worker in workers
         )
+
+    @property
+    def tracks(self) -> Sequence[int]:
+        """The segments that another opening's tracks begin with; none where it has no tracks."""
+        return ()
 
     @property
     def target_duration(self) -> float:
@@ -2716,16 +2733,23 @@ class TrackBuffer(ReaderBuffer):
         super().__init__(limit)
         self._fail = fail  # its upstream
         self.event_used = threading.Event()  # something came, or never will: streamlink waits
+        self.start = b""  # what came first
+        self._number: int | None = None  # of the segment that is read, or else of the next
 
     def write(self, data: bytes) -> None:
         super().write(data)
+        self.start = self.start or data
         self.event_used.set()
 
     def end(self, failure: str | None) -> None:
         super().end(failure)
         self.event_used.set()
-        if self.failure:
-            self._fail(self.failure)
+
+    @property
+    def number(self) -> int | None:
+        """Of the segment that another opening begins with: ffmpeg cannot do without any."""
+        is_whole = self.closed and self.failure is None
+        return self._number if self._number is None else self._number - is_whole
 
     def read(self, size: int) -> bytes:
         """What comes next, about `size` bytes; waits for as long as it takes.
@@ -2734,8 +2758,13 @@ class TrackBuffer(ReaderBuffer):
         """
         while not self.is_exhausted:
             items = self.take(size, None)
+            for event in (item for item in items if isinstance(item, SegmentEvent)):
+                is_begun = event.kind in (EventKind.INIT, EventKind.START)
+                self._number = event.number if is_begun else event.number + 1
             if data := b"".join(item for item in items if isinstance(item, bytes)):
                 return data
+        if self.failure:
+            self._fail(self.failure)
         return b""
 
 
@@ -2753,6 +2782,12 @@ class SegmentReader(HLSStreamReader):
         """Without streamlink's time-out, which would end a track where it stalls."""
         data: bytes = self.buffer.read(size)
         return data
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether a track's media, or the tag in front of it, tells its place in time."""
+        has_tag = self.stream.packed_audio_timestamp is not None
+        return has_tag or sniff(self.buffer.start, is_all=True) not in FRAME_SIZES
 
     def fail(self, reason: str) -> None:
         """Break off: the worker has no more segments to put."""
@@ -3123,19 +3158,24 @@ class RawUpstream(Upstream):
 class ProcessUpstream(Upstream):
     """Tracks that ffmpeg puts together, and whatever else streamlink opens as a file."""
 
-    def __init__(self, session: Session, stream: Any) -> None:
+    def __init__(self, session: Session, stream: Any, first: Sequence[int], slack: int) -> None:
         super().__init__(session)
         self._stream = stream
         self._file: Any = None
+        self._first, self._slack = first, slack  # for its tracks: see SegmentReader
         self._tracks: list[TrackBuffer] = []
         self._failure: str | None = None  # of a track
+        self._is_first = threading.Lock()  # the first track that fails keeps it
 
     def start(self) -> None:
         stream = self._stream
         if isinstance(stream, MuxedStream):
             self._prepare_tracks(stream)
-            tracks = stream._open_streams()
-            self._file = FFMPEGMuxer(self.session.engine, *tracks, **stream.options)
+            files = stream._open_streams()
+            for track in self._tracks:
+                if track.failure and not track.length:
+                    raise UpstreamError(track.failure)
+            self._file = self._muxer(stream, files)
             self._files.append(self._file)
             self._file.open()
         else:
@@ -3144,19 +3184,50 @@ class ProcessUpstream(Upstream):
             self._files.append(self._file)
         super().start()
 
+    @property
+    def tracks(self) -> Sequence[int]:
+        """ffmpeg takes one track's bytes earlier than another's: all begin with the last one's.
+
+        Only packagers that number the renditions apart from each other need more than that.
+        """
+        numbers = [track.number for track in self._tracks if track.number is not None]
+        least = min(numbers, default=0)
+        is_known = len(numbers) == len(self._tracks)
+        return [least if n - least <= TRACK_LEAD else n for n in numbers] if is_known else ()
+
     def _prepare_tracks(self, stream: Any) -> None:
-        for index, track in enumerate((*stream.substreams, *stream.subtitles.values())):
+        tracks = (*stream.substreams, *stream.subtitles.values())
+        for index, (track, first) in enumerate(itertools.zip_longest(tracks, self._first)):
             if isinstance(track, HLSStream):
                 self._tracks.append(TrackBuffer(self.buffer.limit, self._fail))
-                hook(track, f"{self.session.name}--{index}", self._tracks[-1])
+                told = {"first": first, "slack": self._slack}
+                hook(track, f"{self.session.name}--{index}", self._tracks[-1], **told)
             self._remember(track)
 
+    def _muxer(self, stream: Any, files: Sequence[Any]) -> Any:
+        """ffmpeg, told to keep the tracks' places in time to each other.
+
+        By itself it moves the start of each to 0, wherever in its playlist it began.  -copyts does
+        not, but loses sound where clocks start anew: it is for an ffmpeg that has no -isync.
+        """
+        version = [int(number) for number in re.findall(r"\d+", FFMPEGMuxer.FFMPEG_VERSION or "")]
+        stream.options["copyts"] = bool(version) and version < [5, 1]
+        muxer: Any = FFMPEGMuxer(self.session.engine, *files, **stream.options)
+        self.is_clean = "-copyts" not in muxer._cmd  # which the configuration may want, too
+        for file, pipe in zip(files[1:], muxer.pipes[1:], strict=True):
+            if self.is_clean and isinstance(file, SegmentReader) and file.has_clock:
+                at = muxer._cmd.index(str(pipe.path)) - 1
+                muxer._cmd[at:at] = ["-isync", "0"]
+        return muxer
+
     def _fail(self, reason: str) -> None:
-        """A track broke off: end all, so that ffmpeg writes what it has and ends, too."""
-        if self._failure is None:
-            self._failure = reason
-            for track in self._tracks:
-                track.discard()
+        """A track broke off, and ffmpeg has all of it: let it write that, but nothing beyond."""
+        if self._closing.wait(MUXER_LAG) or not self._is_first.acquire(blocking=False):
+            return
+        self._failure = reason
+        self._file.process.terminate()  # once: at a second signal it would drop what it has
+        for track in self._tracks:
+            track.discard()
 
     def _items(self) -> Items:
         process: Any = self._file.process if isinstance(self._file, FFMPEGMuxer) else None
@@ -3269,6 +3340,7 @@ class Splicer:
         self.address = address  # position of the address that gave the numbers
         self.number: int | None = None  # of the segment to go on with; None without segments
         self.segment_size = 0  # bytes of the newest whole segment
+        self._is_clean = False  # the newest opening: see resume()
         self._framer = framer_for(container)
         self._state = SpliceState.PASSING
         self._goes_on = True  # False: viewers have not had what came before, so nothing can
@@ -3286,9 +3358,13 @@ class Splicer:
         """Whether the end of the newest segment did not reach viewers: it was other media."""
         return self._state is SpliceState.SKIPPING
 
-    def resume(self, address: int) -> None:
-        """What comes next is from a new opening."""
-        self.address = address
+    def resume(self, address: int, is_clean: bool = False) -> None:
+        """What comes next is from a new opening.
+
+        `is_clean`: a decoder can start with its first byte, and its clock is its own, so that DTS
+        cannot tell what viewers have had.
+        """
+        self.address, self._is_clean = address, is_clean
         if self._state in (SpliceState.HOLDING, SpliceState.SKIPPING):
             self._passed, self._goes_on, self._gate = Fingerprint(), False, None
         self._state, self._new_init_section = SpliceState.RESUMED, None
@@ -3312,7 +3388,7 @@ class Splicer:
             return False
         if self._state is SpliceState.RESUMED:  # no segment before them: this opening has none
             self.number = None
-            self._start_seam(after=self._framer.last_dts)
+            self._start_seam(after=self._framer.last_dts, is_clean=self._is_clean)
         elif self._state is SpliceState.COMPARING:
             data = self._compare(data)
         if self._state in (SpliceState.COMPARING, SpliceState.SKIPPING):
@@ -3408,13 +3484,13 @@ class Splicer:
         if self.number is not None:
             self.number += 1
 
-    def _start_seam(self, after: int | None = None) -> None:
+    def _start_seam(self, after: int | None = None, is_clean: bool = False) -> None:
         """What comes next does not continue what was: begin where a decoder can start."""
         self._framer.drop()
         self._goes_on = True
         if self.number is None:
             self._framer.leave_segments()
-        if isinstance(self._framer, TsFramer):
+        if isinstance(self._framer, TsFramer) and not is_clean:
             self._gate = self._gate or KeyFrameGate(after, self.window.limit)
         self._state = SpliceState.HOLDING if self._gate else SpliceState.PASSING
 
@@ -3565,6 +3641,7 @@ class Channel:
         self._upstream: Upstream | None = None
         self._splicer: Splicer | None = None  # None until the first media came
         self._has_end = False  # its source ends by itself; known from its first media on
+        self._tracks: Sequence[int] = ()  # the segments that its tracks go on with
         self._address = 0  # position of the address in use
         self._last_byte = 0.0  # when media came last
         self._troubled_since = math.inf
@@ -3763,6 +3840,7 @@ class Channel:
         upstream, self._upstream = self._upstream, None
         session, self._session = self._session, None
         if upstream:
+            self._tracks = upstream.tracks or self._tracks
             upstream.close()
         elif session:
             session.cut()
@@ -3785,7 +3863,8 @@ class Channel:
     def _open(self, session: Session) -> Upstream:
         if self._splicer:
             is_other = self._splicer.address != self._address
-            return session.open(self._choose(session), self._splicer.number, is_other)
+            name = self._choose(session)
+            return session.open(name, self._splicer.number, is_other, self._tracks)
         self.channels.note_variants(self, session.canonical)
         name = self._choose(session)
         if not self.channels.register(self, session.canonical[name]):
@@ -3873,7 +3952,7 @@ class Channel:
                 raise UpstreamError(NO_MEDIA)
             return is_all  # an end that came while the upstream was down
         if self._splicer:
-            self._resume(self._splicer, container)
+            self._resume(self._splicer, container, upstream.is_clean)
         else:
             has_segments = any(isinstance(item, SegmentEvent) for item in start)
             self._go_live(upstream, container, has_segments)
@@ -3898,13 +3977,13 @@ class Channel:
         kind = "has an end" if self._has_end else "for one viewer" if is_private else "live"
         log.info("%s: %s, %s, %s", self.stream.name, kind, self.variant, container.value)
 
-    def _resume(self, splicer: Splicer, container: Container) -> None:
+    def _resume(self, splicer: Splicer, container: Container, is_clean: bool) -> None:
         """An upstream that was opened again has media."""
         if container is not self.container:
             raise UpstreamError(f"it has become {container.value}")
         self.restarts += 1
         self.record.add("restarts")
-        splicer.resume(self._address)
+        splicer.resume(self._address, is_clean)
 
     def _move(self, upstream: Upstream, items: list[bytes | SegmentEvent]) -> None:
         assert self._splicer

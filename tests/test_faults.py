@@ -1292,12 +1292,13 @@ def test_separate_sound_goes_on_after_an_outage(
 
 
 def assert_shown(body: bytes, seconds: int) -> None:
-    """Pictures and sounds up to the end, none twice; ffmpeg may lose some where it was ended."""
+    """All pictures and sounds, none twice; less than 0.5 s are lost where ffmpeg is ended."""
     shown = media.decode(body, strict=False)
-    assert list(shown.video) == sorted(set(shown.video))
-    assert shown.video[-1] - shown.video[0] == pytest.approx(seconds - 1 / media.FPS, abs=0.001)
-    assert len(shown.video) > (seconds - 3) * media.FPS, "at most a GOP on either side of the cut"
-    assert shown.audio[-1] - shown.audio[0] == pytest.approx(seconds, abs=0.2)
+    for frames, rate in (
+        (shown.video, media.FPS),
+        (shown.audio, media.SAMPLE_RATE / media.FRAME_SAMPLES),
+    ):
+        assert (seconds - 0.5) * rate <= len(frames) <= seconds * rate + 1
 
 
 @pytest.mark.usefixtures("_muxer")

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import tempfile
 import threading
 from collections import Counter
@@ -22,13 +23,15 @@ from streamlink.session.session import Streamlink
 from streamlink.stream.ffmpegmux import FFMPEGMuxer
 
 import pipe
-from tests import media
-from tests.origin import Origin, Playlist, Segment, Stall, master
+from tests import media, test_faults
+from tests.origin import Origin, Playlist, Segment, Stall, Status, master
 from tests.server import Site
 from tests.test_cli import Program
+from tests.test_faults import Journal
 from tests.threads import Task
 
 Serve = Callable[..., Site]
+journal = test_faults.journal
 LONG = 120.0  # seconds; more than any of these streams
 
 
@@ -80,6 +83,17 @@ class Apart:
 def film(origin: Origin, segments: int = 12, seconds: float = 1.0) -> Apart:
     picture = Playlist("picture", media.video_only_segments(segments, seconds))
     return Apart(origin, picture, Playlist("sound", media.audio_only_segments(segments, seconds)))
+
+
+def fmp4_film(origin: Origin, segments: int = 12) -> Apart:
+    picture, sound = (
+        Playlist(name, parts, init=init, extension=".m4s")
+        for name, (init, parts) in (
+            ("picture", media.fmp4(segments, audio=False)),
+            ("sound", media.fmp4(segments, video=False)),
+        )
+    )
+    return Apart(origin, picture, sound)
 
 
 def live(origin: Origin, segments: int, seconds: float, listed: int = 3) -> Apart:
@@ -181,7 +195,7 @@ def test_track_that_cannot_go_on_is_no_end(origin: Origin, serve: Serve, track: 
     whole: Playlist = getattr(apart, track)
     parts = [Segment(whole.plain(n, n + 1), tags=(lost,) if n == 9 else ()) for n in range(12)]
     setattr(apart, track, Playlist(track, parts))
-    viewer = serve({"news": apart.url}, timeout=1, reconnect=1).watch("/news")
+    viewer = serve({"news": apart.url}, timeout=3, reconnect=1).watch("/news")
     body, is_complete = viewer.read_all()
     assert not is_complete
     assert body
@@ -226,3 +240,138 @@ def test_check_leaves_nothing_in_the_temporary_folder(
         assert program.wait() == is_stalling
         assert program.output().startswith(f"news  {'failed' if is_stalling else 'ok'}  ")
     assert list(folder.iterdir()) == []
+
+
+#### Time ####
+
+
+@pytest.mark.parametrize("late", ["picture", "sound"])
+@pytest.mark.parametrize("container", ["ts", "fmp4"])
+def test_tracks_that_begin_apart_stay_together(
+    origin: Origin, serve: Serve, late: str, container: str
+) -> None:
+    """One playlist is three segments ahead, as where a cache is slow."""
+    apart = film(origin) if container == "ts" else fmp4_film(origin)
+    getattr(apart, late).drop(3)
+    body = serve({"news": apart.url}).get("/news").body
+    first = {kind: times(body, kind)[0] for kind in ("video", "audio")}
+    expected = 3 if late == "picture" else -3
+    assert first["video"] - first["audio"] == pytest.approx(expected, abs=0.05)
+    last = [times(body, kind)[-1] for kind in ("video", "audio")]
+    assert last[0] == pytest.approx(last[1], abs=0.1)
+
+
+def test_sound_without_a_clock_begins_with_the_picture(origin: Origin, serve: Serve) -> None:
+    """Packed audio that lacks its tags, beside a picture whose clock is far on."""
+    picture = Playlist("picture", media.video_only_segments(24)[12:])
+    sound = Playlist("sound", media.aac_segments(12), extension=".aac")
+    body = serve({"news": Apart(origin, picture, sound).url}).get("/news").body
+    assert times(body, "audio")[0] == pytest.approx(times(body, "video")[0], abs=0.05)
+    assert count(body) == count(picture.plain(0, 12)) + count(sound.plain(0, 12))
+
+
+def test_clock_that_starts_anew_costs_no_sound(origin: Origin, serve: Serve) -> None:
+    """An advertisement, and the programme again: each has its own clock, in both tracks."""
+    order = [*range(10, 16), *range(3), *range(16, 22)]
+    picture, sound = (
+        Playlist(name, [Segment(parts[n], discontinuity=n in (0, 16)) for n in order])
+        for name, parts in (
+            ("picture", media.video_only_segments(24)),
+            ("sound", media.audio_only_segments(24)),
+        )
+    )
+    apart = Apart(origin, picture, sound)
+    body = serve({"news": apart.url}).get("/news").body
+    assert count(body) == apart.sent(0, len(order))
+    for kind in ("video", "audio"):
+        assert times(body, kind) == sorted(times(body, kind))
+        assert times(body, kind)[-1] - times(body, kind)[0] == pytest.approx(len(order), abs=0.2)
+
+
+def test_every_chosen_rendition_is_there(origin: Origin, serve: Serve) -> None:
+    """Two languages, and subtitles that nobody asked for; the second starts three segments late."""
+    apart = film(origin)
+    second = origin.add(Playlist("second", media.audio_only_segments(12)))
+    second.drop(3)
+    both = master("both", {"360p": apart.picture}, apart.sound)
+    address = origin.add(both).url
+    more = (
+        '#EXT-X-MEDIA:TYPE=AUDIO,GROUP-ID="sound",NAME="Second",LANGUAGE="de",'
+        f'URI="{second.path}"\n'
+        '#EXT-X-MEDIA:TYPE=SUBTITLES,GROUP-ID="words",NAME="Words",URI="/words.m3u8"\n'
+    )
+    found = both.find(both.path)
+    assert found
+    both.override = found.body.replace(b"#EXT-X-STREAM", more.encode() + b"#EXT-X-STREAM")
+    site = serve({"news": address}, streamlink={"hls-audio-select": ["*"]})
+    body = site.get("/news").body
+    with av.open(io.BytesIO(body)) as container:
+        kinds = [stream.type for stream in container.streams]
+        starts = [float(s.start_time * s.time_base) for s in container.streams if s.time_base]
+    assert kinds == ["video", "audio", "audio"]
+    assert starts[1:] == pytest.approx([starts[0], starts[0] + 3], abs=0.05)
+
+
+#### After a failure ####
+
+
+def expect_all_but_little_again(body: bytes, apart: Apart, segments: int) -> None:
+    """The segment that broke comes whole, and so some of it twice; ffmpeg keeps 0.2 s."""
+    for kind, sent in apart.sent(0, segments).items():
+        kept = 0.2 * sent / segments
+        assert sent - kept <= count(body)[kind] <= sent * (segments + 2) / segments, kind
+
+
+@pytest.mark.parametrize("tracks", ["*", "sound", "picture"])
+def test_film_goes_on_at_its_segment(
+    origin: Origin, serve: Serve, journal: Journal, tracks: str
+) -> None:
+    """Neither from its start, nor with a hole."""
+    apart = film(origin, 20)
+    stall = origin.fault(f"/{tracks}/12.ts", Stall(1000), times=None)
+    viewer = serve({"news": apart.url}, timeout=5).watch("/news")
+    stall.wait_held(2 if tracks == "*" else 1)
+    stall.clear()
+    origin.stop()
+    journal.wait_for("1 of 1: (?!goes on)")
+    origin.start()
+    body, is_complete = viewer.read_all()
+    assert is_complete
+    expect_all_but_little_again(body, apart, 20)
+    assert origin.count("/picture/3.ts") == origin.count("/sound/3.ts") == 1
+
+
+def test_live_channel_goes_on_at_its_segment(
+    origin: Origin, serve: Serve, journal: Journal
+) -> None:
+    """Its playlists were away; those that come are waited for with those viewers have not had."""
+    apart = live(origin, 20, 1.0, listed=8)
+    viewer = serve({"news": apart.url}, streamlink={"hls-live-edge": 8}).watch("/news")
+    away = [origin.fault(p.path, Status(404), times=None) for p in (apart.picture, apart.sound)]
+    journal.wait_for("1 of 1: (?!goes on)")
+    for playlist in (apart.picture, apart.sound):
+        playlist.advance(12)
+        playlist.end()
+    for fault in away:
+        fault.clear()
+    body, is_complete = viewer.read_all()
+    assert is_complete
+    expect_all_but_little_again(body, apart, 20)
+
+
+def children() -> list[int]:
+    """The processes of this one that run."""
+    found = Path("/proc/self/task").glob("*/children")
+    return [int(number) for file in found for number in file.read_text().split()]
+
+
+def test_ffmpeg_that_dies_is_no_end(origin: Origin, serve: Serve, journal: Journal) -> None:
+    """It has all of the film, and the playlist's end was seen; another one goes on."""
+    apart = film(origin)
+    viewer = serve({"news": apart.url}).watch("/news")
+    origin.wait_for("/sound/11.ts")
+    (ffmpeg,) = children()
+    os.kill(ffmpeg, signal.SIGKILL)
+    journal.wait_for("1 of 1: ffmpeg failed")
+    _, is_complete = viewer.read_all()
+    assert is_complete
