@@ -7,13 +7,19 @@ for byte.
 
 from __future__ import annotations
 
+import functools
+import gc
+import tracemalloc
+import zlib
 from collections.abc import Callable
 
 import pytest
 
+import pipe
 from tests import media
 from tests.origin import Origin, Playlist, Status
 from tests.server import Site, Watch
+from tests.test_download import opened
 from tests.threads import Task
 
 MIB = 1 << 20
@@ -107,3 +113,42 @@ def test_film_that_is_refused_from_the_start_says_so(origin: Origin, serve: Serv
     origin.fault("*.ts", Status(403), times=None)
     answer = serve({"film": playlist.url}).get("/film")
     assert (answer.status, answer.json) == (502, {"error": "the origin answered 403"})
+
+
+#### Memory ####
+
+
+FILM = 256 * MIB
+KERNEL = 8 * MIB  # bytes that two sockets hold at most
+
+
+@functools.cache
+def compressed() -> bytes:
+    """A film of null packets, in half a MiB."""
+    packer = zlib.compressobj(wbits=31)
+    part = pipe.NULL_PACKET * (MIB // media.PACKET)
+    packed = [packer.compress(part) for _ in range(FILM // len(part))]
+    return b"".join([*packed, packer.flush()])
+
+
+@pytest.mark.parametrize("kind", ["segment", "file"])
+def test_compressed_film_fills_no_memory(origin: Origin, kind: str) -> None:
+    """Nobody reads, so all but what the buffers hold stays compressed."""
+    text = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/film\n#EXT-X-ENDLIST\n"
+    origin.add_file("/one.m3u8", text)
+    origin.add_file("/film", compressed())
+    encoding = Status(200, compressed(), (("Content-Encoding", "gzip"),))
+    origin.fault("/film", encoding, times=None)
+    address = {"segment": f"{origin.url}/one.m3u8", "file": f"httpstream://{origin.url}/film"}
+    gc.collect()
+    tracemalloc.start()
+    try:
+        with opened(address[kind], ringbuffer_size=MIB) as upstream:
+            buffer = upstream.buffer
+            with buffer._lock:
+                assert buffer._not_empty.wait_for(lambda: buffer.length >= buffer.limit, 10)
+            with pytest.raises(AssertionError):
+                origin.wait_for("/film", 2, timeout=1.0)
+            assert tracemalloc.get_traced_memory()[1] < pipe.BODY_LIMIT + 8 * MIB
+    finally:
+        tracemalloc.stop()
