@@ -2005,7 +2005,7 @@ class Download:
         offset = start - self._first
         if offset not in (self._had.size if self._validator else 0, -self._first):
             self._validator = None
-            raise ConnectionError("another range than asked for")
+            raise PipeError("the origin sends another range than was asked for")
         if not self._had.size and not is_coded:
             etag = response.headers.get("ETag", "")
             is_strong = etag and not etag.startswith("W/")
