@@ -7,13 +7,19 @@ for byte.
 
 from __future__ import annotations
 
+import functools
+import gc
+import tracemalloc
+import zlib
 from collections.abc import Callable
 
 import pytest
 
+import pipe
 from tests import media
-from tests.origin import Origin, Playlist, Status
+from tests.origin import Break, Close, Origin, Playlist, Status
 from tests.server import Site, Watch
+from tests.test_download import Outcome, download, opened
 from tests.threads import Task
 
 MIB = 1 << 20
@@ -58,6 +64,18 @@ def test_graceful_stop_of_the_origin_costs_nothing(origin: Origin, serve: Serve)
     origin.start()
     assert playing.result() == (playlist.plain(0, SEGMENTS), True)
     assert site.channels.record("film").counts["gaps"] == 0
+
+
+def test_file_that_breaks_near_its_end_is_not_fetched_again(origin: Origin, serve: Serve) -> None:
+    """Nor where the origin is away for a while then."""
+    body = film(MIB).plain(0, SEGMENTS)
+    address = origin.add_file("/film.ts", body)
+    origin.fault("/film.ts", Break(len(body) * 9 // 10))
+    origin.fault("/film.ts", Close(), times=3)
+    site = serve({"film": address})
+    assert site.watch("/film").read_all() == (body, True)
+    assert sum(request.sent for request in origin.requests) == len(body)
+    assert site.channels.record("film").counts["restarts"] == 0
 
 
 #### Addresses expire ####
@@ -107,3 +125,91 @@ def test_film_that_is_refused_from_the_start_says_so(origin: Origin, serve: Serv
     origin.fault("*.ts", Status(403), times=None)
     answer = serve({"film": playlist.url}).get("/film")
     assert (answer.status, answer.json) == (502, {"error": "the origin answered 403"})
+
+
+#### Memory ####
+
+
+FILM = 256 * MIB
+KERNEL = 8 * MIB  # bytes that two sockets hold at most
+
+
+@functools.cache
+def compressed() -> bytes:
+    """A film of null packets, in half a MiB."""
+    packer = zlib.compressobj(wbits=31)
+    part = pipe.NULL_PACKET * (MIB // media.PACKET)
+    packed = [packer.compress(part) for _ in range(FILM // len(part))]
+    return b"".join([*packed, packer.flush()])
+
+
+@pytest.mark.parametrize("kind", ["segment", "file"])
+def test_compressed_film_fills_no_memory(origin: Origin, kind: str) -> None:
+    """Nobody reads, so all but what the buffers hold stays compressed."""
+    text = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/film\n#EXT-X-ENDLIST\n"
+    origin.add_file("/one.m3u8", text)
+    origin.add_file("/film", compressed())
+    encoding = Status(200, compressed(), (("Content-Encoding", "gzip"),))
+    origin.fault("/film", encoding, times=None)
+    address = {"segment": f"{origin.url}/one.m3u8", "file": f"httpstream://{origin.url}/film"}
+    gc.collect()
+    tracemalloc.start()
+    try:
+        with opened(address[kind], ringbuffer_size=MIB) as upstream:
+            buffer = upstream.buffer
+            with buffer._lock:
+                assert buffer._not_empty.wait_for(lambda: buffer.length >= buffer.limit, 10)
+            with pytest.raises(AssertionError):
+                origin.wait_for("/film", 2, timeout=1.0)
+            assert tracemalloc.get_traced_memory()[1] < pipe.BODY_LIMIT + 8 * MIB
+    finally:
+        tracemalloc.stop()
+
+
+#### What else origins do ####
+
+BLOCKS = [bytes([n]) * 1_000 for n in range(50)]
+
+
+@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "no-length"])
+def test_body_without_a_length_is_whole(origin: Origin, chunked: bool) -> None:
+    origin.add_endless("/body", lambda: BLOCKS, chunked=chunked)
+    assert download(origin, "/body") == Outcome(b"".join(BLOCKS))
+    assert origin.count("/body") == 1
+
+
+@pytest.mark.parametrize(
+    ("chunked", "reset"),
+    [
+        pytest.param(True, False, id="chunked-closed"),
+        pytest.param(True, True, id="chunked-reset"),
+        pytest.param(False, True, id="no-length-reset"),
+    ],
+)
+def test_body_without_a_length_that_breaks_is_fetched_again(
+    origin: Origin, chunked: bool, reset: bool
+) -> None:
+    """A close without a length looks like its end, to anybody."""
+    origin.add_endless("/body", lambda: BLOCKS, chunked=chunked)
+    origin.fault("/body", Break(20_000, reset=reset))
+    assert download(origin, "/body") == Outcome(b"".join(BLOCKS))
+    assert "range" not in origin.requests[-1].headers
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_burst_of_refusals_costs_nothing(origin: Origin, serve: Serve, status: int) -> None:
+    """A rate limit, or a server that starts: all segments fail for a while, a film's as well."""
+    playlist = origin.add(film(30_000))
+    origin.fault("*.ts", Status(status, headers=(("Retry-After", "1"),)), times=12)
+    site = serve({"film": playlist.url})
+    assert_whole(site, site.watch("/film"), playlist.plain(0, SEGMENTS))
+
+
+def test_parts_in_one_answer_are_not_taken_for_the_range(origin: Origin) -> None:
+    """multipart/byteranges, which nobody asked for, has no Content-Range."""
+    body = bytes(range(250)) * 200
+    origin.add_file("/body", body)
+    origin.fault("/body", Break(20_000))
+    parts = b"--x\r\nContent-Range: bytes 20000-49999/50000\r\n\r\n" + body[20_000:] + b"\r\n--x--"
+    origin.fault("/body", Status(206, parts, (("Content-Type", "multipart/byteranges"),)))
+    assert download(origin, "/body") == Outcome(body)
