@@ -2733,7 +2733,7 @@ class TrackBuffer(ReaderBuffer):
 
     def __init__(self, limit: int, fail: Callable[[str], None]) -> None:
         super().__init__(limit)
-        self._fail = fail  # its upstream
+        self._fail = weakref.WeakMethod(fail)  # of its upstream, which holds this
         self.event_used = threading.Event()  # something came, or never will: streamlink waits
         self.start = b""  # what came first
         self._number: int | None = None  # of the segment that is read, or else of the next
@@ -2765,8 +2765,8 @@ class TrackBuffer(ReaderBuffer):
                 self._number = event.number if is_begun else event.number + 1
             if data := b"".join(item for item in items if isinstance(item, bytes)):
                 return data
-        if self.failure:
-            self._fail(self.failure)
+        if self.failure and (fail := self._fail()):
+            fail(self.failure)
         return b""
 
 

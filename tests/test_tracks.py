@@ -6,12 +6,14 @@ Packets are counted in what viewers get and in what the origin has: all of them 
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
 import signal
 import tempfile
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from tests import media, test_faults
 from tests.origin import Origin, Playlist, Segment, Stall, Status, master
 from tests.server import Site
 from tests.test_cli import Program
+from tests.test_download import join_all, opened
 from tests.test_faults import Journal
 from tests.threads import Task
 
@@ -375,3 +378,18 @@ def test_ffmpeg_that_dies_is_no_end(origin: Origin, serve: Serve, journal: Journ
     journal.wait_for("1 of 1: ffmpeg failed")
     _, is_complete = viewer.read_all()
     assert is_complete
+
+
+def test_closed_upstream_goes_without_a_collector(origin: Origin) -> None:
+    address, before = film(origin).url, set(threading.enumerate())
+    gc.collect()
+    gc.disable()
+    try:
+        with opened(address) as upstream:
+            assert upstream.read(5)
+        closed = weakref.ref(upstream)
+        del upstream
+        join_all(before)
+        assert closed() is None
+    finally:
+        gc.enable()
