@@ -4741,11 +4741,14 @@ def tune(sock: socket.socket, viewer_timeout: float) -> None:
 
 
 def has_left(sock: socket.socket) -> bool:
-    """Whether the other end has closed its connection, or its sending side: never blocks."""
+    """Whether the other end has closed its connection, or its sending side: never blocks.
+
+    What it may say after its request is dropped: it would hide the end behind it.
+    """
     try:
         if hasattr(socket, "MSG_DONTWAIT"):
-            return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        return any(select.select([sock], [], [], 0)) and sock.recv(1, socket.MSG_PEEK) == b""
+            return sock.recv(KIB, socket.MSG_DONTWAIT) == b""
+        return any(select.select([sock], [], [], 0)) and sock.recv(KIB) == b""
     except BlockingIOError:
         return False
     except OSError:
