@@ -4745,14 +4745,18 @@ def has_left(sock: socket.socket) -> bool:
 
     What it may say after its request is dropped: it would hide the end behind it.
     """
+    flag = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has none
     try:
-        if hasattr(socket, "MSG_DONTWAIT"):
-            return sock.recv(KIB, socket.MSG_DONTWAIT) == b""
-        return any(select.select([sock], [], [], 0)) and sock.recv(KIB) == b""
+        for _ in range(2):  # what was said, and the end behind it
+            if not flag and not select.select([sock], [], [], 0)[0]:
+                return False
+            if not sock.recv(4 * KIB, flag):
+                return True
     except BlockingIOError:
-        return False
+        pass
     except OSError:
         return True
+    return False
 
 
 def send_some(sock: socket.socket, pieces: Sequence[Block]) -> int:
