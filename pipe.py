@@ -5078,16 +5078,23 @@ def tune(sock: socket.socket, viewer_timeout: float) -> None:
 
 
 def has_left(sock: socket.socket) -> bool:
-    """Whether the other end has closed its connection, or its sending side: never blocks."""
+    """Whether the other end has closed its connection, or its sending side: never blocks.
+
+    What it may say after its request is dropped: it would hide the end behind it.
+    """
+    is_blocking = sock.gettimeout() is None  # on Windows recv() would wait as long as a send
+    flag = getattr(socket, "MSG_DONTWAIT", 0) if is_blocking else 0
     try:
-        if sock.gettimeout() is None and hasattr(socket, "MSG_DONTWAIT"):
-            return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        # Windows, where recv() would wait for as long as a send may.
-        return any(select.select([sock], [], [], 0)) and sock.recv(1, socket.MSG_PEEK) == b""
+        for _ in range(2):  # what was said, and the end behind it
+            if not flag and not select.select([sock], [], [], 0)[0]:
+                return False
+            if not sock.recv(4 * KIB, flag):
+                return True
     except BlockingIOError:
-        return False
+        pass
     except OSError:
         return True
+    return False
 
 
 def send_some(sock: socket.socket, pieces: Sequence[Block]) -> int:

@@ -28,9 +28,10 @@ import pytest
 
 import pipe
 from tests import media, soak
-from tests.origin import Origin, Playlist, Stall
+from tests.origin import Origin, Playlist, Segment, Stall
 from tests.program import Service, eventually
 from tests.server import TIMEOUT, Answer, Site, Watch
+from tests.test_sharing import paced
 from tests.threads import Task
 
 # With the others, these would take `python -m pytest` beyond three minutes.
@@ -439,6 +440,82 @@ def test_dead_peers_are_found_but_paused_players_kept(
             assert least <= value <= most, name
 
 
+#### Segments larger than the window ####
+
+RATE = 25_000_000 // 8  # bytes a second of the channel
+SEGMENT_SECONDS = 10
+
+
+def large_segments(count: int, *, is_fmp4: bool) -> tuple[bytes | None, list[bytes]]:
+    """An initialization section and segments of ten seconds; three of them again and again."""
+    size = SEGMENT_SECONDS * RATE
+    if is_fmp4:
+        init, fragments = media.fmp4()
+        large = [fragment + box(b"free", size - len(fragment)) for fragment in fragments[:3]]
+    else:
+        init, large = None, [media.padded(segment, size) for segment in media.ts_segments()[:3]]
+    return init, list(itertools.islice(itertools.cycle(large), count))
+
+
+def box(kind: bytes, size: int) -> bytes:
+    return size.to_bytes(4, "big") + kind + bytes(size - 8)
+
+
+def watch_whole(port: int, count: int, init: bytes, segments: list[bytes], rate: float) -> None:
+    """Read so many segments at a rate; fails where anything is left out after the start."""
+    with Watch(port, "/news") as viewer:
+        assert viewer.read(len(init)) == init
+        start = viewer.read(4096)
+        first = next(n for n, segment in enumerate(segments) if segment.startswith(start))
+        for number in range(first, first + count):
+            expected = memoryview(segments[number])[len(start) if number == first else 0 :]
+            for at, part in paced(viewer, len(expected), rate):
+                assert part == expected[at : at + len(part)], f"at {at} of segment {number}"
+
+
+@pytest.mark.parametrize("speed", [5, 1], ids=["scaled", "real-length"])
+@pytest.mark.parametrize("is_fmp4", [False, True], ids=["ts", "fmp4"])
+def test_segments_larger_than_the_window(
+    origin: Origin, tmp_path: Path, is_fmp4: bool, speed: int
+) -> None:
+    """Two viewers at 1.5 times real time lose nothing; the second joins two segments late."""
+    count = 12
+    init, segments = large_segments(count, is_fmp4=is_fmp4)
+    playlist = Playlist(
+        "live",
+        [Segment(segment, SEGMENT_SECONDS / speed) for segment in segments],
+        mode="live", window=3, init=init, extension=".m4s" if is_fmp4 else ".ts", clock=True,
+    )  # fmt: skip
+    with Service(tmp_path, {"news": origin.add(playlist).url}) as service:
+        arguments = init or b"", segments, 1.5 * speed * RATE
+        first = Task(lambda: watch_whole(service.port, 9, *arguments))
+        origin.wait_for(playlist.segment_path(4), timeout=5 * SEGMENT_SECONDS)
+        second = Task(lambda: watch_whole(service.port, 7, *arguments))
+        for task in (first, second):
+            task.result(12 * SEGMENT_SECONDS)
+        wrong = "[1-9][0-9]* skips|fell behind|fewer than"
+        assert [line for line in service.lines if re.search(wrong, line)] == []
+
+
+def test_advice_for_segments_that_no_window_holds_is_enough(
+    origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Told once, and not told again to who follows it."""
+    size = 256 * KIB
+    for expected in (1, 0):
+        caplog.clear()
+        news = live(origin, size=MIB)
+        site = serve({"news": news.url}, ringbuffer_size=size)
+        viewer = site.watch("/news")
+        viewer.read(len(news.plain(2, 5)))
+        for number in range(5, 10):
+            news.advance()
+            viewer.read(len(news.plain(number, number + 1)))
+        advice = re.findall(r"set ringbuffer_size: (\d+)", caplog.text)
+        assert len(advice) == expected
+        size = int(*advice or [size])
+
+
 #### Where it listens ####
 
 
@@ -515,7 +592,7 @@ def test_viewer_that_left_is_known_by_its_socket(
             player.send(b"more")
             eventually(lambda: sock.recv(1, socket.MSG_PEEK) == b"m", "it has come")
             assert not pipe.has_left(sock), "whoever says something is there"
-            sock.recv(4)
+            player.send(b"more")
             player.shutdown(socket.SHUT_WR)
             eventually(lambda: pipe.has_left(sock), "it left")
 

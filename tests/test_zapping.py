@@ -62,6 +62,10 @@ class Player:
             assert more, "the answer has no media"
             data += more
 
+    def say(self, more: bytes) -> None:
+        """After its request."""
+        self._sock.sendall(more)
+
     def finish_sending(self) -> None:
         self._sock.shutdown(socket.SHUT_WR)
 
@@ -259,6 +263,69 @@ def test_connection_of_a_channel_that_was_left_closes_before_the_next_opens(
     may_end.set()
 
 
+#### Odd players ####
+
+
+@pytest.mark.parametrize("linger", [0, 0.05])
+def test_channel_is_asked_for_again_while_it_closes(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch, linger: float
+) -> None:
+    may_end = threads_end_late(monkeypatch)
+    site = household(origin, serve, relay, server={"max_upstreams": 1}, linger=linger)
+    for _ in range(5):
+        with Player(site, "/a") as player:
+            player.read_media()
+        eventually(lambda: upstreams(site) == 0, "it closes")
+    assert origin.count("/a") == 5
+    origin.wait_connections(0)
+    may_end.set()
+
+
+def test_player_opens_a_channel_twice(origin: Origin, serve: Serve) -> None:
+    """A probe, closed after the player itself has come."""
+    site = household(origin, serve, relay, server={"max_upstreams": 1})
+    for name in ("a", "b", "a"):
+        with Player(site, f"/{name}") as probe, Player(site, f"/{name}") as player:
+            assert (probe.status, player.status) == (200, 200)
+            probe.close()
+            player.read_media()
+    assert [request.path for request in origin.requests] == ["/a", "/b", "/a"]
+
+
+def test_channel_that_fails_gives_way_to_the_next_one(origin: Origin, serve: Serve) -> None:
+    site = household(origin, serve, relay, server={"max_upstreams": 1, "max_viewers": 1})
+    origin.fault("/b", Status(404), times=None)
+    for name, status in [("a", 200), ("b", 502), ("b", 502), ("c", 200), ("b", 502), ("a", 200)]:
+        with Player(site, f"/{name}") as player:
+            assert player.status == status
+    assert origin.count("/b") == 1
+
+
+def test_start_that_fails_lets_in_who_waits_for_its_place(origin: Origin, serve: Serve) -> None:
+    site = household(origin, serve, relay, server={"max_upstreams": 1})
+    hanging = origin.fault("/a", StallHeaders(), Status(404))
+    with Player(site, "/a") as failing:
+        hanging.wait_held()
+        with Player(site, "/b") as player:
+            eventually(lambda: waits_in_watch() == 1, "it waits for the place")
+            hanging.release()
+            assert (failing.status, player.status) == (502, 200)
+
+
+@pytest.mark.parametrize("extra", [b"", b"\r\n", b"GET /b HTTP/1.1\r\n\r\n"])
+def test_place_of_who_has_closed_the_sending_side_is_free(
+    origin: Origin, serve: Serve, extra: bytes
+) -> None:
+    """Taken for gone, as other servers do; also where something was said before."""
+    site = household(origin, serve, relay, server={"max_viewers": 1})
+    with Player(site, "/a", SOURCES[0]) as half:
+        half.read_media()
+        half.say(extra)
+        half.finish_sending()
+        with Player(site, "/b", SOURCES[1]) as player:
+            player.read_media()
+
+
 #### A quality that does not exist ####
 
 
@@ -405,6 +472,7 @@ def test_slot_of_a_channel_that_a_reload_ends_is_free_at_once(
 ) -> None:
     """Its connections are closed, though its thread may take a while to end."""
     may_end = threads_end_late(monkeypatch)
+    origin.rate = 2_000_000
     site = serve({"news": relay(origin, "a")}, server={"max_upstreams": 1})
     with Player(site, "/news", SOURCES[0]) as player:
         player.read_media()
