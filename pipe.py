@@ -1852,6 +1852,7 @@ class Window:
 
 PART_LIMIT = 256 * KIB  # bytes of one read; larger ones save little and delay the first
 BODY_LIMIT = 8 * MIB  # bytes of a body that wait for their taker; the rest stays at the origin
+REFUSAL_TIME = 1.0  # seconds in which no segment of a film may be had, until its address expired
 RETRY_PAUSES = (0.1, 0.2, 0.4, 0.8)  # seconds, the last one again and again
 
 
@@ -1912,29 +1913,27 @@ class Download:
         request: Callable[[Mapping[str, str], float], requests.Response],
         closing: threading.Event,
         patience: Callable[[], float],
-        is_listed: Callable[[], bool] = lambda: True,  # False where it cannot be had any more
+        is_hopeless: Callable[[Download], str] = lambda _: "",  # why another try is of no use
         byte_range: tuple[int, int] | None = None,
         opened: Opened | None = None,
     ) -> None:
         self._request, self._closing = request, closing
-        self._patience, self._is_listed = patience, is_listed
+        self._patience, self._is_hopeless = patience, is_hopeless
         self._first, last = byte_range or (0, None)  # of the resource's bytes
         self._size = None if last is None else last - self._first + 1
         self._opened = opened  # the first answer, where it is there already
         self._had = Fingerprint()
         self._moved = 0.0  # when the newest byte was passed on, or the first try began
-        self.gone_since = math.inf  # since when each try found nobody there
+        self.asked = 0.0  # when the newest try began
+        self.answered = 0.0  # when the newest try began that was answered
+        self.failure: str | None = None  # of the newest try; None where it was answered
+        self.failing_since = 0.0  # when the first of the tries began that failed like this
         self._validator: str | None = None  # None: the rest cannot be asked for
         self._length = 0  # bytes of the whole, where an answer with a part of it told
         self.buffer = ReaderBuffer(BODY_LIMIT)  # between the two threads
 
     def __repr__(self) -> str:
         return f"<Download: {self._had.size} bytes came, {self.buffer}>"
-
-    @property
-    def newest_byte(self) -> float:
-        """When it came; 0 where none has."""
-        return self._moved if self._had.size else 0.0
 
     # The runner
 
@@ -1945,8 +1944,10 @@ class Download:
         """The bytes as they come; raises DownloadFailed where the rest cannot be had."""
         self._moved = time.monotonic()
         for pause in itertools.chain(RETRY_PAUSES, itertools.repeat(RETRY_PAUSES[-1])):
+            self.asked = time.monotonic()
             try:
                 response, start = self._open()
+                self.answered, self.failure = self.asked, None
                 with contextlib.closing(response):
                     yield from self._new_parts(response, start)
                 return
@@ -1963,10 +1964,10 @@ class Download:
     def _judge(self, reason: str, pause: float) -> None:
         """Raise DownloadFailed where another try after this pause is of no use."""
         now = time.monotonic()
-        is_gone = reason in GONE
-        self.gone_since = min(self.gone_since, now) if is_gone else math.inf
-        if not self._is_listed():
-            raise DownloadFailed(f"{reason}, and the playlist no longer lists it")
+        if self.answered < self.asked and self.failure != reason:
+            self.failure, self.failing_since = reason, self.asked
+        if why := self._is_hopeless(self):
+            raise DownloadFailed(f"{reason}, and {why}")
         if now + pause - self._moved > self._patience():
             raise DownloadFailed(reason)
 
@@ -2842,8 +2843,8 @@ class DownloadingWriter(HLSStreamWriter):
         except EngineStreamError as error:  # an offset is missing
             failure = explain(error)
         request = functools.partial(self._request, part.uri)
-        is_listed = functools.partial(self._is_listed, segment.num)
-        download = Download(request, self._wait, self._patience, is_listed, byte_range)
+        is_hopeless = functools.partial(self._is_hopeless, segment.num)
+        download = Download(request, self._wait, self._patience, is_hopeless, byte_range)
         with self._lock:
             self._downloads.add(download)
             if failure or self._is_closing:
@@ -2858,6 +2859,36 @@ class DownloadingWriter(HLSStreamWriter):
         arguments = {**self.reader.request_params, "url": url}
         return cast(Http, self.session.http).ask(arguments, headers, min(timeout, self.timeout))
 
+    def _is_hopeless(self, number: int, download: Download) -> str:
+        """Why another try is of no use; empty where it may be."""
+        if not self._is_listed(number):
+            return "the playlist no longer lists it"
+        is_refused = download.asked - download.failing_since > REFUSAL_TIME
+        if self._is_expired(download) and number != self.reader.first and is_refused:
+            return "others as well" if self._has_company(download) else ""
+        return ""
+
+    def _is_expired(self, download: Download) -> bool:
+        return self._has_end and download.failure in EXPIRED
+
+    def _has_company(self, download: Download) -> bool:
+        """Whether others fail alike, and none that was asked for meanwhile was answered."""
+        return self._is_cut_off(download) and any(
+            other.failure == download.failure for other in self._others(download)
+        )
+
+    def _is_cut_off(self, download: Download) -> bool:
+        """Whether nothing that was asked for while this one failed was answered.
+
+        What came then of older answers proves nothing: a server that is stopped ends them first.
+        """
+        since, until = download.failing_since, download.asked
+        return not any(since < other.answered < until for other in self._others(download))
+
+    def _others(self, download: Download) -> list[Download]:
+        with self._lock:
+            return [other for other in self._downloads if other is not download]
+
     def _is_listed(self, number: int) -> bool:
         listed = self.reader.worker.playlist_segments
         return self._has_end or not listed or number >= listed[0].num
@@ -2869,6 +2900,10 @@ class DownloadingWriter(HLSStreamWriter):
     @property
     def _has_end(self) -> bool:
         return self.reader.worker.playlist_end is not None
+
+    @property
+    def _is_track(self) -> bool:
+        return isinstance(self.reader.buffer, TrackBuffer)
 
     # Its own thread
 
@@ -2905,16 +2940,26 @@ class DownloadingWriter(HLSStreamWriter):
                 self._slots.release()
 
     def _give_up(self, segment: Any, download: Download, is_map: bool, reason: str) -> SegmentEvent:
-        """Leave a gap; or end, where the origin is gone or nothing could be decoded any more."""
-        with self._lock:
-            newest_byte = max(other.newest_byte for other in self._downloads)
+        """Leave a gap; or end, where that would be one of many, or nothing could be decoded."""
         if is_map:
             raise UpstreamError(f"its initialization section cannot be had: {reason}")
-        if newest_byte <= download.gone_since < math.inf:
-            raise UpstreamError(reason)
+        if self._is_one_of_many(segment.num, download):
+            raise UpstreamError(download.failure or reason)
         if not self._is_closing:
             log.warning("segment %d is given up: %s", segment.num, reason)
         return SegmentEvent(EventKind.GAP, segment.num)
+
+    def _is_one_of_many(self, number: int, download: Download) -> bool:
+        """Whether the origin is gone, or a film's address has expired.
+
+        A segment that is refused although its address was just resolved for it is missing; so is
+        one of a track, which cannot go on where it was.
+        """
+        if not self._is_cut_off(download):
+            return False
+        is_new = number != self.reader.first and not self._is_track
+        is_expired = self._is_expired(download) and (is_new or self._has_company(download))
+        return is_expired or download.failure in GONE
 
     def _bytes_of(self, segment: Any, download: Download, is_map: bool) -> Iterator[bytes]:
         key, pieces = segment.key, self.iter_segment_content(segment, cast(Any, download))
@@ -2922,8 +2967,7 @@ class DownloadingWriter(HLSStreamWriter):
             key, pieces = segment.map.key, iter([download.content])
         if key and key.method != "NONE" and not self.passthrough_encrypted:
             pieces = _decrypted(pieces, self._decryptor(key, segment.num))
-        is_track = isinstance(self.reader.buffer, TrackBuffer)
-        if is_track and self.stream.parse_packed_audio and not is_map:
+        if self._is_track and self.stream.parse_packed_audio and not is_map:
             start, pieces = itertools.tee(pieces)
             with contextlib.suppress(ID3v2Error):  # of tags before version 4, which stay
                 pieces = self._parse_packed_audio_timestamp(start)

@@ -39,7 +39,7 @@ from email.utils import formatdate
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
 from Crypto.Cipher import AES
 from Crypto.Util.Padding import pad
@@ -153,6 +153,7 @@ class Playlist:
         # Guards everything below. Reentrant: public methods use each other.
         self._lock = threading.RLock()
         self._due: float | None = None  # when the clock publishes the next segment
+        self._token = 0  # in the addresses of segments, once there is one
         self._load_locked(segments, init)
         self._number_locked(first_sequence)
         if clock:
@@ -235,6 +236,16 @@ class Playlist:
             if segments is not None:
                 self._load_locked(segments, init)
             self._number_locked(first_sequence)
+
+    def renew_tokens(self, status: int = 403) -> None:
+        """Names segments with a new token from now on; what asks with an older one is refused."""
+        if self._origin is None:
+            raise RuntimeError(f"{self.name} was not added to an origin")
+        with self._lock:
+            old, self._token = self._token, self._token + 1
+        if old:
+            pattern = f"/{self.name}/*?token={old}"
+            self._origin.fault(pattern, Status(status), times=None)
 
     def run_by_clock(self) -> None:
         """From now on a segment appears whenever its duration has passed. An `event` ends with
@@ -364,7 +375,7 @@ class Playlist:
         yield f"#EXTINF:{media.duration:.6f},"
         if self._byte_ranges:
             yield self._range_locked(number)
-        yield self._file(number)
+        yield self._file(number) + (f"?token={self._token}" if self._token else "")
 
     def _range_locked(self, number: int) -> str:
         """With its offset for even numbers; odd ones follow the one before where there is one."""
@@ -475,6 +486,7 @@ class Answer:
     reset: bool = False  # break with a TCP reset
     byte_pause: float = 0.0  # seconds before each byte
     head_pause: float = 0.0  # the same of the head
+    rate: float = 0.0  # bytes of the body a second; 0: the origin's
 
     def etag(self) -> str | None:
         if not self.validators or not isinstance(self.content, Content) or self.etags == "none":
@@ -640,6 +652,16 @@ class DripHead:
 
     def apply(self, answer: Answer) -> None:
         answer.head_pause = self.per_byte_seconds
+
+
+@dataclass(frozen=True)
+class Trickle:
+    """The body comes at `rate` bytes a second: a connection that is stuck, beside others."""
+
+    rate: float
+
+    def apply(self, answer: Answer) -> None:
+        answer.rate = self.rate
 
 
 @dataclass(frozen=True)
@@ -842,6 +864,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(answer, record, handle)
         finally:
             self._origin._ended(record)
+            self.close_connection |= self.server.finish(self.connection)
 
     do_HEAD = do_GET
 
@@ -960,7 +983,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._reach(sent, answer, handle)
         with _blocks(body) as blocks:
             for piece in self._pieces(blocks, answer):
-                self._pace(len(piece), answer.byte_pause)
+                self._pace(len(piece), answer)
                 self._write(piece, chunked)
                 sent += len(piece)
                 self._origin._progress(record, sent=len(piece))
@@ -996,13 +1019,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _piece_size(self, answer: Answer) -> int:
         if answer.byte_pause:
             return 1
-        rate = self._origin.rate
+        rate = answer.rate or self._origin.rate
         return min(PIECE, max(1, int(rate * TICK))) if rate else PIECE
 
-    def _pace(self, size: int, byte_pause: float) -> None:
+    def _pace(self, size: int, answer: Answer) -> None:
         """Waits until `size` more bytes are due. A thread that woke late catches up, by a tick."""
-        self._wait(byte_pause)
-        rate = self._origin.rate
+        self._wait(answer.byte_pause)
+        rate = answer.rate or self._origin.rate
         if rate:
             self._wait(self._paid_until - time.monotonic())
             self._paid_until = max(self._paid_until, time.monotonic() - TICK) + size / rate
@@ -1056,7 +1079,10 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, origin: Origin, port: int) -> None:
         self.origin = origin
         self.stopping = _Bell()
-        self._numbers: dict[socket.socket, int] = {}  # guarded by the origin's condition
+        # Guarded by the origin's condition:
+        self._numbers: dict[socket.socket, int] = {}
+        self._busy: set[socket.socket] = set()  # that are being answered
+        self._is_draining = False
         self._handlers: list[threading.Thread] = []  # used by the accepting thread until it ended
         try:
             super().__init__(("127.0.0.1", port), _Handler)
@@ -1070,9 +1096,8 @@ class _Server(ThreadingHTTPServer):
     def start(self) -> None:
         self._acceptor.start()
 
-    def stop(self) -> None:
-        """Closes the listener and every connection, and waits for their threads."""
-        self.stopping.ring()
+    def drain(self) -> None:
+        """Closes the listener, and each connection once it has no answer to send."""
         # Where the system allows it, this wakes the accepting thread, which otherwise polls.
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
@@ -1080,15 +1105,34 @@ class _Server(ThreadingHTTPServer):
         self._acceptor.join()
         self.server_close()
         with self.origin._changed:
-            for connection in self._numbers:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+            self._is_draining = True
+            self._hang_up(self._numbers.keys() - self._busy)
+
+    def _hang_up(self, connections: Iterable[socket.socket]) -> None:
+        for connection in connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def begin(self, connection: socket.socket) -> int:
+        """Notes that it is being answered; its number. The caller holds the condition."""
+        self._busy.add(connection)
+        return self._numbers[connection]
+
+    def finish(self, connection: socket.socket) -> bool:
+        """Notes that its answer was sent; whether it shall close now."""
+        with self.origin._changed:
+            self._busy.discard(connection)
+            return self._is_draining
+
+    def stop(self) -> None:
+        """Closes the listener and every connection, and waits for their threads."""
+        self.stopping.ring()
+        self.drain()
+        with self.origin._changed:
+            self._hang_up(self._numbers)
         for thread in self._handlers:
             thread.join()
         self.stopping.close()
-
-    def number(self, connection: socket.socket) -> int:
-        return self._numbers[connection]
 
     def open_connections(self) -> int:
         return len(self._numbers)
@@ -1140,6 +1184,7 @@ class Origin:
         self.validators = True  # whether ETag and Last-Modified are sent
         self._port = port
         self._server: _Server | None = None  # while it runs
+        self._drained: list[_Server] = []  # which took no more connections, until all is stopped
         self._errors: list[BaseException] = []
         # Guards everything below, the servers' connections and the faults' counts; notified when
         # any of it changes, for `wait_until`. Reentrant: conditions waited for may use properties.
@@ -1163,8 +1208,18 @@ class Origin:
 
     def stop(self) -> None:
         """Closes the listener and every connection; no thread is left. `start` may follow."""
+        self.drain()
+        while self._drained:
+            self._drained.pop().stop()
+
+    def drain(self) -> None:
+        """A graceful stop: new connections are refused, and the others end with their answers.
+
+        `start` may follow at once.
+        """
         if self._server is not None:
-            self._server.stop()
+            self._server.drain()
+            self._drained.append(self._server)
             self._server = None
 
     def restart(self) -> None:
@@ -1329,7 +1384,7 @@ class Origin:
         """Logs a request and finds the fault that it shall meet."""
         headers = {name.lower(): value for name, value in handler.headers.items()}
         with self._changed:
-            number = handler.server.number(handler.connection)
+            number = handler.server.begin(handler.connection)
             moment, step = time.monotonic(), next(self._steps)
             record = _Record(handler.command, handler.path, headers, number, moment, step)
             self._records.append(record)
@@ -1370,6 +1425,9 @@ class Origin:
 #### By hand ####
 
 
+TOKEN_SECONDS = 20.0  # that the addresses of `vod-tokens` are valid
+
+
 def _add_channels(origin: Origin) -> list[str]:
     """Adds a channel of every kind, moving by the clock, and returns their addresses."""
     from tests import media
@@ -1401,17 +1459,27 @@ def _add_channels(origin: Origin) -> list[str]:
     return addresses + [origin.add(multivariant).url for multivariant in masters]
 
 
+def _renew_tokens(playlist: Playlist) -> NoReturn:
+    """Pause a player of it for longer than that, and go on."""
+    while True:
+        playlist.renew_tokens()
+        time.sleep(TOKEN_SECONDS)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serve ready-made HLS channels on loopback.")
     parser.add_argument("--port", type=int, default=0, help="default: any free one")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds before each answer")
     parser.add_argument("--rate", type=float, default=0.0, help="bytes/s on each connection")
     arguments = parser.parse_args()
+    from tests import media
+
     with Origin(arguments.port) as origin, contextlib.suppress(KeyboardInterrupt):
         origin.delay, origin.rate = arguments.delay, arguments.rate
-        sys.stdout.write("\n".join([*_add_channels(origin), ""]))
+        tokens = origin.add(Playlist("vod-tokens", media.ts_segments(60)))
+        sys.stdout.write("\n".join([*_add_channels(origin), tokens.url, ""]))
         sys.stdout.flush()
-        threading.Event().wait()
+        _renew_tokens(tokens)
 
 
 if __name__ == "__main__":
