@@ -5407,7 +5407,9 @@ def set_up_logging(level: str) -> LogFormatter:
     logging.captureWarnings(True)
     log.setLevel(level.upper())
     logging.getLogger("streamlink").setLevel("WARNING" if level == "info" else level.upper())
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # "pool is full": noise
+    if level != "debug":  # each failed reload and lost segment, which the channel tells once
+        for name in ("streamlink.stream.hls", "streamlink.stream.segmented", "urllib3"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     threading.excepthook = _log_dead_thread
     return formatter
 

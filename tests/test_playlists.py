@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import re
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import requests
@@ -31,7 +33,8 @@ from tests.origin import (
     Tokens,
     master,
 )
-from tests.server import Site
+from tests.program import Service
+from tests.server import Site, Watch
 from tests.threads import Task
 
 Serve = Callable[..., Site]
@@ -505,3 +508,48 @@ def test_start_offset_is_for_the_start_alone(origin: Origin, serve: Serve, mode:
         expired.wait()
     broken.clear()
     assert viewer.read(len(channel.plain(stop - 1, stop))) == channel.plain(stop - 1, stop)
+
+
+#### What the log says of it ####
+
+
+@pytest.mark.parametrize("level", ["info", "debug"])
+def test_engine_tells_of_playlists_at_debug_only(
+    origin: Origin, tmp_path: Path, level: str
+) -> None:
+    """Each failed reload, each jump of the numbers, each strange attribute."""
+    live = origin.add(
+        Playlist("news", [Segment(d, tags=("#EXT-X-KEY:?",)) for d in SEGMENTS], mode="live")
+    )
+    with Service(tmp_path, {"news": live.url}, level=level) as service:
+        with Watch(service.port, "/news") as viewer:
+            viewer.read(len(live.plain(2, 5)))
+            failing = origin.fault(live.path, Status(503), times=2)
+            failing.wait(2)
+            live.advance(8)
+            assert viewer.read(len(live.plain(8, 13))) == live.plain(8, 13)
+        lines = service.lines
+    words = "Reloading failed|Sequence gap|attributes list|pool"
+    told = [line for line in lines if re.search(words, line)]
+    assert bool(told) == (level == "debug"), told
+    assert any("news: 127.0.0.1, 1 of 1: the origin answered 503" in line for line in lines)
+
+
+#### Names ####
+
+
+@pytest.mark.parametrize("name", ["a-executor", "executor-0", "x-executor-0"])
+def test_name_of_a_stream_lifts_no_bound(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(pipe, "PLAYLIST_LIMIT", 100_000)
+    live = origin.add(news())
+    site = serve({name: live.url})
+    viewer = site.watch(f"/{name}")
+    viewer.read(len(live.plain(2, 5)))
+    live.override = playlist_of(*(50_000 * ["# much"])).encode()
+    reloads = origin.count(live.path)
+    origin.wait_for(live.path, reloads + 2)
+    assert site.get("/status").json["streams"][0]["last_error"] == (
+        "the origin's playlist is too large"
+    )
