@@ -280,6 +280,7 @@ UNREACHABLE = "the origin cannot be reached"
 CLOSED = "the origin closed the connection"
 GONE = frozenset({REFUSED, UNKNOWN, NO_ROUTE, UNREACHABLE, CLOSED})  # nobody is there
 WEB_PAGE = "the origin sent a web page, not a stream"
+EMPTY = "the origin's playlist is empty"
 
 # The first that fits any of the causes: a reason stands before what it brings about.
 _MESSAGES_BY_KIND: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
@@ -319,7 +320,10 @@ _MESSAGES_BY_TEXT = (
         "the origin does not speak https there: write http:// in front of its address",
     ),
     (("[SSL",), "the origin refuses a secure connection"),
-    (("Invalid URL", "Failed to parse: "), "the origin names an address that is not valid"),
+    (
+        ("Invalid URL", "Invalid IPv6", "Failed to parse: "),
+        "the origin names an address that is not valid",
+    ),
     (("EXTM3U",), "the origin sent something that is not an HLS playlist"),
     (("variant playlist",), "the origin's playlist lists no stream that can be played"),
     (("I-frames only",), "the origin's playlist has key frames only, for seeking"),
@@ -2349,6 +2353,8 @@ class Http(HTTPSession):
         is_manifest = b"<MPD" in response.content[:START_LIMIT]  # of DASH
         if kind in (OSError, EngineStreamError) and is_page(response.content) and not is_manifest:
             raise kind from UpstreamError(WEB_PAGE)
+        if kind in (OSError, EngineStreamError) and not response.content:
+            raise kind from UpstreamError("the origin sent an empty answer")
         if is_playlist(response.content):
             self.keep(response)
         return response
@@ -2356,15 +2362,22 @@ class Http(HTTPSession):
     def _ask_moved(self, url: str, arguments: Mapping[str, Any]) -> requests.Response | None:
         """A playlist from where its redirect led: a CDN's may be slow, and lead elsewhere.
 
-        None where that fails: its token may have been good once, or for some seconds.  The address
-        itself is then asked, now and from then on, since who collects refusals is banned.
+        None where that fails.  Where it was refused, its token was good once or for some seconds:
+        the address itself is then asked from then on, since who collects refusals is banned.
         """
-        if not self._moved.get(url):
+        target = self._moved.get(url)
+        if not target:
             return None
-        with contextlib.suppress(Exception), self.within(self.patience(math.inf) / 2):
-            response = cast(Any, super().request("GET", self._moved[url], **arguments))
+        try:
+            with self.within(self.patience(math.inf) / 2):
+                response = cast(Any, super().request("GET", target, **arguments))
             if is_playlist(response.content):
                 return cast(requests.Response, response)
+        except Exception as error:
+            log.debug("cannot load from where the redirect led", exc_info=True)
+            if explain(error) not in EXPIRED:
+                del self._moved[url]
+                return None
         self._moved[url] = ""
         return None
 
@@ -2715,6 +2728,7 @@ def hook(stream: Any, name: str, buffer: ReaderBuffer | TrackBuffer, **told: Any
     stream.name = name  # part of its threads' names, and so of their log lines
     reader = _hooked(type(stream).__reader__)
     vars(stream)["__reader__"] = functools.partial(reader, buffer=buffer, **told)
+    vars(stream)["__parser__"] = _parser(type(stream).__parser__)
 
 
 @functools.cache
@@ -2726,6 +2740,30 @@ def _hooked(base: Any) -> Any:
         "__worker__": type(worker.__name__, (WatchedWorker, worker), {}),
     }
     return type(base.__name__, (SegmentReader, base), members)
+
+
+@functools.cache
+def _parser(base: Any) -> Any:
+    """Adds what streamlink's parser of playlists, or a plugin's, does not know."""
+
+    class Parser(base):  # type: ignore[misc]
+        is_gap = False
+
+        def parse_line(self, line: str) -> None:
+            self.is_gap |= line.startswith("#EXT-X-GAP")
+            super().parse_line(line)
+
+        def get_segment(self, uri: str, **data: Any) -> Any:
+            segment = super().get_segment(uri, **data)
+            segment.is_gap, self.is_gap = self.is_gap, False
+            wanted, before = segment.byterange, self.m3u8.segments[-1:]
+            if wanted and wanted.offset is None and before and before[0].uri == segment.uri:
+                # RFC 8216, 4.3.2.2; streamlink would need all segments from the first on.
+                offset = sum(part or 0 for part in before[0].byterange or ())
+                segment.byterange = wanted._replace(offset=offset)
+            return segment
+
+    return Parser
 
 
 class TrackBuffer(ReaderBuffer):
@@ -2808,6 +2846,7 @@ class WatchedWorker(HLSStreamWorker):
     reader: Any
     failure: str | None = None  # of the newest playlist
     _is_loaded = False  # the first playlist came
+    _is_empty = True  # the newest lists nothing
     _below = 0  # successive playlists that end below the last number queued
 
     def run(self) -> None:
@@ -2819,8 +2858,9 @@ class WatchedWorker(HLSStreamWorker):
 
     def reload(self) -> None:
         try:
+            self._is_empty = True
             super().reload()  # type: ignore[no-untyped-call]
-            self._is_loaded, self.failure = True, None
+            self._is_loaded, self.failure = True, EMPTY if self._is_empty else None
         except Exception as error:
             self.failure = explain(error)
             if self.failure in EXPIRED or not self._is_loaded:  # or it is tried again
@@ -2828,10 +2868,12 @@ class WatchedWorker(HLSStreamWorker):
             raise
 
     def process_segments(self, playlist: Any) -> None:
+        self._is_empty = False
         first, last, wanted = playlist.segments[0].num, playlist.segments[-1].num, self.reader.first
-        if self.sequence < 0:
+        if self.sequence < 0 and wanted is not None:
             # Go on where another opening stopped, unless the numbers tell nothing.
-            if wanted is not None and first <= wanted <= last + 1 + self.reader.slack:
+            self.duration_offset_start = 0.0
+            if first <= wanted <= last + 1 + self.reader.slack:
                 self.sequence = wanted
         elif last < self.sequence - 1:  # caches serve playlists a number or two old
             self._below += 1
@@ -2843,9 +2885,10 @@ class WatchedWorker(HLSStreamWorker):
         super().process_segments(playlist)
 
 
-# By explain()'s words: what an address answers that is not valid any more, so that it is resolved
-# anew, and what becomes of a request where nobody answers.
+# What an address answers that is not valid any more, by explain()'s words: it is resolved anew.
 EXPIRED = frozenset(f"the origin answered {status}" for status in (401, 403, 404, 410))
+NOT_FOUND = "the origin answered 404"
+START_MISSING = 3  # segments that cannot be had at a start, until the stream is given up
 
 
 class DownloadingWriter(HLSStreamWriter):
@@ -2861,7 +2904,10 @@ class DownloadingWriter(HLSStreamWriter):
     def __init__(self, reader: Any, **arguments: Any) -> None:
         super().__init__(reader, **arguments)
         self.retries = 0  # of keys: streamlink would sleep in between, whoever wants it to end
-        # What has begun: segments with their downloads (None: filtered); True for their maps.
+        self._is_start = reader.first is None  # until the first media came
+        self._missing = 0  # segments given up
+        self._head: Download | None = None  # what is handed on now
+        # What has begun: segments with their downloads (None: filtered, a gap); True for maps.
         self._queued: queue.SimpleQueue[tuple[Any, Download | None, bool] | None]
         self._queued = queue.SimpleQueue()
         self._map: tuple[object, Download] | None = None  # the newest EXT-X-MAP
@@ -2892,12 +2938,17 @@ class DownloadingWriter(HLSStreamWriter):
             self._begin(segment)
 
     def _begin(self, segment: Any) -> None:
-        if self.should_filter_segment(segment):
+        if self._is_gap(segment) or self.should_filter_segment(segment):
             self._queued.put((segment, None, False))
             return
         if segment.map is not None and self._is_listed(segment.num):
             self._put_map(segment)
         self._queued.put((segment, self._start(segment, segment), False))
+
+    @staticmethod
+    def _is_gap(segment: Any) -> bool:
+        """Whether the playlist says that there is nothing to ask for."""
+        return getattr(segment, "is_gap", False)  # a plugin's own may not tell
 
     def _put_map(self, segment: Any) -> None:
         """Hand on the initialization section where it changed, or the stream is discontinuous."""
@@ -2913,9 +2964,7 @@ class DownloadingWriter(HLSStreamWriter):
         byte_range = None
         failure = None if self._is_listed(segment.num) else "the playlist no longer lists it"
         try:
-            if part.byterange and part is segment:
-                byte_range = self.byterange.cached(segment.num, part.byterange)
-            elif part.byterange:
+            if part.byterange:
                 byte_range = self.byterange.uncached(part.byterange)
         except EngineStreamError as error:  # an offset is missing
             failure = explain(error)
@@ -2940,10 +2989,24 @@ class DownloadingWriter(HLSStreamWriter):
         """Why another try is of no use; empty where it may be."""
         if not self._is_listed(number):
             return "the playlist no longer lists it"
+        if self._is_refused_at_start(number, download):
+            return "others may be there"
         is_refused = download.asked - download.failing_since > REFUSAL_TIME
         if self._is_expired(download) and number != self.reader.first and is_refused:
             return "others as well" if self._has_company(download) else ""
         return ""
+
+    def _is_refused_at_start(self, number: int, download: Download) -> bool:
+        """Whether nobody is to wait for it: nothing was handed on, and this is to be the first.
+
+        What may only be late is waited for: an initialization section, or the newest segment, which
+        caches list before they have it.
+        """
+        is_first = self._is_start and download is self._head
+        is_newest = number >= self._newest and self._missing < START_MISSING - 1
+        is_map = self._map is not None and download is self._map[1]
+        may_come = download.failure == NOT_FOUND and (is_newest or is_map)
+        return is_first and download.failure in EXPIRED and not may_come
 
     def _is_expired(self, download: Download) -> bool:
         return self._has_end and download.failure in EXPIRED
@@ -2977,6 +3040,11 @@ class DownloadingWriter(HLSStreamWriter):
         with self._lock:
             return [other for other in self._downloads if other is not download]
 
+    @property
+    def _newest(self) -> int:
+        """The last number that is listed."""
+        return int(self.reader.worker.playlist_segments[-1].num)
+
     def _is_listed(self, number: int) -> bool:
         listed = self.reader.worker.playlist_segments
         return not listed or number >= listed[0].num
@@ -3009,13 +3077,19 @@ class DownloadingWriter(HLSStreamWriter):
             raise UpstreamError("the origin sends no more segments")
 
     def _items_of(self, segment: Any, download: Download | None, is_map: bool) -> Items:
+        self._head = download
         try:
+            if download is None and self._is_gap(segment):
+                yield SegmentEvent(EventKind.GAP, segment.num)
+                return
             if download is None:
                 self.reader.pause()
                 yield SegmentEvent(EventKind.FILTERED, segment.num)
                 return
             yield SegmentEvent(EventKind.INIT if is_map else EventKind.START, segment.num)
-            yield from self._bytes_of(segment, download, is_map)
+            for piece in self._bytes_of(segment, download, is_map):
+                self._is_start = self._is_start and is_map
+                yield piece
             self.reader.resume()
             if not is_map:
                 yield SegmentEvent(EventKind.END, segment.num)
@@ -3032,13 +3106,23 @@ class DownloadingWriter(HLSStreamWriter):
 
     def _give_up(self, segment: Any, download: Download, is_map: bool, reason: str) -> SegmentEvent:
         """Leave a gap; or end, where that would be one of many, or nothing could be decoded."""
+        reason = download.failure or reason
         if is_map:
             raise UpstreamError(f"its initialization section cannot be had: {reason}")
-        if self._is_one_of_many(segment.num, download):
-            raise UpstreamError(download.failure or reason)
+        self._missing += 1
+        if self._is_fatal(segment.num, download):
+            raise UpstreamError(reason)
         if not self._is_closing:
             log.warning("segment %d is given up: %s", segment.num, reason)
         return SegmentEvent(EventKind.GAP, segment.num)
+
+    def _is_fatal(self, number: int, download: Download) -> bool:
+        """Whether more is amiss than one segment.  At a start the next one may be there."""
+        if not self._is_start:
+            return self._is_one_of_many(number, download)
+        is_last = self._missing >= START_MISSING or number >= self._newest
+        is_gone = download.failure in GONE and self._is_one_of_many(number, download)
+        return is_last or is_gone
 
     def _is_one_of_many(self, number: int, download: Download) -> bool:
         """Whether the origin is gone, or a film's address has expired.
@@ -3066,13 +3150,19 @@ class DownloadingWriter(HLSStreamWriter):
 
     def _decryptor(self, key: Any, number: int) -> Any:
         """Without its key a stream cannot go on: it is tried for as long as a segment would be."""
+        is_open = key.key_format in (None, "", "identity") or self.key_uri_override
+        if key.method != "AES-128" or not is_open:
+            raise UpstreamError(f"it is encrypted with DRM ({key.method}), which cannot be played")
         deadline = time.monotonic() + self._patience()
         for pause in itertools.chain(RETRY_PAUSES, itertools.repeat(RETRY_PAUSES[-1])):
             try:
                 return self.create_decryptor(key, number)
             except Exception as error:
-                if time.monotonic() + pause > deadline or not self.wait(pause):
-                    raise UpstreamError(f"its key cannot be had: {explain(error)}") from error
+                self.key_uri = None  # or what came in its place would be kept
+                reason = explain(error)
+                is_refused = self._is_start and reason in EXPIRED
+                if is_refused or time.monotonic() + pause > deadline or not self.wait(pause):
+                    raise UpstreamError(f"its key cannot be had: {reason}") from error
         return None
 
     # Any thread
@@ -3937,7 +4027,7 @@ class Channel:
         now = time.monotonic()
         is_late = now > deadline
         if is_late and self._splicer is None and len(self.stream.urls) == 1:
-            raise no_media_error(self.stream)
+            raise no_media_error(self.stream, upstream.trouble)
         refused = now - max(self._troubled_since, alive) if upstream.trouble else 0.0
         if refused > 2 * upstream.target_duration and len(self.stream.urls) > 1:
             raise UpstreamError(upstream.trouble or "")
@@ -4074,8 +4164,9 @@ def stopping_error() -> StreamError:
     return StreamError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", retry_after=5)
 
 
-def no_media_error(stream: StreamSettings) -> StreamError:
-    reason = f"no media within {stream.options.timeout:g} s"
+def no_media_error(stream: StreamSettings, trouble: str | None) -> StreamError:
+    because = f": {trouble}" if trouble else ""
+    reason = f"no media within {stream.options.timeout:g} s{because}"
     return StreamError(HTTPStatus.GATEWAY_TIMEOUT, reason)
 
 
@@ -4267,7 +4358,8 @@ class Channels:
             remaining = deadline - time.monotonic()
             if remaining <= 0 or viewer.has_left():
                 self._detach(channel, viewer)
-                raise no_media_error(channel.stream) if remaining <= 0 else ViewerGone("left")
+                no_media = no_media_error(channel.stream, channel.trouble)
+                raise no_media if remaining <= 0 else ViewerGone("left")
             self.changed.wait(min(remaining, START_TICK))
         if channel.failure:
             self._detach(channel, viewer)
@@ -4966,7 +5058,7 @@ class Handler(BaseHTTPRequestHandler):
             is_stopping = self.server.channels.is_stopping
             error = UpstreamError("the stream has just ended")
             raise stopping_error() if is_stopping else error from None
-        raise no_media_error(channel.stream)
+        raise no_media_error(channel.stream, channel.trouble)
 
     def _take(self, channel: Channel, viewer: Viewer) -> list[Block]:
         """The next blocks; empty after a second without any, if the viewer is still there."""
@@ -5448,7 +5540,9 @@ def set_up_logging(level: str) -> LogFormatter:
     logging.captureWarnings(True)
     log.setLevel(level.upper())
     logging.getLogger("streamlink").setLevel("WARNING" if level == "info" else level.upper())
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # "pool is full": noise
+    if level != "debug":  # each failed reload and lost segment, which the channel tells once
+        for name in ("streamlink.stream.hls", "streamlink.stream.segmented", "urllib3"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     threading.excepthook = _log_dead_thread
     return formatter
 

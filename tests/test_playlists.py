@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
+import re
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import requests
@@ -25,11 +28,13 @@ from tests.origin import (
     Playlist,
     Preface,
     Redirect,
+    Segment,
     Status,
     Tokens,
     master,
 )
-from tests.server import Site
+from tests.program import Service
+from tests.server import Site, Watch
 from tests.threads import Task
 
 Serve = Callable[..., Site]
@@ -302,3 +307,249 @@ def test_dripping_head_of_a_segment_is_asked_for_anew(origin: Origin, serve: Ser
     live.advance()
     assert viewer.read(len(live.plain(5, 6))) == live.plain(5, 6)
     assert dripping.taken == 1
+
+
+#### Nothing to play ####
+
+
+def failing(origin: Origin, serve: Serve, text: str, **options: object) -> tuple[int, str]:
+    return reason(serve({"news": origin.add_file("/list.m3u8", text.encode())}, **options))
+
+
+def playlist_of(*lines: str) -> str:
+    return "\n".join(["#EXTM3U", "#EXT-X-TARGETDURATION:2", *lines, ""])
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["#EXT-X-I-FRAMES-ONLY", "#EXTINF:2,", "1.ts"], "key frames only"),
+        (["#EXT-X-MEDIA-SEQUENCE:latest", "#EXTINF:2,", "1.ts"], "an invalid number"),
+        (["#EXTINF:2,", "#EXT-X-BYTERANGE:1000", "1.ts"], "where a byte range starts"),
+        (['#EXT-X-I-FRAME-STREAM-INF:BANDWIDTH=1,URI="1.m3u8"'], "no stream that can be played"),
+        (["#EXTINF:2,", "http://["], "an address that is not valid"),
+    ],
+    ids=["i-frames", "sequence", "byte-range", "variants", "address"],
+)
+def test_useless_playlist_is_explained(
+    origin: Origin, serve: Serve, lines: list[str], words: str
+) -> None:
+    status, told = failing(origin, serve, playlist_of(*lines))
+    assert status == 502
+    assert words in told
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "words"),
+    [
+        (playlist_of(), 504, "no media within 1.5 s: the origin's playlist is empty"),
+        ("", 502, "the origin sent an empty answer"),
+    ],
+    ids=["no-segments", "no-bytes"],
+)
+def test_empty_playlist_is_told(
+    origin: Origin, serve: Serve, text: str, status: int, words: str
+) -> None:
+    assert failing(origin, serve, text, timeout=1.5) == (status, words)
+
+
+def test_playlist_that_is_empty_at_first_is_waited_for(origin: Origin, serve: Serve) -> None:
+    """An encoder that starts lists nothing yet."""
+    live = origin.add(news())
+    empty = origin.fault(live.path, Body(playlist_of().encode()), times=2)
+    viewer = serve({"news": live.url}).watch("/news")
+    assert viewer.read(len(live.plain(2, 5))) == live.plain(2, 5)
+    assert empty.taken == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "method"),
+    [
+        ('METHOD=SAMPLE-AES,URI="skd://key"', "SAMPLE-AES"),
+        ('METHOD=SAMPLE-AES-CTR,URI="data:text/plain;base64,AA"', "SAMPLE-AES-CTR"),
+        ('METHOD=AES-128,URI="key",KEYFORMAT="com.apple.streamingkeydelivery"', "AES-128"),
+    ],
+)
+def test_drm_is_told_at_once(origin: Origin, serve: Serve, key: str, method: str) -> None:
+    live = origin.add(news())
+    lines = [f"#EXT-X-KEY:{key}", "#EXTINF:2,", live.segment_path(0)]
+    words = f"it is encrypted with DRM ({method}), which cannot be played"
+    assert failing(origin, serve, playlist_of(*lines)) == (502, words)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        *itertools.product(["segments", "key"], [401, 403, 404, 410]),
+        *itertools.product(["initialization section"], [401, 403, 410]),
+    ],
+)
+@pytest.mark.parametrize("mode", ["live", "vod"])
+def test_refusal_of_everything_is_told_at_once(
+    origin: Origin, serve: Serve, status: int, kind: str, mode: str
+) -> None:
+    init, fragments = media.fmp4(6)
+    if kind == "initialization section":
+        channel = Playlist("news", fragments, mode=mode, init=init, extension=".m4s")  # type: ignore[arg-type]
+    else:
+        channel = Playlist("news", SEGMENTS, mode=mode, aes_key=bytes(16))  # type: ignore[arg-type]
+    origin.add(channel)
+    paths = {"segments": "*.ts", "key": channel.key_path}
+    refused = origin.fault(paths.get(kind, channel.init_path), Status(status), times=None)
+    answered, words = reason(serve({"news": channel.url}))
+    assert answered == 502
+    assert words.endswith(f"the origin answered {status}")
+    assert refused.taken <= 20  # it is not waited for
+
+
+def test_wrong_key_is_told(origin: Origin, serve: Serve) -> None:
+    live = origin.add(news(aes_key=bytes(16)))
+    origin.fault(live.key_path, Body(b"too short"), times=None)
+    status, words = reason(serve({"news": live.url}, timeout=4))
+    assert (status, words) == (502, "its key cannot be had: it is not a key of AES-128")
+
+
+def test_key_that_was_wrong_once_is_asked_for_again(origin: Origin, serve: Serve) -> None:
+    live = origin.add(news(aes_key=bytes(16)))
+    wrong = origin.fault(live.key_path, Body(b"too short"))
+    viewer = serve({"news": live.url}).watch("/news")
+    assert viewer.read(len(live.plain(2, 5))) == live.plain(2, 5)
+    assert wrong.taken == 1
+
+
+#### Segments that are not there ####
+
+
+@pytest.mark.parametrize("mode", ["live", "vod"])
+def test_first_segment_that_is_missing_delays_no_start(
+    origin: Origin, serve: Serve, mode: str
+) -> None:
+    channel = origin.add(Playlist("news", SEGMENTS[:6], mode=mode, target_duration=10))  # type: ignore[arg-type]
+    first = 2 if mode == "live" else 0
+    missing = origin.fault(channel.segment_path(first), Status(404), times=None)
+    site = serve({"news": channel.url}, timeout=8)
+    viewer = site.watch("/news")
+    expected = channel.plain(first + 1, 5)
+    assert viewer.read(len(expected)) == expected
+    assert missing.taken <= 2
+    assert site.get("/status").json["streams"][0]["gaps"] == 1
+
+
+def test_newest_segment_may_come_late(origin: Origin, serve: Serve) -> None:
+    """A cache lists it before it has it."""
+    live = origin.add(news())
+    late = origin.fault(live.segment_path(4), Status(404), times=2)
+    site = serve({"news": live.url}, streamlink={"hls-live-edge": 1})
+    viewer = site.watch("/news")
+    assert viewer.read(len(live.plain(4, 5))) == live.plain(4, 5)
+    assert late.taken == 2
+
+
+def with_gaps(*numbers: int) -> list[Segment]:
+    tags = ("#EXT-X-GAP",)
+    return [Segment(d, tags=tags if n in numbers else ()) for n, d in enumerate(SEGMENTS)]
+
+
+@pytest.mark.parametrize("gap", [2, 3])
+def test_marked_gap_is_passed_over_at_once(origin: Origin, serve: Serve, gap: int) -> None:
+    live = origin.add(Playlist("news", with_gaps(gap), mode="live", target_duration=10))
+    missing = origin.fault(live.segment_path(gap), Status(404), times=None)
+    site = serve({"news": live.url}, timeout=8)
+    viewer = site.watch("/news")
+    for number in range(2, 5):
+        expected = b"" if number == gap else live.plain(number, number + 1)
+        assert viewer.read(len(expected)) == expected
+    assert missing.taken == 0
+    assert site.get("/status").json["streams"][0]["gaps"] == 1
+
+
+def test_marked_gaps_end_no_upstream(origin: Origin, serve: Serve) -> None:
+    """Two of six."""
+    live = origin.add(Playlist("news", with_gaps(5, 6), mode="live", window=6, listed=6))
+    origin.fault(live.segment_path(5), Status(404), times=None)
+    origin.fault(live.segment_path(6), Status(404), times=None)
+    site = serve({"news": live.url})
+    viewer = site.watch("/news")
+    viewer.read(len(live.plain(3, 5)))
+    live.advance(4)
+    assert viewer.read(len(live.plain(7, 10))) == live.plain(7, 10)
+    stream = site.get("/status").json["streams"][0]
+    assert (stream["gaps"], stream["restarts"]) == (2, 0)
+
+
+#### Numbers and offsets ####
+
+
+def test_byte_range_without_offset_may_be_the_first(origin: Origin, serve: Serve) -> None:
+    """It follows the one before in the list, wherever the stream begins (RFC 8216, 4.3.2.2)."""
+    live = origin.add(Playlist("news", SEGMENTS, mode="live", window=6, byte_ranges=True))
+    site = serve({"news": live.url}, streamlink={"hls-live-edge": 3})
+    viewer = site.watch("/news")
+    assert viewer.read(len(live.plain(3, 6))) == live.plain(3, 6)
+    assert site.get("/status").json["streams"][0]["gaps"] == 0
+
+
+@pytest.mark.parametrize("mode", ["live", "vod"])
+def test_start_offset_is_for_the_start_alone(origin: Origin, serve: Serve, mode: str) -> None:
+    channel = Playlist("news", SEGMENTS[:10], mode=mode, window=8)  # type: ignore[arg-type]
+    origin.add(channel)
+    first = 4 if mode == "live" else 3
+    stop = 8 if mode == "live" else 10
+    broken = origin.fault(channel.segment_path(stop - 1), Status(500), times=None)
+    options = {"hls-start-offset": 3.0}
+    site = serve({"news": channel.url}, streamlink=options, timeout=1)
+    viewer = site.watch("/news")
+    assert viewer.read(len(channel.plain(first, stop - 1))) == channel.plain(first, stop - 1)
+    expired = origin.fault(channel.path, Status(403))
+    broken.wait()
+    if mode == "vod":
+        origin.restart()
+    else:
+        expired.wait()
+    broken.clear()
+    assert viewer.read(len(channel.plain(stop - 1, stop))) == channel.plain(stop - 1, stop)
+
+
+#### What the log says of it ####
+
+
+@pytest.mark.parametrize("level", ["info", "debug"])
+def test_engine_tells_of_playlists_at_debug_only(
+    origin: Origin, tmp_path: Path, level: str
+) -> None:
+    """Each failed reload, each jump of the numbers, each strange attribute."""
+    live = origin.add(
+        Playlist("news", [Segment(d, tags=("#EXT-X-KEY:?",)) for d in SEGMENTS], mode="live")
+    )
+    with Service(tmp_path, {"news": live.url}, level=level) as service:
+        with Watch(service.port, "/news") as viewer:
+            viewer.read(len(live.plain(2, 5)))
+            failing = origin.fault(live.path, Status(503), times=2)
+            failing.wait(2)
+            live.advance(8)
+            assert viewer.read(len(live.plain(8, 13))) == live.plain(8, 13)
+        lines = service.lines
+    words = "Reloading failed|Sequence gap|attributes list|pool"
+    told = [line for line in lines if re.search(words, line)]
+    assert bool(told) == (level == "debug"), told
+    assert any("news: 127.0.0.1, 1 of 1: the origin answered 503" in line for line in lines)
+
+
+#### Names ####
+
+
+@pytest.mark.parametrize("name", ["a-executor", "executor-0", "x-executor-0"])
+def test_name_of_a_stream_lifts_no_bound(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(pipe, "PLAYLIST_LIMIT", 100_000)
+    live = origin.add(news())
+    site = serve({name: live.url})
+    viewer = site.watch(f"/{name}")
+    viewer.read(len(live.plain(2, 5)))
+    live.override = playlist_of(*(50_000 * ["# much"])).encode()
+    reloads = origin.count(live.path)
+    origin.wait_for(live.path, reloads + 2)
+    assert site.get("/status").json["streams"][0]["last_error"] == (
+        "the origin's playlist is too large"
+    )
