@@ -1458,7 +1458,41 @@ def _add_channels(origin: Origin) -> list[str]:
         master("separate-audio", {"360p": picture}, audio=sound),
     ]
     addresses = [origin.add(playlist).url for playlist in playlists]
-    return addresses + [origin.add(multivariant).url for multivariant in masters]
+    addresses += [origin.add(multivariant).url for multivariant in masters]
+    return addresses + _add_odd_answers(origin, ts)
+
+
+def _add_odd_answers(origin: Origin, ts: Sequence[bytes]) -> list[str]:
+    """Live channels with what panels, CDNs and captive portals do; each fault lasts."""
+
+    def odd(name: str, *faults: Fault, path: str = "index.m3u8", tags: str = "") -> str:
+        media = [
+            Segment(data, tags=(tags,) if tags and n % 6 < 2 else ()) for n, data in enumerate(ts)
+        ]
+        playlist = origin.add(Playlist(name, media, mode="live", clock=True))
+        if faults:
+            origin.fault(f"/{name}/{path}", *faults, times=None)
+        return playlist.url
+
+    def tokens(name: str, **limits: float) -> str:
+        odd(name)
+        given = Tokens(f"/{name}/index.m3u8", **limits)
+        for path in (f"/login/{name}.m3u8", f"/{name}/index.m3u8"):
+            origin.fault(path, given, times=None)
+        return f"{origin.url}/login/{name}.m3u8"
+
+    return [
+        tokens("token-once", uses=1),
+        tokens("token-20s", uses=math.inf, seconds=20),
+        odd("web-page", Body(WEB_PAGE, "text/html")),
+        odd("page-segments", Body(WEB_PAGE, "text/html"), path="*.ts"),
+        odd("preface", Preface(b"\xef\xbb\xbf\r\n# made by a panel\n")),
+        odd("empty", Body(b"#EXTM3U\n")),
+        odd("dripping-head", DripHead(1.0)),
+        odd("refused-segments", Status(403), path="*.ts"),
+        odd("gaps", tags="#EXT-X-GAP"),
+        odd("drm", tags='#EXT-X-KEY:METHOD=SAMPLE-AES,URI="skd://key"'),
+    ]
 
 
 def _renew_tokens(playlist: Playlist) -> NoReturn:
