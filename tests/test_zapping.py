@@ -467,6 +467,17 @@ def test_address_that_a_reload_cut_off_is_not_a_failed_one(origin: Origin, serve
     hanging.release()
 
 
+def test_qualities_that_a_reload_brings_are_there_at_once(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipe, "FAILURE_MEMORY", LONG)
+    site = serve({"news": two_qualities(origin, "news").url})
+    assert site.get("/news?quality=240p").status == 404
+    tiny = Playlist("tiny", media.ts_segments(), mode="live", clock=True)
+    reload(site, {"url": origin.add(master("other", {"240p": tiny})).url})
+    watch(site, "/news?quality=240p")
+
+
 def test_slot_of_a_channel_that_a_reload_ends_is_free_at_once(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
