@@ -429,13 +429,14 @@ def reload(site: Site, stream: dict[str, object], **server: object) -> None:
 
 def test_who_waits_for_a_start_gets_the_new_default_quality(origin: Origin, serve: Serve) -> None:
     news = two_qualities(origin, "news")
-    hanging = origin.fault(news.path, StallHeaders())
+    hanging = origin.fault(news.path, StallHeaders(), times=None)
     site = serve({"news": {"url": news.url, "quality": "720p"}})
     paths = ["/news", "/news", "/news?quality=best", "/news?quality=nope"]
     with contextlib.ExitStack() as stack:
         players = [stack.enter_context(Player(site, path)) for path in paths]
         eventually(lambda: viewers(site) == len(paths), "all wait")
-        hanging.wait_held()
+        hanging.wait_held(3)
+        hanging.clear()
         reload(site, {"url": news.url, "quality": "360p"})
         assert [player.status for player in players] == [200, 200, 200, 404]
         variants = site.get("/status").json["streams"][0]["channels"]
