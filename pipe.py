@@ -4513,6 +4513,7 @@ class Channels:
                     channel.stop()
             for record in self._records.values():
                 record.failures.clear()
+                record.resolved = -math.inf
 
     def stop(self, timeout: float) -> bool:
         """Let all viewers go and end all threads; False where one still runs after `timeout`."""

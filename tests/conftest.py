@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,9 +19,11 @@ LEFT_OVER = 10.0  # seconds a closing upstream may need: streamlink's threads en
 def _no_thread_outlives_its_test() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
-    for thread in set(threading.enumerate()) - before:
-        thread.join(LEFT_OVER)
-        assert not thread.is_alive(), f"{thread.name} outlived the test"
+    while left := set(threading.enumerate()) - before:
+        for thread in left:
+            with contextlib.suppress(RuntimeError):  # it is just being started
+                thread.join(LEFT_OVER)
+                assert not thread.is_alive(), f"{thread.name} outlived the test"
 
 
 @pytest.fixture

@@ -429,13 +429,14 @@ def reload(site: Site, stream: dict[str, object], **server: object) -> None:
 
 def test_who_waits_for_a_start_gets_the_new_default_quality(origin: Origin, serve: Serve) -> None:
     news = two_qualities(origin, "news")
-    hanging = origin.fault(news.path, StallHeaders())
+    hanging = origin.fault(news.path, StallHeaders(), times=None)
     site = serve({"news": {"url": news.url, "quality": "720p"}})
     paths = ["/news", "/news", "/news?quality=best", "/news?quality=nope"]
     with contextlib.ExitStack() as stack:
         players = [stack.enter_context(Player(site, path)) for path in paths]
         eventually(lambda: viewers(site) == len(paths), "all wait")
-        hanging.wait_held()
+        hanging.wait_held(3)
+        hanging.clear()
         reload(site, {"url": news.url, "quality": "360p"})
         assert [player.status for player in players] == [200, 200, 200, 404]
         variants = site.get("/status").json["streams"][0]["channels"]
@@ -465,6 +466,17 @@ def test_address_that_a_reload_cut_off_is_not_a_failed_one(origin: Origin, serve
     stream = site.get("/status").json["streams"][0]
     assert (stream["restarts"], stream["last_error"]) == (0, None)
     hanging.release()
+
+
+def test_qualities_that_a_reload_brings_are_there_at_once(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipe, "FAILURE_MEMORY", LONG)
+    site = serve({"news": two_qualities(origin, "news").url})
+    assert site.get("/news?quality=240p").status == 404
+    tiny = Playlist("tiny", media.ts_segments(), mode="live", clock=True)
+    reload(site, {"url": origin.add(master("other", {"240p": tiny})).url})
+    watch(site, "/news?quality=240p")
 
 
 def test_slot_of_a_channel_that_a_reload_ends_is_free_at_once(
