@@ -794,6 +794,8 @@ Block = bytes | memoryview  # bytes appended to a window at once
 TS_PACKET = 188
 TS_SYNC = b"G"
 TIMESTAMP_MODULUS = 1 << 33
+NULL_PID = 0x1FFF
+JUMP_SEARCH = 1 * MIB  # in which each packet is looked at after a jump, then only units' first ones
 VIDEO_PATIENCE = 3 * 90_000  # ticks of sound without the video that the PMT names
 
 
@@ -879,6 +881,9 @@ class Framer:
         """Forget what is held back: the rest of it will not come."""
         self._carry = b""
 
+    def expect_jump(self, is_certain: bool) -> None:
+        """What comes next may not go on from what came: its clock does not, or its bytes tell."""
+
     def _hand_on(self, data: bytes, start: int, end: int, unit: int = 1) -> list[Block]:
         """A part of the data as blocks of at most BLOCK_LIMIT, cut at multiples of `unit` bytes.
 
@@ -896,6 +901,8 @@ VIDEO_TYPES = frozenset({0x01, 0x02, 0x10, 0x1B, 0x20, 0x24, 0x33, 0x42, 0xD1, 0
 _UNIT_START = re.compile(rb"[\x40-\x7f\xc0-\xff]")  # a packet's second byte, with that bit set
 _ANY_BYTE = re.compile(rb".", re.DOTALL)
 _PACKET_START = re.compile(rb"G(?!.{187}[^G])", re.DOTALL)  # another or nothing where it ends
+_SWAPPED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+_SYSTEM_PIDS = frozenset({0x00, 0x10, 0x11, 0x12, 0x14})  # PAT; of DVB: NIT, SDT, EIT, TDT
 # Start codes of what only stands in front of a picture that needs no other, by stream type.
 _KEY_UNITS = {
     0x01: re.compile(rb"\x00\x00\x01\xb3"),  # MPEG-1 and -2: sequence header
@@ -912,6 +919,33 @@ def pid_of(packet: bytes | bytearray) -> int:
 def payload_start(packet: bytes | bytearray) -> int:
     """Where the payload begins, behind the adaptation field if there is one (2.4.3.2)."""
     return 5 + packet[4] if packet[3] & 0x20 else 4
+
+
+def counter_before(packet: bytes) -> int:
+    """The counter of the packet before it of its PID: only payloads are counted (2.4.3.3)."""
+    return packet[3] - (packet[3] >> 4 & 1) & 0x0F
+
+
+def discontinuity_before(packet: bytes) -> bytes:
+    """A packet without payload that says that counter and clock of the PID jump (2.4.3.5)."""
+    header = (TS_SYNC[0], packet[1] & 0x1F, packet[2], 0x20 | counter_before(packet), 183, 0x80)
+    return bytes(header).ljust(TS_PACKET, b"\xff")
+
+
+def with_other_version(packet: bytes) -> bytes:
+    """A PAT or PMT of one packet to put before it: version_number is another (2.4.4.5, 2.4.4.9)."""
+    section = bytearray(_section(packet) or b"")
+    section[5] ^= 0x02
+    section[-4:] = table_checksum(section[:-4]).to_bytes(4, "big")
+    start = payload_start(packet) + 1 + packet[payload_start(packet)]
+    header = packet[:3] + bytes([packet[3] & 0xF0 | counter_before(packet)])
+    return header + packet[4:start] + section + packet[start + len(section) :]
+
+
+def table_checksum(data: bytes | bytearray) -> int:
+    """CRC_32 (annex A): zlib's takes and gives the bits in the other order, and inverts them."""
+    swapped = zlib.crc32(data.translate(_SWAPPED_BITS)) ^ 0xFFFF_FFFF
+    return int(f"{swapped:032b}"[::-1], 2)
 
 
 def read_timestamp(data: bytes | bytearray, at: int) -> int:
@@ -937,6 +971,7 @@ class ProgramTables:
 
     def __init__(self) -> None:
         self.program_pid = -1  # where the PMT is
+        self.clock_pid = NULL_PID  # where the PCR is
         self.named_video_pid = -1  # -1: none, or no PMT yet
         self.video_type = 0
         self.pids: frozenset[int] = frozenset()  # elementary streams
@@ -948,6 +983,11 @@ class ProgramTables:
     def video_pid(self) -> int:
         """The picture's; -1 where there is none."""
         return -1 if self.lacks_video else self.named_video_pid
+
+    @property
+    def counted_pids(self) -> frozenset[int]:
+        """All whose packets are counted."""
+        return (_SYSTEM_PIDS | self.pids | {self.program_pid, self.clock_pid}) - {NULL_PID}
 
     @property
     def packets(self) -> bytes:
@@ -970,11 +1010,18 @@ class ProgramTables:
                 entries = (struct.unpack_from(">HH", section, at) for at in places)
                 programs = [entry & 0x1FFF for number, entry in entries if number]
                 if programs and self.program_pid not in programs:
+                    self._packets.pop(self.program_pid, None)
                     self.program_pid = programs[0]
             elif pid != 0 and section[0] == 0x02:
                 self._read_pmt(section)
         if section or len(packets) > 8 * TS_PACKET:  # a section has at most 1,024 bytes
             del self.parts[pid]
+
+    def differs(self, pid: int, packet: bytes) -> bool:
+        """Whether this packet holds a PAT or PMT that is not the one before."""
+        is_start = packet[1] & 0x40 and pid in (0, self.program_pid)
+        section = _section(packet) if is_start else b""
+        return bool(section) and section != _section(self._packets.get(pid, b""))
 
     def _read_pmt(self, section: bytes) -> None:
         streams: dict[int, int] = {}
@@ -986,6 +1033,7 @@ class ProgramTables:
         video = [(pid, kind) for pid, kind in streams.items() if kind in VIDEO_TYPES]
         self.named_video_pid, self.video_type = video[0] if video else (-1, 0)
         self.pids = frozenset(streams)
+        self.clock_pid = (section[8] & 0x1F) << 8 | section[9]
 
 
 def _section(packets: bytes | bytearray) -> bytes:
@@ -1006,6 +1054,9 @@ class TsFramer(Framer):
 
     A segment's join point is its first byte where PAT, PMT and a key frame come first in it, as
     RFC 8216 section 3 asks; otherwise its first key frame, with PAT and PMT put before it.
+
+    Where the stream jumps, a packet that says so goes before the first one of each PID: demuxers
+    would take what they have of it for damaged.  Tables that are others than before come twice.
     """
 
     def __init__(self) -> None:
@@ -1016,6 +1067,11 @@ class TsFramer(Framer):
         self._segment: int | None = None  # where the segment began that has no join point yet
         self._first_unit: int | None = None  # its first PES packet that starts a unit
         self._has_tables = False  # PAT and PMT came in it
+        self._newest: Block = b""  # the packets handed on last, with which what comes may go on
+        self._counters: dict[int, int] = {}  # by PID, before a place where it may; else empty
+        self._seen: set[int] = set()  # PIDs that came after such a place or a jump
+        self._unseen: frozenset[int] = frozenset()  # those whose first packet must be looked at
+        self._search_end = 0  # position
 
     def start_init_section(self) -> None:
         self._segment = None
@@ -1030,6 +1086,21 @@ class TsFramer(Framer):
     def leave_segments(self) -> None:
         super().leave_segments()
         self._segment, self._seen_key_frame = None, False
+
+    def expect_jump(self, is_certain: bool) -> None:
+        if is_certain:
+            self._newest = b""
+        if self.position:
+            # The tables' newest packets, and what came last of the streams.
+            last = self.tables.packets + bytes(self._newest) if self._newest else b""
+            packets = [last[at : at + TS_PACKET] for at in range(0, len(last), TS_PACKET)]
+            self._counters = {pid_of(packet): packet[3] & 0x0F for packet in packets}
+            self._seen, self._search_end = set(), self.position + JUMP_SEARCH
+            self._look_out()
+
+    def _look_out(self) -> None:
+        pids = self.tables.counted_pids - self._seen
+        self._unseen = pids & self._counters.keys() if self._counters else pids
 
     def feed(self, data: bytes) -> list[Block]:
         carry, self._carry = self._carry, b""
@@ -1046,29 +1117,62 @@ class TsFramer(Framer):
             first_bytes = data[at : at + whole * TS_PACKET : TS_PACKET]
             end = at + (whole - len(first_bytes.lstrip(TS_SYNC))) * TS_PACKET
             if end > at:
-                self._scan(data, at, end)
+                blocks += self._pass(data, at, end)
             else:
                 found = _PACKET_START.search(data, at + 1)
                 end = found.start() if found else len(data)
-            blocks += self._hand_on(data, at, end, TS_PACKET)
+                blocks += self._hand_on(data, at, end)
             at = end
         self._carry = data[at:]
         return blocks
 
-    def _scan(self, data: bytes, start: int, end: int) -> None:
+    def _pass(self, data: bytes, start: int, end: int) -> list[Block]:
         """Look at each packet that starts a section or a PES packet; one in fifty does."""
+        blocks: list[Block] = []
         flags = data[start + 1 : end : TS_PACKET]
-        index = 0
-        while found := (_ANY_BYTE if self.tables.parts else _UNIT_START).search(flags, index):
-            at = start + found.start() * TS_PACKET
+        first, index = start, 0
+        while found := (_ANY_BYTE if self._looks_at_all else _UNIT_START).search(flags, index):
+            at = first + found.start() * TS_PACKET
             packet = data[at : at + TS_PACKET]
             pid = pid_of(packet)
+            if pid in self._unseen and (notice := self._notice(pid, packet)):
+                blocks += self._hand_on(data, start, at, TS_PACKET)
+                blocks += self._hand_on(notice, 0, len(notice), TS_PACKET)
+                start = at
             if pid in (0, self.tables.program_pid):
-                self.tables.add(pid, packet)
-                self._has_tables |= pid == self.tables.program_pid
+                self._see_table(pid, packet)
             elif packet[1] & 0x40 and pid in self.tables.pids:
                 self._see_unit(pid, packet, self.position + at - start)
             index = found.end()
+        blocks += self._hand_on(data, start, end, TS_PACKET)
+        self._newest = blocks[-1]
+        return blocks
+
+    @property
+    def _looks_at_all(self) -> bool:
+        is_near = self.position < self._search_end
+        return bool(self.tables.parts) or (is_near and bool(self._unseen & self.tables.pids))
+
+    def _notice(self, pid: int, packet: bytes) -> bytes:
+        """What goes before a PID's first packet where it does not go on and does not say so.
+
+        VLC and GStreamer pass over tables whose version they know, and most encoders' is always 0.
+        """
+        is_other_table = self.tables.differs(pid, packet)
+        if is_other_table or self._counters.get(pid) != counter_before(packet):
+            self._counters = {}  # other media: nothing else of it goes on, either
+        self._seen.add(pid)
+        self._look_out()
+        if self._counters or (packet[3] & 0x20 and packet[4] and packet[5] & 0x80):
+            return b""
+        table = with_other_version(packet) if is_other_table else b""
+        return discontinuity_before(table or packet) + table
+
+    def _see_table(self, pid: int, packet: bytes) -> None:
+        self.tables.add(pid, packet)
+        self._has_tables |= pid == self.tables.program_pid
+        if self.position < self._search_end:
+            self._look_out()
 
     def _see_unit(self, pid: int, packet: bytes, position: int) -> None:
         self._see_time(pid, packet)
@@ -1371,6 +1475,7 @@ class EventKind(enum.Enum):
 class SegmentEvent:
     kind: EventKind
     number: int  # media sequence number
+    is_discontinuous: bool = False  # EXT-X-DISCONTINUITY stands in front of it
 
 
 class ReaderBuffer:
@@ -3086,7 +3191,8 @@ class DownloadingWriter(HLSStreamWriter):
                 self.reader.pause()
                 yield SegmentEvent(EventKind.FILTERED, segment.num)
                 return
-            yield SegmentEvent(EventKind.INIT if is_map else EventKind.START, segment.num)
+            kind = EventKind.INIT if is_map else EventKind.START
+            yield SegmentEvent(kind, segment.num, segment.discontinuity)
             for piece in self._bytes_of(segment, download, is_map):
                 self._is_start = self._is_start and is_map
                 yield piece
@@ -3470,7 +3576,7 @@ class Splicer:
             self._end_segment(event)
             return int(event.kind is EventKind.GAP)
         lost = 0 if self.number is None else event.number - self.number
-        self._start_segment(event.number)
+        self._start_segment(event)
         return max(0, lost)
 
     def pass_bytes(self, data: bytes) -> bool:
@@ -3507,18 +3613,21 @@ class Splicer:
         joins, self._framer.joins = self._framer.joins, []
         self.window.append(blocks, joins)
 
-    def _start_segment(self, number: int) -> None:
+    def _start_segment(self, event: SegmentEvent) -> None:
         init_section, self._new_init_section = bytes(self._new_init_section or b""), None
         is_resumed = self._state is SpliceState.RESUMED
-        goes_on = self._goes_on and (not is_resumed or number == self.number)
+        is_next = event.number == self.number
+        goes_on = self._goes_on and (not is_resumed or is_next)
         is_half = is_resumed and goes_on and self._passed.size > 0  # viewers have its beginning
         is_changed = bool(init_section) and not (is_resumed and init_section == self._init_section)
-        self.number = number
+        self.number = event.number
         if is_half and not is_changed:
             self._state, self._repeat = SpliceState.COMPARING, Repeat(self._passed)
             return
         if is_half or not goes_on:
             self._start_seam()
+        if is_resumed or event.is_discontinuous or not is_next:
+            self._framer.expect_jump(is_certain=event.is_discontinuous or not is_next)
         if is_changed:
             self._pass_init_section(init_section)
         self._passed = Fingerprint()
@@ -3551,8 +3660,9 @@ class Splicer:
         if is_resumed and (event.number != self.number or self._passed.size):
             self._framer.drop()
             self._goes_on = False
-        elif event.kind is EventKind.GAP:
+        elif event.kind is not EventKind.END:
             self._framer.drop()
+            self._framer.expect_jump(is_certain=True)
         elif self._state is SpliceState.PASSING:
             self._append(self._framer.flush())
         if self._state is SpliceState.COMPARING:  # it ended before the place that viewers reached
@@ -3579,6 +3689,8 @@ class Splicer:
     def _start_seam(self, after: int | None = None, is_clean: bool = False) -> None:
         """What comes next does not continue what was: begin where a decoder can start."""
         self._framer.drop()
+        is_certain = is_clean or self.number is not None  # a relay may go on
+        self._framer.expect_jump(is_certain)
         self._goes_on = True
         if self.number is None:
             self._framer.leave_segments()
@@ -4003,12 +4115,14 @@ class Channel:
         A live source without a playlist has no end: what has a length in its place (nothing, or a
         clip of a few seconds) is what a relay answers while its own source is down.
         """
-        is_relay = self._splicer is not None and not (self._has_end or upstream.target_duration)
-        try:
+        items = None
+        with contextlib.suppress(WindowEnded):
             items = upstream.read(self._tick)
-        except WindowEnded:
+        # Asked after that: before the first playlist is there, a source of segments has none.
+        is_relay = self._splicer is not None and not (self._has_end or upstream.target_duration)
+        if items is None:
             if is_relay:
-                raise UpstreamError("the origin closed the connection") from None
+                raise UpstreamError("the origin closed the connection")
             return [], True
         return [item for item in items if isinstance(item, bytes)] if is_relay else items, False
 

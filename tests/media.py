@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import math
 import struct
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -28,6 +29,7 @@ SAMPLE_RATE, FRAME_SAMPLES = 48_000, 1024
 
 PACKET = 188
 PID_SDT, PID_NULL = 0x0011, 0x1FFF
+PIDS_OF_TABLES = (0x0000, 0x1000, 0x1100)  # PAT, and PMT of the programme and the advertisement
 # Packets of a segment that `padded` keeps together: the tables and the start of the key frame.
 HEAD_PACKETS = 8
 
@@ -35,9 +37,9 @@ HEAD_PACKETS = 8
 #### Raw picture and sound ####
 
 
-def _picture(number: int) -> av.VideoFrame:
+def _picture(number: int, width: int = WIDTH, height: int = HEIGHT) -> av.VideoFrame:
     """Frame `number` of the test picture: gradients that move at their own speed in each plane."""
-    frame = av.VideoFrame(WIDTH, HEIGHT, "yuv420p")
+    frame = av.VideoFrame(width, height, "yuv420p")
     for index, plane in enumerate(frame.planes):
         line = bytes((x * (2 + index) + number * 5) & 255 for x in range(plane.line_size + 256))
         rows = (line[y + number % 7 :][: plane.line_size] for y in range(plane.height))
@@ -46,35 +48,53 @@ def _picture(number: int) -> av.VideoFrame:
     return frame
 
 
-def _tone(start: int) -> av.AudioFrame:
+def _tone(start: int, rate: int = SAMPLE_RATE) -> av.AudioFrame:
     """One AAC frame of a tone that rises by 40 Hz a second, from sample `start` on."""
     frame = av.AudioFrame("fltp", "mono", FRAME_SAMPLES)
-    times = ((start + i) / SAMPLE_RATE for i in range(FRAME_SAMPLES))
+    times = ((start + i) / rate for i in range(FRAME_SAMPLES))
     values = (0.3 * math.sin(math.tau * (440 + 20 * t) * t) for t in times)
     frame.planes[0].update(struct.pack(f"<{FRAME_SAMPLES}f", *values))
-    frame.sample_rate, frame.pts, frame.time_base = SAMPLE_RATE, start, Fraction(1, SAMPLE_RATE)
+    frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
     return frame
 
 
 #### Encoding ####
 
 
-def _add_video(out: OutputContainer, seconds: float, bitrate: int | None) -> VideoStream:
-    gop = str(round(FPS * seconds))
+@dataclass(frozen=True)
+class _Recipe:
+    """What to encode: `count` segments of `seconds` each."""
+
+    count: int
+    seconds: float
+    video: bool = True
+    audio: bool = True
+    fmp4: bool = False
+    bitrate: int | None = None
+    width: int = WIDTH
+    height: int = HEIGHT
+    rate: int = SAMPLE_RATE
+    first_pid: int = 0x100  # of the elementary streams
+    pmt_pid: int = 0x1000
+    clock: float = 0.0  # seconds at which it starts
+
+
+def _add_video(out: OutputContainer, recipe: _Recipe) -> VideoStream:
+    gop = str(round(FPS * recipe.seconds))
     # One thread: the same bytes in every run. Scene cuts would add key frames between the cuts.
     x264 = "threads=1:open-gop=0"
-    if bitrate:
+    if recipe.bitrate:
         # Filler makes up what so small a picture does not need.
-        kbit = bitrate // 1000
+        kbit = recipe.bitrate // 1000
         x264 += f":nal-hrd=cbr:bitrate={kbit}:vbv-maxrate={kbit}:vbv-bufsize={kbit}"
     options = {"preset": "ultrafast", "bf": "0", "g": gop, "sc_threshold": "0"}
     stream = out.add_stream("libx264", rate=FPS, options=options | {"x264-params": x264})
-    stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+    stream.width, stream.height, stream.pix_fmt = recipe.width, recipe.height, "yuv420p"
     return stream
 
 
-def _add_audio(out: OutputContainer) -> AudioStream:
-    stream = out.add_stream("aac", rate=SAMPLE_RATE)
+def _add_audio(out: OutputContainer, rate: int = SAMPLE_RATE) -> AudioStream:
+    stream = out.add_stream("aac", rate=rate)
     stream.layout, stream.bit_rate = "mono", 32_000
     return stream
 
@@ -88,26 +108,14 @@ def _encode(
     sample = FRAME_SAMPLES
     for number in range(round(seconds * FPS)):
         if video:
-            out.mux(video.encode(_picture(number)))
-        while audio and sample * FPS < (number + 1) * SAMPLE_RATE:
-            out.mux(audio.encode(_tone(sample)))
+            out.mux(video.encode(_picture(number, video.width, video.height)))
+        while audio and sample * FPS < (number + 1) * audio.sample_rate:
+            out.mux(audio.encode(_tone(sample, audio.sample_rate)))
             sample += FRAME_SAMPLES
     if video:
         out.mux(video.encode(None))
     if audio:
         out.mux(audio.encode(None))
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """What to encode: `count` segments of `seconds` each."""
-
-    count: int
-    seconds: float
-    video: bool = True
-    audio: bool = True
-    fmp4: bool = False
-    bitrate: int | None = None
 
 
 @functools.cache
@@ -125,10 +133,14 @@ def _segments(recipe: _Recipe) -> tuple[bytes, ...]:
             "hls_list_size": "0",
             "hls_segment_type": "fmp4" if recipe.fmp4 else "mpegts",
             "hls_segment_filename": str(folder / f"%05d.{suffix}"),
+            "output_ts_offset": str(recipe.clock),
         }
+        if not recipe.fmp4:
+            pids = f"mpegts_start_pid={recipe.first_pid}:mpegts_pmt_start_pid={recipe.pmt_pid}"
+            options["hls_segment_options"] = pids
         with av.open(str(folder / "index.m3u8"), "w", format="hls", options=options) as out:
-            video = _add_video(out, recipe.seconds, recipe.bitrate) if recipe.video else None
-            audio = _add_audio(out) if recipe.audio else None
+            video = _add_video(out, recipe) if recipe.video else None
+            audio = _add_audio(out, recipe.rate) if recipe.audio else None
             _encode(out, recipe.count * recipe.seconds, video, audio)
         # Sound alone has no key frames to cut at: the last frame may open one file too many.
         files = sorted(folder.glob(f"*.{suffix}"))[: recipe.count]
@@ -181,6 +193,15 @@ def audio_only_segments(count: int = 8, seconds: float = 1.0) -> tuple[bytes, ..
     return _ts(_Recipe(count, seconds, video=False))
 
 
+def advertisement_segments(
+    count: int = 1, seconds: float = 1.0, *, own_pids: bool = True
+) -> tuple[bytes, ...]:
+    """What another encoder made: its clock, counters, size and sample rate are others than those of
+    `ts_segments`, and so are its PIDs, unless it was asked to use the same."""
+    recipe = _Recipe(count, seconds, width=240, height=136, rate=44_100, clock=5000.0)
+    return _ts(replace(recipe, first_pid=0x200, pmt_pid=0x1100) if own_pids else recipe)
+
+
 @functools.cache
 def _ts(recipe: _Recipe) -> tuple[bytes, ...]:
     return tuple(map(_without_sdt, _segments(recipe)))
@@ -207,6 +228,72 @@ def padded(segment: bytes, size: int) -> bytes:
         grown.extend(map(_null_packet, range(used, due)))
         used = due
     return b"".join(grown)
+
+
+def spliced(*parts: bytes, is_told: bool = True) -> bytes:
+    """What StreamPipe makes of parts whose clock or counters do not go on from one to the next.
+
+    Behind a seam a packet without payload that says so comes in front of the first one of each PID.
+    Where that is another PAT or PMT than before, this comes with another version in between.
+    `is_told=False`: only the packets tell, and PIDs that go on before the first that does not have
+    nothing in front of them.
+    """
+    data = b"".join(parts)
+    jumps = {*itertools.accumulate(map(len, parts))} - {0, len(data)}
+    out: list[bytes] = []
+    seen: set[int] = {PID_NULL, *range(PID_NULL)}  # since the last seam
+    counters: dict[int, int] = {}  # the newest of each PID
+    tables: dict[bool, bytes] = {}  # the newest PMT and PAT
+    may_go_on = not is_told
+    for number, packet in enumerate(packets(data)):
+        if number * PACKET in jumps:
+            seen, may_go_on = {PID_NULL}, not is_told
+        table = packet[:3] + packet[4:]
+        is_table = pid(packet) in PIDS_OF_TABLES
+        if pid(packet) not in seen:
+            seen.add(pid(packet))
+            is_new = is_table and tables.get(pid(packet) == 0) != table
+            may_go_on &= counters.get(pid(packet)) == _counted_back(packet)[3] & 0x0F and not is_new
+            first = _other_version(packet) if is_new else packet
+            out += [_notice(first), first][: 0 if may_go_on else 1 + is_new]
+        if is_table:
+            tables[pid(packet) == 0] = table
+        counters[pid(packet)] = packet[3] & 0x0F
+        out.append(packet)
+    return b"".join(out)
+
+
+def is_notice(packet: bytes) -> bool:
+    """Whether a packet says that its PID does not go on, and carries nothing."""
+    return bool(packet[3] & 0x30 == 0x20 and packet[5] & 0x80)
+
+
+def _notice(packet: bytes) -> bytes:
+    """An adaptation field of 183 bytes: discontinuity_indicator, and stuffing."""
+    head = bytes([0x47, packet[1] & 0x1F, packet[2], 0x20 | _counted_back(packet)[3] & 0x0F])
+    return head + b"\xb7\x80" + b"\xff" * 182
+
+
+def _other_version(packet: bytes) -> bytes:
+    """A table that starts right behind its header, with another version and the packet's number
+    before; CRC_32 as ISO/IEC 13818-1 draws it in annex A."""
+    data = bytearray(_counted_back(packet))
+    end = 8 + (data[6] << 8 & 0x0F00 | data[7]) - 4
+    data[10] ^= 2
+    register = 0xFFFF_FFFF
+    for byte in data[5:end]:
+        for bit in range(8):
+            feedback = register >> 31 ^ byte >> 7 - bit & 1
+            register = (register << 1 & 0xFFFF_FFFF) ^ 0x04C1_1DB7 * feedback
+    data[end : end + 4] = register.to_bytes(4, "big")
+    return bytes(data)
+
+
+def _counted_back(packet: bytes) -> bytes:
+    """Its head as that of the packet before it of its PID, which it follows where it has payload
+    and whose number it repeats where it has none."""
+    number = packet[3] - bool(packet[3] & 0x10) & 0x0F
+    return bytes([0x47, packet[1], packet[2], packet[3] & 0xF0 | number]) + packet[4:]
 
 
 #### fMP4 and packed audio ####

@@ -1436,7 +1436,14 @@ def _add_channels(origin: Origin) -> list[str]:
     init, fragments = media.fmp4(30)
     key = bytes(range(16))
     jumping = [Segment(data, discontinuity=n % 5 == 0) for n, data in enumerate(ts)]
+    # Another encoder's, with PIDs of its own: each second block of eight seconds.
+    advertised = [
+        Segment(data, 8.0, discontinuity=True)
+        for programme in media.ts_segments(6, 8.0)
+        for data in (programme, *media.advertisement_segments(seconds=8.0))
+    ]
     playlists = [
+        Playlist("advertisements", advertised, mode="live", clock=True),
         Playlist("live-ts", ts, mode="live", clock=True),
         Playlist("live-fmp4", fragments, mode="live", init=init, extension=".m4s", clock=True),
         Playlist("live-aac", media.aac_segments(30), mode="live", extension=".aac", clock=True),

@@ -440,7 +440,7 @@ def test_segment_that_changed_is_given_up_at_a_packet(
     played = play(serve({"news": playlist.url}))
     taken = (at - 1) // 16 * 16 if kind else at  # a cipher block is held back
     kept = playlist.plain(3, 4)[: taken // PACKET * PACKET]
-    assert_one_gap(played, playlist.plain(0, 3) + kept + playlist.plain(4, 8), caplog)
+    assert_one_gap(played, media.spliced(playlist.plain(0, 3) + kept, playlist.plain(4, 8)), caplog)
     assert origin.count(path) == 2, "that it changed is known at once"
 
 
@@ -461,7 +461,7 @@ def test_byte_range_that_changed_is_given_up_at_a_packet(
     origin.fault(playlist.segment_path(0), Body(other(show())))
     played = play(serve({"news": playlist.url}, threads=1))
     kept = segments[3][: 188 * 40]
-    assert_one_gap(played, playlist.plain(0, 3) + kept + playlist.plain(4, 8), caplog)
+    assert_one_gap(played, media.spliced(playlist.plain(0, 3) + kept, playlist.plain(4, 8)), caplog)
 
 
 @pytest.mark.parametrize(
@@ -478,7 +478,8 @@ def test_segment_that_always_fails_is_one_gap(
     playlist = origin.add(Playlist("news", media.ts_segments()))
     origin.fault(playlist.segment_path(number), fault, times=None)
     played = play(serve({"news": playlist.url}, timeout=0.7))
-    assert_one_gap(played, playlist.plain(0, number) + playlist.plain(number + 1, 8), caplog)
+    expected = media.spliced(playlist.plain(0, number), playlist.plain(number + 1, 8))
+    assert_one_gap(played, expected, caplog)
 
 
 @pytest.mark.long
@@ -503,7 +504,7 @@ def test_segment_that_always_stalls_is_one_gap(
     origin.fault(path, Stall(at=0), times=None)  # what came is all there ever is
     played = play(serve({"news": playlist.url}, timeout=2.2, reconnect=4))
     rest = playlist.plain(number, number + 1)[:kept]
-    expected = playlist.plain(0, number) + rest + playlist.plain(number + 1, 8)
+    expected = media.spliced(playlist.plain(0, number) + rest, playlist.plain(number + 1, 8))
     assert_one_gap(played, expected, caplog)
 
 
@@ -515,7 +516,7 @@ def test_live_segment_is_tried_for_two_target_durations(
     playlist = origin.add(Playlist("news", media.ts_segments(), mode="live"))
     origin.fault(playlist.segment_path(missing), Status(404), times=None)
     watcher = Watcher(serve({"news": playlist.url}, linger=0))
-    expected = playlist.plain(2, missing) + playlist.plain(missing + 1, 5)
+    expected = media.spliced(playlist.plain(2, missing), playlist.plain(missing + 1, 5))
     watcher.take_until(len(expected))
     tries = of(origin, playlist.segment_path(missing))
     playlist.end()
@@ -536,7 +537,8 @@ def test_live_segment_that_left_the_playlist_is_not_waited_for(
     origin.wait_for(playlist.segment_path(6))
     assert given_up(caplog) == []
     playlist.advance(2)  # the oldest is number 4 now
-    expected = playlist.plain(2, 3) + playlist.plain(4, 9)
+    parts = [(2, 3), (4, 8), (8, 9)]  # number 8 is the first segment once more
+    expected = media.spliced(*(playlist.plain(*part) for part in parts))
     watcher.take_until(len(expected))
     playlist.end()
     assert_one_gap(watcher.finish(), expected, caplog)
@@ -1261,8 +1263,8 @@ def test_ignored_names_are_not_even_asked_for(
     names = [f"/{number}.ts" for number in left_out]
     site = serve({"news": playlist.url}, streamlink={"hls-segment-ignore-names": names})
     played = play(site)
-    rest = [number for number in range(8) if number not in left_out]
-    assert played.body == b"".join(playlist.plain(number, number + 1) for number in rest)
+    edges = [0, *(number + 1 for number in left_out)], [*left_out, 8]
+    assert played.body == media.spliced(*map(playlist.plain, *edges))
     assert (played.is_complete, played.gaps) == (True, 0)
     assert all(not origin.count(playlist.segment_path(number)) for number in left_out)
 

@@ -51,6 +51,7 @@ from tests.origin import (
 )
 from tests.program import eventually
 from tests.server import TIMEOUT, Site, Watch
+from tests.test_discontinuities import jumps
 from tests.test_players import PROGRAM, listening_address, vlc
 from tests.test_sharing import feeders
 from tests.threads import Task
@@ -122,6 +123,10 @@ class Audience:
         for viewer in self.viewers:
             assert viewer.read(len(wanted)) == wanted
         self.got += wanted
+
+    def behind_a_seam(self, wanted: bytes) -> bytes:
+        """How these bytes come where they do not go on from those before."""
+        return media.spliced(bytes(self.got), wanted)[len(self.got) :]
 
     def expect_end(self, wanted: bytes = b"", *, is_complete: bool = True) -> None:
         """These are the last bytes."""
@@ -269,7 +274,8 @@ def test_segment_that_fails_for_ever_is_one_gap(
     live = origin.add(news())
     origin.fault(live.segment_path(3), *faults, times=None)
     audience = Audience(serve(both(live.url), **{**QUICK, "timeout": 6}))
-    audience.expect(live.plain(2, 3) + segment(3)[:size] + live.plain(4, 5))
+    audience.expect(live.plain(2, 3) + segment(3)[:size])
+    audience.expect(audience.behind_a_seam(live.plain(4, 5)))
     live.advance()
     live.end()
     audience.expect_end(live.plain(5, 6))
@@ -282,7 +288,7 @@ def test_segment_of_vod_that_fails_for_ever_is_one_gap(
     playlist = origin.add(film())
     origin.fault(playlist.segment_path(3), *faults, times=None)
     audience = Audience(serve(both(playlist.url), **{**QUICK, "timeout": 2.5}))
-    audience.expect_end(segments(0, 3) + segment(3)[:size] + segments(4, 6))
+    audience.expect_end(media.spliced(segments(0, 3) + segment(3)[:size], segments(4, 6)))
 
 
 def test_segment_is_tried_no_longer_than_it_is_listed(origin: Origin, serve: Serve) -> None:
@@ -296,7 +302,7 @@ def test_segment_is_tried_no_longer_than_it_is_listed(origin: Origin, serve: Ser
     failing.wait(2)
     live.advance(4)
     began = time.monotonic()
-    audience.expect(live.plain(4, 8))
+    audience.expect(audience.behind_a_seam(live.plain(4, 8)))
     assert time.monotonic() - began < 5
 
 
@@ -315,7 +321,8 @@ def test_playlist_that_moves_on_while_every_segment_fails(
     live.advance()
     live.end()
     bodies = {viewer.read_all() for viewer in audience.viewers}
-    assert bodies <= {(live.plain(number, 9), True) for number in range(5, 9)}
+    seams = {audience.behind_a_seam(live.plain(number, 9)) for number in range(6, 9)}
+    assert bodies <= {(body, True) for body in (live.plain(5, 9), *seams)}
 
 
 #### The playlist, and the whole origin ####
@@ -403,7 +410,7 @@ def test_long_outage_is_one_gap_at_a_segments_edge(
     journal.wait_failed()
     live.advance(6)
     failing.clear()
-    audience.expect(live.plain(8, 11))
+    audience.expect(audience.behind_a_seam(live.plain(8, 11)))
     live.end()
     audience.expect_end()
     audience.assert_time_goes_on(6 * media.FPS)
@@ -450,7 +457,7 @@ def test_restart_with_lower_numbers_is_believed(
         origin.fault(f"{live.path}?{name}", Status(503), times=faults)
     live.restart(0)
     origin.clear_requests()
-    audience.expect(live.plain(2, 5))
+    audience.expect(audience.behind_a_seam(live.plain(2, 5)))
     paths = [request.path for request in origin.requests]
     asked = paths[: paths.index(live.segment_path(2))]
     assert max(asked.count(f"{live.path}?{name}") for name in NAMES) == loads + 1, "one reopens"
@@ -529,7 +536,7 @@ def test_other_bytes_are_one_cut_before_the_next_segment(
     live.advance(2)
     live.end()
     origin.clear_faults()
-    audience.expect_end(b"".join(other_media()[6:8]))
+    audience.expect_end(audience.behind_a_seam(b"".join(other_media()[6:8])))
 
 
 @pytest.mark.parametrize("container", ["aes-128", "fmp4"])
@@ -605,7 +612,8 @@ def test_relay_that_closes_within_a_packet_goes_on_at_a_key_frame(
     audience = Audience(
         serve({name: add_relay(origin, f"/{name}", *bodies) for name in NAMES}, **QUICK)
     )
-    audience.expect(segments(0, 3) + segment(3)[:WHOLE] + segments(4, 7))
+    parts = segments(0, 3) + segment(3)[:WHOLE], segments(4, 7)
+    audience.expect(media.spliced(*parts, is_told=False))
 
 
 def test_relay_that_stalls_is_opened_again(origin: Origin, serve: Serve) -> None:
@@ -712,7 +720,7 @@ def test_backup_with_other_bytes_goes_on_with_the_next_segment(
     spare.advance(2)
     audience = Audience(serve(both(live.url, spare.url), **QUICK))
     cut_in_the_middle(origin, live, audience)
-    audience.expect(spare.plain(6, 7))
+    audience.expect(audience.behind_a_seam(spare.plain(6, 7)))
     spare.end()
     audience.expect_end()
 
@@ -739,9 +747,10 @@ def test_backup_with_unrelated_numbers_goes_on_at_its_live_edge(
     live = origin.add(news(first_sequence=500))
     spare = backup.add(Playlist("news", other_media(), mode="live", first_sequence=first))
     audience = Audience(serve(both(live.url, spare.url), **QUICK))
-    audience.expect(live.plain(502, 505))
+    # Number 504 is the first of the media once more.
+    audience.expect(media.spliced(live.plain(502, 504), live.plain(504, 505)))
     origin.fault(live.path, Status(404), times=None)
-    audience.expect(spare.plain(first + 2, first + 5))
+    audience.expect(audience.behind_a_seam(spare.plain(first + 2, first + 5)))
     spare.end()
     audience.expect_end()
 
@@ -978,7 +987,7 @@ def test_redirect_of_a_segment_to_a_local_file_is_a_gap(
     live = origin.add(news())
     origin.fault(live.segment_path(3), Redirect(secret), times=None)
     audience = Audience(serve(both(live.url), **{**QUICK, "timeout": 6}))
-    audience.expect(live.plain(2, 3) + live.plain(4, 5))
+    audience.expect(media.spliced(live.plain(2, 3), live.plain(4, 5)))
 
 
 @pytest.mark.parametrize("what", list(NAMED))
@@ -1177,7 +1186,7 @@ def test_segments_left_out_on_purpose_are_a_sign_of_life(
     assert journal.failures() == 0
     live.restart(98)
     live.end()
-    audience.expect_end(live.plain(100, 103))
+    audience.expect_end(audience.behind_a_seam(live.plain(100, 103)))
 
 
 def test_endless_filtering_of_a_frozen_playlist_is_a_failure(
@@ -1190,7 +1199,7 @@ def test_endless_filtering_of_a_frozen_playlist_is_a_failure(
     live.advance()
     journal.wait_failed()
     live.advance()
-    audience.expect(live.plain(6, 7))
+    audience.expect(audience.behind_a_seam(live.plain(6, 7)))
 
 
 @pytest.mark.parametrize("times", [1, 6], ids=["once", "for-longer-than-it-is-tried"])
@@ -1455,16 +1464,31 @@ def test_forty_random_faults(origin: Origin, serve: Serve, tmp_path: Path) -> No
 
 
 def assert_pieces_of_segments(body: bytes) -> None:
-    """Every piece starts with a segment's first packet and has no hole; most are whole."""
+    """Every piece starts with a segment's first packet and has no hole; most are whole. Where one
+    does not go on from the other all PIDs say so."""
     heads = {data[:752]: data for data in media.ts_segments(SEGMENTS)}
     kept = b"".join(p for p in media.packets(body) if media.pid(p) != media.PID_NULL)
-    at, cuts = 0, 0
+    assert jumps(kept) == []
+    parts = split_at_notices(kept)
+    assert media.spliced(*parts) == kept
+    kept, at, cuts = b"".join(parts), 0, 0
     while at < len(kept):
         whole = heads[kept[at : at + 752]]
         size = common(whole, kept[at : at + len(whole)])
         cuts += size < len(whole)
         at += size
     assert cuts <= RANDOM_FAULTS
+
+
+def split_at_notices(data: bytes) -> list[bytes]:
+    """The parts between the packets that announce a jump, without these."""
+    parts = [bytearray()]
+    for packet in media.packets(data):
+        if not media.is_notice(packet):
+            parts[-1] += packet
+        elif media.pid(packet) == 0:
+            parts.append(bytearray())
+    return list(map(bytes, parts))
 
 
 def common(one: bytes, other: bytes) -> int:
@@ -1625,7 +1649,7 @@ def test_second_failure_before_a_decoder_can_start() -> None:
     passed.pass_on(event("START", 50), segment(6)[:100])
     passed.resume()
     passed.pass_on(event("START", 50), segment(6), event("END", 50))
-    assert passed.body == segments(5, 7)
+    assert passed.body == media.spliced(segment(5), segment(6))
 
 
 @pytest.mark.parametrize("number", [5, 20], ids=["the-open-one", "another"])
@@ -1634,7 +1658,7 @@ def test_filtered_segment_comes_first_after_a_seam(number: int) -> None:
     passed.pass_on(event("START", 5), segment(5)[:CUT])
     passed.resume()
     passed.pass_on(event("FILTERED", number), event("START", number + 1), segment(6))
-    assert passed.body == segment(5)[:WHOLE] + segment(6)
+    assert passed.body == media.spliced(segment(5)[:WHOLE], segment(6))
 
 
 def test_segment_that_became_shorter_is_one_cut() -> None:
@@ -1643,14 +1667,14 @@ def test_segment_that_became_shorter_is_one_cut() -> None:
     passed.resume()
     passed.pass_on(event("START", 5), segment(5)[: CUT - 1], event("END", 5))
     passed.pass_on(event("START", 6), segment(6), event("END", 6))
-    assert passed.body == segment(5)[:WHOLE] + segment(6)
+    assert passed.body == media.spliced(segment(5)[:WHOLE], segment(6))
 
 
 def test_gap_is_a_whole_packet() -> None:
     passed = Passed()
     passed.pass_on(event("START", 5), segment(5)[:CUT], event("GAP", 5))
     passed.pass_on(event("START", 6), segment(6), event("END", 6))
-    assert passed.body == segment(5)[:WHOLE] + segment(6)
+    assert passed.body == media.spliced(segment(5)[:WHOLE], segment(6))
 
 
 def test_source_without_segments_takes_over_at_a_later_key_frame() -> None:

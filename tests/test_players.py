@@ -66,20 +66,20 @@ def frames(address: str, seconds: float, track: str) -> int:
     return len(re.findall(r"^\d", player.stdout, re.MULTILINE))
 
 
-def vlc(address: str, seconds: float) -> subprocess.CompletedProcess[str]:
+def vlc(address: str, seconds: float, *more: str) -> subprocess.CompletedProcess[str]:
     """Plays without window and sound; as another user where this is root, which it refuses."""
     nobody = {"user": "nobody", "extra_groups": []} if os.geteuid() == 0 else {}
     silent = ["--intf", "dummy", "--vout", "dummy", "--aout", "dummy", "--no-color"]
-    command = ["cvlc", "-vv", *silent, f"--run-time={seconds:g}", address, "vlc://quit"]
+    command = ["cvlc", "-vv", *silent, *more, f"--run-time={seconds:g}", address, "vlc://quit"]
     with tempfile.TemporaryDirectory() as home:
         Path(home).chmod(0o777)
         environment = {"HOME": home, "PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"}
         return run(*command, env=environment, cwd="/", **nobody)
 
 
-def mpv(address: str, seconds: float) -> subprocess.CompletedProcess[str]:
+def mpv(address: str, seconds: float, *more: str) -> subprocess.CompletedProcess[str]:
     quiet = ["--no-config", "--msg-level=all=warn", "--term-status-msg="]
-    return run("mpv", *quiet, "--vo=null", "--ao=null", f"--length={seconds:g}", address)
+    return run("mpv", *quiet, "--vo=null", "--ao=null", *more, f"--length={seconds:g}", address)
 
 
 def curl(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -80,8 +80,16 @@ def two_tags(number: int) -> bytes:
 
 def jumping() -> Show:
     segments = media.ts_segments()
-    sent = [Segment(data, discontinuity=number % 3 == 1) for number, data in enumerate(segments)]
-    return Show(sent, segments)
+    jumps = [number % 3 == 1 for number in range(len(segments))]
+    sent = [Segment(data, discontinuity=jump) for data, jump in zip(segments, jumps, strict=True)]
+    got = [after_a_jump(data) if jump else data for data, jump in zip(segments, jumps, strict=True)]
+    return Show(sent, got)
+
+
+def after_a_jump(segment: bytes) -> bytes:
+    """A segment with what comes in it where it does not go on from one with the same tables."""
+    tables = segment[: 2 * media.PACKET]
+    return media.spliced(tables, segment)[len(tables) :]
 
 
 SHOWS: dict[str, Callable[[], Show]] = {
