@@ -279,6 +279,9 @@ NO_ROUTE = "the origin is not reachable"
 UNREACHABLE = "the origin cannot be reached"
 CLOSED = "the origin closed the connection"
 GONE = frozenset({REFUSED, UNKNOWN, NO_ROUTE, UNREACHABLE, CLOSED})  # nobody is there
+NOT_FOUND = "the origin answered 404"
+# What an address answers that is not valid any more: it is resolved anew.
+EXPIRED = frozenset(f"the origin answered {status}" for status in (401, 403, 404, 410))
 WEB_PAGE = "the origin sent a web page, not a stream"
 EMPTY = "the origin's playlist is empty"
 
@@ -2885,9 +2888,6 @@ class WatchedWorker(HLSStreamWorker):
         super().process_segments(playlist)
 
 
-# What an address answers that is not valid any more, by explain()'s words: it is resolved anew.
-EXPIRED = frozenset(f"the origin answered {status}" for status in (401, 403, 404, 410))
-NOT_FOUND = "the origin answered 404"
 START_MISSING = 3  # segments that cannot be had at a start, until the stream is given up
 
 
@@ -2906,9 +2906,9 @@ class DownloadingWriter(HLSStreamWriter):
         self.retries = 0  # of keys: streamlink would sleep in between, whoever wants it to end
         self._is_start = reader.first is None  # until the first media came
         self._missing = 0  # segments given up
-        self._head: Download | None = None  # what is handed on now
-        # What has begun: segments with their downloads (None: filtered, a gap); True for maps.
-        self._queued: queue.SimpleQueue[tuple[Any, Download | None, bool] | None]
+        self._head: Download | EventKind | None = None  # what is handed on now
+        # What has begun: segments with their downloads, or why they have none; True for maps.
+        self._queued: queue.SimpleQueue[tuple[Any, Download | EventKind, bool] | None]
         self._queued = queue.SimpleQueue()
         self._map: tuple[object, Download] | None = None  # the newest EXT-X-MAP
         # _lock guards these.
@@ -2938,17 +2938,15 @@ class DownloadingWriter(HLSStreamWriter):
             self._begin(segment)
 
     def _begin(self, segment: Any) -> None:
-        if self._is_gap(segment) or self.should_filter_segment(segment):
-            self._queued.put((segment, None, False))
+        if getattr(segment, "is_gap", False):  # a plugin's own may not tell
+            self._queued.put((segment, EventKind.GAP, False))
+            return
+        if self.should_filter_segment(segment):
+            self._queued.put((segment, EventKind.FILTERED, False))
             return
         if segment.map is not None and self._is_listed(segment.num):
             self._put_map(segment)
         self._queued.put((segment, self._start(segment, segment), False))
-
-    @staticmethod
-    def _is_gap(segment: Any) -> bool:
-        """Whether the playlist says that there is nothing to ask for."""
-        return getattr(segment, "is_gap", False)  # a plugin's own may not tell
 
     def _put_map(self, segment: Any) -> None:
         """Hand on the initialization section where it changed, or the stream is discontinuous."""
@@ -2985,31 +2983,50 @@ class DownloadingWriter(HLSStreamWriter):
         arguments = {**self.reader.request_params, "url": url}
         return cast(Http, self.session.http).ask(arguments, headers, min(timeout, self.timeout))
 
+    # A try has failed:
+    #
+    #   the playlist no longer lists it                               give it up
+    #   refused, at a start, and next to be handed on                 give it up, unless it may only
+    #                                                                 be late
+    #   refused for REFUSAL_TIME, as others of the film are           give it up
+    #   otherwise                                                     try for _patience()
+    #
+    # It is given up, or had and of no use:
+    #
+    #   an initialization section                                     the upstream ends
+    #   nobody is there any more, for others either                   the upstream ends
+    #   at a start, the third one or the newest                       the upstream ends
+    #   refused, as the rest of the film: its address has expired     the upstream ends
+    #   otherwise                                                     a gap
+
     def _is_hopeless(self, number: int, download: Download) -> str:
         """Why another try is of no use; empty where it may be."""
         if not self._is_listed(number):
             return "the playlist no longer lists it"
-        if self._is_refused_at_start(number, download):
-            return "others may be there"
-        is_refused = download.asked - download.failing_since > REFUSAL_TIME
-        if self._is_expired(download) and number != self.reader.first and is_refused:
-            return "others as well" if self._has_company(download) else ""
-        return ""
+        if download.failure not in EXPIRED:
+            return ""
+        if self._is_start and download is self._head:
+            # Caches list the newest segment before they have it.
+            is_newest = number >= self._newest and self._missing < START_MISSING - 1
+            is_map = self._map is not None and download is self._map[1]
+            if download.failure != NOT_FOUND or not (is_newest or is_map):
+                return "others may be there"
+        is_lasting = download.asked - download.failing_since > REFUSAL_TIME
+        is_old = self._has_end and number != self.reader.first  # its address may have expired
+        return "others as well" if is_lasting and is_old and self._has_company(download) else ""
 
-    def _is_refused_at_start(self, number: int, download: Download) -> bool:
-        """Whether nobody is to wait for it: nothing was handed on, and this is to be the first.
-
-        What may only be late is waited for: an initialization section, or the newest segment, which
-        caches list before they have it.
-        """
-        is_first = self._is_start and download is self._head
-        is_newest = number >= self._newest and self._missing < START_MISSING - 1
-        is_map = self._map is not None and download is self._map[1]
-        may_come = download.failure == NOT_FOUND and (is_newest or is_map)
-        return is_first and download.failure in EXPIRED and not may_come
-
-    def _is_expired(self, download: Download) -> bool:
-        return self._has_end and download.failure in EXPIRED
+    def _is_fatal(self, number: int, download: Download) -> bool:
+        """Whether more is amiss than one segment."""
+        if download.failure in GONE and self._is_cut_off(download):
+            return True
+        if self._is_start:  # the next one may be there
+            return self._missing >= START_MISSING or number >= self._newest
+        if not self._has_end or download.failure not in EXPIRED:
+            return False
+        # What is refused although its address was just resolved for it is missing; so is a
+        # track's, which cannot go on where it was.
+        is_old = number != self.reader.first and not self._is_track
+        return self._is_cut_off(download) if is_old else self._has_company(download)
 
     def _has_company(self, download: Download) -> bool:
         """Whether others fail alike, and none that was asked for meanwhile was answered."""
@@ -3069,23 +3086,23 @@ class DownloadingWriter(HLSStreamWriter):
 
     def _items(self) -> Items:
         """All that is to be handed on, in order; raises UpstreamError where it breaks off."""
-        while item := self._queued.get():
-            yield from self._items_of(*item)
-            self._free_slot(*item)
+        for segment, download, is_map in iter(self._queued.get, None):
+            self._head = download
+            if isinstance(download, Download):
+                yield from self._items_of(segment, download, is_map)
+            else:
+                if download is EventKind.FILTERED:
+                    self.reader.pause()
+                yield SegmentEvent(download, segment.num)
+            with self._lock:
+                self._slots += not is_map
+                self._begin_waiting()
         worker = self.reader.worker
         if worker.playlist_end is None or worker.sequence <= worker.playlist_end:
             raise UpstreamError("the origin sends no more segments")
 
-    def _items_of(self, segment: Any, download: Download | None, is_map: bool) -> Items:
-        self._head = download
+    def _items_of(self, segment: Any, download: Download, is_map: bool) -> Items:
         try:
-            if download is None and self._is_gap(segment):
-                yield SegmentEvent(EventKind.GAP, segment.num)
-                return
-            if download is None:
-                self.reader.pause()
-                yield SegmentEvent(EventKind.FILTERED, segment.num)
-                return
             yield SegmentEvent(EventKind.INIT if is_map else EventKind.START, segment.num)
             for piece in self._bytes_of(segment, download, is_map):
                 self._is_start = self._is_start and is_map
@@ -3096,13 +3113,7 @@ class DownloadingWriter(HLSStreamWriter):
         except UpstreamError:
             raise
         except Exception as error:
-            assert download
             yield self._give_up(segment, download, is_map, explain(error))
-
-    def _free_slot(self, segment: Any, download: Download | None, is_map: bool) -> None:
-        with self._lock:
-            self._slots += not is_map
-            self._begin_waiting()
 
     def _give_up(self, segment: Any, download: Download, is_map: bool, reason: str) -> SegmentEvent:
         """Leave a gap; or end, where that would be one of many, or nothing could be decoded."""
@@ -3115,26 +3126,6 @@ class DownloadingWriter(HLSStreamWriter):
         if not self._is_closing:
             log.warning("segment %d is given up: %s", segment.num, reason)
         return SegmentEvent(EventKind.GAP, segment.num)
-
-    def _is_fatal(self, number: int, download: Download) -> bool:
-        """Whether more is amiss than one segment.  At a start the next one may be there."""
-        if not self._is_start:
-            return self._is_one_of_many(number, download)
-        is_last = self._missing >= START_MISSING or number >= self._newest
-        is_gone = download.failure in GONE and self._is_one_of_many(number, download)
-        return is_last or is_gone
-
-    def _is_one_of_many(self, number: int, download: Download) -> bool:
-        """Whether the origin is gone, or a film's address has expired.
-
-        A segment that is refused although its address was just resolved for it is missing; so is
-        one of a track, which cannot go on where it was.
-        """
-        if not self._is_cut_off(download):
-            return False
-        is_new = number != self.reader.first and not self._is_track
-        is_expired = self._is_expired(download) and (is_new or self._has_company(download))
-        return is_expired or download.failure in GONE
 
     def _bytes_of(self, segment: Any, download: Download, is_map: bool) -> Iterator[bytes]:
         key, pieces = segment.key, self.iter_segment_content(segment, cast(Any, download))
