@@ -248,10 +248,6 @@ class WindowEnded(PipeError):
         self.complete = complete
 
 
-class ResponseTooLarge(requests.RequestException):
-    """A playlist, key or page beyond PLAYLIST_LIMIT."""
-
-
 def explain(error: BaseException) -> str:
     """Why an upstream failed, in words for anybody: no address, no library's text."""
     chain: list[BaseException] = []
@@ -279,12 +275,14 @@ NO_ROUTE = "the origin is not reachable"
 UNREACHABLE = "the origin cannot be reached"
 CLOSED = "the origin closed the connection"
 GONE = frozenset({REFUSED, UNKNOWN, NO_ROUTE, UNREACHABLE, CLOSED})  # nobody is there
+NOT_FOUND = "the origin answered 404"
+# What an address answers that is not valid any more: it is resolved anew.
+EXPIRED = frozenset(f"the origin answered {status}" for status in (401, 403, 404, 410))
 WEB_PAGE = "the origin sent a web page, not a stream"
 EMPTY = "the origin's playlist is empty"
 
 # The first that fits any of the causes: a reason stands before what it brings about.
 _MESSAGES_BY_KIND: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
-    ((ResponseTooLarge,), "the origin's playlist is too large"),
     ((requests.exceptions.ProxyError, socks.ProxyError), "the proxy does not answer"),
     ((socket.gaierror,), UNKNOWN),
     ((ConnectionRefusedError,), REFUSED),
@@ -2028,12 +2026,11 @@ class Download:
 
     def _judge(self, reason: str, pause: float) -> None:
         """Raise DownloadFailed where another try after this pause is of no use."""
-        now = time.monotonic()
         if self.answered < self.asked and self.failure != reason:
             self.failure, self.failing_since = reason, self.asked
         if why := self._is_hopeless(self):
             raise DownloadFailed(f"{reason}, and {why}")
-        if now + pause - self._moved > self._patience():
+        if time.monotonic() + pause - self._moved > self._patience():
             raise DownloadFailed(reason)
 
     def _is_whole(self, error: Exception) -> bool:
@@ -2050,7 +2047,7 @@ class Download:
         opened, self._opened = self._opened, None
         if opened:
             return opened
-        headers = {"Accept-Encoding": "identity"}
+        headers = {}
         first, last = self._first, "" if self._size is None else str(self._first + self._size - 1)
         if self._had.size and self._validator:
             first += self._had.size
@@ -2221,7 +2218,7 @@ class Session:
         self.read_size = max(stream.options.buffer_size, 64 * KIB)
         self._ends = time.monotonic() + timeout  # when resolving and opening have to be over
         self.engine = Streamlink()
-        self.engine.http = self._http = Http()
+        self.engine.http = self.http = Http()
         for settings in (_own_options(stream, timeout), stream.options.streamlink, SAFETY_OPTIONS):
             for option, value in settings.items():
                 self.engine.set_option(option, value)
@@ -2230,10 +2227,11 @@ class Session:
         self.canonical: dict[str, str] = {}  # for each name the one of `qualities` that means it
         self._streams: Mapping[str, Any] = {}
         self._raw: Opened | None = None  # what no plugin knew, and was no playlist
+        self.slack = 0  # how many numbers a playlist may be behind the segment to begin with
 
     def cut(self) -> None:
         """End every request now, refuse further ones and keep nothing, from any thread."""
-        self._http.cut()
+        self.http.cut()
         self._raw = None
 
     def resolve(self, address: str) -> None:
@@ -2242,14 +2240,14 @@ class Session:
         Raises UpstreamError.
         """
         try:
-            with self._http.within(self._ends - time.monotonic()):
+            with self.http.within(self._ends - time.monotonic()):
                 streams = self._resolve(update_scheme("https://", address, force=False))
         except Exception as error:  # a plugin may raise anything
             log.debug("cannot resolve", exc_info=True)
             raise UpstreamError(explain(error)) from error
         if not streams:
             raise UpstreamError("the origin offers no stream there")
-        self._http.is_resolving = False
+        self.http.is_resolving = False
         self._streams = streams
         self.qualities = [name for name in streams if name not in ALIASES] or list(streams)
         names = {id(streams[name]): name for name in reversed(self.qualities)}
@@ -2276,16 +2274,17 @@ class Session:
         is_other: bool = False,
         tracks: Sequence[int] = (),
     ) -> Upstream:
-        """Open a quality, from the segment `first` on where it is listed; raises UpstreamError.
+        """Open a quality; raises UpstreamError.
 
-        `tracks` are the same for tracks that ffmpeg puts together.
+        It begins with the segment `first` where that is listed, and with each one's of `tracks`
+        where ffmpeg puts tracks together.
         `is_other`: another address gave the numbers, so the playlist may be a little behind them.
         """
         upstream: Upstream | None = None
+        self.slack = STALE_NUMBERS if is_other else 0
         try:
-            slack = STALE_NUMBERS if is_other else 0
-            with self._http.within(self._ends - time.monotonic()):
-                upstream = self._upstream_of(name, first, slack, tracks)
+            with self.http.within(self._ends - time.monotonic()):
+                upstream = self._upstream_of(name, first, tracks)
             upstream.start()
         except Exception as error:
             log.debug("cannot open", exc_info=True)
@@ -2294,12 +2293,10 @@ class Session:
             raise UpstreamError(explain(error)) from error
         return upstream
 
-    def _upstream_of(
-        self, name: str, first: int | None, slack: int, tracks: Sequence[int]
-    ) -> Upstream:
+    def _upstream_of(self, name: str, first: int | None, tracks: Sequence[int]) -> Upstream:
         stream = self._streams[name]
         if isinstance(stream, HLSStream):
-            return SegmentedUpstream(self, stream, first, slack)
+            return SegmentedUpstream(self, stream, first)
         if isinstance(stream, HTTPStream):
             opened = self._raw or self._open_raw(stream.args)
             return RawUpstream(self, stream.args, opened)
@@ -2308,7 +2305,7 @@ class Session:
         )
         if has_both or isinstance(stream, MuxedStream):
             self._check_muxing()
-        return ProcessUpstream(self, stream, tracks, slack)
+        return ProcessUpstream(self, stream, tracks)
 
     def _check_muxing(self) -> None:
         """Raise UpstreamError where ffmpeg, or a place for the FIFOs that it reads, is missing."""
@@ -2326,9 +2323,13 @@ class Session:
 
     def _resolve(self, address: str) -> Mapping[str, Any]:
         match = self.engine.plugins.match_url(address)
-        if match is None:
-            if not self._is_playlist(address):
+        if match is None:  # its first bytes tell what it is
+            response, start = self._open_raw({"url": address})
+            if not is_playlist(start):
+                self._raw = response, start
                 return dict.fromkeys(("live", "best", "worst"), HTTPStream(self.engine, address))
+            read_bounded(response, start)
+            self.http.keep(response)
             address = f"hls://{address}"
             match = self.engine.plugins.match_url(address)
             assert match
@@ -2339,20 +2340,9 @@ class Session:
             # Every plugin leaves its cache with atexit, for ever.
             atexit.unregister(plugin.cache._save)
 
-    def _is_playlist(self, address: str) -> bool:
-        """Open an address that no plugin knows, and judge it by its first bytes."""
-        response, start = self._open_raw({"url": address})
-        if not is_playlist(start):
-            self._raw = response, start
-            return False
-        read_bounded(response, start)
-        self._http.keep(response)
-        return True
-
     def _open_raw(self, arguments: Mapping[str, Any]) -> Opened:
         """Ask for a body, and read as much of it as tells what it is."""
-        headers = {"Accept-Encoding": "identity"}  # or it could not be resumed
-        response = self._http.ask(arguments, headers, self._http.timeout)
+        response = self.http.ask(arguments, {}, self.http.timeout)
         read, start = reading(response, START_LIMIT), b""
         while len(start) < START_LIMIT and (len(start) < 64 or _COMMENTS.fullmatch(start)):
             more = read()
@@ -2427,7 +2417,8 @@ class Http(HTTPSession):
         self, arguments: Mapping[str, Any], headers: Mapping[str, str], timeout: float
     ) -> requests.Response:
         """Ask for a body that is still to be read; raises what streamlink makes of a failure."""
-        headers = {**(arguments.get("headers") or {}), **headers}
+        given = arguments.get("headers") or {}
+        headers = {**given, "Accept-Encoding": "identity", **headers}  # or it cannot be resumed
         arguments = {"method": "GET", **arguments, "headers": headers, "timeout": timeout}
         return cast(requests.Response, self.request(**arguments, stream=True))
 
@@ -2439,9 +2430,8 @@ class Http(HTTPSession):
         is_segment = kind is EngineStreamError and timeout and not is_streamed
         seconds = timeout if isinstance(timeout, (int, float)) else self.timeout
         with self.within(math.inf if is_segment else seconds):
-            if (
-                method != "GET" or is_streamed or is_segment or arguments.get("schema")
-            ):  # a plugin's
+            is_plugins = method != "GET" or arguments.get("schema")
+            if is_streamed or is_segment or is_plugins:
                 return super().request(method, url, **arguments)
             return self._load(url, arguments)
 
@@ -2455,11 +2445,12 @@ class Http(HTTPSession):
         response = self._ask_moved(url, arguments) or super().request("GET", url, **arguments)
         # Streamlink asks so for playlists and keys, and plugins for their pages otherwise.
         kind = arguments.get("exception")
-        is_manifest = b"<MPD" in response.content[:START_LIMIT]  # of DASH
-        if kind in (OSError, EngineStreamError) and is_page(response.content) and not is_manifest:
-            raise kind from UpstreamError(WEB_PAGE)
-        if kind in (OSError, EngineStreamError) and not response.content:
-            raise kind from UpstreamError("the origin sent an empty answer")
+        if kind in (OSError, EngineStreamError):
+            if not response.content:
+                raise kind from UpstreamError("the origin sent an empty answer")
+            is_manifest = b"<MPD" in response.content[:START_LIMIT]  # of DASH
+            if is_page(response.content) and not is_manifest:
+                raise kind from UpstreamError(WEB_PAGE)
         if is_playlist(response.content):
             self.keep(response)
         return response
@@ -2593,8 +2584,9 @@ def _shut(sock: socket.socket) -> None:
 
 
 START_LIMIT = 4 * KIB  # bytes of blanks and comments in front of a playlist, at most
-_COMMENTS = re.compile(rb"(\xef\xbb\xbf)?(\s|#(?!EXTM3U)[^\r\n]*[\r\n])*(#[^\r\n]*)?")
-_PREFACE = re.compile(_COMMENTS.pattern[: -len(rb"(#[^\r\n]*)?")] + rb"(?=#EXTM3U)")
+_BLANKS = rb"(\xef\xbb\xbf)?(\s|#(?!EXTM3U)[^\r\n]*[\r\n])*"
+_COMMENTS = re.compile(_BLANKS + rb"(#[^\r\n]*)?")
+_PREFACE = re.compile(_BLANKS + rb"(?=#EXTM3U)")
 _PAGE = re.compile(
     rb"(\xef\xbb\xbf)?\s*(<(!doctype|!--|\?xml|[a-z][\w:-]*[\s>/])|[{\[]\s*[\"{}\[\]\d])", re.I
 )
@@ -2620,7 +2612,7 @@ def is_page(start: bytes) -> bool:
 
 
 def read_bounded(response: requests.Response, start: bytes = b"") -> None:
-    """Read a body to its end and keep it, after `start`; raises ResponseTooLarge.
+    """Read a body to its end and keep it, after `start`; PLAYLIST_LIMIT at most.
 
     Of a redirect or an error that can be as much as there is of it: its status tells enough.
     """
@@ -2629,7 +2621,7 @@ def read_bounded(response: requests.Response, start: bytes = b"") -> None:
         while part := read():
             body += part
             if len(body) > PLAYLIST_LIMIT:
-                raise ResponseTooLarge("too large")
+                raise UpstreamError("the origin's playlist is too large")
     except Exception:
         response.close()
         if response.status_code < 300:
@@ -2642,7 +2634,8 @@ def read_bounded(response: requests.Response, start: bytes = b"") -> None:
 # came before, and then raises WindowEnded (complete) or UpstreamError.
 #
 #   HLS            complete  writer   all up to EXT-X-ENDLIST was handed on, filtered or a gap
-#                  failure   writer   no key, no initialization section, nobody at the origin
+#                  failure   writer   no key, no initialization section, more amiss than one segment
+#                                     (see DownloadingWriter), no end where it stops
 #                            worker   no first playlist, an expired address, numbers that start anew
 #   raw body       complete  pump     all of its length came
 #                  failure   pump     it broke off; it ended and had no length
@@ -2777,8 +2770,15 @@ class Upstream:
 
 def close_file(file: Any) -> None:
     """Close what streamlink opened, or was about to open; blocks for seconds at most."""
-    if isinstance(file, FFMPEGMuxer):
-        _close_muxer(file)
+    if isinstance(file, FFMPEGMuxer):  # which has been killed; streamlink would leave a zombie
+        process: Any = file.process
+        file.process = None
+        if process:
+            process.stdin.close()
+            process.stdout.close()
+            process.wait()
+        for stream in file.streams:
+            close_file(stream)
     if isinstance(file, SegmentedStreamReader):
         file._opened = True  # streamlink would leave a writer whose worker could not be started
     file.close()
@@ -2802,37 +2802,26 @@ def end_muxer(muxer: Any) -> None:
             pipe.path.unlink()
 
 
-def _close_muxer(muxer: Any) -> None:
-    """Close ffmpeg, which has ended, and its tracks; streamlink would leave a zombie."""
-    process, muxer.process = muxer.process, None
-    if process:
-        process.stdin.close()
-        process.stdout.close()
-        process.wait()
-    for stream in muxer.streams:
-        close_file(stream)
-
-
 class SegmentedUpstream(Upstream):
     """An HLS stream: streamlink's worker and writer with our downloads and our ReaderBuffer."""
 
-    def __init__(
-        self, session: Session, stream: HLSStream, first: int | None = None, slack: int = 0
-    ) -> None:
+    def __init__(self, session: Session, stream: HLSStream, first: int | None = None) -> None:
         super().__init__(session)
         self._stream = stream
-        hook(stream, session.name, self.buffer, first=first, slack=slack)
+        hook(stream, session, "", self.buffer, first)
         self._remember(stream)
 
     def start(self) -> None:
         self._stream.open()
 
 
-def hook(stream: Any, name: str, buffer: ReaderBuffer | TrackBuffer, **told: Any) -> None:
+def hook(
+    stream: Any, session: Session, track: str, buffer: ReaderBuffer, first: int | None
+) -> None:
     """Put our downloads into an HLS stream, perhaps a plugin's own, before it is opened."""
-    stream.name = name  # part of its threads' names, and so of their log lines
-    reader = _hooked(type(stream).__reader__)
-    vars(stream)["__reader__"] = functools.partial(reader, buffer=buffer, **told)
+    stream.name = session.name + track  # part of its threads' names, and so of their log lines
+    reader = functools.partial(_hooked(type(stream).__reader__), buffer=buffer)
+    vars(stream)["__reader__"] = functools.partial(reader, first=first, slack=session.slack)
     vars(stream)["__parser__"] = _parser(type(stream).__parser__)
 
 
@@ -2915,7 +2904,7 @@ class TrackBuffer(ReaderBuffer):
 
 class SegmentReader(HLSStreamReader):
     def __init__(
-        self, stream: Any, name: str | None, buffer: Any, first: int | None = None, slack: int = 0
+        self, stream: Any, name: str | None, buffer: Any, first: int | None, slack: int
     ) -> None:
         self.first = first  # the segment to begin with, where it is listed
         self.slack = slack  # how many numbers the playlist may be behind it
@@ -2990,9 +2979,6 @@ class WatchedWorker(HLSStreamWorker):
         super().process_segments(playlist)
 
 
-# What an address answers that is not valid any more, by explain()'s words: it is resolved anew.
-EXPIRED = frozenset(f"the origin answered {status}" for status in (401, 403, 404, 410))
-NOT_FOUND = "the origin answered 404"
 START_MISSING = 3  # segments that cannot be had at a start, until the stream is given up
 
 
@@ -3011,9 +2997,9 @@ class DownloadingWriter(HLSStreamWriter):
         self.retries = 0  # of keys: streamlink would sleep in between, whoever wants it to end
         self._is_start = reader.first is None  # until the first media came
         self._missing = 0  # segments given up
-        self._head: Download | None = None  # what is handed on now
-        # What has begun: segments with their downloads (None: filtered, a gap); True for maps.
-        self._queued: queue.SimpleQueue[tuple[Any, Download | None, bool] | None]
+        self._head: Download | EventKind | None = None  # what is handed on now
+        # What has begun: segments with their downloads, or why they have none; True for maps.
+        self._queued: queue.SimpleQueue[tuple[Any, Download | EventKind, bool] | None]
         self._queued = queue.SimpleQueue()
         self._map: tuple[object, Download] | None = None  # the newest EXT-X-MAP
         # _lock guards these.
@@ -3040,20 +3026,16 @@ class DownloadingWriter(HLSStreamWriter):
                 self._queued.put(None)
                 return
             self._slots -= 1
-            self._begin(segment)
-
-    def _begin(self, segment: Any) -> None:
-        if self._is_gap(segment) or self.should_filter_segment(segment):
-            self._queued.put((segment, None, False))
-            return
-        if segment.map is not None and self._is_listed(segment.num):
-            self._put_map(segment)
-        self._queued.put((segment, self._start(segment, segment), False))
-
-    @staticmethod
-    def _is_gap(segment: Any) -> bool:
-        """Whether the playlist says that there is nothing to ask for."""
-        return getattr(segment, "is_gap", False)  # a plugin's own may not tell
+            download: Download | EventKind
+            if getattr(segment, "is_gap", False):  # a plugin's own may not tell
+                download = EventKind.GAP
+            elif self.should_filter_segment(segment):
+                download = EventKind.FILTERED
+            else:
+                if segment.map is not None and self._is_listed(segment.num):
+                    self._put_map(segment)
+                download = self._start(segment, segment)
+            self._queued.put((segment, download, False))
 
     def _put_map(self, segment: Any) -> None:
         """Hand on the initialization section where it changed, or the stream is discontinuous."""
@@ -3090,31 +3072,50 @@ class DownloadingWriter(HLSStreamWriter):
         arguments = {**self.reader.request_params, "url": url}
         return cast(Http, self.session.http).ask(arguments, headers, min(timeout, self.timeout))
 
+    # A try has failed:
+    #
+    #   the playlist no longer lists it                               give it up
+    #   refused, at a start, and next to be handed on                 give it up, unless it may only
+    #                                                                 be late
+    #   refused for REFUSAL_TIME, as others of the film are           give it up
+    #   otherwise                                                     try for _patience()
+    #
+    # It is given up, or had and of no use:
+    #
+    #   an initialization section                                     the upstream ends
+    #   nobody is there any more, for others either                   the upstream ends
+    #   at a start, the third one or the newest                       the upstream ends
+    #   refused, as the rest of the film: its address has expired     the upstream ends
+    #   otherwise                                                     a gap
+
     def _is_hopeless(self, number: int, download: Download) -> str:
         """Why another try is of no use; empty where it may be."""
         if not self._is_listed(number):
             return "the playlist no longer lists it"
-        if self._is_refused_at_start(number, download):
-            return "others may be there"
-        is_refused = download.asked - download.failing_since > REFUSAL_TIME
-        if self._is_expired(download) and number != self.reader.first and is_refused:
-            return "others as well" if self._has_company(download) else ""
-        return ""
+        if download.failure not in EXPIRED:
+            return ""
+        if self._is_start and download is self._head:
+            # Caches list the newest segment before they have it.
+            is_newest = number >= self._newest and self._missing < START_MISSING - 1
+            is_map = self._map is not None and download is self._map[1]
+            if download.failure != NOT_FOUND or not (is_newest or is_map):
+                return "others may be there"
+        is_lasting = download.asked - download.failing_since > REFUSAL_TIME
+        is_old = self._has_end and number != self.reader.first  # its address may have expired
+        return "others as well" if is_lasting and is_old and self._has_company(download) else ""
 
-    def _is_refused_at_start(self, number: int, download: Download) -> bool:
-        """Whether nobody is to wait for it: nothing was handed on, and this is to be the first.
-
-        What may only be late is waited for: an initialization section, or the newest segment, which
-        caches list before they have it.
-        """
-        is_first = self._is_start and download is self._head
-        is_newest = number >= self._newest and self._missing < START_MISSING - 1
-        is_map = self._map is not None and download is self._map[1]
-        may_come = download.failure == NOT_FOUND and (is_newest or is_map)
-        return is_first and download.failure in EXPIRED and not may_come
-
-    def _is_expired(self, download: Download) -> bool:
-        return self._has_end and download.failure in EXPIRED
+    def _is_fatal(self, number: int, download: Download) -> bool:
+        """Whether more is amiss than one segment."""
+        if download.failure in GONE and self._is_cut_off(download):
+            return True
+        if self._is_start:  # the next one may be there
+            return self._missing >= START_MISSING or number >= self._newest
+        if not self._has_end or download.failure not in EXPIRED:
+            return False
+        # What is refused although its address was just resolved for it is missing; so is a
+        # track's, which cannot go on where it was.
+        is_old = number != self.reader.first and not self._is_track
+        return self._is_cut_off(download) if is_old else self._has_company(download)
 
     def _has_company(self, download: Download) -> bool:
         """Whether others fail alike, and none that was asked for meanwhile was answered."""
@@ -3174,23 +3175,23 @@ class DownloadingWriter(HLSStreamWriter):
 
     def _items(self) -> Items:
         """All that is to be handed on, in order; raises UpstreamError where it breaks off."""
-        while item := self._queued.get():
-            yield from self._items_of(*item)
-            self._free_slot(*item)
+        for segment, download, is_map in iter(self._queued.get, None):
+            self._head = download
+            if isinstance(download, Download):
+                yield from self._items_of(segment, download, is_map)
+            else:
+                if download is EventKind.FILTERED:
+                    self.reader.pause()
+                yield SegmentEvent(download, segment.num)
+            with self._lock:
+                self._slots += not is_map
+                self._begin_waiting()
         worker = self.reader.worker
         if worker.playlist_end is None or worker.sequence <= worker.playlist_end:
             raise UpstreamError("the origin sends no more segments")
 
-    def _items_of(self, segment: Any, download: Download | None, is_map: bool) -> Items:
-        self._head = download
+    def _items_of(self, segment: Any, download: Download, is_map: bool) -> Items:
         try:
-            if download is None and self._is_gap(segment):
-                yield SegmentEvent(EventKind.GAP, segment.num)
-                return
-            if download is None:
-                self.reader.pause()
-                yield SegmentEvent(EventKind.FILTERED, segment.num)
-                return
             kind = EventKind.INIT if is_map else EventKind.START
             yield SegmentEvent(kind, segment.num, segment.discontinuity)
             for piece in self._bytes_of(segment, download, is_map):
@@ -3202,45 +3203,16 @@ class DownloadingWriter(HLSStreamWriter):
         except UpstreamError:
             raise
         except Exception as error:
-            assert download
-            yield self._give_up(segment, download, is_map, explain(error))
-
-    def _free_slot(self, segment: Any, download: Download | None, is_map: bool) -> None:
-        with self._lock:
-            self._slots += not is_map
-            self._begin_waiting()
-
-    def _give_up(self, segment: Any, download: Download, is_map: bool, reason: str) -> SegmentEvent:
-        """Leave a gap; or end, where that would be one of many, or nothing could be decoded."""
-        reason = download.failure or reason
-        if is_map:
-            raise UpstreamError(f"its initialization section cannot be had: {reason}")
-        self._missing += 1
-        if self._is_fatal(segment.num, download):
-            raise UpstreamError(reason)
-        if not self._is_closing:
-            log.warning("segment %d is given up: %s", segment.num, reason)
-        return SegmentEvent(EventKind.GAP, segment.num)
-
-    def _is_fatal(self, number: int, download: Download) -> bool:
-        """Whether more is amiss than one segment.  At a start the next one may be there."""
-        if not self._is_start:
-            return self._is_one_of_many(number, download)
-        is_last = self._missing >= START_MISSING or number >= self._newest
-        is_gone = download.failure in GONE and self._is_one_of_many(number, download)
-        return is_last or is_gone
-
-    def _is_one_of_many(self, number: int, download: Download) -> bool:
-        """Whether the origin is gone, or a film's address has expired.
-
-        A segment that is refused although its address was just resolved for it is missing; so is
-        one of a track, which cannot go on where it was.
-        """
-        if not self._is_cut_off(download):
-            return False
-        is_new = number != self.reader.first and not self._is_track
-        is_expired = self._is_expired(download) and (is_new or self._has_company(download))
-        return is_expired or download.failure in GONE
+            reason = download.failure or explain(error)
+            if is_map:
+                reason = f"its initialization section cannot be had: {reason}"
+                raise UpstreamError(reason) from error
+            self._missing += 1
+            if self._is_fatal(segment.num, download):
+                raise UpstreamError(reason) from error
+            if not self._is_closing:
+                log.warning("segment %d is given up: %s", segment.num, reason)
+            yield SegmentEvent(EventKind.GAP, segment.num)
 
     def _bytes_of(self, segment: Any, download: Download, is_map: bool) -> Iterator[bytes]:
         key, pieces = segment.key, self.iter_segment_content(segment, cast(Any, download))
@@ -3338,11 +3310,10 @@ class RawUpstream(Upstream):
             response, start = self._opened
             yield start
             yield from iter(reading(response, self.session.read_size), b"")
-            raise UpstreamError("the origin closed the connection")
-        engine = self.session.engine
+            raise UpstreamError(CLOSED)
         # A body that stalls is noticed after `timeout`, and then asked for once more.
-        patience = engine.get_option("stream-segment-timeout") + JUDGE_GRACE / 2
-        ask = functools.partial(cast(Http, engine.http).ask, self._arguments)
+        patience = self.session.engine.get_option("stream-segment-timeout") + JUDGE_GRACE / 2
+        ask = functools.partial(self.session.http.ask, self._arguments)
         download = Download(ask, self._closing, lambda: patience, opened=self._opened)
         yield SegmentEvent(EventKind.START, 0)
         yield from download.parts()
@@ -3356,11 +3327,11 @@ class RawUpstream(Upstream):
 class ProcessUpstream(Upstream):
     """Tracks that ffmpeg puts together, and whatever else streamlink opens as a file."""
 
-    def __init__(self, session: Session, stream: Any, first: Sequence[int], slack: int) -> None:
+    def __init__(self, session: Session, stream: Any, first: Sequence[int]) -> None:
         super().__init__(session)
         self._stream = stream
         self._file: Any = None
-        self._first, self._slack = first, slack  # for its tracks: see SegmentReader
+        self._first = first  # segments of its tracks: see SegmentReader
         self._tracks: list[TrackBuffer] = []
         self._failure: str | None = None  # of a track
         self._is_first = threading.Lock()  # the first track that fails keeps it
@@ -3398,8 +3369,7 @@ class ProcessUpstream(Upstream):
         for index, (track, first) in enumerate(itertools.zip_longest(tracks, self._first)):
             if isinstance(track, HLSStream):
                 self._tracks.append(TrackBuffer(self.buffer.limit, self._fail))
-                told = {"first": first, "slack": self._slack}
-                hook(track, f"{self.session.name}--{index}", self._tracks[-1], **told)
+                hook(track, self.session, f"--{index}", self._tracks[-1], first)
             self._remember(track)
 
     def _muxer(self, stream: Any, files: Sequence[Any]) -> Any:
@@ -3436,7 +3406,7 @@ class ProcessUpstream(Upstream):
         if process and process.wait():
             raise UpstreamError("ffmpeg failed")
         if not self.has_end:
-            raise UpstreamError("the origin closed the connection")
+            raise UpstreamError(CLOSED)
 
 
 # --------------------------------------------------------------------------------------------------
