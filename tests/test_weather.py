@@ -1,0 +1,39 @@
+"""Everything is real: what ordinary providers do, and what a household does to them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+from tests import media
+from tests.origin import Origin
+from tests.server import Site
+
+Serve = Callable[..., Site]
+
+
+#### Radio ####
+
+
+def frames_for_ever(start: int) -> Iterator[bytes]:
+    """MP3 as a relay sends it: from where it is, in pieces that know no frames."""
+    frames = b"".join(media.audio_frames("libmp3lame", 44_100))
+    for at in itertools.count(start, 4000):
+        at %= len(frames)
+        yield (frames[at:] + frames)[:4000]
+
+
+def test_radio_that_starts_within_a_frame_is_shared_and_joined_at_a_frame(
+    origin: Origin, serve: Serve
+) -> None:
+    origin.rate = 64_000
+    address = origin.add_endless("/radio", lambda: frames_for_ever(100))
+    site = serve({"radio": address})
+    first = site.watch("/radio")
+    assert first.headers["Content-Type"] == "audio/mpeg"
+    got = first.read(40_000)
+    assert got == (b"".join(media.audio_frames("libmp3lame", 44_100)) * 4)[100:40_100]
+    late = site.watch("/radio").read(10_000)
+    assert late.startswith(media.audio_frames("libmp3lame", 44_100)[1][:2])
+    assert late in got + first.read(64_000)
+    assert origin.count("/radio") == 1
