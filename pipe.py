@@ -5644,7 +5644,8 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         match = _CHANNEL_THREAD.fullmatch(record.threadName or "")
         is_ours = record.name == log.name
-        record.channel = f" {match[1]}:" if match and not is_ours else ""
+        is_named = match is None or record.getMessage().startswith(f"{match[1]}: ")
+        record.channel = f" {match[1]}:" if match and not is_named else ""
         text = super().format(record)
         for secret in self.secrets:
             text = text.replace(secret, "***")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from tests import media
-from tests.origin import Origin
+from tests.origin import Origin, Playlist, Status
+from tests.program import Service
 from tests.server import Site
 
 Serve = Callable[..., Site]
@@ -37,3 +40,15 @@ def test_radio_that_starts_within_a_frame_is_shared_and_joined_at_a_frame(
     assert late.startswith(media.audio_frames("libmp3lame", 44_100)[1][:2])
     assert late in got + first.read(64_000)
     assert origin.count("/radio") == 1
+
+
+#### What an operator reads ####
+
+
+def test_segment_that_is_given_up_is_told_with_its_channel(origin: Origin, tmp_path: Path) -> None:
+    film = origin.add(Playlist("film", media.ts_segments(6)))
+    origin.fault(film.segment_path(3), Status(403), times=None)
+    with Service(tmp_path, {"film": film.url}, options={"timeout": 1}) as service:
+        with urllib.request.urlopen(f"http://127.0.0.1:{service.port}/film") as response:
+            response.read()
+        service.wait_for_count(r" warning film: segment 3 is given up: the origin answered 403$", 1)
