@@ -4144,8 +4144,8 @@ class Channel:
                     items, start = start, None
             if start is None:
                 self._move(upstream, items)
-            if upstream.trouble and self.trouble is None:
-                self._note_trouble(upstream.trouble)
+            if upstream.trouble and self.trouble is None and not self.is_stopped:
+                self._note_trouble(upstream.trouble)  # and no request that was cut with a stop
             if is_all:
                 self._finish(upstream)
             if any(map(_is_sign_of_life, items)):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import signal
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from tests import media
-from tests.origin import Origin, Playlist, Status
+from tests.origin import Origin, Playlist, StallHeaders, Status
 from tests.program import Service
-from tests.server import Site
+from tests.server import Site, Watch
 
 Serve = Callable[..., Site]
 
@@ -52,3 +55,21 @@ def test_segment_that_is_given_up_is_told_with_its_channel(origin: Origin, tmp_p
         with urllib.request.urlopen(f"http://127.0.0.1:{service.port}/film") as response:
             response.read()
         service.wait_for_count(r" warning film: segment 3 is given up: the origin answered 403$", 1)
+
+
+def test_stop_blames_no_origin(origin: Origin, tmp_path: Path) -> None:
+    """Requests that it cuts itself are no failures."""
+    streams = {
+        f"c{number}": origin.add(
+            Playlist(f"c{number}", media.ts_segments(), mode="live", clock=True)
+        ).url
+        for number in range(6)
+    }
+    with Service(tmp_path, streams) as service, ExitStack() as viewers:
+        for name in streams:
+            watch = viewers.enter_context(contextlib.closing(Watch(service.port, f"/{name}")))
+            assert watch.read(188)[:1] == b"G"
+        hanging = origin.fault("*", StallHeaders(), times=None)
+        hanging.wait_held(6)
+        service.send(signal.SIGTERM)
+        assert [line for line in service.errors() if " warning " in line] == []
