@@ -153,6 +153,7 @@ WINDOW_GROWTH = 8  # times `ringbuffer_size` that a window may hold to keep enou
 PRIVATE_WINDOW = 1 * MIB  # bytes between an upstream that has an end and its one viewer
 PLAYLIST_LIMIT = 8 * MIB  # bytes of a playlist, a key or a page; more is an attack or a mistake
 SNIFF_LIMIT = 752  # bytes: three TS packets at any offset, to tell a container
+RUN_LIMIT = 16 * KIB  # bytes of a stream that starts within a frame: some frames of every codec
 TAG_LIMIT = 1 * MIB  # bytes of ID3 tags to wait for until the container behind them is told
 
 FOREMOST_PATIENCE = 5.0  # seconds without a byte until the foremost viewer counts as paused
@@ -1284,6 +1285,24 @@ FRAME_SIZES: dict[Container, Callable[[bytes], int]] = {
 }
 
 
+_FRAME_START = re.compile(rb"\xff(?:[\xe0-\xff]|\Z)|\x0b(?:\x77|\Z)")  # any codec's
+FRAME_RUN = 3  # frames in a row that are no accident
+
+
+def _run_of_frames(data: bytes, at: int, frame_size: Callable[[bytes], int]) -> int:
+    """How many frames follow each other from `at` to the end of the data; -1: something else does.
+
+    The last one may not be whole.
+    """
+    count = 0
+    while len(header := data[at : at + FRAME_HEADER]) == FRAME_HEADER:
+        size = frame_size(header)
+        if not size:
+            return -1
+        at, count = at + size, count + 1
+    return count
+
+
 def _id3_size(start: bytes) -> int:
     """Bytes of the ID3 tag that begins so; 0 where none does, or its header is not whole.
 
@@ -1299,7 +1318,8 @@ def _id3_size(start: bytes) -> int:
 class AudioFramer(Framer):
     """Whole frames; ID3 tags, of any version, are taken out.
 
-    Data in which no frame follows is handed on as it is until the next segment or seam.
+    Data in which no frame follows is handed on as it is: until the next segment or seam, or, in a
+    source without segments (relays start anywhere), until frames follow again.
     """
 
     def __init__(self, frame_size: Callable[[bytes], int]) -> None:
@@ -1315,6 +1335,8 @@ class AudioFramer(Framer):
     def feed(self, data: bytes) -> list[Block]:
         data, at, blocks = self._carry + data, 0, list[Block]()
         while at < len(data):
+            if self._is_broken and not self._in_segments:
+                self._is_broken = _run_of_frames(data, at, self._frame_size) < FRAME_RUN
             if not (self._tag_left or self._is_broken):
                 self._tag_left = _id3_size(data[at : at + ID3_HEADER])
             start = min(at + self._tag_left, len(data))
@@ -1333,7 +1355,7 @@ class AudioFramer(Framer):
     def _frames_end(self, data: bytes, start: int) -> int:
         """Where a block's worth of whole frames from `start` on ends.
 
-        That is the end of the data where no frame starts there.
+        Where none starts there, the end of what is none.
         """
         at = start
         while not self._is_broken:
@@ -1345,7 +1367,15 @@ class AudioFramer(Framer):
             if at + size > min(len(data), start + BLOCK_LIMIT):
                 return at
             at += size
-        return at if at > start else len(data)
+        return at if at > start else self._others_end(data, start)
+
+    def _others_end(self, data: bytes, start: int) -> int:
+        """Where frames may follow again; the end of the data in a segment."""
+        if not self._in_segments:
+            for found in _FRAME_START.finditer(data, start):
+                if _run_of_frames(data, found.start(), self._frame_size) >= 0:
+                    return found.start()
+        return len(data)
 
 
 # Telling containers apart
@@ -1360,11 +1390,13 @@ _FIRST_BYTES = {
 _PACKETS = re.compile(rb".{0,187}?G(?=.{187})(?!.{187}[^G])(?!.{375}[^G])", re.DOTALL)
 
 
-def sniff(start: bytes, is_all: bool = False) -> Container | None:
+def sniff(start: bytes, is_all: bool = False, is_raw: bool = False) -> Container | None:
     """Tell the container from all that has come of a stream; None asks for more.
 
     With `is_all`, no more will come.  Otherwise it asks for ID3 tags whole, up to TAG_LIMIT, and
-    behind them for SNIFF_LIMIT bytes or two frames of audio, which are 8 KiB at most.
+    behind them for SNIFF_LIMIT bytes or two frames of audio, which are 8 KiB at most.  With
+    `is_raw`, audio may begin anywhere in a frame, as that of a relay does, and is looked for in
+    RUN_LIMIT bytes.
     """
     at = 0
     while size := _id3_size(start[at : at + ID3_HEADER]):
@@ -1383,7 +1415,19 @@ def sniff(start: bytes, is_all: bool = False) -> Container | None:
         second = start[size : size + FRAME_HEADER]
         if size and (len(second) < FRAME_HEADER or frame_size(second)):
             return container if is_all or len(second) == FRAME_HEADER else None
+    if is_raw and is_enough and (found := _sniff_frames(start)):
+        return found
+    is_enough = is_all or len(start) >= (RUN_LIMIT if is_raw else SNIFF_LIMIT)
     return Container.OTHER if is_enough else None
+
+
+def _sniff_frames(start: bytes) -> Container | None:
+    """The container of which frames follow each other somewhere, up to the end."""
+    for container, frame_size in FRAME_SIZES.items():
+        for found in _FRAME_START.finditer(start):
+            if _run_of_frames(start, found.start(), frame_size) >= FRAME_RUN:
+                return container
+    return None
 
 
 def framer_for(container: Container) -> Framer:
@@ -4070,8 +4114,8 @@ class Channel:
                     items, start = start, None
             if start is None:
                 self._move(upstream, items)
-            if upstream.trouble and self.trouble is None:
-                self._note_trouble(upstream.trouble)
+            if upstream.trouble and self.trouble is None and not self.is_stopped:
+                self._note_trouble(upstream.trouble)  # and no request that was cut with a stop
             if is_all:
                 self._finish(upstream)
             if any(map(_is_sign_of_life, items)):
@@ -4122,7 +4166,8 @@ class Channel:
     def _begin(self, upstream: Upstream, start: list[bytes | SegmentEvent], is_all: bool) -> bool:
         """Tell the container from an opening's first bytes; False while more are needed."""
         data = b"".join(item for item in start if not isinstance(item, SegmentEvent))
-        container = sniff(data, is_all) if _has_media(start) else None
+        has_segments = any(isinstance(item, SegmentEvent) for item in start)
+        container = sniff(data, is_all, not has_segments) if _has_media(start) else None
         if container is None:
             if is_all and self._splicer is None:
                 raise UpstreamError(NO_MEDIA)
@@ -4130,7 +4175,6 @@ class Channel:
         if self._splicer:
             self._resume(self._splicer, container, upstream.is_clean)
         else:
-            has_segments = any(isinstance(item, SegmentEvent) for item in start)
             self._go_live(upstream, container, has_segments)
         return True
 
@@ -5570,7 +5614,8 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         match = _CHANNEL_THREAD.fullmatch(record.threadName or "")
         is_ours = record.name == log.name
-        record.channel = f" {match[1]}:" if match and not is_ours else ""
+        is_named = match is None or record.getMessage().startswith(f"{match[1]}: ")
+        record.channel = f" {match[1]}:" if match and not is_named else ""
         text = super().format(record)
         for secret in self.secrets:
             text = text.replace(secret, "***")

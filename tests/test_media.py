@@ -245,6 +245,23 @@ def test_transport_stream_may_start_anywhere_in_a_packet() -> None:
     assert {at: told for at, told in wrong.items() if told is not Container.MPEG_TS} == {}
 
 
+@of_all_audio
+def test_raw_audio_may_start_anywhere_in_a_frame(audio: str) -> None:
+    """As a relay's does, which sends what it has."""
+    container, frames = AUDIO[audio][0], frames_of(audio)
+    stream = b"".join(frames)
+    starts = (1, len(frames[0]) // 2, len(frames[0]) - 1)
+    raw = [stream[at : at + pipe.RUN_LIMIT] for at in starts]
+    assert [pipe.sniff(start, is_raw=True) for start in raw] == [container] * len(starts)
+    assert [pipe.sniff(start) for start in raw] == [Container.OTHER] * len(starts)
+
+
+@of_every_start
+def test_raw_start_is_told_as_any_other(container: Container, make: Callable[[], bytes]) -> None:
+    assert pipe.sniff(make()[:ENOUGH], is_raw=True) in (container, None)
+    assert pipe.sniff(make()[:ENOUGH], is_all=True, is_raw=True) is container
+
+
 def tagged(size: int) -> bytes:
     """The head of a tag that claims so many bytes, as a large cover makes it."""
     return b"ID3\3\0\0" + bytes(size >> shift & 0x7F for shift in (21, 14, 7, 0))
@@ -297,6 +314,8 @@ def test_sniffing_always_ends(start: bytes, fill: bytes) -> None:
     assert pipe.sniff(start, is_all=True)
     enough = (start + fill * ENOUGH)[:ENOUGH]
     assert pipe.sniff(enough) or enough[:3] == b"ID3"
+    enough = (start + fill * pipe.RUN_LIMIT)[: pipe.RUN_LIMIT]
+    assert pipe.sniff(enough, is_raw=True) or enough[:3] == b"ID3"
     assert pipe.sniff((start + fill * pipe.TAG_LIMIT)[: pipe.TAG_LIMIT + ENOUGH])
 
 
@@ -1035,6 +1054,24 @@ def test_stream_of_frames_joins_where_a_frame_starts(audio: str, size: int) -> N
     assert {position for position, _, _ in found} <= edges_of(frames)
     assert {(preamble, kind) for _, preamble, kind in found} == {(b"", JoinKind.ANY)}
     assert len(found) == turns, "one for each turn that brings frames"
+
+
+@of_all_audio
+@pytest.mark.parametrize("size", [1, 333, 1 << 20])
+def test_raw_audio_is_joined_where_frames_start_after_what_is_none(audio: str, size: int) -> None:
+    """It begins within a frame, and loses some bytes on its way."""
+    frames = frames_of(audio)
+    half = len(frames[0]) // 2
+    parts = [frames[0][half:], *frames[1:20], b"no frame at all", frames[20][:half], *frames[21:]]
+    framer, passed, found = audio_framer(audio), list[bytes](), list[Join]()
+    for part in stepwise(b"".join(parts), size):
+        passed += map(bytes, framer.feed(part))
+        found += joins_of(framer)
+        framer.joins.clear()
+    assert b"".join([*passed, *map(bytes, framer.flush())]) == b"".join(parts)
+    positions = {position for position, _, _ in found}
+    assert positions <= edges_of(parts) - {0}
+    assert size > 333 or max(positions) > len(b"".join(parts[:-10])), "also after the loss"
 
 
 @pytest.mark.parametrize("garbage", [b"no frame at all", b"\xff", b"\x0b\x77" * 9])

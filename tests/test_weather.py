@@ -1,0 +1,75 @@
+"""Everything is real: what ordinary providers do, and what a household does to them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import signal
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from tests import media
+from tests.origin import Origin, Playlist, StallHeaders, Status
+from tests.program import Service
+from tests.server import Site, Watch
+
+Serve = Callable[..., Site]
+
+
+#### Radio ####
+
+
+def frames_for_ever(start: int) -> Iterator[bytes]:
+    """MP3 as a relay sends it: from where it is, in pieces that know no frames."""
+    frames = b"".join(media.audio_frames("libmp3lame", 44_100))
+    for at in itertools.count(start, 4000):
+        at %= len(frames)
+        yield (frames[at:] + frames)[:4000]
+
+
+def test_radio_that_starts_within_a_frame_is_shared_and_joined_at_a_frame(
+    origin: Origin, serve: Serve
+) -> None:
+    origin.rate = 64_000
+    address = origin.add_endless("/radio", lambda: frames_for_ever(100))
+    site = serve({"radio": address})
+    first = site.watch("/radio")
+    assert first.headers["Content-Type"] == "audio/mpeg"
+    got = first.read(40_000)
+    assert got == (b"".join(media.audio_frames("libmp3lame", 44_100)) * 4)[100:40_100]
+    late = site.watch("/radio").read(10_000)
+    assert late.startswith(media.audio_frames("libmp3lame", 44_100)[1][:2])
+    assert late in got + first.read(64_000)
+    assert origin.count("/radio") == 1
+
+
+#### What an operator reads ####
+
+
+def test_segment_that_is_given_up_is_told_with_its_channel(origin: Origin, tmp_path: Path) -> None:
+    film = origin.add(Playlist("film", media.ts_segments(6)))
+    origin.fault(film.segment_path(3), Status(403), times=None)
+    with Service(tmp_path, {"film": film.url}, options={"timeout": 1}) as service:
+        with urllib.request.urlopen(f"http://127.0.0.1:{service.port}/film") as response:
+            response.read()
+        service.wait_for_count(r" warning film: segment 3 is given up: the origin answered 403$", 1)
+
+
+def test_stop_blames_no_origin(origin: Origin, tmp_path: Path) -> None:
+    """Requests that it cuts itself are no failures."""
+    streams = {
+        f"c{number}": origin.add(
+            Playlist(f"c{number}", media.ts_segments(), mode="live", clock=True)
+        ).url
+        for number in range(6)
+    }
+    with Service(tmp_path, streams) as service, ExitStack() as viewers:
+        for name in streams:
+            watch = viewers.enter_context(contextlib.closing(Watch(service.port, f"/{name}")))
+            assert watch.read(188)[:1] == b"G"
+        hanging = origin.fault("*", StallHeaders(), times=None)
+        hanging.wait_held(6)
+        service.send(signal.SIGTERM)
+        assert [line for line in service.errors() if " warning " in line] == []
