@@ -1945,7 +1945,6 @@ class Window:
 PART_LIMIT = 256 * KIB  # bytes of one read; larger ones save little and delay the first
 BODY_LIMIT = 8 * MIB  # bytes of a body that wait for their taker; the rest stays at the origin
 SLOW_TIME = 2.0  # seconds of a body that tell how fast it comes
-REFUSAL_TIME = 1.0  # seconds in which no segment of a film may be had, until its address expired
 RETRY_PAUSES = (0.1, 0.2, 0.4, 0.8)  # seconds, the last one again and again
 
 
@@ -1994,8 +1993,8 @@ Opened = tuple[requests.Response, bytes]  # an answer, and what was read of its 
 class Download:
     """A body, tried for until it is whole; what was had of it is not passed on again.
 
-    One thread goes through parts(); or one runs it, and another takes its bytes meanwhile, to whom
-    it looks like a response of requests', as far as streamlink asks.
+    One thread goes through parts(); or one fills its buffer with them, and another takes the bytes
+    meanwhile, to whom it looks like a response of requests', as far as streamlink asks.
 
     `request` asks for it, with more headers and a time-out; no try follows once its upstream is
     `closing`; `patience` is for how many seconds without a byte it is tried.
@@ -2043,9 +2042,6 @@ class Download:
         return self._came / max(self._waited, 1e-3)
 
     # The runner
-
-    def run(self) -> None:
-        fill(self.buffer, self.parts())
 
     def parts(self) -> Generator[bytes, None, None]:
         """The bytes as they come; raises DownloadFailed where the rest cannot be had."""
@@ -2864,8 +2860,9 @@ def hook(
 ) -> None:
     """Put our downloads into an HLS stream, perhaps a plugin's own, before it is opened."""
     stream.name = session.name + track  # part of its threads' names, and so of their log lines
-    reader = functools.partial(_hooked(type(stream).__reader__), buffer=buffer)
-    vars(stream)["__reader__"] = functools.partial(reader, first=first, slack=session.slack)
+    vars(stream)["__reader__"] = functools.partial(
+        _hooked(type(stream).__reader__), buffer=buffer, first=first, slack=session.slack
+    )
     vars(stream)["__parser__"] = _parser(type(stream).__parser__)
 
 
@@ -2958,8 +2955,7 @@ class SegmentReader(HLSStreamReader):
 
     def read(self, size: int) -> bytes:
         """Without streamlink's time-out, which would end a track where it stalls."""
-        data: bytes = self.buffer.read(size)
-        return data
+        return cast(bytes, self.buffer.read(size))
 
     @property
     def has_clock(self) -> bool:
@@ -3023,6 +3019,8 @@ class WatchedWorker(HLSStreamWorker):
         super().process_segments(playlist)
 
 
+REFUSAL_TIME = 1.0  # seconds in which no segment of a film may be had, until its address expired
+UNLISTED = "the playlist no longer lists it"
 START_MISSING = 3  # segments that cannot be had at a start, until the stream is given up
 
 
@@ -3046,12 +3044,11 @@ class DownloadingWriter(HLSStreamWriter):
         self._queued: queue.SimpleQueue[tuple[Any, Download | EventKind, bool] | None]
         self._queued = queue.SimpleQueue()
         self._map: tuple[object, Download] | None = None  # the newest EXT-X-MAP
-        # _lock guards these.
+        # _lock guards these, and streamlink's _wait: set once this is closing.
         self._lock = threading.Lock()
         self._slots = self.threads + 1  # free ones
         self._waiting: deque[Any] = deque()  # segments that wait for one, or None: the end
         self._downloads: weakref.WeakSet[Download] = weakref.WeakSet()
-        self._is_closing = False
 
     # The worker's thread
 
@@ -3093,7 +3090,7 @@ class DownloadingWriter(HLSStreamWriter):
     def _start(self, segment: Any, part: Any) -> Download:
         """A download of a segment or of its map, in the executor's queue."""
         byte_range = None
-        failure = None if self._is_listed(segment.num) else "the playlist no longer lists it"
+        failure = None if self._is_listed(segment.num) else UNLISTED
         try:
             if part.byterange:
                 byte_range = self.byterange.uncached(part.byterange)
@@ -3104,10 +3101,10 @@ class DownloadingWriter(HLSStreamWriter):
         is_slow = functools.partial(self._is_slow, segment.duration)
         download = Download(request, self._wait, self._patience, is_hopeless, is_slow, byte_range)
         self._downloads.add(download)
-        if failure or self._is_closing:
+        if failure or self._wait.is_set():
             download.buffer.end(failure or "closed")
         else:
-            self.executor.submit(download.run)
+            self.executor.submit(fill, download.buffer, download.parts())
         return download
 
     # The downloads' threads
@@ -3116,26 +3113,26 @@ class DownloadingWriter(HLSStreamWriter):
         arguments = {**self.reader.request_params, "url": url}
         return cast(Http, self.session.http).ask(arguments, headers, min(timeout, self.timeout))
 
-    # A try has failed:
+    # What becomes of a segment when a try of it fails (_is_hopeless, Download):
     #
-    #   the playlist no longer lists it                               give it up
-    #   refused, at a start, and next to be handed on                 give it up, unless it may only
-    #                                                                 be late
-    #   refused for REFUSAL_TIME, as others of the film are           give it up
-    #   otherwise                                                     try for _patience()
+    #   the playlist no longer lists it                       it is given up
+    #   refused at a start, and next to be handed on          given up, unless it may only be late
+    #   refused for REFUSAL_TIME in a film, as others are     given up
+    #   no byte came for _patience()                          given up
+    #   otherwise                                             it is tried again
     #
-    # It is given up, or had and of no use:
+    # and of its upstream when it is given up, or of no use (_items_of, _is_fatal):
     #
-    #   an initialization section                                     the upstream ends
-    #   nobody is there any more, for others either                   the upstream ends
-    #   at a start, the third one or the newest                       the upstream ends
-    #   refused, as the rest of the film: its address has expired     the upstream ends
-    #   otherwise                                                     a gap
+    #   it is an initialization section                       ends
+    #   nobody is there, and nothing else was answered        ends
+    #   at a start, the third one or the newest               ends
+    #   refused in a film, and nothing else was answered      ends: the address has expired
+    #   otherwise                                             goes on after a gap
 
     def _is_hopeless(self, number: int, download: Download) -> str:
         """Why another try is of no use; empty where it may be."""
         if not self._is_listed(number):
-            return "the playlist no longer lists it"
+            return UNLISTED
         if download.failure not in EXPIRED:
             return ""
         if self._is_start and download is self._head:
@@ -3156,8 +3153,8 @@ class DownloadingWriter(HLSStreamWriter):
             return self._missing >= START_MISSING or number >= self._newest
         if not self._has_end or download.failure not in EXPIRED:
             return False
-        # What is refused although its address was just resolved for it is missing; so is a
-        # track's, which cannot go on where it was.
+        # What is refused alone, although its address was just resolved for it, is missing; so is
+        # a track's, which cannot go on where it was.
         is_old = number != self.reader.first and not self._is_track
         return self._is_cut_off(download) if is_old else self._has_company(download)
 
@@ -3254,7 +3251,7 @@ class DownloadingWriter(HLSStreamWriter):
             self._missing += 1
             if self._is_fatal(segment.num, download):
                 raise UpstreamError(reason) from error
-            if not self._is_closing:
+            if not self._wait.is_set():
                 log.warning("segment %d is given up: %s", segment.num, reason)
             yield SegmentEvent(EventKind.GAP, segment.num)
 
@@ -3292,9 +3289,8 @@ class DownloadingWriter(HLSStreamWriter):
     def close(self) -> None:
         """Wake all that wait here and drop what nobody took, then end as streamlink does."""
         with self._lock:
-            self._is_closing = True
+            self._wait.set()
             downloads = tuple(self._downloads)
-        self._wait.set()
         for download in downloads:
             download.buffer.discard()
         self._map = None
