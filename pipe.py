@@ -2585,6 +2585,16 @@ class Http(HTTPSession):
         self._kept = {}
 
 
+class Response(http.client.HTTPResponse):
+    """Also what the first Shoutcast servers, which many radios run, send for HTTP/1.0."""
+
+    def _read_status(self) -> Any:
+        if not self.fp.peek(7).startswith(b"ICY 200"):
+            return super()._read_status()  # type: ignore[misc]
+        self.fp.readline(SNIFF_LIMIT)
+        return "HTTP/1.0", 200, "OK"
+
+
 def _watched(kind: Any, http_session: Http) -> Any:
     """A kind of connection that reports its sockets, before and after TLS, and keeps to its try."""
 
@@ -2601,7 +2611,7 @@ def _watched(kind: Any, http_session: Http) -> Any:
             http_session.add(self.sock)
 
         def response_class(self, sock: socket.socket, *arguments: Any, **more: Any) -> Any:
-            response = http.client.HTTPResponse(sock, *arguments, **more)
+            response = Response(sock, *arguments, **more)
             file = TimedFile(sock, response.fp, lambda: http_session.patience(self.timeout))
             response.fp = io.BufferedReader(file)
             return response

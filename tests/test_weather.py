@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import signal
+import socketserver
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -43,6 +45,33 @@ def test_radio_that_starts_within_a_frame_is_shared_and_joined_at_a_frame(
     assert late.startswith(media.audio_frames("libmp3lame", 44_100)[1][:2])
     assert late in got + first.read(64_000)
     assert origin.count("/radio") == 1
+
+
+class Shoutcast(socketserver.StreamRequestHandler):
+    """A server of the first version, whose answer is not quite HTTP."""
+
+    def handle(self) -> None:
+        while self.rfile.readline().strip():
+            pass
+        self.wfile.write(b"ICY 200 OK\r\nicy-name:News\r\ncontent-type:audio/mpeg\r\n\r\n")
+        with contextlib.suppress(OSError):
+            for piece in frames_for_ever(100):
+                self.wfile.write(piece)
+
+
+def test_radio_of_an_old_shoutcast_server_is_heard(serve: Serve) -> None:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Shoutcast) as server:
+        task = threading.Thread(target=server.serve_forever, args=(0.02,))
+        task.start()
+        try:
+            site = serve({"radio": f"http://127.0.0.1:{server.server_address[1]}/"}, linger=0)
+            with site.watch("/radio") as viewer:
+                assert viewer.headers["Content-Type"] == "audio/mpeg"
+                frames = b"".join(media.audio_frames("libmp3lame", 44_100)) * 4
+                assert viewer.read(40_000) == frames[100:40_100]
+        finally:
+            server.shutdown()
+            task.join()
 
 
 #### What an operator reads ####
