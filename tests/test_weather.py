@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
+
 from tests import media
-from tests.origin import Origin, Playlist, StallHeaders, Status
+from tests.origin import OneAtATime, Origin, Playlist, StallHeaders, Status
 from tests.program import Service
 from tests.server import Site, Watch
 
@@ -72,6 +74,25 @@ def test_radio_of_an_old_shoutcast_server_is_heard(serve: Serve) -> None:
         finally:
             server.shutdown()
             task.join()
+
+
+#### Panels ####
+
+
+@pytest.mark.parametrize("status", [403, 429, 458])
+def test_lingering_channel_gives_way_where_the_panel_allows_one_connection(
+    origin: Origin, serve: Serve, status: int
+) -> None:
+    origin.rate = 400_000
+    source = b"".join(media.ts_segments())
+    streams = {
+        name: origin.add_endless(f"/{name}", lambda: itertools.repeat(source)) for name in "abc"
+    }
+    origin.fault("*", OneAtATime(origin, status), times=None)
+    site = serve(streams, linger=60)
+    for name in "abcab":
+        with site.watch(f"/{name}") as viewer:
+            assert viewer.read(20_000) == source[:20_000]
 
 
 #### What an operator reads ####
