@@ -161,6 +161,7 @@ KEY_FRAME_BACK = 6.0  # seconds; libavformat wants 5 s of stream before it shows
 FAILURE_MEMORY = 2.0  # seconds; VLC asks a second time at once when the first answer is an error
 REPEAT_TIME = 10.0  # seconds between two lines of one kind that a player may cause forty a second
 ZAPPING_TIME = 2.0  # seconds a client that leaves one channel for another waits for the place
+ZAPPING_PAUSE = 0.5  # seconds between a start's tries while its origin may still count the last one
 ZAPPING_TICK = 0.05  # seconds between two looks whether it has left
 START_TICK = 0.5  # seconds between two looks whether a viewer still waits for a start
 HEAD_TIMEOUT = 10.0  # seconds a client has to send its request head
@@ -2572,6 +2573,16 @@ class Http(HTTPSession):
         self._kept = {}
 
 
+class Response(http.client.HTTPResponse):
+    """Also what the first Shoutcast servers, which many radios run, send for HTTP/1.0."""
+
+    def _read_status(self) -> Any:
+        if not self.fp.peek(7).startswith(b"ICY 200"):
+            return super()._read_status()  # type: ignore[misc]
+        self.fp.readline(SNIFF_LIMIT)
+        return "HTTP/1.0", 200, "OK"
+
+
 def _watched(kind: Any, http_session: Http) -> Any:
     """A kind of connection that reports its sockets, before and after TLS, and keeps to its try."""
 
@@ -2588,7 +2599,7 @@ def _watched(kind: Any, http_session: Http) -> Any:
             http_session.add(self.sock)
 
         def response_class(self, sock: socket.socket, *arguments: Any, **more: Any) -> Any:
-            response = http.client.HTTPResponse(sock, *arguments, **more)
+            response = Response(sock, *arguments, **more)
             file = TimedFile(sock, response.fp, lambda: http_session.patience(self.timeout))
             response.fp = io.BufferedReader(file)
             return response
@@ -3021,6 +3032,8 @@ class WatchedWorker(HLSStreamWorker):
 
 REFUSAL_TIME = 1.0  # seconds in which no segment of a film may be had, until its address expired
 UNLISTED = "the playlist no longer lists it"
+# What origins answer that allow no more connections, panels with statuses of their own.
+BUSY = frozenset(f"the origin answered {status}" for status in (403, 429, 458, 503, 509))
 START_MISSING = 3  # segments that cannot be had at a start, until the stream is given up
 
 
@@ -3958,19 +3971,24 @@ class Channel:
     def _open_first(self) -> None:
         """Try each address once, all within `timeout`, until one has media.
 
+        The last one again where we hold, or held just now, the one connection that it allows.
         Returns where that one failed later; raises StreamError where none has any.
         """
         reason = ""
-        order = self.channels.start_order(self.stream)
-        for self._address in order:
+        order = deque(self.channels.start_order(self.stream))
+        timeout = self.stream.options.timeout / len(order)
+        while order:
+            self._address = order.popleft()
             try:
-                timeout = self.stream.options.timeout / len(order)
                 self._open_and_feed(timeout, time.monotonic() + timeout)
             except UpstreamError as error:
                 reason = error.reason
                 self._note_failure(reason)
                 if self._splicer:
                     return
+                if not order and reason in BUSY and self.channels.give_way(self.host):
+                    order.append(self._address)
+                    self._wait(ZAPPING_PAUSE, math.inf)
         raise UpstreamError(reason)
 
     def _keep_going(self) -> NoReturn:
@@ -4043,6 +4061,10 @@ class Channel:
             return logging.WARNING
         self._start_level = self._start_level or self.record.repeat_level()
         return self._start_level
+
+    @property
+    def host(self) -> str:
+        return _split(self.stream.urls[self._address])[1]
 
     @property
     def _origin(self) -> str:
@@ -4331,6 +4353,7 @@ class Channels:
         self._config = config
         self._channels: dict[Channel, None] = {}  # fed, watched or both, in the order they came
         self._records: dict[str, StreamRecord] = {}  # by stream
+        self._closed: dict[str, float] = {}  # when an upstream of a host was closed
         self.is_stopping = False
 
     # Viewers' threads
@@ -4444,12 +4467,16 @@ class Channels:
         """Raise LimitReached where there is no room, once those who have left are let go."""
         if has_room():
             return
+        self._let_go()
+        if not has_room():
+            raise LimitReached(reason)
+
+    def _let_go(self) -> None:
+        """Count out the viewers who have left."""
         for channel in tuple(self._channels):
             for viewer in tuple(channel.viewers):
                 if viewer.has_left():
                     self._detach(channel, viewer)
-        if not has_room():
-            raise LimitReached(reason)
 
     def _has_seat(self) -> bool:
         most = self._config.server.max_viewers
@@ -4580,6 +4607,18 @@ class Channels:
             self.changed.notify_all()
         channel.window.end(is_complete)
 
+    def give_way(self, host: str) -> bool:
+        """Whether an origin that refuses a connection may take it soon: many allow one at a time.
+
+        Closes what nobody watches of that host, and is true for a while after such a close.
+        """
+        with self.changed:
+            self._let_go()
+            for channel in tuple(self._channels):
+                if channel.is_running and not channel.viewers and host == channel.host:
+                    self._close(channel)
+            return time.monotonic() - self._closed.get(host, -math.inf) < ZAPPING_TIME
+
     def note_failure(self, stream: StreamSettings, position: int) -> None:
         """Remember that an address failed, for the next starts."""
         with self.changed:
@@ -4620,6 +4659,7 @@ class Channels:
     def _close(self, channel: Channel) -> None:
         """End a channel that nobody watches: its connections close before another one's open."""
         channel.state, channel.is_offered = State.CLOSED, False
+        self._closed[channel.host] = time.monotonic()
         channel.stop()
 
     # Main

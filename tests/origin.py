@@ -560,6 +560,18 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class OneAtATime:
+    """A panel that allows one connection: it refuses whoever comes while another is served."""
+
+    origin: Origin
+    status: int = 403
+
+    def apply(self, answer: Answer) -> None:
+        if sum(not request.done for request in self.origin.requests) > 1:
+            Status(self.status).apply(answer)
+
+
+@dataclass(frozen=True)
 class Body:
     """Another body, also where there is none."""
 

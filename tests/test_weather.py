@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import signal
+import socketserver
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
+
 from tests import media
-from tests.origin import Origin, Playlist, StallHeaders, Status
+from tests.origin import OneAtATime, Origin, Playlist, StallHeaders, Status
 from tests.program import Service
 from tests.server import Site, Watch
 
@@ -43,6 +47,52 @@ def test_radio_that_starts_within_a_frame_is_shared_and_joined_at_a_frame(
     assert late.startswith(media.audio_frames("libmp3lame", 44_100)[1][:2])
     assert late in got + first.read(64_000)
     assert origin.count("/radio") == 1
+
+
+class Shoutcast(socketserver.StreamRequestHandler):
+    """A server of the first version, whose answer is not quite HTTP."""
+
+    def handle(self) -> None:
+        while self.rfile.readline().strip():
+            pass
+        self.wfile.write(b"ICY 200 OK\r\nicy-name:News\r\ncontent-type:audio/mpeg\r\n\r\n")
+        with contextlib.suppress(OSError):
+            for piece in frames_for_ever(100):
+                self.wfile.write(piece)
+
+
+def test_radio_of_an_old_shoutcast_server_is_heard(serve: Serve) -> None:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Shoutcast) as server:
+        task = threading.Thread(target=server.serve_forever, args=(0.02,))
+        task.start()
+        try:
+            site = serve({"radio": f"http://127.0.0.1:{server.server_address[1]}/"}, linger=0)
+            with site.watch("/radio") as viewer:
+                assert viewer.headers["Content-Type"] == "audio/mpeg"
+                frames = b"".join(media.audio_frames("libmp3lame", 44_100)) * 4
+                assert viewer.read(40_000) == frames[100:40_100]
+        finally:
+            server.shutdown()
+            task.join()
+
+
+#### Panels ####
+
+
+@pytest.mark.parametrize("status", [403, 429, 458])
+def test_lingering_channel_gives_way_where_the_panel_allows_one_connection(
+    origin: Origin, serve: Serve, status: int
+) -> None:
+    origin.rate = 400_000
+    source = b"".join(media.ts_segments())
+    streams = {
+        name: origin.add_endless(f"/{name}", lambda: itertools.repeat(source)) for name in "abc"
+    }
+    origin.fault("*", OneAtATime(origin, status), times=None)
+    site = serve(streams, linger=60)
+    for name in "abcab":
+        with site.watch(f"/{name}") as viewer:
+            assert viewer.read(20_000) == source[:20_000]
 
 
 #### What an operator reads ####
