@@ -1510,6 +1510,7 @@ def _add_odd_answers(origin: Origin, ts: Sequence[bytes]) -> list[str]:
         odd("dripping-head", DripHead(1.0)),
         odd("refused-segments", Status(403), path="*.ts"),
         odd("gaps", tags="#EXT-X-GAP"),
+        odd("one-connection", OneAtATime(origin)),
         odd("drm", tags='#EXT-X-KEY:METHOD=SAMPLE-AES,URI="skd://key"'),
     ]
 
