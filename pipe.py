@@ -22,10 +22,12 @@ Data flow
 Threads
     main           parses arguments, waits for signals, reloads, closes everything
     listener       accepts connections; refuses what is too much
-    viewer-N       one for each connection: reads a request, then only takes from a Window
-    feed-NAME-N    one for each Channel: opens its upstream, judges it, opens it again
-    pump-NAME-N    for a source without a playlist: moves its body to the ReaderBuffer
-    close-NAME-N   ends an upstream, which may take as long as streamlink's threads do
+    viewer-N       one for each connection: reads a request, then only takes from a Window;
+                   viewer-NAME-N once it has media
+    feed-NAME-0    one for each Channel: opens its upstream, judges it, opens it again
+    pump-NAME-0    for a raw body or ffmpeg's output: moves it to the ReaderBuffer
+    close-NAME-0   ends an upstream, which may take as long as streamlink's threads do
+    check_N, demo  for --check and --demo
     Streamlink's own are named after the channel: a worker loads playlists and puts segments, a
     writer hands on the oldest download, an executor runs the downloads.
 
@@ -33,8 +35,9 @@ Locks
     Channels.changed     the set of channels, what each says of itself, the records of streams
     Window._lock         blocks, join points and viewers of one window
     ReaderBuffer._lock   what was handed over and has not been taken
-    Taken in that order.  Those of Http, DownloadingWriter and Server are taken alone.  None is held
-    across a socket write, an upstream call or a join.
+    Taken in that order.  Http's may be taken under the first, a ReaderBuffer's under
+    DownloadingWriter's; Server's are taken alone.  None is held across a socket write, a request or
+    a join; shutting sockets down under Channels.changed does not block.
 
 Where it is decided
     what a key of the file means     Configuration: the dataclasses, with each key's parser
@@ -51,7 +54,7 @@ Where it is decided
 
 Reading order
     Window, Channels.watch, Channel._run, Splicer, then Handler.stream_channel.  Configuration,
-    Media and Pages are pure; Upstream is all there is of streamlink.
+    Media and Pages start no thread and hold no lock; Upstream is all there is of streamlink.
 """
 
 from __future__ import annotations
@@ -2699,7 +2702,7 @@ def read_bounded(response: requests.Response, start: bytes = b"") -> None:
 
 
 class Upstream:
-    """An open source.  The feeder reads; close() may come from any thread."""
+    """An open source.  The channel's thread alone reads and closes it."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -2773,7 +2776,7 @@ class Upstream:
         raise WindowEnded(complete=True)
 
     def close(self) -> None:
-        """End everything and drop what nobody took; returns at once.  Idempotent.
+        """End everything and drop what nobody took; returns at once, but for ffmpeg.  Idempotent.
 
         What would outlive the process (ffmpeg, and files for it) has ended then.
         """
@@ -3446,7 +3449,8 @@ class ProcessUpstream(Upstream):
         if self._closing.wait(MUXER_LAG) or not self._is_first.acquire(blocking=False):
             return
         self._failure = reason
-        self._file.process.terminate()  # once: at a second signal it would drop what it has
+        if process := self._file.process:  # close() may end it meanwhile
+            process.terminate()  # once: at a second signal it would drop what it has
         for track in self._tracks:
             track.discard()
 
@@ -3766,6 +3770,11 @@ class StreamRecord:
             self.errors[reason] += 1
             self.last_error = reason
 
+    def note_trouble(self, reason: str) -> None:
+        """Something failed that may not end an upstream."""
+        with self._lock:
+            self.last_error = reason
+
     def add_received(self, size: int) -> None:
         slot = int(time.monotonic() / SLOT)
         with self._lock:
@@ -3819,11 +3828,14 @@ class StreamReport:
 #
 #   STARTING -> LIVE | PRIVATE   media is at hand                             (go_live)
 #   STARTING -> MERGED           another channel has the variant              (register, go_live)
-#                                a reload changed the stream                  (end)
-#   STARTING -> CLOSED           all addresses failed                         (end)
+#                                a reload changed the stream, or nobody       (end)
+#                                waited any more in a pause between two tries
+#   STARTING -> CLOSED           all addresses failed, or the server stops    (end)
 #                                nobody waits, and its slot is needed         (_close)
 #   LIVE | PRIVATE -> CLOSED     nobody watches any more                      (is_abandoned, _close)
 #                                the source ended, or failed for `reconnect`  (end)
+#                                a reload changed the stream, or the server   (stop, end)
+#                                stops
 #
 # A channel that is LIVE or PRIVATE stays so while its origin fails and a failed upstream is opened
 # again: `trouble` tells why it waits, and its viewers keep their connections.
@@ -3870,7 +3882,7 @@ class Channel:
         self._has_end = False  # its source ends by itself; known from its first media on
         self._tracks: Sequence[int] = ()  # the segments that its tracks go on with
         self._address = 0  # position of the address in use
-        self._last_byte = 0.0  # when media came last
+        self._last_byte = self.since  # when media came last, or the start began
         self._troubled_since = math.inf
         self._told: set[tuple[int, str]] = set()  # what failed since then, as it was logged
         self._gaps = 0  # segments lost since then
@@ -4038,7 +4050,8 @@ class Channel:
         """The origin fails: say so once in an outage, however often it is asked in vain."""
         if self.trouble is None:
             self._troubled_since = time.monotonic()
-        self.trouble = self.record.last_error = reason
+        self.trouble = reason
+        self.record.note_trouble(reason)
         if (self._address, reason) not in self._told:
             self._told.add((self._address, reason))
             log.log(self._log_level, "%s: %s: %s", self.stream.name, self._origin, reason)
@@ -4064,7 +4077,7 @@ class Channel:
 
     @property
     def host(self) -> str:
-        return _split(self.stream.urls[self._address])[1]
+        return host_of(self.stream.urls[self._address])
 
     @property
     def _origin(self) -> str:
@@ -4173,7 +4186,9 @@ class Channel:
         now = time.monotonic()
         is_late = now > deadline
         if is_late and self._splicer is None and len(self.stream.urls) == 1:
-            raise no_media_error(self.stream, upstream.trouble)
+            error = no_media_error(self.stream, upstream.trouble)
+            self.record.add_error(error.reason)
+            raise error
         refused = now - max(self._troubled_since, alive) if upstream.trouble else 0.0
         if refused > 2 * upstream.target_duration and len(self.stream.urls) > 1:
             raise UpstreamError(upstream.trouble or "")
@@ -4255,8 +4270,8 @@ class Channel:
         segments = self.window.live_edge + 2
         fitting = math.ceil(segments * segment_size / WINDOW_GROWTH / MIB) * MIB
         log.warning(
-            "%s: the window holds fewer than %d segments, viewers who join late may have to wait: "
-            "set ringbuffer_size: %d", self.stream.name, segments, fitting,
+            "%s: the window holds fewer than %d segments; viewers who join late may have to wait "
+            "(set ringbuffer_size: %d)", self.stream.name, segments, fitting,
         )  # fmt: skip
 
     def _finish(self, upstream: Upstream) -> NoReturn:
@@ -4264,7 +4279,7 @@ class Channel:
         assert self._splicer
         self._splicer.flush()
         if self._splicer.is_skipping and not upstream.target_duration:
-            log.warning("%s: the file is another one than before", self.stream.name)
+            log.warning("%s: the file is not the same as before", self.stream.name)
             raise WindowEnded(complete=False)
         raise WindowEnded(complete=True)
 
@@ -4300,10 +4315,14 @@ def names_in(quality: str) -> list[str]:
     return [name.strip() for name in quality.split(",")]
 
 
+def host_of(address: str) -> str:
+    """The host of an address, behind streamlink's prefixes; empty where it has none."""
+    return _split(re.sub(r"^(?:hls|hlsvariant|httpstream|dash)://(?=\w+://)", "", address))[1]
+
+
 def origin_of(address: str, position: int, count: int) -> str:
     """An address as logs may show it: `b.example, 2 of 2`."""
-    host = _split(re.sub(r"^(?:hls|hlsvariant|httpstream|dash)://(?=\w+://)", "", address))[1]
-    return f"{host or 'address'}, {position} of {count}"
+    return f"{host_of(address) or 'address'}, {position} of {count}"
 
 
 def stopping_error() -> StreamError:
@@ -4594,11 +4613,14 @@ class Channels:
     def end(self, channel: Channel, is_complete: bool, failure: StreamError | None) -> None:
         """A channel's thread ends; called once for each, with what became of it."""
         with self.changed:
-            if channel.state is State.STARTING and channel.is_stopped and not self.is_stopping:
-                channel.state = State.MERGED  # a reload: who waits starts with the new settings
+            is_given_up = channel.is_stopped or failure is None
+            if channel.state is State.STARTING and is_given_up and not self.is_stopping:
+                # A reload, or nobody waited any more: who waits now starts anew.
+                channel.state = State.MERGED
             elif channel.state is State.STARTING:
-                none = stopping_error() if self.is_stopping else UpstreamError(NO_MEDIA)
-                channel.failure = none if self.is_stopping or failure is None else failure
+                is_stopping = self.is_stopping or failure is None
+                channel.failure = stopping_error() if is_stopping else failure
+                assert channel.failure
                 channel.record.failures[channel.wanted] = time.monotonic(), channel.failure
             if channel.state is not State.MERGED:
                 channel.state = State.CLOSED
@@ -4822,7 +4844,11 @@ def status_json(site: Site) -> Page:
 
 STREAM_METRICS: tuple[tuple[str, str, Callable[[StreamReport], float]], ...] = (
     ("viewers", "Viewers now.", lambda r: r.status["viewers"]),
-    ("upstreams", "Upstreams open now.", lambda r: len(r.channels)),
+    (
+        "upstreams",
+        "Upstreams open now.",
+        lambda r: sum(c["state"] in STATES_SHOWN for c in r.channels),
+    ),
     ("window_bytes", "Bytes in windows.", lambda r: sum(c["window_bytes"] for c in r.channels)),
     ("viewer_connections_total", "Viewers that came.", lambda r: r.counts["arrivals"]),
     ("sent_bytes_total", "Media sent to viewers.", lambda r: r.counts["sent"]),
@@ -5054,6 +5080,7 @@ class Handler(BaseHTTPRequestHandler):
             if not data:
                 raise ViewerGone("no request")
             head += data if head else data.lstrip(b"\r\n")  # RFC 9112, 2.2: these may come first
+        self.connection.settimeout(HEAD_TIMEOUT)  # of the answer, not what is left of the head's
         return bytes(head)
 
     def _answer_request(self) -> None:
@@ -5507,12 +5534,15 @@ def check_stream(stream: StreamSettings) -> tuple[bool, str]:
 def run_check(config: Config) -> int:
     """Open all streams, a few at a time, and print a line for each; returns the exit status."""
     streams = config.streams.values()
-    with ThreadPoolExecutor(CHECKS_AT_ONCE, thread_name_prefix="check") as executor:
+    executor = ThreadPoolExecutor(CHECKS_AT_ONCE, thread_name_prefix="check")
+    try:
         checks = [executor.submit(check_stream, stream) for stream in streams]
         for count, _ in enumerate(as_completed(checks), 1):
             if sys.stderr.isatty():
                 end = "" if count < len(checks) else "\n"
                 print(f"\r{count} of {len(checks)} checked", end=end, file=sys.stderr, flush=True)  # noqa: T201
+    finally:  # Ctrl-C waits for none that has not begun
+        executor.shutdown(wait=False, cancel_futures=True)
     findings = [check.result() for check in checks]
     for stream, (is_ok, words) in zip(streams, findings, strict=True):
         print(f"{stream.name}  {'ok' if is_ok else 'failed'}  {words}")  # noqa: T201

@@ -167,10 +167,10 @@ def test_https_where_http_is_spoken_is_told(origin: Origin, serve: Serve, addres
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (b"ICY 200 OK\r\nicy-name: news\r\n\r\n", "the origin does not speak HTTP"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "the origin does not speak HTTP"),
         (b"", "the origin closed the connection"),
     ],
-    ids=["shoutcast", "nothing"],
+    ids=["ssh", "nothing"],
 )
 def test_other_protocol_is_told(serve: Serve, answer: bytes, words: str) -> None:
     with answering(answer) as address:
