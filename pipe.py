@@ -1091,6 +1091,13 @@ class TsFramer(Framer):
         self._segment, self._seen_key_frame = None, False
 
     def expect_jump(self, is_certain: bool) -> None:
+        """What comes next may not go on from what came.
+
+        It does not, for certain: `_counters` is empty, and the first packet of each PID gets a
+        notice.  It may (another opening of the same source): `_counters` holds what came last, and
+        the first packet that does not go on from it makes the jump a certain one.  A table that
+        differs is one, too.  `_unseen` are the PIDs whose first packet is still to come.
+        """
         if is_certain:
             self._newest = b""
         if self.position:
@@ -3390,7 +3397,7 @@ class ProcessUpstream(Upstream):
         self._first = first  # segments of its tracks: see SegmentReader
         self._tracks: list[TrackBuffer] = []
         self._failure: str | None = None  # of a track
-        self._is_first = threading.Lock()  # the first track that fails keeps it
+        self._first_failure = threading.Lock()  # the first track that fails keeps it
 
     def start(self) -> None:
         stream = self._stream
@@ -3446,7 +3453,7 @@ class ProcessUpstream(Upstream):
 
     def _fail(self, reason: str) -> None:
         """A track broke off, and ffmpeg has all of it: let it write that, but nothing beyond."""
-        if self._closing.wait(MUXER_LAG) or not self._is_first.acquire(blocking=False):
+        if self._closing.wait(MUXER_LAG) or not self._first_failure.acquire(blocking=False):
             return
         self._failure = reason
         if process := self._file.process:  # close() may end it meanwhile
@@ -3483,6 +3490,7 @@ class ProcessUpstream(Upstream):
 #             -> SKIPPING   at the wanted segment with another initialization section
 #   COMPARING -> PASSING    everything was the same; -> SKIPPING  something was not
 #   SKIPPING  -> HOLDING    at the next segment;  HOLDING -> PASSING  the gate opens
+#   RESUMED stays where the first segment was left out, or is missing.
 # Containers without a gate go to PASSING where this says HOLDING.
 # --------------------------------------------------------------------------------------------------
 
@@ -3648,7 +3656,7 @@ class Splicer:
         is_half = is_resumed and goes_on and self._passed.size > 0  # viewers have its beginning
         is_changed = bool(init_section) and not (is_resumed and init_section == self._init_section)
         self.number = event.number
-        if is_half and not is_changed:
+        if is_half and not is_changed:  # RESUMED -> COMPARING
             self._state, self._repeat = SpliceState.COMPARING, Repeat(self._passed)
             return
         if is_half or not goes_on:
@@ -3658,9 +3666,9 @@ class Splicer:
         if is_changed:
             self._pass_init_section(init_section)
         self._passed = Fingerprint()
-        if is_half:  # other media: the segment after it is the first of use
+        if is_half:  # RESUMED -> SKIPPING: other media, the segment after it is the first of use
             self._skip()
-        else:
+        else:  # SKIPPING, RESUMED -> HOLDING; RESUMED -> PASSING
             self._state = SpliceState.HOLDING if self._gate else SpliceState.PASSING
             self._open_segment()
 
