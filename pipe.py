@@ -1786,12 +1786,12 @@ class Window:
         starts = self._segment_starts()
         if self.growth == 1 or not starts:
             return self.limit
-        is_enough = len(starts) >= self._kept_segments
-        oldest = starts[-self._kept_segments] if is_enough else self._tail
+        is_enough = len(starts) >= self.kept_segments
+        oldest = starts[-self.kept_segments] if is_enough else self._tail
         return max(self.limit, min(self._head + size - oldest, self.growth * self.limit))
 
     @property
-    def _kept_segments(self) -> int:
+    def kept_segments(self) -> int:
         """Those that a new viewer gets at once, the one before them, and the one that comes."""
         return self.live_edge + 2
 
@@ -1827,7 +1827,7 @@ class Window:
         self._tail += len(self._blocks.popleft())
         self._first += 1
         while self._joins and self._joins[0].position < self._tail:
-            has_enough = len(self._segment_starts()) >= self._kept_segments
+            has_enough = len(self._segment_starts()) >= self.kept_segments
             self._is_short |= self._joins.popleft().kind is JoinKind.SEGMENT and not has_enough
 
     # Viewers
@@ -1994,6 +1994,11 @@ class Repeat:
         return None if self.is_over and self._again != self._had else data[left:]
 
 
+def pauses(seconds: Sequence[float]) -> Iterator[float]:
+    """These, one after the other, and then the last one again and again."""
+    return itertools.chain(seconds, itertools.repeat(seconds[-1]))
+
+
 class DownloadFailed(PipeError):
     """A body, or the rest of it, cannot be had."""
 
@@ -2057,7 +2062,7 @@ class Download:
     def parts(self) -> Generator[bytes, None, None]:
         """The bytes as they come; raises DownloadFailed where the rest cannot be had."""
         self.began = self._moved = time.monotonic()
-        for pause in itertools.chain(RETRY_PAUSES, itertools.repeat(RETRY_PAUSES[-1])):
+        for pause in pauses(RETRY_PAUSES):
             self.asked = time.monotonic()
             try:
                 response, start = self._open()
@@ -3296,7 +3301,7 @@ class DownloadingWriter(HLSStreamWriter):
         if key.method != "AES-128" or not is_open:
             raise UpstreamError(f"it is encrypted with DRM ({key.method}), which cannot be played")
         deadline = time.monotonic() + self._patience()
-        for pause in itertools.chain(RETRY_PAUSES, itertools.repeat(RETRY_PAUSES[-1])):
+        for pause in pauses(RETRY_PAUSES):
             try:
                 return self.create_decryptor(key, number)
             except Exception as error:
@@ -4016,11 +4021,11 @@ class Channel:
         if self.state is State.PRIVATE and not self._has_end:
             raise UpstreamError("a source without a length cannot be continued where it broke off")
         tried = {self._address}  # since the last good byte
-        pauses = _pauses()
+        waits = _reopen_pauses()
         while True:
             deadline = self._last_byte + self.stream.options.reconnect
             self._address = (self._address + 1) % len(self.stream.urls)
-            pause = next(pauses) if self._address in tried else 0.0
+            pause = next(waits) if self._address in tried else 0.0
             tried.add(self._address)
             self._wait(pause, deadline)
             began = time.monotonic()
@@ -4032,7 +4037,7 @@ class Channel:
             if self._last_byte > began:
                 tried = {self._address}
             if self._last_byte - began > HEALTHY_TIME:
-                pauses = _pauses()
+                waits = _reopen_pauses()
 
     def _wait(self, seconds: float, deadline: float) -> None:
         """Pause before a try; raises WindowEnded or UpstreamError where there shall be none."""
@@ -4175,7 +4180,7 @@ class Channel:
         is_relay = self._splicer is not None and not (self._has_end or upstream.target_duration)
         if items is None:
             if is_relay:
-                raise UpstreamError("the origin closed the connection")
+                raise UpstreamError(CLOSED)
             return [], True
         return [item for item in items if isinstance(item, bytes)] if is_relay else items, False
 
@@ -4275,7 +4280,7 @@ class Channel:
         if self._has_warned or self.state is not State.LIVE or not self.window.is_short():
             return
         self._has_warned = True
-        segments = self.window.live_edge + 2
+        segments = self.window.kept_segments
         fitting = math.ceil(segments * segment_size / WINDOW_GROWTH / MIB) * MIB
         log.warning(
             "%s: the window holds fewer than %d segments; viewers who join late may have to wait "
@@ -4292,9 +4297,9 @@ class Channel:
         raise WindowEnded(complete=True)
 
 
-def _pauses() -> Iterator[float]:
+def _reopen_pauses() -> Iterator[float]:
     """Seconds between tries, with jitter: a thousand channels shall not try in step."""
-    for pause in itertools.chain(REOPEN_PAUSES, itertools.repeat(REOPEN_PAUSES[-1])):
+    for pause in pauses(REOPEN_PAUSES):
         yield pause * random.uniform(0.8, 1.2)
 
 
@@ -4445,9 +4450,13 @@ class Channels:
         channel.viewers[viewer] = None
         channel.idle_since = math.inf
         channel.window.enter(viewer)
-        watching = (len(c.viewers) for c in self._channels if c.stream.name == name)
-        channel.record.peak = max(channel.record.peak, sum(watching))
+        watching = sum(len(other.viewers) for other in self._channels_of(name))
+        channel.record.peak = max(channel.record.peak, watching)
         return channel
+
+    def _channels_of(self, name: str) -> list[Channel]:
+        """A stream's, in the order they came."""
+        return [channel for channel in self._channels if channel.stream.name == name]
 
     def _start(self, stream: StreamSettings, wanted: str, is_private: bool) -> Channel:
         """A channel with a running thread, which cannot do anything here before we let go."""
@@ -4463,14 +4472,14 @@ class Channels:
         """The channel that has, or will have, the first of the wanted qualities that exists."""
         variants = self._variants_of(stream)
         variant = next((variants[name] for name in names_in(wanted) if name in variants), None)
-        offered = [c for c in self._channels if c.is_offered and c.stream.name == stream.name]
+        offered = [channel for channel in self._channels_of(stream.name) if channel.is_offered]
         having = (c for c in offered if c.variant and c.variant == variant)
         starting = (c for c in offered if c.state is State.STARTING and c.wanted == wanted)
         return next(itertools.chain(having, starting), None)
 
     def _variants_of(self, stream: StreamSettings) -> Mapping[str, str]:
         """By name, what the newest start found, and what is running though that lacked it."""
-        mine = (channel for channel in self._channels if channel.stream.name == stream.name)
+        mine = self._channels_of(stream.name)
         running = {channel.variant: channel.variant for channel in mine if channel.is_running}
         return {**self.record(stream.name).variants, **running}
 
@@ -4482,9 +4491,8 @@ class Channels:
                 del record.failures[quality]
         if wanted in record.failures:
             raise record.failures[wanted][1].again()
-        is_known = now - record.resolved < FAILURE_MEMORY or any(
-            channel.is_running and channel.stream.name == stream.name for channel in self._channels
-        )
+        is_running = any(channel.is_running for channel in self._channels_of(stream.name))
+        is_known = is_running or now - record.resolved < FAILURE_MEMORY
         variants = self._variants_of(stream)
         is_offered = any(name in variants for name in names_in(wanted))
         if is_known and variants and not is_offered and wanted != stream.quality:
@@ -4562,7 +4570,7 @@ class Channels:
 
     def _report(self, stream: StreamSettings) -> StreamReport:
         record = self.record(stream.name)
-        channels = [channel for channel in self._channels if channel.stream.name == stream.name]
+        channels = self._channels_of(stream.name)
         viewers = [viewer for channel in channels for viewer in channel.viewers]
         counts = record.counts.copy()
         counts["sent"] += sum(viewer.sent for viewer in viewers)
@@ -4626,10 +4634,10 @@ class Channels:
                 # A reload, or nobody waited any more: who waits now starts anew.
                 channel.state = State.MERGED
             elif channel.state is State.STARTING:
-                is_stopping = self.is_stopping or failure is None
-                channel.failure = stopping_error() if is_stopping else failure
-                assert channel.failure
-                channel.record.failures[channel.wanted] = time.monotonic(), channel.failure
+                if self.is_stopping or failure is None:
+                    failure = stopping_error()
+                channel.failure = failure
+                channel.record.failures[channel.wanted] = time.monotonic(), failure
             if channel.state is not State.MERGED:
                 channel.state = State.CLOSED
             channel.is_offered = channel.is_fed = False
@@ -4676,10 +4684,8 @@ class Channels:
     def _is_taken(self, channel: Channel) -> bool:
         """Whether another channel has this one's variant; its viewers then go there."""
         if not any(
-            other is not channel
-            and other.is_offered
-            and (other.stream.name, other.variant) == (channel.stream.name, channel.variant)
-            for other in self._channels
+            other is not channel and other.is_offered and other.variant == channel.variant
+            for other in self._channels_of(channel.stream.name)
         ):
             return False
         channel.state, channel.is_offered = State.MERGED, False

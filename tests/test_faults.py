@@ -431,7 +431,7 @@ def test_tries_follow_their_pauses(
 
 def test_documented_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    pauses = list(itertools.islice(pipe._pauses(), 8))
+    pauses = list(itertools.islice(pipe._reopen_pauses(), 8))
     wanted = (0.5, 1, 2, 4, 8, 10, 10, 10)
     assert pauses == [pytest.approx(seconds, rel=0.5) for seconds in wanted]
     assert pauses[5:] != 3 * pauses[5:6], "a thousand channels shall not try in step"
