@@ -268,6 +268,11 @@ def is_notice(packet: bytes) -> bool:
     return bool(packet[3] & 0x30 == 0x20 and packet[5] & 0x80)
 
 
+def without_notices(data: bytes) -> bytes:
+    """What the origin sent of these whole packets."""
+    return b"".join(packet for packet in packets(data) if not is_notice(packet))
+
+
 def _notice(packet: bytes) -> bytes:
     """An adaptation field of 183 bytes: discontinuity_indicator, and stuffing."""
     head = bytes([0x47, packet[1] & 0x1F, packet[2], 0x20 | _counted_back(packet)[3] & 0x0F])

@@ -20,6 +20,7 @@ from tests.make_test_card import crc32
 from tests.origin import Body, Close, Origin, Playlist, Status, master
 from tests.program import eventually
 from tests.server import Site, Watch
+from tests.test_faults import delayed
 
 Serve = Callable[..., Site]
 SEGMENTS = 12  # of one timeline, a second each
@@ -65,24 +66,11 @@ def relay(origin: Origin, bodies: Sequence[bytes]) -> str:
     return f"httpstream://{origin.add_endless('/relay', lambda: [next(left)])}"
 
 
-def delayed(data: bytes, ticks: int) -> bytes:
-    """The same packets at another time."""
-    packets = [bytearray(packet) for packet in media.packets(data)]
-    for packet in packets:
-        pipe.delay_timestamps(packet, ticks)
-    return b"".join(packets)
-
-
-def without_announcements(data: bytes) -> bytes:
-    """The stream but for packets that only announce a discontinuity."""
-    return b"".join(p for p in media.packets(data) if p[3] & 0x30 != 0x20)
-
-
 def read_stream(viewer: Watch, size: int) -> bytes:
     """So many bytes of the origin's."""
     data = b""
     while len(data) < size:
-        data += without_announcements(viewer.read(media.PACKET))
+        data += media.without_notices(viewer.read(media.PACKET))
     return data
 
 

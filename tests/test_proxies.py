@@ -253,9 +253,8 @@ def is_from(body: bytes, channel: Playlist) -> bool:
 
     It begins anew now and then, which is announced.
     """
-    packets = media.packets(body[: len(body) // media.PACKET * media.PACKET])
-    media_packets = b"".join(packet for packet in packets if not media.is_notice(packet))
-    return media_packets in channel.plain(0, channel.newest + 1)
+    whole = body[: len(body) // media.PACKET * media.PACKET]
+    return media.without_notices(whole) in channel.plain(0, channel.newest + 1)
 
 
 def segment_requests(origin: Origin, channel: Playlist) -> list[int]:
