@@ -98,7 +98,7 @@ import warnings
 import weakref
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields, replace
 from http import HTTPStatus
@@ -106,7 +106,7 @@ from http.cookiejar import MozillaCookieJar
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NoReturn, cast
-from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlsplit
+from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlencode, urlsplit
 
 try:
     import requests
@@ -855,6 +855,11 @@ class Framer:
         self._in_init_section = False
         self.last_dts: int | None = None  # of a picture, or of sound where there is none
 
+    @property
+    def preamble(self) -> bytes:
+        """What a decoder needs in front of a segment that does not bring it."""
+        return self._init_section
+
     def start_init_section(self) -> None:
         """An initialization section starts with the next byte."""
         self._init_section, self._in_init_section = b"", True
@@ -1075,6 +1080,10 @@ class TsFramer(Framer):
         self._seen: set[int] = set()  # PIDs that came after such a place or a jump
         self._unseen: frozenset[int] = frozenset()  # those whose first packet must be looked at
         self._search_end = 0  # position
+
+    @property
+    def preamble(self) -> bytes:
+        return self.tables.packets
 
     def start_init_section(self) -> None:
         self._segment = None
@@ -1338,6 +1347,16 @@ class AudioFramer(Framer):
         self._frame_size = frame_size
         self._tag_left = 0  # bytes of an open ID3 tag still to come
         self._is_broken = False
+        self._start = 0  # position of the newest segment
+        self._tag = b""  # those that it begins with
+
+    @property
+    def preamble(self) -> bytes:
+        return self._tag if len(self._tag) < TAG_LIMIT else b""
+
+    def start_segment(self) -> None:
+        super().start_segment()
+        self._start, self._tag = self.position, b""
 
     def drop(self) -> None:
         super().drop()
@@ -1352,6 +1371,8 @@ class AudioFramer(Framer):
                 self._tag_left = _id3_size(data[at : at + ID3_HEADER])
             start = min(at + self._tag_left, len(data))
             self._tag_left -= start - at
+            if self.position == self._start:
+                self._tag = (self._tag + data[at:start])[:TAG_LIMIT]
             end = self._frames_end(data, start)
             if end == at:  # the next frame or tag has not come whole
                 break
@@ -1529,6 +1550,7 @@ class SegmentEvent:
     kind: EventKind
     number: int  # media sequence number
     is_discontinuous: bool = False  # EXT-X-DISCONTINUITY stands in front of it
+    duration: float = 0.0  # seconds, as the playlist says; 0: it does not say
 
 
 class ReaderBuffer:
@@ -1685,6 +1707,13 @@ class Viewer:
     is_waiting: bool = True  # for blocks: no pause, however long ago it moved
     has_caught_up: bool = False  # had the newest block once
     skips: int = 0  # how often it fell behind
+    polls: bool = False  # it asks for HLS again and again, and is in no window
+    listed: int = 0  # number of the newest segment in the playlist that it got last
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells that two requests come from one that polls."""
+        return self.address, self.agent
 
     def __repr__(self) -> str:
         return f"<Viewer {self.address} next={self.next} sent={self.sent} skips={self.skips}>"
@@ -1937,6 +1966,23 @@ class Window:
 
     # Anybody
 
+    @property
+    def tail(self) -> int:
+        """Position of the oldest byte."""
+        return self._tail
+
+    def between(self, start: int, end: int) -> list[Block]:
+        """What was appended between two positions; nothing where some of it was evicted."""
+        with self._lock:
+            at, pieces = self._head, deque[Block]()
+            for block in reversed(self._blocks if start >= self._tail else ()):
+                at -= len(block)
+                if at < end:
+                    pieces.appendleft(block[max(0, start - at) : end - at])
+                if at <= start:
+                    break
+            return list(pieces)
+
     def held(self) -> tuple[int, float]:
         """Bytes in the window, and about how many seconds ago the oldest came."""
         with self._lock:
@@ -1947,6 +1993,220 @@ class Window:
         """Whether a late viewer did not find the segment it should have started with."""
         with self._lock:
             return self._is_short
+
+
+# --------------------------------------------------------------------------------------------------
+# HLS: the newest segments of a channel's window, for who polls (RFC 8216)
+# --------------------------------------------------------------------------------------------------
+
+EXTENSIONS = {
+    Container.MPEG_TS: "ts",
+    Container.FMP4: "m4s",
+    Container.AAC: "aac",
+    Container.MPEG_AUDIO: "mp3",
+    Container.AC3: "ac3",
+    Container.EAC3: "ec3",
+}
+MAP_EXTENSION = "mp4"
+PLAYLIST_TYPE = "application/vnd.apple.mpegurl"
+LEAST_LISTED, MOST_LISTED = 3, 8  # segments; Chromium gives up on a first playlist with two
+LISTED_BYTES = 64 * MIB  # beyond LEAST_LISTED; as many that have left the playlist are kept as well
+SHORTEST_CUT, LONGEST_CUT = 2.0, 60.0  # seconds of what has no segments; longer: another clock
+
+
+@dataclass(frozen=True)
+class ListedSegment:
+    number: int
+    start: int  # its position in the window
+    blocks: Sequence[Block]
+    init_section: bytes  # of fMP4
+    map_number: int  # of the first segment that had this one
+    duration: float  # seconds
+    discontinuities: int  # up to this segment, its own counted
+    is_apart: bool  # it does not continue the one before it
+
+
+class Listing:
+    """A live channel's newest complete segments, numbered.
+
+    Those that have left the playlist can be fetched for as long again (6.2.2).  While nobody asks,
+    only what the window holds anyway is kept.  The channel's thread adds, requests read.
+    """
+
+    def __init__(
+        self, window: Window, container: Container, target: float, before: Listing | None
+    ) -> None:
+        """`target` is the least target duration in seconds; `before` had the numbers until now."""
+        self.window, self.container = window, container
+        self.asked = -math.inf  # when somebody did last
+        # The channel's thread alone.
+        self._start: JoinPoint | None = None  # of the open segment
+        self._duration = 0.0  # seconds, as the origin says
+        self._is_apart = True
+        self._clock = 0.0  # seconds of all segments
+        # _changed guards everything below.  Notified when a segment comes and at the end.
+        self._changed = threading.Condition()
+        self._listed: deque[ListedSegment] = deque()
+        self._left: deque[tuple[float, ListedSegment]] = deque()  # no more listed; until when kept
+        self._is_closed = False
+        self.target = max(1, round(target))  # seconds
+        # The time, so that a server that was started again repeats nothing; in tenths of seconds,
+        # for what comes at a start comes faster than time.
+        now = time.time()
+        self._next: int = max(int(10 * now), before._next if before else 0)
+        self._discontinuities: int = max(int(now), before._discontinuities if before else 0)
+
+    # The channel's thread
+
+    def start(self, position: int, duration: float, is_apart: bool) -> None:
+        """A segment of the origin's starts here."""
+        self._start = JoinPoint(position, b"", JoinKind.SEGMENT)
+        self._duration, self._is_apart = duration, self._is_apart or is_apart
+
+    def finish(self, position: int, preamble: bytes) -> None:
+        """It is complete; `preamble` is what a decoder needs before it."""
+        if self._start:
+            self._add(self._start, position, self._duration or float(self.target), preamble)
+        self._start = None
+
+    def drop(self) -> None:
+        """The rest of it will not come; what comes next does not continue what came."""
+        self._start, self._is_apart = None, True
+
+    def cut_at(self, joins: Iterable[JoinPoint]) -> None:
+        """Cut what has no segments where decoders can start, and where its clock tells when."""
+        for join in joins:
+            if join.dts is None:
+                continue
+            start, seconds = self._start, math.inf
+            if start and start.dts is not None and start.kind is join.kind:
+                seconds = (join.dts - start.dts) % TIMESTAMP_MODULUS / 90_000
+            if start and SHORTEST_CUT <= seconds < LONGEST_CUT:
+                self._add(start, join.position, seconds, start.preamble)
+            elif seconds < SHORTEST_CUT:
+                continue
+            else:
+                self._is_apart = True
+            self._start = join
+
+    def _add(self, start: JoinPoint, end: int, duration: float, preamble: bytes) -> None:
+        blocks = self.window.between(start.position, end)
+        with self._changed:
+            is_usable = bool(blocks) and not self._is_closed  # it may be larger than the window
+            if is_usable:
+                self._discontinuities += self._is_apart
+                self._listed.append(self._segment(start, blocks, duration, preamble))
+                self._next += 1
+                self._clock += duration
+                self.target = max(self.target, int(duration + 0.5))
+                self._trim()
+                self._changed.notify_all()
+            self._is_apart = not is_usable
+
+    def _segment(
+        self, start: JoinPoint, blocks: list[Block], duration: float, preamble: bytes
+    ) -> ListedSegment:
+        init_section, map_number = b"", 0
+        if self.container is Container.FMP4:
+            last = self._listed[-1] if self._listed else None
+            is_same = last is not None and last.init_section == preamble
+            init_section, map_number = preamble, last.map_number if last and is_same else self._next
+        elif self.container in FRAME_SIZES:
+            blocks = [preamble or timestamp_tag(self._clock), *blocks]
+        elif pid_of(bytes(blocks[0][:3])) != 0:
+            blocks = [preamble, *blocks]
+        return ListedSegment(
+            self._next, start.position, blocks, init_section, map_number, duration,
+            self._discontinuities, self._is_apart,
+        )  # fmt: skip
+
+    def _trim(self) -> None:
+        """Take the oldest off the playlist, and forget what left it as long ago as it was there."""
+        now = time.monotonic()
+        if now - self.asked > 2 * MOST_LISTED * self.target:
+            self._left.clear()
+            while self._listed[0].start < self.window.tail:
+                self._listed.popleft()
+        while len(self._listed) > MOST_LISTED or _are_large(self._listed):
+            seconds = sum(segment.duration for segment in self._listed)
+            self._left.append((now + seconds, self._listed.popleft()))
+        while self._left and (
+            self._left[0][0] <= now or _are_large([segment for _, segment in self._left])
+        ):
+            self._left.popleft()
+
+    # Any thread
+
+    def close(self) -> None:
+        """No more will come; gives the memory back."""
+        with self._changed:
+            self._is_closed = True
+            self._listed.clear()
+            self._left.clear()
+            self._changed.notify_all()
+
+    def wait(self, listed: int, timeout: float) -> bool:
+        """Whether a playlist has more than that number, within so many seconds.
+
+        Raises WindowEnded where none comes any more.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or self._has_news(listed), timeout)
+            if self._is_closed:
+                raise WindowEnded(complete=False)
+            return self._has_news(listed)
+
+    def _has_news(self, listed: int) -> bool:
+        return self._next - 1 > listed and len(self._listed) >= LEAST_LISTED
+
+    def find(self, number: int, extension: str) -> Sequence[Block]:
+        """A segment or an initialization section; empty where there is none."""
+        self.asked = time.monotonic()
+        with self._changed:
+            for segment in (*(segment for _, segment in self._left), *self._listed):
+                if (segment.number, EXTENSIONS[self.container]) == (number, extension):
+                    return segment.blocks
+                if (segment.map_number, MAP_EXTENSION) == (number, extension):
+                    return [segment.init_section]
+        return ()
+
+    def playlist(self, name: str, tail: str) -> tuple[int, str]:
+        """The newest number and the media playlist; `tail` is the query of all addresses in it.
+
+        They are relative: whatever proxy there is, they lead to where this one came from.
+        """
+        self.asked = time.monotonic()
+        with self._changed:
+            listed, target = tuple(self._listed), self.target
+        if not listed:
+            raise WindowEnded(complete=False)
+        version = 6 if self.container is Container.FMP4 else 3
+        text = f"#EXTM3U\n#EXT-X-VERSION:{version}\n#EXT-X-TARGETDURATION:{target}\n"
+        text += f"#EXT-X-MEDIA-SEQUENCE:{listed[0].number}\n"
+        before = listed[0].discontinuities - listed[0].is_apart
+        text += f"#EXT-X-DISCONTINUITY-SEQUENCE:{before}\n"
+        map_number = 0
+        for segment in listed:
+            text += "#EXT-X-DISCONTINUITY\n" if segment.is_apart else ""
+            if segment.map_number != map_number:
+                map_number = segment.map_number
+                text += f'#EXT-X-MAP:URI="{name}/{map_number}.{MAP_EXTENSION}{tail}"\n'
+            extension = EXTENSIONS[self.container]
+            text += f"#EXTINF:{segment.duration:.3f},\n{name}/{segment.number}.{extension}{tail}\n"
+        return listed[-1].number, text
+
+
+def _are_large(segments: Collection[ListedSegment]) -> bool:
+    size = sum(len(block) for segment in segments for block in segment.blocks)
+    return len(segments) > LEAST_LISTED and size > LISTED_BYTES
+
+
+def timestamp_tag(seconds: float) -> bytes:
+    """The ID3 tag that tells the time of packed audio (3.4)."""
+    ticks = round(seconds * 90_000) % TIMESTAMP_MODULUS
+    content = b"com.apple.streaming.transportStreamTimestamp\0" + struct.pack(">Q", ticks)
+    frame = b"PRIV" + struct.pack(">IH", len(content), 0) + content
+    return b"ID3\4\0\0" + struct.pack(">I", len(frame)) + frame  # all sizes are below 128
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3262,7 +3522,7 @@ class DownloadingWriter(HLSStreamWriter):
     def _items_of(self, segment: Any, download: Download, is_map: bool) -> Items:
         try:
             kind = EventKind.INIT if is_map else EventKind.START
-            yield SegmentEvent(kind, segment.num, segment.discontinuity)
+            yield SegmentEvent(kind, segment.num, segment.discontinuity, segment.duration)
             for piece in self._bytes_of(segment, download, is_map):
                 self._is_start = self._is_start and is_map
                 yield piece
@@ -3573,12 +3833,16 @@ class Splicer:
     A channel's thread owns it.
     """
 
-    def __init__(self, window: Window, container: Container, address: int) -> None:
-        self.window = window
+    def __init__(
+        self, window: Window, container: Container, address: int, listing: Listing | None = None
+    ) -> None:
+        self.window, self.listing = window, listing
         self.address = address  # position of the address that gave the numbers
         self.number: int | None = None  # of the segment to go on with; None without segments
         self.segment_size = 0  # bytes of the newest whole segment
         self._is_clean = False  # the newest opening: see resume()
+        self._duration = 0.0  # of the open segment, as the origin says
+        self._is_apart = True  # it does not continue the one before it
         self._framer = framer_for(container)
         self._state = SpliceState.PASSING
         self._goes_on = True  # False: viewers have not had what came before, so nothing can
@@ -3645,13 +3909,15 @@ class Splicer:
                 return False
             data, self._gate, self._state = opened, None, SpliceState.PASSING
             if self.number is not None:
-                self._framer.start_segment()
+                self._begin_segment()
         self._append(self._framer.feed(data))
         return bool(data)
 
     def _append(self, blocks: list[Block]) -> None:
         joins, self._framer.joins = self._framer.joins, []
         self.window.append(blocks, joins)
+        if self.listing and self.number is None:
+            self.listing.cut_at(joins)
 
     def _start_segment(self, event: SegmentEvent) -> None:
         init_section, self._new_init_section = bytes(self._new_init_section or b""), None
@@ -3666,7 +3932,9 @@ class Splicer:
             return
         if is_half or not goes_on:
             self._start_seam()
-        if is_resumed or event.is_discontinuous or not is_next:
+        self._duration = event.duration
+        self._is_apart = is_resumed or event.is_discontinuous or not is_next
+        if self._is_apart:
             self._framer.expect_jump(is_certain=event.is_discontinuous or not is_next)
         if is_changed:
             self._pass_init_section(init_section)
@@ -3683,7 +3951,12 @@ class Splicer:
             self._gate.start_segment()
         else:
             self._append(self._framer.flush())
-            self._framer.start_segment()
+            self._begin_segment()
+
+    def _begin_segment(self) -> None:
+        self._framer.start_segment()
+        if self.listing:
+            self.listing.start(self._framer.position, self._duration, self._is_apart)
 
     def _pass_init_section(self, init_section: bytes) -> None:
         self._init_section = init_section
@@ -3705,6 +3978,10 @@ class Splicer:
             self._framer.expect_jump(is_certain=True)
         elif self._state is SpliceState.PASSING:
             self._append(self._framer.flush())
+        if self.listing and event.kind is EventKind.END and self._state is SpliceState.PASSING:
+            self.listing.finish(self._framer.position, self._framer.preamble)
+        elif self.listing:
+            self.listing.drop()
         if self._state is SpliceState.COMPARING:  # it ended before the place that viewers reached
             self._skip()
         self.segment_size = self._passed.size
@@ -3729,6 +4006,8 @@ class Splicer:
     def _start_seam(self, after: int | None = None, is_clean: bool = False) -> None:
         """What comes next does not continue what was: begin where a decoder can start."""
         self._framer.drop()
+        if self.listing:
+            self.listing.drop()
         is_certain = is_clean or self.number is not None  # a relay may go on
         self._framer.expect_jump(is_certain)
         self._goes_on = True
@@ -3766,6 +4045,7 @@ class StreamRecord:
         self.variants: Mapping[str, str] = {}  # of the newest start: name to variant
         self.resolved = -math.inf  # when that was
         self.failures: dict[str, tuple[float, StreamError]] = {}  # of starts, by wanted quality
+        self.listings: dict[str, Listing] = {}  # by variant: the newest, for its numbers
         self.failed: dict[str, float] = {}  # addresses, and when each failed last
         self._slots: deque[tuple[int, int]] = deque(maxlen=SLOTS + 1)  # number and bytes of each
         self._warned = -math.inf  # when a line was logged that may repeat
@@ -3883,6 +4163,8 @@ class Channel:
         self.is_fed = True  # its thread has not ended
         self.variant = ""
         self.viewers: dict[Viewer, None] = {}  # in order of arrival
+        self.pollers: dict[tuple[str, str], Viewer] = {}  # those of them that poll, by key
+        self.listing: Listing | None = None  # for them; None where it cannot be HLS
         self.idle_since = math.inf  # when the last viewer left
         self.failure: StreamError | None = None
         # Written by its thread alone.
@@ -3963,6 +4245,7 @@ class Channel:
                 {
                     "address": viewer.address,
                     "user_agent": viewer.agent,
+                    "kind": "hls" if viewer.polls else "stream",
                     "since_seconds": round(now - viewer.since, 1),
                     "bytes": viewer.sent,
                     "skips": viewer.skips,
@@ -4011,7 +4294,7 @@ class Channel:
                 self._note_failure(reason)
                 if self._splicer:
                     return
-                if not order and reason in BUSY and self.channels.give_way(self.host):
+                if not order and reason in BUSY and self.channels.give_way(self):
                     order.append(self._address)
                     self._wait(ZAPPING_PAUSE, math.inf)
         raise UpstreamError(reason)
@@ -4237,8 +4520,12 @@ class Channel:
         if is_private:
             window.limit = min(PRIVATE_WINDOW, window.limit)
             window.growth, window.patience = 1, math.inf
-        self._splicer = Splicer(window, container, self._address)
-        if not self.channels.go_live(self, container, is_private):
+        listing = None
+        if not is_private and (has_segments or container is Container.MPEG_TS):
+            before = self.record.listings.get(self.variant)
+            listing = Listing(window, container, upstream.target_duration, before)
+        self._splicer = Splicer(window, container, self._address, listing)
+        if not self.channels.go_live(self, container, listing, is_private):
             raise WindowEnded(complete=False)
         kind = "has an end" if self._has_end else "for one viewer" if is_private else "live"
         log.info("%s: %s, %s, %s", self.stream.name, kind, self.variant, container.value)
@@ -4348,6 +4635,11 @@ def no_media_error(stream: StreamSettings, trouble: str | None) -> StreamError:
     return StreamError(HTTPStatus.GATEWAY_TIMEOUT, reason)
 
 
+def no_hls_error(stream: StreamSettings) -> StreamError:
+    reason = f"this stream has an end, or no segments, and so no HLS: play /{stream.name}"
+    return StreamError(HTTPStatus.NOT_FOUND, reason)
+
+
 def no_quality_error(qualities: Iterable[str]) -> StreamError:
     reason = f"this quality does not exist, only: {', '.join(qualities)}"
     return StreamError(HTTPStatus.NOT_FOUND, reason)
@@ -4413,6 +4705,52 @@ class Channels:
                     return channel
                 is_private = channel.state is State.PRIVATE
 
+    def poll(
+        self, stream: StreamSettings, quality: str | None, viewer: Viewer
+    ) -> tuple[Channel, Listing, Viewer]:
+        """Like watch(), for one that asks for HLS: as the viewer it is already, or as this one.
+
+        Raises StreamError also where the channel has no HLS.
+        """
+        with self.changed:
+            channel = self._find(stream, quality or stream.quality)
+            if channel is None or viewer.key not in channel.pollers:
+                channel = self.watch(stream, quality, viewer)
+                self._start_polling(channel, viewer)
+            viewer = channel.pollers[viewer.key]
+            viewer.moved = time.monotonic()
+            assert channel.listing
+            return channel, channel.listing, viewer
+
+    def _start_polling(self, channel: Channel, viewer: Viewer) -> None:
+        """A viewer that was attached stays until it has asked nothing for a while."""
+        listing = channel.listing
+        if listing is None or viewer.key in channel.pollers:  # a request beside this was faster
+            self._detach(channel, viewer)
+            if listing is None:
+                raise no_hls_error(channel.stream)
+            return
+        patience = max(3 * listing.target, channel.linger)
+        viewer.has_left = lambda: time.monotonic() - viewer.moved > patience
+        channel.pollers[viewer.key] = viewer
+        channel.record.add("arrivals")
+        log.info("%s: %s watches (HLS)", channel.stream.name, viewer.address)
+
+    def find(self, stream: StreamSettings, quality: str | None) -> Channel | None:
+        """The running channel that a request is for; starts none."""
+        with self.changed:
+            return self._find(stream, quality or stream.quality)
+
+    def note_polled(self, channel: Channel, key: tuple[str, str], size: int) -> None:
+        """A client has taken so many bytes of a segment."""
+        with self.changed:
+            viewer = channel.pollers.get(key)
+            if viewer:
+                viewer.moved = time.monotonic()
+                viewer.sent += size
+            else:  # it was so slow that it counted as gone
+                channel.record.add("sent", size)
+
     def leave(self, channel: Channel, viewer: Viewer) -> None:
         """Detach; the last to leave starts the linger time."""
         with self.changed:
@@ -4443,13 +4781,14 @@ class Channels:
         channel = None if is_private else self._find(stream, wanted)
         if channel is None:
             self._recall(stream, wanted)
-        self._make_room(self._has_seat, "there are too many viewers")
+        self._make_room(self._has_seat, viewer, "there are too many viewers")
         if channel is None:
-            self._make_room(self._has_slot, "there are too many upstreams")
+            self._make_room(self._has_slot, viewer, "there are too many upstreams")
             channel = self._start(stream, wanted, is_private)
         channel.viewers[viewer] = None
         channel.idle_since = math.inf
-        channel.window.enter(viewer)
+        if not viewer.polls:
+            channel.window.enter(viewer)
         watching = sum(len(other.viewers) for other in self._channels_of(name))
         channel.record.peak = max(channel.record.peak, watching)
         return channel
@@ -4498,19 +4837,21 @@ class Channels:
         if is_known and variants and not is_offered and wanted != stream.quality:
             raise no_quality_error(dict.fromkeys(variants.values()))
 
-    def _make_room(self, has_room: Callable[[], bool], reason: str) -> None:
+    def _make_room(self, has_room: Callable[[], bool], viewer: Viewer, reason: str) -> None:
         """Raise LimitReached where there is no room, once those who have left are let go."""
         if has_room():
             return
-        self._let_go()
+        self._let_go([viewer])
         if not has_room():
             raise LimitReached(reason)
 
-    def _let_go(self) -> None:
-        """Count out the viewers who have left."""
+    def _let_go(self, newcomers: Collection[Viewer]) -> None:
+        """Count out the viewers who have left; one that polls has where it asks for another."""
+        keys = {viewer.key for viewer in newcomers if viewer.polls}
         for channel in tuple(self._channels):
             for viewer in tuple(channel.viewers):
-                if viewer.has_left():
+                is_elsewhere = viewer.polls and viewer.key in keys and viewer not in newcomers
+                if is_elsewhere or viewer.has_left():
                     self._detach(channel, viewer)
 
     def _has_seat(self) -> bool:
@@ -4555,6 +4896,11 @@ class Channels:
         return viewer in channel.viewers
 
     def _detach(self, channel: Channel, viewer: Viewer) -> None:
+        if channel.pollers.get(viewer.key) is viewer:
+            del channel.pollers[viewer.key]
+            seconds = time.monotonic() - viewer.since
+            log.info("%s: %s left: %d bytes in %.1f s (HLS)", channel.stream.name,
+                     viewer.address, viewer.sent, seconds)  # fmt: skip
         if viewer in channel.viewers:
             del channel.viewers[viewer]
             channel.record.add("sent", viewer.sent)
@@ -4609,7 +4955,9 @@ class Channels:
             channel.variant = variant
             return not channel.is_offered or not self._is_taken(channel)
 
-    def go_live(self, channel: Channel, container: Container, is_private: bool) -> bool:
+    def go_live(
+        self, channel: Channel, container: Container, listing: Listing | None, is_private: bool
+    ) -> bool:
         """Make a channel with media at hand LIVE or PRIVATE.
 
         False where it became MERGED, or was stopped: a reload may have come meanwhile, and nobody
@@ -4621,6 +4969,8 @@ class Channels:
                 return False
             channel.state = State.PRIVATE if is_private else State.LIVE
             channel.is_offered = not is_private
+            if listing:
+                channel.listing = channel.record.listings[channel.variant] = listing
             for viewer in tuple(channel.viewers)[1:] if is_private else ():
                 self._detach(channel, viewer)
             self.changed.notify_all()
@@ -4641,17 +4991,22 @@ class Channels:
             if channel.state is not State.MERGED:
                 channel.state = State.CLOSED
             channel.is_offered = channel.is_fed = False
+            for viewer in tuple(channel.pollers.values()):
+                self._detach(channel, viewer)
+            if channel.listing:
+                channel.listing.close()
             self._forget_if_over(channel)
             self.changed.notify_all()
         channel.window.end(is_complete)
 
-    def give_way(self, host: str) -> bool:
+    def give_way(self, newcomer: Channel) -> bool:
         """Whether an origin that refuses a connection may take it soon: many allow one at a time.
 
         Closes what nobody watches of that host, and is true for a while after such a close.
         """
+        host = newcomer.host
         with self.changed:
-            self._let_go()
+            self._let_go(newcomer.viewers)
             for channel in tuple(self._channels):
                 if channel.is_running and not channel.viewers and host == channel.host:
                     self._close(channel)
@@ -4669,13 +5024,20 @@ class Channels:
             record.failed = {address: at for address, at in record.failed.items() if at > since}
             return sorted(range(len(stream.urls)), key=lambda n: stream.urls[n] in record.failed)
 
+    def _let_pollers_go(self, channel: Channel) -> None:
+        for viewer in tuple(channel.pollers.values()):
+            if viewer.has_left():
+                self._detach(channel, viewer)
+
     def has_viewers(self, channel: Channel) -> bool:
         with self.changed:
+            self._let_pollers_go(channel)
             return bool(channel.viewers) and not self.is_stopping
 
     def is_abandoned(self, channel: Channel) -> bool:
         """Whether a channel's thread shall end; nobody can attach to it from then on."""
         with self.changed:
+            self._let_pollers_go(channel)
             is_idle = time.monotonic() - channel.idle_since >= channel.linger
             if is_idle and not channel.viewers and channel.state is not State.STARTING:
                 self._close(channel)
@@ -5057,6 +5419,9 @@ PAGES: Mapping[str, Callable[[Site], Page]] = {
 # does when it is missing.
 # --------------------------------------------------------------------------------------------------
 
+HLS_PATH = re.compile(r"/([a-z0-9-]+)(?:\.m3u8|/([0-9]{1,18})\.([a-z0-9]+))")
+HLS_HEADERS = {"Access-Control-Allow-Origin": "*", "Accept-Ranges": "none"}
+RELOAD_WAIT = 5.0  # seconds that a playlist may wait for news
 HOST = re.compile(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", re.ASCII)
 MEDIA_HEADERS = {
     "X-Accel-Buffering": "no",  # nginx would spool a slow viewer's stream to its disk
@@ -5123,6 +5488,7 @@ class Handler(BaseHTTPRequestHandler):
         is_browser = path == "/" and "text/html" in self.headers.get("Accept", "")
         streams = self.server.config.streams
         name = path[1:] if path[:1] == "/" else ""
+        quality = query.get("quality", [""])[-1] or None
         if path in ("/", "/health") and not is_browser:
             self.answer_health(is_trusted)
         elif not is_trusted:
@@ -5133,12 +5499,17 @@ class Handler(BaseHTTPRequestHandler):
         elif name[-4:] == ".m3u" and name[:-4] in streams:
             page = playlist_page(self.site(), [streams[name[:-4]]])
             self.answer(HTTPStatus.OK, page, PAGE_HEADERS)
+        elif (hls := HLS_PATH.fullmatch(path)) and hls[1] in streams:
+            if hls[2]:
+                self.answer_segment(streams[hls[1]], quality, int(hls[2]), hls[3])
+            else:
+                self.answer_playlist(streams[hls[1]], quality)
         elif name not in streams:
             raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
         elif self.command == "HEAD":
             self.answer_head(streams[name])
         else:
-            self.stream_channel(streams[name], query.get("quality", [""])[-1] or None)
+            self.stream_channel(streams[name], quality)
 
     def site(self) -> Site:
         """This server as the client reaches it, through whatever proxies."""
@@ -5214,19 +5585,29 @@ class Handler(BaseHTTPRequestHandler):
 
         Raises StreamError where none comes.
         """
-        tune(self.connection, stream.options.viewer_timeout)
-        agent = self.headers.get("User-Agent", "")
-        viewer = Viewer(self.client_address[0], agent, functools.partial(has_left, self.connection))
-        try:
+        viewer = self._viewer(stream, polls=False)
+        with self._logging_refusal(stream):
             channel = self.server.channels.watch(stream, quality, viewer)
-        except LimitReached as refusal:
-            level = self.server.channels.record(stream.name).repeat_level()
-            log.log(level, "%s: %s refused: %s", stream.name, viewer.address, refusal.reason)
-            raise
         try:
             self._stream(channel, viewer, self._first_blocks(channel, viewer))
         finally:
             self.server.channels.leave(channel, viewer)
+
+    def _viewer(self, stream: StreamSettings, polls: bool) -> Viewer:
+        tune(self.connection, stream.options.viewer_timeout)
+        agent = self.headers.get("User-Agent", "")
+        left = functools.partial(has_left, self.connection)
+        return Viewer(self.client_address[0], agent, left, polls=polls)
+
+    @contextlib.contextmanager
+    def _logging_refusal(self, stream: StreamSettings) -> Iterator[None]:
+        try:
+            yield
+        except LimitReached as refusal:
+            level = self.server.channels.record(stream.name).repeat_level()
+            address = self.client_address[0]
+            log.log(level, "%s: %s refused: %s", stream.name, address, refusal.reason)
+            raise
 
     def _stream(self, channel: Channel, viewer: Viewer, first: list[Block]) -> None:
         channel.record.add("arrivals")
@@ -5261,10 +5642,12 @@ class Handler(BaseHTTPRequestHandler):
                 if blocks := self._take(channel, viewer):
                     return blocks
         except WindowEnded:
-            is_stopping = self.server.channels.is_stopping
-            error = UpstreamError("the stream has just ended")
-            raise stopping_error() if is_stopping else error from None
+            raise self._ended_error() from None
         raise no_media_error(channel.stream, channel.trouble)
+
+    def _ended_error(self) -> StreamError:
+        is_stopping = self.server.channels.is_stopping
+        return stopping_error() if is_stopping else UpstreamError("the stream has just ended")
 
     def _take(self, channel: Channel, viewer: Viewer) -> list[Block]:
         """The next blocks; empty after a second without any, if the viewer is still there."""
@@ -5318,6 +5701,68 @@ class Handler(BaseHTTPRequestHandler):
                 sent -= len(pieces.pop(0))
             if sent:
                 pieces[0] = memoryview(pieces[0])[sent:]
+
+    # A channel as HLS
+
+    def answer_playlist(self, stream: StreamSettings, quality: str | None) -> None:
+        """Answer with the media playlist; raises StreamError where there is none in `timeout`."""
+        if self.command == "HEAD":
+            self._send_head(HTTPStatus.OK, {"Content-Type": PLAYLIST_TYPE, **HLS_HEADERS})
+            return
+        channel, listing, viewer = self._poll(stream, quality)
+        token = self.server.config.server.token
+        given = {"quality": quality, "token": token}
+        query = urlencode({key: value for key, value in given.items() if value})
+        try:
+            self._await_news(channel, listing, viewer)
+            viewer.listed, text = listing.playlist(stream.name, f"?{query}" if query else "")
+        except WindowEnded:
+            raise self._ended_error() from None
+        self.answer(HTTPStatus.OK, Page(text.encode(), PLAYLIST_TYPE), HLS_HEADERS)
+
+    def _poll(self, stream: StreamSettings, quality: str | None) -> tuple[Channel, Listing, Viewer]:
+        with self._logging_refusal(stream):
+            return self.server.channels.poll(stream, quality, self._viewer(stream, polls=True))
+
+    def _await_news(self, channel: Channel, listing: Listing, viewer: Viewer) -> None:
+        """Wait for a first playlist, or a little for one that the client has not had.
+
+        Chromium loads all that is listed before it starts to play, asks again at once, and gives up
+        where it learns nothing new.
+        """
+        had = viewer.listed
+        seconds = min(RELOAD_WAIT, listing.target) if had else channel.stream.options.timeout
+        deadline = time.monotonic() + seconds
+        while not listing.wait(had, max(0.0, min(START_TICK, deadline - time.monotonic()))):
+            viewer.moved = time.monotonic()
+            if viewer.moved >= deadline and had:
+                return
+            if viewer.moved >= deadline:
+                raise no_media_error(channel.stream, channel.trouble)
+            if has_left(self.connection):
+                raise ViewerGone("left")
+
+    def answer_segment(
+        self, stream: StreamSettings, quality: str | None, number: int, extension: str
+    ) -> None:
+        """Answer with a segment or initialization section of a running channel."""
+        channel = self.server.channels.find(stream, quality)
+        blocks = channel.listing.find(number, extension) if channel and channel.listing else ()
+        if channel is None or not blocks:
+            raise StreamError(HTTPStatus.NOT_FOUND, "there is no such segment")
+        size = sum(map(len, blocks))
+        about = {"Content-Type": channel.container.value, "Content-Length": str(size)}
+        self._send_head(HTTPStatus.OK, about | HLS_HEADERS)
+        if self.command == "HEAD":
+            return
+        request = self._viewer(stream, polls=True)  # of several at once, each has its progress
+        try:
+            for at in range(0, len(blocks), SEND_BLOCKS):
+                self._send_pieces(list(blocks[at : at + SEND_BLOCKS]), channel, request)
+        except TookNothing:
+            channel.record.add_drop("timeout")
+            raise
+        self.server.channels.note_polled(channel, request.key, size)
 
     # What the standard library asks of a handler
 

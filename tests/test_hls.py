@@ -1,0 +1,650 @@
+"""A channel as HLS: playlists and segments as a client gets them, and who counts as watching.
+
+Rules of RFC 8216 are checked by `Follower`, which remembers all that it was ever told.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import struct
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+from urllib.parse import urljoin
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pipe
+from tests import media
+from tests.origin import Origin, Playlist, Segment, Stall, StallHeaders, Status, master
+from tests.server import Answer, Site
+from tests.test_sharing import eventually
+
+Serve = Callable[..., Site]
+Fetch = Callable[[str], bytes | None]
+LEAST, MOST = 3, 8  # segments of a playlist
+
+
+#### The rules ####
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A segment as a playlist describes it."""
+
+    number: int
+    discontinuities: int  # up to it, its own counted
+    duration: float
+    address: str
+    init: str | None  # address
+
+
+def listed_in(text: str) -> list[Listed]:
+    """The segments of a media playlist; fails where it breaks a rule by itself."""
+    lines = text.splitlines()
+    assert lines[0] == "#EXTM3U"
+    tags = dict(re.findall(r"^#EXT-X-([A-Z-]+):(\d+)$", text, re.M))
+    number = int(tags["MEDIA-SEQUENCE"])
+    discontinuities = int(tags["DISCONTINUITY-SEQUENCE"])
+    init, duration, found = None, None, []
+    for line in lines:
+        if line == "#EXT-X-DISCONTINUITY":
+            discontinuities += 1
+        elif line.startswith("#EXT-X-MAP:"):
+            assert int(tags["VERSION"]) >= 6
+            init = re.findall(r'URI="(.*?)"', line)[0]
+        elif line.startswith("#EXTINF:"):
+            duration = float(line[8:].rstrip(","))
+            assert int(duration + 0.5) <= int(tags["TARGETDURATION"])
+        elif not line.startswith("#"):
+            assert duration is not None
+            found.append(Listed(number, discontinuities, duration, line, init))
+            number, duration = number + 1, None
+    assert LEAST <= len(found) <= MOST
+    return found
+
+
+class Follower:
+    """A client that loads a playlist again and again, and checks what changes in it."""
+
+    def __init__(self, fetch: Fetch) -> None:
+        self._fetch = fetch
+        self.known: dict[int, Listed] = {}
+        self.bodies: dict[int, bytes] = {}
+        self.inits: dict[str, bytes] = {}
+        self._target = 0
+        self._last: list[Listed] = []
+        self._asked = 0.0
+        self._left: list[tuple[float, Listed]] = []  # until when each has to stay
+
+    def follow(self, text: str) -> list[Listed]:
+        """Take a newer playlist."""
+        listed = listed_in(text)
+        target = re.findall(r"^#EXT-X-TARGETDURATION:(\d+)$", text, re.M)
+        assert int(target[0]) >= self._target, "the target duration went back"
+        self._target = int(target[0])
+        if self._last:
+            assert listed[0].number >= self._last[0].number, "the sequence went back"
+            assert listed[-1].number >= self._last[-1].number, "what was listed is missing"
+        for segment in listed:
+            known = self.known.setdefault(segment.number, segment)
+            assert known == segment, "a listed segment changed"
+        self._check_availability(listed)
+        self._last = listed
+        return listed
+
+    def _check_availability(self, listed: list[Listed]) -> None:
+        now, seconds = time.monotonic(), sum(segment.duration for segment in self._last)
+        gone = (old for old in self._last if old.number < listed[0].number)
+        self._left += [(self._asked + seconds, old) for old in gone]
+        self._asked = now
+        for until, old in self._left:
+            if now < until - 0.5:
+                self._check_body(old)
+        for segment in listed:
+            self._check_body(segment)
+
+    def _check_body(self, segment: Listed) -> None:
+        body = self._fetch(segment.address)
+        assert body, f"{segment} cannot be had"
+        assert self.bodies.setdefault(segment.number, body) == body
+        if segment.init:
+            init = self._fetch(segment.init)
+            assert init, f"{segment.init} cannot be had"
+            assert self.inits.setdefault(segment.init, init) == init
+
+
+def client_of(site: Site, path: str) -> Follower:
+    def fetch(address: str) -> bytes | None:
+        answer = site.get(urljoin(path, address))
+        return answer.body if answer.status == 200 else None
+
+    return Follower(fetch)
+
+
+def follow(site: Site, path: str, client: Follower) -> list[Listed]:
+    answer = site.get(path)
+    assert answer.status == 200
+    return client.follow(answer.body.decode())
+
+
+def follow_until(site: Site, path: str, client: Follower, newest: int) -> None:
+    eventually(lambda: newest_of(site, path) == newest, "it moves")
+    follow(site, path, client)
+
+
+def newest_of(site: Site, path: str) -> int:
+    return listed_in(site.get(path).body.decode())[-1].number
+
+
+#### Random channels ####
+
+INIT, FRAGMENTS = media.fmp4(4)
+SEGMENTS = media.ts_segments(4)
+
+
+class Feed:
+    """A channel's thread without its origin: splicer, window and listing as in the program."""
+
+    def __init__(self, container: pipe.Container) -> None:
+        self.container = container
+        self.listing = cast(pipe.Listing, None)
+        self.numbers = itertools.count(100)
+        self.open()
+
+    def open(self) -> None:
+        window, before = pipe.Window(1 << 20, growth=8), self.listing
+        if before:
+            before.close()
+        self.listing = pipe.Listing(window, self.container, 2.0, before)
+        self.splicer = pipe.Splicer(window, self.container, 0, self.listing)
+        if self.container is pipe.Container.FMP4:
+            self.pass_init()
+
+    def pass_init(self) -> None:
+        self.splicer.pass_event(pipe.SegmentEvent(pipe.EventKind.INIT, 0))
+        self.splicer.pass_bytes(INIT)
+
+    def segment(self, duration: float, end: pipe.EventKind, is_discontinuous: bool = False) -> None:
+        number = next(self.numbers)
+        start = pipe.SegmentEvent(pipe.EventKind.START, number, is_discontinuous, duration)
+        bodies = SEGMENTS if self.container is pipe.Container.MPEG_TS else FRAGMENTS
+        body = bodies[number % len(bodies)]
+        self.splicer.pass_event(start)
+        self.splicer.pass_bytes(body if end is pipe.EventKind.END else body[: 10 * media.PACKET])
+        self.splicer.pass_event(pipe.SegmentEvent(end, number))
+
+    def act(self, action: str, duration: float) -> None:
+        if action == "seam":
+            self.splicer.resume(0)
+            next(self.numbers)
+            if self.container is pipe.Container.FMP4:
+                self.pass_init()
+        elif action == "reopen":
+            self.open()
+        else:
+            end = pipe.EventKind.GAP if action == "gap" else pipe.EventKind.END
+            self.segment(duration, end, is_discontinuous=action == "jump")
+
+    def fetch(self, address: str) -> bytes | None:
+        number, extension = re.findall(r"^news/(\d+)\.(\w+)$", address)[0]
+        return b"".join(self.listing.find(int(number), extension)) or None
+
+
+ACTIONS = st.lists(
+    st.tuples(
+        st.sampled_from([*["segment"] * 8, "jump", "gap", "seam"]),
+        st.sampled_from([1.0, 1.96, 2.0, 2.4, 7.0]),  # seconds; the last breaks the origin's word
+    ),
+    max_size=40,
+)
+
+
+@pytest.mark.parametrize("container", [pipe.Container.MPEG_TS, pipe.Container.FMP4])
+@given(before=ACTIONS, after=ACTIONS)
+@settings(max_examples=100, deadline=None)
+def test_playlists_keep_the_rules(
+    container: pipe.Container, before: list[tuple[str, float]], after: list[tuple[str, float]]
+) -> None:
+    feed = Feed(container)
+    for action in before:
+        feed.act(*action)
+    client = Follower(feed.fetch)
+    for action in after:
+        feed.act(*action)
+        if feed.listing.wait(0, 0):
+            client.follow(feed.listing.playlist("news", "")[1])
+    whole = SEGMENTS if container is pipe.Container.MPEG_TS else FRAGMENTS
+    bodies = list(client.bodies.values())
+    if container is pipe.Container.MPEG_TS:
+        bodies = [media.without_notices(body) for body in bodies]
+    assert all(body in whole for body in bodies)
+    assert set(client.inits.values()) <= {INIT}
+
+
+@given(st.lists(st.integers(3, 12), min_size=2, max_size=5))
+@settings(max_examples=20, deadline=None)
+def test_numbers_never_repeat_over_openings(counts: list[int]) -> None:
+    feed = Feed(pipe.Container.MPEG_TS)
+    newest, discontinuities = 0, 0
+    for count in counts:
+        feed.act("reopen", 0)
+        for _ in range(count):
+            feed.act("segment", 1.0)
+        listed = listed_in(feed.listing.playlist("news", "")[1])
+        assert listed[0].number > newest
+        assert listed[0].discontinuities > discontinuities
+        newest, discontinuities = listed[-1].number, listed[-1].discontinuities
+
+
+def test_discontinuities_are_where_it_does_not_go_on() -> None:
+    feed = Feed(pipe.Container.MPEG_TS)
+    for action in ("segment", "segment", "jump", "segment", "gap", "segment", "seam", "segment"):
+        feed.act(action, 1.0)
+    listed = listed_in(feed.listing.playlist("news", "")[1])
+    first = listed[0].discontinuities
+    assert [segment.discontinuities - first for segment in listed] == [0, 0, 1, 1, 2, 3]
+
+
+def test_large_segments_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three are listed whatever they weigh, and three kept that have left."""
+    monkeypatch.setattr(pipe, "LISTED_BYTES", 5 * len(SEGMENTS[0]) // 2)
+    feed = Feed(pipe.Container.MPEG_TS)
+    for _ in range(20):
+        feed.act("segment", 1.0)
+        feed.fetch("news/0.ts")  # somebody asks
+    listed = listed_in(feed.listing.playlist("news", "")[1])
+    assert len(listed) == LEAST
+    newest = listed[-1].number
+    kept = [n for n in range(newest - 20, newest + 1) if feed.fetch(f"news/{n}.ts")]
+    assert kept == list(range(newest - 2 * LEAST + 1, newest + 1))
+
+
+#### What a client gets ####
+
+
+def live(origin: Origin, name: str = "news", **options: object) -> Playlist:
+    segments = options.pop("segments", media.ts_segments())
+    made = Playlist(name, segments, mode="live", **options)  # type: ignore[arg-type]
+    return origin.add(made)
+
+
+def fmp4_channel(origin: Origin) -> Playlist:
+    init, fragments = media.fmp4()
+    return live(origin, segments=fragments, init=init, extension=".m4s")
+
+
+def aac_channel(origin: Origin) -> Playlist:
+    tagged = [
+        media.id3_timestamp(number) + segment for number, segment in enumerate(media.aac_segments())
+    ]
+    return live(origin, segments=tagged, extension=".aac")
+
+
+def bare_aac_channel(origin: Origin) -> Playlist:
+    """Without the tags that tell its time."""
+    return live(origin, segments=media.aac_segments(), extension=".aac")
+
+
+def bare_ts_channel(origin: Origin) -> Playlist:
+    """Only each fourth segment has tables, among them the first that comes."""
+    segments = media.ts_segments()
+    bare = [s if n % 4 == 2 else s[2 * media.PACKET :] for n, s in enumerate(segments)]
+    return live(origin, segments=bare)
+
+
+CHANNELS = {
+    "ts": (live, "video/mp2t", "ts"),
+    "bare-ts": (bare_ts_channel, "video/mp2t", "ts"),
+    "fmp4": (fmp4_channel, "video/mp4", "m4s"),
+    "aac": (aac_channel, "audio/aac", "aac"),
+    "bare-aac": (bare_aac_channel, "audio/aac", "aac"),
+}
+
+
+def behind_tag(body: bytes) -> tuple[int, bytes]:
+    """The time that the ID3 tag in front of packed audio tells, in ticks, and the audio."""
+    tag = media.id3_timestamp(0)
+    assert body.startswith(tag[:-8])
+    return struct.unpack(">Q", body[len(tag) - 8 : len(tag)])[0], body[len(tag) :]
+
+
+@pytest.mark.parametrize("kind", CHANNELS)
+def test_segments_are_the_origins(origin: Origin, serve: Serve, kind: str) -> None:
+    make, content_type, extension = CHANNELS[kind]
+    playlist = make(origin)
+    site = serve({"news": playlist.url})
+    answer = site.get("/news.m3u8")
+    assert answer.status == 200
+    assert answer.headers["Content-Type"] == "application/vnd.apple.mpegurl"
+    client = client_of(site, "/news.m3u8")
+    listed = client.follow(answer.body.decode())
+    first = playlist.newest - len(listed) + 1
+    for segment, number in zip(listed, itertools.count(first)):
+        body, theirs = client.bodies[segment.number], playlist.plain(number, number + 1)
+        assert segment.duration == 1.0
+        assert segment.address == f"news/{segment.number}.{extension}"
+        if kind == "bare-ts":
+            assert [media.pid(p) for p in media.packets(body)][:2] == [0, 0x1000]
+            assert body.endswith(theirs)
+            assert len(body) - len(theirs) in (0, 2 * media.PACKET)
+            media.decode(body)
+        elif kind == "bare-aac":
+            seconds = segment.number - listed[0].number
+            assert behind_tag(body) == (seconds * 90_000, theirs)
+        else:
+            assert body == theirs
+    segment_answer = site.get(f"/{listed[0].address}")
+    assert segment_answer.headers["Content-Type"] == content_type
+    if kind == "fmp4":
+        assert set(client.inits.values()) == {media.fmp4()[0]}
+        assert len({segment.init for segment in listed}) == 1
+
+
+@pytest.mark.parametrize("kind", CHANNELS)
+def test_playlist_moves_with_the_origin(origin: Origin, serve: Serve, kind: str) -> None:
+    playlist = CHANNELS[kind][0](origin)
+    site = serve({"news": playlist.url})
+    client = client_of(site, "/news.m3u8")
+    newest = follow(site, "/news.m3u8", client)[-1].number
+    for _ in range(3):
+        playlist.advance(1)
+        newest += 1
+        follow_until(site, "/news.m3u8", client, newest)
+    assert len(client.known) == LEAST + 3
+
+
+def raw(origin: Origin, bodies: tuple[bytes, ...]) -> str:
+    """A source without segments, whose connection stays when all of this was sent."""
+    body = b"".join(bodies)
+    origin.fault("/raw", Stall(len(body)), times=None)
+    return origin.add_endless("/raw", lambda: [body, body])
+
+
+def test_raw_ts_is_cut_at_key_frames(origin: Origin, serve: Serve) -> None:
+    bodies = media.ts_segments(12)
+    site = serve({"news": raw(origin, bodies)})
+    client = client_of(site, "/news.m3u8")
+    listed = follow(site, "/news.m3u8", client)
+    for segment in listed:
+        body = client.bodies[segment.number]
+        assert segment.duration == pytest.approx(2.0)
+        assert media.first_picture(body)[1], "it starts with a key frame"
+    joined = b"".join(client.bodies[segment.number] for segment in listed)
+    assert without_tables(joined) in without_tables(b"".join(bodies))
+
+
+def without_tables(data: bytes) -> bytes:
+    return b"".join(p for p in media.packets(data) if media.pid(p) not in (0, 0x1000))
+
+
+def test_raw_audio_has_no_hls(origin: Origin, serve: Serve) -> None:
+    """Browsers play it as it is."""
+    site = serve({"radio": raw(origin, media.aac_segments(12))})
+    answer = site.get("/radio.m3u8")
+    assert answer.status == 404
+    assert "/radio" in answer.json["error"]
+
+
+def test_answers_are_for_browsers_and_televisions(origin: Origin, serve: Serve) -> None:
+    playlist = live(origin)
+    site = serve({"news": playlist.url})
+    listed = listed_in(site.get("/news.m3u8").body.decode())
+    for path in ("/news.m3u8", f"/{listed[0].address}"):
+        ranged = site.get(path, Range="bytes=0-")
+        head = site.ask("HEAD", path)
+        for answer in (ranged, head):
+            assert answer.status == 200
+            assert answer.headers["Access-Control-Allow-Origin"] == "*"
+        assert int(ranged.headers["Content-Length"]) == len(ranged.body)
+        assert head.body == b""
+        assert head.headers["Content-Type"] == ranged.headers["Content-Type"]
+
+
+def test_head_starts_nothing(origin: Origin, serve: Serve) -> None:
+    playlist = live(origin)
+    site = serve({"news": playlist.url})
+    assert site.ask("HEAD", "/news.m3u8").status == 200
+    assert origin.count(playlist.path) == 0
+
+
+def test_first_playlist_waits_for_three_segments(origin: Origin, serve: Serve) -> None:
+    playlist = live(origin)
+    stalled = origin.fault(playlist.segment_path(playlist.newest), StallHeaders())
+    site = serve({"news": playlist.url})
+    watch = threading.Thread(target=lambda: answers.append(site.get("/news.m3u8")))
+    answers: list[Answer] = []
+    watch.start()
+    stalled.wait_held()
+    assert not answers
+    stalled.release()
+    watch.join(20)
+    assert len(listed_in(answers[0].body.decode())) == LEAST
+
+
+def test_playlist_that_a_client_has_waits_for_the_next_segment(
+    origin: Origin, serve: Serve
+) -> None:
+    """Chromium gives up where it asks twice at its start and gets the same."""
+    playlist = live(origin, target_duration=4)
+    site = serve({"news": playlist.url})
+    newest = newest_of(site, "/news.m3u8")
+    answers: list[int] = []
+    ask = threading.Thread(target=lambda: answers.append(newest_of(site, "/news.m3u8")))
+    ask.start()
+    ask.join(0.5)
+    assert not answers
+    playlist.advance(1)
+    ask.join()
+    assert answers == [newest + 1]
+    assert newest_of(site, "/news.m3u8") == newest + 1, "it waits for a target duration at most"
+
+
+def test_too_few_segments_are_504(origin: Origin, serve: Serve) -> None:
+    playlist = live(origin, window=2)
+    site = serve({"news": playlist.url}, timeout=1)
+    assert site.get("/news.m3u8").status == 504
+
+
+def test_what_has_an_end_has_no_hls(origin: Origin, serve: Serve) -> None:
+    film = origin.add(Playlist("film", media.ts_segments()))
+    site = serve({"film": film.url})
+    answer = site.get("/film.m3u8")
+    assert answer.status == 404
+    assert "/film" in answer.json["error"]
+    assert site.get("/film").is_complete
+
+
+def test_failed_start_is_told(origin: Origin, serve: Serve) -> None:
+    origin.fault("/bad.m3u8", Status(503), times=None)
+    site = serve({"bad": f"{origin.url}/bad.m3u8"}, timeout=2)
+    assert site.get("/bad.m3u8").status == 502
+
+
+def test_unknown_names_and_numbers_are_404(origin: Origin, serve: Serve) -> None:
+    news, sport = live(origin), live(origin, "sport")
+    site = serve({"news": news.url, "sport": sport.url})
+    listed = listed_in(site.get("/news.m3u8").body.decode())
+    number = listed[0].number
+    site.get("/sport.m3u8")
+    for path in (
+        *("/none.m3u8", "/playlist.m3u8", f"/none/{number}.ts", "/news/0.ts", "/news/1.ts"),
+        *(f"/news/{number + 100}.ts", f"/news/{number}.m4s", f"/news/{number}.mp4"),
+        *(
+            f"/news/{number}",
+            "/news/",
+            "/news/x.ts",
+            f"/news/-{number}.ts",
+            f"/news/../{number}.ts",
+        ),
+        *(f"/news/%2e%2e/news/{number}.ts", f"/news/{number}.ts/"),
+        *(f"/news/{number}.ts%00", f"/news/{'9' * 40}.ts", f"/news/{number}.ts?quality=none"),
+    ):
+        assert site.get(path).status == 404, path
+
+
+def test_token_and_quality_are_in_every_address(origin: Origin, serve: Serve) -> None:
+    init, fragments = media.fmp4()
+    variants = {
+        name: Playlist(name, fragments, init=init, extension=".m4s", mode="live")
+        for name in ("180p", "90p")
+    }
+    origin.add(master("all", variants))
+    site = serve({"news": f"{origin.url}/all/master.m3u8"}, server={"token": "a b&c"})
+    assert site.get("/news.m3u8").status == 401
+    answer = site.get("/news.m3u8?token=a+b%26c&quality=90p")
+    for segment in listed_in(answer.body.decode()):
+        assert segment.init
+        for address in (segment.address, segment.init):
+            assert site.get(f"/{address.partition('?')[0]}").status == 401
+            assert site.get(f"/{address}").status == 200
+    assert origin.count("/180p/*.m4s") == 0
+    assert site.get("/news.m3u8?token=a+b%26c&quality=4k").status == 404
+
+
+def closed(site: Site) -> None:
+    eventually(lambda: site.get("/status").json["streams"][0]["channels"] == [], "it closes")
+
+
+#### Over seams, closings and restarts ####
+
+
+def test_it_goes_on_over_a_seam(origin: Origin, serve: Serve) -> None:
+    playlist = live(origin)
+    site = serve({"news": playlist.url}, timeout=2)
+    client = client_of(site, "/news.m3u8")
+    first = follow(site, "/news.m3u8", client)
+    playlist.restart(1000)
+    eventually(
+        lambda: follow(site, "/news.m3u8", client)[-1].number > first[-1].number, "it goes on"
+    )
+    listed = follow(site, "/news.m3u8", client)
+    assert listed[-1].discontinuities > first[-1].discontinuities
+
+
+@pytest.mark.long
+def test_numbers_go_on_where_a_channel_or_the_server_starts_anew(
+    origin: Origin, serve: Serve
+) -> None:
+    playlist = live(origin, clock=True)
+    newest = 0
+    for openings in (2, 1):
+        site = serve({"news": playlist.url}, linger=0)
+        for _ in range(openings):
+            listed = listed_in(site.get("/news.m3u8").body.decode())
+            assert listed[0].number > newest
+            assert listed[0].number >= time.time()
+            newest = listed[-1].number
+            closed(site)
+
+
+#### Who polls is a viewer ####
+
+
+def viewers_of(site: Site, stream: int = 0) -> list[dict[str, object]]:
+    channels = site.get("/status").json["streams"][stream]["channels"]
+    return [viewer for channel in channels for viewer in channel["viewers"]]
+
+
+def test_who_polls_is_one_viewer(
+    origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "streampipe")
+    playlist = live(origin)
+    site = serve({"news": playlist.url}, linger=0.5)
+    client = client_of(site, "/news.m3u8")
+    for _ in range(3):
+        follow(site, "/news.m3u8", client)
+    site.ask("GET", "/news.m3u8", **{"User-Agent": "Television/1.0"})
+    taken = sum(map(len, client.bodies.values())) * 3
+    assert [(v["user_agent"], v["kind"], v["bytes"]) for v in viewers_of(site)] == [
+        ("", "hls", taken),
+        ("Television/1.0", "hls", 0),
+    ]
+    assert site.get("/health").json["viewers"] == 2
+    eventually(lambda: site.get("/health").json["viewers"] == 0, "both have left")
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("watches" in line for line in lines) == 2
+    assert sum(" left: " in line for line in lines) == 2
+    metrics = site.get("/metrics").body.decode()
+    assert f'streampipe_sent_bytes_total{{stream="news"}} {taken}' in metrics
+    assert 'streampipe_viewer_connections_total{stream="news"} 2' in metrics
+
+
+def test_channel_closes_behind_who_polled(origin: Origin, serve: Serve) -> None:
+    playlist = live(origin, clock=True)
+    site = serve({"news": playlist.url}, linger=0)
+    site.get("/news.m3u8")
+    eventually(lambda: site.get("/status").json["streams"][0]["state"] == "idle", "it closed")
+    idle = origin.count(playlist.path)
+    site.get("/health")
+    assert origin.count(playlist.path) == idle
+
+
+def test_who_polls_shares_the_upstream_and_counts_for_the_limit(
+    origin: Origin, serve: Serve
+) -> None:
+    playlist = live(origin)
+    site = serve({"news": playlist.url}, server={"max_viewers": 2})
+    stream = site.watch("/news")
+    listed = listed_in(site.get("/news.m3u8").body.decode())
+    assert site.ask("GET", "/news.m3u8", **{"User-Agent": "another"}).status == 503
+    assert site.get("/news.m3u8").status == 200
+    assert site.get(f"/{listed[0].address}").status == 200
+    assert [viewer["kind"] for viewer in viewers_of(site)] == ["stream", "hls"]
+    assert stream.read(188)[:1] == b"G"
+    assert origin.count(playlist.segment_path(playlist.newest)) == 1
+
+
+def test_who_polls_another_channel_has_left_the_first(origin: Origin, serve: Serve) -> None:
+    """Where there is one upstream, a person in a browser can switch channels all the same."""
+    names = ("news", "sport")
+    streams = {name: live(origin, name).url for name in names}
+    site = serve(streams, server={"max_upstreams": 1}, linger=60)
+    for name in (*names, *names):
+        assert site.get(f"/{name}.m3u8").status == 200
+    viewer = site.watch("/sport")
+    assert site.get("/news.m3u8").status == 503, "who streams has not left"
+    assert viewer.status == 200
+
+
+def test_nobody_waits_for_who_polls(origin: Origin, serve: Serve) -> None:
+    """A window of two segments moves on at once, whatever its only viewer has not asked for."""
+    segments = [media.padded(segment, 120_000) for segment in media.ts_segments()]
+    playlist = live(origin, segments=segments, window=8)
+    site = serve({"news": playlist.url}, ringbuffer_size=262_144)
+    client = client_of(site, "/news.m3u8")
+    newest = follow(site, "/news.m3u8", client)[-1].number
+    for _ in range(4):
+        playlist.advance(3)
+        newest += 3
+        origin.wait_for(playlist.segment_path(playlist.newest), 1)
+        follow_until(site, "/news.m3u8", client, newest)
+    assert len(client.known) == LEAST + 12
+
+
+def test_who_polls_has_no_thread_between_requests(origin: Origin, serve: Serve) -> None:
+    playlist = live(origin)
+    site = serve({"news": playlist.url})
+    site.get("/news.m3u8")
+    before = threading.active_count()
+    for number in range(10):
+        site.ask("GET", "/news.m3u8", **{"User-Agent": f"player {number}"})
+    eventually(lambda: threading.active_count() <= before, "no thread is left of ten")
+    assert len(viewers_of(site)) == 11
+
+
+def test_segments_are_where_segments_are(serve: Serve, origin: Origin) -> None:
+    """Durations are those that the origin tells."""
+    told = [Segment(data, 0.96 + number / 100) for number, data in enumerate(media.ts_segments())]
+    playlist = live(origin, segments=told)
+    site = serve({"news": playlist.url})
+    listed = listed_in(site.get("/news.m3u8").body.decode())
+    numbers = range(playlist.newest - len(listed) + 1, playlist.newest + 1)
+    assert [s.duration for s in listed] == [pytest.approx(0.96 + n % 8 / 100) for n in numbers]
