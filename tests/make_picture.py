@@ -3,8 +3,8 @@
     python -m tests.make_picture [FILE]       default: .github/picture.png; takes a minute
 
 An origin of its own serves the channels, a real `pipe.py` relays them to some viewers, and headless
-Chromium (/usr/bin/chromium) looks at both pages. ffmpeg draws what is on television, and leaves the
-picture the 256 colors that keep it small.
+Chromium (/usr/bin/chromium) looks at both pages. ffmpeg encodes what is on television, and leaves
+the picture the 256 colors that keep it small.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tests.origin import Origin, Playlist, Segment
-from tests.program import Service
+from tests.program import Service, eventually
 from tests.server import Watch
 from tests.test_browser import ARGUMENTS, CHROMIUM
 
@@ -38,35 +38,53 @@ SECONDS = 50  # of traffic, for the charts
 SEGMENT, COUNT = 2, 8  # seconds of a segment; how many there are of a channel
 HEIGHT, WIDE, NARROW, GAP = 640, 800, 420, 20  # pixels
 
-# Name: group, title, what ffmpeg draws, the logo's color, viewers.
+# Name: group, title, the logo's color, viewers.
 CHANNELS = {
-    "world": ("News", "World News", "smptehdbars=s=1280x720", "#c0392b", 3),
-    "weather": ("News", "Weather Now", "testsrc2=s=640x360", "#2980b9", 1),
-    "sport": ("Sport", "Sport One", "rgbtestsrc=s=640x360", "#27ae60", 5),
-    "cycling": ("Sport", "Cycling Live", "testsrc=s=640x360", "#f39c12", 0),
-    "cinema": ("Films", "Cinema", "yuvtestsrc=s=640x360", "#8e44ad", 2),
-    "classics": ("Films", "Classics", "smptebars=s=640x360", "#34495e", 0),
+    "world": ("News", "World News", "#c0392b", 3),
+    "weather": ("News", "Weather Now", "#2980b9", 1),
+    "sport": ("Sport", "Sport One", "#27ae60", 5),
+    "cycling": ("Sport", "Cycling Live", "#f39c12", 0),
+    "cinema": ("Films", "Cinema", "#8e44ad", 2),
+    "classics": ("Films", "Classics", "#34495e", 0),
 }
 
+# What is on television.
+SCENE = """
+<style>body { margin: 0 }</style>
+<svg xmlns="http://www.w3.org/2000/svg" width="1280" height="720">
+  <linearGradient id="sky" x2="0" y2="1">
+    <stop stop-color="#243b6b"/><stop offset=".6" stop-color="#e8743b"/>
+    <stop offset=".8" stop-color="#fbd38d"/>
+  </linearGradient>
+  <rect width="1280" height="720" fill="url(#sky)"/>
+  <circle cx="640" cy="410" r="90" fill="#fff3c4"/>
+  <path d="M0 520 Q200 330 420 480 T800 470 T1280 400 V720 H0" fill="#4a3b5c"/>
+  <path d="M0 600 Q260 440 560 580 T1280 540 V720 H0" fill="#2a2440"/>
+  <rect x="60" y="590" width="620" height="80" rx="8" fill="#c0392b"/>
+  <text x="90" y="646" font-family="sans-serif" font-size="40" font-weight="bold" fill="#fff">
+    Good evening, everybody</text>
+</svg>
+"""
 
-def segments(drawing: str) -> list[Segment]:
-    """What is on a channel, encoded by ffmpeg."""
-    length = str(SEGMENT * COUNT)
-    rate = "3M"
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            *("ffmpeg", "-v", "error", "-f", "lavfi", "-i", f"{drawing}:r=25"),
-            *("-f", "lavfi", "-i", "sine=frequency=330", "-t", length),
-            *("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p"),
-            # Filler makes up what so plain a picture does not need.
-            *("-b:v", rate, "-minrate", rate, "-maxrate", rate, "-bufsize", rate),
-            *("-x264-params", "nal-hrd=cbr", "-g", str(25 * SEGMENT), "-sc_threshold", "0"),
-            *("-c:a", "aac"),
-            *("-f", "segment", "-segment_time", str(SEGMENT), f"{folder}/%d.ts"),
-        ]
-        subprocess.run(command, check=True)
-        files = sorted(Path(folder).iterdir(), key=lambda file: int(file.stem))
-        return [Segment(file.read_bytes(), float(SEGMENT)) for file in files[:COUNT]]
+
+def segments(browser: Browser, folder: Path) -> list[Segment]:
+    """The scene as a channel, encoded by ffmpeg."""
+    still, rate = folder / "scene.png", "3M"
+    page = browser.new_page(viewport={"width": 1280, "height": 720})
+    page.set_content(SCENE)
+    page.screenshot(path=still)
+    command = [
+        *("ffmpeg", "-v", "error", "-loop", "1", "-framerate", "25", "-i", str(still)),
+        *("-f", "lavfi", "-i", "sine=frequency=330", "-t", str(SEGMENT * COUNT)),
+        *("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p"),
+        # Filler makes up what a still picture does not need.
+        *("-b:v", rate, "-minrate", rate, "-maxrate", rate, "-bufsize", rate),
+        *("-x264-params", "nal-hrd=cbr", "-g", str(25 * SEGMENT), "-sc_threshold", "0"),
+        *("-c:a", "aac", "-f", "segment", "-segment_time", str(SEGMENT), str(folder / "%d.ts")),
+    ]
+    subprocess.run(command, check=True)
+    files = [folder / f"{number}.ts" for number in range(COUNT)]
+    return [Segment(file.read_bytes(), float(SEGMENT)) for file in files]
 
 
 def logo(title: str, color: str) -> bytes:
@@ -79,10 +97,9 @@ def logo(title: str, color: str) -> bytes:
     ).encode()
 
 
-def streams(origin: Origin) -> dict[str, object]:
+def streams(origin: Origin, media: list[Segment]) -> dict[str, object]:
     configured: dict[str, object] = {}
-    for number, (name, (group, title, drawing, color, _)) in enumerate(CHANNELS.items(), 1):
-        media = segments(drawing)
+    for number, (name, (group, title, color, _)) in enumerate(CHANNELS.items(), 1):
         playlist = origin.add(Playlist(name, media, mode="live", window=6, clock=True))
         picture = f"/{name}.svg"
         origin.add_file(picture, logo(title, color), content_type="image/svg+xml")
@@ -127,7 +144,8 @@ def shots(browser: Browser, url: str) -> list[bytes]:
     playing, everything = look(browser, NARROW, "dark"), look(browser, WIDE, "light")
     try:
         playing.goto(f"{url}/{next(iter(CHANNELS))}")
-        playing.wait_for_function("document.querySelector('video').currentTime > 2")
+        time = "document.querySelector('video').currentTime"
+        eventually(lambda: float(playing.evaluate(time)) > 2, "the channel plays", timeout=60)
     except Error:  # a server without watch pages offers a download
         playing.goto(url)
     everything.goto(url, wait_until="networkidle")
@@ -154,13 +172,14 @@ def reduce_colors(source: Path, target: Path) -> None:
 
 
 def make_picture(target: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder, Origin() as origin, sync_playwright() as player:
+    with tempfile.TemporaryDirectory() as name, Origin() as origin, sync_playwright() as player:
+        folder = Path(name)
         browser = player.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        service = Service(Path(folder), streams(origin), name="Living room")
+        service = Service(folder, streams(origin, segments(browser, folder)), name="Living room")
         with watched(service.port), service:
             threading.Event().wait(SECONDS)
             pictures = shots(browser, f"http://127.0.0.1:{service.port}")
-        whole = Path(folder) / "whole.png"
+        whole = folder / "whole.png"
         side_by_side(browser, pictures, whole)
         browser.close()
         reduce_colors(whole, target)
