@@ -225,9 +225,6 @@ def context(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "Dockerfile").write_text(DOCKERFILE, encoding="utf-8")
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.yml").write_text("streams: {}", encoding="utf-8")
-    # pytest's folders are for their owner alone.
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
     yield tmp_path
     with contextlib.suppress(subprocess.CalledProcessError):
         docker("rm", "-f", "streampipe")
