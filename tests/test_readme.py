@@ -84,9 +84,9 @@ def without_numbers(text: str) -> str:
     return re.sub(r'(?<=": )\d+|\d+\.\d\d(?= s)', "N", text)
 
 
-def test_session_shows_what_the_server_answers(tmp_path: Path) -> None:
-    (session,) = blocks("console")
-    steps = re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)+)", session, re.M)
+def test_console_shows_what_the_server_answers(tmp_path: Path) -> None:
+    (console,) = blocks("console")
+    steps = re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)+)", console, re.M)
     assert len(steps) == 3
     with contextlib.closing(Program("--demo", *HERE, cwd=tmp_path)) as program:
         address = f"http://127.0.0.1:{program.listening_port()}"
