@@ -38,8 +38,14 @@ from dataclasses import dataclass, field
 from email.utils import formatdate
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol, TypeVar
+
+if __name__ == "__main__" and not (find_spec("Crypto") and find_spec("av")):
+    sys.exit(
+        "tests/origin.py needs packages that are not there: pip install -r tests/requirements.txt"
+    )
 
 from Crypto.Cipher import AES
 from Crypto.Util.Padding import pad

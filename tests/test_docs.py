@@ -55,7 +55,10 @@ def blocks(language: str) -> list[str]:
 
 
 def section(title: str) -> str:
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    """A part of README: what stands below a heading, or is folded away under a title."""
+    if f"\n## {title}\n" in README:
+        return re.split(r"\n## |\n<details>", README.split(f"\n## {title}\n")[1])[0]
+    return README.split(f"\n<summary><b>{title}</b>: ")[1].split("\n</details>\n")[0]
 
 
 def table(title: str) -> list[list[str]]:
@@ -76,6 +79,68 @@ def option_table() -> dict[str, object]:
 def typed(values: Mapping[str, object]) -> dict[str, tuple[type, object]]:
     """Values that compare unequal where only their types differ, as 20 and 20.0."""
     return {key: (type(value), value) for key, value in values.items()}
+
+
+#### The shape of README ####
+
+
+def test_front_of_readme_is_short() -> None:
+    front = README.split("\n<details>\n")[0]
+    assert len(front.splitlines()) <= 120
+    assert re.findall(r"^## (.+)$", front, re.M) == [
+        *("Start it", "Which address do I type on my television?", "Quick start", "Players"),
+        *("Troubleshooting", "Updating"),
+    ]
+
+
+def test_rest_of_readme_is_folded_and_ends_with_the_changelog() -> None:
+    rest = README.split("\n<details>\n", 1)[1]
+    parts = rest.split("\n<details>\n")
+    titles = [part[: part.index("</b>: ")].removeprefix("<summary><b>") for part in parts]
+    assert titles[0] == "Configuration"
+    assert titles[-1] == "Changelog"
+    assert len(titles) == len(set(titles))
+    # Without an empty line after the summary, GitHub shows no Markdown in it.
+    assert all(re.match(r"<summary>.+</summary>\n\n", part) for part in parts)
+    between = [part.split("\n</details>\n")[1] for part in parts]
+    assert "".join(between[:-1]).strip() == ""
+    assert between[-1].startswith("\nMIT licence, see [LICENSE](LICENSE).")
+
+
+def test_parts_that_readme_speaks_of_are_there() -> None:
+    for title in re.findall(r'(?:see |\()"([^"]+)"|"([^"]+)" below', README):
+        assert section(title[0] or title[1])
+
+
+def test_tables_of_readme_are_whole() -> None:
+    """Every row has as many cells as the head, and no column is without content."""
+    for rows in re.findall(r"(?:^\|.*\|\n)+", README, re.M):
+        head, _, *body = [re.split(r" ?\| ?", row)[1:-1] for row in rows.splitlines()]
+        assert {len(row) for row in body} == {len(head)}, head
+        for column in range(1, len(head)):
+            assert all(row[column] for row in body), head
+
+
+def test_code_of_a_line_is_on_one_line() -> None:
+    text = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
+    assert [code for code in re.findall(r"`[^`]*`", text) if "\n" in code] == []
+
+
+def test_picture_of_readme_is_small() -> None:
+    (path,) = re.findall(r"^!\[.+\]\((.+)\)$", README, re.M)
+    picture = (ROOT / path).read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) < 150_000
+
+
+def test_reasons_of_readme_are_those_of_the_program() -> None:
+    source = Path(pipe.__file__).read_text(encoding="utf-8")
+    told = section("Troubleshooting").split("| 502, and the reason")[1]
+    reasons = re.findall(r"^\| (`.+?) \|", told, re.M)
+    words = [word for row in reasons for word in re.findall(r"`(.+?)`", row)]
+    assert len(words) >= 8
+    # Of one that tells more, what comes before: a status, or the qualities that there are.
+    assert [word for word in words if re.split(r"(?<=only: )|(?=\d)", word)[0] not in source] == []
 
 
 #### The defaults ####
@@ -150,21 +215,45 @@ def test_time_outs_of_the_proxies_are_above_the_longest_silence() -> None:
         assert pause < 60 * float(re.findall(to_client, text)[0])
 
 
-def test_unit_of_readme_is_valid(tmp_path: Path) -> None:
+@pytest.fixture
+def unit(tmp_path: Path) -> Path:
+    """README's unit, with the one thing that a machine of the tests has not: the program."""
+    (text,) = blocks("ini")
+    python = re.search(r"^ExecStart=(\S+)", text, re.M)
+    assert python
+    file = tmp_path / "streampipe.service"
+    file.write_text(text.replace(python[1], sys.executable), encoding="utf-8")
+    return file
+
+
+def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
     program = shutil.which("systemd-analyze")
     if not program:
         assert "CI" not in os.environ, "systemd-analyze must be there"
         pytest.skip("needs systemd-analyze")
-    (unit,) = blocks("ini")
-    file = tmp_path / "streampipe.service"
-    python = re.search(r"^ExecStart=(\S+)", unit, re.M)
-    assert python
-    # The one thing it may miss on the machine of the tests is the program itself.
-    file.write_text(unit.replace(python[1], sys.executable), encoding="utf-8")
-    command = [program, "verify", "--man=no", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    command = [program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_unit_of_readme_is_valid(unit: Path) -> None:
+    done = analyze("verify", "--man=no", str(unit))
     said = [line for line in done.stderr.splitlines() if "streampipe" in line]
     assert (done.returncode, said) == (0, [])
+
+
+def test_unit_of_readme_is_hardened(unit: Path) -> None:
+    done = analyze("security", "--offline=true", "--no-pager", str(unit))
+    found = re.search(r"exposure level for streampipe.service: (\d+\.\d)", done.stdout)
+    assert found, done.stderr
+    assert float(found[1]) < 2.0
+
+
+def test_unit_of_readme_keeps_the_configuration_secret() -> None:
+    (text,) = blocks("ini")
+    assert "\nLoadCredential=config.yml:/etc/" in text
+    assert " -c ${CREDENTIALS_DIRECTORY}/config.yml\n" in text
+    # systemd copies credentials at a start: a reload would read the old ones again.
+    assert "ExecReload=" not in text
 
 
 def test_paths_of_readme_are_those_of_the_server() -> None:
@@ -216,6 +305,7 @@ def test_help_tells_the_defaults() -> None:
 def test_first_two_commands_run_the_demo_and_the_tests() -> None:
     commands = "".join(blocks("sh")).splitlines()
     assert commands[:2] == [
+        "python3 -m venv .venv && . .venv/bin/activate && "
         "pip install -r requirements.txt && python pipe.py --demo",
         "pip install -r tests/requirements.txt && python -m pytest",
     ]
@@ -235,6 +325,36 @@ def test_requirements_are_those_of_the_script() -> None:
     assert yaml.safe_load(packages) == requirements
     least = ".".join(map(str, pipe.LEAST_STREAMLINK))
     assert f"streamlink>={least},<{pipe.LEAST_STREAMLINK[0] + 1}" in requirements
+
+
+def read_github(path: str) -> Any:
+    # YAML 1.1 takes the key `on` for a boolean.
+    text = (ROOT / ".github" / path).read_text(encoding="utf-8")
+    return yaml.load(text, yaml.BaseLoader)
+
+
+def test_workflow_runs_everything_on_each_python_and_each_week() -> None:
+    workflow = read_github("workflows/ci.yml")
+    assert {"push", "pull_request", "schedule"} <= set(workflow["on"])
+    (times,) = workflow["on"]["schedule"]
+    assert re.fullmatch(r"\d+ \d+ \* \* \d", times["cron"]), "once a week"
+    jobs = workflow["jobs"]
+    assert jobs["tests"]["strategy"]["matrix"]["python"] == [f"3.{n}" for n in range(10, 15)]
+    for name in ("tests", "development"):
+        assert jobs[name]["steps"][-1]["run"] == ".ci/run"
+    assert "streamlink/streamlink" in jobs["development"]["steps"][-1]["env"]["STREAMLINK"]
+
+
+def test_issue_form_asks_for_what_is_needed() -> None:
+    fields = read_github("ISSUE_TEMPLATE/fault.yml")["body"]
+    needed = [
+        field["attributes"]["label"]
+        for field in fields
+        if field.get("validations", {}).get("required") == "true"
+    ]
+    assert {re.sub(r".*`python pipe.py (.+)`", r"\1", label) for label in needed} >= {
+        *("--version", "--check", "The log")
+    }
 
 
 def test_top_level_is_what_it_shall_be() -> None:

@@ -6,9 +6,12 @@ import contextlib
 import http.client
 import itertools
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
@@ -611,3 +614,14 @@ def test_faults_of_the_origin_itself_are_raised() -> None:
         assert response.read() == b"abc"
     with pytest.raises(ZeroDivisionError):
         origin.close()
+
+
+def test_run_by_hand_without_its_packages_says_what_to_install() -> None:
+    program = Path(media.__file__).with_name("origin.py")
+    done = subprocess.run(
+        [sys.executable, "-S", str(program)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "tests/origin.py needs packages that are not there: pip install -r tests/requirements.txt\n"
+    )

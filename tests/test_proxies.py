@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -343,6 +344,38 @@ def test_relay_of_a_relay_plays(
         assert is_from(body, channels["channel1"])
         assert media.first_picture(body)[1], "it starts with a key frame"
     assert set(segment_requests(origin, channels["channel1"])) == {1}
+
+
+def test_all_addresses_of_a_channel_lead_to_one_server(
+    servers: list[Server], front: int, watch: Watching
+) -> None:
+    """HLS has an address for each segment, and every server numbers its own."""
+    go_on([watch(front, f"/{name}") for name in CHANNELS], 188)
+    for name in CHANNELS:
+        for path in (f"/{name}.m3u8?quality=best", f"/{name}/1.ts", f"/{name}/init.mp4"):
+            # Every server answers this method with the same status, and counts it.
+            assert send(front, "DELETE", path).status == 405
+    refused = {server.port: refusals(server) for server in servers}
+    assert refused == {server.port: 3 * len(server.channels()) for server in servers}
+
+
+def send(port: int, method: str, path: str) -> http.client.HTTPResponse:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
+    with contextlib.closing(connection):
+        connection.request(method, path)
+        response = connection.getresponse()
+        response.read()
+        return response
+
+
+def refusals(server: Server) -> int:
+    """How many requests a server answered with 405."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)
+    with contextlib.closing(connection):
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+    found = re.search(r'^streampipe_http_requests_total\{code="405"\} (\d+)', text, re.M)
+    return int(found[1]) if found else 0
 
 
 def test_playlist_names_the_proxy(front: int) -> None:

@@ -1,0 +1,122 @@
+"""README's examples, run as they stand; only addresses and ports are replaced.
+
+The first two commands are run by .ci/run, the container's and its file by test_container.py, the
+proxies' configurations by test_proxies.py, and the unit is analyzed by test_docs.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import yaml
+
+import pipe
+from tests import media
+from tests.origin import Origin, Playlist, Status, master
+from tests.test_cli import HERE, TIMEOUT, Program
+from tests.test_docs import README, blocks, section
+
+ADDRESS = "http://localhost:8080"
+
+
+def test_every_example_is_one_that_is_run() -> None:
+    fences = re.findall(r"^```(.*)$", README, re.M)
+    several = {"sh": 4, "yaml": 4, "text": 3}
+    once = ["console", "ini", "dockerfile", "haproxy", "nginx"]
+    assert Counter(fences[::2]) == several | dict.fromkeys(once, 1)
+    assert set(fences[1::2]) == {""}
+
+
+def read(text: str) -> Mapping[str, pipe.StreamSettings]:
+    """The streams of a configuration without mistakes."""
+    return pipe.ConfigReader("README.md", pipe.engine_options()).read(text).streams
+
+
+def test_quick_start_is_five_lines_that_work() -> None:
+    (text,) = re.findall(r"```yaml\n(.+?)```", section("Quick start"), re.S)
+    assert len(text.splitlines()) == 5
+    assert {name: stream.title for name, stream in read(text).items()} == {
+        "news": "news",
+        "sport": "Sport One",
+    }
+
+
+def test_every_configuration_has_no_mistakes() -> None:
+    configurations = [text for text in blocks("yaml") if "streams:\n" in text]
+    assert len(configurations) == 3
+    assert all(read(text) for text in configurations)
+
+
+def test_options_of_the_text_exist() -> None:
+    """Those that troubleshooting tells to set are taken as they are written there."""
+    told = re.findall(r"`([a-z_]+): ([^`]+)`", section("Troubleshooting"))
+    assert {key for key, _ in told} >= {"quality", "threads", "url", "headers"}
+    for key, value in told:
+        settings = {"url": "https://example.com/x.m3u8", key: yaml.safe_load(value)}
+        assert read(yaml.safe_dump({"streams": {"news": settings}}))
+
+
+def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
+    if not shutil.which("promtool"):
+        assert "CI" not in os.environ, "promtool must be there"
+        pytest.skip("needs promtool")
+    (text,) = [text for text in blocks("yaml") if "scrape_configs:" in text]
+    secured = text.replace("streampipe\n", "streampipe\n    authorization: {credentials: s3cret}\n")
+    assert "`authorization: {credentials: s3cret}` beside `job_name`" in README
+    for number, content in enumerate((text, secured)):
+        file = tmp_path / f"{number}.yml"
+        file.write_text(content, encoding="utf-8")
+        command = ["promtool", "check", "config", str(file)]
+        subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT)
+
+
+def without_numbers(text: str) -> str:
+    """Without what differs from run to run: the time, and counts."""
+    text = re.sub(r"^Date: .+$", "Date: now", text, flags=re.M)
+    return re.sub(r'(?<=": )\d+|\d+\.\d\d(?= s)', "N", text)
+
+
+def test_console_shows_what_the_server_answers(tmp_path: Path) -> None:
+    (console,) = blocks("console")
+    steps = re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)+)", console, re.M)
+    assert len(steps) == 3
+    with contextlib.closing(Program("--demo", *HERE, cwd=tmp_path)) as program:
+        address = f"http://127.0.0.1:{program.listening_port()}"
+        for command, shown in steps:
+            assert ADDRESS in command
+            here = ["bash", "-c", command.replace(ADDRESS, address)]
+            output = subprocess.run(here, check=True, stdout=subprocess.PIPE, timeout=TIMEOUT)
+            answer = output.stdout.decode("latin-1").replace("\r\n", "\n")
+            if shown.endswith("\n...\n"):  # media follow
+                head, _, body = answer.partition("\n\n")
+                assert body.startswith("G")
+                answer = f"{head}\n\n...\n"
+            assert without_numbers(answer).strip() == without_numbers(shown).strip()
+
+
+def test_check_prints_what_readme_shows(origin: Origin, tmp_path: Path) -> None:
+    (example,) = [text for text in blocks("text") if text.startswith("$ python pipe.py --check\n")]
+    small, large = (Playlist(name, media.ts_segments(4)) for name in ("small", "large"))
+    picture = Playlist("picture", media.video_only_segments(4))
+    sound = Playlist("sound", media.audio_only_segments(4))
+    streams = {
+        "news": origin.add(master("news", {"480p": small, "720p": large})).url,
+        "films": origin.add(master("films", {"720p": picture}, audio=sound)).url,
+        "sport": f"{origin.url}/sport.m3u8",
+    }
+    origin.fault("/sport.m3u8", Status(403), times=None)
+    options = {"streamlink": {"ffmpeg-ffmpeg": "/nonexistent"}}
+    text = yaml.safe_dump({"streams": streams, "options": options}, sort_keys=False)
+    (tmp_path / "config.yml").write_text(text, encoding="utf-8")
+    with contextlib.closing(Program("--check", cwd=tmp_path)) as program:
+        assert program.wait() == 1
+        expected = example.partition("\n")[2]
+        assert without_numbers(program.output()) == without_numbers(expected)
