@@ -3169,10 +3169,14 @@ def _parser(base: Any) -> Any:
 
     class Parser(base):  # type: ignore[misc]
         is_gap = False
+        _map: Any
 
         def parse_line(self, line: str) -> None:
             self.is_gap |= line.startswith("#EXT-X-GAP")
+            section = self._map
             super().parse_line(line)
+            if line.startswith("#EXT-X-DISCONTINUITY"):
+                self._map = section  # which streamlink forgets there; RFC 8216, 4.3.2.5, does not
 
         def get_segment(self, uri: str, **data: Any) -> Any:
             segment = super().get_segment(uri, **data)

@@ -8,8 +8,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.client
+import itertools
+import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +24,6 @@ from tests import bench, media, test_proxies
 from tests.origin import Origin, Playlist
 from tests.server import Site
 from tests.test_cli import ask, get_json
-from tests.test_clients import gstreamer
 from tests.test_hls import LEAST, client_of, follow, listed_in
 from tests.test_players import aac, aes, ffmpeg, fmp4, mpv, plain, vlc
 from tests.test_proxies import SEGMENTS, TIMEOUT, Server, haproxy
@@ -44,8 +46,8 @@ CROWD = 300
 def ffmpeg_plays(address: str) -> None:
     player = ffmpeg(address, 4)
     assert player.returncode == 0, player.stdout
-    lines = [line for line in player.stdout.splitlines() if "Opening" not in line]
-    assert lines == []
+    harmless = "MOOV Atom|Last message|out of order"  # it says these of the origin's list, too
+    assert [line for line in player.stdout.splitlines() if not re.search(harmless, line)] == []
 
 
 def mpv_plays(address: str) -> None:
@@ -60,8 +62,19 @@ def vlc_plays(address: str) -> None:
 
 
 def gstreamer_plays(address: str) -> None:
-    player = gstreamer(address)
-    assert (player.returncode, player.stdout) == (0, "")
+    """Decodes 40 pictures, or frames of sound; by itself it would go on."""
+    sink = ["fakesink", "silent=false", "sync=false"]
+    command = ["gst-launch-1.0", "-v", "souphttpsrc", f"location={address}", "!", "decodebin"]
+    with subprocess.Popen([*command, "!", *sink], stdout=subprocess.PIPE, text=True) as player:
+        watchdog = threading.Timer(TIMEOUT, player.kill)
+        watchdog.start()
+        try:
+            assert player.stdout
+            decoded = (line for line in player.stdout if "last-message = chain" in line)
+            assert sum(1 for _ in itertools.islice(decoded, 40)) == 40
+        finally:
+            watchdog.cancel()
+            player.kill()
 
 
 def streamlink_plays(address: str) -> None:
@@ -111,6 +124,8 @@ def test_relay_has_the_segments_of_the_origin(
     eventually(lambda: len(follow(relay, "/news.m3u8", client)) == 6, "all have come")
     bodies = [client.bodies[number] for number in range(oldest, oldest + 6)]
     theirs = [playlist.plain(n, n + 1) for n in range(playlist.newest - 5, playlist.newest + 1)]
+    if channel is plain:
+        bodies = [media.without_notices(body) for body in bodies]
     assert bodies == theirs
     viewer = relay.watch("/news")
     assert viewer.status == 200

@@ -377,6 +377,15 @@ def test_drm_is_told_at_once(origin: Origin, serve: Serve, key: str, method: str
     assert failing(origin, serve, playlist_of(*lines)) == (502, words)
 
 
+def test_initialization_section_holds_beyond_a_discontinuity(origin: Origin, serve: Serve) -> None:
+    """RFC 8216, 4.3.2.5: until another one is listed."""
+    init, fragments = media.fmp4(6)
+    live = Playlist("news", fragments, init=init, extension=".m4s", mode="live", window=6)
+    origin.add(live).advance(4)  # the start of the second round is listed, and before our start
+    viewer = serve({"news": live.url}).watch("/news")
+    assert viewer.read(len(init)) == init
+
+
 @pytest.mark.parametrize(
     ("kind", "status"),
     [
