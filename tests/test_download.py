@@ -1230,7 +1230,7 @@ def test_initialization_section_that_is_too_large_is_refused(origin: Origin, ser
     playlist = origin.add(Playlist("news", parts, init=init, extension=".m4s"))
     answer = serve({"news": playlist.url}, reconnect=1).get("/news")
     assert answer.status == 502
-    expected = "its initialization section cannot be had: it is larger than 8 MiB"
+    expected = "the initialization section cannot be fetched: it is larger than 8 MiB"
     assert answer.json == {"error": expected}
 
 
