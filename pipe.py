@@ -357,11 +357,9 @@ YAML_SLIPS = (
     (r"'\\t'", r".*\t", "found a tab: use spaces"),
     ("end of stream|'<scalar>'", r""".*[:,[{-]\s*(["'])(?:(?!\1).)*$""", "this quote never ends"),
     ("mapping values|expected ':'", NO_SPACE, "put a space after the colon"),
-    (
-        "mapping values|'<block ",
-        "",
-        "indent this line like the ones above it, or put quotes around a value with a colon in it",
-    ),
+    ("'<scalar>'", "", "text after a closing quote: use the other kind of quotes"),
+    ("mapping values|<block ", "", "indent it like the lines above, or quote a value with colons"),
+    ("cannot start any token", "", "put quotes around this value"),
     ("another document", "", "found a second document: remove it"),
     ("second occurrence", "", "duplicate anchor"),
 )

@@ -804,7 +804,7 @@ def test_value_that_is_left_out_is_no_empty_section() -> None:
     assert mistakes("server:\n  token:\n  x: 1\n") == ["test.yml:3: server.x: unknown key"]
 
 
-INDENT = "indent this line like the ones above it, or put quotes around a value with a colon in it"
+INDENT = "indent it like the lines above, or quote a value with colons"
 SPACE = "put a space after the colon"
 QUOTE = "this quote never ends"
 
@@ -862,6 +862,14 @@ QUOTE = "this quote never ends"
         pytest.param(
             'streams:\n  a: {url: ["hls://u, hls://v]}\n  b: "hls://v"\n',
             f"2: broken YAML: {QUOTE}", id="quote in a list",
+        ),
+        pytest.param(
+            "streams:\n  a:\n    url: hls://u\n    title: 'it's'\n",
+            "4: broken YAML: text after a closing quote: use the other kind of quotes",
+            id="quote in quotes",
+        ),
+        pytest.param(
+            "server:\n  name: @x\n", "2: broken YAML: put quotes around this value", id="odd start"
         ),
         pytest.param(
             "a: 1\n---\nb: 2\n", "2: broken YAML: found a second document: remove it", id="two"
