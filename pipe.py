@@ -3,7 +3,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["streamlink>=8.6.2,<9", "pyyaml>=6"]
 # ///
-"""StreamPipe: watch HLS channels over plain HTTP.
+"""StreamPipe: serve HLS channels as plain HTTP streams.
 
 `GET /news` answers with an endless stream that VLC, Kodi, TVHeadend, Plex or curl can read.  A live
 channel is pulled once, by streamlink, however many watch it; everything stays in memory.
