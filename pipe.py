@@ -5704,18 +5704,14 @@ def secrets_of(config: Config) -> tuple[str, ...]:
 
 
 def _secrets_of_address(address: str) -> set[str]:
-    """User, password, path and the values of the query."""
-    while match := re.match(r"\w+://(?=\w+://)", address):
-        address = address[match.end() :]
-    try:
-        parts = urlsplit(address)
-        users = {parts.username or "", parts.password or ""}
-    except ValueError:
-        return {address}
-    values = {value for _, value in parse_qsl(parts.query)}
-    tail = f"{parts.path}?{parts.query}" if parts.query else parts.path
-    tails = {tail, parts.query} if tail.count("/") > 1 or parts.query else set()
-    return users | {unquote(user) for user in users} | values | tails
+    """User, password, what stands behind the host, and the values of the query."""
+    found = re.match(r"(?:\w+://)*(?:([^/?#]*)@)?[^/?#]*([^#]*)", address)
+    assert found  # anything matches
+    user, tail = found.groups("")
+    query = tail.partition("?")[2]
+    users = {*user.split(":", 1), *unquote(user).split(":", 1)}
+    values = {value for _, value in parse_qsl(query)}
+    return users | values | ({tail, query} if tail.count("/") > 1 or query else set())
 
 
 def set_up_logging(level: str) -> LogFormatter:
