@@ -3,7 +3,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["streamlink>=8.6.2,<9", "pyyaml>=6"]
 # ///
-"""StreamPipe: watch HLS channels over plain HTTP.
+"""StreamPipe: serve HLS channels as plain HTTP streams.
 
 `GET /news` answers with an endless stream that VLC, Kodi, TVHeadend, Plex or curl can read.  A live
 channel is pulled once, by streamlink, however many watch it; everything stays in memory.
@@ -265,18 +265,19 @@ def explain(error: BaseException) -> str:
             return str(cause)
         if isinstance(cause, requests.HTTPError) and cause.response is not None:
             return f"the origin answered {cause.response.status_code}"
-    for kinds, message in _MESSAGES_BY_KIND:
-        if any(isinstance(cause, kinds) for cause in chain):
-            return message
-    text = " ".join(str(cause) for cause in chain)
-    messages = (message for words, message in _MESSAGES_BY_TEXT if any(w in text for w in words))
-    is_network = any(isinstance(cause, requests.ConnectionError) for cause in chain)
-    return next(messages, UNREACHABLE if is_network else "the origin's stream cannot be opened")
+    reasons = (reason for reason, *signs in _REASONS if any(_shows(sign, chain) for sign in signs))
+    return next(reasons, "the origin's stream cannot be opened")
+
+
+def _shows(sign: str | type[BaseException], chain: Iterable[BaseException]) -> bool:
+    if isinstance(sign, str):
+        return any(sign in str(cause) for cause in chain)
+    return any(isinstance(cause, sign) for cause in chain)
 
 
 REFUSED = "the origin refuses connections"
-UNKNOWN = "the origin is not found: its name is unknown"
-NO_ROUTE = "the origin is not reachable"
+UNKNOWN = "the origin's host name is unknown"
+NO_ROUTE = "there is no network route to the origin"
 UNREACHABLE = "the origin cannot be reached"
 CLOSED = "the origin closed the connection"
 GONE = frozenset({REFUSED, UNKNOWN, NO_ROUTE, UNREACHABLE, CLOSED})  # nobody is there
@@ -286,56 +287,45 @@ EXPIRED = frozenset(f"the origin answered {status}" for status in (401, 403, 404
 WEB_PAGE = "the origin sent a web page, not a stream"
 EMPTY = "the origin's playlist is empty"
 
-# The first that fits any of the causes: a reason stands before what it brings about.
-_MESSAGES_BY_KIND: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
-    ((requests.exceptions.ProxyError, socks.ProxyError), "the proxy does not answer"),
-    ((socket.gaierror,), UNKNOWN),
-    ((ConnectionRefusedError,), REFUSED),
-    (
-        (requests.Timeout, urllib3.exceptions.ReadTimeoutError, TimeoutError),
-        "the origin did not answer in time",
-    ),
-    ((ssl.SSLCertVerificationError,), "the origin's certificate is not valid"),
-    ((requests.exceptions.InvalidSchema,), "the origin names an address that is never opened"),
-    ((requests.TooManyRedirects,), "the origin redirects in a circle"),
-    (
-        (requests.exceptions.ContentDecodingError, urllib3.exceptions.DecodeError),
-        "the origin's answer cannot be decompressed",
-    ),
-    (
-        (http.client.IncompleteRead, urllib3.exceptions.IncompleteRead),
-        "the origin's answer broke off",
-    ),
-    ((ConnectionError,), CLOSED),
-    ((http.client.HTTPException,), "the origin does not speak HTTP"),
-    ((FileNotFoundError,), "ffmpeg cannot be run"),
-)
 _NO_ROUTE = errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN
-_MESSAGES_BY_TEXT = (
-    (tuple(f"[Errno {number}]" for number in _NO_ROUTE), NO_ROUTE),
-    (("file:", "scheme='file'"), "the origin names a local file: refused"),
-    (
-        ("insecure resource", "Disallowed redirection"),
-        "the origin goes from https to http: configure the http:// address",
-    ),
-    (
-        ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL"),
-        "the origin does not speak https there: write http:// in front of its address",
-    ),
-    (("[SSL",), "the origin refuses a secure connection"),
-    (
-        ("Invalid URL", "Invalid IPv6", "Failed to parse: "),
-        "the origin names an address that is not valid",
-    ),
-    (("EXTM3U",), "the origin sent something that is not an HLS playlist"),
-    (("variant playlist",), "the origin's playlist lists no stream that can be played"),
-    (("I-frames only",), "the origin's playlist has key frames only, for seeking"),
-    (("BYTERANGE offset",), "the origin's playlist does not say where a byte range starts"),
-    (("invalid literal", "could not convert"), "the origin's playlist has an invalid number"),
-    (("AES key length", "IV length"), "it is not a key of AES-128"),
-    (("adding is incorrect", "be padded", "be unpadded"), "it cannot be decrypted with its key"),
-    (("new thread",), "the system lets StreamPipe start no more threads"),
-)
+
+# A reason, and its signs: the type of the error or of any of its causes, or a piece of their texts.
+# The first that fits is told, so a reason stands before what it brings about.
+_REASONS: tuple[tuple[Any, ...], ...] = (
+    ("the proxy does not answer", requests.exceptions.ProxyError, socks.ProxyError),
+    (UNKNOWN, socket.gaierror),
+    (REFUSED, ConnectionRefusedError),
+    ("the origin did not answer in time",
+     requests.Timeout, urllib3.exceptions.ReadTimeoutError, TimeoutError),
+    ("the origin's certificate is not valid", ssl.SSLCertVerificationError),
+    ("the origin names an address that is never opened", requests.exceptions.InvalidSchema),
+    ("the origin redirects in a loop", requests.TooManyRedirects),
+    ("the origin's answer cannot be decompressed",
+     requests.exceptions.ContentDecodingError, urllib3.exceptions.DecodeError),
+    ("the origin's answer broke off",
+     http.client.IncompleteRead, urllib3.exceptions.IncompleteRead),
+    (CLOSED, ConnectionError),
+    ("the origin does not speak HTTP", http.client.HTTPException),
+    ("ffmpeg cannot be run", FileNotFoundError),
+    (NO_ROUTE, *(f"[Errno {number}]" for number in _NO_ROUTE)),
+    ("the origin names a local file: refused", "file:", "scheme='file'"),
+    ("the origin goes from https to http: configure the http:// address",
+     "insecure resource", "Disallowed redirection"),
+    ("the origin does not speak https there: write http:// in front of its address",
+     "WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL"),
+    ("the origin refuses a secure connection", "[SSL"),
+    ("the origin names an address that is not valid",
+     "Invalid URL", "Invalid IPv6", "Failed to parse: "),
+    ("the origin sent something that is not an HLS playlist", "EXTM3U"),
+    ("the origin's playlist lists no stream that can be played", "variant playlist"),
+    ("the origin's playlist has key frames only, for seeking", "I-frames only"),
+    ("the origin's playlist does not say where a byte range starts", "BYTERANGE offset"),
+    ("the origin's playlist has an invalid number", "invalid literal", "could not convert"),
+    ("it is not an AES-128 key", "AES key length", "IV length"),
+    ("it cannot be decrypted with its key", "adding is incorrect", "be padded", "be unpadded"),
+    ("the system has no threads left", "new thread"),
+    (UNREACHABLE, requests.ConnectionError),
+)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -351,15 +341,28 @@ _MESSAGES_BY_TEXT = (
 EngineOptions = Mapping[str, Any]
 GLOBAL_ENGINE_OPTIONS = frozenset({"ipv4", "ipv6"})  # they act on the whole process
 
-# What a text, or a node at a path of keys, means; None stands for the default.  Both raise
-# ValueError with the message to show; Read reports mistakes in the parts of a node by itself.
+# What a text, or a node, means; None stands for the default.  Both raise ValueError with the
+# message to show.
 Parse = Callable[[str], Any]
-Read = Callable[["ConfigReader", yaml.Node, str], Any]
+Read = Callable[["ConfigReader", yaml.Node], Any]
 Section = dict[str, tuple[yaml.Node, yaml.Node]]  # the nodes of key and value by key
 
-NULL, MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
+NULL = "tag:yaml.org,2002:null"
 KINDS = {yaml.ScalarNode: "text", yaml.SequenceNode: "a list", yaml.MappingNode: "a section"}
-EXPANDED_LIMIT = 250_000  # keys and values; an alias of aliases of aliases may mean any number
+
+# The common slips: what the YAML library says, how the line looks (the nearest one, going back)
+# where there is something to see, and what to do there.
+NO_SPACE = r"\s*[\w.-]+:[^\s/]"
+YAML_SLIPS = (
+    (r"'\\t'", r".*\t", "found a tab: use spaces"),
+    ("end of stream|'<scalar>'", r""".*[:,[{-]\s*(["'])(?:(?!\1).)*$""", "this quote never ends"),
+    ("mapping values|expected ':'", NO_SPACE, "put a space after the colon"),
+    ("'<scalar>'", "", "text after a closing quote: use the other kind of quotes"),
+    ("mapping values|<block ", "", "indent it like the lines above, or quote a value with colons"),
+    ("cannot start any token", "", "put quotes around this value"),
+    ("another document", "", "found a second document: remove it"),
+    ("second occurrence", "", "duplicate anchor"),
+)
 
 
 def text_of(node: yaml.Node) -> str:
@@ -369,13 +372,7 @@ def text_of(node: yaml.Node) -> str:
     raise ValueError(f"expected a single value, got {KINDS[type(node)]}")
 
 
-def path_of(section: str, key: str) -> str:
-    """Where a key is, as a mistake may show it."""
-    shown = key if re.fullmatch(r"[\w .%/<-]{0,40}", key) else "(a key)"
-    return f"{section}.{shown}" if section else shown
-
-
-def validated_text(check: Callable[[str], object], message: str) -> Parse:
+def checked(check: Callable[[str], object], message: str) -> Parse:
     """A parser that takes a text as it is where `check` is true and does not raise."""
 
     def parse(text: str) -> str:
@@ -387,28 +384,42 @@ def validated_text(check: Callable[[str], object], message: str) -> Parse:
     return parse
 
 
-def converted_text(convert: Callable[[str], Any], expected: str) -> Parse:
-    """A parser of what `convert` makes of a text; it raises ValueError or KeyError for others."""
+def number(kind: type[int] | type[float], least: float, most: float = math.inf) -> Parse:
+    bounds = f", {least} or more" if most == math.inf else f" from {least} to {most}"
+    expected = f"expected {'a whole number' if kind is int else 'a number'}{bounds}"
 
-    def parse(text: str) -> Any:
-        with contextlib.suppress(ValueError, KeyError):
-            return convert(text)
-        got = f'"{text}"' if re.fullmatch(r"[\w.+-]{0,20}", text) else "something else"
-        raise ValueError(f"expected {expected}, got {got}")
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            value = kind(text) if re.fullmatch(r"[-+.\d_eE]+", text) else math.nan
+            if least <= value <= most and value != math.inf:
+                return value
+        got = f', got "{text}"' if re.fullmatch(r"[\w.+-]{0,20}", text) else ""
+        raise ValueError(expected + got)
 
     return parse
 
 
-def number(kind: type[int] | type[float], least: float, most: float = math.inf) -> Parse:
-    bounds = f", {least} or more" if most == math.inf else f" from {least} to {most}"
+def true_or_false(text: str) -> bool:
+    if text.lower() not in yaml.SafeLoader.bool_values:
+        raise ValueError("expected true or false")
+    return yaml.SafeLoader.bool_values[text.lower()]
 
-    def convert(text: str) -> float:
-        value = kind(text) if re.fullmatch(r"[-+.\d_eE]+", text) else math.nan
-        if not least <= value <= most or value == math.inf:
-            raise ValueError
-        return value
 
-    return converted_text(convert, f"{'a whole number' if kind is int else 'a number'}{bounds}")
+def stream_address(text: str) -> str:
+    """An address for the upstream to open, with any prefixes (`hls://https://...`)."""
+    address = text.strip()
+    target = re.sub(r"^((?!file:)[\w.+-]+://)+", "", address, flags=re.I)
+    if not target:
+        raise ValueError("the address is missing")
+    if re.match(r"file:|~|\.{0,2}[/\\](?!/)|[a-z]:[/\\]", target, re.I):
+        raise ValueError("local files are never opened: use an http:// or https:// address")
+    if re.match(r"\w+:\w+://", address):
+        raise ValueError("put a space after the first colon")
+    if target == address:
+        raise ValueError("write http:// or https:// in front of the address")
+    if not address.isprintable():
+        raise ValueError("the address contains a control character")
+    return address
 
 
 def _split(address: str) -> tuple[str, str]:
@@ -420,43 +431,26 @@ def _split(address: str) -> tuple[str, str]:
     return "", ""
 
 
-def stream_address(text: str) -> str:
-    """An address for the upstream to open, with any prefixes (`hls://https://...`)."""
-    address = text.strip()
-    target = re.sub(r"^((?!file:)[\w.+-]+://)+", "", address, flags=re.I)
-    if not target:
-        raise ValueError("the address is missing")
-    if re.match(r"file:|~|\.{0,2}[/\\](?!/)|[a-z]:[/\\]", target, re.I):
-        raise ValueError("local files are never opened: use an http:// or https:// address")
-    if target == address:
-        raise ValueError("write http:// or https:// in front of the address")
-    if not address.isprintable():
-        raise ValueError("the address contains a control character")
-    return address
-
-
 def _is_cookies_file(file: str) -> bool:
-    path = Path(file).expanduser()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # http.cookiejar warns of a bad line with a traceback
-        if is_file := path.is_file():
-            MozillaCookieJar().load(str(path))
-    return is_file
+        MozillaCookieJar(Path(file).expanduser()).load()
+    return True
 
 
 # An empty token would let everybody in.
-filled_text = validated_text(bool, "empty value: fill it in or remove the key")
-network = validated_text(ipaddress.ip_network, "expected a network like 192.168.0.0/16")
+filled_text = checked(bool, "empty value: fill it in or remove the key")
+network = checked(ipaddress.ip_network, "expected a network like 192.168.0.0/16")
 # What HTTP can carry (RFC 9110, 5.5).
-header_value = validated_text(
+header_value = checked(
     lambda value: value.isprintable() and value.isascii() and value.strip() == value,
     "a header value must be one line of ASCII text without surrounding blanks",
 )
-web_url = validated_text(
+web_url = checked(
     lambda address: _split(address)[0] in ("http", "https"),
     "expected an address that starts with http:// or https://",
 )
-proxy_url = validated_text(
+proxy_url = checked(
     lambda address: re.fullmatch("https?|socks5h?|socks4a?", _split(address)[0]),
     "expected an address that starts with http:// or socks5h://",
 )
@@ -466,100 +460,90 @@ request_time = number(float, 0.1, 3600)  # seconds
 
 
 def single(parse: Parse) -> Read:
-    return lambda reader, node, path: None if node.tag == NULL else parse(text_of(node))
+    return lambda reader, node: None if node.tag == NULL else parse(text_of(node))
 
 
 def list_of(parse: Parse) -> Read:
-    def read(reader: ConfigReader, node: yaml.Node, path: str) -> tuple[Any, ...] | None:
+    def read(reader: ConfigReader, node: yaml.Node) -> tuple[Any, ...] | None:
+        if node.tag == NULL:
+            return None
         if not isinstance(node, yaml.SequenceNode):
-            if node.tag == NULL:
-                return None
             raise ValueError(f"expected a list like [a, b], got {KINDS[type(node)]}")
         found = []
         for item in node.value:
-            with reader.reporting(item, path):
+            with reader.at(item):
                 found.append(parse(text_of(item)))
         return tuple(found)
 
     return read
 
 
-def as_addresses(reader: ConfigReader, node: yaml.Node, path: str) -> Any:
+def as_addresses(reader: ConfigReader, node: yaml.Node) -> Any:
     """One address or a list of them."""
     if not isinstance(node, yaml.SequenceNode):
         node = yaml.SequenceNode("", [node])
     elif not node.value:
-        reader.mistake(node, path, "the list of addresses is empty")
-    return list_of(stream_address)(reader, node, path)
+        raise ValueError("the list of addresses is empty")
+    return list_of(stream_address)(reader, node)
 
 
-def as_unique_number(reader: ConfigReader, node: yaml.Node, path: str) -> int | None:
+def as_unique_number(reader: ConfigReader, node: yaml.Node) -> int | None:
     """A stream's number, which no other stream has."""
-    value: int | None = single(number(int, 1))(reader, node, path)
-    if value is not None and (other := reader.numbers.setdefault(value, path)) != path:
-        raise ValueError(f"{value} is already used by {other.split('.')[1]}")
+    value: int | None = single(number(int, 1))(reader, node)
+    name = reader.path[1]
+    if value is not None and (other := reader.numbers.setdefault(value, name)) != name:
+        raise ValueError(f"{value} is already used by {other}")
     return value
 
 
-def as_headers(reader: ConfigReader, node: yaml.Node, path: str) -> dict[str, str]:
+def as_headers(reader: ConfigReader, node: yaml.Node) -> dict[str, str]:
     """Headers by name; cookies and query parameters are such text, too."""
     found = {}
-    for name, (key, value) in reader.section(node, path).items():
-        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
-            reader.mistake(key, path, "not a valid header name")
-        with reader.reporting(value, path_of(path, name)):
+    for name, (key, value) in reader.section(node).items():
+        with reader.at(key, name):
+            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+                raise ValueError("not a valid header name")
             found[name] = header_value(text_of(value))
     return found
 
 
-def as_engine_options(reader: ConfigReader, node: yaml.Node, path: str) -> dict[str, Any]:
-    """The `streamlink:` map; its names may be written with underscores."""
+def as_engine_options(reader: ConfigReader, node: yaml.Node) -> dict[str, Any]:
+    """The `streamlink:` map."""
     options = reader.engine.items()
     keys = {name: functools.partial(engine_option, name, example) for name, example in options}
-    keys |= {name.replace("-", "_"): read for name, read in keys.items()}
-    values = reader.table(node, path, keys)
-    return {name.replace("_", "-"): value for name, value in values.items()}
+    return reader.table(node, keys)
 
 
-def engine_option(name: str, example: Any, reader: ConfigReader, node: yaml.Node, path: str) -> Any:
+def engine_option(name: str, example: Any, reader: ConfigReader, node: yaml.Node) -> Any:
     if example is Ellipsis:
         raise ValueError("StreamPipe sets this itself for safety: remove it")
-    if name in GLOBAL_ENGINE_OPTIONS and not path.startswith("options."):
+    if name in GLOBAL_ENGINE_OPTIONS and reader.path[0] != "options":
         raise ValueError("this affects the whole process: set it under options.streamlink")
     if isinstance(example, dict):
-        return as_headers(reader, node, path)
+        return as_headers(reader, node)
     parse = ENGINE_PARSERS.get(name) or ENGINE_PARSERS.get(type(example), str)
     read = list_of(parse) if isinstance(example, list) else single(parse)
-    return read(reader, node, path)
+    return read(reader, node)
 
 
 # By type, and by name where streamlink would raise, hang or do nothing with some values of a type.
 ENGINE_PARSERS: dict[str | type, Parse] = {
-    bool: converted_text(lambda text: yaml.SafeLoader.bool_values[text.lower()], "true or false"),
+    bool: true_or_false,
     int: number(int, 0),
     float: number(float, 0),
     "ringbuffer-size": ring_size,
     "stream-segment-threads": thread_count,
-    "stream-segment-attempts": number(int, 1),
     "stream-segment-timeout": request_time,
     "stream-segmented-queue-deadline": number(float, 0),  # target durations
     "stream-timeout": request_time,
     "http-timeout": request_time,
     "http-proxy": proxy_url,
-    "http-ssl-cert": validated_text(lambda file: Path(file).is_file(), "no such file"),
-    "http-cookies-files": validated_text(
+    "http-ssl-cert": checked(lambda file: Path(file).is_file(), "no such file"),
+    "http-cookies-files": checked(
         _is_cookies_file, "expected a readable cookies.txt file in Netscape format"
     ),
-    "ffmpeg-validation-timeout": request_time,
     "hls-live-edge": number(int, 1),
     "hls-start-offset": number(float, -604800, 604800),  # seconds; negative: from a film's end
-    "hls-playlist-reload-time": validated_text(
-        lambda text: text in ("default", "segment", "live-edge") or 0 <= float(text) < math.inf,
-        "expected default, segment, live-edge or a number of seconds",
-    ),
-    "locale": validated_text(
-        lambda text: re.fullmatch("[A-Za-z]{2}_[A-Za-z]{2}", text), "expected a locale like en_US"
-    ),
 }
 
 
@@ -575,7 +559,7 @@ def keys_of(settings: type[Any]) -> dict[str, Read]:
 
 
 def as_section(settings: type[Any]) -> Read:
-    return lambda reader, node, path: settings(**reader.table(node, path, keys_of(settings)))
+    return lambda reader, node: settings(**reader.table(node, keys_of(settings)))
 
 
 @dataclass(frozen=True)
@@ -656,8 +640,9 @@ class ConfigReader:
 
     file: str
     engine: EngineOptions
-    numbers: dict[int, str] = field(default_factory=dict)  # of streams, with their first paths
-    mistakes: set[tuple[int, str]] = field(default_factory=set)  # by line; aliases repeat them
+    path: list[str] = field(default_factory=list)  # the keys that lead to what is being read
+    numbers: dict[int, str] = field(default_factory=dict)  # of streams, with whose they are
+    mistakes: set[tuple[int, str]] = field(default_factory=set)  # by line
 
     def read(self, text: str) -> Config:
         """Parse and check; raises ConfigError."""
@@ -665,8 +650,7 @@ class ConfigReader:
         try:
             root = yaml.compose(text, yaml.SafeLoader)
             if root is not None and root.tag != NULL:
-                _measure(root, {})
-                with self.reporting(root, ""):
+                with self.at(root):
                     config = self._config(root)
         except yaml.YAMLError as error:
             self.mistakes = {_yaml_mistake(error, text)}
@@ -677,111 +661,100 @@ class ConfigReader:
             raise ConfigError(lines)
         return config
 
-    def mistake(self, node: yaml.Node, path: str, message: str) -> None:
-        text = f"{path}: {message}" if path else message
-        self.mistakes.add((node.start_mark.line + 1, text))
-
     @contextlib.contextmanager
-    def reporting(self, node: yaml.Node, path: str) -> Iterator[None]:
-        """Make a ValueError in the block a mistake at this node."""
+    def at(self, node: yaml.Node, *keys: str) -> Iterator[None]:
+        """Read something there: a ValueError in the block is a mistake at this line and path."""
+        self.path += keys
         try:
             yield
         except ValueError as error:
-            self.mistake(node, path, str(error))
+            shown = [k if re.fullmatch(r"[\w .%/<-]{0,64}", k) else "(a key)" for k in self.path]
+            where = f"{'.'.join(shown)}: " if shown else ""
+            self.mistakes.add((node.start_mark.line + 1, f"{where}{error}"))
+        finally:
+            del self.path[len(self.path) - len(keys) :]
 
-    def section(self, node: yaml.Node, path: str) -> Section:
-        """A section's entries, its own behind those that `<<` brings in; may raise ValueError."""
+    def section(self, node: yaml.Node) -> Section:
+        """A section's entries, and those of another that `<<` brings in; may raise ValueError."""
         if node.tag == NULL:
-            raise ValueError("this section is empty: remove it or fill it in")
+            raise ValueError("this section is empty: indent what belongs to it, or remove it")
         if not isinstance(node, yaml.MappingNode):
-            raise ValueError(f'expected "key: value" lines, got {KINDS[type(node)]}')
-        own: Section = {}
-        merged: Section = {}
+            is_slip = isinstance(node, yaml.ScalarNode) and re.match(NO_SPACE, node.value)
+            advice = ": put a space after the colon" if is_slip else ""
+            raise ValueError(f'expected "key: value" lines, got {KINDS[type(node)]}{advice}')
+        entries: Section = {}
         for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                self.mistake(key, path, "a key must be plain text")
-            elif key.tag == MERGE:
-                for other in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                    with self.reporting(other, path_of(path, key.value)):
-                        merged = {**self.section(other, path), **merged}
-            elif key.value in own:
-                self.mistake(key, path_of(path, key.value), "duplicate key")
-            else:
-                own[key.value] = key, value
-        return {**merged, **own}
+            name = key.value if isinstance(key, yaml.ScalarNode) else "[]"  # no key is called so
+            with self.at(key, name):
+                if name in entries:
+                    raise ValueError("duplicate key")
+                entries[name] = key, value
+        if "<<" in entries:
+            key, other = entries.pop("<<")
+            with self.at(key, "<<"):
+                return {**self.section(other), **entries}
+        return entries
 
-    def table(self, node: yaml.Node, path: str, keys: Mapping[str, Read]) -> dict[str, Any]:
+    def table(self, node: yaml.Node, keys: Mapping[str, Read]) -> dict[str, Any]:
         """The values of a section with known keys; nulls and mistakes are left out."""
         values: dict[str, Any] = {}
-        for name, (key, value) in self.section(node, path).items():
-            where = path_of(path, name)
-            if name in keys:
-                with self.reporting(value, where):
-                    values[name] = keys[name](self, value, where)
-            else:
-                close = difflib.get_close_matches(name, sorted(keys), 1)
-                hint = f", did you mean {close[0]}?" if close else ""
-                self.mistake(key, where, f"unknown key{hint}")
+        empty = ""  # the key above, where it has no value
+        for name, (key, value) in self.section(node).items():
+            with self.at(key, name):
+                if name not in keys:
+                    if close := difflib.get_close_matches(name, sorted(keys), 1):
+                        raise ValueError(f"unknown key, did you mean {close[0]}?")
+                    is_under = empty and empty not in values  # which must have a value
+                    advice = f": indent this line under {empty}:" if is_under else ""
+                    raise ValueError(f"unknown key{advice}")
+                empty = name if value.tag == NULL else ""
+                values[name] = keys[name](self, value)
         return {name: value for name, value in values.items() if value is not None}
 
     def _config(self, root: yaml.Node) -> Config:
         server, options = as_section(ServerSettings), as_section(Options)
         keys = {"server": server, "streams": ConfigReader.section, "options": options}
-        sections = {"options": Options(), **self.table(root, "", keys)}
+        sections = {"options": Options(), **self.table(root, keys)}
         streams: dict[str, StreamSettings] = {}
         for name, (key, node) in sections.get("streams", {}).items():
-            with self.reporting(key, path_of("streams", name)):
+            with self.at(key, "streams", name):
                 if not STREAM_NAME.fullmatch(name):
                     wanted = "a stream name may only contain a-z, 0-9 and -, e.g. channel-1"
-                    raise ValueError(wanted)
+                    raise ValueError(f"{wanted}; use title: for what people see")
                 if name in RESERVED_NAMES:
                     raise ValueError("this name is reserved: choose another")
                 streams[name] = self._stream(name, node, sections["options"])
         return Config(**{**sections, "streams": streams})
 
     def _stream(self, name: str, node: yaml.Node, shared: Options) -> StreamSettings:
-        path = f"streams.{name}"
         if isinstance(node, yaml.MappingNode):
             keys = {"url": as_addresses, **keys_of(StreamSettings), **keys_of(Options)}
-            values = self.table(node, path, keys)
+            values = self.table(node, keys)
+            if "url" not in self.section(node):
+                raise ValueError("url is missing")
         else:
-            values = {"url": as_addresses(self, node, path)}
-        if "url" not in values:
-            raise ValueError("url is missing")
+            values = {"url": as_addresses(self, node)}
         own = {key: values.pop(key) for key in keys_of(Options) if key in values}
         own["streamlink"] = {**shared.streamlink, **own.get("streamlink", {})}
         values["title"] = values.get("title") or name
-        values["urls"] = values.pop("url")
+        values["urls"] = values.pop("url", ())
         return StreamSettings(name, **values, options=replace(shared, **own))
-
-
-def _measure(node: yaml.Node, sizes: dict[yaml.Node, float]) -> float:
-    """How many keys and values a node means, aliases written out; raises YAMLError for too many."""
-    if node not in sizes:
-        sizes[node] = math.inf  # until it is known: an alias of a node inside itself has no end
-        parts = () if isinstance(node, yaml.ScalarNode) else node.value
-        parts = itertools.chain(*parts) if isinstance(node, yaml.MappingNode) else parts
-        sizes[node] = 1 + sum(_measure(part, sizes) for part in parts)
-        if sizes[node] > EXPANDED_LIMIT:
-            problem = "an alias contains itself, or aliases expand to too much"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-    return sizes[node]
 
 
 def _yaml_mistake(error: yaml.YAMLError, text: str) -> tuple[int, str]:
     """Line and text of what the YAML library cannot read."""
+    lines = text.splitlines()
     mark = getattr(error, "problem_mark", None)
     position = getattr(error, "position", 0)  # of a character that YAML does not allow
-    line = mark.line + 1 if mark else text.count("\n", 0, position) + 1
+    last = mark.line if mark else text.count("\n", 0, position)
     problem = (getattr(error, "problem", None) or str(error)).splitlines()[0]
-    if "\t" in "".join(text.splitlines()[line - 1 : line]):
-        problem = "found a tab: use spaces"
-    elif problem == "but found another document":
-        problem = "found a second document: remove it"
-    elif problem == "second occurrence":
-        problem = "duplicate anchor"
+    for said, looks, advice in YAML_SLIPS:
+        if re.search(said, problem):
+            for line in range(min(last, len(lines) - 1), -1, -1):
+                if re.match(looks, lines[line]):
+                    return line + 1, f"broken YAML: {advice}"
     problem = re.sub(r"(alias|handle) ['\"].*", r"\1", problem)  # its name may be a secret's
-    return line, f"broken YAML: {problem}"
+    return last + 1, f"broken YAML: {problem}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2388,7 +2361,7 @@ class Download:
         offset = start - self._first
         if offset not in (self._had.size if self._validator else 0, -self._first):
             self._validator = None
-            raise PipeError("the origin sends another range than was asked for")
+            raise PipeError("the origin sent a different range than requested")
         if not self._had.size and not is_coded:
             etag = response.headers.get("ETag", "")
             is_strong = etag and not etag.startswith("W/")
@@ -2409,14 +2382,14 @@ class Download:
             part, before = part[before:], max(0, before - len(part))
             new = repeat.pass_on(part)
             if new is None:
-                raise DownloadFailed("it changed meanwhile")
+                raise DownloadFailed("it changed in the meantime")
             if new := new[: self._left]:
                 self._had.add(new)
                 yield new
                 self._moved = time.monotonic()
             self._judge_rate()
         if before or not repeat.is_over:
-            raise DownloadFailed("it became shorter meanwhile")
+            raise DownloadFailed("it became shorter in the meantime")
         if self._had.size < (self._size or self._length):
             raise ConnectionError("the range ended early")
 
@@ -2436,7 +2409,7 @@ class Download:
             return
         if self._waited > self._slow_time or self._is_hopeless(self):
             self._slow_time *= 2
-            raise PipeError("it comes too slowly")
+            raise PipeError("it arrives too slowly")
 
     @property
     def _left(self) -> int | None:
@@ -2500,8 +2473,8 @@ def check_engine() -> None:
     numbers = tuple(int(n) for n in re.findall(r"\d+", engine_version)[:3])
     if numbers < LEAST_STREAMLINK or not hooks_fit():
         raise PipeError(
-            f"StreamPipe cannot work with streamlink {engine_version}: "
-            "pip install -r requirements.txt installs one that fits"
+            f"StreamPipe does not work with streamlink {engine_version}: "
+            "run pip install -r requirements.txt"
         )
 
 
@@ -2562,7 +2535,7 @@ class Session:
             log.debug("cannot resolve", exc_info=True)
             raise UpstreamError(explain(error)) from error
         if not streams:
-            raise UpstreamError("the origin offers no stream there")
+            raise UpstreamError("the origin offers no stream at this address")
         self.http.is_resolving = False
         self._streams = streams
         self.qualities = [name for name in streams if name not in ALIASES] or list(streams)
@@ -2626,14 +2599,14 @@ class Session:
     def _check_muxing(self) -> None:
         """Raise UpstreamError where ffmpeg, or a place for the FIFOs that it reads, is missing."""
         if not FFMPEGMuxer.is_usable(self.engine):
-            raise UpstreamError("its sound comes apart from its picture: install ffmpeg")
+            raise UpstreamError("audio and video are separate: install ffmpeg")
         try:
             with tempfile.TemporaryDirectory() as folder:
                 if hasattr(os, "mkfifo"):  # not on Windows
                     os.mkfifo(Path(folder, "fifo"))
         except OSError as error:
             raise UpstreamError(
-                "its sound comes apart from its picture, and to put them together needs a "
+                "audio and video are separate, and joining them needs a "
                 "writable temporary folder: mount one at /tmp"
             ) from error
 
@@ -3265,7 +3238,7 @@ class SegmentReader(HLSStreamReader):
 
 
 class WatchedWorker(HLSStreamWorker):
-    """Tells why it failed, where it starts, and when the origin started anew."""
+    """Tells why it failed, where it starts, and when the origin restarted its numbering."""
 
     reader: Any
     failure: str | None = None  # of the newest playlist
@@ -3277,7 +3250,7 @@ class WatchedWorker(HLSStreamWorker):
         try:
             super().run()
         except Exception as error:
-            log.exception("the worker died")
+            log.exception("the playlist thread died")
             self.reader.fail(explain(error))
 
     def reload(self) -> None:
@@ -3302,7 +3275,7 @@ class WatchedWorker(HLSStreamWorker):
         elif last < self.sequence - 1:  # caches serve playlists a number or two old
             self._below += 1
             if self._below == 3 or self.failure:
-                self.reader.fail("the origin started anew")
+                self.reader.fail("the origin restarted its numbering")
                 return
         else:
             self._below = 0
@@ -3538,13 +3511,13 @@ class DownloadingWriter(HLSStreamWriter):
         except Exception as error:
             reason = download.failure or explain(error)
             if is_map:
-                reason = f"its initialization section cannot be had: {reason}"
+                reason = f"the initialization section cannot be fetched: {reason}"
                 raise UpstreamError(reason) from error
             self._missing += 1
             if self._is_fatal(segment.num, download):
                 raise UpstreamError(reason) from error
             if not self._wait.is_set():
-                log.warning("segment %d is given up: %s", segment.num, reason)
+                log.warning("gave up segment %d: %s", segment.num, reason)
             yield SegmentEvent(EventKind.GAP, segment.num)
 
     def _bytes_of(self, segment: Any, download: Download, is_map: bool) -> Iterator[bytes]:
@@ -3563,7 +3536,7 @@ class DownloadingWriter(HLSStreamWriter):
         """Without its key a stream cannot go on: it is tried for as long as a segment would be."""
         is_open = key.key_format in (None, "", "identity") or self.key_uri_override
         if key.method != "AES-128" or not is_open:
-            raise UpstreamError(f"it is encrypted with DRM ({key.method}), which cannot be played")
+            raise UpstreamError(f"the stream is DRM-protected ({key.method}) and cannot be played")
         deadline = time.monotonic() + self._patience()
         for pause in pauses(RETRY_PAUSES):
             try:
@@ -3573,7 +3546,7 @@ class DownloadingWriter(HLSStreamWriter):
                 reason = explain(error)
                 is_refused = self._is_start and reason in EXPIRED
                 if is_refused or time.monotonic() + pause > deadline or not self.wait(pause):
-                    raise UpstreamError(f"its key cannot be had: {reason}") from error
+                    raise UpstreamError(f"the key cannot be fetched: {reason}") from error
         return None
 
     # Any thread
@@ -4271,7 +4244,7 @@ class Channel:
             failure = error.again()  # its traceback would hold this frame, and all of the channel
         except Exception:
             log.exception("the feeder failed")
-            failure = UpstreamError("StreamPipe failed, its log says why")
+            failure = UpstreamError("StreamPipe failed: see its log")
         finally:  # whatever fails on the way: who waits must learn of it
             try:
                 self._close_upstream()
@@ -4306,7 +4279,7 @@ class Channel:
     def _keep_going(self) -> NoReturn:
         """Open the failed upstream again and again, for `reconnect` seconds without media."""
         if self.state is State.PRIVATE and not self._has_end:
-            raise UpstreamError("a source without a length cannot be continued where it broke off")
+            raise UpstreamError("a source without a length cannot be resumed")
         tried = {self._address}  # since the last good byte
         waits = _reopen_pauses()
         while True:
@@ -4430,7 +4403,7 @@ class Channel:
                 return name
         if self._splicer or self.wanted == self.stream.quality:  # a transcoder may be coming up
             offered = ", ".join(session.qualities)
-            raise UpstreamError(f"the configured quality does not exist, only: {offered}")
+            raise UpstreamError(f"the configured quality does not exist; available: {offered}")
         raise no_quality_error(session.qualities)
 
     def _feed(self, upstream: Upstream, deadline: float) -> NoReturn:
@@ -4494,7 +4467,7 @@ class Channel:
             raise UpstreamError(upstream.trouble or "")
         patience = max(self.stream.options.timeout, 2 * upstream.target_duration) + JUDGE_GRACE
         if is_late or now - alive > patience:
-            raise UpstreamError(upstream.trouble or "the origin sends nothing")
+            raise UpstreamError(upstream.trouble or "the origin sends no data")
 
     def _begin(self, upstream: Upstream, start: list[bytes | SegmentEvent], is_all: bool) -> bool:
         """Tell the container from an opening's first bytes; False while more are needed."""
@@ -4537,7 +4510,7 @@ class Channel:
     def _resume(self, splicer: Splicer, container: Container, is_clean: bool) -> None:
         """An upstream that was opened again has media."""
         if container is not self.container:
-            raise UpstreamError(f"it has become {container.value}")
+            raise UpstreamError(f"it turned into {container.value}")
         self.restarts += 1
         self.record.add("restarts")
         splicer.resume(self._address, is_clean)
@@ -4583,7 +4556,7 @@ class Channel:
         assert self._splicer
         self._splicer.flush()
         if self._splicer.is_skipping and not upstream.target_duration:
-            log.warning("%s: the file is not the same as before", self.stream.name)
+            log.warning("%s: the file changed in the meantime", self.stream.name)
             raise WindowEnded(complete=False)
         raise WindowEnded(complete=True)
 
@@ -4645,7 +4618,7 @@ def no_hls_error(stream: StreamSettings) -> StreamError:
 
 
 def no_quality_error(qualities: Iterable[str]) -> StreamError:
-    reason = f"this quality does not exist, only: {', '.join(qualities)}"
+    reason = f"no such quality; available: {', '.join(qualities)}"
     return StreamError(HTTPStatus.NOT_FOUND, reason)
 
 
@@ -4807,7 +4780,7 @@ class Channels:
         try:
             channel.start()
         except RuntimeError as error:
-            raise LimitReached("the system has no thread left") from error
+            raise LimitReached("the system has no threads left") from error
         self._channels[channel] = None
         return channel
 
@@ -5230,12 +5203,12 @@ STREAM_METRICS: tuple[tuple[str, str, Callable[[StreamReport], float]], ...] = (
         lambda r: sum(c["state"] in STATES_SHOWN for c in r.channels),
     ),
     ("window_bytes", "Bytes in windows.", lambda r: sum(c["window_bytes"] for c in r.channels)),
-    ("viewer_connections_total", "Viewers that came.", lambda r: r.counts["arrivals"]),
+    ("viewer_connections_total", "Viewers that arrived.", lambda r: r.counts["arrivals"]),
     ("sent_bytes_total", "Media sent to viewers.", lambda r: r.counts["sent"]),
     ("received_bytes_total", "Media received from origins.", lambda r: r.counts["received"]),
     ("viewer_skips_total", "Jumps of viewers that fell behind.", lambda r: r.counts["skips"]),
     ("segment_gaps_total", "Segments given up.", lambda r: r.counts["gaps"]),
-    ("upstream_restarts_total", "Upstreams opened again.", lambda r: r.counts["restarts"]),
+    ("upstream_restarts_total", "Upstreams reopened.", lambda r: r.counts["restarts"]),
 )
 
 
@@ -5254,7 +5227,7 @@ def metrics_page(site: Site) -> Page:
         _family("start_time_seconds", "When it started.", {"": started}),
         _family("http_requests_total", "Answers by status.", requests),
         _family("first_byte_seconds", "From a request to its first media byte.", histogram),
-        _family("upstream_errors_total", "Failures of upstreams.", _by_reason(errors)),
+        _family("upstream_errors_total", "Upstream failures.", _by_reason(errors)),
         _family("viewer_drops_total", "Viewers that were dropped.", _by_reason(drops)),
     ]
     for name, words, value in STREAM_METRICS:
@@ -5287,7 +5260,7 @@ def _family(name: str, words: str, samples: Mapping[str, float]) -> str:
 
 # For people
 
-STATE_WORDS = {"private": "playing", "waiting": "waiting for its origin"}  # others as they are
+STATE_WORDS = {"private": "playing", "waiting": "waiting for the origin"}  # others as they are
 PAGE_STYLE = """
 :root{color-scheme:light dark;--bg:#f4f5f7;--card:#fff;--ink:#1b1f24;--soft:#5b6570;--line:#dfe3e8;
 --live:#1a7f4b;--wait:#b35c00;--bar:#3a76d8}
@@ -5475,7 +5448,7 @@ class Handler(BaseHTTPRequestHandler):
             path = ""  # no stream's, no page's
         allowed = "GET, HEAD, OPTIONS, POST" if path == "/lineup.post" else "GET, HEAD, OPTIONS"
         if self.request_version == "HTTP/0.9":
-            self.send_error(HTTPStatus.BAD_REQUEST, "HTTP/0.9 is not spoken here")
+            self.send_error(HTTPStatus.BAD_REQUEST, "HTTP/0.9 is not supported")
         elif self.command not in allowed.split(", "):
             self.answer_error(HTTPStatus.METHOD_NOT_ALLOWED, "use GET", {"Allow": allowed})
         elif self.command == "OPTIONS":  # RFC 9110, 8.6: no length without content
@@ -5497,7 +5470,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer_health(is_trusted)
         elif not is_trusted:
             headers = {"WWW-Authenticate": 'Basic realm="StreamPipe", charset="UTF-8"'}
-            self.answer_error(HTTPStatus.UNAUTHORIZED, "a token is needed", headers)
+            self.answer_error(HTTPStatus.UNAUTHORIZED, "a token is required", headers)
         elif path in PAGES:
             self.answer(HTTPStatus.OK, PAGES[path](self.site()), PAGE_HEADERS)
         elif name[-4:] == ".m3u" and name[:-4] in streams:
@@ -5618,7 +5591,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.note_first_byte(time.monotonic() - viewer.since)
         name = channel.stream.name
         threading.current_thread().name = f"viewer-{name}-{next(self.server.numbers)}"
-        log.info("%s: %s watches", name, viewer.address)
+        log.info("%s: %s started watching", name, viewer.address)
         ending = "left"
         try:
             self._send_body(channel, viewer, first)
@@ -5627,7 +5600,7 @@ class Handler(BaseHTTPRequestHandler):
             ending = "disconnected by the server"
         except TookNothing:
             channel.record.add_drop("timeout")
-            ending = f"took nothing for {channel.stream.options.viewer_timeout:g} s"
+            ending = f"read nothing for {channel.stream.options.viewer_timeout:g} s"
         except FellBehind:
             channel.record.add_drop("fell behind")
             ending = "fell behind"
@@ -5864,6 +5837,14 @@ def send_some(sock: socket.socket, pieces: Sequence[Block]) -> int:
 # --------------------------------------------------------------------------------------------------
 
 
+def lan_address() -> str:
+    """The address by which others in the network reach this machine, where it has one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+        sock.connect(("192.0.2.1", 9))  # nobody's (RFC 5737): it finds the route, and sends nothing
+        return str(sock.getsockname()[0])
+    return "localhost"
+
+
 class Server(ThreadingHTTPServer):
     """Accepts connections, each with a thread of its own.  Used by main and the listener."""
 
@@ -5883,7 +5864,7 @@ class Server(ThreadingHTTPServer):
         # _open_lock guards _open, the sockets of all connections.
         self._open_lock = threading.Lock()
         self._open: set[socket.socket] = set()
-        host, port = config.server.host, config.server.port
+        self.configured = host, port = config.server.host, config.server.port
         if ":" in host:
             self.address_family = socket.AF_INET6
         super().__init__((host, port), Handler)
@@ -5932,7 +5913,7 @@ class Server(ThreadingHTTPServer):
         try:
             if not is_full:
                 thread.start()
-        except RuntimeError:  # the system has no thread left
+        except RuntimeError:  # the system has no threads left
             is_full = True
         if is_full:
             self._refuse(request)
@@ -5953,13 +5934,12 @@ class Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.error("a request of %s failed:\n%s", client_address[0], traceback.format_exc())
+        log.error("a request from %s failed:\n%s", client_address[0], traceback.format_exc())
 
     def reload(self, config: Config) -> None:
         """Use another configuration from now on; where it listens stays."""
-        old, new = self.config.server, config.server
-        if (old.host, old.port) != (new.host, new.port):
-            log.warning("server.host and server.port change with a restart only")
+        if (config.server.host, config.server.port) != self.configured:
+            log.warning("server.host and server.port only change on restart")
         self.config = config
         self.channels.reload(config)
 
@@ -6034,14 +6014,13 @@ class DemoHandler(BaseHTTPRequestHandler):
         newest = DEMO_SEGMENTS + int((time.monotonic() - self.started) * 90_000 / TEST_CARD_TICKS)
         number = re.fullmatch(r"/(\d{1,12})\.ts", self.path)
         if self.path == "/live.m3u8":
-            kind, body = "application/vnd.apple.mpegurl", self._playlist(newest)
+            body = self._playlist(newest)
         elif number and int(number[1]) <= newest:
-            kind, body = Container.MPEG_TS.value, test_card_segment(int(number[1]))
+            body = test_card_segment(int(number[1]))
         else:
             self.send_error(HTTPStatus.NOT_FOUND)
             return
         self.send_response(HTTPStatus.OK)
-        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -6075,15 +6054,18 @@ def demo_origin() -> Iterator[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("pipe.py", description="Watch HLS channels over plain HTTP.")
+    about = "Serve HLS channels as plain HTTP streams."
+    parser = argparse.ArgumentParser("pipe.py", description=about)
     add = parser.add_argument
-    text = "the configuration (default: config.yml)"
-    add("-c", "--config", metavar="FILE", type=Path, help=text)
-    add("--host", metavar="ADDR", help="listen here instead of the file's host")
-    add("--port", metavar="N", type=_port, help="... and on this port")
+    add(
+        "-c", "--config", metavar="FILE", type=Path, help="configuration file (default: config.yml)"
+    )
+    add("--host", metavar="ADDR", help="listen on this address instead of the file's")
+    add("--port", metavar="N", type=_port, help="listen on this port instead of the file's")
     text = f"serve /{DEMO_STREAM}, a channel that needs no network"
     add("--demo", action="store_true", help=text)
-    add("--check", action="store_true", help="open every stream, tell what comes, and end")
+    text = "test every stream, print the result and exit"
+    add("--check", action="store_true", help=text)
     levels = ("debug", "info", "warning", "error")
     text = "debug, info, warning or error (default: info)"
     add("--log-level", metavar="LEVEL", default="info", choices=levels, help=text)
@@ -6100,12 +6082,10 @@ def _port(value: str) -> int:
     return port
 
 
-def read_settings(
-    arguments: argparse.Namespace, demo: str | None, formatter: LogFormatter
-) -> Config:
+def read_settings(arguments: argparse.Namespace, demo: str | None) -> Config:
     """The file's configuration with the command line's laid over; raises ConfigError.
 
-    `demo` is the address of the demo's stream; `formatter` learns what logs must not show.
+    `demo` is the address of the demo's stream.
     """
     config = Config()
     if arguments.config or not arguments.demo:
@@ -6119,9 +6099,7 @@ def read_settings(
             raise ConfigError([mistake])
         card = StreamSettings(DEMO_STREAM, (demo,), title="Test card", options=config.options)
         streams[DEMO_STREAM] = card
-    config = replace(config, server=server, streams=streams)
-    formatter.secrets = secrets_of(config)
-    return config
+    return replace(config, server=server, streams=streams)
 
 
 # Logging
@@ -6168,26 +6146,21 @@ def secrets_of(config: Config) -> tuple[str, ...]:
         options = stream.options.streamlink
         for address in (*stream.urls, stream.proxy or "", options.get("http-proxy", "")):
             found |= _secrets_of_address(address)
-        found |= set(stream.headers.values())
         for option in ("http-headers", "http-cookies", "http-query-params"):
-            found |= set(options.get(option, {}).values())
+            found |= {*stream.headers.values(), *options.get(option, {}).values()}
     found |= {quote(secret, safe="") for secret in found}
     return tuple(sorted((s for s in found if len(s) >= LEAST_SECRET), key=len, reverse=True))
 
 
 def _secrets_of_address(address: str) -> set[str]:
-    """User, password, path and the values of the query."""
-    while match := re.match(r"\w+://(?=\w+://)", address):
-        address = address[match.end() :]
-    try:
-        parts = urlsplit(address)
-        users = {parts.username or "", parts.password or ""}
-    except ValueError:
-        return {address}
-    values = {value for _, value in parse_qsl(parts.query)}
-    tail = f"{parts.path}?{parts.query}" if parts.query else parts.path
-    tails = {tail, parts.query} if tail.count("/") > 1 or parts.query else set()
-    return users | {unquote(user) for user in users} | values | tails
+    """User, password, what stands behind the host, and the values of the query."""
+    found = re.match(r"(?:\w+://)*(?:([^/?#]*)@)?[^/?#]*([^#]*)", address)
+    assert found  # anything matches
+    user, tail = found.groups("")
+    query = tail.partition("?")[2]
+    users = {*user.split(":", 1), *unquote(user).split(":", 1)}
+    values = {value for _, value in parse_qsl(query)}
+    return users | values | ({tail, query} if tail.count("/") > 1 or query else set())
 
 
 def set_up_logging(level: str) -> LogFormatter:
@@ -6215,6 +6188,10 @@ def _log_dead_thread(dead: threading.ExceptHookArgs) -> None:
 
 END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Signals = queue.SimpleQueue[int]  # its put() may be called from a signal handler
+LISTEN_ADVICE = {
+    errno.EACCES: "a port below 1024 needs root: choose another with --port",
+    errno.EADDRNOTAVAIL: "this machine has no such address: --host 0.0.0.0 takes all it has",
+}
 
 
 def serve(config: Config, received: Signals, read_again: Callable[[], Config]) -> int:
@@ -6227,7 +6204,9 @@ def serve(config: Config, received: Signals, read_again: Callable[[], Config]) -
         server = Server(config, channels)
     except (OSError, ValueError, TypeError, OverflowError) as error:  # odd hosts raise all four
         where = f"{config.server.host} port {config.server.port}"
-        log.error("cannot listen on %s: %s; choose another with --port", where, error)
+        number = getattr(error, "errno", None) or 0
+        advice = LISTEN_ADVICE.get(number, "choose another with --host or --port")
+        log.error("cannot listen on %s: %s; %s", where, error, advice)
         return EXIT_FAILED
     with server:
         accept = server.serve_forever
@@ -6246,6 +6225,22 @@ def raise_file_limit() -> None:
 
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def collect_signals() -> Signals:
+    """SIGINT, SIGTERM and SIGHUP from now on; a second one to end ends the process at once."""
+    received: Signals = queue.SimpleQueue()
+
+    def note(number: int, frame: object) -> None:
+        if number in END_SIGNALS:
+            for each in END_SIGNALS:
+                signal.signal(each, lambda *_: os._exit(EXIT_FAILED))
+        received.put(number)
+
+    hang_up = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # not on Windows
+    for number in (*END_SIGNALS, *hang_up):
+        signal.signal(number, note)
+    return received
 
 
 def next_signal(received: Signals) -> int:
@@ -6268,17 +6263,27 @@ def reload(server: Server, read_again: Callable[[], Config]) -> None:
             log.error("not reloaded: %s", mistake)
         return
     server.reload(config)
-    log.info("reloaded: %d streams", len(config.streams))
+    log.info("reloaded: %s", _many(len(config.streams), "stream"))
 
 
 def announce(config: Config, server: Server) -> None:
-    host = config.server.host
-    shown = "localhost" if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
+    """Tell what to open, and what is served."""
+    settings = config.server
+    host = lan_address() if settings.host in ("0.0.0.0", "::", "") else settings.host
+    own_url = f"http://[{host}]:{server.port}" if ":" in host else f"http://{host}:{server.port}"
+    url = (settings.public_url or own_url).rstrip("/")
+    log.info("open %s/ in a browser", url)
+    log.info("players: %s/playlist.m3u", url)
+    if DEMO_STREAM in config.streams:
+        log.info("the test card: %s/%s", url, DEMO_STREAM)
+    if settings.token:
+        log.info("a token is required: browsers ask for it as the password, "
+                 "players need ?token=... at the end of the address")  # fmt: skip
     if not config.streams:
-        log.warning("no streams are configured: add some under streams: and start again")
-    for name in config.streams:
-        log.info("watch http://%s:%d/%s", shown, server.port, name)
-    log.info("StreamPipe %s listens on %s port %d", __version__, host, server.port)
+        log.warning("no streams are configured: add some under streams: and restart")
+    count = _many(len(config.streams), "stream")
+    where = f"{settings.host} port {server.port}"
+    log.info("StreamPipe %s: %s, listening on %s", __version__, count, where)
 
 
 def close(server: Server, channels: Channels) -> None:
@@ -6299,15 +6304,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     formatter = set_up_logging("error" if arguments.check else arguments.log_level)
     try:
         check_engine()
-        with contextlib.ExitStack() as stack:
-            demo = stack.enter_context(demo_origin()) if arguments.demo else None
-            read = functools.partial(read_settings, arguments, demo, formatter)
+        with demo_origin() if arguments.demo else contextlib.nullcontext() as demo:
+
+            def read() -> Config:
+                config = read_settings(arguments, demo)
+                formatter.secrets = secrets_of(config)
+                return config
+
             config = read()
             warm_up()
             raise_file_limit()
-            if arguments.check:
-                return run_check(config)
-            return serve(config, stack.enter_context(signals()), read)
+            return run_check(config) if arguments.check else serve(config, collect_signals(), read)
     except ConfigError as error:
         print(*error.mistakes, sep="\n", file=sys.stderr)  # noqa: T201
         return EXIT_USAGE
@@ -6316,27 +6323,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     except KeyboardInterrupt:  # before the signals are ours, e.g. in a check
         return EXIT_FAILED
-
-
-@contextlib.contextmanager
-def signals() -> Iterator[Signals]:
-    """Collect SIGINT, SIGTERM and SIGHUP; a second one to end ends the process at once."""
-    received: Signals = queue.SimpleQueue()
-    is_ending = False
-
-    def note(number: int, frame: object) -> None:
-        nonlocal is_ending
-        if number in END_SIGNALS:
-            if is_ending:
-                os._exit(EXIT_FAILED)
-            is_ending = True
-        received.put(number)
-
-    hang_up = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # not on Windows
-    with contextlib.ExitStack() as stack:
-        for number in (*END_SIGNALS, *hang_up):
-            stack.callback(signal.signal, number, signal.signal(number, note))
-        yield received
 
 
 if __name__ == "__main__":

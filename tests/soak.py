@@ -160,7 +160,7 @@ def wait_until_like(service: Service, start: Figures) -> Figures:
 
 def troubles(service: Service) -> list[str]:
     """Lines of the log that no fault of an origin excuses."""
-    words = ("Traceback", "died", "the feeder failed", "a request of ")
+    words = ("Traceback", "died", "the feeder failed", "a request from ")
     return [line for line in service.lines if any(word in line for word in words)]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import json
+import queue
 import re
 import signal
 import socket
@@ -71,7 +73,7 @@ class Program:
         return next(filter(None, (re.search(pattern, line) for line in self._lines)), None)
 
     def listening_port(self) -> int:
-        return int(self.wait_for(r"listens on \S+ port (\d+)")[1])
+        return int(self.wait_for(r"listening on \S+ port (\d+)")[1])
 
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
@@ -177,8 +179,7 @@ def test_demo_is_added_to_the_streams_of_a_named_file(run: Run, configure: Confi
     configure("streams: {news: 'http://origin.example/x.m3u8'}")
     program = run("--demo", "-c", "config.yml", *HERE)
     assert get_json(program.listening_port(), "/health")["streams"] == 2
-    program.wait_for(r"watch http://127\.0\.0\.1:\d+/news$")
-    program.wait_for(r"watch http://127\.0\.0\.1:\d+/test-card$")
+    program.wait_for(r"the test card: http://127\.0\.0\.1:\d+/test-card$")
 
 
 def test_stream_of_the_default_file_is_served(
@@ -194,7 +195,7 @@ def test_stream_of_the_default_file_is_served(
 def test_command_line_overrides_host_and_port_of_the_file(run: Run, configure: Configure) -> None:
     configure("server: {host: 192.0.2.1, port: 1}")
     program = run(*HERE)
-    assert program.wait_for(r"listens on (\S+) port")[1] == "127.0.0.1"
+    assert program.wait_for(r"listening on (\S+) port")[1] == "127.0.0.1"
     assert get_json(program.listening_port(), "/health")["status"] == "ok"
 
 
@@ -203,6 +204,70 @@ def test_without_streams_it_warns_and_runs(run: Run, configure: Configure) -> No
     program = run(*HERE)
     assert get_json(program.listening_port(), "/")["streams"] == 0
     program.wait_for(r"(?i) warning no streams are configured")
+
+
+#### The first screen of the log ####
+
+
+def first_screen(program: Program) -> list[str]:
+    """What it says up to the line with its port, without time and level."""
+    program.listening_port()
+    program.send(signal.SIGTERM)
+    lines = [re.sub(r"^\S+ \S+ \S+ ", "", line) for line in program.errors()]
+    return lines[: [" listening on " in line for line in lines].index(True) + 1]
+
+
+def test_first_screen_of_the_demo(run: Run) -> None:
+    opened, players, card, last = first_screen(run("--demo", *HERE))
+    port = last.split()[-1]
+    assert opened == f"open http://127.0.0.1:{port}/ in a browser"
+    assert players == f"players: http://127.0.0.1:{port}/playlist.m3u"
+    assert card == f"the test card: http://127.0.0.1:{port}/test-card"
+    version = f"StreamPipe {pipe.__version__}"
+    assert last == f"{version}: 1 stream, listening on 127.0.0.1 port {port}"
+
+
+def test_first_screen_has_no_line_for_each_stream(run: Run, configure: Configure) -> None:
+    configure("streams: {a: 'hls://u', b: 'hls://u', c: 'hls://u'}")
+    screen = first_screen(run(*HERE))
+    assert len(screen) == 3
+    assert ": 3 streams, listening on " in screen[-1]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_address_for_others_where_it_listens_on_all(
+    run: Run, configure: Configure, host: str
+) -> None:
+    if host == "::" and not socket.has_dualstack_ipv6():
+        pytest.skip("there is no IPv6 here")
+    configure(f"server: {{host: '{host}', port: 0}}")
+    program = run()
+    address = program.wait_for(r"open http://(\S+):\d+/ in a browser")[1]
+    assert address != host
+    with socket.create_connection((address, program.listening_port()), TIMEOUT):
+        pass  # that is where it is reached
+
+
+def test_address_of_ipv6_has_brackets(run: Run, configure: Configure) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("there is no IPv6 here")
+    configure("server: {host: '::1', port: 0}")
+    program = run()
+    assert program.wait_for(r"players: (\S+):\d+/playlist.m3u$")[1] == "http://[::1]"
+
+
+def test_public_url_is_the_one_to_open(run: Run, configure: Configure) -> None:
+    configure("server: {public_url: 'https://tv.example/x/'}")
+    screen = first_screen(run(*HERE))
+    assert screen[0] == "open https://tv.example/x/ in a browser"
+    assert screen[1] == "players: https://tv.example/x/playlist.m3u"
+
+
+def test_token_is_told_to_be_required_and_not_told(run: Run, configure: Configure) -> None:
+    configure(f"server: {{token: {SECRET}}}")
+    screen = first_screen(run(*HERE))
+    assert any(line.startswith("a token is required: ") for line in screen)
+    assert not any(SECRET in line for line in screen)
 
 
 #### Ending ####
@@ -272,7 +337,32 @@ def test_port_that_is_taken_is_one_line(run: Run) -> None:
         assert program.wait() == 1
     (line,) = program.errors()
     assert f" cannot listen on 127.0.0.1 port {port}: " in line
+    assert line.endswith("; choose another with --host or --port")
     assert LOG_LINE.fullmatch(line)
+
+
+def test_host_of_another_machine_is_told(run: Run) -> None:
+    program = run("--demo", "--host", "192.0.2.1")
+    assert program.wait() == 1
+    (line,) = program.errors()
+    assert " cannot listen on 192.0.2.1 port 8080: " in line
+    assert line.endswith("; this machine has no such address: --host 0.0.0.0 takes all it has")
+
+
+def test_port_that_needs_root_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who runs the tests may be root, and containers let everybody have every port."""
+
+    def refuse(server: pipe.Server) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(pipe.Server, "server_bind", refuse)
+    config = pipe.Config(pipe.ServerSettings(port=80))
+    assert pipe.serve(config, queue.SimpleQueue(), lambda: config) == 1
+    expected = "cannot listen on 0.0.0.0 port 80: [Errno 13] Permission denied; "
+    expected += "a port below 1024 needs root: choose another with --port"
+    assert [record.getMessage() for record in caplog.records] == [expected]
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "fe80::x", "a\\0b"])
@@ -400,7 +490,7 @@ def test_viewers_arrival_and_departure_are_logged(run: Run) -> None:
     program = run("--demo", *HERE)
     with Watch(program.listening_port(), "/test-card") as viewer:
         viewer.read(188)
-        program.wait_for(r" test-card: 127\.0\.0\.1 watches$")
+        program.wait_for(r" test-card: 127\.0\.0\.1 started watching$")
     program.wait_for(r" test-card: 127\.0\.0\.1 left: \d+ bytes in \d+\.\d s, 0 skips$")
 
 

@@ -237,7 +237,7 @@ def of(origin: Origin, path: str) -> list[Request]:
 def given_up(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What was logged of segments that were given up."""
     messages = [record.getMessage() for record in caplog.records]
-    return [message for message in messages if "given up" in message]
+    return [message for message in messages if "gave up segment" in message]
 
 
 #### Bodies that break off ####
@@ -1130,7 +1130,7 @@ def test_thread_that_cannot_be_started_leaves_nothing(
     with monkeypatch.context() as patch:
         refused = refuse_threads(patch, pattern, allowed)
         with (
-            pytest.raises(pipe.UpstreamError, match="no more threads"),
+            pytest.raises(pipe.UpstreamError, match="no threads left"),
             opened(address) as upstream,
         ):
             drain(upstream)
@@ -1230,7 +1230,7 @@ def test_initialization_section_that_is_too_large_is_refused(origin: Origin, ser
     playlist = origin.add(Playlist("news", parts, init=init, extension=".m4s"))
     answer = serve({"news": playlist.url}, reconnect=1).get("/news")
     assert answer.status == 502
-    expected = "its initialization section cannot be had: it is larger than 8 MiB"
+    expected = "the initialization section cannot be fetched: it is larger than 8 MiB"
     assert answer.json == {"error": expected}
 
 

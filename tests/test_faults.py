@@ -1337,7 +1337,7 @@ def test_film_whose_sound_cannot_be_had_does_not_end_well(origin: Origin, serve:
     origin.fault("/sound/key", Status(404), times=None)
     answer = serve({"news": both.url}, timeout=1, reconnect=1).get("/news")
     assert answer.status == 502
-    assert "key cannot be had" in answer.body.decode()
+    assert "key cannot be fetched" in answer.body.decode()
 
 
 @pytest.mark.usefixtures("_muxer")
@@ -1587,7 +1587,9 @@ def test_players_survive_a_killed_origin(origin_process: OriginProcess, tmp_path
             play_over_a_kill(origin_process, frames)
         finally:
             server.terminate()
-        assert log.result(TIMEOUT).count("127.0.0.1 watches") == 2, "nobody had to come back"
+        assert log.result(TIMEOUT).count("127.0.0.1 started watching") == 2, (
+            "nobody had to come back"
+        )
     played = player.result(START)
     assert played.returncode == 0, played.stdout
     assert played.stdout.count("Received first picture") == 2, "before and after"

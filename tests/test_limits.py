@@ -342,7 +342,7 @@ def test_viewer_that_takes_nothing_is_dropped(
     site = serve({"relay": endless(origin)}, viewer_timeout=0.5)
     healthy = Task(lambda: site.get("/relay"))
     with contextlib.closing(idle_viewer(site.port, "/relay")) as stuck:
-        eventually(lambda: "took nothing for 0.5 s" in caplog.text, "the viewer is dropped")
+        eventually(lambda: "read nothing for 0.5 s" in caplog.text, "the viewer is dropped")
         assert healthy.is_running
         assert not read_to_end(stuck).endswith(b"\r\n0\r\n\r\n"), "players shall come back"
     dropped = b'streampipe_viewer_drops_total{stream="relay",reason="timeout"} 1\n'
@@ -613,11 +613,14 @@ def test_option_that_the_system_refuses_is_left_out() -> None:
 
 def test_signals_without_sighup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(signal, "SIGHUP")
-    before = signal.getsignal(signal.SIGTERM)
-    with pipe.signals() as received:
+    before = {number: signal.getsignal(number) for number in pipe.END_SIGNALS}
+    try:
+        received = pipe.collect_signals()
         signal.raise_signal(signal.SIGTERM)
         assert pipe.next_signal(received) == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 #### Many at once ####
@@ -662,7 +665,7 @@ def test_crowd_that_does_not_read_harms_nobody(origin: Origin, tmp_path: Path) -
             for body, is_complete in (read.result() for read in reads):
                 # Null packets fill the silence while the idle connections time out.
                 assert (body.replace(pipe.NULL_PACKET, b""), is_complete) == expected
-            service.wait_for_count("took nothing for 12 s|left: ", 1)
+            service.wait_for_count("read nothing for 12 s|left: ", 1)
         eventually(lambda: service.threads <= before[0] + 1, "the threads are as before", 40)
         grown = service.memory - before[1]
         assert grown < 60 * MIB, f"{grown} bytes more than before"

@@ -145,7 +145,7 @@ def test_channel_whose_thread_cannot_be_started_leaves_nothing_behind(
             answer = site.get("/news")
             assert answer.status == 503
             assert int(answer.headers["Retry-After"]) > 0
-            assert answer.json == {"error": "the system has no thread left"}
+            assert answer.json == {"error": "the system has no threads left"}
     assert (channels(site.port), origin.count("*")) == ([], 0)
     assert site.ask("GET", "/health").json["viewers"] == 0
     assert_plays(site)

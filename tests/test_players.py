@@ -111,7 +111,7 @@ def listening_address(server: subprocess.Popen[str]) -> str:
     log = []
     for line in server.stderr:
         log.append(line)
-        if found := re.search(r"listens on (\S+) port (\d+)", line):
+        if found := re.search(r"listening on (\S+) port (\d+)", line):
             return f"http://{found[1]}:{found[2]}"
     raise AssertionError("".join(log))
 

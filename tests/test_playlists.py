@@ -137,14 +137,20 @@ def test_refused_connection_is_told(origin: Origin, serve: Serve) -> None:
 
 def test_unknown_name_is_told(serve: Serve) -> None:
     site = serve({"news": "http://nowhere.invalid/news.m3u8"})
-    assert reason(site) == (502, "the origin is not found: its name is unknown")
+    assert reason(site) == (502, "the origin's host name is unknown")
 
 
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (OSError(errno.EHOSTUNREACH, "No route to host"), "the origin is not reachable"),
-        (OSError(errno.ENETUNREACH, "Network is unreachable"), "the origin is not reachable"),
+        (
+            OSError(errno.EHOSTUNREACH, "No route to host"),
+            "there is no network route to the origin",
+        ),
+        (
+            OSError(errno.ENETUNREACH, "Network is unreachable"),
+            "there is no network route to the origin",
+        ),
         (ConnectionResetError(errno.ECONNRESET, "reset"), "the origin closed the connection"),
     ],
 )
@@ -373,7 +379,7 @@ def test_playlist_that_is_empty_at_first_is_waited_for(origin: Origin, serve: Se
 def test_drm_is_told_at_once(origin: Origin, serve: Serve, key: str, method: str) -> None:
     live = origin.add(news())
     lines = [f"#EXT-X-KEY:{key}", "#EXTINF:2,", live.segment_path(0)]
-    words = f"it is encrypted with DRM ({method}), which cannot be played"
+    words = f"the stream is DRM-protected ({method}) and cannot be played"
     assert failing(origin, serve, playlist_of(*lines)) == (502, words)
 
 
@@ -415,7 +421,7 @@ def test_wrong_key_is_told(origin: Origin, serve: Serve) -> None:
     live = origin.add(news(aes_key=bytes(16)))
     origin.fault(live.key_path, Body(b"too short"), times=None)
     status, words = reason(serve({"news": live.url}, timeout=4))
-    assert (status, words) == (502, "its key cannot be had: it is not a key of AES-128")
+    assert (status, words) == (502, "the key cannot be fetched: it is not an AES-128 key")
 
 
 def test_key_that_was_wrong_once_is_asked_for_again(origin: Origin, serve: Serve) -> None:

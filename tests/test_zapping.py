@@ -329,7 +329,7 @@ def test_place_of_who_has_closed_the_sending_side_is_free(
 #### A quality that does not exist ####
 
 
-ONLY_TWO = "this quality does not exist, only: 360p, 720p"
+ONLY_TWO = "no such quality; available: 360p, 720p"
 
 
 def two_qualities(origin: Origin, name: str) -> Multivariant:
