@@ -4711,7 +4711,7 @@ class Channels:
         viewer.has_left = lambda: time.monotonic() - viewer.moved > patience
         channel.pollers[viewer.key] = viewer
         channel.record.add("arrivals")
-        log.info("%s: %s watches (HLS)", channel.stream.name, viewer.address)
+        log.info("%s: %s started watching (HLS)", channel.stream.name, viewer.address)
 
     def find(self, stream: StreamSettings, quality: str | None) -> Channel | None:
         """The running channel that a request is for; starts none."""

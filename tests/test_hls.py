@@ -570,7 +570,7 @@ def test_who_polls_is_one_viewer(
     assert site.get("/health").json["viewers"] == 2
     eventually(lambda: site.get("/health").json["viewers"] == 0, "both have left")
     lines = [record.getMessage() for record in caplog.records]
-    assert sum("watches" in line for line in lines) == 2
+    assert sum("started watching" in line for line in lines) == 2
     assert sum(" left: " in line for line in lines) == 2
     metrics = site.get("/metrics").body.decode()
     assert f'streampipe_sent_bytes_total{{stream="news"}} {taken}' in metrics
