@@ -862,6 +862,11 @@ class Framer:
         """Forget what is held back: the rest of it will not come."""
         self._carry = b""
 
+    @property
+    def unplayed(self) -> Sequence[str]:
+        """Codecs in it that no browser plays, as far as they are known."""
+        return ()
+
     def expect_jump(self, is_certain: bool) -> None:
         """What comes next may not go on from what came: its clock does not, or its bytes tell."""
 
@@ -891,6 +896,11 @@ _KEY_UNITS = {
     0x1B: re.compile(rb"\x00\x00\x01[\x25\x45\x65\x27\x47\x67]"),  # H.264: IDR slice, SPS
     0x24: re.compile(rb"\x00\x00\x01[\x20-\x2b\x40-\x43]"),  # H.265: IRAP picture, VPS, SPS
 }
+PRIVATE_TYPE = 0x06
+# What no browser plays of MPEG-TS, by stream type; with PRIVATE_TYPE DVB tells the codec of a sound
+# by one of its descriptors (ETSI EN 300 468, annex D), whose tags are no stream types.
+UNPLAYED = {0x02: "MPEG-2", 0x24: "HEVC", 0x81: "AC-3", 0x87: "E-AC-3"}
+UNPLAYED |= {0x6A: "AC-3", 0x7A: "E-AC-3"}
 
 
 def pid_of(packet: bytes | bytearray) -> int:
@@ -956,6 +966,7 @@ class ProgramTables:
         self.named_video_pid = -1  # -1: none, or no PMT yet
         self.video_type = 0
         self.pids: frozenset[int] = frozenset()  # elementary streams
+        self.unplayed: Sequence[str] = ()  # their codecs that no browser plays
         self.lacks_video = False  # the video that the PMT names does not come
         self._packets: dict[int, bytes] = {}  # PAT and PMT by PID, as they came
         self.parts: dict[int, bytearray] = {}  # by PID: sections that go on in a further packet
@@ -1006,15 +1017,25 @@ class ProgramTables:
 
     def _read_pmt(self, section: bytes) -> None:
         streams: dict[int, int] = {}
+        kinds: set[int] = set()
         at = 12 + (int.from_bytes(section[10:12], "big") & 0xFFF)
         while at + 5 <= len(section) - 4:
             kind, pid, length = struct.unpack_from(">BHH", section, at)
             streams[pid & 0x1FFF] = kind
-            at += 5 + (length & 0xFFF)
+            start, at = at + 5, at + 5 + (length & 0xFFF)
+            kinds.update(_descriptor_tags(section[start:at]) if kind == PRIVATE_TYPE else {kind})
         video = [(pid, kind) for pid, kind in streams.items() if kind in VIDEO_TYPES]
         self.named_video_pid, self.video_type = video[0] if video else (-1, 0)
         self.pids = frozenset(streams)
+        self.unplayed = sorted({UNPLAYED[kind] for kind in kinds & UNPLAYED.keys()})
         self.clock_pid = (section[8] & 0x1F) << 8 | section[9]
+
+
+def _descriptor_tags(data: bytes) -> Iterator[int]:
+    at = 0
+    while at + 2 <= len(data):
+        yield data[at]
+        at += 2 + data[at + 1]
 
 
 def _section(packets: bytes | bytearray) -> bytes:
@@ -1057,6 +1078,10 @@ class TsFramer(Framer):
     @property
     def preamble(self) -> bytes:
         return self.tables.packets
+
+    @property
+    def unplayed(self) -> Sequence[str]:
+        return self.tables.unplayed
 
     def start_init_section(self) -> None:
         self._segment = None
@@ -3833,6 +3858,10 @@ class Splicer:
         return f"<Splicer {self._state.name} at {self.number}+{self._passed.size}>"
 
     @property
+    def unplayed(self) -> Sequence[str]:
+        return self._framer.unplayed
+
+    @property
     def is_skipping(self) -> bool:
         """Whether the end of the newest segment did not reach viewers: it was other media."""
         return self._state is SpliceState.SKIPPING
@@ -4019,6 +4048,8 @@ class StreamRecord:
         self.peak = 0  # viewers at once
         self.last_error: str | None = None
         self.container = Container.MPEG_TS  # the newest
+        self.unplayed: Sequence[str] = ()  # codecs in it that no browser plays
+        self.has_failed = False  # an upstream, and nothing has come since
         self.variants: Mapping[str, str] = {}  # of the newest start: name to variant
         self.resolved = -math.inf  # when that was
         self.failures: dict[str, tuple[float, StreamError]] = {}  # of starts, by wanted quality
@@ -4038,7 +4069,7 @@ class StreamRecord:
     def add_error(self, reason: str) -> None:
         with self._lock:
             self.errors[reason] += 1
-            self.last_error = reason
+            self.last_error, self.has_failed = reason, True
 
     def note_trouble(self, reason: str) -> None:
         """Something failed that may not end an upstream."""
@@ -4049,6 +4080,7 @@ class StreamRecord:
         slot = int(time.monotonic() / SLOT)
         with self._lock:
             self.counts["received"] += size
+            self.has_failed = False
             if self._slots and self._slots[-1][0] == slot:
                 size += self._slots.pop()[1]
             self._slots.append((slot, size))
@@ -4079,6 +4111,8 @@ class StreamReport:
     errors: Counter[str]
     drops: Counter[str]
     bitrates: Sequence[float]
+    qualities: Sequence[str]  # that its newest start found
+    unplayed: Sequence[str]  # codecs in it that no browser plays
 
     @property
     def channels(self) -> Sequence[Mapping[str, Any]]:
@@ -4531,6 +4565,7 @@ class Channel:
                         self._note_recovery()
                     self._last_byte = time.monotonic()
                 self.record.add_received(len(data))
+                self.record.unplayed = self._splicer.unplayed
 
     def _count_lost(self, segments: int, upstream: Upstream) -> None:
         """Count them, unless they would be more than time has passed: an origin numbers anew."""
@@ -4900,12 +4935,13 @@ class Channels:
         counts["skips"] += sum(viewer.skips for viewer in viewers)
         shown = [c.status() for c in channels if c.viewers or c.state is not State.CLOSED]
         states = {channel["state"] for channel in shown}
+        at_rest = "failed" if record.has_failed else "idle"
         bitrates = record.bitrates()
         status = {
             "stream": stream.name,
             "title": stream.title,
             "group": stream.group,
-            "state": next((state for state in STATES_SHOWN if state in states), "idle"),
+            "state": next((state for state in STATES_SHOWN if state in states), at_rest),
             "viewers": len(viewers),
             "peak": record.peak,
             "bytes_in": counts["received"],
@@ -4916,8 +4952,10 @@ class Channels:
             "last_error": record.last_error,
             "channels": shown,
         }
-        errors, drops = record.errors.copy(), record.drops.copy()
-        return StreamReport(stream, status, counts, errors, drops, bitrates)
+        return StreamReport(
+            stream, status, counts, record.errors.copy(), record.drops.copy(), bitrates,
+            list(dict.fromkeys(record.variants.values())), record.unplayed,
+        )  # fmt: skip
 
     # Channels' threads
 
@@ -5053,6 +5091,7 @@ class Channels:
             for record in self._records.values():
                 record.failures.clear()
                 record.resolved = -math.inf
+                record.has_failed = False  # as far as is known of what is configured now
 
     def stop(self, timeout: float) -> bool:
         """Let all viewers go and end all threads; False where one still runs after `timeout`."""
@@ -5068,13 +5107,6 @@ class Channels:
 # Pages: playlists, HDHomeRun's documents, status, metrics, the page for people
 # --------------------------------------------------------------------------------------------------
 
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
-
 
 @dataclass(frozen=True)
 class Site:
@@ -5082,15 +5114,21 @@ class Site:
 
     config: Config
     url: str  # without a slash at the end
+    is_trusted: bool  # the client: it may learn the token
+    reloads: bool  # the status page, by itself
     started: float  # time.monotonic()
     report: Callable[[], Sequence[StreamReport]]
     counts: Callable[[], tuple[Counter[int], Counter[str], float]]  # Server.counts()
 
-    def link(self, path: str) -> str:
-        """An absolute address that the client can follow, with the token where one is set."""
-        token = self.config.server.token
-        tail = f"?token={quote(token, safe='')}" if token else ""
-        return f"{self.url}/{path}{tail}"
+    def query(self, **wanted: str | None) -> str:
+        """What goes behind a path of ours: what is wanted, and the token."""
+        wanted["token"] = self.config.server.token if self.is_trusted else None
+        query = urlencode({key: text for key, text in wanted.items() if text}, quote_via=quote)
+        return f"?{query}" if query else ""
+
+    def link(self, path: str, **wanted: str | None) -> str:
+        """An absolute address that the client can follow."""
+        return f"{self.url}/{path}{self.query(**wanted)}"
 
 
 @dataclass(frozen=True)
@@ -5195,13 +5233,9 @@ def status_json(site: Site) -> Page:
     })  # fmt: skip
 
 
-STREAM_METRICS: tuple[tuple[str, str, Callable[[StreamReport], float]], ...] = (
+STREAM_METRICS: tuple[tuple[str, str, Callable[[StreamReport], float | Counter[str]]], ...] = (
     ("viewers", "Viewers now.", lambda r: r.status["viewers"]),
-    (
-        "upstreams",
-        "Upstreams open now.",
-        lambda r: sum(c["state"] in STATES_SHOWN for c in r.channels),
-    ),
+    ("upstreams", "Open now.", lambda r: sum(c["state"] in STATES_SHOWN for c in r.channels)),
     ("window_bytes", "Bytes in windows.", lambda r: sum(c["window_bytes"] for c in r.channels)),
     ("viewer_connections_total", "Viewers that arrived.", lambda r: r.counts["arrivals"]),
     ("sent_bytes_total", "Media sent to viewers.", lambda r: r.counts["sent"]),
@@ -5209,39 +5243,41 @@ STREAM_METRICS: tuple[tuple[str, str, Callable[[StreamReport], float]], ...] = (
     ("viewer_skips_total", "Jumps of viewers that fell behind.", lambda r: r.counts["skips"]),
     ("segment_gaps_total", "Segments given up.", lambda r: r.counts["gaps"]),
     ("upstream_restarts_total", "Upstreams reopened.", lambda r: r.counts["restarts"]),
+    ("upstream_errors_total", "Upstream failures, by reason.", lambda r: r.errors),
+    ("viewer_drops_total", "Viewers that were dropped, by reason.", lambda r: r.drops),
 )
 
 
 def metrics_page(site: Site) -> Page:
     """Prometheus' text format, version 0.0.4."""
-    started = time.time() - (time.monotonic() - site.started)
     answers, first_bytes, first_byte_sum = site.counts()
     buckets = {f"_bucket{_labels(le=bound)}": first_bytes[bound] for bound in FIRST_BYTE_BOUNDS}
     histogram = {**buckets, "_sum": first_byte_sum, "_count": first_bytes["+Inf"]}
     requests = {_labels(code=code): count for code, count in sorted(answers.items())}
-    reports = {report.settings.name: report for report in site.report()}
-    errors = {name: report.errors for name, report in reports.items()}
-    drops = {name: report.drops for name, report in reports.items()}
+    started = {"": time.time() - (time.monotonic() - site.started)}
+    reports = site.report()
     families = [
         _family("build_info", "StreamPipe's version.", {_labels(version=__version__): 1}),
-        _family("start_time_seconds", "When it started.", {"": started}),
+        _family("start_time_seconds", "When it started.", started),
         _family("http_requests_total", "Answers by status.", requests),
         _family("first_byte_seconds", "From a request to its first media byte.", histogram),
-        _family("upstream_errors_total", "Upstream failures.", _by_reason(errors)),
-        _family("viewer_drops_total", "Viewers that were dropped.", _by_reason(drops)),
+        *(_family(name, words, _samples(reports, value)) for name, words, value in STREAM_METRICS),
     ]
-    for name, words, value in STREAM_METRICS:
-        samples = {_labels(stream=stream): value(report) for stream, report in reports.items()}
-        families.append(_family(name, words, samples))
     return Page("".join(families).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
-def _by_reason(counts: Mapping[str, Counter[str]]) -> dict[str, int]:
-    return {
-        _labels(stream=stream, reason=reason): count
-        for stream, counter in counts.items()
-        for reason, count in sorted(counter.items())
-    }
+def _samples(
+    reports: Iterable[StreamReport], value: Callable[[StreamReport], float | Counter[str]]
+) -> dict[str, float]:
+    """A number of each stream, or one for each reason."""
+    samples: dict[str, float] = {}
+    for report in reports:
+        name, found = report.settings.name, value(report)
+        if isinstance(found, Counter):
+            samples |= {_labels(stream=name, reason=key): n for key, n in sorted(found.items())}
+        else:
+            samples[_labels(stream=name)] = found
+    return samples
 
 
 def _labels(**labels: object) -> str:
@@ -5259,94 +5295,178 @@ def _family(name: str, words: str, samples: Mapping[str, float]) -> str:
 
 
 # For people
+#
+# No script.  The status page reloads itself: browsers keep their place in it, but not the focus of
+# who goes by keyboard or screen reader.  So it does so seldom, and its first link stops it.
 
+REFRESH, RETRY = 30, 10  # seconds between two loads of the status page, and of one of an error
 STATE_WORDS = {"private": "playing", "waiting": "waiting for the origin"}  # others as they are
 PAGE_STYLE = """
 :root{color-scheme:light dark;--bg:#f4f5f7;--card:#fff;--ink:#1b1f24;--soft:#5b6570;--line:#dfe3e8;
---live:#1a7f4b;--wait:#b35c00;--bar:#3a76d8}
+--live:#1a7f4b;--wait:#a85600;--bad:#c0262d;--bar:#3a76d8}
 @media (prefers-color-scheme:dark){:root{--bg:#14171b;--card:#1e2227;--ink:#e8eaed;--soft:#9aa4b0;
---line:#2e343b;--live:#4cc38a;--wait:#f0a04b;--bar:#6ea8ff}}
-*{box-sizing:border-box}
+--line:#2e343b;--live:#4cc38a;--wait:#f0a04b;--bad:#ff8080;--bar:#6ea8ff}}
+*{box-sizing:border-box;overflow-wrap:anywhere}html{scroll-padding-top:64px}
 body{margin:0;padding:16px;background:var(--bg);color:var(--ink);
-font:16px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1200px;margin:0 auto}
-h1{font-size:1.4rem;margin:0}h2{font-size:1rem;margin:28px 0 10px;color:var(--soft)}
-header p{margin:2px 0 0;color:var(--soft)}
-ul{list-style:none;margin:0;padding:0;display:grid;gap:12px;
-grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr))}
-li{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px;
-display:flex;flex-direction:column;gap:8px;min-width:0}
-.top{display:flex;gap:12px;align-items:center;min-width:0}
-.logo{flex:none;width:44px;height:44px;border-radius:10px;background:var(--line);color:var(--soft);
-display:grid;place-items:center;font-weight:600}
-.name{min-width:0}.name b{display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:2;
-overflow:hidden;overflow-wrap:anywhere;line-height:1.25}
-.state{font-size:.875rem;color:var(--soft)}.state.live,.state.private{color:var(--live)}
-.state.waiting,.state.starting{color:var(--wait)}
-.state::before{content:"";display:inline-block;width:.55em;height:.55em;border-radius:50%;
-background:currentColor;margin-right:.4em}li.on{border-color:var(--live)}li.off .logo{opacity:.7}
-.facts{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:.875rem;color:var(--soft)}
-.facts b{color:var(--ink);font-weight:600}
-svg{display:block;width:100%;height:36px}svg rect{fill:var(--bar)}svg line{stroke:var(--line)}
-.error{font-size:.875rem;color:var(--wait);margin:0;overflow-wrap:anywhere}
-.links{display:flex;gap:8px;margin-top:auto}
-a{flex:1;text-align:center;padding:9px;border:1px solid var(--line);border-radius:8px;
-color:var(--ink);text-decoration:none}a:hover,a:focus{border-color:var(--bar)}
+font:16px/1.35 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:1200px;margin:0 auto}p{margin:4px 0}a{color:inherit}
+h1{font-size:1.4rem;line-height:1.2;margin:0}h2{font-size:1rem;margin:20px 0 8px;color:var(--soft)}
+:focus-visible,.name a:focus-visible::after{outline:2px solid var(--bar);outline-offset:2px}
+nav{display:flex;flex-wrap:wrap;gap:8px;margin:12px 0}
+.groups{position:sticky;top:0;z-index:2;flex-wrap:nowrap;overflow-x:auto;margin:8px -16px 0;
+padding:6px 16px;background:var(--bg)}
+.button{flex:none;max-width:min(100%,20rem);min-height:44px;padding:9px 14px;overflow:hidden;
+text-overflow:ellipsis;white-space:nowrap;text-align:center;text-decoration:none;
+border:1px solid var(--line);border-radius:22px;background:var(--card)}.button b{color:var(--soft)}
+li:hover,.button:hover{border-color:var(--bar)}
+.sections{display:flex;flex-wrap:wrap;gap:0 10px}
+section{--w:232px;max-width:100%;width:calc(var(--n)*(var(--w) + 10px) - 10px)}.active{--w:392px}
+ul{list-style:none;margin:0;padding:0;display:grid;gap:10px;
+grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--w)),1fr))}
+li,.watch{position:relative;display:flex;flex-wrap:wrap;gap:10px;align-items:center;min-width:0}
+li{padding:8px;background:var(--card);border:1px solid var(--line);border-radius:12px}
+.active li{padding:14px;align-content:flex-start}
+.logo{flex:none;position:relative;width:44px;height:44px;border-radius:10px;overflow:hidden;
+background:var(--line);line-height:0}
+.logo b{position:absolute;inset:0;display:grid;place-items:center;color:var(--soft);line-height:1}
+.logo img{position:relative;width:44px;min-height:44px;max-height:44px;object-fit:contain;
+background:#8a94a0}
+.name{flex:1 1 0;min-width:0}.name p{margin:0}
+.name a{font-weight:600;text-decoration:none;display:-webkit-box;-webkit-box-orient:vertical;
+-webkit-line-clamp:2;overflow:hidden;line-height:1.2}
+.name a::after{content:"";position:absolute;inset:0;border-radius:12px}
+.facts,.note,.more{font-size:.875rem;color:var(--soft)}.facts>*{display:inline-block}
+.facts b{color:var(--ink)}.note::first-letter{text-transform:uppercase}
+.live,.private{color:var(--live)}.waiting,.starting,.note{color:var(--wait)}.failed{color:var(--bad)}
+.chart,li .note,.active .player{flex:1 1 100%;max-width:none}
+.chart{position:relative;font-size:.75rem;color:var(--soft)}
+.chart svg{display:block;width:100%;height:36px}rect{fill:var(--bar)}line{stroke:var(--line)}
+.chart p{display:flex;justify-content:space-between;margin:0}
+.chart p:first-child{position:absolute;top:-1px;background:var(--card);padding-right:4px}
+.player{z-index:1}.quiet .player{border:0;padding:0;width:44px;margin:0 -8px 0 -10px;font-size:0;
+background:none;color:var(--soft)}
+.quiet .player::before{content:"\\2197\\fe0e";font-size:1.2rem;line-height:44px}
+code{user-select:all;-webkit-user-select:all;color:var(--ink);font-size:1rem;background:var(--line);
+border-radius:6px;padding:2px 6px}.more{margin-top:20px}
+video{display:block;width:100%;max-height:max(60vh,100vh - 260px);aspect-ratio:16/9;margin:12px 0;
+background:#000;border-radius:12px}
+@media (max-width:600px){section{--w:150px;width:100%}.active{--w:100%}.quiet .player{display:none}
+.quiet .logo{zoom:.8}.zap .button{flex:1 1 40%}}
 """
+# An image without a height that does not load takes no room (HTML, 15.4.2), so that the initials
+# behind it show.
+
+
+def page_headers(config: Config) -> dict[str, str]:
+    """A browser runs nothing in our pages, and loads nothing but our media and configured logos."""
+    site = re.compile(r"(https?://)(?:[^/?#@]*@)?([\w.-]+(?::\d+)?)(?![^/?#])", re.ASCII | re.I)
+    logos = (site.match(stream.logo or "") for stream in config.streams.values())
+    hosts = " ".join(dict.fromkeys(logo[1] + logo[2] for logo in logos if logo))
+    return {
+        "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
+        f"media-src 'self'; img-src data: {hosts}; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+
+
+def _document(title: str, body: str, refresh: int = 0) -> Page:
+    """A page of this HTML, which is loaded again after so many seconds; 0: never."""
+    again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
+    text = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width,initial-scale=1">{again}
+<link rel="icon" href="data:,"><style>{PAGE_STYLE}</style></head><body><main>
+{body}
+</main></body></html>
+"""
+    return Page(text.encode(), "text/html; charset=utf-8")
+
+
+def _button(address: str, words: str) -> str:
+    """A link.  Between our pages they are relative, so that they are right behind any proxy."""
+    return f'<a class="button" href="{html.escape(address)}">{html.escape(words)}</a>'
 
 
 def status_page(site: Site) -> Page:
-    """One document for a phone or a wall: no script, and nothing is loaded from elsewhere."""
-    name = html.escape(site.config.server.name)
-    reports = site.report()
-    groups: dict[str, list[StreamReport]] = {}
-    for report in reports:
-        groups.setdefault(report.settings.group or "", []).append(report)
+    """All streams, for a phone or a wall."""
+    name, reports = html.escape(site.config.server.name), site.report()
     viewers = sum(report.status["viewers"] for report in reports)
     uptime = _duration(time.monotonic() - site.started)
-    summary = f"{_many(len(reports), 'stream')}, {_many(viewers, 'viewer')}, up {uptime}"
-    sections = (
-        f"<section><h2>{html.escape(group or 'Streams')}</h2>"
-        f"<ul>{''.join(_card(site, report) for report in members)}</ul></section>\n"
-        for group, members in groups.items()
-    )
-    body = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{name}</title>
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="refresh" content="10"><link rel="icon" href="data:,">
-<style>{PAGE_STYLE}</style></head><body><main>
-<header><h1>{name}</h1><p>{summary}</p></header>
-{"".join(sections) or "<p>No streams are configured: add some under streams: in the file.</p>"}
-</main></body></html>
-"""
-    return Page(body.encode(), "text/html; charset=utf-8")
+    address = html.escape(site.link("playlist.m3u"))
+    other = html.escape(site.query(refresh="0" if site.reloads else None))
+    words = "stop reloading" if site.reloads else f"reload every {REFRESH} s"
+    body = f"""<header><h1>{name}</h1>
+<p class="facts">{_many(len(reports), "stream")}, {_many(viewers, "viewer")}, up {uptime},
+<a href="./{other}">{words}</a></p>
+<p class="facts">On a television or in a player, type <code>{address}</code></p></header>
+{_groups(site, reports)}
+{"" if reports else "<p>No streams are configured: add some under streams: in the file.</p>"}"""
+    return _document(name, body, REFRESH if site.reloads else 0)
+
+
+def _groups(site: Site, reports: Iterable[StreamReport]) -> str:
+    """Links to the groups, and their cards: what failed, what plays, the others as in the file."""
+    groups: dict[tuple[int, str], list[str]] = {}
+    for report in reports:
+        group = (2, report.settings.group or "Streams")
+        key = {"failed": (0, "Failed"), "idle": group}.get(report.status["state"], (1, "Playing"))
+        groups.setdefault(key, []).append(_card(site, report))
+    links = sections = ""
+    for (rank, name), cards in sorted(groups.items(), key=lambda group: group[0][0]):
+        title, anchor = html.escape(name), f"{rank}:{quote(name, safe='')}"  # no stream's id
+        links += f'<a class="button" href="#{anchor}">{title} <b>{len(cards)}</b></a>'
+        sections += (
+            f'<section id="{anchor}" class="{"quiet" if rank == 2 else "active"}" '
+            f'style="--n:{len(cards)}"><h2>{title}</h2><ul>{"".join(cards)}</ul></section>\n'
+        )
+    jumps = f'<nav class="groups" aria-label="Groups">{links}</nav>' if len(groups) > 1 else ""
+    return f'{jumps}<div class="sections">{sections}</div>'
 
 
 def _card(site: Site, report: StreamReport) -> str:
-    stream = report.settings
-    title = html.escape(stream.title)
-    playlist = f"{stream.name}.m3u"
+    """A stream that opens its watch page wherever it is touched."""
+    stream, title = report.settings, html.escape(report.settings.title)
+    error = report.status["last_error"]
+    notes = [channel["note"] for channel in report.channels if channel["note"]]
+    if error and report.status["state"] != "idle":
+        notes.append(error if report.status["state"] == "failed" else f"last error: {error}")
+    return (
+        f'<li id="{stream.name}">{_logo(stream)}<div class="name">'
+        f'<a title="{title}" href="{stream.name}{html.escape(site.query())}">{title}</a>'
+        f"{_facts(report)}</div>"
+        + (_chart(report.bitrates) if report.channels else "")
+        + "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
+        + f"{_player_link(site, stream)}</li>"
+    )
+
+
+def _logo(stream: StreamSettings) -> str:
+    """The logo, over initials that show where there is none or it does not load."""
     initials = "".join(word[0] for word in stream.title.split()[:2]).upper()
-    status = report.status
-    state = STATE_WORDS.get(status["state"], status["state"])
-    facts = [f"<b>{status['viewers']}</b> {'viewer' if status['viewers'] == 1 else 'viewers'}"]
+    image = f'<img src="{html.escape(stream.logo)}" alt="" loading="lazy" ' if stream.logo else ""
+    image += 'referrerpolicy="no-referrer">' if stream.logo else ""
+    return f'<span class="logo" aria-hidden="true"><b>{html.escape(initials)}</b>{image}</span>'
+
+
+def _facts(report: StreamReport) -> str:
+    status, state = report.status, report.status["state"]
+    facts = [f"<b>{report.settings.number}</b>"] if report.settings.number else []
+    facts.append(f'<span class="{state}">{STATE_WORDS.get(state, state)}</span>')
+    if status["viewers"]:
+        facts.append(_many(status["viewers"], "viewer"))
     if report.channels:
         uptime = max(channel["uptime_seconds"] for channel in report.channels)
-        facts.append(f"<b>{status['bitrate'] / 1e6:.1f}</b> Mbit/s")
-        facts.append(f"<b>{_duration(uptime)}</b> up")
-    notes = [channel["note"] for channel in report.channels if channel["note"]]
-    if status["last_error"]:
-        notes.append(f"last error: {status['last_error']}")
+        facts += [_rate(status["bitrate"]), f"{_duration(uptime)} up"]
+    return f'<p class="facts">{" · ".join(f"<span>{fact}</span>" for fact in facts)}</p>'
+
+
+def _player_link(site: Site, stream: StreamSettings) -> str:
+    title, playlist = html.escape(stream.title), f"{stream.name}.m3u"
     return (
-        f'<li id="{stream.name}" class="{"on" if report.channels else "off"}"><div class="top">'
-        f'<div class="logo" aria-hidden="true">{html.escape(initials)}</div>'
-        f'<div class="name"><b title="{title}">{title}</b>'
-        f'<span class="state {status["state"]}">{state}</span></div></div>'
-        f'<div class="facts">{"".join(f"<span>{fact}</span>" for fact in facts)}</div>'
-        + (_chart(report.bitrates) if report.channels or any(report.bitrates) else "")
-        + "".join(f'<p class="error">{html.escape(note)}</p>' for note in notes)
-        + f'<div class="links"><a href="{html.escape(site.link(stream.name))}">Watch</a>'
-        f'<a download="{playlist}" href="{html.escape(site.link(playlist))}">.m3u</a></div></li>'
+        f'<a class="button player" aria-label="Open in a player: {title}" download="{playlist}" '
+        f'href="{playlist}{html.escape(site.query())}">Open in a player</a>'
     )
 
 
@@ -5355,14 +5475,67 @@ def _chart(bitrates: Sequence[float]) -> str:
     most = max(*bitrates, 1.0)
     bars = "".join(
         f'<rect x="{4 * n}" y="{36 - height:.1f}" width="3" height="{height:.1f}"/>'
-        for n, height in enumerate(34 * rate / most for rate in bitrates)
+        for n, height in enumerate(35 * rate / most for rate in bitrates)
         if height
     )
-    words = f"Bitrate of the last {SLOT * SLOTS // 60} minutes, at most {most / 1e6:.1f} Mbit/s"
+    lines = "".join(f'<line y1="{y}" y2="{y}" x2="{4 * SLOTS}"/>' for y in (0.5, 35.5))
+    minutes = f"{SLOT * SLOTS // 60} minutes"
     return (
-        f'<svg viewBox="0 0 {4 * SLOTS} 36" preserveAspectRatio="none" role="img" '
-        f'aria-label="{words}"><line x1="0" y1="35.5" x2="{4 * SLOTS}" y2="35.5"/>{bars}</svg>'
+        f'<div class="chart" role="img" aria-label="Bitrate of the last {minutes}, at most '
+        f'{_rate(most)}"><p>{_rate(most)}</p><svg viewBox="0 0 {4 * SLOTS} 36" '
+        f'preserveAspectRatio="none">{lines}{bars}</svg><p>{minutes} ago<span>now</span></p></div>'
     )
+
+
+def watch_page(site: Site, stream: StreamSettings, quality: str | None) -> Page:
+    """Plays a stream; raises StreamError where a reload has just taken it out of the file."""
+    reports = {report.settings.name: report for report in site.report()}
+    if stream.name not in reports:
+        raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
+    report, title = reports[stream.name], html.escape(stream.title)
+    source = html.escape(f"{stream.name}.m3u8{site.query(quality=quality)}")
+    address = html.escape(site.link(stream.name, quality=quality))
+    codecs = " and ".join(report.unplayed)
+    note = f"It has {codecs}, which browsers do not play here: open it in a player."
+    body = f"""<div class="watch">{_logo(stream)}<div class="name"><h1>{title}</h1>
+{_facts(report)}</div></div>
+<video controls autoplay muted playsinline src="{source}"></video>
+{f'<p class="note">{note}</p>' if codecs else ""}
+<nav class="zap" aria-label="Streams">{_zap_links(site, report, list(reports.values()))}
+{_player_link(site, stream)}</nav>
+<div class="more"><p>On a television or in a player, type <code>{address}</code></p>
+<p>It starts without sound: switch it on in the picture. No picture? Chrome and Edge play this from
+version 142 on, so do Safari and Android's browsers; Firefox on a desktop does not.</p></div>"""
+    return _document(f"{title} - {html.escape(site.config.server.name)}", body)
+
+
+def _zap_links(site: Site, report: StreamReport, reports: Sequence[StreamReport]) -> str:
+    """To the streams before and after it in the file, to all, and to what else it comes in."""
+    stream, query = report.settings, site.query()
+    at = reports.index(report)
+    before, after = reports[at - 1].settings, reports[(at + 1) % len(reports)].settings
+    links = [(f"./{query}#{stream.name}", "All streams")]
+    if before != stream:
+        links.insert(0, (f"{before.name}{query}", f"\u2039 {before.title}"))
+        links.insert(1, (f"{after.name}{query}", f"{after.title} \u203a"))
+    if len(report.qualities) > 1:
+        links += [(stream.name + site.query(quality=name), name) for name in report.qualities]
+    return "".join(itertools.starmap(_button, links))
+
+
+def error_page(site: Site, status: HTTPStatus, reason: str) -> Page:
+    """What a person sees in place of a page; a fault that may pass is looked at again."""
+    may_pass = status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    title = "Not playing now" if may_pass else status.phrase
+    body = f"""<h1>{title}</h1><p class="note">{html.escape(reason)}</p>
+{"<p>This page tries again in a moment.</p>" if may_pass else ""}
+<nav>{_button(f"./{site.query()}", "All streams")}</nav>"""
+    return _document(title, body, RETRY if may_pass else 0)
+
+
+def _rate(bitrate: float) -> str:
+    """Of a picture, or of a radio's sound."""
+    return f"{bitrate / 1e6:.1f} Mbit/s" if bitrate >= 1e6 else f"{bitrate / 1e3:.0f} kbit/s"
 
 
 def _duration(seconds: float) -> str:
@@ -5412,6 +5585,8 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
     path = ""  # until a request line could be read
+    headers = http.client.HTTPMessage()  # until they could be read
+    is_trusted = False  # the client has the token, or needs none
 
     def handle(self) -> None:
         try:
@@ -5461,21 +5636,19 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer_error(error.status, error.reason, retry)
 
     def _route(self, path: str, query: Mapping[str, list[str]]) -> None:
-        is_trusted = self._may_enter(query)
-        is_browser = path == "/" and "text/html" in self.headers.get("Accept", "")
+        self.is_trusted = self._may_enter(query)
+        quality = query.get("quality", [""])[-1] or None
         streams = self.server.config.streams
         name = path[1:] if path[:1] == "/" else ""
-        quality = query.get("quality", [""])[-1] or None
-        if path in ("/", "/health") and not is_browser:
-            self.answer_health(is_trusted)
-        elif not is_trusted:
+        if path == "/health" or (path == "/" and not self.is_person):
+            self.answer_health()
+        elif not self.is_trusted:
             headers = {"WWW-Authenticate": 'Basic realm="StreamPipe", charset="UTF-8"'}
             self.answer_error(HTTPStatus.UNAUTHORIZED, "a token is required", headers)
         elif path in PAGES:
-            self.answer(HTTPStatus.OK, PAGES[path](self.site()), PAGE_HEADERS)
+            self.answer_page(PAGES[path](self.site()))
         elif name[-4:] == ".m3u" and name[:-4] in streams:
-            page = playlist_page(self.site(), [streams[name[:-4]]])
-            self.answer(HTTPStatus.OK, page, PAGE_HEADERS)
+            self.answer_page(playlist_page(self.site(), [streams[name[:-4]]]))
         elif (hls := HLS_PATH.fullmatch(path)) and hls[1] in streams:
             if hls[2]:
                 self.answer_segment(streams[hls[1]], quality, int(hls[2]), hls[3])
@@ -5483,10 +5656,17 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer_playlist(streams[hls[1]], quality)
         elif name not in streams:
             raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
+        elif self.is_person:
+            self.answer_watch_page(streams[name], quality)
         elif self.command == "HEAD":
             self.answer_head(streams[name])
         else:
             self.stream_channel(streams[name], quality)
+
+    @property
+    def is_person(self) -> bool:
+        """Whether a browser asks for a page: no player accepts one."""
+        return "text/html" in self.headers.get("Accept", "")
 
     def site(self) -> Site:
         """This server as the client reaches it, through whatever proxies."""
@@ -5499,7 +5679,8 @@ class Handler(BaseHTTPRequestHandler):
         host = next(filter(HOST.fullmatch, hosts), own_host)
         url = f"{scheme if scheme in ('http', 'https') else 'http'}://{host}"
         url = (config.server.public_url or url).rstrip("/")
-        return Site(config, url, server.started, server.channels.report, server.counts)
+        reloads, report = "refresh=0" not in self.path, server.channels.report
+        return Site(config, url, self.is_trusted, reloads, server.started, report, server.counts)
 
     def _may_enter(self, query: Mapping[str, list[str]]) -> bool:
         """Whether this request has the token, or needs none."""
@@ -5529,17 +5710,31 @@ class Handler(BaseHTTPRequestHandler):
     def answer_error(
         self, status: HTTPStatus, reason: str, headers: Mapping[str, str] = {}
     ) -> None:
-        self.answer(status, json_page({"error": reason}, indent=None), headers)
+        if self.is_person:
+            self.answer_page(error_page(self.site(), status, reason), status, headers)
+        else:
+            self.answer(status, json_page({"error": reason}, indent=None), headers)
 
-    def answer_health(self, is_trusted: bool) -> None:
+    def answer_page(
+        self, page: Page, status: HTTPStatus = HTTPStatus.OK, headers: Mapping[str, str] = {}
+    ) -> None:
+        self.answer(status, page, {**page_headers(self.server.config), **headers})
+
+    def answer_health(self) -> None:
         status, word, headers = HTTPStatus.OK, "ok", dict[str, str]()
         if self.server.channels.is_stopping:
             status, word, headers = HTTPStatus.SERVICE_UNAVAILABLE, "stopping", {"Retry-After": "5"}
         content = {"status": word, "streams": len(self.server.config.streams)}
-        if is_trusted:
+        if self.is_trusted:
             content["viewers"] = self.server.channels.viewer_count()
             content["uptime_seconds"] = int(time.monotonic() - self.server.started)
         self.answer(status, json_page(content, indent=None), headers)
+
+    def answer_watch_page(self, stream: StreamSettings, quality: str | None) -> None:
+        """Answer with the page that plays it; raises StreamError where nothing would."""
+        if self.server.channels.is_stopping:
+            raise stopping_error()
+        self.answer_page(watch_page(self.site(), stream, quality))
 
     def answer_head(self, stream: StreamSettings) -> None:
         """HEAD of a stream costs nothing: Kodi and Jellyfin probe with it before they play."""

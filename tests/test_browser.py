@@ -1,4 +1,4 @@
-"""The page for people in a real browser, headless Chromium; server and origin are real, too.
+"""The pages for people in a real browser, headless Chromium; server and origin are real, too.
 
 Where Chromium is missing the tests are skipped, but not with CI in the environment.
 """
@@ -130,8 +130,11 @@ def test_page_is_readable(busy: Site, look: Look, width: int, scheme: Scheme) ->
     for box in filter(None, (cards.nth(n).bounding_box() for n in range(min(cards.count(), 12)))):
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= width
-    for color in ("h1", "h2", ".name b", ".state", ".facts", "a"):
+    for color in ("h1", "h2", ".name a", ".live", ".facts", ".player", "code", ".logo b"):
         assert contrast(visit, color) >= 4.5, color
+    if cards.count() > 1:
+        for color in (".failed", ".note", ".groups a", ".groups b", ".quiet .name a"):
+            assert contrast(visit, color) >= 4.5, color
     folder = os.environ.get("SCREENSHOTS")
     if folder:
         name = f"{len(busy.config.streams)}-{width}-{scheme}.png"
@@ -164,9 +167,10 @@ def contrast(visit: Visit, selector: str) -> float:
 @pytest.mark.parametrize("busy", [12], indirect=True)
 @pytest.mark.parametrize("width", [390, 1280])
 def test_links_are_large_enough_for_fingers(busy: Site, look: Look, width: int) -> None:
-    box = look(busy.url, width).page.locator("a").first.bounding_box()
-    assert box
-    assert min(box["width"], box["height"]) >= 40
+    touched = look(busy.url, width).page.locator("a.button:visible, li")
+    boxes = [touched.nth(n).bounding_box() for n in range(touched.count())]
+    assert len(boxes) >= 12 + 3
+    assert all(box and min(box["width"], box["height"]) >= 40 for box in boxes)
 
 
 @pytest.mark.parametrize("busy", [12], indirect=True)
@@ -175,7 +179,7 @@ def test_nothing_leaves_the_server_and_nothing_is_complained_about(
 ) -> None:
     before = len([r for r in origin.requests if not r.path.startswith("/news/")])
     visit = look(busy.url)
-    with visit.page.expect_navigation():  # the page's own refresh
+    with visit.page.expect_navigation(timeout=60_000):  # the page's own refresh
         pass
     assert len(visit.asked) >= 2
     assert {url.rstrip("/") for url in visit.asked} == {busy.url}
@@ -203,7 +207,7 @@ def test_chart_shows_a_viewers_traffic_after_a_refresh(
     assert box["height"] >= 10
     text = visit.page.locator("#news").inner_text()
     assert "live" in text
-    rate = re.search(r"(\d+\.\d) Mbit/s", text)
+    rate = re.search(r"(\d+(?:\.\d)?) [kM]bit/s", text)
     assert rate
     assert float(rate[1]) > 0
 
@@ -212,14 +216,123 @@ def test_chart_shows_a_viewers_traffic_after_a_refresh(
 def test_links_work(origin: Origin, serve: Serve, look: Look, token: str | None) -> None:
     site = serve({"news": live(origin)}, server={"token": token})
     visit = look(f"{site.url}/?token=a+b%26c")
-    playlist = visit.page.locator("#news a", has_text="m3u")
+    playlist = visit.page.locator("#news .player")
     with visit.page.expect_download(timeout=5000) as download:
         playlist.click()
     text = Path(download.value.path()).read_text(encoding="utf-8")
-    href = visit.page.locator("#news a").first.get_attribute("href")
-    assert href
-    assert text.split("\n")[2] == href
-    assert site.watch(href.removeprefix(site.url)).read(188)[:1] == b"G"
+    address = text.split("\n")[2]
+    assert site.watch(address.removeprefix(site.url)).read(188)[:1] == b"G"
+    card = visit.page.locator("#news").bounding_box()
+    assert card
+    visit.page.mouse.click(card["x"] + card["width"] / 2, card["y"] + 3)  # the whole card
+    visit.page.wait_for_url(address)
+    assert visit.page.title() == "news - StreamPipe"
+    visit.page.get_by_text("All streams").click()
+    visit.page.wait_for_url(re.compile("#news$"))
+    assert visit.page.locator("li").count() == 1
+
+
+def address_shown(visit: Visit) -> Any:
+    """What is selected, and can be copied, once the address is touched."""
+    visit.page.locator("code").click()
+    return visit.measure("getSelection().toString()")
+
+
+def test_address_is_selected_by_a_touch(serve: Serve, look: Look) -> None:
+    site = serve({"news": NOWHERE})
+    assert address_shown(look(site.url)) == f"{site.url}/playlist.m3u"
+    assert address_shown(look(f"{site.url}/news", 390)) == f"{site.url}/news"
+
+
+#### Many streams ####
+
+
+def test_sixty_streams_are_not_far_away_on_a_phone(
+    origin: Origin, serve: Serve, look: Look
+) -> None:
+    visit = look(serve(many_streams(origin, 60)).url, 390)
+    assert visit.measure("document.documentElement.scrollHeight") < 5000
+    for name in ("Films and series", "News"):
+        visit.page.locator(".groups a", has_text=name).click()
+        heading = visit.page.locator("h2", has_text=name).bounding_box()
+        links = visit.page.locator(".groups").bounding_box()
+        assert heading
+        assert links
+        assert 0 <= links["y"] < 10, "they stay on top"
+        assert links["y"] + links["height"] <= heading["y"] < 450
+
+
+def test_small_groups_share_a_row(serve: Serve, look: Look) -> None:
+    streams = {name: {"url": NOWHERE, "group": name} for name in "abcde"}
+    sections = look(serve(streams).url).page.locator("section")
+    boxes = [sections.nth(n).bounding_box() for n in range(5)]
+    assert len({box["y"] for box in boxes if box}) == 1
+    assert len({box["x"] for box in boxes if box}) == 5
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_refresh_keeps_the_place_and_can_be_stopped_at_once(
+    serve: Serve, look: Look, width: int
+) -> None:
+    streams = {f"s{n}": {"url": NOWHERE, "group": f"Group {n // 5}"} for n in range(60)}
+    visit = look(serve(streams).url, width)
+    visit.page.locator(".groups a", has_text="Group 5").click()
+    place = visit.measure("scrollY")
+    assert place > 100
+    with visit.page.expect_navigation(timeout=60_000):
+        pass
+    assert visit.measure("scrollY") == place
+    visit.page.keyboard.press("Tab")
+    visit.page.keyboard.press("Enter")
+    visit.page.wait_for_url(re.compile(r"\?refresh=0$"))
+    assert visit.page.locator("meta[http-equiv]").count() == 0
+
+
+#### Logos ####
+
+
+def logo_box(visit: Visit, name: str) -> tuple[float, float]:
+    size = "[image.getBoundingClientRect().width, image.naturalWidth]"
+    width, natural = visit.page.locator(f"#{name} img").evaluate(f"image => {size}")
+    return width, natural
+
+
+def test_logo_lies_over_initials_that_show_where_it_does_not_load(
+    origin: Origin, serve: Serve, look: Look
+) -> None:
+    wide = "<svg xmlns='http://www.w3.org/2000/svg' width='90' height='30'/>"
+    good = origin.add_file("/logo.svg", wide.encode(), content_type="image/svg+xml")
+    streams = {
+        "good": {"url": NOWHERE, "logo": good},
+        "missing": {"url": NOWHERE, "logo": f"{origin.url}/none.svg", "title": "My channel"},
+    }
+    visit = look(serve(streams).url)
+    visit.page.wait_for_load_state("networkidle")
+    assert logo_box(visit, "good") == (44, 90)
+    assert logo_box(visit, "missing") == (0, 0), "it hides nothing"
+    assert visit.page.locator("#missing .logo").inner_text() == "MC"
+    assert [line for line in visit.said if "404" not in line and "none.svg" not in line] == []
+    asked = [request for request in origin.requests if request.path.endswith(".svg")]
+    assert {request.path for request in asked} == {"/logo.svg", "/none.svg"}
+    assert not any("referer" in request.headers for request in asked)
+
+
+#### The watch page ####
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_watch_page_is_readable(busy: Site, look: Look, width: int, scheme: Scheme) -> None:
+    visit = look(f"{busy.url}/news", width, scheme)
+    assert visit.measure("document.documentElement.scrollWidth") <= width
+    for color in ("h1", ".live", ".facts", ".button", "code", ".more"):
+        assert contrast(visit, color) >= 4.5, color
+    video = visit.page.locator("video").bounding_box()
+    links = visit.page.locator(".zap").bounding_box()
+    assert video
+    assert links
+    assert video["width"] == pytest.approx(min(width - 32, 1200))
+    assert links["y"] + links["height"] <= 900, "one need not scroll for them"
 
 
 def test_page_asks_for_the_password_where_there_is_a_token(browser: Browser, serve: Serve) -> None:

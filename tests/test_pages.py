@@ -460,7 +460,35 @@ def test_status_tells_the_last_error_without_the_address(origin: Origin, serve: 
     assert site.get("/news").status == 502
     (stream,) = status(site)["streams"]
     assert stream["last_error"] == "the origin answered 503"
-    assert (stream["state"], stream["viewers"]) == ("idle", 0)
+    assert (stream["state"], stream["viewers"]) == ("failed", 0)
+
+
+def test_stream_has_failed_until_media_comes_again(origin: Origin, serve: Serve) -> None:
+    news = live(origin)
+    site = serve({"news": news.url, "idle": NOWHERE}, linger=0)
+
+    def states() -> list[str]:
+        return [stream["state"] for stream in status(site)["streams"]]
+
+    origin.fault(news.path, Status(503), times=1)
+    assert site.get("/news").status == 502
+    assert states() == ["failed", "idle"]
+    site.channels.reload(site.config)
+    assert states() == ["idle", "idle"], "nothing is known of what is configured now"
+    origin.fault(news.path, Status(503), times=1)
+    assert site.get("/news").status == 502
+    with site.watch("/news?quality=worst") as viewer:  # best is answered from memory
+        viewer.read(188)
+        assert states() == ["live", "idle"]
+    eventually(lambda: states() == ["idle", "idle"], "it closes")
+
+
+def test_quality_that_does_not_exist_is_no_failure_of_the_stream(
+    origin: Origin, serve: Serve
+) -> None:
+    site = serve({"news": two_qualities(origin)})
+    assert site.get("/news?quality=4k").status == 404
+    assert status(site)["streams"][0]["state"] == "idle"
 
 
 #### Metrics ####
@@ -626,8 +654,14 @@ class Document(HTMLParser):
     def text(self) -> str:
         return " ".join(" ".join(self._texts).split())
 
-    def links(self) -> list[str]:
-        return [attributes["href"] for tag, attributes in self.tags if tag == "a"]
+    def all(self, tag: str, **attributes: str) -> list[dict[str, str]]:
+        """The attributes of each tag of this kind that has these."""
+        found = (have for name, have in self.tags if name == tag)
+        return [have for have in found if attributes.items() <= have.items()]
+
+    def links(self, kind: str | None = None) -> list[str]:
+        """Where they lead, those of a class alone, or all of them."""
+        return [have["href"] for have in self.all("a") if kind in (None, have.get("class"))]
 
 
 def page(site: Site, query: str = "") -> Document:
@@ -646,30 +680,57 @@ def test_health_is_json_for_browsers_too(serve: Serve) -> None:
     assert serve({}).ask("GET", "/health", **HTML).json["status"] == "ok"
 
 
-def test_page_is_one_document_that_loads_nothing(origin: Origin, serve: Serve) -> None:
-    site = serve({"news": {"url": live(origin).url, "logo": "https://logo.example/l.png"}})
+def test_page_is_one_document_that_loads_nothing_but_logos(origin: Origin, serve: Serve) -> None:
+    logo = "https://logo.example/l.png?a=1&b=2"
+    site = serve({"news": {"url": live(origin).url, "logo": logo}, "other": NOWHERE})
     site.watch("/news").read(188)
     found = page(site)
     assert [tag for tag, _ in found.tags][:2] == ["html", "head"]
-    assert not {"script", "iframe", "img", "object", "form"} & {tag for tag, _ in found.tags}
+    assert not {"script", "iframe", "object", "form"} & {tag for tag, _ in found.tags}
     assert [name for _, a in found.tags for name in a if name.startswith("on")] == []
     loads = [a.get(name, "") for _, a in found.tags for name in ("src", "href", "data", "action")]
-    assert {urllib.parse.urlsplit(each).netloc for each in loads} == {"", site.url[7:]}
+    assert {urllib.parse.urlsplit(each).netloc for each in loads} == {"", "logo.example"}
+    polite = {"alt": "", "loading": "lazy", "referrerpolicy": "no-referrer"}
+    assert found.all("img") == [{"src": logo, **polite}]
     style = site.ask("GET", "/", **HTML).body.decode()
     assert not re.search(r"url\(|@import|javascript:", style)
 
 
-def test_page_has_a_strict_policy(serve: Serve) -> None:
-    headers = serve({}).ask("GET", "/", **HTML).headers
-    policy = dict(
-        part.strip().partition(" ")[::2] for part in headers["Content-Security-Policy"].split(";")
-    )
-    assert policy["default-src"] == "'none'"
-    assert policy["style-src"] == "'unsafe-inline'"
-    assert policy.get("script-src", "'none'") == "'none'"
-    assert policy["frame-ancestors"] == policy["base-uri"] == policy["form-action"] == "'none'"
-    assert headers["X-Content-Type-Options"] == "nosniff"
-    assert headers["Cache-Control"] == "no-store"
+def policy(answer: Answer) -> dict[str, str]:
+    """The directives of a page's Content-Security-Policy."""
+    parts = answer.headers["Content-Security-Policy"].split(";")
+    return dict(part.strip().partition(" ")[::2] for part in parts)
+
+
+@pytest.mark.parametrize("path", ["/", "/news", "/nobody"], ids=["status", "watch", "error"])
+def test_page_has_a_strict_policy(serve: Serve, path: str) -> None:
+    answer = serve({"news": NOWHERE}).ask("GET", path, **HTML)
+    found = policy(answer)
+    assert found["default-src"] == "'none'"
+    assert found["style-src"] == "'unsafe-inline'"
+    assert found["media-src"] == "'self'"
+    assert found.get("script-src", "'none'") == "'none'"
+    assert found["frame-ancestors"] == found["base-uri"] == found["form-action"] == "'none'"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["Referrer-Policy"] == "no-referrer"
+    assert answer.headers["Cache-Control"] == "no-store"
+
+
+@pytest.mark.parametrize(
+    ("logo", "allowed"),
+    [
+        pytest.param("https://logo.example/l.png?x;y", "https://logo.example", id="host"),
+        pytest.param("http://l.example:8080", "http://l.example:8080", id="port"),
+        pytest.param("https://u:p;q@l.example/l.png", "https://l.example", id="user"),
+        pytest.param("https://l.example;script-src/x", "", id="no host"),
+        pytest.param("https://l.example script-src *", "", id="more than a host"),
+        pytest.param("https://l\u00f6go.example/l.png", "", id="not ASCII"),
+    ],
+)
+def test_policy_allows_the_hosts_of_logos_alone(serve: Serve, logo: str, allowed: str) -> None:
+    site = serve({"a": {"url": NOWHERE, "logo": logo}, "b": {"url": NOWHERE, "logo": logo}})
+    assert policy(site.ask("GET", "/", **HTML))["img-src"].split() == ["data:", *allowed.split()]
+    assert page(site).all("img")[0]["src"] == logo
 
 
 def test_page_shows_no_origin(origin: Origin, serve: Serve) -> None:
@@ -690,6 +751,7 @@ def test_page_escapes_what_is_configured(serve: Serve) -> None:
     assert {"script", "img"} & {tag for tag, _ in found.tags} == set()
     shown = " ".join(HOSTILE.split())
     assert found.text.count(shown) == 4, "the title, the name, the group and the stream"
+    assert found.all("a", **{"aria-label": f"Open in a player: {HOSTILE}"})
     assert HOSTILE in [attributes.get("title") for _, attributes in found.tags]
 
 
@@ -700,34 +762,120 @@ def test_page_escapes_an_origins_words(origin: Origin, serve: Serve) -> None:
     assert "the origin answered 418" in page(site).text
 
 
+Group = tuple[str, str, list[str]]
+
+
+def groups(site: Site) -> list[Group]:
+    """Id, heading and streams of each section, in the page's order."""
+    text = site.ask("GET", "/", **HTML).body.decode()
+    sections = re.findall(r'<section id="([^"]*)".*?<h2>(.*?)</h2>(.*?)</section>', text, re.S)
+    return [(name, head, re.findall(r'<li id="([^"]*)"', rest)) for name, head, rest in sections]
+
+
 def test_page_groups_the_streams(serve: Serve) -> None:
     streams = {
         name: {"url": NOWHERE, "group": group} for name, group in zip("abc", "XYX", strict=True)
     }
-    text = page(serve({**streams, "d": NOWHERE})).text
-    places = [
-        text.index(word) for word in ("X", "A a idle", "C c idle", "Y", "B b idle", "D d idle")
-    ]
-    assert places == sorted(places)
+    site = serve({**streams, "d": NOWHERE})
+    found = groups(site)
+    assert [group[1:] for group in found] == [("X", ["a", "c"]), ("Y", ["b"]), ("Streams", ["d"])]
+    assert page(site).links("button")[:3] == [f"#{group[0]}" for group in found]
+
+
+def test_page_shows_what_failed_and_what_plays_before_all_others(
+    origin: Origin, serve: Serve
+) -> None:
+    origin.fault("/bad*", Status(503), times=None)
+    streams = {
+        "idle": {"url": NOWHERE, "group": "Playing"},
+        "news": {"url": live(origin).url, "group": "News", "number": 7},
+        "bad": {"url": f"{origin.url}/bad.m3u8", "group": "News"},
+    }
+    site = serve(streams)
+    site.watch("/news").read(188)
+    assert site.get("/bad").status == 502
+    found = [group[1:] for group in groups(site)]
+    assert found == [("Failed", ["bad"]), ("Playing", ["news"]), ("Playing", ["idle"])]
+    assert len({group[0] for group in groups(site)}) == 3
+    text = page(site).text
+    assert "bad failed the origin answered 503" in text
+    assert "last error" not in text
+    assert "news 7 · live · 1 viewer" in text
+    assert "0 viewers" not in text
+
+
+@pytest.mark.parametrize("group", ["Films & series", 'a"b', "<b>", "x y%20z", "\u00e9#?"], ids=repr)
+def test_links_lead_to_groups_of_any_name(serve: Serve, group: str) -> None:
+    found = page(serve({"a": {"url": NOWHERE, "group": group}, "b": NOWHERE}))
+    target = found.links("button")[0].removeprefix("#")
+    assert not re.search(r"\s", target)
+    assert len(found.all("section", id=target)) == 1
+    assert found.text.count(" ".join(group.split())) == 2
+
+
+def test_page_of_one_group_has_no_links_to_groups(serve: Serve) -> None:
+    assert page(serve({"a": NOWHERE, "b": NOWHERE})).all("nav") == []
 
 
 def test_page_tells_how_a_stream_is(origin: Origin, serve: Serve) -> None:
     site = serve({"news": {"url": live(origin).url, "title": "The News"}}, server={"name": "My TV"})
     site.watch("/news").read(188)
     found = page(site)
-    assert re.search(r"My TV 1 stream, 1 viewer, up \d+ s", found.text)
-    assert re.search(r"The News live 1 viewer \d+\.\d Mbit/s \d+ s up", found.text)
+    assert re.search(r"My TV 1 stream, 1 viewer, up \d+ s,", found.text)
+    assert re.search(r"The News live · 1 viewer · \d+ kbit/s · \d+ s up", found.text)
     assert [tag for tag, _ in found.tags].count("svg") == 1
-    assert ("meta", {"http-equiv": "refresh", "content": "10"}) in found.tags
+
+
+def test_chart_has_a_scale(origin: Origin, serve: Serve) -> None:
+    large = [media.padded(segment, 900_000) for segment in media.ts_segments(8)]
+    news = origin.add(Playlist("news", large, mode="live", window=5, clock=True))
+    radio = Playlist("radio", media.aac_segments(8), mode="live", clock=True, extension=".aac")
+    site = serve({"news": news.url, "radio": origin.add(radio).url})
+    for name in ("news", "radio"):
+        site.watch(f"/{name}").read(188)
+
+    def scales() -> list[str]:
+        charts = page(site).all("div", role="img")
+        labels = (chart["aria-label"] for chart in charts)
+        return [label.removeprefix("Bitrate of the last 5 minutes, at most ") for label in labels]
+
+    eventually(lambda: not any(scale.startswith("0 ") for scale in scales()), "all have media")
+    for scale, unit in zip(scales(), ("Mbit/s", "kbit/s"), strict=True):
+        assert re.fullmatch(rf"[\d.]+ {unit}", scale)
+        assert f"{scale} 5 minutes ago now" in page(site).text
+
+
+def test_page_reloads_itself_until_it_is_told_not_to(serve: Serve) -> None:
+    site = serve({"news": NOWHERE}, server={"token": TOKEN})
+    refresh = {"http-equiv": "refresh", "content": "30"}
+    found = page(site, f"?token={QUOTED_TOKEN}")
+    assert found.all("meta", **refresh) == [refresh]
+    stop = found.links()[0]
+    assert stop == f"./?refresh=0&token={QUOTED_TOKEN}"
+    found = page(site, stop.removeprefix("./"))
+    assert found.all("meta", **{"http-equiv": "refresh"}) == []
+    assert found.links()[0] == f"./?token={QUOTED_TOKEN}"
 
 
 @pytest.mark.parametrize("token", [None, TOKEN], ids=["open", "with token"])
 def test_page_links_to_each_stream(serve: Serve, token: str | None) -> None:
-    site = serve({"a": NOWHERE, "b": NOWHERE}, server={"token": token})
+    site = serve({"a": {"url": NOWHERE, "title": "A!"}, "b": NOWHERE}, server={"token": token})
     query = f"?token={QUOTED_TOKEN}" if token else ""
-    assert page(site, query).links() == [
-        f"{site.url}{path}{query}" for path in ("/a", "/a.m3u", "/b", "/b.m3u")
+    found = page(site, query)
+    assert found.links()[1:] == [f"{path}{query}" for path in ("a", "a.m3u", "b", "b.m3u")]
+    assert found.all("a", href=f"a.m3u{query}", download="a.m3u")
+    assert [have["aria-label"] for have in found.all("a") if "aria-label" in have] == [
+        "Open in a player: A!",
+        "Open in a player: b",
     ]
+
+
+@pytest.mark.parametrize("token", [None, TOKEN], ids=["open", "with token"])
+def test_page_tells_the_address_to_type_on_a_television(serve: Serve, token: str | None) -> None:
+    server = {"token": token, "public_url": "https://tv.example/sub/"}
+    query = f"?token={QUOTED_TOKEN}" if token else ""
+    text = page(serve({"a": NOWHERE}, server=server), query).text
+    assert f"type https://tv.example/sub/playlist.m3u{query} " in text
 
 
 def test_page_without_streams_says_so(serve: Serve) -> None:

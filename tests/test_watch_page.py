@@ -1,0 +1,293 @@
+"""The page that plays a stream, and the pages of errors; server and origin are real.
+
+What only a browser can tell is in test_browser.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import av
+import pytest
+from av.audio.stream import AudioStream
+from av.video.stream import VideoStream
+
+from tests.origin import Origin, Playlist, Status, master
+from tests.server import Answer, Site
+from tests.test_pages import HOSTILE, HTML, NOWHERE, QUOTED_TOKEN, TOKEN, Document, live, policy
+from tests.test_sharing import eventually, feeders
+
+Serve = Callable[..., Site]
+QUERY = f"?token={QUOTED_TOKEN}"
+
+
+def watch_page(site: Site, path: str = "/news") -> Document:
+    answer = site.ask("GET", path, **HTML)
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    return Document(answer.body)
+
+
+def video(found: Document) -> dict[str, str]:
+    (attributes,) = found.all("video")
+    return attributes
+
+
+#### The page ####
+
+
+@pytest.mark.parametrize("accept", [None, "*/*", "video/*", "application/xhtml+xml"])
+def test_players_get_the_media(origin: Origin, serve: Serve, accept: str | None) -> None:
+    site = serve({"news": live(origin).url})
+    headers: dict[str, Any] = {"Accept": accept} if accept else {}
+    viewer = site.watch("/news", **headers)
+    assert viewer.headers["Content-Type"] == "video/mp2t"
+    assert viewer.read(188)[:1] == b"G"
+
+
+def test_browsers_get_a_page_that_plays_it(serve: Serve) -> None:
+    site = serve({"news": {"url": NOWHERE, "title": "The News", "number": 7}})
+    found = watch_page(site)
+    flags = dict.fromkeys(("controls", "autoplay", "muted", "playsinline"), "")
+    assert video(found) == {"src": "news.m3u8", **flags}
+    assert not {"script", "iframe", "object", "form"} & {tag for tag, _ in found.tags}
+    assert found.all("meta", **{"http-equiv": "refresh"}) == [], "it would end the picture"
+    assert "The News - StreamPipe" in found.text
+    assert "The News 7 · idle" in found.text
+    assert f"type {site.url}/news " in found.text
+    for words in ("Chrome and Edge", "142", "Safari", "Android", "Firefox"):
+        assert words in found.text
+    assert found.links() == ["./#news", "news.m3u"]
+    assert found.all("a", href="news.m3u", download="news.m3u")
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("", ""),
+        ("?quality=720p", "?quality=720p"),
+        ("?quality=480p&quality=720p&x=y", "?quality=720p"),
+        ("?quality=", ""),
+        ('?quality="><b>', "?quality=%22%3E%3Cb%3E"),
+    ],
+)
+@pytest.mark.parametrize("token", [None, TOKEN], ids=["open", "with token"])
+def test_quality_and_token_are_carried_along(
+    serve: Serve, query: str, expected: str, token: str | None
+) -> None:
+    site = serve({"news": NOWHERE}, server={"token": token})
+    path = f"/news{query}&token={QUOTED_TOKEN}" if query else f"/news{QUERY}"
+    found = watch_page(site, path)
+    if token:
+        expected += ("&" if expected else "?") + f"token={QUOTED_TOKEN}"
+    assert video(found)["src"] == f"news.m3u8{expected}"
+    assert f"type {site.url}/news{expected} " in found.text
+    query = QUERY if token else ""
+    assert found.links() == [f"./{query}#news", f"news.m3u{query}"]
+
+
+def test_address_is_the_one_that_the_client_reaches(serve: Serve) -> None:
+    site = serve({"news": NOWHERE}, server={"public_url": "https://tv.example/sub"})
+    found = watch_page(site)
+    assert "type https://tv.example/sub/news " in found.text
+    assert video(found)["src"] == "news.m3u8", "what the page's policy allows"
+
+
+def test_page_leads_to_the_streams_before_and_after(serve: Serve) -> None:
+    streams = {name: {"url": NOWHERE, "title": name.upper()} for name in ("one", "two", "three")}
+    site = serve(streams)
+    assert watch_page(site, "/two").links("button") == ["one", "three", "./#two"]
+    assert watch_page(site, "/one").links("button") == ["three", "two", "./#one"]
+    assert "\u2039 ONE THREE \u203a" in watch_page(site, "/two").text
+
+
+def test_page_offers_the_qualities_that_the_newest_start_found(
+    origin: Origin, serve: Serve
+) -> None:
+    low, high = (live(origin, name) for name in ("low", "high"))
+    site = serve({"news": origin.add(master("news", {"480p": low, "720p": high})).url})
+    assert watch_page(site).links("button") == ["./#news"]
+    site.watch("/news").read(188)
+    found = watch_page(site).links("button")
+    assert sorted(found) == ["./#news", "news?quality=480p", "news?quality=720p"]
+
+
+def test_page_tells_how_the_stream_is(origin: Origin, serve: Serve) -> None:
+    origin.fault("/bad*", Status(503), times=None)
+    site = serve({"news": live(origin).url, "bad": f"{origin.url}/bad.m3u8"})
+    site.watch("/news").read(188)
+    assert site.get("/bad").status == 502
+    assert "news live · 1 viewer · " in watch_page(site).text
+    assert "bad failed" in watch_page(site, "/bad").text
+
+
+def test_page_shows_the_logo(serve: Serve) -> None:
+    logo = "https://logo.example/l.png"
+    site = serve({"news": {"url": NOWHERE, "title": "A News", "logo": logo}, "other": NOWHERE})
+    polite = {"alt": "", "loading": "lazy", "referrerpolicy": "no-referrer"}
+    assert watch_page(site).all("img") == [{"src": logo, **polite}]
+    assert "AN" in watch_page(site).text
+    assert watch_page(site, "/other").all("img") == []
+    allowed = policy(site.ask("GET", "/news", **HTML))
+    assert allowed["img-src"].split() == ["data:", "https://logo.example"]
+
+
+def test_page_escapes_what_is_configured(serve: Serve) -> None:
+    stream = {"url": NOWHERE, "title": HOSTILE}
+    site = serve({"a": stream, "b": stream}, server={"name": HOSTILE})
+    found = watch_page(site, "/a")
+    assert {"script", "img"} & {tag for tag, _ in found.tags} == set()
+    assert found.text.count(" ".join(HOSTILE.split())) == 5, "twice above, a heading, two links"
+
+
+def test_page_shows_no_origin(origin: Origin, serve: Serve) -> None:
+    site = serve({"news": f"http://user:hunter2@127.0.0.1:{origin.port}/hush/x.m3u8?key=hunter2"})
+    body = site.ask("GET", "/news", **HTML).body.decode()
+    assert not any(word in body for word in ("hunter2", "hush", str(origin.port)))
+
+
+def test_head_of_the_page_starts_nothing(origin: Origin, serve: Serve) -> None:
+    site = serve({"news": live(origin).url})
+    head, _, body = site.raw(
+        b"HEAD /news HTTP/1.1\r\nHost: h\r\nAccept: text/html\r\n\r\n"
+    ).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert b"Content-Type: text/html; charset=utf-8" in head
+    assert (body, origin.requests, feeders()) == (b"", (), [])
+
+
+#### What no browser plays ####
+
+
+Frame = TypeVar("Frame", av.VideoFrame, av.AudioFrame)
+
+
+def _blank(frame: Frame) -> Frame:
+    for plane in frame.planes:
+        plane.update(bytes(plane.buffer_size))
+    return frame
+
+
+@functools.cache
+def coded(video: str, audio: str, **options: str) -> bytes:
+    """Four seconds of MPEG-TS in these codecs, a key frame a second."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mpegts", options=options) as out:
+        fast = {"preset": "ultrafast", "x265-params": "log-level=none:keyint=25:bframes=0"}
+        picture = out.add_stream(video, rate=25, options=fast if video == "libx265" else {})
+        sound = out.add_stream(audio, rate=48_000)
+        assert isinstance(picture, VideoStream)
+        assert isinstance(sound, AudioStream)
+        picture.width, picture.height, picture.pix_fmt, picture.gop_size = 160, 96, "yuv420p", 25
+        sound.layout = "mono"
+        for number in range(100):
+            frame = av.VideoFrame(160, 96, "yuv420p")
+            frame.pts = number
+            out.mux(picture.encode(_blank(frame)))
+        for number in range(187):
+            tone = av.AudioFrame(sound.format.name, "mono", 1024)
+            tone.sample_rate, tone.pts = 48_000, number * 1024
+            out.mux(sound.encode(_blank(tone)))
+        out.mux(picture.encode(None))
+        out.mux(sound.encode(None))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("codecs", "options", "words"),
+    [
+        pytest.param(("libx264", "aac"), {}, "", id="H.264 and AAC"),
+        pytest.param(("libx264", "mp2"), {}, "", id="MPEG audio"),
+        pytest.param(("libx264", "ac3"), {}, "AC-3", id="AC-3"),
+        pytest.param(("libx264", "eac3"), {}, "E-AC-3", id="E-AC-3"),
+        pytest.param(
+            ("libx264", "ac3"), {"mpegts_flags": "system_b"}, "AC-3", id="AC-3 as DVB sends it"
+        ),
+        pytest.param(
+            ("libx264", "eac3"), {"mpegts_flags": "system_b"}, "E-AC-3", id="E-AC-3 as DVB does"
+        ),
+        pytest.param(("libx265", "aac"), {}, "HEVC", id="HEVC"),
+        pytest.param(("libx265", "ac3"), {}, "AC-3 and HEVC", id="neither"),
+        pytest.param(("mpeg2video", "mp2"), {}, "MPEG-2", id="MPEG-2"),
+    ],
+)
+def test_page_tells_what_no_browser_plays(
+    origin: Origin, serve: Serve, codecs: tuple[str, str], options: dict[str, str], words: str
+) -> None:
+    body = coded(*codecs, **options)
+    site = serve({"news": origin.add(Playlist("news", [body])).url})
+    assert "which browsers do not play" not in watch_page(site).text
+    assert site.get("/news").status == 200
+    eventually(lambda: not feeders(), "nothing is open any more")
+    asked = len(origin.requests)
+    text = watch_page(site).text
+    note = f"It has {words}, which browsers do not play here: open it in a player."
+    assert (note in text) == bool(words)
+    assert ("which browsers do not play" in text) == bool(words)
+    assert len(origin.requests) == asked
+
+
+#### Errors ####
+
+
+def error_page(answer: Answer, status: int, reason: str) -> Document:
+    assert (answer.status, answer.headers["Content-Type"]) == (status, "text/html; charset=utf-8")
+    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+    found = Document(answer.body)
+    assert not {"script", "img"} & {tag for tag, _ in found.tags}
+    assert reason in found.text
+    return found
+
+
+@pytest.mark.parametrize("path", ["/nobody", "/nobody.m3u", "/News", "/news/", "/../etc"])
+def test_stream_that_does_not_exist_is_a_page_for_people(serve: Serve, path: str) -> None:
+    site = serve({"news": NOWHERE}, server={"token": TOKEN})
+    found = error_page(site.ask("GET", path + QUERY, **HTML), 404, "there is no such stream")
+    assert found.links() == [f"./{QUERY}"]
+    assert found.all("meta", **{"http-equiv": "refresh"}) == [], "it will be missing for long"
+    answer = site.ask("GET", path + QUERY)
+    assert (answer.status, answer.json) == (404, {"error": "there is no such stream"})
+
+
+def test_fault_that_may_pass_is_looked_at_again(serve: Serve) -> None:
+    site = serve({"news": NOWHERE})
+    assert site.channels.stop(1)
+    answer = site.ask("GET", "/news", **HTML)
+    found = error_page(answer, 503, "the server is shutting down")
+    assert found.all("meta", content="10", **{"http-equiv": "refresh"})
+    assert answer.headers["Retry-After"] == "5"
+    assert site.get("/news").json == {"error": "the server is shutting down"}
+    assert site.ask("HEAD", "/news", **HTML).status == 503
+
+
+@pytest.mark.parametrize("path", ["/", "/news", "/nobody", "/status", "/playlist.m3u"])
+@pytest.mark.parametrize("query", ["", "?token=wrong"])
+def test_token_is_asked_for_with_a_page(serve: Serve, path: str, query: str) -> None:
+    site = serve({"news": NOWHERE}, server={"token": TOKEN})
+    answer = site.ask("GET", path + query, **HTML)
+    assert answer.headers["WWW-Authenticate"].startswith("Basic realm=")
+    error_page(answer, 401, "a token is required")
+    if path != "/":
+        assert site.ask("GET", path + query).json == {"error": "a token is required"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/news", 401), ("POST", "/news", 405), ("PUT", "/", 405), ("POST", "/%ff", 405)],
+)
+def test_no_page_tells_strangers_the_token(
+    serve: Serve, method: str, path: str, status: int
+) -> None:
+    answer = serve({"news": NOWHERE}, server={"token": TOKEN}).ask(method, path, **HTML)
+    found = error_page(answer, status, "")
+    assert found.links() == ["./"]
+    assert QUOTED_TOKEN not in answer.body.decode()
+    assert TOKEN not in f"{answer.headers}"
+
+
+def test_head_that_cannot_be_read_is_no_page(serve: Serve) -> None:
+    answer = serve({}).raw(b"GET / HTTP/9.9\r\nAccept: text/html\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 505 ")
+    assert b"Content-Type: application/json" in answer
