@@ -4647,11 +4647,6 @@ def no_media_error(stream: StreamSettings, trouble: str | None) -> StreamError:
     return StreamError(HTTPStatus.GATEWAY_TIMEOUT, reason)
 
 
-def no_hls_error(stream: StreamSettings) -> StreamError:
-    reason = f"this stream has an end, or no segments, and so no HLS: play /{stream.name}"
-    return StreamError(HTTPStatus.NOT_FOUND, reason)
-
-
 def no_quality_error(qualities: Iterable[str]) -> StreamError:
     reason = f"no such quality; available: {', '.join(qualities)}"
     return StreamError(HTTPStatus.NOT_FOUND, reason)
@@ -4677,6 +4672,14 @@ class LimitReached(StreamError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(HTTPStatus.SERVICE_UNAVAILABLE, reason, retry_after=5)
+
+
+class NoListing(StreamError):
+    """What has an end, or no segments, has no HLS."""
+
+    def __init__(self, stream: StreamSettings) -> None:
+        reason = f"this stream is not available as HLS: play /{stream.name}"
+        super().__init__(HTTPStatus.NOT_FOUND, reason)
 
 
 class Channels:
@@ -4740,7 +4743,7 @@ class Channels:
         if listing is None or viewer.key in channel.pollers:  # a request beside this was faster
             self._detach(channel, viewer)
             if listing is None:
-                raise no_hls_error(channel.stream)
+                raise NoListing(channel.stream)
             return
         patience = max(3 * listing.target, channel.linger)
         viewer.has_left = lambda: time.monotonic() - viewer.moved > patience
@@ -5487,20 +5490,23 @@ def _chart(bitrates: Sequence[float]) -> str:
     )
 
 
-def watch_page(site: Site, stream: StreamSettings, quality: str | None) -> Page:
-    """Plays a stream; raises StreamError where a reload has just taken it out of the file."""
+def watch_page(site: Site, stream: StreamSettings, quality: str | None, path: str) -> Page:
+    """Plays what is at `path`; nothing where that is empty, for no browser would.
+
+    Raises StreamError where a reload has just taken it out of the file.
+    """
     reports = {report.settings.name: report for report in site.report()}
     if stream.name not in reports:
         raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
     report, title = reports[stream.name], html.escape(stream.title)
-    source = html.escape(f"{stream.name}.m3u8{site.query(quality=quality)}")
+    source = html.escape(path + site.query(quality=quality))
     address = html.escape(site.link(stream.name, quality=quality))
-    codecs = " and ".join(report.unplayed)
+    codecs = " and ".join(report.unplayed) or ("" if path else "a format")
     note = f"It has {codecs}, which browsers do not play here: open it in a player."
+    video = f'<video controls autoplay muted playsinline src="{source}"></video>' if path else ""
     body = f"""<div class="watch">{_logo(stream)}<div class="name"><h1>{title}</h1>
 {_facts(report)}</div></div>
-<video controls autoplay muted playsinline src="{source}"></video>
-{f'<p class="note">{note}</p>' if codecs else ""}
+{video}{f'<p class="note">{note}</p>' if codecs else ""}
 <nav class="zap" aria-label="Streams">{_zap_links(site, report, list(reports.values()))}
 {_player_link(site, stream)}</nav>
 <div class="more"><p>On a television or in a player, type <code>{address}</code></p>
@@ -5570,6 +5576,7 @@ PAGES: Mapping[str, Callable[[Site], Page]] = {
 # --------------------------------------------------------------------------------------------------
 
 HLS_PATH = re.compile(r"/([a-z0-9-]+)(?:\.m3u8|/([0-9]{1,18})\.([a-z0-9]+))")
+PLAYED_AS_IT_IS = (Container.FMP4, Container.AAC, Container.MPEG_AUDIO)  # by browsers, without HLS
 HLS_HEADERS = {"Access-Control-Allow-Origin": "*", "Accept-Ranges": "none"}
 RELOAD_WAIT = 5.0  # seconds that a playlist may wait for news
 HOST = re.compile(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", re.ASCII)
@@ -5732,9 +5739,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_watch_page(self, stream: StreamSettings, quality: str | None) -> None:
         """Answer with the page that plays it; raises StreamError where nothing would."""
-        if self.server.channels.is_stopping:
+        source = f"{stream.name}.m3u8"
+        if self.command != "HEAD":
+            try:
+                self._poll(stream, quality)[2].listed = 0  # the page begins anew
+            except NoListing:
+                container = self.server.channels.record(stream.name).container
+                source = stream.name if container in PLAYED_AS_IT_IS else ""
+        elif self.server.channels.is_stopping:
             raise stopping_error()
-        self.answer_page(watch_page(self.site(), stream, quality))
+        self.answer_page(watch_page(self.site(), stream, quality, source))
 
     def answer_head(self, stream: StreamSettings) -> None:
         """HEAD of a stream costs nothing: Kodi and Jellyfin probe with it before they play."""

@@ -382,7 +382,7 @@ CHANNEL_SHAPE = {
     "viewers": list,
 }
 VIEWER_SHAPE = {
-    **dict.fromkeys(("address", "user_agent"), str),
+    **dict.fromkeys(("address", "user_agent", "kind"), str),
     "since_seconds": NUMBER,
     **dict.fromkeys(("bytes", "skips"), int),
 }
