@@ -5107,7 +5107,7 @@ class Channels:
 
 
 # --------------------------------------------------------------------------------------------------
-# Pages: playlists, HDHomeRun's documents, status, metrics, the page for people
+# Pages: playlists, HDHomeRun's documents, status, metrics, the pages for people
 # --------------------------------------------------------------------------------------------------
 
 
