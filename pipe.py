@@ -2168,16 +2168,20 @@ class Listing:
                     return [segment.init_section]
         return ()
 
-    def playlist(self, name: str, tail: str) -> tuple[int, str]:
+    def playlist(self, name: str, tail: str, had: int = 0) -> tuple[int, str]:
         """The newest number and the media playlist; `tail` is the query of all addresses in it.
 
         They are relative: whatever proxy there is, they lead to where this one came from.
+        Who had a playlist up to number `had` is told of three more at most: of many, as they come
+        after an outage, Chromium takes the last three, and then fails at the gap before them.
         """
         self.asked = time.monotonic()
         with self._changed:
-            listed, target = tuple(self._listed), self.target
+            listed, target = list(self._listed), self.target
         if not listed:
             raise WindowEnded(complete=False)
+        if had >= listed[0].number - 1:
+            listed = [segment for segment in listed if segment.number <= had + LEAST_LISTED]
         version = 6 if self.container is Container.FMP4 else 3
         text = f"#EXTM3U\n#EXT-X-VERSION:{version}\n#EXT-X-TARGETDURATION:{target}\n"
         text += f"#EXT-X-MEDIA-SEQUENCE:{listed[0].number}\n"
@@ -5896,12 +5900,10 @@ class Handler(BaseHTTPRequestHandler):
             self._send_head(HTTPStatus.OK, {"Content-Type": PLAYLIST_TYPE, **HLS_HEADERS})
             return
         channel, listing, viewer = self._poll(stream, quality)
-        token = self.server.config.server.token
-        given = {"quality": quality, "token": token}
-        query = urlencode({key: value for key, value in given.items() if value})
+        tail = self.site().query(quality=quality)
         try:
             self._await_news(channel, listing, viewer)
-            viewer.listed, text = listing.playlist(stream.name, f"?{query}" if query else "")
+            viewer.listed, text = listing.playlist(stream.name, tail, viewer.listed)
         except WindowEnded:
             raise self._ended_error() from None
         self.answer(HTTPStatus.OK, Page(text.encode(), PLAYLIST_TYPE), HLS_HEADERS)

@@ -58,7 +58,7 @@ class Visit:
         page.on("request", lambda request: self.asked.append(request.url))
         page.on("console", lambda message: self.said.append(message.text))
         page.on("pageerror", lambda error: self.said.append(str(error)))
-        page.on("requestfailed", lambda request: self.said.append(f"failed: {request.url}"))
+        page.on("requestfailed", lambda r: self.said.append(f"failed: {r.url} {r.failure}"))
         page.goto(address)
 
     def measure(self, script: str) -> Any:

@@ -446,6 +446,19 @@ def test_playlist_that_a_client_has_waits_for_the_next_segment(
     assert newest_of(site, "/news.m3u8") == newest + 1, "it waits for a target duration at most"
 
 
+def test_many_segments_at_once_are_told_three_by_three(origin: Origin, serve: Serve) -> None:
+    """Of more, Chromium takes the last three, and fails at the gap."""
+    playlist = live(origin)
+    site = serve({"news": playlist.url})
+    newest = newest_of(site, "/news.m3u8")
+    playlist.advance(5)
+    viewer = site.watch("/news")
+    viewer.read(len(playlist.plain(playlist.newest - 7, playlist.newest + 1)))
+    assert [newest_of(site, "/news.m3u8") for _ in range(2)] == [newest + 3, newest + 5]
+    answer = site.ask("GET", "/news.m3u8", **{"User-Agent": "another"})
+    assert listed_in(answer.body.decode())[-1].number == newest + 5, "who begins is told of all"
+
+
 def test_too_few_segments_are_504(origin: Origin, serve: Serve) -> None:
     playlist = live(origin, window=2)
     site = serve({"news": playlist.url}, timeout=1)

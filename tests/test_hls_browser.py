@@ -1,0 +1,186 @@
+"""The watch page in a real browser, headless Chromium: the address of a stream, opened, plays.
+
+Where Chromium is missing the tests are skipped, but not with CI in the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import media, test_browser
+from tests.origin import Origin, Playlist, Segment, master
+from tests.program import Service
+from tests.server import Site
+from tests.test_browser import Look, Visit
+from tests.test_proxies import free_port
+
+# Fixtures.
+browser, look = test_browser.browser, test_browser.look
+browser_before_each_test = test_browser._browser_before_each_test
+
+Serve = Callable[..., Site]
+
+PAGES = 5  # of each kind, side by side
+PLAYED = 15.0  # seconds of a page that plays
+
+pytestmark = pytest.mark.long
+
+
+#### Channels ####
+
+
+def ts(origin: Origin, name: str, **options: object) -> str:
+    segments = media.ts_segments(60)
+    made = Playlist(name, segments, mode="live", window=6, clock=True, **options)  # type: ignore[arg-type]
+    return origin.add(made).url
+
+
+def long_ts(origin: Origin, name: str) -> str:
+    segments = [Segment(data, 4.0) for data in media.ts_segments(15, 4.0)]
+    return origin.add(Playlist(name, segments, mode="live", window=6, clock=True)).url
+
+
+def fmp4(origin: Origin, name: str) -> str:
+    init, parts = media.fmp4(60)
+    made = Playlist(name, parts, init=init, extension=".m4s", mode="live", window=6, clock=True)
+    return origin.add(made).url
+
+
+def encrypted(origin: Origin, name: str) -> str:
+    return ts(origin, name, aes_key=b"0123456789abcdef")
+
+
+def qualities(origin: Origin, name: str) -> str:
+    segments = media.ts_segments(60)
+    variants = {
+        quality: Playlist(f"{name}-{quality}", segments, mode="live", window=6, clock=True)
+        for quality in ("180p", "90p")
+    }
+    return origin.add(master(name, variants)).url
+
+
+def discontinuous(origin: Origin, name: str) -> str:
+    """Every third segment begins the time anew."""
+    segments = [
+        Segment(data, discontinuity=number % 3 == 0)
+        for number, data in enumerate(media.ts_segments(3) * 20)
+    ]
+    return origin.add(Playlist(name, segments, mode="live", window=6, clock=True)).url
+
+
+CHANNELS = [ts, long_ts, fmp4, encrypted, qualities, discontinuous]
+
+
+#### Chromium ####
+
+
+# A page's own script could not wait like this: its policy allows none.
+WATCH = """time => new Promise(done => {
+    const video = document.querySelector("video")
+    const look = () => {
+        if (video.error) done(video.error.message || "an error")
+        else if (video.currentTime > time) done("")
+    }
+    video.addEventListener("timeupdate", look)
+    video.addEventListener("error", look)
+    setTimeout(() => done(`only ${video.currentTime} of ${time} s`), 60000)
+    look()
+})"""
+
+
+def play_on(visit: Visit, seconds: float = PLAYED) -> None:
+    now = visit.measure("document.querySelector('video').currentTime")
+    assert visit.page.evaluate(WATCH, now + seconds) == "", reasons(visit)
+
+
+def reasons(visit: Visit) -> list[str]:
+    """What Chromium tells developers of its player's errors."""
+    found: list[str] = []
+    tools = visit.page.context.new_cdp_session(visit.page)
+    tools.on("Media.playerErrorsRaised", lambda event: found.append(json.dumps(event)))
+    tools.send("Media.enable")
+    return found
+
+
+def assert_plays(visit: Visit, seconds: float = PLAYED) -> None:
+    """It plays from its start for so long, looks as it shall, and says and asks nothing else."""
+    assert visit.page.evaluate(WATCH, seconds) == "", reasons(visit)
+    assert visit.measure("document.querySelector('video').videoWidth") == media.WIDTH
+    assert visit.measure("document.scripts.length") == 0
+    aborted = re.compile("failed: .*ERR_ABORTED")  # Chromium looks into a segment, and leaves it
+    assert [words for words in visit.said if not aborted.match(words)] == []
+    server = visit.page.url.rpartition("/")[0]
+    assert all(address.startswith((server, "data:")) for address in visit.asked)
+
+
+@pytest.mark.parametrize("state", ["cold", "warm"])
+@pytest.mark.parametrize("channel", CHANNELS)
+def test_address_of_a_stream_plays(
+    origin: Origin,
+    serve: Serve,
+    look: Look,
+    channel: Callable[[Origin, str], str],
+    state: str,
+) -> None:
+    streams = {f"news-{number}": channel(origin, f"news-{number}") for number in range(PAGES)}
+    site = serve(streams)
+    if state == "warm":
+        for name in streams:
+            assert site.get(f"/{name}.m3u8").status == 200
+    visits = [look(f"{site.url}/{name}") for name in streams]
+    for visit in visits:
+        assert_plays(visit)
+    if shots := os.environ.get("SCREENSHOTS"):
+        visits[0].page.screenshot(path=Path(shots) / f"watch-{channel.__name__}-{state}.png")
+
+
+@pytest.fixture
+def service(origin: Origin, tmp_path: Path) -> Service:
+    return Service(tmp_path, {"news": ts(origin, "news")}, port=free_port())
+
+
+def address_of(service: Service) -> str:
+    return f"http://127.0.0.1:{service.port}/news"
+
+
+def test_page_plays_on_while_the_configuration_is_read_again(
+    origin: Origin, service: Service, look: Look
+) -> None:
+    with service:
+        visit = look(address_of(service))
+        assert_plays(visit, 3)
+        service.configure({"news": f"{origin.url}/news/index.m3u8", "more": "http://h.example/x"})
+        service.send(signal.SIGHUP)
+        service.wait_for("reloaded")
+        play_on(visit)
+
+
+def test_page_plays_on_after_an_outage_of_the_origin(
+    origin: Origin, serve: Serve, look: Look
+) -> None:
+    site = serve({"news": ts(origin, "news")})
+    visit = look(f"{site.url}/news")
+    assert_plays(visit, 3)
+    port = origin.port
+    assert port
+    origin.stop()
+    visit.page.wait_for_timeout(8000)
+    origin.start()
+    play_on(visit)
+
+
+def test_page_plays_on_after_a_restart_of_the_program(
+    origin: Origin, service: Service, tmp_path: Path, look: Look
+) -> None:
+    with service:
+        visit = look(address_of(service))
+        assert_plays(visit, 3)
+    with Service(tmp_path, {"news": f"{origin.url}/news/index.m3u8"}, port=service.port):
+        play_on(visit)
