@@ -2139,10 +2139,9 @@ class Download:
         offset = self._offset_of(response)
         before = max(0, -offset)  # bytes still to come in front of ours
         repeat = Repeat(self._had if offset <= 0 else Fingerprint())
-        read = reading(response, PART_LIMIT)
+        parts = parts_of(response, PART_LIMIT, start)
         self._came, self._waited = 0, 0.0
-        while self._had.size != self._size and (part := start or self._wait_for(read)):
-            start = b""
+        while self._had.size != self._size and (part := self._wait_for(parts)):
             if not self._had.size and is_page(part):
                 raise UpstreamError(WEB_PAGE)
             part, before = part[before:], max(0, before - len(part))
@@ -2158,24 +2157,25 @@ class Download:
         if self._had.size < (self._size or self._length):
             raise ConnectionError("the range ended early")
 
-    def _wait_for(self, read: Callable[[], bytes]) -> bytes:
+    def _wait_for(self, parts: Iterator[bytes]) -> bytes:
         if self._waited > self._slow_time and self.is_slow():
             # Each time later, or a body of which only all can be had would never be whole.
             self._slow_time *= 2
             raise PipeError("it comes too slowly")
         asked = time.monotonic()
-        part = read()
+        part = next(parts, b"")
         self._waited += time.monotonic() - asked
         self._came += len(part)
         return part
 
 
-def reading(response: requests.Response, size: int) -> Callable[[], bytes]:
-    """What reads a body as it comes, up to `size` bytes at once and none at its end."""
+def parts_of(response: requests.Response, size: int, start: bytes = b"") -> Iterator[bytes]:
+    """A body as it comes, up to `size` bytes at once, after the `start` that was read of it."""
     is_coded = "Content-Encoding" in response.headers  # urllib3 copies what it may decode
     if is_coded:  # up to 2.5, it decodes at once what it reads: a thousand times as much
         size = min(size, 4 * KIB)
-    return functools.partial(response.raw.read1, size, decode_content=is_coded)
+    read = functools.partial(response.raw.read1, size, decode_content=is_coded)
+    return itertools.chain(filter(None, [start]), iter(read, b""))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2363,7 +2363,7 @@ class Session:
                 self._raw = response, start
                 return dict.fromkeys(("live", "best", "worst"), HTTPStream(self.engine, address))
             read_bounded(response, start)
-            self.http.keep(response)
+            self.http.keep(address, response)
             address = f"hls://{address}"
             match = self.engine.plugins.match_url(address)
             assert match
@@ -2377,12 +2377,11 @@ class Session:
     def _open_raw(self, arguments: Mapping[str, Any]) -> Opened:
         """Ask for a body, and read as much of it as tells what it is."""
         response = self.http.ask(arguments, {}, self.http.timeout)
-        read, start = reading(response, START_LIMIT), b""
-        while len(start) < START_LIMIT and (len(start) < 64 or _COMMENTS.fullmatch(start)):
-            more = read()
-            if not more:
+        start = b""
+        for part in parts_of(response, START_LIMIT):
+            start += part
+            if len(start) >= START_LIMIT or (len(start) >= 64 and not _COMMENTS.fullmatch(start)):
                 break
-            start += more
         if is_page(start):
             response.close()
             raise UpstreamError(WEB_PAGE)
@@ -2486,7 +2485,7 @@ class Http(HTTPSession):
             if is_page(response.content) and not is_manifest:
                 raise kind from UpstreamError(WEB_PAGE)
         if is_playlist(response.content):
-            self.keep(response)
+            self.keep(url, response)
         return response
 
     def _ask_moved(self, url: str, arguments: Mapping[str, Any]) -> requests.Response | None:
@@ -2518,13 +2517,12 @@ class Http(HTTPSession):
             with self.within(timeout):
                 read_bounded(response)
 
-    def keep(self, response: requests.Response) -> None:
+    def keep(self, url: str, response: requests.Response) -> None:
         """Note a playlist, and where it was found."""
-        asked = (response.history or [response])[0].request.url
-        if asked and self.is_resolving:
-            self._kept[asked] = response
-        if asked and response.history and not self.params:
-            self._moved.setdefault(asked, response.url)
+        if self.is_resolving:
+            self._kept[url] = response
+        if response.history and not self.params:
+            self._moved.setdefault(url, response.url)
 
     def mount(self, prefix: Any, adapter: Any) -> None:
         """Watch an adapter's pools; what reads local files is not mounted at all."""
@@ -2648,9 +2646,9 @@ def read_bounded(response: requests.Response, start: bytes = b"") -> None:
 
     Of a redirect or an error that can be as much as there is of it: its status tells enough.
     """
-    body, read = bytearray(start), reading(response, 64 * KIB)
+    body = bytearray()
     try:
-        while part := read():
+        for part in parts_of(response, 64 * KIB, start):
             body += part
             if len(body) > PLAYLIST_LIMIT:
                 raise UpstreamError("the origin's playlist is too large")
@@ -2724,9 +2722,8 @@ class Upstream:
 
     @property
     def _workers(self) -> list[Any]:
-        """Who loads the playlists of each track; None for one that has none."""
-        tracks = [file for file in self._files if not isinstance(file, FFMPEGMuxer)]
-        return [getattr(track, "worker", None) for track in tracks]
+        """Who loads the playlist of each track."""
+        return [file.worker for file in self._files if isinstance(file, SegmentedStreamReader)]
 
     def start(self) -> None:
         """Open the source; may raise anything, and whatever happens close() ends it."""
@@ -3304,8 +3301,7 @@ class RawUpstream(Upstream):
     def _items(self) -> Items:
         if not self.has_end:
             response, start = self._opened
-            yield start
-            yield from iter(reading(response, self.session.read_size), b"")
+            yield from parts_of(response, self.session.read_size, start)
             raise UpstreamError(CLOSED)
         # A body that stalls is noticed after `timeout`, and then asked for once more.
         patience = self.session.engine.get_option("stream-segment-timeout") + JUDGE_GRACE / 2
