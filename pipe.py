@@ -2271,9 +2271,6 @@ Opened = tuple[requests.Response, bytes]  # an answer, and what was read of its 
 class Download:
     """A body, tried for until it is whole; what was had of it is not passed on again.
 
-    One thread goes through parts(); or one fills its buffer with them, and another takes the bytes
-    meanwhile, to whom it looks like a response of requests', as far as streamlink asks.
-
     `request` asks for it, with more headers and a time-out; no try follows once its upstream is
     `closing`; `patience` is for how many seconds without a byte it is tried.
     """
@@ -2283,15 +2280,13 @@ class Download:
         request: Callable[[Mapping[str, str], float], requests.Response],
         closing: threading.Event,
         patience: Callable[[], float],
-        is_hopeless: Callable[[Download], str] = lambda _: "",  # why another try is of no use
-        is_slow: Callable[[Download], bool] = lambda _: False,  # beside others, and to be played
-        byte_range: tuple[int, int] | None = None,
+        byte_range: Any = None,  # streamlink's
         opened: Opened | None = None,
     ) -> None:
-        self._request, self._closing = request, closing
-        self._patience, self._is_hopeless, self._is_slow = patience, is_hopeless, is_slow
-        self._first, last = byte_range or (0, None)  # of the resource's bytes
-        self._size = None if last is None else last - self._first + 1
+        self._request, self._closing, self._patience = request, closing, patience
+        # Of the resource's bytes; EXT-X-MAP may leave out a 0.
+        self._first: int = (byte_range.offset or 0) if byte_range else 0
+        self._size: int | None = byte_range.range if byte_range else None
         self._opened = opened  # the first answer, where it is there already
         self._had = Fingerprint()
         self._moved = 0.0  # when the newest byte was passed on, or the first try began
@@ -2304,10 +2299,9 @@ class Download:
         self._slow_time = SLOW_TIME  # seconds after which a try that is slow is ended
         self._validator: str | None = None  # None: the rest cannot be asked for
         self._length = 0  # bytes of the whole, where an answer with a part of it told
-        self.buffer = ReaderBuffer(BODY_LIMIT)  # between the two threads
 
     def __repr__(self) -> str:
-        return f"<Download: {self._had.size} bytes came, {self.buffer}>"
+        return f"<{type(self).__name__}: {self.size} bytes came, {self.failure}>"
 
     @property
     def size(self) -> int:
@@ -2319,7 +2313,13 @@ class Download:
         """Bytes a second, as the origin sent them in the newest try."""
         return self._came / max(self._waited, 1e-3)
 
-    # The runner
+    def is_hopeless(self) -> bool:
+        """Whether another try is of no use."""
+        return False
+
+    def is_slow(self) -> bool:
+        """Whether it arrives too slowly, so that another connection may be faster."""
+        return False
 
     def parts(self) -> Generator[bytes, None, None]:
         """The bytes as they come; raises DownloadFailed where the rest cannot be had."""
@@ -2346,9 +2346,8 @@ class Download:
         """Raise DownloadFailed where another try after this pause is of no use."""
         if self.answered < self.asked and self.failure != reason:
             self.failure, self.failing_since = reason, self.asked
-        if why := self._is_hopeless(self):
-            raise DownloadFailed(f"{reason}, and {why}")
-        if time.monotonic() + pause - self._moved > self._patience():
+        is_late = time.monotonic() + pause - self._moved > self._patience()
+        if is_late or self.is_hopeless():
             raise DownloadFailed(reason)
 
     def _is_whole(self, error: Exception) -> bool:
@@ -2402,75 +2401,43 @@ class Download:
         offset = self._offset_of(response)
         before = max(0, -offset)  # bytes still to come in front of ours
         repeat = Repeat(self._had if offset <= 0 else Fingerprint())
-        read = reading(response, PART_LIMIT)
+        parts = parts_of(response, PART_LIMIT, start)
         self._came, self._waited = 0, 0.0
-        while self._left != 0 and (part := start or self._wait_for(read)):
-            start = b""
+        while self._had.size != self._size and (part := self._wait_for(parts)):
             if not self._had.size and is_page(part):
                 raise UpstreamError(WEB_PAGE)
             part, before = part[before:], max(0, before - len(part))
             new = repeat.pass_on(part)
             if new is None:
                 raise DownloadFailed("it changed in the meantime")
-            if new := new[: self._left]:
+            if new := new[: (self._size or sys.maxsize) - self._had.size]:
                 self._had.add(new)
                 yield new
                 self._moved = time.monotonic()
-            self._judge_rate()
         if before or not repeat.is_over:
             raise DownloadFailed("it became shorter in the meantime")
         if self._had.size < (self._size or self._length):
             raise ConnectionError("the range ended early")
 
-    def _wait_for(self, read: Callable[[], bytes]) -> bytes:
+    def _wait_for(self, parts: Iterator[bytes]) -> bytes:
+        if self._waited > self._slow_time and self.is_slow():
+            # Each time later, or a body of which only all can be had would never be whole.
+            self._slow_time *= 2
+            raise PipeError("it arrives too slowly")
         asked = time.monotonic()
-        part = read()
+        part = next(parts, b"")
         self._waited += time.monotonic() - asked
         self._came += len(part)
         return part
 
-    def _judge_rate(self) -> None:
-        """End a try that is slow: another connection may be faster.
 
-        Each time later, or a body of which only all can be had would never be whole.
-        """
-        if self._waited < SLOW_TIME or not self._is_slow(self):
-            return
-        if self._waited > self._slow_time or self._is_hopeless(self):
-            self._slow_time *= 2
-            raise PipeError("it arrives too slowly")
-
-    @property
-    def _left(self) -> int | None:
-        """Bytes of the range still to come."""
-        return None if self._size is None else self._size - self._had.size
-
-    # The taker
-
-    def iter_content(self, chunk_size: int = 1) -> Iterator[bytes]:
-        """The bytes as they come; raises DownloadFailed if the rest cannot be had."""
-        while not self.buffer.is_exhausted:
-            yield from cast(list[bytes], self.buffer.take(PART_LIMIT, None))
-        if self.buffer.failure:
-            raise DownloadFailed(self.buffer.failure)
-
-    @functools.cached_property
-    def content(self) -> bytes:
-        """All of it, once it is there; kept for the next time, and so for small bodies only."""
-        content = b""
-        for part in self.iter_content():
-            content += part
-            if len(content) > BODY_LIMIT:
-                raise DownloadFailed(f"it is larger than {BODY_LIMIT // MIB} MiB")
-        return content
-
-
-def reading(response: requests.Response, size: int) -> Callable[[], bytes]:
-    """What reads a body as it comes, up to `size` bytes at once and none at its end."""
+def parts_of(response: requests.Response, size: int, start: bytes = b"") -> Iterator[bytes]:
+    """A body as it comes, up to `size` bytes at once, after the `start` that was read of it."""
     is_coded = "Content-Encoding" in response.headers  # urllib3 copies what it may decode
     if is_coded:  # up to 2.5, it decodes at once what it reads: a thousand times as much
         size = min(size, 4 * KIB)
-    return functools.partial(response.raw.read1, size, decode_content=is_coded)
+    read = functools.partial(response.raw.read1, size, decode_content=is_coded)
+    return itertools.chain(filter(None, [start]), iter(read, b""))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2497,10 +2464,31 @@ LEAST_STREAMLINK = (8, 6, 2)  # older ones hand out local files over a redirect
 ALIASES = ("best", "worst", "best-unfiltered", "worst-unfiltered")  # names for other names
 
 
+# What of the libraries is overridden and called here, with its parameters.
+HOOKS: tuple[tuple[Any, Mapping[str, str]], ...] = (
+    (HLSStreamWriter, {
+        "put": "self segment", "run": "self", "close": "self",
+        "should_filter_segment": "self segment", "create_decryptor": "self key num",
+        "iter_segment_content": "self segment response",
+        "_parse_packed_audio_timestamp": "self iterator",
+    }),
+    (HLSStreamWorker, {"reload": "self", "run": "self", "process_segments": "self playlist"}),
+    (HLSStreamReader, {"close": "self"}),
+    (MuxedStream, {"_open_streams": "self"}),
+    (HTTPAdapter, {"get_connection_with_tls_context": "self request verify proxies cert"}),
+)  # fmt: skip
+
+
 def check_engine() -> None:
     """Raise PipeError where the installed streamlink is not safe, or not one that fits."""
     numbers = tuple(int(n) for n in re.findall(r"\d+", engine_version)[:3])
-    if numbers < LEAST_STREAMLINK or not hooks_fit():
+    has_hooks = all(
+        hasattr(owner, name)
+        and " ".join(inspect.signature(getattr(owner, name)).parameters) == parameters
+        for owner, methods in HOOKS
+        for name, parameters in methods.items()
+    )
+    if numbers < LEAST_STREAMLINK or not has_hooks:
         raise PipeError(
             f"StreamPipe does not work with streamlink {engine_version}: "
             "run pip install -r requirements.txt"
@@ -2528,7 +2516,7 @@ def engine_options() -> EngineOptions:
 class Session:
     """Streamlink for one opening of a channel's upstream: nothing in it is shared with another.
 
-    Used by the channel's feeder alone, but for cut().
+    Used by the channel's feeder alone, but for http.cut().
     """
 
     def __init__(self, stream: StreamSettings, timeout: float) -> None:
@@ -2546,11 +2534,6 @@ class Session:
         self._streams: Mapping[str, Any] = {}
         self._raw: Opened | None = None  # what no plugin knew, and was no playlist
         self.slack = 0  # how many numbers a playlist may be behind the segment to begin with
-
-    def cut(self) -> None:
-        """End every request now, refuse further ones and keep nothing, from any thread."""
-        self.http.cut()
-        self._raw = None
 
     def resolve(self, address: str) -> None:
         """Find what an address offers; blocks for the session's time-out at most.
@@ -2570,9 +2553,6 @@ class Session:
         self.qualities = [name for name in streams if name not in ALIASES] or list(streams)
         names = {id(streams[name]): name for name in reversed(self.qualities)}
         self.canonical = {name: names.get(id(stream), name) for name, stream in streams.items()}
-
-    def offers(self, name: str) -> bool:
-        return name in self._streams
 
     def missing(self, name: str) -> str | None:
         """What a viewer of this quality has to do without."""
@@ -2630,9 +2610,7 @@ class Session:
         if not FFMPEGMuxer.is_usable(self.engine):
             raise UpstreamError("audio and video are separate: install ffmpeg")
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                if hasattr(os, "mkfifo"):  # not on Windows
-                    os.mkfifo(Path(folder, "fifo"))
+            tempfile.TemporaryFile().close()
         except OSError as error:
             raise UpstreamError(
                 "audio and video are separate, and joining them needs a "
@@ -2647,7 +2625,7 @@ class Session:
                 self._raw = response, start
                 return dict.fromkeys(("live", "best", "worst"), HTTPStream(self.engine, address))
             read_bounded(response, start)
-            self.http.keep(response)
+            self.http.keep(address, response)
             address = f"hls://{address}"
             match = self.engine.plugins.match_url(address)
             assert match
@@ -2661,12 +2639,11 @@ class Session:
     def _open_raw(self, arguments: Mapping[str, Any]) -> Opened:
         """Ask for a body, and read as much of it as tells what it is."""
         response = self.http.ask(arguments, {}, self.http.timeout)
-        read, start = reading(response, START_LIMIT), b""
-        while len(start) < START_LIMIT and (len(start) < 64 or _COMMENTS.fullmatch(start)):
-            more = read()
-            if not more:
+        start = b""
+        for part in parts_of(response, START_LIMIT):
+            start += part
+            if len(start) >= START_LIMIT or (len(start) >= 64 and not _COMMENTS.fullmatch(start)):
                 break
-            start += more
         if is_page(start):
             response.close()
             raise UpstreamError(WEB_PAGE)
@@ -2770,7 +2747,7 @@ class Http(HTTPSession):
             if is_page(response.content) and not is_manifest:
                 raise kind from UpstreamError(WEB_PAGE)
         if is_playlist(response.content):
-            self.keep(response)
+            self.keep(url, response)
         return response
 
     def _ask_moved(self, url: str, arguments: Mapping[str, Any]) -> requests.Response | None:
@@ -2802,13 +2779,12 @@ class Http(HTTPSession):
             with self.within(timeout):
                 read_bounded(response)
 
-    def keep(self, response: requests.Response) -> None:
+    def keep(self, url: str, response: requests.Response) -> None:
         """Note a playlist, and where it was found."""
-        asked = (response.history or [response])[0].request.url
-        if asked and self.is_resolving:
-            self._kept[asked] = response
-        if asked and response.history and not self.params:
-            self._moved.setdefault(asked, response.url)
+        if self.is_resolving:
+            self._kept[url] = response
+        if response.history and not self.params:
+            self._moved.setdefault(url, response.url)
 
     def mount(self, prefix: Any, adapter: Any) -> None:
         """Watch an adapter's pools; what reads local files is not mounted at all."""
@@ -2833,31 +2809,19 @@ class Http(HTTPSession):
         """Note a socket; one that is connected while another thread cuts is shut down here."""
         with self._lock:
             self._sockets.add(sock)
-            is_cut = self._is_cut
-        if is_cut:
-            _shut(sock)
+            if self._is_cut:
+                _shut(sock)
         return sock
 
     def cut(self) -> None:
         """End every request now, refuse further ones and keep nothing, from any thread."""
         with self._lock:
             self._is_cut = True
-            sockets, pools = list(self._sockets), list(self._pools)
-        for sock in sockets:
-            _shut(sock)
-        for pool in pools:
-            pool.close()  # what is idle now, and the others when they are done
+            for sock in self._sockets:
+                _shut(sock)
+            for pool in self._pools:
+                pool.close()  # what is idle now, and the others when they are done
         self._kept = {}
-
-
-class Response(http.client.HTTPResponse):
-    """Also what the first Shoutcast servers, which many radios run, send for HTTP/1.0."""
-
-    def _read_status(self) -> Any:
-        if not self.fp.peek(7).startswith(b"ICY 200"):
-            return super()._read_status()  # type: ignore[misc]
-        self.fp.readline(SNIFF_LIMIT)
-        return "HTTP/1.0", 200, "OK"
 
 
 def _watched(kind: Any, http_session: Http) -> Any:
@@ -2877,33 +2841,33 @@ def _watched(kind: Any, http_session: Http) -> Any:
 
         def response_class(self, sock: socket.socket, *arguments: Any, **more: Any) -> Any:
             response = Response(sock, *arguments, **more)
-            file = TimedFile(sock, response.fp, lambda: http_session.patience(self.timeout))
-            response.fp = io.BufferedReader(file)
+            file = cast(Any, response.fp).raw
+            file.__class__ = TimedFile  # the socket has counted this one, and waits for its end
+            file.patience = lambda: http_session.patience(self.timeout)
             return response
 
     return Connection
 
 
-class TimedFile(io.RawIOBase):
+class TimedFile(socket.SocketIO):
     """A socket's bytes; `patience` tells before each read for how many seconds it may wait."""
 
-    def __init__(
-        self, sock: socket.socket, file: io.BufferedReader, patience: Callable[[], float]
-    ) -> None:
-        self._sock, self._file, self._patience = sock, file.detach(), patience
-
-    def readable(self) -> bool:
-        return True
+    patience: Callable[[], float]
+    _sock: socket.socket
 
     def readinto(self, buffer: Any) -> int | None:
-        seconds = self._patience()
-        if seconds != self._sock.gettimeout():
-            self._sock.settimeout(seconds)
-        return cast(int | None, self._file.readinto(buffer))
+        self._sock.settimeout(self.patience())
+        return super().readinto(buffer)
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+
+class Response(http.client.HTTPResponse):
+    """Also what the first Shoutcast servers, which many radios run, send for HTTP/1.0."""
+
+    def _read_status(self) -> Any:
+        if not self.fp.peek(7).startswith(b"ICY 200"):
+            return super()._read_status()  # type: ignore[misc]
+        self.fp.readline(SNIFF_LIMIT)
+        return "HTTP/1.0", 200, "OK"
 
 
 def _shut(sock: socket.socket) -> None:
@@ -2944,9 +2908,9 @@ def read_bounded(response: requests.Response, start: bytes = b"") -> None:
 
     Of a redirect or an error that can be as much as there is of it: its status tells enough.
     """
-    body, read = bytearray(start), reading(response, 64 * KIB)
+    body = bytearray()
     try:
-        while part := read():
+        for part in parts_of(response, 64 * KIB, start):
             body += part
             if len(body) > PLAYLIST_LIMIT:
                 raise UpstreamError("the origin's playlist is too large")
@@ -2963,7 +2927,7 @@ def read_bounded(response: requests.Response, start: bytes = b"") -> None:
 #
 #   HLS            complete  writer   all up to EXT-X-ENDLIST was handed on, filtered or a gap
 #                  failure   writer   no key, no initialization section, more amiss than one segment
-#                                     (see DownloadingWriter), no end where it stops
+#                                     (see SegmentDownload), no end where it stops
 #                            worker   no first playlist, an expired address, numbers that start anew
 #   raw body       complete  pump     all of its length came
 #                  failure   pump     it broke off; it ended and had no length
@@ -3020,9 +2984,8 @@ class Upstream:
 
     @property
     def _workers(self) -> list[Any]:
-        """Who loads the playlists of each track; None for one that has none."""
-        tracks = [file for file in self._files if not isinstance(file, FFMPEGMuxer)]
-        return [getattr(track, "worker", None) for track in tracks]
+        """Who loads the playlist of each track."""
+        return [file.worker for file in self._files if isinstance(file, SegmentedStreamReader)]
 
     def start(self) -> None:
         """Open the source; may raise anything, and whatever happens close() ends it."""
@@ -3058,7 +3021,7 @@ class Upstream:
             return
         self._closing.set()
         self.buffer.discard()
-        self.session.cut()
+        self.session.http.cut()
         for file in self._files:
             if isinstance(file, FFMPEGMuxer):
                 end_muxer(file)
@@ -3069,10 +3032,11 @@ class Upstream:
             self._close()
 
     def _close(self) -> None:
-        """Wait for the end of what was started."""
+        """Wait for the end of what was started; blocks for seconds at most."""
         for file in reversed(self._files):
             try:
-                close_file(file)
+                file._opened = True  # or a writer whose worker could not be started would be left
+                file.close()
             except Exception:
                 log.debug("cannot close", exc_info=True)
         for file in self._files:
@@ -3096,26 +3060,13 @@ class Upstream:
         vars(stream)[maker] = make_and_note
 
 
-def close_file(file: Any) -> None:
-    """Close what streamlink opened, or was about to open; blocks for seconds at most."""
-    if isinstance(file, FFMPEGMuxer):  # which has been killed; streamlink would leave a zombie
-        process: Any = file.process
-        file.process = None
-        if process:
-            process.stdin.close()
-            process.stdout.close()
-            process.wait()
-        for stream in file.streams:
-            close_file(stream)
-    if isinstance(file, SegmentedStreamReader):
-        file._opened = True  # streamlink would leave a writer whose worker could not be started
-    file.close()
-
-
 def end_muxer(muxer: Any) -> None:
     """Kill ffmpeg, and remove its FIFOs once nobody waits at them."""
-    if muxer.process:
-        muxer.process.kill()
+    if process := muxer.process:
+        process.kill()
+        process.stdin.close()
+        process.stdout.close()
+        process.wait()  # streamlink would leave a zombie
     for stream in muxer.streams:
         if isinstance(stream, SegmentedStreamReader):
             stream.buffer.close()
@@ -3128,6 +3079,7 @@ def end_muxer(muxer: Any) -> None:
             thread.join(0.02)
         with contextlib.suppress(OSError):
             pipe.path.unlink()
+    muxer.process = None  # it is closed
 
 
 class SegmentedUpstream(Upstream):
@@ -3136,21 +3088,21 @@ class SegmentedUpstream(Upstream):
     def __init__(self, session: Session, stream: HLSStream, first: int | None = None) -> None:
         super().__init__(session)
         self._stream = stream
-        hook(stream, session, "", self.buffer, first)
+        hook(stream, session, buffer=self.buffer, first=first, fail=None)
         self._remember(stream)
 
     def start(self) -> None:
         self._stream.open()
 
 
-def hook(
-    stream: Any, session: Session, track: str, buffer: ReaderBuffer, first: int | None
-) -> None:
-    """Put our downloads into an HLS stream, perhaps a plugin's own, before it is opened."""
+def hook(stream: Any, session: Session, track: str = "", **reading: Any) -> None:
+    """Put our downloads into an HLS stream, perhaps a plugin's own, before it is opened.
+
+    `reading` is what SegmentReader asks for.
+    """
     stream.name = session.name + track  # part of its threads' names, and so of their log lines
-    vars(stream)["__reader__"] = functools.partial(
-        _hooked(type(stream).__reader__), buffer=buffer, first=first, slack=session.slack
-    )
+    reader = _hooked(type(stream).__reader__)
+    vars(stream)["__reader__"] = functools.partial(reader, slack=session.slack, **reading)
     vars(stream)["__parser__"] = _parser(type(stream).__parser__)
 
 
@@ -3184,76 +3136,60 @@ def _parser(base: Any) -> Any:
             segment = super().get_segment(uri, **data)
             segment.is_gap, self.is_gap = self.is_gap, False
             wanted, before = segment.byterange, self.m3u8.segments[-1:]
-            if wanted and wanted.offset is None and before and before[0].uri == segment.uri:
+            if wanted and wanted.offset is None:
                 # RFC 8216, 4.3.2.2; streamlink would need all segments from the first on.
-                offset = sum(part or 0 for part in before[0].byterange or ())
-                segment.byterange = wanted._replace(offset=offset)
+                if not before or before[0].uri != segment.uri or not before[0].byterange:
+                    raise ValueError("Missing BYTERANGE offset")
+                segment.byterange = wanted._replace(offset=sum(before[0].byterange))
             return segment
 
     return Parser
 
 
-class TrackBuffer(ReaderBuffer):
-    """A track's, which streamlink's muxer reads; where the track fails, its upstream does."""
+class SegmentReader(HLSStreamReader):
+    """One HLS stream, which streamlink's muxer reads where it is a track of several."""
 
-    def __init__(self, limit: int, fail: Callable[[str], None]) -> None:
-        super().__init__(limit)
-        self._fail = weakref.WeakMethod(fail)  # of its upstream, which holds this
-        self.event_used = threading.Event()  # something came, or never will: streamlink waits
-        self.start = b""  # what came first
+    def __init__(
+        self, stream: Any, name: str | None, buffer: Any, first: int | None, slack: int, fail: Any
+    ) -> None:
+        self.first = first  # the segment to begin with, where it is listed
+        self.slack = slack  # how many numbers the playlist may be behind it
+        self.is_track = fail is not None
+        self._fail = fail  # says that a track broke off; a weak reference
         self._number: int | None = None  # of the segment that is read, or else of the next
-
-    def write(self, data: bytes) -> None:
-        super().write(data)
-        self.start = self.start or data
-        self.event_used.set()
-
-    def end(self, failure: str | None) -> None:
-        super().end(failure)
-        self.event_used.set()
-
-    @property
-    def number(self) -> int | None:
-        """Of the segment that another opening begins with: ffmpeg cannot do without any."""
-        is_whole = self.closed and self.failure is None
-        return self._number if self._number is None else self._number - is_whole
+        self.start = b""  # what came first
+        super().__init__(stream, name=name)
+        self.timeout = 2.0  # seconds that close() waits for each of two threads
+        self.buffer: Any = buffer  # a ReaderBuffer
+        buffer.event_used = threading.Event()  # something came, or never will: streamlink waits
 
     def read(self, size: int) -> bytes:
         """What comes next, about `size` bytes; waits for as long as it takes.
 
         Nothing only where the track is over: silence is for the channel to judge.
         """
-        while not self.is_exhausted:
-            items = self.take(size, None)
+        while not self.buffer.is_exhausted:
+            items = self.buffer.take(size, None)
             for event in (item for item in items if isinstance(item, SegmentEvent)):
                 is_begun = event.kind in (EventKind.INIT, EventKind.START)
                 self._number = event.number if is_begun else event.number + 1
             if data := b"".join(item for item in items if isinstance(item, bytes)):
                 return data
-        if self.failure and (fail := self._fail()):
-            fail(self.failure)
+        if self.buffer.failure and (fail := self._fail()):
+            fail(self.buffer.failure)
         return b""
 
-
-class SegmentReader(HLSStreamReader):
-    def __init__(
-        self, stream: Any, name: str | None, buffer: Any, first: int | None, slack: int
-    ) -> None:
-        self.first = first  # the segment to begin with, where it is listed
-        self.slack = slack  # how many numbers the playlist may be behind it
-        super().__init__(stream, name=name)
-        self.timeout = 2.0  # seconds that close() waits for each of two threads
-        self.buffer: Any = buffer  # a ReaderBuffer or a TrackBuffer
-
-    def read(self, size: int) -> bytes:
-        """Without streamlink's time-out, which would end a track where it stalls."""
-        return cast(bytes, self.buffer.read(size))
+    @property
+    def number(self) -> int | None:
+        """Of the segment that another opening begins with: ffmpeg cannot do without any."""
+        is_whole = self.buffer.closed and self.buffer.failure is None
+        return self._number if self._number is None else self._number - is_whole
 
     @property
     def has_clock(self) -> bool:
         """Whether a track's media, or the tag in front of it, tells its place in time."""
         has_tag = self.stream.packed_audio_timestamp is not None
-        return has_tag or sniff(self.buffer.start, is_all=True) not in FRAME_SIZES
+        return has_tag or sniff(self.start, is_all=True) not in FRAME_SIZES
 
     def fail(self, reason: str) -> None:
         """Break off: the worker has no more segments to put."""
@@ -3263,6 +3199,7 @@ class SegmentReader(HLSStreamReader):
     def let_go(self) -> None:
         """Have streamlink's threads let go of this, once they have ended, and of its bytes."""
         if not (self.worker.is_alive() or self.writer.is_alive()):
+            cast(Any, self.writer).downloads.clear()
             del self.worker.reader, self.worker.writer, self.writer.reader, self.buffer
 
 
@@ -3312,18 +3249,119 @@ class WatchedWorker(HLSStreamWorker):
 
 
 REFUSAL_TIME = 1.0  # seconds in which no segment of a film may be had, until its address expired
-UNLISTED = "the playlist no longer lists it"
 # What origins answer that allow no more connections, panels with statuses of their own.
 BUSY = frozenset(f"the origin answered {status}" for status in (403, 429, 458, 503, 509))
 START_MISSING = 3  # segments that cannot be had at a start, until the stream is given up
 
 
+class SegmentDownload(Download):
+    """A segment's, or its initialization section's, among its writer's others.
+
+    One thread fills its buffer, and another takes the bytes meanwhile, to whom it looks like a
+    response of requests', as far as streamlink asks.
+
+    What becomes of it when a try fails (is_hopeless, Download), or comes too slowly (is_slow):
+
+      the playlist no longer lists it                       it is given up
+      refused at a start, and next to be handed on          given up, unless it may only be late
+      refused for REFUSAL_TIME, and its upstream ends       given up
+      no byte came for its patience                         given up
+      otherwise                                             it is tried again
+
+    and of its upstream when it is given up, or of no use (is_fatal):
+
+      it is an initialization section                       ends
+      nobody is there, and nothing else was answered        ends
+      at a start, the third one or the newest               ends
+      refused in a film, and nothing else was answered      ends: the address has expired
+      otherwise                                             goes on after a gap
+    """
+
+    def __init__(self, writer: DownloadingWriter, segment: Any, part: Any) -> None:
+        self._writer, self._segment, self._is_map = writer, segment, part is not segment
+        self.buffer = ReaderBuffer(BODY_LIMIT)
+        request = functools.partial(writer.request, part.uri)
+        super().__init__(request, writer.closing, writer.patience, part.byterange)
+
+    @property
+    def _others(self) -> list[SegmentDownload]:
+        return [other for other in tuple(self._writer.downloads) if other is not self]
+
+    @property
+    def _is_newest(self) -> bool:
+        listed = self._writer.reader.worker.playlist_segments
+        return bool(self._segment.num >= listed[-1].num)
+
+    def is_hopeless(self) -> bool:
+        writer = self._writer
+        if not writer.lists(self._segment):
+            return True
+        if self.failure not in EXPIRED:
+            return False
+        if not writer.is_start:
+            return self.asked - self.failing_since > REFUSAL_TIME and self.is_fatal()
+        # Caches list the newest segment before they have it.
+        may_come = self._is_map or (self._is_newest and writer.missing < START_MISSING - 1)
+        is_late = self.failure == NOT_FOUND and may_come
+        return self in writer.downloads[:1] and not is_late
+
+    def is_fatal(self) -> bool:
+        """Whether more is amiss than this one, which cannot be had."""
+        # What came meanwhile of older requests proves nothing: a server that is stopped ends those
+        # before it is gone.
+        others, since = self._others, self.failing_since
+        is_cut_off = not any(since < other.answered < self.asked for other in others)
+        if self.failure in GONE and is_cut_off:
+            return True
+        reader = self._writer.reader
+        if self._writer.is_start:  # the next one may be there
+            return self._writer.missing >= START_MISSING or self._is_newest
+        if reader.worker.playlist_end is None or self.failure not in EXPIRED or not is_cut_off:
+            return False
+        # What is refused alone, although its address was just resolved for it, is missing; so is
+        # a track's, which cannot go on where it was.
+        is_old = self._segment.num != reader.first and not reader.is_track
+        return is_old or any(other.failure == self.failure for other in others)
+
+    def is_slow(self) -> bool:
+        """Whether it comes more slowly than it plays, beside what was asked for later.
+
+        The others tell how large a segment is, for its own length may be unknown.
+        """
+        size = self._segment.duration * self.rate  # bytes that come while it plays
+        return any(
+            other.asked > self.began and other.size > size and other.rate > 2 * self.rate
+            for other in self._others
+        )
+
+    def iter_content(self, chunk_size: int = 1) -> Iterator[bytes]:
+        """The bytes as they come; raises DownloadFailed if the rest cannot be had."""
+        while not self.buffer.is_exhausted:
+            yield from cast(list[bytes], self.buffer.take(PART_LIMIT, None))
+        if self.buffer.failure:
+            raise DownloadFailed(self.buffer.failure)
+
+    @functools.cached_property
+    def content(self) -> bytes:
+        """All of an initialization section, once it is there; raises UpstreamError without it."""
+        content = b""
+        try:
+            for part in self.iter_content():
+                content += part
+                if len(content) > BODY_LIMIT:
+                    raise DownloadFailed(f"it is larger than {BODY_LIMIT // MIB} MiB")
+        except DownloadFailed as error:
+            reason = f"the initialization section cannot be fetched: {self.failure or error}"
+            raise UpstreamError(reason) from error
+        return content
+
+
 class DownloadingWriter(HLSStreamWriter):
     """Runs up to `threads` downloads at once and hands on the oldest one's bytes as they come.
 
-    A segment takes one of `threads + 1` slots before its request and gives it back when its last
-    byte is in the buffer: that bounds memory.  The others wait in line, never the worker, who has
-    to load playlists; whoever leaves the list meanwhile is a gap.
+    A segment begins where no more than `threads` have begun and are not handed on: that bounds
+    memory.  The others wait in line, never the worker, who has to load playlists; whoever leaves
+    the list meanwhile is a gap.
     """
 
     reader: Any
@@ -3331,18 +3369,19 @@ class DownloadingWriter(HLSStreamWriter):
     def __init__(self, reader: Any, **arguments: Any) -> None:
         super().__init__(reader, **arguments)
         self.retries = 0  # of keys: streamlink would sleep in between, whoever wants it to end
-        self._is_start = reader.first is None  # until the first media came
-        self._missing = 0  # segments given up
-        self._head: Download | EventKind | None = None  # what is handed on now
-        # What has begun: segments with their downloads, or why they have none; True for maps.
-        self._queued: queue.SimpleQueue[tuple[Any, Download | EventKind, bool] | None]
-        self._queued = queue.SimpleQueue()
-        self._map: tuple[object, Download] | None = None  # the newest EXT-X-MAP
-        # _lock guards these, and streamlink's _wait: set once this is closing.
+        self.is_start = reader.first is None  # until the first media came
+        self.missing = 0  # segments given up
+        self._map: tuple[object, SegmentDownload] | None = None  # the newest EXT-X-MAP
+        # What has begun: segments, their initialization sections where those are to be handed on,
+        # and their downloads or why they have none.  None: the end.
+        self._queued: queue.SimpleQueue[
+            tuple[Any, SegmentDownload | None, SegmentDownload | EventKind] | None
+        ] = queue.SimpleQueue()
+        self.closing = self._wait
+        # _lock is held where these change, and where `closing` is set.
         self._lock = threading.Lock()
-        self._slots = self.threads + 1  # free ones
-        self._waiting: deque[Any] = deque()  # segments that wait for one, or None: the end
-        self._downloads: weakref.WeakSet[Download] = weakref.WeakSet()
+        self._waiting: deque[Any] = deque()  # segments in line, or None: the end
+        self.downloads: list[SegmentDownload] = []  # have begun and are not handed on, in order
 
     # The worker's thread
 
@@ -3354,226 +3393,149 @@ class DownloadingWriter(HLSStreamWriter):
     # Any thread, and the caller holds _lock
 
     def _begin_waiting(self) -> None:
-        """Begin what waits in line, as far as there are slots."""
-        while self._waiting and (self._slots or self._waiting[0] is None):
+        """Begin what waits in line, as far as there is room."""
+        while self._waiting and len(self.downloads) <= self.threads and not self.closing.is_set():
             segment = self._waiting.popleft()
             if segment is None:
                 self._queued.put(None)
-                return
-            self._slots -= 1
-            download: Download | EventKind
-            if getattr(segment, "is_gap", False):  # a plugin's own may not tell
-                download = EventKind.GAP
-            elif self.should_filter_segment(segment):
-                download = EventKind.FILTERED
+            elif kind := self._left_out(segment):
+                self._queued.put((segment, None, kind))
             else:
-                if segment.map is not None and self._is_listed(segment.num):
-                    self._put_map(segment)
-                download = self._start(segment, segment)
-            self._queued.put((segment, download, False))
+                init = self._begin_map(segment) if segment.map else None
+                self._queued.put((segment, init, self._begin(segment, segment)))
 
-    def _put_map(self, segment: Any) -> None:
-        """Hand on the initialization section where it changed, or the stream is discontinuous."""
+    def _left_out(self, segment: Any) -> EventKind | None:
+        """Why nothing is asked for."""
+        if getattr(segment, "is_gap", False):  # a plugin's own may not tell
+            return EventKind.GAP
+        if self.should_filter_segment(segment):
+            return EventKind.FILTERED
+        if self.lists(segment):
+            return None
+        log.warning("segment %d is given up: the playlist no longer lists it", segment.num)
+        return EventKind.GAP
+
+    def _begin_map(self, segment: Any) -> SegmentDownload | None:
+        """The initialization section where it changed, or the stream is discontinuous."""
         key = segment.map.uri, segment.map.byterange
         if self._map is None or self._map[0] != key:
-            self._map = key, self._start(segment, segment.map)
-        elif not segment.discontinuity:
-            return
-        self._queued.put((segment, self._map[1], True))
-
-    def _start(self, segment: Any, part: Any) -> Download:
-        """A download of a segment or of its map, in the executor's queue."""
-        byte_range = None
-        failure = None if self._is_listed(segment.num) else UNLISTED
-        try:
-            if part.byterange:
-                byte_range = self.byterange.uncached(part.byterange)
-        except EngineStreamError as error:  # an offset is missing
-            failure = explain(error)
-        request = functools.partial(self._request, part.uri)
-        is_hopeless = functools.partial(self._is_hopeless, segment.num)
-        is_slow = functools.partial(self._is_slow, segment.duration)
-        download = Download(request, self._wait, self._patience, is_hopeless, is_slow, byte_range)
-        self._downloads.add(download)
-        if failure or self._wait.is_set():
-            download.buffer.end(failure or "closed")
+            self._map = key, self._begin(segment, segment.map)
+        elif segment.discontinuity:
+            self.downloads.append(self._map[1])
         else:
-            self.executor.submit(fill, download.buffer, download.parts())
+            return None
+        return self._map[1]
+
+    def _begin(self, segment: Any, part: Any) -> SegmentDownload:
+        """Download a segment or its map, in the executor's queue."""
+        download = SegmentDownload(self, segment, part)
+        self.downloads.append(download)
+        self.executor.submit(fill, download.buffer, download.parts())
         return download
 
     # The downloads' threads
 
-    def _request(self, url: str, headers: Mapping[str, str], timeout: float) -> requests.Response:
+    def request(self, url: str, headers: Mapping[str, str], timeout: float) -> requests.Response:
         arguments = {**self.reader.request_params, "url": url}
         return cast(Http, self.session.http).ask(arguments, headers, min(timeout, self.timeout))
 
-    # What becomes of a segment when a try of it fails (_is_hopeless, Download):
-    #
-    #   the playlist no longer lists it                       it is given up
-    #   refused at a start, and next to be handed on          given up, unless it may only be late
-    #   refused for REFUSAL_TIME in a film, as others are     given up
-    #   no byte came for _patience()                          given up
-    #   otherwise                                             it is tried again
-    #
-    # and of its upstream when it is given up, or of no use (_items_of, _is_fatal):
-    #
-    #   it is an initialization section                       ends
-    #   nobody is there, and nothing else was answered        ends
-    #   at a start, the third one or the newest               ends
-    #   refused in a film, and nothing else was answered      ends: the address has expired
-    #   otherwise                                             goes on after a gap
+    def patience(self) -> float:
+        worker = self.reader.worker
+        is_film = worker.playlist_end is not None
+        return float(self.timeout if is_film else 2 * (worker.playlist_targetduration or 1.0))
 
-    def _is_hopeless(self, number: int, download: Download) -> str:
-        """Why another try is of no use; empty where it may be."""
-        if not self._is_listed(number):
-            return UNLISTED
-        if download.failure not in EXPIRED:
-            return ""
-        if self._is_start and download is self._head:
-            # Caches list the newest segment before they have it.
-            is_newest = number >= self._newest and self._missing < START_MISSING - 1
-            is_map = self._map is not None and download is self._map[1]
-            if download.failure != NOT_FOUND or not (is_newest or is_map):
-                return "others may be there"
-        is_lasting = download.asked - download.failing_since > REFUSAL_TIME
-        is_old = self._has_end and number != self.reader.first  # its address may have expired
-        return "others as well" if is_lasting and is_old and self._has_company(download) else ""
-
-    def _is_fatal(self, number: int, download: Download) -> bool:
-        """Whether more is amiss than one segment."""
-        if download.failure in GONE and self._is_cut_off(download):
-            return True
-        if self._is_start:  # the next one may be there
-            return self._missing >= START_MISSING or number >= self._newest
-        if not self._has_end or download.failure not in EXPIRED:
-            return False
-        # What is refused alone, although its address was just resolved for it, is missing; so is
-        # a track's, which cannot go on where it was.
-        is_old = number != self.reader.first and not self._is_track
-        return self._is_cut_off(download) if is_old else self._has_company(download)
-
-    def _has_company(self, download: Download) -> bool:
-        """Whether others fail alike, and none that was asked for meanwhile was answered."""
-        return self._is_cut_off(download) and any(
-            other.failure == download.failure for other in self._others(download)
-        )
-
-    def _is_cut_off(self, download: Download) -> bool:
-        """Whether nothing that was asked for while this one failed was answered.
-
-        What came then of older answers proves nothing: a server that is stopped ends them first.
-        """
-        since, until = download.failing_since, download.asked
-        return not any(since < other.answered < until for other in self._others(download))
-
-    def _is_slow(self, duration: float, download: Download) -> bool:
-        """Whether it comes more slowly than it plays, beside what was asked for later.
-
-        The others tell how large a segment is, for its own length may be unknown.
-        """
-        size = duration * download.rate  # bytes that come while it plays
-        return any(
-            other.asked > download.began and other.size > size and other.rate > 2 * download.rate
-            for other in self._others(download)
-        )
-
-    def _others(self, download: Download) -> list[Download]:
-        with self._lock:
-            return [other for other in self._downloads if other is not download]
-
-    @property
-    def _newest(self) -> int:
-        """The last number that is listed."""
-        return int(self.reader.worker.playlist_segments[-1].num)
-
-    def _is_listed(self, number: int) -> bool:
+    def lists(self, segment: Any) -> bool:
         listed = self.reader.worker.playlist_segments
-        return not listed or number >= listed[0].num
-
-    def _patience(self) -> float:
-        target_duration: float = self.reader.worker.playlist_targetduration or 1.0
-        return float(self.timeout) if self._has_end else 2 * target_duration
-
-    @property
-    def _has_end(self) -> bool:
-        return self.reader.worker.playlist_end is not None
-
-    @property
-    def _is_track(self) -> bool:
-        return isinstance(self.reader.buffer, TrackBuffer)
+        return not listed or segment.num >= listed[0].num
 
     # Its own thread
 
     def run(self) -> None:
         fill(self.reader.buffer, self._items())
+        self.reader.buffer.event_used.set()
         self.close()
 
     def _items(self) -> Items:
         """All that is to be handed on, in order; raises UpstreamError where it breaks off."""
-        for segment, download, is_map in iter(self._queued.get, None):
-            self._head = download
-            if isinstance(download, Download):
-                yield from self._items_of(segment, download, is_map)
-            else:
-                if download is EventKind.FILTERED:
-                    self.reader.pause()
+        for segment, init, download in iter(self._queued.get, None):
+            if isinstance(download, EventKind):
                 yield SegmentEvent(download, segment.num)
-            with self._lock:
-                self._slots += not is_map
-                self._begin_waiting()
+            else:
+                yield from self._items_of(segment, init, download)
+                self._forget(download)
         worker = self.reader.worker
         if worker.playlist_end is None or worker.sequence <= worker.playlist_end:
             raise UpstreamError("the origin sends no more segments")
 
-    def _items_of(self, segment: Any, download: Download, is_map: bool) -> Items:
+    def _items_of(
+        self, segment: Any, init: SegmentDownload | None, download: SegmentDownload
+    ) -> Items:
         try:
-            kind = EventKind.INIT if is_map else EventKind.START
-            yield SegmentEvent(kind, segment.num, segment.discontinuity, segment.duration)
-            for piece in self._bytes_of(segment, download, is_map):
-                self._is_start = self._is_start and is_map
+            if init:
+                yield SegmentEvent(EventKind.INIT, segment.num, segment.discontinuity)
+                yield from self._decrypted(segment.map.key, segment.num, [init.content])
+                self._forget(init)
+            yield SegmentEvent(
+                EventKind.START, segment.num, segment.discontinuity, segment.duration
+            )
+            for piece in self._media(segment, download):
+                self.is_start, self.reader.start = False, self.reader.start or piece
                 yield piece
-            self.reader.resume()
-            if not is_map:
-                yield SegmentEvent(EventKind.END, segment.num)
+                self.reader.buffer.event_used.set()
+            yield SegmentEvent(EventKind.END, segment.num)
         except UpstreamError:
             raise
         except Exception as error:
             reason = download.failure or explain(error)
-            if is_map:
-                reason = f"the initialization section cannot be fetched: {reason}"
+            self.missing += 1
+            if download.is_fatal():
                 raise UpstreamError(reason) from error
-            self._missing += 1
-            if self._is_fatal(segment.num, download):
-                raise UpstreamError(reason) from error
-            if not self._wait.is_set():
+            if not self.closing.is_set():
                 log.warning("gave up segment %d: %s", segment.num, reason)
             yield SegmentEvent(EventKind.GAP, segment.num)
 
-    def _bytes_of(self, segment: Any, download: Download, is_map: bool) -> Iterator[bytes]:
-        key, pieces = segment.key, self.iter_segment_content(segment, cast(Any, download))
-        if is_map:
-            key, pieces = segment.map.key, iter([download.content])
-        if key and key.method != "NONE" and not self.passthrough_encrypted:
-            pieces = _decrypted(pieces, self._decryptor(key, segment.num))
-        if self._is_track and self.stream.parse_packed_audio and not is_map:
+    def _forget(self, download: SegmentDownload) -> None:
+        """It is handed on, and makes room for another."""
+        with self._lock:
+            self.downloads.remove(download)
+            self._begin_waiting()
+
+    def _media(self, segment: Any, download: SegmentDownload) -> Iterator[bytes]:
+        encrypted = self.iter_segment_content(segment, cast(Any, download))
+        pieces = self._decrypted(segment.key, segment.num, encrypted)
+        if self.reader.is_track and self.stream.parse_packed_audio:
             start, pieces = itertools.tee(pieces)
             with contextlib.suppress(ID3v2Error):  # of tags before version 4, which stay
                 pieces = self._parse_packed_audio_timestamp(start)
         return pieces
+
+    def _decrypted(self, key: Any, number: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """AES-128-CBC, as the bytes come; the last block waits, for it holds the padding."""
+        if not key or key.method == "NONE" or self.passthrough_encrypted:
+            yield from pieces
+            return
+        cipher, held = self._decryptor(key, number), b""
+        for piece in pieces:
+            held += piece
+            whole = max(0, len(held) - 1) // 16 * 16
+            if whole:
+                yield cipher.decrypt(held[:whole])
+                held = held[whole:]
+        yield unpad(cipher.decrypt(held), 16, style="pkcs7")
 
     def _decryptor(self, key: Any, number: int) -> Any:
         """Without its key a stream cannot go on: it is tried for as long as a segment would be."""
         is_open = key.key_format in (None, "", "identity") or self.key_uri_override
         if key.method != "AES-128" or not is_open:
             raise UpstreamError(f"the stream is DRM-protected ({key.method}) and cannot be played")
-        deadline = time.monotonic() + self._patience()
+        deadline = time.monotonic() + self.patience()
         for pause in pauses(RETRY_PAUSES):
             try:
                 return self.create_decryptor(key, number)
             except Exception as error:
                 self.key_uri = None  # or what came in its place would be kept
                 reason = explain(error)
-                is_refused = self._is_start and reason in EXPIRED
+                is_refused = self.is_start and reason in EXPIRED
                 if is_refused or time.monotonic() + pause > deadline or not self.wait(pause):
                     raise UpstreamError(f"the key cannot be fetched: {reason}") from error
         return None
@@ -3583,48 +3545,12 @@ class DownloadingWriter(HLSStreamWriter):
     def close(self) -> None:
         """Wake all that wait here and drop what nobody took, then end as streamlink does."""
         with self._lock:
-            self._wait.set()
-            downloads = tuple(self._downloads)
-        for download in downloads:
-            download.buffer.discard()
+            self.closing.set()
+            for download in self.downloads:
+                download.buffer.discard()
         self._map = None
         self._queued.put(None)
         super().close()
-
-
-def _decrypted(pieces: Iterable[bytes], cipher: Any) -> Iterator[bytes]:
-    """AES-128-CBC, as the bytes come; the last block waits, for it holds the padding."""
-    held = b""
-    for piece in pieces:
-        held += piece
-        whole = max(0, len(held) - 1) // 16 * 16
-        if whole:
-            yield cipher.decrypt(held[:whole])
-            held = held[whole:]
-    yield unpad(cipher.decrypt(held), 16, style="pkcs7")
-
-
-@functools.cache
-def hooks_fit() -> bool:
-    """Whether the libraries have what is overridden and called here."""
-    wanted: tuple[tuple[Any, Mapping[str, str]], ...] = (
-        (HLSStreamWriter, {
-            "put": "self segment", "run": "self", "close": "self",
-            "should_filter_segment": "self segment", "create_decryptor": "self key num",
-            "iter_segment_content": "self segment response",
-            "_parse_packed_audio_timestamp": "self iterator",
-        }),
-        (HLSStreamWorker, {"reload": "self", "run": "self", "process_segments": "self playlist"}),
-        (HLSStreamReader, {"close": "self", "pause": "self", "resume": "self"}),
-        (MuxedStream, {"_open_streams": "self"}),
-        (HTTPAdapter, {"get_connection_with_tls_context": "self request verify proxies cert"}),
-    )  # fmt: skip
-    return all(
-        hasattr(owner, name)
-        and " ".join(inspect.signature(getattr(owner, name)).parameters) == parameters
-        for owner, methods in wanted
-        for name, parameters in methods.items()
-    )
 
 
 class RawUpstream(Upstream):
@@ -3634,6 +3560,7 @@ class RawUpstream(Upstream):
         super().__init__(session)
         self._arguments = arguments  # of its request
         self._opened = opened
+        self._files.append(opened[0])
 
     @property
     def has_end(self) -> bool:
@@ -3642,8 +3569,7 @@ class RawUpstream(Upstream):
     def _items(self) -> Items:
         if not self.has_end:
             response, start = self._opened
-            yield start
-            yield from iter(reading(response, self.session.read_size), b"")
+            yield from parts_of(response, self.session.read_size, start)
             raise UpstreamError(CLOSED)
         # A body that stalls is noticed after `timeout`, and then asked for once more.
         patience = self.session.engine.get_option("stream-segment-timeout") + JUDGE_GRACE / 2
@@ -3652,10 +3578,6 @@ class RawUpstream(Upstream):
         yield SegmentEvent(EventKind.START, 0)
         yield from download.parts()
         yield SegmentEvent(EventKind.END, 0)
-
-    def _close(self) -> None:
-        super()._close()
-        self._opened[0].close()
 
 
 class ProcessUpstream(Upstream):
@@ -3666,7 +3588,6 @@ class ProcessUpstream(Upstream):
         self._stream = stream
         self._file: Any = None
         self._first = first  # segments of its tracks: see SegmentReader
-        self._tracks: list[TrackBuffer] = []
         self._failure: str | None = None  # of a track
         self._first_failure = threading.Lock()  # the first track that fails keeps it
 
@@ -3676,8 +3597,8 @@ class ProcessUpstream(Upstream):
             self._prepare_tracks(stream)
             files = stream._open_streams()
             for track in self._tracks:
-                if track.failure and not track.length:
-                    raise UpstreamError(track.failure)
+                if track.buffer.failure and not track.start:
+                    raise UpstreamError(track.buffer.failure)
             self._file = self._muxer(stream, files)
             self._files.append(self._file)
             self._file.open()
@@ -3686,6 +3607,10 @@ class ProcessUpstream(Upstream):
             self._file = stream.open()
             self._files.append(self._file)
         super().start()
+
+    @property
+    def _tracks(self) -> list[SegmentReader]:
+        return [file for file in self._files if isinstance(file, SegmentReader)]
 
     @property
     def tracks(self) -> Sequence[int]:
@@ -3702,8 +3627,8 @@ class ProcessUpstream(Upstream):
         tracks = (*stream.substreams, *stream.subtitles.values())
         for index, (track, first) in enumerate(itertools.zip_longest(tracks, self._first)):
             if isinstance(track, HLSStream):
-                self._tracks.append(TrackBuffer(self.buffer.limit, self._fail))
-                hook(track, self.session, f"--{index}", self._tracks[-1], first)
+                buffer, fail = ReaderBuffer(self.buffer.limit), weakref.WeakMethod(self._fail)
+                hook(track, self.session, f"--{index}", buffer=buffer, first=first, fail=fail)
             self._remember(track)
 
     def _muxer(self, stream: Any, files: Sequence[Any]) -> Any:
@@ -3730,7 +3655,7 @@ class ProcessUpstream(Upstream):
         if process := self._file.process:  # close() may end it meanwhile
             process.terminate()  # once: at a second signal it would drop what it has
         for track in self._tracks:
-            track.discard()
+            track.buffer.discard()
 
     def _items(self) -> Items:
         process: Any = self._file.process if isinstance(self._file, FFMPEGMuxer) else None
@@ -4222,7 +4147,7 @@ class Channel:
         self._stopped.set()
         session = self._session
         if session:
-            session.cut()
+            session.http.cut()
         self.wake()
 
     def wake(self) -> None:
@@ -4403,7 +4328,7 @@ class Channel:
             self._tracks = upstream.tracks or self._tracks
             upstream.close()
         elif session:
-            session.cut()
+            session.http.cut()
 
     # Its thread: one opening
 
@@ -4437,7 +4362,7 @@ class Channel:
     def _choose(self, session: Session) -> str:
         """The variant that is running, or the first of the wanted ones that exists."""
         for name in (self.variant, *names_in(self.wanted)):
-            if session.offers(name):
+            if name in session.canonical:
                 return name
         if self._splicer or self.wanted == self.stream.quality:  # a transcoder may be coming up
             offered = ", ".join(session.qualities)
