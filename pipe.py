@@ -284,6 +284,7 @@ GONE = frozenset({REFUSED, UNKNOWN, NO_ROUTE, UNREACHABLE, CLOSED})  # nobody is
 NOT_FOUND = "the origin answered 404"
 # What an address answers that is not valid any more: it is resolved anew.
 EXPIRED = frozenset(f"the origin answered {status}" for status in (401, 403, 404, 410))
+CHANNEL_LIST = "that is a list of channels: configure the address of one of them"
 WEB_PAGE = "the origin sent a web page, not a stream"
 EMPTY = "the origin's playlist is empty"
 
@@ -3126,6 +3127,8 @@ def _parser(base: Any) -> Any:
         _map: Any
 
         def parse_line(self, line: str) -> None:
+            if line.startswith("#EXTINF:-"):  # a length that no segment has
+                raise UpstreamError(CHANNEL_LIST)
             self.is_gap |= line.startswith("#EXT-X-GAP")
             section = self._map
             super().parse_line(line)
@@ -3412,7 +3415,7 @@ class DownloadingWriter(HLSStreamWriter):
             return EventKind.FILTERED
         if self.lists(segment):
             return None
-        log.warning("segment %d is given up: the playlist no longer lists it", segment.num)
+        log.warning("gave up segment %d: the playlist no longer lists it", segment.num)
         return EventKind.GAP
 
     def _begin_map(self, segment: Any) -> SegmentDownload | None:

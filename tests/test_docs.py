@@ -140,7 +140,9 @@ def test_reasons_of_readme_are_those_of_the_program() -> None:
     words = [word for row in reasons for word in re.findall(r"`(.+?)`", row)]
     assert len(words) >= 8
     # Of one that tells more, what comes before: a status, or the qualities that there are.
-    assert [word for word in words if re.split(r"(?<=only: )|(?=\d)", word)[0] not in source] == []
+    assert [
+        word for word in words if re.split(r"(?<=available: )|(?=\d)", word)[0] not in source
+    ] == []
 
 
 #### The defaults ####

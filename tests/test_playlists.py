@@ -383,6 +383,15 @@ def test_drm_is_told_at_once(origin: Origin, serve: Serve, key: str, method: str
     assert failing(origin, serve, playlist_of(*lines)) == (502, words)
 
 
+def test_list_of_channels_is_told(origin: Origin, serve: Serve) -> None:
+    """What a provider hands out: played as HLS, one channel would follow the other."""
+    channel = origin.add(news())
+    body = f'#EXTM3U\n#EXTINF:-1 group-title="News",The News\n{channel.url}\n'
+    origin.fault("/get.m3u", Body(body.encode()), times=None)
+    words = "that is a list of channels: configure the address of one of them"
+    assert reason(serve({"news": f"{origin.url}/get.m3u"})) == (502, words)
+
+
 def test_initialization_section_holds_beyond_a_discontinuity(origin: Origin, serve: Serve) -> None:
     """RFC 8216, 4.3.2.5: until another one is listed."""
     init, fragments = media.fmp4(6)
