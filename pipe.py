@@ -16,6 +16,7 @@ Data flow
     upstream bring, without a repeat at the seams.  The framer cuts it into whole packets or frames
     and finds the join points.  The Window keeps the newest bytes of a live channel, and knows where
     each Viewer is in them.
+    A Listing numbers the segments in it, for who polls them (HLS) instead of streaming.
     What has an end takes the same road, one upstream and window for each viewer, and the window
     then waits for its viewer instead of moving on.
 
@@ -34,6 +35,7 @@ Threads
 Locks
     Channels.changed     the set of channels, what each says of itself, the records of streams
     Window._lock         blocks, join points and viewers of one window
+    Listing._changed     the segments that HLS lists
     ReaderBuffer._lock   what was handed over and has not been taken
     Taken in that order.  Http's may be taken under the first, a ReaderBuffer's under
     DownloadingWriter's; Server's are taken alone.  None is held across a socket write, a request or
@@ -49,6 +51,7 @@ Where it is decided
     that an upstream has failed      Channel._judge; within a segment Download._judge
     what is tried next, and when     Channel._open_first and _keep_going
     what viewers see of a seam       Splicer; its states stand above it
+    what is a segment of HLS         Listing; who polls, and has left: Channels._start_polling
     an answer                        Handler._route; documents: Pages
     which thread may call            the class's docstring, or a comment above its methods
 
@@ -4108,6 +4111,7 @@ class Channel:
         self.viewers: dict[Viewer, None] = {}  # in order of arrival
         self.pollers: dict[tuple[str, str], Viewer] = {}  # those of them that poll, by key
         self.listing: Listing | None = None  # for them; None where it cannot be HLS
+        self.departed: deque[Viewer] = deque()  # those who polled and left, to be logged
         self.idle_since = math.inf  # when the last viewer left
         self.failure: StreamError | None = None
         # Written by its thread alone.
@@ -4216,6 +4220,7 @@ class Channel:
                 self._close_upstream()
             finally:
                 self.channels.end(self, is_complete, failure)
+                self._log_departed()
         if failure and not self.channels.is_stopping:
             log.log(self._log_level, "%s: ended: %s", self.stream.name, failure.reason)
 
@@ -4306,6 +4311,14 @@ class Channel:
         self.trouble, self._troubled_since, self._gaps = None, math.inf, 0
         self._told.clear()
 
+    def _log_departed(self) -> None:
+        """Tell of those who polled; who counted them out held a lock, and a log may block."""
+        while self.departed:
+            viewer = self.departed.popleft()
+            seconds = time.monotonic() - viewer.since
+            log.info("%s: %s left: %d bytes in %.1f s (HLS)", self.stream.name,
+                     viewer.address, viewer.sent, seconds)  # fmt: skip
+
     @property
     def _log_level(self) -> int:
         """One for all lines of a start, which a player may cause again and again."""
@@ -4378,6 +4391,7 @@ class Channel:
         alive = time.monotonic()
         while not (self.is_stopped or self.channels.is_abandoned(self)):
             items, is_all = self._read(upstream)
+            self._log_departed()
             if start is not None and (items or is_all):
                 start += items
                 if self._begin(upstream, start, is_all):
@@ -4664,10 +4678,12 @@ class Channels:
             if channel is None or viewer.key not in channel.pollers:
                 channel = self.watch(stream, quality, viewer)
                 self._start_polling(channel, viewer)
-            viewer = channel.pollers[viewer.key]
-            viewer.moved = time.monotonic()
-            assert channel.listing
-            return channel, channel.listing, viewer
+            known, listing = channel.pollers[viewer.key], channel.listing
+            known.moved = time.monotonic()
+            assert listing
+        if known is viewer:
+            log.info("%s: %s started watching (HLS)", stream.name, viewer.address)
+        return channel, listing, known
 
     def _start_polling(self, channel: Channel, viewer: Viewer) -> None:
         """A viewer that was attached stays until it has asked nothing for a while."""
@@ -4681,7 +4697,6 @@ class Channels:
         viewer.has_left = lambda: time.monotonic() - viewer.moved > patience
         channel.pollers[viewer.key] = viewer
         channel.record.add("arrivals")
-        log.info("%s: %s started watching (HLS)", channel.stream.name, viewer.address)
 
     def find(self, stream: StreamSettings, quality: str | None) -> Channel | None:
         """The running channel that a request is for; starts none."""
@@ -4845,9 +4860,7 @@ class Channels:
     def _detach(self, channel: Channel, viewer: Viewer) -> None:
         if channel.pollers.get(viewer.key) is viewer:
             del channel.pollers[viewer.key]
-            seconds = time.monotonic() - viewer.since
-            log.info("%s: %s left: %d bytes in %.1f s (HLS)", channel.stream.name,
-                     viewer.address, viewer.sent, seconds)  # fmt: skip
+            channel.departed.append(viewer)
         if viewer in channel.viewers:
             del channel.viewers[viewer]
             channel.record.add("sent", viewer.sent)
