@@ -5406,7 +5406,8 @@ def _facts(report: StreamReport) -> str:
         facts.append(_many(status["viewers"], "viewer"))
     if report.channels:
         uptime = max(channel["uptime_seconds"] for channel in report.channels)
-        facts += [_rate(status["bitrate"]), f"{_duration(uptime)} up"]
+        facts += [_rate(status["bitrate"])] * bool(status["bitrate"])  # none in the first seconds
+        facts.append(f"{_duration(uptime)} up")
     return f'<p class="facts">{" · ".join(f"<span>{fact}</span>" for fact in facts)}</p>'
 
 

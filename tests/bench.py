@@ -27,7 +27,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import http.client
 import math
+import re
 import resource
 import select
 import socket
@@ -36,6 +39,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,13 +67,14 @@ class Plan:
     colds: int = 5  # first bytes of a cold channel
     warms: int = 10  # first bytes of a running channel
     crowds: tuple[tuple[int, int], ...] = ((1, 1), (100, 1), (1000, 1), (200, 20))
+    pollers: int = 200  # of a channel, as HLS
     seconds: float = 20  # that a crowd is watched
     bare_bytes: int = 3 * GB
 
 
 QUICK = Plan(
-    segments=8, fast_segments=100, colds=3, warms=5, crowds=((20, 1), (20, 5)), seconds=8,
-    bare_bytes=GB,
+    segments=8, fast_segments=100, colds=3, warms=5, crowds=((20, 1), (20, 5)), pollers=20,
+    seconds=8, bare_bytes=GB,
 )  # fmt: skip
 
 
@@ -203,6 +208,35 @@ def throw_away(crowd: Sequence[socket.socket], seconds: float) -> tuple[int, int
     return size, lost
 
 
+def polling_cpu(server: Server, viewers: int, seconds: float) -> float:
+    """CPU seconds for each GB that so many take as HLS, each segment once, as a browser does."""
+    before = server.cpu()
+    with ThreadPoolExecutor(viewers) as pool:
+        size = sum(pool.map(functools.partial(poll, server, seconds=seconds), range(viewers)))
+    return (server.cpu() - before) / size * GB
+
+
+def poll(server: Server, number: int, seconds: float) -> int:
+    """Bytes of media that one viewer takes in this time."""
+    port, path = server.channels[0]
+    end, newest, size = time.monotonic() + seconds, 0, 0
+    while time.monotonic() < end:
+        listed = get(port, f"{path}.m3u8", number).decode()
+        for address in re.findall(r"^[^#].*$", listed, re.M):
+            segment = int(re.findall(r"/(\d+)\.ts", address)[0])
+            if segment > newest:
+                newest = segment
+                size += len(get(port, f"/{address}", number))
+    return size
+
+
+def get(port: int, path: str, number: int) -> bytes:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.request("GET", path, headers={"User-Agent": f"viewer {number}"})
+        return connection.getresponse().read()
+
+
 def skips_of(server: Server) -> int:
     """Jumps of viewers that fell behind; only StreamPipe tells."""
     address = f"http://127.0.0.1:{server.channels[0][0]}/metrics"
@@ -323,6 +357,9 @@ def bench(plan: Plan) -> None:
         bench_warm(plan, slow)
         for viewers, channels in plan.crowds:
             bench_crowd(plan, fast, viewers, channels)
+        with peers.streampipe(fast) as server:
+            cpu = polling_cpu(server, plan.pollers, plan.seconds)
+        print_figures(f"CPU/GB, {plan.pollers} by HLS", "s", {STREAMPIPE: cpu})
 
 
 def bench_film(plan: Plan, slow: Source, fast: Source) -> None:

@@ -41,3 +41,12 @@ def test_a_crowd_costs_little_more_than_bare_threads() -> None:
     assert many.threads - one.threads <= VIEWERS + 1, "a thread each; the one that joined leaves"
     assert (many.memory - one.memory) / VIEWERS < 200_000, "bytes for each viewer (SPEC 5)"
     assert many.cpu < 4 * bench.bare_cpu(VIEWERS, PLAN.bare_bytes), "CPU for each byte (2)"
+
+
+def test_who_polls_costs_no_more_than_who_streams() -> None:
+    with peers.origin(1, slow=False) as source:
+        with peers.streampipe(source) as server:
+            streaming = bench.watch_crowd(server, source, VIEWERS, SECONDS)
+        with peers.streampipe(source) as server:
+            polling = bench.polling_cpu(server, VIEWERS, SECONDS)
+    assert polling < 2 * streaming.cpu
