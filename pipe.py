@@ -321,6 +321,7 @@ _REASONS: tuple[tuple[Any, ...], ...] = (
     ("the origin names an address that is not valid",
      "Invalid URL", "Invalid IPv6", "Failed to parse: "),
     ("the origin sent something that is not an HLS playlist", "EXTM3U"),
+    (CHANNEL_LIST, CHANNEL_LIST),
     ("the origin's playlist lists no stream that can be played", "variant playlist"),
     ("the origin's playlist has key frames only, for seeking", "I-frames only"),
     ("the origin's playlist does not say where a byte range starts", "BYTERANGE offset"),
@@ -2028,6 +2029,18 @@ class ListedSegment:
     is_apart: bool  # it does not continue the one before it
 
 
+@dataclass
+class Numbering:
+    """What the next segment of a variant has: more than all before it, whatever was closed since.
+
+    They begin with the time, so that a server that was started again repeats nothing; in tenths of
+    seconds, for what comes at a start comes faster than time.
+    """
+
+    number: int = field(default_factory=lambda: int(10 * time.time()))
+    discontinuities: int = field(default_factory=lambda: int(time.time()))
+
+
 class Listing:
     """A live channel's newest complete segments, numbered.
 
@@ -2036,10 +2049,11 @@ class Listing:
     """
 
     def __init__(
-        self, window: Window, container: Container, target: float, before: Listing | None
+        self, window: Window, container: Container, target: float, numbering: Numbering
     ) -> None:
-        """`target` is the least target duration in seconds; `before` had the numbers until now."""
+        """`target` is the least target duration in seconds."""
         self.window, self.container = window, container
+        self.numbering = numbering  # no other's that is not closed
         self.asked = -math.inf  # when somebody did last
         # The channel's thread alone.
         self._start: JoinPoint | None = None  # of the open segment
@@ -2052,11 +2066,6 @@ class Listing:
         self._left: deque[tuple[float, ListedSegment]] = deque()  # no more listed; until when kept
         self._is_closed = False
         self.target = max(1, round(target))  # seconds
-        # The time, so that a server that was started again repeats nothing; in tenths of seconds,
-        # for what comes at a start comes faster than time.
-        now = time.time()
-        self._next: int = max(int(10 * now), before._next if before else 0)
-        self._discontinuities: int = max(int(now), before._discontinuities if before else 0)
 
     # The channel's thread
 
@@ -2096,9 +2105,9 @@ class Listing:
         with self._changed:
             is_usable = bool(blocks) and not self._is_closed  # it may be larger than the window
             if is_usable:
-                self._discontinuities += self._is_apart
+                self.numbering.discontinuities += self._is_apart
                 self._listed.append(self._segment(start, blocks, duration, preamble))
-                self._next += 1
+                self.numbering.number += 1
                 self._clock += duration
                 self.target = max(self.target, int(duration + 0.5))
                 self._trim()
@@ -2108,18 +2117,18 @@ class Listing:
     def _segment(
         self, start: JoinPoint, blocks: list[Block], duration: float, preamble: bytes
     ) -> ListedSegment:
-        init_section, map_number = b"", 0
+        number, init_section, map_number = self.numbering.number, b"", 0
         if self.container is Container.FMP4:
             last = self._listed[-1] if self._listed else None
             is_same = last is not None and last.init_section == preamble
-            init_section, map_number = preamble, last.map_number if last and is_same else self._next
+            init_section, map_number = preamble, last.map_number if last and is_same else number
         elif self.container in FRAME_SIZES:
             blocks = [preamble or timestamp_tag(self._clock), *blocks]
         elif pid_of(bytes(blocks[0][:3])) != 0:
             blocks = [preamble, *blocks]
         return ListedSegment(
-            self._next, start.position, blocks, init_section, map_number, duration,
-            self._discontinuities, self._is_apart,
+            number, start.position, blocks, init_section, map_number, duration,
+            self.numbering.discontinuities, self._is_apart,
         )  # fmt: skip
 
     def _trim(self) -> None:
@@ -2159,7 +2168,7 @@ class Listing:
             return self._has_news(listed)
 
     def _has_news(self, listed: int) -> bool:
-        return self._next - 1 > listed and len(self._listed) >= LEAST_LISTED
+        return self.numbering.number - 1 > listed and len(self._listed) >= LEAST_LISTED
 
     def find(self, number: int, extension: str) -> Sequence[Block]:
         """A segment or an initialization section; empty where there is none."""
@@ -3131,7 +3140,7 @@ def _parser(base: Any) -> Any:
 
         def parse_line(self, line: str) -> None:
             if line.startswith("#EXTINF:-"):  # a length that no segment has
-                raise UpstreamError(CHANNEL_LIST)
+                raise ValueError(CHANNEL_LIST)
             self.is_gap |= line.startswith("#EXT-X-GAP")
             section = self._map
             super().parse_line(line)
@@ -3988,7 +3997,7 @@ class StreamRecord:
         self.variants: Mapping[str, str] = {}  # of the newest start: name to variant
         self.resolved = -math.inf  # when that was
         self.failures: dict[str, tuple[float, StreamError]] = {}  # of starts, by wanted quality
-        self.listings: dict[str, Listing] = {}  # by variant: the newest, for its numbers
+        self.numberings: dict[str, Numbering] = {}  # of HLS, by variant
         self.failed: dict[str, float] = {}  # addresses, and when each failed last
         self._slots: deque[tuple[int, int]] = deque(maxlen=SLOTS + 1)  # number and bytes of each
         self._warned = -math.inf  # when a line was logged that may repeat
@@ -3996,6 +4005,10 @@ class StreamRecord:
     def add(self, name: str, amount: int = 1) -> None:
         with self._lock:
             self.counts[name] += amount
+
+    def numbering(self, variant: str) -> Numbering:
+        with self._lock:
+            return self.numberings.setdefault(variant, Numbering())
 
     def add_drop(self, reason: str) -> None:
         with self._lock:
@@ -4151,6 +4164,8 @@ class Channel:
         looks at `_stopped` once it can be found.
         """
         self.window.cut()
+        if self.listing:  # before another one has its numbers
+            self.listing.close()
         self._stopped.set()
         session = self._session
         if session:
@@ -4479,8 +4494,8 @@ class Channel:
             window.growth, window.patience = 1, math.inf
         listing = None
         if not is_private and (has_segments or container is Container.MPEG_TS):
-            before = self.record.listings.get(self.variant)
-            listing = Listing(window, container, upstream.target_duration, before)
+            numbering = self.record.numbering(self.variant)
+            listing = Listing(window, container, upstream.target_duration, numbering)
         self._splicer = Splicer(window, container, self._address, listing)
         if not self.channels.go_live(self, container, listing, is_private):
             raise WindowEnded(complete=False)
@@ -4933,7 +4948,7 @@ class Channels:
             channel.state = State.PRIVATE if is_private else State.LIVE
             channel.is_offered = not is_private
             if listing:
-                channel.listing = channel.record.listings[channel.variant] = listing
+                channel.listing = listing
             for viewer in tuple(channel.viewers)[1:] if is_private else ():
                 self._detach(channel, viewer)
             self.changed.notify_all()
@@ -4956,11 +4971,11 @@ class Channels:
             channel.is_offered = channel.is_fed = False
             for viewer in tuple(channel.pollers.values()):
                 self._detach(channel, viewer)
-            if channel.listing:
-                channel.listing.close()
             self._forget_if_over(channel)
             self.changed.notify_all()
         channel.window.end(is_complete)
+        if channel.listing:
+            channel.listing.close()
 
     def give_way(self, newcomer: Channel) -> bool:
         """Whether an origin that refuses a connection may take it soon: many allow one at a time.

@@ -238,8 +238,8 @@ def address_shown(visit: Visit) -> Any:
     return visit.measure("getSelection().toString()")
 
 
-def test_address_is_selected_by_a_touch(serve: Serve, look: Look) -> None:
-    site = serve({"news": NOWHERE})
+def test_address_is_selected_by_a_touch(origin: Origin, serve: Serve, look: Look) -> None:
+    site = serve({"news": live(origin)})
     assert address_shown(look(site.url)) == f"{site.url}/playlist.m3u"
     assert address_shown(look(f"{site.url}/news", 390)) == f"{site.url}/news"
 

@@ -120,7 +120,7 @@ class Container:
         with tempfile.TemporaryFile() as log:
             self._log = os.dup(log.fileno())
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        eventually(lambda: "listens on" in self.log, "it listens")
+        eventually(lambda: "listening on" in self.log, "it listens")
         self.port = int(self.log.rpartition("port ")[2])
 
     @property

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 from urllib.parse import urljoin
 
 import pytest
@@ -154,15 +153,13 @@ class Feed:
 
     def __init__(self, container: pipe.Container) -> None:
         self.container = container
-        self.listing = cast(pipe.Listing, None)
+        self.numbering = pipe.Numbering()
         self.numbers = itertools.count(100)
         self.open()
 
     def open(self) -> None:
-        window, before = pipe.Window(1 << 20, growth=8), self.listing
-        if before:
-            before.close()
-        self.listing = pipe.Listing(window, self.container, 2.0, before)
+        window = pipe.Window(1 << 20, growth=8)
+        self.listing = pipe.Listing(window, self.container, 2.0, self.numbering)
         self.splicer = pipe.Splicer(window, self.container, 0, self.listing)
         if self.container is pipe.Container.FMP4:
             self.pass_init()
