@@ -5263,6 +5263,8 @@ def _family(name: str, words: str, samples: Mapping[str, float]) -> str:
 # who goes by keyboard or screen reader.  So it does so seldom, and its first link stops it.
 
 REFRESH, RETRY = 30, 10  # seconds between two loads of the status page, and of one of an error
+HELP = """<p>It starts without sound: switch it on in the picture. No picture? Chrome and Edge play
+this from version 142 on, as do Safari and Android's browsers; Firefox on a desktop does not.</p>"""
 STATE_WORDS = {"private": "playing", "waiting": "waiting for the origin"}  # others as they are
 PAGE_STYLE = """
 :root{color-scheme:light dark;--bg:#f4f5f7;--card:#fff;--ink:#1b1f24;--soft:#5b6570;--line:#dfe3e8;
@@ -5391,18 +5393,22 @@ def _groups(site: Site, reports: Iterable[StreamReport]) -> str:
 def _card(site: Site, report: StreamReport) -> str:
     """A stream that opens its watch page wherever it is touched."""
     stream, title = report.settings, html.escape(report.settings.title)
-    error = report.status["last_error"]
-    notes = [channel["note"] for channel in report.channels if channel["note"]]
-    if error and report.status["state"] != "idle":
-        notes.append(error if report.status["state"] == "failed" else f"last error: {error}")
     return (
         f'<li id="{stream.name}">{_logo(stream)}<div class="name">'
         f'<a title="{title}" href="{stream.name}{html.escape(site.query())}">{title}</a>'
         f"{_facts(report)}</div>"
         + (_chart(report.bitrates) if report.channels else "")
-        + "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
-        + f"{_player_link(site, stream)}</li>"
+        + f"{_notes(report)}{_player_link(site, stream)}</li>"
     )
+
+
+def _notes(report: StreamReport) -> str:
+    """What is missing, and what went wrong."""
+    error, state = report.status["last_error"], report.status["state"]
+    notes = [channel["note"] for channel in report.channels if channel["note"]]
+    if error and state != "idle":
+        notes.append(error if state == "failed" else f"last error: {error}")
+    return "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
 
 
 def _logo(stream: StreamSettings) -> str:
@@ -5413,13 +5419,13 @@ def _logo(stream: StreamSettings) -> str:
     return f'<span class="logo" aria-hidden="true"><b>{html.escape(initials)}</b>{image}</span>'
 
 
-def _facts(report: StreamReport) -> str:
+def _facts(report: StreamReport, *, has_figures: bool = True) -> str:
     status, state = report.status, report.status["state"]
     facts = [f"<b>{report.settings.number}</b>"] if report.settings.number else []
     facts.append(f'<span class="{state}">{STATE_WORDS.get(state, state)}</span>')
     if status["viewers"]:
         facts.append(_many(status["viewers"], "viewer"))
-    if report.channels:
+    if report.channels and has_figures:
         uptime = max(channel["uptime_seconds"] for channel in report.channels)
         facts += [_rate(status["bitrate"])] * bool(status["bitrate"])  # none in the first seconds
         facts.append(f"{_duration(uptime)} up")
@@ -5462,17 +5468,18 @@ def watch_page(site: Site, stream: StreamSettings, quality: str | None, path: st
     report, title = reports[stream.name], html.escape(stream.title)
     source = html.escape(path + site.query(quality=quality))
     address = html.escape(site.link(stream.name, quality=quality))
-    codecs = " and ".join(report.unplayed) or ("" if path else "a format")
-    note = f"It has {codecs}, which browsers do not play here: open it in a player."
+    codecs = " and ".join(report.unplayed)
+    what = f"It has {codecs}, which" if codecs else "A film comes in a form that"
+    note = f'<p class="note">{what} browsers do not play here: open it in a player.</p>'
     video = f'<video controls autoplay muted playsinline src="{source}"></video>' if path else ""
+    # Without figures: at a start there are none yet, and the page is not loaded again.
     body = f"""<div class="watch">{_logo(stream)}<div class="name"><h1>{title}</h1>
-{_facts(report)}</div></div>
-{video}{f'<p class="note">{note}</p>' if codecs else ""}
+{_facts(report, has_figures=False)}</div></div>
+{video}{note if codecs or not path else ""}{_notes(report)}
 <nav class="zap" aria-label="Streams">{_zap_links(site, report, list(reports.values()))}
 {_player_link(site, stream)}</nav>
 <div class="more"><p>On a television or in a player, type <code>{address}</code></p>
-<p>It starts without sound: switch it on in the picture. No picture? Chrome and Edge play this from
-version 142 on, so do Safari and Android's browsers; Firefox on a desktop does not.</p></div>"""
+{HELP if path else ""}</div>"""
     return _document(f"{title} - {html.escape(site.config.server.name)}", body)
 
 

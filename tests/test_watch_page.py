@@ -128,8 +128,18 @@ def test_page_tells_how_the_stream_is(origin: Origin, serve: Serve) -> None:
     site = serve({"news": live(origin).url, "bad": f"{origin.url}/bad.m3u8"})
     site.watch("/news").read(188)
     assert site.get("/bad").status == 502
-    assert "news live · 2 viewers · " in watch_page(site).text
+    text = watch_page(site).text
+    assert "news live · 2 viewers" in text
+    assert "bit/s" not in text, "they would stay as they are at a start: 0"
     error_page(site.ask("GET", "/bad", **HTML), 502, "the origin answered 503")
+
+
+def test_page_tells_that_sound_is_missing(origin: Origin, serve: Serve) -> None:
+    picture = Playlist("picture", media.video_only_segments(4))
+    sound = Playlist("sound", media.audio_only_segments(4))
+    url = origin.add(master("news", {"720p": picture}, audio=sound)).url
+    site = serve({"news": url}, streamlink={"ffmpeg-ffmpeg": "/nonexistent"})
+    assert "no sound: install ffmpeg" in watch_page(site).text
 
 
 def test_page_shows_the_logo(origin: Origin, serve: Serve) -> None:
@@ -247,7 +257,8 @@ def test_page_of_what_has_no_hls(origin: Origin, serve: Serve, kind: str) -> Non
         url = origin.add(films[kind]).url
     found = watch_page(serve({"news": url}))
     assert [attributes["src"] for attributes in found.all("video")] == ["news"] * (kind != "TS")
-    assert ("which browsers do not play" in found.text) == (kind == "TS")
+    assert ("A film comes in a form that browsers do not play" in found.text) == (kind == "TS")
+    assert ("No picture?" in found.text) == (kind != "TS"), "help for what is there"
 
 
 #### Errors ####
