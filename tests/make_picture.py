@@ -36,7 +36,7 @@ PICTURE = ROOT / ".github" / "picture.png"
 LARGEST = 150_000  # bytes
 SECONDS = 50  # of traffic, for the charts
 SEGMENT, COUNT = 2, 8  # seconds of a segment; how many there are of a channel
-HEIGHT, WIDE, NARROW, GAP = 640, 800, 420, 20  # pixels
+HEIGHT, WIDE, NARROW, GAP = 740, 860, 400, 20  # pixels
 
 # Name: group, title, the logo's color, viewers.
 CHANNELS = {
@@ -175,7 +175,8 @@ def make_picture(target: Path) -> None:
     with tempfile.TemporaryDirectory() as name, Origin() as origin, sync_playwright() as player:
         folder = Path(name)
         browser = player.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        service = Service(folder, streams(origin, segments(browser, folder)), name="Living room")
+        shown = {"name": "Living room", "public_url": "http://192.168.1.20:8080"}
+        service = Service(folder, streams(origin, segments(browser, folder)), **shown)
         with watched(service.port), service:
             threading.Event().wait(SECONDS)
             pictures = shots(browser, f"http://127.0.0.1:{service.port}")
