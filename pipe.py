@@ -5435,8 +5435,8 @@ def _facts(report: StreamReport, *, has_figures: bool = True) -> str:
 def _player_link(site: Site, stream: StreamSettings) -> str:
     title, playlist = html.escape(stream.title), f"{stream.name}.m3u"
     return (
-        f'<a class="button player" aria-label="Open in a player: {title}" download="{playlist}" '
-        f'href="{playlist}{html.escape(site.query())}">Open in a player</a>'
+        f'<a class="button player" aria-label="Open in a player: {title}" title="Open in a player" '
+        f'download="{playlist}" href="{playlist}{html.escape(site.query())}">Open in a player</a>'
     )
 
 
