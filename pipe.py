@@ -2014,6 +2014,7 @@ MAP_EXTENSION = "mp4"
 PLAYLIST_TYPE = "application/vnd.apple.mpegurl"
 LEAST_LISTED, MOST_LISTED = 3, 8  # segments; Chromium gives up on a first playlist with two
 LISTED_BYTES = 64 * MIB  # beyond LEAST_LISTED; as many that have left the playlist are kept as well
+EPOCH = 1_735_689_600  # 2025-01-01, in Unix time
 SHORTEST_CUT, LONGEST_CUT = 2.0, 60.0  # seconds of what has no segments; longer: another clock
 
 
@@ -2034,11 +2035,12 @@ class Numbering:
     """What the next segment of a variant has: more than all before it, whatever was closed since.
 
     They begin with the time, so that a server that was started again repeats nothing; in tenths of
-    seconds, for what comes at a start comes faster than time.
+    seconds, for what comes at a start comes faster than time; since EPOCH, for GStreamer and older
+    televisions take no number above 2^31 (in 2031).
     """
 
-    number: int = field(default_factory=lambda: int(10 * time.time()))
-    discontinuities: int = field(default_factory=lambda: int(time.time()))
+    number: int = field(default_factory=lambda: int(10 * (time.time() - EPOCH)))
+    discontinuities: int = field(default_factory=lambda: int(time.time() - EPOCH))
 
 
 class Listing:
@@ -5303,14 +5305,14 @@ background:#8a94a0}
 .facts,.note,.more{font-size:.875rem;color:var(--soft)}.facts>*{display:inline-block}
 .facts b{color:var(--ink)}.note::first-letter{text-transform:uppercase}
 .live,.private{color:var(--live)}.waiting,.starting,.note{color:var(--wait)}.failed{color:var(--bad)}
-.chart,li .note,.active .player{flex:1 1 100%;max-width:none}
+.chart,li .note{flex:1 1 100%;max-width:none}
 .chart{position:relative;font-size:.75rem;color:var(--soft)}
 .chart svg{display:block;width:100%;height:36px}rect{fill:var(--bar)}line{stroke:var(--line)}
 .chart p{display:flex;justify-content:space-between;margin:0}
 .chart p:first-child{position:absolute;top:-1px;background:var(--card);padding-right:4px}
-.player{z-index:1}.quiet .player{border:0;padding:0;width:44px;margin:0 -8px 0 -10px;font-size:0;
+.player{z-index:1}li .player{border:0;padding:0;width:44px;margin:0 -8px 0 -10px;font-size:0;
 background:none;color:var(--soft)}
-.quiet .player::before{content:"\\2197\\fe0e";font-size:1.2rem;line-height:44px}
+li .player::before{content:"\\2197\\fe0e";font-size:1.2rem;line-height:44px}
 code{user-select:all;-webkit-user-select:all;color:var(--ink);font-size:1rem;background:var(--line);
 border-radius:6px;padding:2px 6px}.more{margin-top:20px}
 video{display:block;width:100%;max-height:max(60vh,100vh - 260px);aspect-ratio:16/9;margin:12px 0;
@@ -5489,18 +5491,22 @@ def _zap_links(site: Site, report: StreamReport, reports: Sequence[StreamReport]
     at = reports.index(report)
     before, after = reports[at - 1].settings, reports[(at + 1) % len(reports)].settings
     links = [(f"./{query}#{stream.name}", "All streams")]
-    if before != stream:
+    if after != stream:
+        links.insert(0, (f"{after.name}{query}", f"{after.title} \u203a"))
+    if before != after:
         links.insert(0, (f"{before.name}{query}", f"\u2039 {before.title}"))
-        links.insert(1, (f"{after.name}{query}", f"{after.title} \u203a"))
     if len(report.qualities) > 1:
         links += [(stream.name + site.query(quality=name), name) for name in report.qualities]
     return "".join(itertools.starmap(_button, links))
 
 
-def error_page(site: Site, status: HTTPStatus, reason: str) -> Page:
-    """What a person sees in place of a page; a fault that may pass is looked at again."""
+def error_page(site: Site, status: HTTPStatus, reason: str, name: str) -> Page:
+    """What a person sees in place of a stream's page; a fault that may pass is looked at again."""
+    stream = site.config.streams.get(name)
     may_pass = status >= HTTPStatus.INTERNAL_SERVER_ERROR
     title = "Not playing now" if may_pass else status.phrase
+    if stream and site.is_trusted:
+        title = f"{html.escape(stream.title)}: {title.lower()}"
     body = f"""<h1>{title}</h1><p class="note">{html.escape(reason)}</p>
 {"<p>This page tries again in a moment.</p>" if may_pass else ""}
 <nav>{_button(f"./{site.query()}", "All streams")}</nav>"""
@@ -5686,7 +5692,8 @@ class Handler(BaseHTTPRequestHandler):
         self, status: HTTPStatus, reason: str, headers: Mapping[str, str] = {}
     ) -> None:
         if self.is_person:
-            self.answer_page(error_page(self.site(), status, reason), status, headers)
+            name = self.path.partition("?")[0][1:]
+            self.answer_page(error_page(self.site(), status, reason, name), status, headers)
         else:
             self.answer(status, json_page({"error": reason}, indent=None), headers)
 
