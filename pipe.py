@@ -2010,7 +2010,9 @@ MAP_EXTENSION = "mp4"
 PLAYLIST_TYPE = "application/vnd.apple.mpegurl"
 LEAST_LISTED, MOST_LISTED = 3, 8  # segments; Chromium gives up on a first playlist with two
 LISTED_BYTES = 64 * MIB  # beyond LEAST_LISTED; as many that have left the playlist are kept as well
-SHORTEST_CUT, LONGEST_CUT = 2.0, 60.0  # seconds of what has no segments; longer: another clock
+# Seconds of what has no segments; longer: another clock.  Listed as it is, it would make a target
+# duration, which never falls again, after which eight of the usual ones are gone before a reload.
+SHORTEST_CUT, LONGEST_CUT = 2.0, 12.0
 
 
 @dataclass(frozen=True)
@@ -2048,6 +2050,7 @@ class Listing:
         self._listed: deque[ListedSegment] = deque()
         self._left: deque[tuple[float, ListedSegment]] = deque()  # no more listed; until when kept
         self._is_closed = False
+        self.lacks_room = False  # the newest segment was larger than the window
         self.target = max(1, round(target))  # seconds
         # The time, so that a server that was started again repeats nothing; in tenths of seconds,
         # for what comes at a start comes faster than time.
@@ -2091,7 +2094,8 @@ class Listing:
     def _add(self, start: JoinPoint, end: int, duration: float, preamble: bytes) -> None:
         blocks = self.window.between(start.position, end)
         with self._changed:
-            is_usable = bool(blocks) and not self._is_closed  # it may be larger than the window
+            self.lacks_room = not blocks
+            is_usable = bool(blocks) and not self._is_closed
             if is_usable:
                 self._discontinuities += self._is_apart
                 self._listed.append(self._segment(start, blocks, duration, preamble))
@@ -2149,6 +2153,7 @@ class Listing:
 
         Raises WindowEnded where none comes any more.
         """
+        self.asked = time.monotonic()
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or self._has_news(listed), timeout)
             if self._is_closed:
@@ -4677,8 +4682,9 @@ class Channels:
             if listing is None:
                 raise NoListing(channel.stream)
             return
-        patience = max(3 * listing.target, channel.linger)
-        viewer.has_left = lambda: time.monotonic() - viewer.moved > patience
+        viewer.has_left = lambda: (  # the target may grow: raw sources tell it by and by
+            time.monotonic() - viewer.moved > max(3 * listing.target, channel.linger)
+        )
         channel.pollers[viewer.key] = viewer
         channel.record.add("arrivals")
         log.info("%s: %s started watching (HLS)", channel.stream.name, viewer.address)
@@ -5511,6 +5517,7 @@ HLS_PATH = re.compile(r"/([a-z0-9-]+)(?:\.m3u8|/([0-9]{1,18})\.([a-z0-9]+))")
 PLAYED_AS_IT_IS = (Container.FMP4, Container.AAC, Container.MPEG_AUDIO)  # by browsers, without HLS
 HLS_HEADERS = {"Access-Control-Allow-Origin": "*", "Accept-Ranges": "none"}
 RELOAD_WAIT = 5.0  # seconds that a playlist may wait for news
+TOO_LARGE = "its segments are larger than the window: set a larger ringbuffer_size"
 HOST = re.compile(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", re.ASCII)
 MEDIA_HEADERS = {
     "X-Accel-Buffering": "no",  # nginx would spool a slow viewer's stream to its disk
@@ -5854,7 +5861,8 @@ class Handler(BaseHTTPRequestHandler):
             if viewer.moved >= deadline and had:
                 return
             if viewer.moved >= deadline:
-                raise no_media_error(channel.stream, channel.trouble)
+                trouble = TOO_LARGE if listing.lacks_room else channel.trouble
+                raise no_media_error(channel.stream, trouble)
             if has_left(self.connection):
                 raise ViewerGone("left")
 
