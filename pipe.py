@@ -4112,6 +4112,7 @@ class Channel:
         self.variant = ""
         self.viewers: dict[Viewer, None] = {}  # in order of arrival
         self.pollers: dict[tuple[str, str], Viewer] = {}  # those of them that poll, by key
+        self.departed: deque[Viewer] = deque()  # pollers whose departure is not in the log yet
         self.listing: Listing | None = None  # for them; None where it cannot be HLS
         self.idle_since = math.inf  # when the last viewer left
         self.failure: StreamError | None = None
@@ -4664,6 +4665,7 @@ class Channels:
 
         Raises StreamError also where the channel has no HLS.
         """
+        newcomer = viewer
         with self.changed:
             channel = self._find(stream, quality or stream.quality)
             if channel is None or viewer.key not in channel.pollers:
@@ -4671,8 +4673,11 @@ class Channels:
                 self._start_polling(channel, viewer)
             viewer = channel.pollers[viewer.key]
             viewer.moved = time.monotonic()
-            assert channel.listing
-            return channel, channel.listing, viewer
+            listing = channel.listing
+            assert listing
+        if viewer is newcomer:
+            log.info("%s: %s started watching (HLS)", stream.name, viewer.address)
+        return channel, listing, viewer
 
     def _start_polling(self, channel: Channel, viewer: Viewer) -> None:
         """A viewer that was attached stays until it has asked nothing for a while."""
@@ -4687,7 +4692,6 @@ class Channels:
         )
         channel.pollers[viewer.key] = viewer
         channel.record.add("arrivals")
-        log.info("%s: %s started watching (HLS)", channel.stream.name, viewer.address)
 
     def find(self, stream: StreamSettings, quality: str | None) -> Channel | None:
         """The running channel that a request is for; starts none."""
@@ -4851,9 +4855,7 @@ class Channels:
     def _detach(self, channel: Channel, viewer: Viewer) -> None:
         if channel.pollers.get(viewer.key) is viewer:
             del channel.pollers[viewer.key]
-            seconds = time.monotonic() - viewer.since
-            log.info("%s: %s left: %d bytes in %.1f s (HLS)", channel.stream.name,
-                     viewer.address, viewer.sent, seconds)  # fmt: skip
+            channel.departed.append(viewer)
         if viewer in channel.viewers:
             del channel.viewers[viewer]
             channel.record.add("sent", viewer.sent)
@@ -4954,6 +4956,7 @@ class Channels:
             self._forget_if_over(channel)
             self.changed.notify_all()
         channel.window.end(is_complete)
+        self._let_pollers_go(channel)
 
     def give_way(self, newcomer: Channel) -> bool:
         """Whether an origin that refuses a connection may take it soon: many allow one at a time.
@@ -4981,19 +4984,28 @@ class Channels:
             return sorted(range(len(stream.urls)), key=lambda n: stream.urls[n] in record.failed)
 
     def _let_pollers_go(self, channel: Channel) -> None:
-        for viewer in tuple(channel.pollers.values()):
-            if viewer.has_left():
-                self._detach(channel, viewer)
+        """Count out and log those who have left.
+
+        Not under the lock: who reads the log may have stopped, and nobody else shall wait for that.
+        """
+        with self.changed:
+            for viewer in tuple(channel.pollers.values()):
+                if viewer.has_left():
+                    self._detach(channel, viewer)
+        while channel.departed:
+            viewer = channel.departed.popleft()
+            log.info("%s: %s left: %d bytes in %.1f s (HLS)", channel.stream.name,
+                     viewer.address, viewer.sent, time.monotonic() - viewer.since)  # fmt: skip
 
     def has_viewers(self, channel: Channel) -> bool:
+        self._let_pollers_go(channel)
         with self.changed:
-            self._let_pollers_go(channel)
             return bool(channel.viewers) and not self.is_stopping
 
     def is_abandoned(self, channel: Channel) -> bool:
         """Whether a channel's thread shall end; nobody can attach to it from then on."""
+        self._let_pollers_go(channel)
         with self.changed:
-            self._let_pollers_go(channel)
             is_idle = time.monotonic() - channel.idle_since >= channel.linger
             if is_idle and not channel.viewers and channel.state is not State.STARTING:
                 self._close(channel)
