@@ -33,6 +33,7 @@ Threads
 
 Locks
     Channels.changed     the set of channels, what each says of itself, the records of streams
+    Listing._changed     the numbered segments of one channel, for HLS
     Window._lock         blocks, join points and viewers of one window
     ReaderBuffer._lock   what was handed over and has not been taken
     Taken in that order.  Http's may be taken under the first, a ReaderBuffer's under
@@ -2021,7 +2022,7 @@ class ListedSegment:
     start: int  # its position in the window
     blocks: Sequence[Block]
     init_section: bytes  # of fMP4
-    map_number: int  # of the first segment that had this one
+    map_number: int  # of the first segment that had this one; -1: it has none
     duration: float  # seconds
     discontinuities: int  # up to this segment, its own counted
     is_apart: bool  # it does not continue the one before it
@@ -2109,7 +2110,7 @@ class Listing:
     def _segment(
         self, start: JoinPoint, blocks: list[Block], duration: float, preamble: bytes
     ) -> ListedSegment:
-        init_section, map_number = b"", 0
+        init_section, map_number = b"", -1
         if self.container is Container.FMP4:
             last = self._listed[-1] if self._listed else None
             is_same = last is not None and last.init_section == preamble
@@ -2193,7 +2194,7 @@ class Listing:
         text += f"#EXT-X-MEDIA-SEQUENCE:{listed[0].number}\n"
         before = listed[0].discontinuities - listed[0].is_apart
         text += f"#EXT-X-DISCONTINUITY-SEQUENCE:{before}\n"
-        map_number = 0
+        map_number = -1
         for segment in listed:
             text += "#EXT-X-DISCONTINUITY\n" if segment.is_apart else ""
             if segment.map_number != map_number:

@@ -509,7 +509,7 @@ def test_unknown_names_and_numbers_are_404(origin: Origin, serve: Serve) -> None
     site.get("/sport.m3u8")
     for path in (
         *("/none.m3u8", "/playlist.m3u8", f"/none/{number}.ts", "/news/0.ts", "/news/1.ts"),
-        *(f"/news/{number + 100}.ts", f"/news/{number}.m4s", f"/news/{number}.mp4"),
+        *(f"/news/{number + 100}.ts", f"/news/{number}.m4s", f"/news/{number}.mp4", "/news/0.mp4"),
         *(
             f"/news/{number}",
             "/news/",
