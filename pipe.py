@@ -2015,7 +2015,9 @@ PLAYLIST_TYPE = "application/vnd.apple.mpegurl"
 LEAST_LISTED, MOST_LISTED = 3, 8  # segments; Chromium gives up on a first playlist with two
 LISTED_BYTES = 64 * MIB  # beyond LEAST_LISTED; as many that have left the playlist are kept as well
 EPOCH = 1_735_689_600  # 2025-01-01, in Unix time
-SHORTEST_CUT, LONGEST_CUT = 2.0, 60.0  # seconds of what has no segments; longer: another clock
+# Seconds of what has no segments; longer: another clock.  Listed as it is, it would make a target
+# duration, which never falls again, after which eight of the usual ones are gone before a reload.
+SHORTEST_CUT, LONGEST_CUT = 2.0, 12.0
 
 
 @dataclass(frozen=True)
@@ -2024,7 +2026,7 @@ class ListedSegment:
     start: int  # its position in the window
     blocks: Sequence[Block]
     init_section: bytes  # of fMP4
-    map_number: int  # of the first segment that had this one
+    map_number: int  # of the first segment that had this one; -1: it has none
     duration: float  # seconds
     discontinuities: int  # up to this segment, its own counted
     is_apart: bool  # it does not continue the one before it
@@ -2067,6 +2069,7 @@ class Listing:
         self._listed: deque[ListedSegment] = deque()
         self._left: deque[tuple[float, ListedSegment]] = deque()  # no more listed; until when kept
         self._is_closed = False
+        self.lacks_room = False  # the newest segment was larger than the window
         self.target = max(1, round(target))  # seconds
 
     # The channel's thread
@@ -2105,7 +2108,8 @@ class Listing:
     def _add(self, start: JoinPoint, end: int, duration: float, preamble: bytes) -> None:
         blocks = self.window.between(start.position, end)
         with self._changed:
-            is_usable = bool(blocks) and not self._is_closed  # it may be larger than the window
+            self.lacks_room = not blocks
+            is_usable = bool(blocks) and not self._is_closed
             if is_usable:
                 self.numbering.discontinuities += self._is_apart
                 self._listed.append(self._segment(start, blocks, duration, preamble))
@@ -2119,7 +2123,7 @@ class Listing:
     def _segment(
         self, start: JoinPoint, blocks: list[Block], duration: float, preamble: bytes
     ) -> ListedSegment:
-        number, init_section, map_number = self.numbering.number, b"", 0
+        number, init_section, map_number = self.numbering.number, b"", -1
         if self.container is Container.FMP4:
             last = self._listed[-1] if self._listed else None
             is_same = last is not None and last.init_section == preamble
@@ -2163,6 +2167,7 @@ class Listing:
 
         Raises WindowEnded where none comes any more.
         """
+        self.asked = time.monotonic()
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or self._has_news(listed), timeout)
             if self._is_closed:
@@ -2202,7 +2207,7 @@ class Listing:
         text += f"#EXT-X-MEDIA-SEQUENCE:{listed[0].number}\n"
         before = listed[0].discontinuities - listed[0].is_apart
         text += f"#EXT-X-DISCONTINUITY-SEQUENCE:{before}\n"
-        map_number = 0
+        map_number = -1
         for segment in listed:
             text += "#EXT-X-DISCONTINUITY\n" if segment.is_apart else ""
             if segment.map_number != map_number:
@@ -4125,8 +4130,8 @@ class Channel:
         self.variant = ""
         self.viewers: dict[Viewer, None] = {}  # in order of arrival
         self.pollers: dict[tuple[str, str], Viewer] = {}  # those of them that poll, by key
+        self.departed: deque[Viewer] = deque()  # pollers whose departure is not in the log yet
         self.listing: Listing | None = None  # for them; None where it cannot be HLS
-        self.departed: deque[Viewer] = deque()  # those who polled and left, to be logged
         self.idle_since = math.inf  # when the last viewer left
         self.failure: StreamError | None = None
         # Written by its thread alone.
@@ -4237,7 +4242,6 @@ class Channel:
                 self._close_upstream()
             finally:
                 self.channels.end(self, is_complete, failure)
-                self._log_departed()
         if failure and not self.channels.is_stopping:
             log.log(self._log_level, "%s: ended: %s", self.stream.name, failure.reason)
 
@@ -4328,14 +4332,6 @@ class Channel:
         self.trouble, self._troubled_since, self._gaps = None, math.inf, 0
         self._told.clear()
 
-    def _log_departed(self) -> None:
-        """Tell of those who polled; who counted them out held a lock, and a log may block."""
-        while self.departed:
-            viewer = self.departed.popleft()
-            seconds = time.monotonic() - viewer.since
-            log.info("%s: %s left: %d bytes in %.1f s (HLS)", self.stream.name,
-                     viewer.address, viewer.sent, seconds)  # fmt: skip
-
     @property
     def _log_level(self) -> int:
         """One for all lines of a start, which a player may cause again and again."""
@@ -4408,7 +4404,6 @@ class Channel:
         alive = time.monotonic()
         while not (self.is_stopped or self.channels.is_abandoned(self)):
             items, is_all = self._read(upstream)
-            self._log_departed()
             if start is not None and (items or is_all):
                 start += items
                 if self._begin(upstream, start, is_all):
@@ -4710,8 +4705,9 @@ class Channels:
             if listing is None:
                 raise NoListing(channel.stream)
             return
-        patience = max(3 * listing.target, channel.linger)
-        viewer.has_left = lambda: time.monotonic() - viewer.moved > patience
+        viewer.has_left = lambda: (  # the target may grow: raw sources tell it by and by
+            time.monotonic() - viewer.moved > max(3 * listing.target, channel.linger)
+        )
         channel.pollers[viewer.key] = viewer
         channel.record.add("arrivals")
 
@@ -4978,6 +4974,7 @@ class Channels:
         channel.window.end(is_complete)
         if channel.listing:
             channel.listing.close()
+        self._let_pollers_go(channel)
 
     def give_way(self, newcomer: Channel) -> bool:
         """Whether an origin that refuses a connection may take it soon: many allow one at a time.
@@ -5005,19 +5002,28 @@ class Channels:
             return sorted(range(len(stream.urls)), key=lambda n: stream.urls[n] in record.failed)
 
     def _let_pollers_go(self, channel: Channel) -> None:
-        for viewer in tuple(channel.pollers.values()):
-            if viewer.has_left():
-                self._detach(channel, viewer)
+        """Count out and log those who have left.
+
+        Not under the lock: who reads the log may have stopped, and nobody else shall wait for that.
+        """
+        with self.changed:
+            for viewer in tuple(channel.pollers.values()):
+                if viewer.has_left():
+                    self._detach(channel, viewer)
+        while channel.departed:
+            viewer = channel.departed.popleft()
+            log.info("%s: %s left: %d bytes in %.1f s (HLS)", channel.stream.name,
+                     viewer.address, viewer.sent, time.monotonic() - viewer.since)  # fmt: skip
 
     def has_viewers(self, channel: Channel) -> bool:
+        self._let_pollers_go(channel)
         with self.changed:
-            self._let_pollers_go(channel)
             return bool(channel.viewers) and not self.is_stopping
 
     def is_abandoned(self, channel: Channel) -> bool:
         """Whether a channel's thread shall end; nobody can attach to it from then on."""
+        self._let_pollers_go(channel)
         with self.changed:
-            self._let_pollers_go(channel)
             is_idle = time.monotonic() - channel.idle_since >= channel.linger
             if is_idle and not channel.viewers and channel.state is not State.STARTING:
                 self._close(channel)
@@ -5553,6 +5559,7 @@ HLS_PATH = re.compile(r"/([a-z0-9-]+)(?:\.m3u8|/([0-9]{1,18})\.([a-z0-9]+))")
 PLAYED_AS_IT_IS = (Container.FMP4, Container.AAC, Container.MPEG_AUDIO)  # by browsers, without HLS
 HLS_HEADERS = {"Access-Control-Allow-Origin": "*", "Accept-Ranges": "none"}
 RELOAD_WAIT = 5.0  # seconds that a playlist may wait for news
+TOO_LARGE = "its segments are larger than the window: set a larger ringbuffer_size"
 HOST = re.compile(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", re.ASCII)
 MEDIA_HEADERS = {
     "X-Accel-Buffering": "no",  # nginx would spool a slow viewer's stream to its disk
@@ -5897,7 +5904,8 @@ class Handler(BaseHTTPRequestHandler):
             if viewer.moved >= deadline and had:
                 return
             if viewer.moved >= deadline:
-                raise no_media_error(channel.stream, channel.trouble)
+                trouble = TOO_LARGE if listing.lacks_room else channel.trouble
+                raise no_media_error(channel.stream, trouble)
             if has_left(self.connection):
                 raise ViewerGone("left")
 
