@@ -2014,7 +2014,9 @@ MAP_EXTENSION = "mp4"
 PLAYLIST_TYPE = "application/vnd.apple.mpegurl"
 LEAST_LISTED, MOST_LISTED = 3, 8  # segments; Chromium gives up on a first playlist with two
 LISTED_BYTES = 64 * MIB  # beyond LEAST_LISTED; as many that have left the playlist are kept as well
-SHORTEST_CUT, LONGEST_CUT = 2.0, 60.0  # seconds of what has no segments; longer: another clock
+# Seconds of what has no segments; longer: another clock.  Listed as it is, it would make a target
+# duration, which never falls again, after which eight of the usual ones are gone before a reload.
+SHORTEST_CUT, LONGEST_CUT = 2.0, 12.0
 
 
 @dataclass(frozen=True)
@@ -2023,7 +2025,7 @@ class ListedSegment:
     start: int  # its position in the window
     blocks: Sequence[Block]
     init_section: bytes  # of fMP4
-    map_number: int  # of the first segment that had this one
+    map_number: int  # of the first segment that had this one; -1: it has none
     duration: float  # seconds
     discontinuities: int  # up to this segment, its own counted
     is_apart: bool  # it does not continue the one before it
@@ -2065,6 +2067,7 @@ class Listing:
         self._listed: deque[ListedSegment] = deque()
         self._left: deque[tuple[float, ListedSegment]] = deque()  # no more listed; until when kept
         self._is_closed = False
+        self.lacks_room = False  # the newest segment was larger than the window
         self.target = max(1, round(target))  # seconds
 
     # The channel's thread
@@ -2103,7 +2106,8 @@ class Listing:
     def _add(self, start: JoinPoint, end: int, duration: float, preamble: bytes) -> None:
         blocks = self.window.between(start.position, end)
         with self._changed:
-            is_usable = bool(blocks) and not self._is_closed  # it may be larger than the window
+            self.lacks_room = not blocks
+            is_usable = bool(blocks) and not self._is_closed
             if is_usable:
                 self.numbering.discontinuities += self._is_apart
                 self._listed.append(self._segment(start, blocks, duration, preamble))
@@ -2117,7 +2121,7 @@ class Listing:
     def _segment(
         self, start: JoinPoint, blocks: list[Block], duration: float, preamble: bytes
     ) -> ListedSegment:
-        number, init_section, map_number = self.numbering.number, b"", 0
+        number, init_section, map_number = self.numbering.number, b"", -1
         if self.container is Container.FMP4:
             last = self._listed[-1] if self._listed else None
             is_same = last is not None and last.init_section == preamble
@@ -2161,6 +2165,7 @@ class Listing:
 
         Raises WindowEnded where none comes any more.
         """
+        self.asked = time.monotonic()
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or self._has_news(listed), timeout)
             if self._is_closed:
@@ -2200,7 +2205,7 @@ class Listing:
         text += f"#EXT-X-MEDIA-SEQUENCE:{listed[0].number}\n"
         before = listed[0].discontinuities - listed[0].is_apart
         text += f"#EXT-X-DISCONTINUITY-SEQUENCE:{before}\n"
-        map_number = 0
+        map_number = -1
         for segment in listed:
             text += "#EXT-X-DISCONTINUITY\n" if segment.is_apart else ""
             if segment.map_number != map_number:
@@ -4708,8 +4713,9 @@ class Channels:
             if listing is None:
                 raise NoListing(channel.stream)
             return
-        patience = max(3 * listing.target, channel.linger)
-        viewer.has_left = lambda: time.monotonic() - viewer.moved > patience
+        viewer.has_left = lambda: (  # the target may grow: raw sources tell it by and by
+            time.monotonic() - viewer.moved > max(3 * listing.target, channel.linger)
+        )
         channel.pollers[viewer.key] = viewer
         channel.record.add("arrivals")
 
@@ -5540,6 +5546,7 @@ HLS_PATH = re.compile(r"/([a-z0-9-]+)(?:\.m3u8|/([0-9]{1,18})\.([a-z0-9]+))")
 PLAYED_AS_IT_IS = (Container.FMP4, Container.AAC, Container.MPEG_AUDIO)  # by browsers, without HLS
 HLS_HEADERS = {"Access-Control-Allow-Origin": "*", "Accept-Ranges": "none"}
 RELOAD_WAIT = 5.0  # seconds that a playlist may wait for news
+TOO_LARGE = "its segments are larger than the window: set a larger ringbuffer_size"
 HOST = re.compile(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", re.ASCII)
 MEDIA_HEADERS = {
     "X-Accel-Buffering": "no",  # nginx would spool a slow viewer's stream to its disk
@@ -5883,7 +5890,8 @@ class Handler(BaseHTTPRequestHandler):
             if viewer.moved >= deadline and had:
                 return
             if viewer.moved >= deadline:
-                raise no_media_error(channel.stream, channel.trouble)
+                trouble = TOO_LARGE if listing.lacks_room else channel.trouble
+                raise no_media_error(channel.stream, trouble)
             if has_left(self.connection):
                 raise ViewerGone("left")
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import pipe
 from tests import media
 from tests.origin import Origin, Playlist, Segment, Stall, StallHeaders, Status, master
-from tests.server import Answer, Site
+from tests.server import TIMEOUT, Answer, Site
 from tests.test_sharing import eventually
 
 Serve = Callable[..., Site]
@@ -377,6 +377,27 @@ def test_raw_ts_is_cut_at_key_frames(origin: Origin, serve: Serve) -> None:
     assert without_tables(joined) in without_tables(b"".join(bodies))
 
 
+def test_jump_of_the_clock_is_no_duration(origin: Origin, serve: Serve) -> None:
+    """The target duration it would give stays, and a client that keeps to it comes too late."""
+    bodies = media.ts_segments(16)
+    bodies = bodies[:8] + tuple(later(body, seconds=30) for body in bodies[8:])
+    site = serve({"news": raw(origin, bodies)})
+    client = client_of(site, "/news.m3u8")
+    eventually(lambda: len(follow(site, "/news.m3u8", client)) == 6, "all are listed but one")
+    assert {segment.duration for segment in client.known.values()} == {2.0}
+    before = [segment.discontinuities for segment in client.known.values()]
+    assert [number - before[0] for number in before] == [0, 0, 0, 1, 1, 1]
+
+
+def later(segment: bytes, seconds: int) -> bytes:
+    moved = bytearray()
+    for packet in map(bytearray, media.packets(segment)):
+        if packet[1] & 0x40 and media.pid(bytes(packet)) not in (0, 0x1000):
+            pipe.delay_timestamps(packet, seconds * 90_000)
+        moved += packet
+    return bytes(moved)
+
+
 def without_tables(data: bytes) -> bytes:
     return b"".join(p for p in media.packets(data) if media.pid(p) not in (0, 0x1000))
 
@@ -485,7 +506,7 @@ def test_unknown_names_and_numbers_are_404(origin: Origin, serve: Serve) -> None
     site.get("/sport.m3u8")
     for path in (
         *("/none.m3u8", "/playlist.m3u8", f"/none/{number}.ts", "/news/0.ts", "/news/1.ts"),
-        *(f"/news/{number + 100}.ts", f"/news/{number}.m4s", f"/news/{number}.mp4"),
+        *(f"/news/{number + 100}.ts", f"/news/{number}.m4s", f"/news/{number}.mp4", "/news/0.mp4"),
         *(
             f"/news/{number}",
             "/news/",
@@ -590,6 +611,50 @@ def test_who_polls_is_one_viewer(
     assert 'streampipe_viewer_connections_total{stream="news"} 2' in metrics
 
 
+def test_who_keeps_to_a_target_that_grew_has_not_left(origin: Origin, serve: Serve) -> None:
+    """Of a source without segments the first is not known when somebody asks first."""
+    site = serve({"news": raw(origin, media.ts_segments(4, 6.0))}, linger=0)
+    viewer = site.get("/news.m3u8")
+    assert b"#EXT-X-TARGETDURATION:6" in viewer.body
+    eventually(lambda: float(str(viewers_of(site)[0]["since_seconds"])) > 4, "it is still there")
+
+
+class StuckLog(logging.Handler):
+    """Whoever reads it has stopped: lines with these words wait until it is read again."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self._words = words
+        self.is_stuck, self.is_read = threading.Event(), threading.Event()
+
+    def createLock(self) -> None:
+        self.lock = None  # other lines pass
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._words in record.getMessage():
+            self.is_stuck.set()
+            self.is_read.wait(2 * TIMEOUT)
+
+
+@pytest.mark.parametrize("words", ["started watching (HLS)", " left: "])
+def test_nobody_waits_for_who_reads_the_log(
+    origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture, words: str
+) -> None:
+    caplog.set_level(logging.INFO, "streampipe")
+    stuck = StuckLog(words)
+    site = serve({"news": live(origin).url}, linger=0)
+    poll = threading.Thread(target=site.get, args=("/news.m3u8",))
+    pipe.log.addHandler(stuck)
+    try:
+        poll.start()
+        assert stuck.is_stuck.wait(TIMEOUT)
+        assert site.get("/health").status == 200
+    finally:
+        stuck.is_read.set()
+        pipe.log.removeHandler(stuck)
+        poll.join(TIMEOUT)
+
+
 def test_channel_closes_behind_who_polled(origin: Origin, serve: Serve) -> None:
     playlist = live(origin, clock=True)
     site = serve({"news": playlist.url}, linger=0)
@@ -640,6 +705,25 @@ def test_nobody_waits_for_who_polls(origin: Origin, serve: Serve) -> None:
         origin.wait_for(playlist.segment_path(playlist.newest), 1)
         follow_until(site, "/news.m3u8", client, newest)
     assert len(client.known) == LEAST + 12
+
+
+def test_who_waits_for_a_first_playlist_gets_three_large_segments(
+    origin: Origin, serve: Serve
+) -> None:
+    """However few the window holds: two of these."""
+    segments = [media.padded(segment, 3 * 262_144) for segment in media.ts_segments()]
+    playlist = live(origin, segments=segments, window=4, clock=True)
+    site = serve({"news": playlist.url}, ringbuffer_size=262_144, timeout=8)
+    follow(site, "/news.m3u8", client_of(site, "/news.m3u8"))
+
+
+def test_segments_larger_than_the_window_are_told(origin: Origin, serve: Serve) -> None:
+    segments = [media.padded(segment, 9 * 262_144) for segment in media.ts_segments()]
+    playlist = live(origin, segments=segments)
+    site = serve({"news": playlist.url}, ringbuffer_size=262_144, timeout=3)
+    answer = site.get("/news.m3u8")
+    assert answer.status == 504
+    assert "ringbuffer_size" in answer.json["error"]
 
 
 def test_who_polls_has_no_thread_between_requests(origin: Origin, serve: Serve) -> None:
