@@ -4700,6 +4700,9 @@ class Channels:
     def _start_polling(self, channel: Channel, viewer: Viewer) -> None:
         """A viewer that was attached stays until it has asked nothing for a while."""
         listing = channel.listing
+        if not channel.is_fed:  # it ended before we came to wait for it
+            self._detach(channel, viewer)
+            raise UpstreamError("the stream has just ended")
         if listing is None or viewer.key in channel.pollers:  # a request beside this was faster
             self._detach(channel, viewer)
             if listing is None:
