@@ -5314,7 +5314,7 @@ background:#8a94a0}
 .facts,.note,.more{font-size:.875rem;color:var(--soft)}.facts>*{display:inline-block}
 .facts b{color:var(--ink)}.note::first-letter{text-transform:uppercase}
 .live,.private{color:var(--live)}.waiting,.starting,.note{color:var(--wait)}.failed{color:var(--bad)}
-.chart,li .note{flex:1 1 100%;max-width:none}
+.chart,li .note{order:1;flex:1 1 100%;max-width:none}
 .chart{position:relative;font-size:.75rem;color:var(--soft)}
 .chart svg{display:block;width:100%;height:36px}rect{fill:var(--bar)}line{stroke:var(--line)}
 .chart p{display:flex;justify-content:space-between;margin:0}
