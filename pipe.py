@@ -287,6 +287,7 @@ GONE = frozenset({REFUSED, UNKNOWN, NO_ROUTE, UNREACHABLE, CLOSED})  # nobody is
 NOT_FOUND = "the origin answered 404"
 # What an address answers that is not valid any more: it is resolved anew.
 EXPIRED = frozenset(f"the origin answered {status}" for status in (401, 403, 404, 410))
+JUST_ENDED = "the stream has just ended"
 CHANNEL_LIST = "that is a list of channels: configure the address of one of them"
 WEB_PAGE = "the origin sent a web page, not a stream"
 EMPTY = "the origin's playlist is empty"
@@ -2207,13 +2208,12 @@ class Listing:
         text += f"#EXT-X-MEDIA-SEQUENCE:{listed[0].number}\n"
         before = listed[0].discontinuities - listed[0].is_apart
         text += f"#EXT-X-DISCONTINUITY-SEQUENCE:{before}\n"
-        map_number = -1
+        map_number, extension = -1, EXTENSIONS[self.container]
         for segment in listed:
             text += "#EXT-X-DISCONTINUITY\n" if segment.is_apart else ""
             if segment.map_number != map_number:
                 map_number = segment.map_number
                 text += f'#EXT-X-MAP:URI="{name}/{map_number}.{MAP_EXTENSION}{tail}"\n'
-            extension = EXTENSIONS[self.container]
             text += f"#EXTINF:{segment.duration:.3f},\n{name}/{segment.number}.{extension}{tail}\n"
         return listed[-1].number, text
 
@@ -4699,15 +4699,14 @@ class Channels:
 
     def _start_polling(self, channel: Channel, viewer: Viewer) -> None:
         """A viewer that was attached stays until it has asked nothing for a while."""
-        listing = channel.listing
-        if not channel.is_fed:  # it ended before we came to wait for it
+        listing, is_known = channel.listing, viewer.key in channel.pollers
+        if is_known or listing is None or not channel.is_fed:
             self._detach(channel, viewer)
-            raise UpstreamError("the stream has just ended")
-        if listing is None or viewer.key in channel.pollers:  # a request beside this was faster
-            self._detach(channel, viewer)
+            if not channel.is_fed:  # it ended before we came to wait for it
+                raise UpstreamError(JUST_ENDED)
             if listing is None:
                 raise NoListing(channel.stream)
-            return
+            return  # a request beside this was faster
         viewer.has_left = lambda: (  # the target may grow: raw sources tell it by and by
             time.monotonic() - viewer.moved > max(3 * listing.target, channel.linger)
         )
@@ -5818,7 +5817,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _ended_error(self) -> StreamError:
         is_stopping = self.server.channels.is_stopping
-        return stopping_error() if is_stopping else UpstreamError("the stream has just ended")
+        return stopping_error() if is_stopping else UpstreamError(JUST_ENDED)
 
     def _take(self, channel: Channel, viewer: Viewer) -> list[Block]:
         """The next blocks; empty after a second without any, if the viewer is still there."""
