@@ -233,7 +233,8 @@ class UpstreamError(StreamError):
     """The origin failed, in words that name neither address nor exception."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(HTTPStatus.BAD_GATEWAY, reason)
+        is_late = reason == TIMED_OUT
+        super().__init__(HTTPStatus.GATEWAY_TIMEOUT if is_late else HTTPStatus.BAD_GATEWAY, reason)
 
 
 class ViewerGone(PipeError):
@@ -278,6 +279,7 @@ def _shows(sign: str | type[BaseException], chain: Iterable[BaseException]) -> b
     return any(isinstance(cause, sign) for cause in chain)
 
 
+TIMED_OUT = "the origin did not answer in time"
 REFUSED = "the origin refuses connections"
 UNKNOWN = "the origin's host name is unknown"
 NO_ROUTE = "there is no network route to the origin"
@@ -300,7 +302,7 @@ _REASONS: tuple[tuple[Any, ...], ...] = (
     ("the proxy does not answer", requests.exceptions.ProxyError, socks.ProxyError),
     (UNKNOWN, socket.gaierror),
     (REFUSED, ConnectionRefusedError),
-    ("the origin did not answer in time",
+    (TIMED_OUT,
      requests.Timeout, urllib3.exceptions.ReadTimeoutError, TimeoutError),
     ("the origin's certificate is not valid", ssl.SSLCertVerificationError),
     ("the origin names an address that is never opened", requests.exceptions.InvalidSchema),
