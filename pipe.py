@@ -2071,6 +2071,7 @@ class Listing:
         self._changed = threading.Condition()
         self._listed: deque[ListedSegment] = deque()
         self._left: deque[tuple[float, ListedSegment]] = deque()  # no more listed; until when kept
+        self._is_over = False  # the source truly ended with what is listed
         self._is_closed = False
         self.lacks_room = False  # the newest segment was larger than the window
         self.target = max(1, round(target))  # seconds
@@ -2091,6 +2092,12 @@ class Listing:
     def drop(self) -> None:
         """The rest of it will not come; what comes next does not continue what came."""
         self._start, self._is_apart = None, True
+
+    def end(self) -> None:
+        """The source truly ended: what is listed now is all, and stays until close()."""
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
 
     def cut_at(self, joins: Iterable[JoinPoint]) -> None:
         """Cut what has no segments where decoders can start, and where its clock tells when."""
@@ -2143,7 +2150,7 @@ class Listing:
     def _trim(self) -> None:
         """Take the oldest off the playlist, and forget what left it as long ago as it was there."""
         now = time.monotonic()
-        if now - self.asked > 2 * MOST_LISTED * self.target:
+        if now - self.asked > self.kept_time:
             self._left.clear()
             while self._listed[0].start < self.window.tail:
                 self._listed.popleft()
@@ -2156,6 +2163,11 @@ class Listing:
             self._left.popleft()
 
     # Any thread
+
+    @property
+    def kept_time(self) -> float:
+        """Seconds that a segment is listed and then kept, at most."""
+        return 2.0 * MOST_LISTED * self.target
 
     def close(self) -> None:
         """No more will come; gives the memory back."""
@@ -2178,6 +2190,8 @@ class Listing:
             return self._has_news(listed)
 
     def _has_news(self, listed: int) -> bool:
+        if self._is_over:
+            return True
         return self.numbering.number - 1 > listed and len(self._listed) >= LEAST_LISTED
 
     def find(self, number: int, extension: str) -> Sequence[Block]:
@@ -2200,10 +2214,11 @@ class Listing:
         """
         self.asked = time.monotonic()
         with self._changed:
-            listed, target = list(self._listed), self.target
+            listed, target, is_over = list(self._listed), self.target, self._is_over
         if not listed:
             raise WindowEnded(complete=False)
         if had >= listed[0].number - 1:
+            is_over = is_over and listed[-1].number <= had + LEAST_LISTED
             listed = [segment for segment in listed if segment.number <= had + LEAST_LISTED]
         version = 6 if self.container is Container.FMP4 else 3
         text = f"#EXTM3U\n#EXT-X-VERSION:{version}\n#EXT-X-TARGETDURATION:{target}\n"
@@ -2217,7 +2232,7 @@ class Listing:
                 map_number = segment.map_number
                 text += f'#EXT-X-MAP:URI="{name}/{map_number}.{MAP_EXTENSION}{tail}"\n'
             text += f"#EXTINF:{segment.duration:.3f},\n{name}/{segment.number}.{extension}{tail}\n"
-        return listed[-1].number, text
+        return listed[-1].number, text + "#EXT-X-ENDLIST\n" * is_over
 
 
 def _are_large(segments: Collection[ListedSegment]) -> bool:
@@ -4244,8 +4259,21 @@ class Channel:
                 self._close_upstream()
             finally:
                 self.channels.end(self, is_complete, failure)
+                self._see_pollers_off(is_complete)
         if failure and not self.channels.is_stopping:
             log.log(self._log_level, "%s: ended: %s", self.stream.name, failure.reason)
+
+    def _see_pollers_off(self, is_complete: bool) -> None:
+        """Let who polls fetch what is listed of a source that ended, while it would be kept."""
+        if self.listing and is_complete:
+            self.listing.end()
+            deadline = time.monotonic() + self.listing.kept_time
+            while self.pollers and not self.is_stopped and time.monotonic() < deadline:
+                self._stopped.wait(FEEDER_TICK)
+                self.channels.let_pollers_go(self)
+        if self.listing:
+            self.listing.close()
+        self.channels.let_pollers_go(self, all_of_them=True)
 
     def _open_first(self) -> None:
         """Try each address once, all within `timeout`, until one has media.
@@ -4688,7 +4716,7 @@ class Channels:
         Raises StreamError also where the channel has no HLS.
         """
         with self.changed:
-            channel = self._find(stream, quality or stream.quality)
+            channel = next(iter(self.polled(stream, quality)), None)
             if channel is None or viewer.key not in channel.pollers:
                 channel = self.watch(stream, quality, viewer)
                 self._start_polling(channel, viewer)
@@ -4715,10 +4743,14 @@ class Channels:
         channel.pollers[viewer.key] = viewer
         channel.record.add("arrivals")
 
-    def find(self, stream: StreamSettings, quality: str | None) -> Channel | None:
-        """The running channel that a request is for; starts none."""
+    def polled(self, stream: StreamSettings, quality: str | None) -> list[Channel]:
+        """The running channel that a request is for, and those that ended and are still polled."""
         with self.changed:
-            return self._find(stream, quality or stream.quality)
+            wanted = quality or stream.quality
+            running, variant = self._find(stream, wanted), self._variant_of(stream, wanted)
+            mine = self._channels_of(stream.name)
+            ended = (c for c in mine if c.pollers and not c.is_fed and c.variant == variant)
+            return [*([running] if running else ()), *ended]
 
     def note_polled(self, channel: Channel, key: tuple[str, str], size: int) -> None:
         """A client has taken so many bytes of a segment."""
@@ -4788,12 +4820,15 @@ class Channels:
 
     def _find(self, stream: StreamSettings, wanted: str) -> Channel | None:
         """The channel that has, or will have, the first of the wanted qualities that exists."""
-        variants = self._variants_of(stream)
-        variant = next((variants[name] for name in names_in(wanted) if name in variants), None)
+        variant = self._variant_of(stream, wanted)
         offered = [channel for channel in self._channels_of(stream.name) if channel.is_offered]
         having = (c for c in offered if c.variant and c.variant == variant)
         starting = (c for c in offered if c.state is State.STARTING and c.wanted == wanted)
         return next(itertools.chain(having, starting), None)
+
+    def _variant_of(self, stream: StreamSettings, wanted: str) -> str | None:
+        variants = self._variants_of(stream)
+        return next((variants[name] for name in names_in(wanted) if name in variants), None)
 
     def _variants_of(self, stream: StreamSettings) -> Mapping[str, str]:
         """By name, what the newest start found, and what is running though that lacked it."""
@@ -4971,14 +5006,11 @@ class Channels:
             if channel.state is not State.MERGED:
                 channel.state = State.CLOSED
             channel.is_offered = channel.is_fed = False
-            for viewer in tuple(channel.pollers.values()):
+            for viewer in () if is_complete else tuple(channel.pollers.values()):
                 self._detach(channel, viewer)
             self._forget_if_over(channel)
             self.changed.notify_all()
         channel.window.end(is_complete)
-        if channel.listing:
-            channel.listing.close()
-        self._let_pollers_go(channel)
 
     def give_way(self, newcomer: Channel) -> bool:
         """Whether an origin that refuses a connection may take it soon: many allow one at a time.
@@ -5005,14 +5037,14 @@ class Channels:
             record.failed = {address: at for address, at in record.failed.items() if at > since}
             return sorted(range(len(stream.urls)), key=lambda n: stream.urls[n] in record.failed)
 
-    def _let_pollers_go(self, channel: Channel) -> None:
+    def let_pollers_go(self, channel: Channel, *, all_of_them: bool = False) -> None:
         """Count out and log those who have left.
 
         Not under the lock: who reads the log may have stopped, and nobody else shall wait for that.
         """
         with self.changed:
             for viewer in tuple(channel.pollers.values()):
-                if viewer.has_left():
+                if all_of_them or viewer.has_left():
                     self._detach(channel, viewer)
         while channel.departed:
             viewer = channel.departed.popleft()
@@ -5020,13 +5052,13 @@ class Channels:
                      viewer.address, viewer.sent, time.monotonic() - viewer.since)  # fmt: skip
 
     def has_viewers(self, channel: Channel) -> bool:
-        self._let_pollers_go(channel)
+        self.let_pollers_go(channel)
         with self.changed:
             return bool(channel.viewers) and not self.is_stopping
 
     def is_abandoned(self, channel: Channel) -> bool:
         """Whether a channel's thread shall end; nobody can attach to it from then on."""
-        self._let_pollers_go(channel)
+        self.let_pollers_go(channel)
         with self.changed:
             is_idle = time.monotonic() - channel.idle_since >= channel.linger
             if is_idle and not channel.viewers and channel.state is not State.STARTING:
@@ -5060,7 +5092,7 @@ class Channels:
                 stream = config.streams.get(channel.stream.name)
                 if stream and stream.pulls_like(channel.stream):
                     channel.stream = stream
-                elif channel.is_fed:
+                else:
                     channel.is_offered = False
                     channel.stop()
             for record in self._records.values():
@@ -5073,8 +5105,7 @@ class Channels:
         with self.changed:
             self.is_stopping = True
             for channel in self._channels:
-                if channel.is_fed:
-                    channel.stop()
+                channel.stop()
             return self.changed.wait_for(lambda: not any(c.is_fed for c in self._channels), timeout)
 
 
@@ -5900,13 +5931,12 @@ class Handler(BaseHTTPRequestHandler):
         Chromium loads all that is listed before it starts to play, asks again at once, and gives up
         where it learns nothing new.
         """
-        had = viewer.listed
-        seconds = min(RELOAD_WAIT, listing.target) if had else channel.stream.options.timeout
-        deadline = time.monotonic() + seconds
-        while not listing.wait(had, max(0.0, min(START_TICK, deadline - time.monotonic()))):
+        if viewer.listed:
+            listing.wait(viewer.listed, min(RELOAD_WAIT, listing.target))
+            return
+        deadline = time.monotonic() + channel.stream.options.timeout
+        while not listing.wait(0, max(0.0, min(START_TICK, deadline - time.monotonic()))):
             viewer.moved = time.monotonic()
-            if viewer.moved >= deadline and had:
-                return
             if viewer.moved >= deadline:
                 trouble = TOO_LARGE if listing.lacks_room else channel.trouble
                 raise no_media_error(channel.stream, trouble)
@@ -5917,9 +5947,10 @@ class Handler(BaseHTTPRequestHandler):
         self, stream: StreamSettings, quality: str | None, number: int, extension: str
     ) -> None:
         """Answer with a segment or initialization section of a running channel."""
-        channel = self.server.channels.find(stream, quality)
-        blocks = channel.listing.find(number, extension) if channel and channel.listing else ()
-        if channel is None or not blocks:
+        for channel in self.server.channels.polled(stream, quality):
+            if channel.listing and (blocks := channel.listing.find(number, extension)):
+                break
+        else:
             raise StreamError(HTTPStatus.NOT_FOUND, "there is no such segment")
         size = sum(map(len, blocks))
         about = {"Content-Type": channel.container.value, "Content-Length": str(size)}

@@ -27,8 +27,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
-import http.client
 import math
 import re
 import resource
@@ -39,7 +37,6 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +49,7 @@ from tests.peers import PATIENCE, THREADS, Server, Source, print_line
 
 GB = 10**9
 BLOCK = 65_424  # bytes that a bare thread sends at once: as much as a block of a window
+ROOM = bytearray(1 << 20)  # for what is thrown away
 SETTLE = 8.0  # seconds for the burst that each viewer gets at first
 JOINS = 3  # viewers that join a crowd, one after the other
 LOOK = 30.0  # seconds between two lines of a long crowd
@@ -189,7 +187,6 @@ def crowd_of(server: Server, viewers: int) -> Iterator[list[socket.socket]]:
 
 def throw_away(crowd: Sequence[socket.socket], seconds: float) -> tuple[int, int]:
     """Bytes that came in this time, thrown away in the kernel, and how many viewers were let go."""
-    room = bytearray(1 << 20)
     size = lost = 0
     with select.epoll() as poll:
         by_number = {sock.fileno(): sock for sock in crowd}
@@ -200,7 +197,7 @@ def throw_away(crowd: Sequence[socket.socket], seconds: float) -> tuple[int, int
             for number, _ in poll.poll(left):
                 count = 0
                 with contextlib.suppress(ConnectionError):
-                    count = by_number[number].recv_into(room, len(room), socket.MSG_TRUNC)
+                    count = by_number[number].recv_into(ROOM, len(ROOM), socket.MSG_TRUNC)
                 size += count
                 if not count:
                     poll.unregister(number)
@@ -209,32 +206,71 @@ def throw_away(crowd: Sequence[socket.socket], seconds: float) -> tuple[int, int
 
 
 def polling_cpu(server: Server, viewers: int, seconds: float) -> float:
-    """CPU seconds for each GB that so many take as HLS, each segment once, as a browser does."""
-    before = server.cpu()
-    with ThreadPoolExecutor(viewers) as pool:
-        size = sum(pool.map(functools.partial(poll, server, seconds=seconds), range(viewers)))
-    return (server.cpu() - before) / size * GB
+    """CPU seconds for each GB that so many take as HLS, each segment once, as a browser does.
+
+    Measured like a crowd that streams: after the burst that each gets at first.
+    """
+    crowd = [Poller(*server.channels[0], number) for number in range(viewers)]
+    with select.epoll() as poll, contextlib.ExitStack() as stack:
+        by_number = {}
+        for poller in crowd:
+            stack.callback(poller.close)
+            by_number[poller.ask(poll)] = poller
+        take_turns(poll, by_number, SETTLE)
+        before = server.cpu()
+        size = take_turns(poll, by_number, seconds)
+        return (server.cpu() - before) / size * GB
 
 
-def poll(server: Server, number: int, seconds: float) -> int:
-    """Bytes of media that one viewer takes in this time."""
-    port, path = server.channels[0]
-    end, newest, size = time.monotonic() + seconds, 0, 0
-    while time.monotonic() < end:
-        listed = get(port, f"{path}.m3u8", number).decode()
-        for address in re.findall(r"^[^#].*$", listed, re.M):
-            segment = int(re.findall(r"/(\d+)\.ts", address)[0])
-            if segment > newest:
-                newest = segment
-                size += len(get(port, f"/{address}", number))
+def take_turns(poll: select.epoll, by_number: dict[int, Poller], seconds: float) -> int:
+    """Bytes that came for these pollers in this time."""
+    size, end = 0, time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        for number, _ in poll.poll(left):
+            poller = by_number[number]
+            count = poller.take()
+            size += count
+            if not count:
+                del by_number[number]
+                by_number[poller.ask(poll)] = poller
     return size
 
 
-def get(port: int, path: str, number: int) -> bytes:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-    with contextlib.closing(connection):
-        connection.request("GET", path, headers={"User-Agent": f"viewer {number}"})
-        return connection.getresponse().read()
+class Poller:
+    """A viewer by HLS: asks for the playlist, then for what it has not had, and throws it away."""
+
+    def __init__(self, port: int, path: str, number: int) -> None:
+        self.port, self.path, self.number = port, path, number
+        self.newest = 0
+        self.wanted: list[str] = []  # addresses of segments
+        self.listed: bytearray | None = None  # the playlist's answer, while it comes
+        self.sock = socket.socket()
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def ask(self, poll: select.epoll) -> int:
+        """The next request, with a connection of its own; returns the number of its socket."""
+        self.close()
+        self.listed = None if self.wanted else bytearray()
+        path = f"/{self.wanted.pop(0)}" if self.wanted else f"{self.path}.m3u8"
+        self.sock = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+        head = f"GET {path} HTTP/1.1\r\nHost: bench\r\nUser-Agent: viewer {self.number}\r\n\r\n"
+        self.sock.sendall(head.encode())
+        poll.register(self.sock, select.EPOLLIN)
+        return self.sock.fileno()
+
+    def take(self) -> int:
+        """The size of what came; 0 at the end of an answer."""
+        if self.listed is None:
+            return self.sock.recv_into(ROOM, len(ROOM), socket.MSG_TRUNC)
+        data = self.sock.recv(1 << 16)
+        self.listed += data
+        if not data:
+            addresses = re.findall(r"^[\w-]+/(\d+)\.ts$", self.listed.decode(), re.M)
+            self.wanted = [f"{self.path[1:]}/{n}.ts" for n in addresses if int(n) > self.newest]
+            self.newest = max(self.newest, *map(int, addresses))
+        return len(data)
 
 
 def skips_of(server: Server) -> int:

@@ -560,6 +560,30 @@ def test_it_goes_on_over_a_seam(origin: Origin, serve: Serve) -> None:
     assert listed[-1].discontinuities > first[-1].discontinuities
 
 
+def test_live_that_ends_has_its_end_in_the_playlist(origin: Origin, serve: Serve) -> None:
+    """Who polls has a while to fetch the rest; then the channel is gone."""
+    playlist = live(origin, segments=media.ts_segments(16))
+    site = serve({"news": playlist.url}, linger=0)
+    client = client_of(site, "/news.m3u8")
+    follow(site, "/news.m3u8", client)
+    first = playlist.newest - LEAST + 1
+    viewer = site.watch("/news")
+    playlist.advance(5)
+    playlist.end()
+    assert viewer.read_all()[1], "who streams has the end"
+    texts = [""]
+    while "#EXT-X-ENDLIST" not in texts[-1]:
+        texts.append(site.get("/news.m3u8").body.decode())
+        client.follow(texts[-1])
+    assert len(texts) == 1 + 2, "five more, three by three"
+    assert b"".join(client.bodies.values()) == playlist.plain(first, playlist.newest + 1)
+    another = site.ask("GET", "/news.m3u8", **{"User-Agent": "another"})
+    assert another.status == 404, "who comes now finds a film"
+    assert site.get(f"/{listed_in(texts[-1])[-1].address}").status == 200
+    closed(site)
+    assert site.get(f"/{listed_in(texts[-1])[-1].address}").status == 404
+
+
 @pytest.mark.long
 def test_numbers_go_on_where_a_channel_or_the_server_starts_anew(
     origin: Origin, serve: Serve

@@ -184,3 +184,23 @@ def test_page_plays_on_after_a_restart_of_the_program(
         assert_plays(visit, 3)
     with Service(tmp_path, {"news": f"{origin.url}/news/index.m3u8"}, port=service.port):
         play_on(visit)
+
+
+ENDED = """new Promise(done => {
+    const video = document.querySelector("video")
+    if (video.ended) done("")
+    video.addEventListener("ended", () => done(""))
+    video.addEventListener("error", () => done(video.error.message))
+    setTimeout(() => done(`not ended at ${video.currentTime} s`), 60000)
+})"""
+
+
+def test_page_plays_to_the_end_of_a_channel_that_ends(
+    origin: Origin, serve: Serve, look: Look
+) -> None:
+    playlist = Playlist("news", media.ts_segments(60), mode="live", window=6, clock=True)
+    site = serve({"news": origin.add(playlist).url})
+    visit = look(f"{site.url}/news")
+    assert_plays(visit, 3)
+    playlist.end()
+    assert visit.measure(ENDED) == "", reasons(visit)
