@@ -4260,8 +4260,10 @@ class Channel:
             finally:
                 self.channels.end(self, is_complete, failure)
                 self._see_pollers_off(is_complete)
-        if failure and not self.channels.is_stopping:
-            log.log(self._log_level, "%s: ended: %s", self.stream.name, failure.reason)
+        is_told = failure and any(failure.reason == reason for _, reason in self._told)
+        if failure and not is_told and not self.channels.is_stopping:
+            what = "ended" if self._splicer else "not started"
+            log.log(self._log_level, "%s: %s: %s", self.stream.name, what, failure.reason)
 
     def _see_pollers_off(self, is_complete: bool) -> None:
         """Let who polls fetch what is listed of a source that ended, while it would be kept."""
@@ -4527,7 +4529,8 @@ class Channel:
         if not self.channels.go_live(self, container, listing, is_private):
             raise WindowEnded(complete=False)
         kind = "has an end" if self._has_end else "for one viewer" if is_private else "live"
-        log.info("%s: %s, %s, %s", self.stream.name, kind, self.variant, container.value)
+        what = dict.fromkeys((kind, self.variant, container.value))  # a variant may be "live"
+        log.info("%s: %s", self.stream.name, ", ".join(what))
 
     def _resume(self, splicer: Splicer, container: Container, is_clean: bool) -> None:
         """An upstream that was opened again has media."""
@@ -5326,7 +5329,7 @@ padding:6px 16px;background:var(--bg)}
 .button{flex:none;max-width:min(100%,20rem);min-height:44px;padding:9px 14px;overflow:hidden;
 text-overflow:ellipsis;white-space:nowrap;text-align:center;text-decoration:none;
 border:1px solid var(--line);border-radius:22px;background:var(--card)}.button b{color:var(--soft)}
-li:hover,.button:hover{border-color:var(--bar)}
+li:hover,.button:hover,.button[aria-current]{border-color:var(--bar)}
 .sections{display:flex;flex-wrap:wrap;gap:0 10px}
 section{--w:232px;max-width:100%;width:calc(var(--n)*(var(--w) + 10px) - 10px)}.active{--w:392px}
 ul{list-style:none;margin:0;padding:0;display:grid;gap:10px;
@@ -5392,9 +5395,10 @@ def _document(title: str, body: str, refresh: int = 0) -> Page:
     return Page(text.encode(), "text/html; charset=utf-8")
 
 
-def _button(address: str, words: str) -> str:
+def _button(address: str, words: str, *, is_current: bool = False) -> str:
     """A link.  Between our pages they are relative, so that they are right behind any proxy."""
-    return f'<a class="button" href="{html.escape(address)}">{html.escape(words)}</a>'
+    current = ' aria-current="true"' if is_current else ""
+    return f'<a class="button"{current} href="{html.escape(address)}">{html.escape(words)}</a>'
 
 
 def status_page(site: Site) -> Page:
@@ -5500,8 +5504,10 @@ def _chart(bitrates: Sequence[float]) -> str:
     )
 
 
-def watch_page(site: Site, stream: StreamSettings, quality: str | None, path: str) -> Page:
-    """Plays what is at `path`; nothing where that is empty, for no browser would.
+def watch_page(
+    site: Site, stream: StreamSettings, quality: str | None, variant: str, path: str
+) -> Page:
+    """Plays what is at `path`, this variant; nothing where that is empty, for no browser would.
 
     Raises StreamError where a reload has just taken it out of the file.
     """
@@ -5514,12 +5520,14 @@ def watch_page(site: Site, stream: StreamSettings, quality: str | None, path: st
     codecs = " and ".join(report.unplayed)
     what = f"It has {codecs}, which" if codecs else "A film comes in a form that"
     note = f'<p class="note">{what} browsers do not play here: open it in a player.</p>'
-    video = f'<video controls autoplay muted playsinline src="{source}"></video>' if path else ""
+    poster = f' poster="{html.escape(stream.logo)}"' if stream.logo else ""  # all of a radio
+    video = f'<video controls autoplay muted playsinline{poster} src="{source}"></video>'
     # Without figures: at a start there are none yet, and the page is not loaded again.
     body = f"""<div class="watch">{_logo(stream)}<div class="name"><h1>{title}</h1>
 {_facts(report, has_figures=False)}</div></div>
-{video}{note if codecs or not path else ""}{_notes(report)}
+{video if path else ""}{note if codecs or not path else ""}{_notes(report)}
 <nav class="zap" aria-label="Streams">{_zap_links(site, report, list(reports.values()))}
+{_qualities(site, report, variant)}
 {_player_link(site, stream)}</nav>
 <div class="more"><p>On a television or in a player, type <code>{address}</code></p>
 {HELP if path else ""}</div>"""
@@ -5527,7 +5535,7 @@ def watch_page(site: Site, stream: StreamSettings, quality: str | None, path: st
 
 
 def _zap_links(site: Site, report: StreamReport, reports: Sequence[StreamReport]) -> str:
-    """To the streams before and after it in the file, to all, and to what else it comes in."""
+    """To the streams before and after it in the file, and to all."""
     stream, query = report.settings, site.query()
     at = reports.index(report)
     before, after = reports[at - 1].settings, reports[(at + 1) % len(reports)].settings
@@ -5536,9 +5544,16 @@ def _zap_links(site: Site, report: StreamReport, reports: Sequence[StreamReport]
         links.insert(0, (f"{after.name}{query}", f"{after.title} \u203a"))
     if before != after:
         links.insert(0, (f"{before.name}{query}", f"\u2039 {before.title}"))
-    if len(report.qualities) > 1:
-        links += [(stream.name + site.query(quality=name), name) for name in report.qualities]
     return "".join(itertools.starmap(_button, links))
+
+
+def _qualities(site: Site, report: StreamReport, variant: str) -> str:
+    """Links to all that the stream comes in."""
+    name, qualities = report.settings.name, report.qualities
+    return "".join(
+        _button(name + site.query(quality=quality), quality, is_current=quality == variant)
+        for quality in (qualities if len(qualities) > 1 else ())
+    )
 
 
 def error_page(site: Site, status: HTTPStatus, reason: str, name: str) -> Page:
@@ -5756,16 +5771,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_watch_page(self, stream: StreamSettings, quality: str | None) -> None:
         """Answer with the page that plays it; raises StreamError where nothing would."""
-        source = f"{stream.name}.m3u8"
+        source, variant = f"{stream.name}.m3u8", ""
         if self.command != "HEAD":
             try:
-                self._poll(stream, quality)[2].listed = 0  # the page begins anew
+                channel, _, viewer = self._poll(stream, quality)
+                viewer.listed, variant = 0, channel.variant  # the page begins anew
             except NoListing:
                 container = self.server.channels.record(stream.name).container
                 source = stream.name if container in PLAYED_AS_IT_IS else ""
         elif self.server.channels.is_stopping:
             raise stopping_error()
-        self.answer_page(watch_page(self.site(), stream, quality, source))
+        self.answer_page(watch_page(self.site(), stream, quality, variant, source))
 
     def answer_head(self, stream: StreamSettings) -> None:
         """HEAD of a stream costs nothing: Kodi and Jellyfin probe with it before they play."""
@@ -6397,9 +6413,10 @@ def set_up_logging(level: str) -> LogFormatter:
     logging.captureWarnings(True)
     log.setLevel(level.upper())
     logging.getLogger("streamlink").setLevel("WARNING" if level == "info" else level.upper())
-    if level != "debug":  # each failed reload and lost segment, which the channel tells once
-        for name in ("streamlink.stream.hls", "streamlink.stream.segmented", "urllib3"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+    if level != "debug":  # what the channel tells once: a failed reload, a missing ffmpeg ...
+        for name in ("stream.hls", "stream.segmented", "stream.ffmpegmux"):
+            logging.getLogger(f"streamlink.{name}").setLevel(logging.CRITICAL)
+        logging.getLogger("urllib3").setLevel(logging.CRITICAL)
     threading.excepthook = _log_dead_thread
     return formatter
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -161,6 +162,20 @@ def test_failed_reload_shows_at_once(
     assert status(site)["viewers"] == 1
     eventually(lambda: origin.count(news.path) >= 4, "it is tried again")
     assert lines(r"1 of 1: ") == ["news: 127.0.0.1, 1 of 1: the origin answered 503"]
+
+
+def test_failed_start_is_one_line(
+    origin: Origin, serve: Serve, lines: Callable[[str], list[str]]
+) -> None:
+    origin.fault("/bad.m3u8", Status(503), times=None)
+    names = {"480p": origin.add(live())}
+    streams = {"bad": f"{origin.url}/bad.m3u8", "two": origin.add(master("two", names)).url}
+    site = serve(streams, timeout=5)
+    assert site.get("/bad").status == 502
+    assert site.get("/two?quality=4k").status == 404
+    eventually(lambda: not any(t.name.startswith("feed-") for t in threading.enumerate()), "over")
+    assert lines("^bad: ") == ["bad: 127.0.0.1, 1 of 1: the origin answered 503"]
+    assert lines("^two: ") == ["two: not started: no such quality; available: 480p"]
 
 
 def test_short_outage_is_two_lines_that_tell_what_was_lost(

@@ -119,8 +119,10 @@ def test_page_offers_the_qualities_that_the_newest_start_found(
 ) -> None:
     low, high = (live(origin, name) for name in ("low", "high"))
     site = serve({"news": origin.add(master("news", {"480p": low, "720p": high})).url})
-    found = watch_page(site).links("button")
-    assert sorted(found) == ["./#news", "news?quality=480p", "news?quality=720p"]
+    links = {link["href"]: link for link in watch_page(site).all("a", **{"class": "button"})}
+    assert sorted(links) == ["./#news", "news?quality=480p", "news?quality=720p"]
+    assert "aria-current" in links["news?quality=720p"], "the one that plays"
+    assert "aria-current" not in links["news?quality=480p"]
 
 
 def test_page_tells_how_the_stream_is(origin: Origin, serve: Serve) -> None:
@@ -147,6 +149,7 @@ def test_page_shows_the_logo(origin: Origin, serve: Serve) -> None:
     site = serve({"news": {"url": url, "title": "A News", "logo": logo}, "other": url})
     polite = {"alt": "", "loading": "lazy", "referrerpolicy": "no-referrer"}
     assert watch_page(site).all("img") == [{"src": logo, **polite}]
+    assert video(watch_page(site))["poster"] == logo, "which a radio shows as long as it plays"
     assert "AN" in watch_page(site).text
     assert watch_page(site, "/other").all("img") == []
     allowed = policy(site.ask("GET", "/news", **HTML))
