@@ -1044,6 +1044,7 @@ def test_failed_upstream_without_viewers_is_not_opened_again(
     site = serve({"news": live.url}, **{**QUICK, "linger": 60})
     with site.watch("/news") as viewer:
         assert viewer.read(188) == segment(2)[:188]
+    eventually(lambda: site.channels.viewer_count() == 0, "nobody watches")
     origin.fault(live.path, Status(404), times=None)
     origin.clear_requests()
     wait_closed(site)
