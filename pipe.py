@@ -1704,6 +1704,7 @@ class Viewer:
 
     address: str = ""
     agent: str = ""
+    asked_for: str = ""  # whom a proxy asks for, as it says
     has_left: Callable[[], bool] = lambda: False  # whether it closed its connection; never blocks
     since: float = field(default_factory=time.monotonic)
     sent: int = 0  # bytes of media
@@ -1717,9 +1718,9 @@ class Viewer:
     listed: int = 0  # number of the newest segment in the playlist that it got last
 
     @property
-    def key(self) -> tuple[str, str]:
+    def key(self) -> tuple[str, ...]:
         """What tells that two requests come from one that polls."""
-        return self.address, self.agent
+        return self.address, self.asked_for, self.agent
 
     def __repr__(self) -> str:
         return f"<Viewer {self.address} next={self.next} sent={self.sent} skips={self.skips}>"
@@ -4146,7 +4147,7 @@ class Channel:
         self.is_fed = True  # its thread has not ended
         self.variant = ""
         self.viewers: dict[Viewer, None] = {}  # in order of arrival
-        self.pollers: dict[tuple[str, str], Viewer] = {}  # those of them that poll, by key
+        self.pollers: dict[tuple[str, ...], Viewer] = {}  # those of them that poll, by key
         self.departed: deque[Viewer] = deque()  # pollers whose departure is not in the log yet
         self.listing: Listing | None = None  # for them; None where it cannot be HLS
         self.idle_since = math.inf  # when the last viewer left
@@ -4755,7 +4756,7 @@ class Channels:
             ended = (c for c in mine if c.pollers and not c.is_fed and c.variant == variant)
             return [*([running] if running else ()), *ended]
 
-    def note_polled(self, channel: Channel, key: tuple[str, str], size: int) -> None:
+    def note_polled(self, channel: Channel, key: tuple[str, ...], size: int) -> None:
         """A client has taken so many bytes of a segment."""
         with self.changed:
             viewer = channel.pollers.get(key)
@@ -5814,9 +5815,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _viewer(self, stream: StreamSettings, polls: bool) -> Viewer:
         tune(self.connection, stream.options.viewer_timeout)
-        agent = self.headers.get("User-Agent", "")
+        agent, asked_for = (self.headers.get(n, "") for n in ("User-Agent", "X-Forwarded-For"))
         left = functools.partial(has_left, self.connection)
-        return Viewer(self.client_address[0], agent, left, polls=polls)
+        return Viewer(self.client_address[0], agent, asked_for, left, polls=polls)
 
     @contextlib.contextmanager
     def _logging_refusal(self, stream: StreamSettings) -> Iterator[None]:

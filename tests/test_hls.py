@@ -717,6 +717,20 @@ def test_who_polls_another_channel_has_left_the_first(origin: Origin, serve: Ser
     assert viewer.status == 200
 
 
+def test_who_polls_through_a_proxy_is_told_apart(origin: Origin, serve: Serve) -> None:
+    """A household of equal telephones, all of them with the proxy's address."""
+    names = ("news", "sport")
+    streams = {name: live(origin, name).url for name in names}
+    site = serve(streams, server={"max_upstreams": 1})
+
+    def ask(name: str, behind: str) -> int:
+        return site.ask("GET", f"/{name}.m3u8", **{"X-Forwarded-For": behind}).status
+
+    assert ask("news", "192.0.2.1") == ask("news", "192.0.2.2") == 200
+    assert len(viewers_of(site)) == 2
+    assert ask("sport", "192.0.2.2") == 503, "the other one still watches"
+
+
 def test_nobody_waits_for_who_polls(origin: Origin, serve: Serve) -> None:
     """A window of two segments moves on at once, whatever its only viewer has not asked for."""
     segments = [media.padded(segment, 120_000) for segment in media.ts_segments()]
