@@ -448,6 +448,9 @@ def _is_cookies_file(file: str) -> bool:
 
 # An empty token would let everybody in.
 filled_text = checked(bool, "empty value: fill it in or remove the key")
+host_address = checked(
+    re.compile(r"[\w.:%-]+").fullmatch, "expected an address of this machine, like 0.0.0.0"
+)
 network = checked(ipaddress.ip_network, "expected a network like 192.168.0.0/16")
 # What HTTP can carry (RFC 9110, 5.5).
 header_value = checked(
@@ -572,7 +575,7 @@ def as_section(settings: type[Any]) -> Read:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    host: str = setting(single(filled_text), "0.0.0.0")
+    host: str = setting(single(host_address), "0.0.0.0")
     port: int = setting(single(number(int, 0, 65535)), 8080)
     max_viewers: int = setting(single(number(int, 0)), 1000)  # 0 = no limit
     max_upstreams: int = setting(single(number(int, 0)), 64)  # 0 = no limit
@@ -2658,6 +2661,9 @@ class Session:
     def _resolve(self, address: str) -> Mapping[str, Any]:
         match = self.engine.plugins.match_url(address)
         if match is None:  # its first bytes tell what it is
+            scheme = address.partition("://")[0]
+            if scheme.lower() not in ("http", "https"):
+                raise UpstreamError(f"{scheme}:// is not supported: use http:// or https://")
             response, start = self._open_raw({"url": address})
             if not is_playlist(start):
                 self._raw = response, start
@@ -4016,6 +4022,7 @@ class StreamRecord:
         self.drops: Counter[str] = Counter()  # of viewers, by reason
         self.peak = 0  # viewers at once
         self.last_error: str | None = None
+        self.troubled = -math.inf  # when that was
         self.container = Container.MPEG_TS  # the newest
         self.unplayed: Sequence[str] = ()  # codecs in it that no browser plays
         self.has_failed = False  # an upstream, and nothing has come since
@@ -4041,13 +4048,14 @@ class StreamRecord:
 
     def add_error(self, reason: str) -> None:
         with self._lock:
-            self.errors[reason] += 1
-            self.last_error, self.has_failed = reason, True
+            self.errors[reason.partition(";")[0]] += 1  # a label without what the origin offers
+            self.has_failed = True
+        self.note_trouble(reason)
 
     def note_trouble(self, reason: str) -> None:
         """Something failed that may not end an upstream."""
         with self._lock:
-            self.last_error = reason
+            self.last_error, self.troubled = reason, time.monotonic()
 
     def add_received(self, size: int) -> None:
         slot = int(time.monotonic() / SLOT)
@@ -4585,6 +4593,8 @@ class Channel:
         if self._splicer.is_skipping and not upstream.target_duration:
             log.warning("%s: the file changed in the meantime", self.stream.name)
             raise WindowEnded(complete=False)
+        if not self._has_end:
+            log.info("%s: the origin ended the stream", self.stream.name)
         raise WindowEnded(complete=True)
 
 
@@ -4940,7 +4950,7 @@ class Channels:
         shown = [c.status() for c in channels if c.viewers or c.state is not State.CLOSED]
         states = {channel["state"] for channel in shown}
         at_rest = "failed" if record.has_failed else "idle"
-        bitrates = record.bitrates()
+        bitrates, age = record.bitrates(), round(time.monotonic() - record.troubled, 1)
         status = {
             "stream": stream.name,
             "title": stream.title,
@@ -4954,6 +4964,7 @@ class Channels:
             "restarts": counts["restarts"],
             "gaps": counts["gaps"],
             "last_error": record.last_error,
+            "last_error_seconds": age if record.last_error else None,
             "channels": shown,
         }
         return StreamReport(
@@ -5124,6 +5135,7 @@ class Site:
 
     config: Config
     url: str  # without a slash at the end
+    lan_url: str  # the same for others in the network, where the client is on this machine
     is_trusted: bool  # the client: it may learn the token
     reloads: bool  # the status page, by itself
     started: float  # time.monotonic()
@@ -5136,9 +5148,13 @@ class Site:
         query = urlencode({key: text for key, text in wanted.items() if text}, quote_via=quote)
         return f"?{query}" if query else ""
 
-    def link(self, path: str, **wanted: str | None) -> str:
+    def link(self, path: str) -> str:
         """An absolute address that the client can follow."""
-        return f"{self.url}/{path}{self.query(**wanted)}"
+        return f"{self.url}/{path}{self.query()}"
+
+    def typed(self, path: str, **wanted: str | None) -> str:
+        """What a person is told to type into a television."""
+        return f"{self.lan_url}/{path}{self.query(**wanted)}"
 
 
 @dataclass(frozen=True)
@@ -5309,9 +5325,11 @@ def _family(name: str, words: str, samples: Mapping[str, float]) -> str:
 # No script.  The status page reloads itself: browsers keep their place in it, but not the focus of
 # who goes by keyboard or screen reader.  So it does so seldom, and its first link stops it.
 
+NO_STREAMS = "no streams are configured: add some under streams: in the file, and restart"
 REFRESH, RETRY = 30, 10  # seconds between two loads of the status page, and of one of an error
 HELP = """<p>It starts without sound: switch it on in the picture. No picture? Chrome and Edge play
-this from version 142 on, as do Safari and Android's browsers; Firefox on a desktop does not.</p>"""
+this from version 142 on, as do Safari and Android's browsers; Firefox on a desktop does not. It has
+stopped? Load the page again: it says why.</p>"""
 STATE_WORDS = {"private": "playing", "waiting": "waiting for the origin"}  # others as they are
 PAGE_STYLE = """
 :root{color-scheme:light dark;--bg:#f4f5f7;--card:#fff;--ink:#1b1f24;--soft:#5b6570;--line:#dfe3e8;
@@ -5407,7 +5425,7 @@ def status_page(site: Site) -> Page:
     name, reports = html.escape(site.config.server.name), site.report()
     viewers = sum(report.status["viewers"] for report in reports)
     uptime = _duration(time.monotonic() - site.started)
-    address = html.escape(site.link("playlist.m3u"))
+    address = html.escape(site.typed("playlist.m3u"))
     other = html.escape(site.query(refresh="0" if site.reloads else None))
     words = "stop reloading" if site.reloads else f"reload every {REFRESH} s"
     body = f"""<header><h1>{name}</h1>
@@ -5415,7 +5433,7 @@ def status_page(site: Site) -> Page:
 <a href="./{other}">{words}</a></p>
 <p class="facts">On a television or in a player, type <code>{address}</code></p></header>
 {_groups(site, reports)}
-{"" if reports else "<p>No streams are configured: add some under streams: in the file.</p>"}"""
+{"" if reports else f"<p>{NO_STREAMS.capitalize()}.</p>"}"""
     return _document(name, body, REFRESH if site.reloads else 0)
 
 
@@ -5455,7 +5473,8 @@ def _notes(report: StreamReport) -> str:
     error, state = report.status["last_error"], report.status["state"]
     notes = [channel["note"] for channel in report.channels if channel["note"]]
     if error and state != "idle":
-        notes.append(error if state == "failed" else f"last error: {error}")
+        age = _duration(report.status["last_error_seconds"])
+        notes.append(error if state == "failed" else f"last error, {age} ago: {error}")
     return "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
 
 
@@ -5517,9 +5536,9 @@ def watch_page(
         raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
     report, title = reports[stream.name], html.escape(stream.title)
     source = html.escape(path + site.query(quality=quality))
-    address = html.escape(site.link(stream.name, quality=quality))
+    address = html.escape(site.typed(stream.name, quality=quality))
     codecs = " and ".join(report.unplayed)
-    what = f"It has {codecs}, which" if codecs else "A film comes in a form that"
+    what = f"It has {codecs}, which" if codecs else "What has an end comes in a form that"
     note = f'<p class="note">{what} browsers do not play here: open it in a player.</p>'
     poster = f' poster="{html.escape(stream.logo)}"' if stream.logo else ""  # all of a radio
     video = f'<video controls autoplay muted playsinline{poster} src="{source}"></video>'
@@ -5566,7 +5585,7 @@ def error_page(site: Site, status: HTTPStatus, reason: str, name: str) -> Page:
         title = f"{html.escape(stream.title)}: {title.lower()}"
     body = f"""<h1>{title}</h1><p class="note">{html.escape(reason)}</p>
 {"<p>This page tries again in a moment.</p>" if may_pass else ""}
-<nav>{_button(f"./{site.query()}", "All streams")}</nav>"""
+<nav>{_button(f"./{site.query()}", "All streams") if site.is_trusted else ""}</nav>"""
     return _document(title, body, RETRY if may_pass else 0)
 
 
@@ -5610,7 +5629,10 @@ HLS_PATH = re.compile(r"/([a-z0-9-]+)(?:\.m3u8|/([0-9]{1,18})\.([a-z0-9]+))")
 PLAYED_AS_IT_IS = (Container.FMP4, Container.AAC, Container.MPEG_AUDIO)  # by browsers, without HLS
 HLS_HEADERS = {"Access-Control-Allow-Origin": "*", "Accept-Ranges": "none"}
 RELOAD_WAIT = 5.0  # seconds that a playlist may wait for news
+NO_TOKEN = "a token is required: add ?token=... to the address, or give it as the password"
 TOO_LARGE = "its segments are larger than the window: set a larger ringbuffer_size"
+EVERYWHERE = "0.0.0.0", "::"  # hosts to listen on: all addresses that there are
+THIS_MACHINE = re.compile(r"^(localhost|127[\d.]*|\[::1\])(?=$|:)", re.I)
 HOST = re.compile(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", re.ASCII)
 MEDIA_HEADERS = {
     "X-Accel-Buffering": "no",  # nginx would spool a slow viewer's stream to its disk
@@ -5683,7 +5705,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer_health()
         elif not self.is_trusted:
             headers = {"WWW-Authenticate": 'Basic realm="StreamPipe", charset="UTF-8"'}
-            self.answer_error(HTTPStatus.UNAUTHORIZED, "a token is required", headers)
+            self.answer_error(HTTPStatus.UNAUTHORIZED, NO_TOKEN, headers)
         elif path in PAGES:
             self.answer_page(PAGES[path](self.site()))
         elif name[-4:] == ".m3u" and name[:-4] in streams:
@@ -5716,10 +5738,14 @@ class Handler(BaseHTTPRequestHandler):
         ip = ip_of(address)
         own_host = f"{ip}:{port}" if ip.version == 4 else f"[{ip}]:{port}"
         host = next(filter(HOST.fullmatch, hosts), own_host)
-        url = f"{scheme if scheme in ('http', 'https') else 'http'}://{host}"
-        url = (config.server.public_url or url).rstrip("/")
+        lan = lan_address() if server.configured[0] in EVERYWHERE else r"\g<0>"
+        start = f"{scheme if scheme in ('http', 'https') else 'http'}://"
+        urls = (start + host, start + THIS_MACHINE.sub(lan, host))
+        url, lan_url = ((config.server.public_url or url).rstrip("/") for url in urls)
         reloads, report = "refresh=0" not in self.path, server.channels.report
-        return Site(config, url, self.is_trusted, reloads, server.started, report, server.counts)
+        return Site(
+            config, url, lan_url, self.is_trusted, reloads, server.started, report, server.counts
+        )
 
     def _may_enter(self, query: Mapping[str, list[str]]) -> bool:
         """Whether this request has the token, or needs none."""
@@ -6012,6 +6038,14 @@ def is_in(address: str, networks: Iterable[str]) -> bool:
     return any(ip_of(address) in ipaddress.ip_network(network) for network in networks)
 
 
+def lan_address() -> str:
+    """The address by which others in the network reach this machine, where it has one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+        sock.connect(("192.0.2.1", 9))  # nobody's (RFC 5737): it finds the route, and sends nothing
+        return str(sock.getsockname()[0])
+    return "localhost"
+
+
 def tune(sock: socket.socket, viewer_timeout: float) -> None:
     """Bound what the kernel holds for a viewer, and have it find machines that vanished.
 
@@ -6077,14 +6111,6 @@ def send_some(sock: socket.socket, pieces: Sequence[Block]) -> int:
 # --------------------------------------------------------------------------------------------------
 # Server: connections and their threads
 # --------------------------------------------------------------------------------------------------
-
-
-def lan_address() -> str:
-    """The address by which others in the network reach this machine, where it has one."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
-        sock.connect(("192.0.2.1", 9))  # nobody's (RFC 5737): it finds the route, and sends nothing
-        return str(sock.getsockname()[0])
-    return "localhost"
 
 
 class Server(ThreadingHTTPServer):
@@ -6229,6 +6255,8 @@ def run_check(config: Config) -> int:
     finally:  # Ctrl-C waits for none that has not begun
         executor.shutdown(wait=False, cancel_futures=True)
     findings = [check.result() for check in checks]
+    if not findings:
+        print(NO_STREAMS, file=sys.stderr)  # noqa: T201
     for stream, (is_ok, words) in zip(streams, findings, strict=True):
         print(f"{stream.name}  {'ok' if is_ok else 'failed'}  {words}")  # noqa: T201
     return EXIT_OK if all(is_ok for is_ok, _ in findings) else EXIT_FAILED
@@ -6512,7 +6540,7 @@ def reload(server: Server, read_again: Callable[[], Config]) -> None:
 def announce(config: Config, server: Server) -> None:
     """Tell what to open, and what is served."""
     settings = config.server
-    host = lan_address() if settings.host in ("0.0.0.0", "::", "") else settings.host
+    host = lan_address() if settings.host in EVERYWHERE else settings.host
     own_url = f"http://[{host}]:{server.port}" if ":" in host else f"http://{host}:{server.port}"
     url = (settings.public_url or own_url).rstrip("/")
     log.info("open %s/ in a browser", url)
@@ -6523,7 +6551,7 @@ def announce(config: Config, server: Server) -> None:
         log.info("a token is required: browsers ask for it as the password, "
                  "players need ?token=... at the end of the address")  # fmt: skip
     if not config.streams:
-        log.warning("no streams are configured: add some under streams: and restart")
+        log.warning(NO_STREAMS)
     count = _many(len(config.streams), "stream")
     where = f"{settings.host} port {server.port}"
     log.info("StreamPipe %s: %s, listening on %s", __version__, count, where)

@@ -244,8 +244,11 @@ def test_address_for_others_where_it_listens_on_all(
     program = run()
     address = program.wait_for(r"open http://(\S+):\d+/ in a browser")[1]
     assert address != host
-    with socket.create_connection((address, program.listening_port()), TIMEOUT):
+    port = program.listening_port()
+    with socket.create_connection((address, port), TIMEOUT):
         pass  # that is where it is reached
+    with Watch(port, "/", Accept="text/html", Host=f"LocalHost:{port}") as page:
+        assert f"http://{address}:{port}/playlist.m3u" in page.read_all()[0].decode()
 
 
 def test_address_of_ipv6_has_brackets(run: Run, configure: Configure) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import socket
 import time
@@ -541,6 +542,13 @@ def test_status_of_the_origin_is_told(origin: Origin, serve: Serve, code: int) -
     assert str(code) in get(site, "/news").error
 
 
+@pytest.mark.parametrize("scheme", ["htp", "rtsp", "udp"])
+def test_scheme_that_nobody_knows_is_told(serve: Serve, scheme: str) -> None:
+    answer = get(serve({"news": f"{scheme}://h.example/x"}), "/news")
+    assert answer.status == 502
+    assert answer.error == f"{scheme}:// is not supported: use http:// or https://"
+
+
 STALLS: dict[str, tuple[str, Fault]] = {
     "playlist's head": ("/vod/index.m3u8", StallHeaders()),
     "playlist": ("/vod/index.m3u8", Stall(5)),
@@ -662,7 +670,10 @@ def test_playlist_that_vanishes_has_no_final_chunk(origin: Origin, serve: Serve)
     check_broken_off(asker.result(), stream, len(stream))
 
 
-def test_live_playlist_that_ends_has_the_final_chunk(origin: Origin, serve: Serve) -> None:
+def test_live_playlist_that_ends_has_the_final_chunk(
+    origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "streampipe")
     live = origin.add(Playlist("live", media.ts_segments(4), mode="live", window=3))
     site = serve({"news": live.url}, timeout=5)
     asker = Task(lambda: ask(site, GET_NEWS))
@@ -671,6 +682,7 @@ def test_live_playlist_that_ends_has_the_final_chunk(origin: Origin, serve: Serv
     live.end()
     first = live.newest - 3
     assert dechunk(asker.result().body) == (live.plain(first, live.newest + 1), True)
+    assert "news: the origin ended the stream" in caplog.text
 
 
 #### The server stops ####

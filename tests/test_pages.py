@@ -370,6 +370,7 @@ SERVER_SHAPE = {"name": str, "version": str, "uptime_seconds": NUMBER, "streams"
 STREAM_SHAPE = {
     **dict.fromkeys(("stream", "title", "state"), str),
     **dict.fromkeys(("group", "last_error"), (str, type(None))),
+    "last_error_seconds": (float, type(None)),
     **dict.fromkeys(("viewers", "peak", "bytes_in", "bytes_out", "restarts", "gaps"), int),
     "bitrate": NUMBER,
     "channels": list,
@@ -409,8 +410,9 @@ def test_status_of_an_idle_server(serve: Serve) -> None:
     (stream,) = found["streams"]
     check_shape(stream, STREAM_SHAPE)
     idle = dict.fromkeys(("viewers", "peak", "bytes_in", "bytes_out", "bitrate", "restarts"), 0)
-    texts = {"stream": "news", "title": "N", "group": "G", "state": "idle", "last_error": None}
-    assert stream == {**texts, **idle, "gaps": 0, "channels": []}
+    texts = {"stream": "news", "title": "N", "group": "G", "state": "idle"}
+    nothing = dict.fromkeys(("last_error", "last_error_seconds"))
+    assert stream == {**texts, **nothing, **idle, "gaps": 0, "channels": []}
 
 
 def test_status_tells_of_channels_and_viewers(origin: Origin, serve: Serve) -> None:
@@ -460,6 +462,7 @@ def test_status_tells_the_last_error_without_the_address(origin: Origin, serve: 
     assert site.get("/news").status == 502
     (stream,) = status(site)["streams"]
     assert stream["last_error"] == "the origin answered 503"
+    assert 0 <= stream["last_error_seconds"] < TIMEOUT
     assert (stream["state"], stream["viewers"]) == ("failed", 0)
 
 
@@ -1170,8 +1173,9 @@ def test_check_opens_a_few_streams_at_a_time(origin: Origin, check: Check) -> No
 
 
 def test_check_of_no_streams_is_well(check: Check) -> None:
-    status, output, _ = check({})
+    status, output, errors = check({})
     assert (status, output) == (0, [])
+    assert "no streams are configured: add some under streams:" in errors[-1]
 
 
 def test_check_of_a_broken_configuration_ends_with_2(tmp_path: Path) -> None:
