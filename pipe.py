@@ -2115,6 +2115,14 @@ class Listing:
                 self._is_apart = True
             self._start = join
 
+    def cut_rest(self, position: int, dts: int | None) -> None:
+        """What has no segments ends here; `dts` is its newest."""
+        start = self._start
+        if start and start.dts is not None and dts is not None:
+            seconds = (dts - start.dts) % TIMESTAMP_MODULUS / 90_000
+            if 0 < seconds < LONGEST_CUT:
+                self._add(start, position, seconds, start.preamble)
+
     def _add(self, start: JoinPoint, end: int, duration: float, preamble: bytes) -> None:
         blocks = self.window.between(start.position, end)
         with self._changed:
@@ -3880,6 +3888,8 @@ class Splicer:
     def flush(self) -> None:
         """Hand on what was held back for more to come."""
         self._append(self._framer.flush())
+        if self.listing:
+            self.listing.cut_rest(self._framer.position, self._framer.last_dts)
 
     def _pass(self, data: bytes) -> bool:
         if self._gate:
