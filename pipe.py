@@ -4775,9 +4775,10 @@ class Channels:
         with self.changed:
             wanted = quality or stream.quality
             running = self._find(stream, wanted)
-            ended = (c for c in self._channels_of(stream.name) if not c.is_fed and c.pollers)
-            mine = (c for c in ended if c.variant == variant_of(wanted, c.variants))
-            return [*([running] if running else ()), *mine]
+            of_name = self._channels_of(stream.name)
+            mine = (c for c in of_name if c.variant == variant_of(wanted, c.variants))
+            ended = (c for c in mine if c.pollers and not (c.is_fed or c.is_stopped))
+            return [*([running] if running else ()), *ended]
 
     def note_polled(self, channel: Channel, key: tuple[str, str], size: int) -> None:
         """A client has taken so many bytes of a segment."""

@@ -627,6 +627,19 @@ def test_end_stays_where_another_start_finds_other_qualities(origin: Origin, ser
     assert "#EXT-X-ENDLIST" in site.get("/news.m3u8").body.decode()
 
 
+def test_reload_that_changes_what_has_ended_is_no_error(origin: Origin, serve: Serve) -> None:
+    """Not even before the channel's thread has seen that it shall end."""
+    playlist, other = live(origin, segments=SIXTEEN), live(origin, "other")
+    site, another = serve({"news": playlist.url}, linger=0), serve({"news": other.url})
+    before = newest_of(site, "/news.m3u8")
+    playlist.end()
+    ended(site)
+    with site.channels.changed:
+        site.server.reload(another.config)
+        assert site.channels.polled(another.config.streams["news"], None) == []
+    assert newest_of(site, "/news.m3u8") > before
+
+
 @pytest.mark.parametrize("how", ["page", "playlist"])
 def test_who_plays_again_after_the_end_gets_what_there_is_now(
     origin: Origin, serve: Serve, how: str
