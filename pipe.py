@@ -2064,7 +2064,7 @@ class Listing:
     ) -> None:
         """`target` is the least target duration in seconds."""
         self.window, self.container = window, container
-        self.numbering = numbering  # no other's that is not closed
+        self.numbering = numbering  # no other's that goes on
         self.asked = -math.inf  # when somebody did last
         # The channel's thread alone.
         self._start: JoinPoint | None = None  # of the open segment
@@ -2075,7 +2075,7 @@ class Listing:
         self._changed = threading.Condition()
         self._listed: deque[ListedSegment] = deque()
         self._left: deque[tuple[float, ListedSegment]] = deque()  # no more listed; until when kept
-        self._is_over = False  # the source truly ended with what is listed
+        self._ended = math.inf  # when the source truly ended with what is listed
         self._is_closed = False
         self.lacks_room = False  # the newest segment was larger than the window
         self.target = max(1, round(target))  # seconds
@@ -2100,7 +2100,7 @@ class Listing:
     def end(self) -> None:
         """The source truly ended: what is listed now is all, and stays until close()."""
         with self._changed:
-            self._is_over = True
+            self._ended = time.monotonic()
             self._changed.notify_all()
 
     def cut_at(self, joins: Iterable[JoinPoint]) -> None:
@@ -2118,6 +2118,14 @@ class Listing:
             else:
                 self._is_apart = True
             self._start = join
+
+    def cut_rest(self, position: int, dts: int | None) -> None:
+        """What has no segments ends here; `dts` is its newest."""
+        start = self._start
+        if start and start.dts is not None and dts is not None:
+            seconds = (dts - start.dts) % TIMESTAMP_MODULUS / 90_000
+            if 0 < seconds < LONGEST_CUT:
+                self._add(start, position, seconds, start.preamble)
 
     def _add(self, start: JoinPoint, end: int, duration: float, preamble: bytes) -> None:
         blocks = self.window.between(start.position, end)
@@ -2173,6 +2181,11 @@ class Listing:
         """Seconds that a segment is listed and then kept, at most."""
         return 2.0 * MOST_LISTED * self.target
 
+    @property
+    def is_past(self) -> bool:
+        """Whether all who poll know of the end: who asks now wants to play again."""
+        return time.monotonic() - self._ended > 3 * self.target
+
     def close(self) -> None:
         """No more will come; gives the memory back."""
         with self._changed:
@@ -2194,7 +2207,7 @@ class Listing:
             return self._has_news(listed)
 
     def _has_news(self, listed: int) -> bool:
-        if self._is_over:
+        if self._ended < math.inf:
             return True
         return self.numbering.number - 1 > listed and len(self._listed) >= LEAST_LISTED
 
@@ -2218,7 +2231,7 @@ class Listing:
         """
         self.asked = time.monotonic()
         with self._changed:
-            listed, target, is_over = list(self._listed), self.target, self._is_over
+            listed, target, is_over = list(self._listed), self.target, self._ended < math.inf
         if not listed:
             raise WindowEnded(complete=False)
         if had >= listed[0].number - 1:
@@ -3882,6 +3895,8 @@ class Splicer:
     def flush(self) -> None:
         """Hand on what was held back for more to come."""
         self._append(self._framer.flush())
+        if self.listing:
+            self.listing.cut_rest(self._framer.position, self._framer.last_dts)
 
     def _pass(self, data: bytes) -> bool:
         if self._gate:
@@ -4154,6 +4169,7 @@ class Channel:
         self.is_offered = not is_private  # to everybody who asks for what it has
         self.is_fed = True  # its thread has not ended
         self.variant = ""
+        self.variants: Mapping[str, str] = {}  # that its start found: name to variant
         self.viewers: dict[Viewer, None] = {}  # in order of arrival
         self.pollers: dict[tuple[str, ...], Viewer] = {}  # those of them that poll, by key
         self.departed: deque[Viewer] = deque()  # pollers whose departure is not in the log yet
@@ -4629,6 +4645,11 @@ def names_in(quality: str) -> list[str]:
     return [name.strip() for name in quality.split(",")]
 
 
+def variant_of(quality: str, variants: Mapping[str, str]) -> str | None:
+    """The first that it names, of these by name."""
+    return next((variants[name] for name in names_in(quality) if name in variants), None)
+
+
 def host_of(address: str) -> str:
     """The host of an address, behind streamlink's prefixes; empty where it has none."""
     return _split(re.sub(r"^(?:hls|hlsvariant|httpstream|dash)://(?=\w+://)", "", address))[1]
@@ -4723,15 +4744,18 @@ class Channels:
                 is_private = channel.state is State.PRIVATE
 
     def poll(
-        self, stream: StreamSettings, quality: str | None, viewer: Viewer
+        self, stream: StreamSettings, quality: str | None, viewer: Viewer, *, anew: bool
     ) -> tuple[Channel, Listing, Viewer]:
         """Like watch(), for one that asks for HLS: as the viewer it is already, or as this one.
 
-        Raises StreamError also where the channel has no HLS.
+        It stays with a channel that has ended until it knows, unless it begins `anew`.  Raises
+        StreamError also where the channel has no HLS.
         """
         with self.changed:
-            channel = next(iter(self.polled(stream, quality)), None)
-            if channel is None or viewer.key not in channel.pollers:
+            mine = (c for c in self.polled(stream, quality) if viewer.key in c.pollers)
+            going = (c for c in mine if c.is_fed or not (anew or (c.listing and c.listing.is_past)))
+            channel = next(going, None)
+            if channel is None:
                 channel = self.watch(stream, quality, viewer)
                 self._start_polling(channel, viewer)
             known, listing = channel.pollers[viewer.key], channel.listing
@@ -4761,9 +4785,10 @@ class Channels:
         """The running channel that a request is for, and those that ended and are still polled."""
         with self.changed:
             wanted = quality or stream.quality
-            running, variant = self._find(stream, wanted), self._variant_of(stream, wanted)
-            mine = self._channels_of(stream.name)
-            ended = (c for c in mine if c.pollers and not c.is_fed and c.variant == variant)
+            running = self._find(stream, wanted)
+            of_name = self._channels_of(stream.name)
+            mine = (c for c in of_name if c.variant == variant_of(wanted, c.variants))
+            ended = (c for c in mine if c.pollers and not (c.is_fed or c.is_stopped))
             return [*([running] if running else ()), *ended]
 
     def note_polled(self, channel: Channel, key: tuple[str, ...], size: int) -> None:
@@ -4834,15 +4859,11 @@ class Channels:
 
     def _find(self, stream: StreamSettings, wanted: str) -> Channel | None:
         """The channel that has, or will have, the first of the wanted qualities that exists."""
-        variant = self._variant_of(stream, wanted)
+        variant = variant_of(wanted, self._variants_of(stream))
         offered = [channel for channel in self._channels_of(stream.name) if channel.is_offered]
         having = (c for c in offered if c.variant and c.variant == variant)
         starting = (c for c in offered if c.state is State.STARTING and c.wanted == wanted)
         return next(itertools.chain(having, starting), None)
-
-    def _variant_of(self, stream: StreamSettings, wanted: str) -> str | None:
-        variants = self._variants_of(stream)
-        return next((variants[name] for name in names_in(wanted) if name in variants), None)
 
     def _variants_of(self, stream: StreamSettings) -> Mapping[str, str]:
         """By name, what the newest start found, and what is running though that lacked it."""
@@ -4977,7 +4998,8 @@ class Channels:
     def note_variants(self, channel: Channel, canonical: Mapping[str, str]) -> None:
         """Remember what a start found, also where it lacks the quality that was asked for."""
         with self.changed:
-            channel.record.variants, channel.record.resolved = canonical, time.monotonic()
+            channel.variants = channel.record.variants = canonical
+            channel.record.resolved = time.monotonic()
 
     def register(self, channel: Channel, variant: str) -> bool:
         """Name a start's variant; False where another channel has that one already."""
@@ -5801,7 +5823,7 @@ class Handler(BaseHTTPRequestHandler):
         source, variant = f"{stream.name}.m3u8", ""
         if self.command != "HEAD":
             try:
-                channel, _, viewer = self._poll(stream, quality)
+                channel, _, viewer = self._poll(stream, quality, anew=True)
                 viewer.listed, variant = 0, channel.variant  # the page begins anew
             except NoListing:
                 container = self.server.channels.record(stream.name).container
@@ -5955,7 +5977,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             self._send_head(HTTPStatus.OK, {"Content-Type": PLAYLIST_TYPE, **HLS_HEADERS})
             return
-        channel, listing, viewer = self._poll(stream, quality)
+        channel, listing, viewer = self._poll(stream, quality, anew=False)
         tail = self.site().query(quality=quality)
         try:
             self._await_news(channel, listing, viewer)
@@ -5964,9 +5986,12 @@ class Handler(BaseHTTPRequestHandler):
             raise self._ended_error() from None
         self.answer(HTTPStatus.OK, Page(text.encode(), PLAYLIST_TYPE), HLS_HEADERS)
 
-    def _poll(self, stream: StreamSettings, quality: str | None) -> tuple[Channel, Listing, Viewer]:
+    def _poll(
+        self, stream: StreamSettings, quality: str | None, *, anew: bool
+    ) -> tuple[Channel, Listing, Viewer]:
+        viewer = self._viewer(stream, polls=True)
         with self._logging_refusal(stream):
-            return self.server.channels.poll(stream, quality, self._viewer(stream, polls=True))
+            return self.server.channels.poll(stream, quality, viewer, anew=anew)
 
     def _await_news(self, channel: Channel, listing: Listing, viewer: Viewer) -> None:
         """Wait for a first playlist, or a little for one that the client has not had.

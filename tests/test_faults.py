@@ -1301,6 +1301,23 @@ def test_separate_sound_goes_on_after_an_outage(
     assert_shown(body, EDGE + 4)
 
 
+@pytest.mark.usefixtures("_muxer")
+def test_separate_sound_is_listed_to_its_end(origin: Origin, serve: Serve) -> None:
+    """As HLS, too, though no key frame comes behind the rest."""
+    apart = Apart(origin)
+    site = apart.serve(serve)
+    viewer, text = site.watch("/news"), site.get("/news.m3u8").body.decode()
+    apart.advance(4)
+    apart.end()
+    assert viewer.read_all()[1]
+    while "#EXT-X-ENDLIST" not in text:
+        answer = site.get("/news.m3u8")
+        assert answer.status == 200
+        text = answer.body.decode()
+    addresses = re.findall("^news/.*", text, re.M)
+    assert_shown(b"".join(site.get(f"/{address}").body for address in addresses), EDGE + 4)
+
+
 def assert_shown(body: bytes, seconds: int) -> None:
     """All pictures and sounds, none twice; less than 0.5 s are lost where ffmpeg is ended."""
     shown = media.decode(body, strict=False)

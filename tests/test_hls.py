@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 import pipe
 from tests import media
-from tests.origin import Origin, Playlist, Segment, Stall, StallHeaders, Status, master
+from tests.origin import Body, Origin, Playlist, Segment, Stall, StallHeaders, Status, master
 from tests.server import TIMEOUT, Answer, Site
 from tests.test_sharing import eventually
 
@@ -147,6 +147,7 @@ def newest_of(site: Site, path: str) -> int:
 
 INIT, FRAGMENTS = media.fmp4(4)
 SEGMENTS = media.ts_segments(4)
+SIXTEEN = media.ts_segments(16)
 
 
 class Feed:
@@ -582,6 +583,80 @@ def test_live_that_ends_has_its_end_in_the_playlist(origin: Origin, serve: Serve
     assert site.get(f"/{listed_in(texts[-1])[-1].address}").status == 200
     closed(site)
     assert site.get(f"/{listed_in(texts[-1])[-1].address}").status == 404
+
+
+def ended(site: Site) -> None:
+    def states() -> list[str]:
+        return [channel["state"] for channel in site.get("/status").json["streams"][0]["channels"]]
+
+    eventually(lambda: states() == ["closed"], "it ends, and is polled")
+
+
+def test_start_by_another_keeps_nobody_from_the_end(origin: Origin, serve: Serve) -> None:
+    """Which has no HLS, does not succeed, or takes its time."""
+    playlist = live(origin, segments=SIXTEEN)
+    site = serve({"news": playlist.url}, linger=0, timeout=5)
+    site.get("/news.m3u8")
+    playlist.advance(2)
+    playlist.end()
+    ended(site)
+    stalled = origin.fault("/news/*.ts", StallHeaders(), times=None)
+    viewer = threading.Thread(target=lambda: answers.append(site.get("/news")))
+    answers: list[Answer] = []
+    viewer.start()
+    stalled.wait_held()
+    text = site.get("/news.m3u8").body.decode()
+    assert "#EXT-X-ENDLIST" in text
+    assert not answers
+    stalled.clear()
+    stalled.release()
+    viewer.join()
+
+
+def test_end_stays_where_another_start_finds_other_qualities(origin: Origin, serve: Serve) -> None:
+    variants = {name: Playlist(name, SIXTEEN, mode="live") for name in ("180p", "90p")}
+    both = origin.add(master("both", variants))
+    site = serve({"news": both.url}, linger=0, timeout=5)
+    listed = listed_in(site.get("/news.m3u8").body.decode())
+    variants["180p"].end()
+    ended(site)
+    origin.fault(both.path, Body(f"#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\n{variants['90p'].url}"
+                                 .encode()), times=None)  # fmt: skip
+    assert site.ask("GET", "/news.m3u8", **{"User-Agent": "another"}).status == 200
+    assert site.get(f"/{listed[-1].address}").status == 200
+    assert "#EXT-X-ENDLIST" in site.get("/news.m3u8").body.decode()
+
+
+def test_reload_that_changes_what_has_ended_is_no_error(origin: Origin, serve: Serve) -> None:
+    """Not even before the channel's thread has seen that it shall end."""
+    playlist, other = live(origin, segments=SIXTEEN), live(origin, "other")
+    site, another = serve({"news": playlist.url}, linger=0), serve({"news": other.url})
+    before = newest_of(site, "/news.m3u8")
+    playlist.end()
+    ended(site)
+    with site.channels.changed:
+        site.server.reload(another.config)
+        assert site.channels.polled(another.config.streams["news"], None) == []
+    assert newest_of(site, "/news.m3u8") > before
+
+
+@pytest.mark.parametrize("how", ["page", "playlist"])
+def test_who_plays_again_after_the_end_gets_what_there_is_now(
+    origin: Origin, serve: Serve, how: str
+) -> None:
+    """A page that is loaded again at once, a player that asks three target durations later."""
+    playlist = live(origin, segments=SIXTEEN, target_duration=2)
+    site = serve({"news": playlist.url}, linger=0)
+    before = newest_of(site, "/news.m3u8")
+    playlist.end()
+    ended(site)
+    playlist.restart(1000)
+    first = listed_in(site.get("/news.m3u8").body.decode())
+    if how == "page":
+        assert site.get("/news", Accept="text/html").status == 200
+    eventually(lambda: newest_of(site, "/news.m3u8") > before, "it plays again")
+    assert site.get(f"/{first[0].address}").status == 200, "for those who still play it"
+    assert "#EXT-X-ENDLIST" not in site.get("/news.m3u8").body.decode()
 
 
 @pytest.mark.long
