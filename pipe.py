@@ -52,6 +52,7 @@ Where it is decided
     what is tried next, and when     Channel._open_first and _keep_going
     what viewers see of a seam       Splicer; its states stand above it
     what is a segment of HLS         Listing; who polls, and has left: Channels._start_polling
+    what the end is for who polls    Channel._see_pollers_off; who stays for it: Channels.poll
     an answer                        Handler._route; documents: Pages
     which thread may call            the class's docstring, or a comment above its methods
 
@@ -4167,7 +4168,7 @@ class Channel:
         self.stream = stream  # a reload replaces it
         self.state = State.STARTING
         self.is_offered = not is_private  # to everybody who asks for what it has
-        self.is_fed = True  # its thread has not ended
+        self.is_fed = True  # its thread may bring more
         self.variant = ""
         self.variants: Mapping[str, str] = {}  # that its start found: name to variant
         self.viewers: dict[Viewer, None] = {}  # in order of arrival
@@ -5760,10 +5761,11 @@ class Handler(BaseHTTPRequestHandler):
         ip = ip_of(address)
         own_host = f"{ip}:{port}" if ip.version == 4 else f"[{ip}]:{port}"
         host = next(filter(HOST.fullmatch, hosts), own_host)
-        lan = lan_address() if server.configured[0] in EVERYWHERE else r"\g<0>"
+        is_reached = server.configured[0] in EVERYWHERE
+        lan_host = THIS_MACHINE.sub(lambda _: lan_address(), host) if is_reached else host
         start = f"{scheme if scheme in ('http', 'https') else 'http'}://"
-        urls = (start + host, start + THIS_MACHINE.sub(lan, host))
-        url, lan_url = ((config.server.public_url or url).rstrip("/") for url in urls)
+        public = config.server.public_url
+        url, lan_url = ((public or start + name).rstrip("/") for name in (host, lan_host))
         reloads, report = "refresh=0" not in self.path, server.channels.report
         return Site(
             config, url, lan_url, self.is_trusted, reloads, server.started, report, server.counts
