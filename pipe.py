@@ -2109,9 +2109,9 @@ class Listing:
         for join in joins:
             if join.dts is None:
                 continue
-            start, seconds = self._start, math.inf
-            if start and start.dts is not None and start.kind is join.kind:
-                seconds = (join.dts - start.dts) % TIMESTAMP_MODULUS / 90_000
+            start, seconds = self._start, self._seconds_to(join.dts)
+            if start and start.kind is not join.kind:
+                seconds = math.inf
             if start and SHORTEST_CUT <= seconds < LONGEST_CUT:
                 self._add(start, join.position, seconds, start.preamble)
             elif seconds < SHORTEST_CUT:
@@ -2122,11 +2122,16 @@ class Listing:
 
     def cut_rest(self, position: int, dts: int | None) -> None:
         """What has no segments ends here; `dts` is its newest."""
-        start = self._start
-        if start and start.dts is not None and dts is not None:
-            seconds = (dts - start.dts) % TIMESTAMP_MODULUS / 90_000
-            if 0 < seconds < LONGEST_CUT:
-                self._add(start, position, seconds, start.preamble)
+        seconds = self._seconds_to(dts)
+        if self._start and 0 < seconds < LONGEST_CUT:
+            self._add(self._start, position, seconds, self._start.preamble)
+
+    def _seconds_to(self, dts: int | None) -> float:
+        """From the start of what is open; infinite where its clock does not tell."""
+        begun = self._start.dts if self._start else None
+        if begun is None or dts is None:
+            return math.inf
+        return (dts - begun) % TIMESTAMP_MODULUS / 90_000
 
     def _add(self, start: JoinPoint, end: int, duration: float, preamble: bytes) -> None:
         blocks = self.window.between(start.position, end)
@@ -2183,9 +2188,18 @@ class Listing:
         return 2.0 * MOST_LISTED * self.target
 
     @property
+    def patience(self) -> float:
+        """Seconds in which everybody who polls has asked again."""
+        return 3.0 * self.target
+
+    @property
+    def is_over(self) -> bool:
+        return self._ended < math.inf
+
+    @property
     def is_past(self) -> bool:
         """Whether all who poll know of the end: who asks now wants to play again."""
-        return time.monotonic() - self._ended > 3 * self.target
+        return time.monotonic() - self._ended > self.patience
 
     def close(self) -> None:
         """No more will come; gives the memory back."""
@@ -2208,9 +2222,8 @@ class Listing:
             return self._has_news(listed)
 
     def _has_news(self, listed: int) -> bool:
-        if self._ended < math.inf:
-            return True
-        return self.numbering.number - 1 > listed and len(self._listed) >= LEAST_LISTED
+        has_newer = self.numbering.number - 1 > listed and len(self._listed) >= LEAST_LISTED
+        return self.is_over or has_newer
 
     def find(self, number: int, extension: str) -> Sequence[Block]:
         """A segment or an initialization section; empty where there is none."""
@@ -2232,7 +2245,7 @@ class Listing:
         """
         self.asked = time.monotonic()
         with self._changed:
-            listed, target, is_over = list(self._listed), self.target, self._ended < math.inf
+            listed, target, is_over = list(self._listed), self.target, self.is_over
         if not listed:
             raise WindowEnded(complete=False)
         if had >= listed[0].number - 1:
@@ -4777,7 +4790,7 @@ class Channels:
                 raise NoListing(channel.stream)
             return  # a request beside this was faster
         viewer.has_left = lambda: (  # the target may grow: raw sources tell it by and by
-            time.monotonic() - viewer.moved > max(3 * listing.target, channel.linger)
+            time.monotonic() - viewer.moved > max(listing.patience, channel.linger)
         )
         channel.pollers[viewer.key] = viewer
         channel.record.add("arrivals")
@@ -4787,10 +4800,10 @@ class Channels:
         with self.changed:
             wanted = quality or stream.quality
             running = self._find(stream, wanted)
-            of_name = self._channels_of(stream.name)
-            mine = (c for c in of_name if c.variant == variant_of(wanted, c.variants))
+            mine = self._channels_of(stream.name)
             ended = (c for c in mine if c.pollers and not (c.is_fed or c.is_stopped))
-            return [*([running] if running else ()), *ended]
+            having = (c for c in ended if c.variant == variant_of(wanted, c.variants))
+            return [*([running] if running else ()), *having]
 
     def note_polled(self, channel: Channel, key: tuple[str, ...], size: int) -> None:
         """A client has taken so many bytes of a segment."""
@@ -5044,6 +5057,7 @@ class Channels:
             if channel.state is not State.MERGED:
                 channel.state = State.CLOSED
             channel.is_offered = channel.is_fed = False
+            # Here, so that nobody finds them there; who polls what truly ended is seen off later.
             for viewer in () if is_complete else tuple(channel.pollers.values()):
                 self._detach(channel, viewer)
             self._forget_if_over(channel)
@@ -5158,12 +5172,12 @@ class Site:
 
     config: Config
     url: str  # without a slash at the end
-    lan_url: str  # the same for others in the network, where the client is on this machine
     is_trusted: bool  # the client: it may learn the token
     reloads: bool  # the status page, by itself
     started: float  # time.monotonic()
     report: Callable[[], Sequence[StreamReport]]
     counts: Callable[[], tuple[Counter[int], Counter[str], float]]  # Server.counts()
+    lan_url: Callable[[str], str]  # the url as others in the network reach it
 
     def query(self, **wanted: str | None) -> str:
         """What goes behind a path of ours: what is wanted, and the token."""
@@ -5177,7 +5191,7 @@ class Site:
 
     def typed(self, path: str, **wanted: str | None) -> str:
         """What a person is told to type into a television."""
-        return f"{self.lan_url}/{path}{self.query(**wanted)}"
+        return f"{self.lan_url(self.url)}/{path}{self.query(**wanted)}"
 
 
 @dataclass(frozen=True)
@@ -5655,7 +5669,7 @@ RELOAD_WAIT = 5.0  # seconds that a playlist may wait for news
 NO_TOKEN = "a token is required: add ?token=... to the address, or give it as the password"
 TOO_LARGE = "its segments are larger than the window: set a larger ringbuffer_size"
 EVERYWHERE = "0.0.0.0", "::"  # hosts to listen on: all addresses that there are
-THIS_MACHINE = re.compile(r"^(localhost|127[\d.]*|\[::1\])(?=$|:)", re.I)
+THIS_MACHINE = re.compile(r"(?<=://)(localhost|127[\d.]*|\[::1\])(?=$|:)", re.I)
 HOST = re.compile(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", re.ASCII)
 MEDIA_HEADERS = {
     "X-Accel-Buffering": "no",  # nginx would spool a slow viewer's stream to its disk
@@ -5761,15 +5775,19 @@ class Handler(BaseHTTPRequestHandler):
         ip = ip_of(address)
         own_host = f"{ip}:{port}" if ip.version == 4 else f"[{ip}]:{port}"
         host = next(filter(HOST.fullmatch, hosts), own_host)
-        is_reached = server.configured[0] in EVERYWHERE
-        lan_host = THIS_MACHINE.sub(lambda _: lan_address(), host) if is_reached else host
-        start = f"{scheme if scheme in ('http', 'https') else 'http'}://"
-        public = config.server.public_url
-        url, lan_url = ((public or start + name).rstrip("/") for name in (host, lan_host))
-        reloads, report = "refresh=0" not in self.path, server.channels.report
+        url = f"{scheme if scheme in ('http', 'https') else 'http'}://{host}"
+        url = (config.server.public_url or url).rstrip("/")
         return Site(
-            config, url, lan_url, self.is_trusted, reloads, server.started, report, server.counts
-        )
+            config, url, self.is_trusted, "refresh=0" not in self.path, server.started,
+            server.channels.report, server.counts, self._lan_url,
+        )  # fmt: skip
+
+    def _lan_url(self, url: str) -> str:
+        """One at `localhost` leads others to themselves."""
+        settings, (host, _) = self.server.config.server, self.server.configured
+        if settings.public_url or host not in EVERYWHERE:
+            return url
+        return THIS_MACHINE.sub(lambda _: lan_address(), url)
 
     def _may_enter(self, query: Mapping[str, list[str]]) -> bool:
         """Whether this request has the token, or needs none."""

@@ -563,7 +563,7 @@ def test_it_goes_on_over_a_seam(origin: Origin, serve: Serve) -> None:
 
 def test_live_that_ends_has_its_end_in_the_playlist(origin: Origin, serve: Serve) -> None:
     """Who polls has a while to fetch the rest; then the channel is gone."""
-    playlist = live(origin, segments=media.ts_segments(16))
+    playlist = live(origin, segments=SIXTEEN)
     site = serve({"news": playlist.url}, linger=0)
     client = client_of(site, "/news.m3u8")
     follow(site, "/news.m3u8", client)
