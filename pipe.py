@@ -1908,7 +1908,10 @@ class Window:
             if viewer.next is None:
                 self._seek(viewer)
             elif viewer.next < self._first:
-                self._skip(viewer)
+                if not self.can_skip:
+                    raise FellBehind("fell behind")
+                viewer.skips += 1
+                self._seek(viewer)
             return self._gather(viewer)
 
     def _has_news(self, viewer: Viewer) -> bool:
@@ -1936,12 +1939,6 @@ class Window:
         if self._feeder_waits:
             self._taken.notify_all()
         return taken
-
-    def _skip(self, viewer: Viewer) -> None:
-        if not self.can_skip:
-            raise FellBehind("fell behind")
-        viewer.skips += 1
-        self._seek(viewer)
 
     def _seek(self, viewer: Viewer) -> None:
         """Move to the join point a new viewer gets, or to waiting for the next."""
@@ -2070,7 +2067,7 @@ class Listing:
         # The channel's thread alone.
         self._start: JoinPoint | None = None  # of the open segment
         self._duration = 0.0  # seconds, as the origin says
-        self._is_apart = True
+        self._is_apart = True  # it does not continue the one before it
         self._clock = 0.0  # seconds of all segments
         # _changed guards everything below.  Notified when a segment comes and at the end.
         self._changed = threading.Condition()
@@ -2083,10 +2080,13 @@ class Listing:
 
     # The channel's thread
 
-    def start(self, position: int, duration: float, is_apart: bool) -> None:
-        """A segment of the origin's starts here."""
-        self._start = JoinPoint(position, b"", JoinKind.SEGMENT)
+    def expect(self, duration: float, is_apart: bool) -> None:
+        """A segment of the origin's comes next, which may have to wait for a place to start."""
         self._duration, self._is_apart = duration, self._is_apart or is_apart
+
+    def start(self, position: int) -> None:
+        """It starts here."""
+        self._start = JoinPoint(position, b"", JoinKind.SEGMENT)
 
     def finish(self, position: int, preamble: bytes) -> None:
         """It is complete; `preamble` is what a decoder needs before it."""
@@ -3837,17 +3837,13 @@ class Splicer:
     A channel's thread owns it.
     """
 
-    def __init__(
-        self, window: Window, container: Container, address: int, listing: Listing | None = None
-    ) -> None:
-        self.window, self.listing = window, listing
+    def __init__(self, listing: Listing, address: int) -> None:
+        self.window, self._listing = listing.window, listing
         self.address = address  # position of the address that gave the numbers
         self.number: int | None = None  # of the segment to go on with; None without segments
         self.segment_size = 0  # bytes of the newest whole segment
         self._is_clean = False  # the newest opening: see resume()
-        self._duration = 0.0  # of the open segment, as the origin says
-        self._is_apart = True  # it does not continue the one before it
-        self._framer = framer_for(container)
+        self._framer = framer_for(listing.container)
         self._state = SpliceState.PASSING
         self._goes_on = True  # False: viewers have not had what came before, so nothing can
         self._passed = Fingerprint()  # what viewers have had of the open segment
@@ -3900,7 +3896,12 @@ class Splicer:
             self.number = None
             self._start_seam(after=self._framer.last_dts, is_clean=self._is_clean)
         elif self._state is SpliceState.COMPARING:
-            data = self._compare(data)
+            new = self._repeat.pass_on(data)  # once all that viewers have had was the same
+            if new is None:
+                self._skip()
+            elif self._repeat.is_over:
+                self._state = SpliceState.PASSING
+            data = new or b""
         if self._state in (SpliceState.COMPARING, SpliceState.SKIPPING):
             return False
         self._passed.add(data)
@@ -3909,8 +3910,7 @@ class Splicer:
     def flush(self) -> None:
         """Hand on what was held back for more to come."""
         self._append(self._framer.flush())
-        if self.listing:
-            self.listing.cut_rest(self._framer.position, self._framer.last_dts)
+        self._listing.cut_rest(self._framer.position, self._framer.last_dts)
 
     def _pass(self, data: bytes) -> bool:
         if self._gate:
@@ -3919,15 +3919,15 @@ class Splicer:
                 return False
             data, self._gate, self._state = opened, None, SpliceState.PASSING
             if self.number is not None:
-                self._begin_segment()
+                self._open_segment()
         self._append(self._framer.feed(data))
         return bool(data)
 
     def _append(self, blocks: list[Block]) -> None:
         joins, self._framer.joins = self._framer.joins, []
         self.window.append(blocks, joins)
-        if self.listing and self.number is None:
-            self.listing.cut_at(joins)
+        if self.number is None:
+            self._listing.cut_at(joins)
 
     def _start_segment(self, event: SegmentEvent) -> None:
         init_section, self._new_init_section = bytes(self._new_init_section or b""), None
@@ -3942,31 +3942,28 @@ class Splicer:
             return
         if is_half or not goes_on:
             self._start_seam()
-        self._duration = event.duration
-        self._is_apart = is_resumed or event.is_discontinuous or not is_next
-        if self._is_apart:
-            self._framer.expect_jump(is_certain=event.is_discontinuous or not is_next)
+        is_apart = event.is_discontinuous or not is_next
+        self._listing.expect(event.duration, is_resumed or is_apart)
+        if is_resumed or is_apart:
+            self._framer.expect_jump(is_certain=is_apart)
         if is_changed:
             self._pass_init_section(init_section)
         self._passed = Fingerprint()
         if is_half:  # RESUMED -> SKIPPING: other media, the segment after it is the first of use
             self._skip()
         else:  # SKIPPING, RESUMED -> HOLDING; RESUMED -> PASSING
-            self._state = SpliceState.HOLDING if self._gate else SpliceState.PASSING
             self._open_segment()
 
     def _open_segment(self) -> None:
         """A segment begins, for the framer or for the gate before it."""
         if self._gate:
+            self._state = SpliceState.HOLDING
             self._gate.start_segment()
         else:
+            self._state = SpliceState.PASSING
             self._append(self._framer.flush())
-            self._begin_segment()
-
-    def _begin_segment(self) -> None:
-        self._framer.start_segment()
-        if self.listing:
-            self.listing.start(self._framer.position, self._duration, self._is_apart)
+            self._framer.start_segment()
+            self._listing.start(self._framer.position)
 
     def _pass_init_section(self, init_section: bytes) -> None:
         self._init_section = init_section
@@ -3988,23 +3985,14 @@ class Splicer:
             self._framer.expect_jump(is_certain=True)
         elif self._state is SpliceState.PASSING:
             self._append(self._framer.flush())
-        if self.listing and event.kind is EventKind.END and self._state is SpliceState.PASSING:
-            self.listing.finish(self._framer.position, self._framer.preamble)
-        elif self.listing:
-            self.listing.drop()
+        if event.kind is EventKind.END and self._state is SpliceState.PASSING:
+            self._listing.finish(self._framer.position, self._framer.preamble)
+        else:
+            self._listing.drop()
         if self._state is SpliceState.COMPARING:  # it ended before the place that viewers reached
             self._skip()
         self.segment_size = self._passed.size
         self.number, self._passed = event.number + 1, Fingerprint()
-
-    def _compare(self, data: bytes) -> bytes:
-        """What is new of the open segment, once all that viewers have had was the same."""
-        new = self._repeat.pass_on(data)
-        if new is None:
-            self._skip()
-        elif self._repeat.is_over:
-            self._state = SpliceState.PASSING
-        return new or b""
 
     def _skip(self) -> None:
         """The open segment is other media than before: go on with the next."""
@@ -4016,8 +4004,7 @@ class Splicer:
     def _start_seam(self, after: int | None = None, is_clean: bool = False) -> None:
         """What comes next does not continue what was: begin where a decoder can start."""
         self._framer.drop()
-        if self.listing:
-            self.listing.drop()
+        self._listing.drop()
         is_certain = is_clean or self.number is not None  # a relay may go on
         self._framer.expect_jump(is_certain)
         self._goes_on = True
@@ -4075,8 +4062,10 @@ class StreamRecord:
         with self._lock:
             self.drops[reason] += 1
 
-    def add_error(self, reason: str) -> None:
+    def add_error(self, reason: str, address: str = "") -> None:
+        """An upstream failed, and with it perhaps an address."""
         with self._lock:
+            self.failed[address] = time.monotonic()
             self.errors[reason.partition(";")[0]] += 1  # a label without what the origin offers
             self.has_failed = True
         self.note_trouble(reason)
@@ -4085,6 +4074,13 @@ class StreamRecord:
         """Something failed that may not end an upstream."""
         with self._lock:
             self.last_error, self.troubled = reason, time.monotonic()
+
+    def start_order(self, addresses: Sequence[str]) -> list[int]:
+        """These by position: as configured, those that failed lately last."""
+        since = time.monotonic() - BAD_TIME
+        with self._lock:
+            self.failed = {address: at for address, at in self.failed.items() if at > since}
+            return sorted(range(len(addresses)), key=lambda n: addresses[n] in self.failed)
 
     def add_received(self, size: int) -> None:
         slot = int(time.monotonic() / SLOT)
@@ -4180,7 +4176,7 @@ class Channel:
         # Guarded by channels.changed.
         self.stream = stream  # a reload replaces it
         self.state = State.STARTING
-        self.is_offered = not is_private  # to everybody who asks for what it has
+        self.is_private = is_private  # from the start: for one viewer, whatever it turns out to be
         self.is_fed = True  # its thread may bring more
         self.variant = ""
         self.variants: Mapping[str, str] = {}  # that its start found: name to variant
@@ -4244,6 +4240,14 @@ class Channel:
     @property
     def is_stopped(self) -> bool:
         return self._stopped.is_set()
+
+    @property
+    def is_offered(self) -> bool:
+        """To everybody who asks for what it has."""
+        is_shared = self.state is State.LIVE or (
+            self.state is State.STARTING and not self.is_private
+        )
+        return is_shared and not self.is_stopped
 
     @property
     def is_running(self) -> bool:
@@ -4323,7 +4327,7 @@ class Channel:
         Returns where that one failed later; raises StreamError where none has any.
         """
         reason = ""
-        order = deque(self.channels.start_order(self.stream))
+        order = deque(self.record.start_order(self.stream.urls))
         timeout = self.stream.options.timeout / len(order)
         while order:
             self._address = order.popleft()
@@ -4378,8 +4382,7 @@ class Channel:
         self._close_upstream()
         if self.is_stopped:  # we cut it ourselves: the address may be well
             raise WindowEnded(complete=False)
-        self.channels.note_failure(self.stream, self._address)
-        self.record.add_error(reason)
+        self.record.add_error(reason, self.stream.urls[self._address])
         self._note_trouble(reason)
 
     def _note_trouble(self, reason: str) -> None:
@@ -4417,9 +4420,8 @@ class Channel:
 
     @property
     def _origin(self) -> str:
-        """The address in use as logs may show it."""
-        urls = self.stream.urls
-        return origin_of(urls[self._address], self._address + 1, len(urls))
+        """The address in use as logs may show it: `b.example, 2 of 2`."""
+        return f"{self.host or 'address'}, {self._address + 1} of {len(self.stream.urls)}"
 
     def _close_upstream(self) -> None:
         upstream, self._upstream = self._upstream, None
@@ -4485,7 +4487,8 @@ class Channel:
                 self._note_trouble(upstream.trouble)  # and no request that was cut with a stop
             if is_all:
                 self._finish(upstream)
-            if any(map(_is_sign_of_life, items)):
+            # Bytes are a sign of life, and so is a segment left out on purpose.
+            if any(isinstance(item, bytes) or item.kind is EventKind.FILTERED for item in items):
                 alive = time.monotonic()
             self._judge(upstream, alive, deadline if start is not None else math.inf)
         raise WindowEnded(complete=False)
@@ -4497,8 +4500,10 @@ class Channel:
         clip of a few seconds) is what a relay answers while its own source is down.
         """
         items = None
+        # Who leaves wakes it, the end of linger does not.
+        tick = FEEDER_TICK if self.viewers else min(FEEDER_TICK, max(self.linger, 0.05))
         with contextlib.suppress(WindowEnded):
-            items = upstream.read(self._tick)
+            items = upstream.read(tick)
         # Asked after that: before the first playlist is there, a source of segments has none.
         is_relay = self._splicer is not None and not (self._has_end or upstream.target_duration)
         if items is None:
@@ -4506,11 +4511,6 @@ class Channel:
                 raise UpstreamError(CLOSED)
             return [], True
         return [item for item in items if isinstance(item, bytes)] if is_relay else items, False
-
-    @property
-    def _tick(self) -> float:
-        """Seconds until it looks at its viewers; one who leaves wakes it, linger does not."""
-        return FEEDER_TICK if self.viewers else min(FEEDER_TICK, max(self.linger, 0.05))
 
     def _judge(self, upstream: Upstream, alive: float, deadline: float) -> None:
         """Raise where an upstream has failed without saying so.
@@ -4541,10 +4541,14 @@ class Channel:
             if is_all and self._splicer is None:
                 raise UpstreamError(NO_MEDIA)
             return is_all  # an end that came while the upstream was down
-        if self._splicer:
-            self._resume(self._splicer, container, upstream.is_clean)
-        else:
+        if self._splicer is None:
             self._go_live(upstream, container, has_segments)
+            return True
+        if container is not self.container:
+            raise UpstreamError(f"it turned into {container.value}")
+        self.restarts += 1
+        self.record.add("restarts")
+        self._splicer.resume(self._address, upstream.is_clean)
         return True
 
     def _go_live(self, upstream: Upstream, container: Container, has_segments: bool) -> None:
@@ -4560,24 +4564,17 @@ class Channel:
         if is_private:
             window.limit = min(PRIVATE_WINDOW, window.limit)
             window.growth, window.patience = 1, math.inf
-        listing = None
-        if not is_private and (has_segments or container is Container.MPEG_TS):
-            numbering = self.record.numbering(self.variant)
-            listing = Listing(window, container, upstream.target_duration, numbering)
-        self._splicer = Splicer(window, container, self._address, listing)
-        if not self.channels.go_live(self, container, listing, is_private):
+        numbering = self.record.numbering(self.variant)
+        listing = Listing(window, container, upstream.target_duration, numbering)
+        has_hls = not is_private and (has_segments or container is Container.MPEG_TS)
+        if not has_hls:
+            listing.close()  # it lists nothing, and keeps nothing
+        self._splicer = Splicer(listing, self._address)
+        if not self.channels.go_live(self, container, listing if has_hls else None, is_private):
             raise WindowEnded(complete=False)
         kind = "has an end" if self._has_end else "for one viewer" if is_private else "live"
         what = dict.fromkeys((kind, self.variant, container.value))  # a variant may be "live"
         log.info("%s: %s", self.stream.name, ", ".join(what))
-
-    def _resume(self, splicer: Splicer, container: Container, is_clean: bool) -> None:
-        """An upstream that was opened again has media."""
-        if container is not self.container:
-            raise UpstreamError(f"it turned into {container.value}")
-        self.restarts += 1
-        self.record.add("restarts")
-        splicer.resume(self._address, is_clean)
 
     def _move(self, upstream: Upstream, items: list[bytes | SegmentEvent]) -> None:
         assert self._splicer
@@ -4645,11 +4642,6 @@ def _has_media(items: Iterable[bytes | SegmentEvent]) -> bool:
     return False
 
 
-def _is_sign_of_life(item: bytes | SegmentEvent) -> bool:
-    """Bytes are, and so is a segment left out on purpose; one that failed is not."""
-    return not isinstance(item, SegmentEvent) or item.kind is EventKind.FILTERED
-
-
 def _many(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
@@ -4667,11 +4659,6 @@ def variant_of(quality: str, variants: Mapping[str, str]) -> str | None:
 def host_of(address: str) -> str:
     """The host of an address, behind streamlink's prefixes; empty where it has none."""
     return _split(re.sub(r"^(?:hls|hlsvariant|httpstream|dash)://(?=\w+://)", "", address))[1]
-
-
-def origin_of(address: str, position: int, count: int) -> str:
-    """An address as logs may show it: `b.example, 2 of 2`."""
-    return f"{host_of(address) or 'address'}, {position} of {count}"
 
 
 def stopping_error() -> StreamError:
@@ -5034,7 +5021,6 @@ class Channels:
             if channel.is_stopped or (not is_private and self._is_taken(channel)):
                 return False
             channel.state = State.PRIVATE if is_private else State.LIVE
-            channel.is_offered = not is_private
             if listing:
                 channel.listing = listing
             for viewer in tuple(channel.viewers)[1:] if is_private else ():
@@ -5056,7 +5042,7 @@ class Channels:
                 channel.record.failures[channel.wanted] = time.monotonic(), failure
             if channel.state is not State.MERGED:
                 channel.state = State.CLOSED
-            channel.is_offered = channel.is_fed = False
+            channel.is_fed = False
             # Here, so that nobody finds them there; who polls what truly ended is seen off later.
             for viewer in () if is_complete else tuple(channel.pollers.values()):
                 self._detach(channel, viewer)
@@ -5076,18 +5062,6 @@ class Channels:
                 if channel.is_running and not channel.viewers and host == channel.host:
                     self._close(channel)
             return time.monotonic() - self._closed.get(host, -math.inf) < ZAPPING_TIME
-
-    def note_failure(self, stream: StreamSettings, position: int) -> None:
-        """Remember that an address failed, for the next starts."""
-        with self.changed:
-            self.record(stream.name).failed[stream.urls[position]] = time.monotonic()
-
-    def start_order(self, stream: StreamSettings) -> list[int]:
-        """The stream's addresses by position: as configured, those that failed lately last."""
-        with self.changed:
-            record, since = self.record(stream.name), time.monotonic() - BAD_TIME
-            record.failed = {address: at for address, at in record.failed.items() if at > since}
-            return sorted(range(len(stream.urls)), key=lambda n: stream.urls[n] in record.failed)
 
     def let_pollers_go(self, channel: Channel, *, all_of_them: bool = False) -> None:
         """Count out and log those who have left.
@@ -5124,13 +5098,13 @@ class Channels:
             for other in self._channels_of(channel.stream.name)
         ):
             return False
-        channel.state, channel.is_offered = State.MERGED, False
+        channel.state = State.MERGED
         self.changed.notify_all()
         return True
 
     def _close(self, channel: Channel) -> None:
         """End a channel that nobody watches: its connections close before another one's open."""
-        channel.state, channel.is_offered = State.CLOSED, False
+        channel.state = State.CLOSED
         self._closed[channel.host] = time.monotonic()
         channel.stop()
 
@@ -5145,7 +5119,6 @@ class Channels:
                 if stream and stream.pulls_like(channel.stream):
                     channel.stream = stream
                 else:
-                    channel.is_offered = False
                     channel.stop()
             for record in self._records.values():
                 record.failures.clear()

@@ -1638,7 +1638,8 @@ class Passed:
         self._window = pipe.Window(1 << 24)
         self._viewer = pipe.Viewer()
         self._window.enter(self._viewer)
-        self.splicer = pipe.Splicer(self._window, container, 0)
+        listing = pipe.Listing(self._window, container, 2.0, pipe.Numbering())
+        self.splicer = pipe.Splicer(listing, 0)
 
     def pass_on(self, *items: bytes | pipe.SegmentEvent) -> None:
         for item in items:

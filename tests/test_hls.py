@@ -162,7 +162,7 @@ class Feed:
     def open(self) -> None:
         window = pipe.Window(1 << 20, growth=8)
         self.listing = pipe.Listing(window, self.container, 2.0, self.numbering)
-        self.splicer = pipe.Splicer(window, self.container, 0, self.listing)
+        self.splicer = pipe.Splicer(self.listing, 0)
         if self.container is pipe.Container.FMP4:
             self.pass_init()
 
