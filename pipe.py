@@ -270,14 +270,13 @@ def explain(error: BaseException) -> str:
             return str(cause)
         if isinstance(cause, requests.HTTPError) and cause.response is not None:
             return f"the origin answered {cause.response.status_code}"
-    reasons = (reason for reason, *signs in _REASONS if any(_shows(sign, chain) for sign in signs))
-    return next(reasons, "the origin's stream cannot be opened")
-
-
-def _shows(sign: str | type[BaseException], chain: Iterable[BaseException]) -> bool:
-    if isinstance(sign, str):
-        return any(sign in str(cause) for cause in chain)
-    return any(isinstance(cause, sign) for cause in chain)
+    texts = "\n".join(map(str, chain))
+    for reason, *signs in _REASONS:
+        types = tuple(sign for sign in signs if isinstance(sign, type))
+        is_told = any(isinstance(sign, str) and sign in texts for sign in signs)
+        if is_told or any(isinstance(cause, types) for cause in chain):
+            return str(reason)
+    return "the origin's stream cannot be opened"
 
 
 TIMED_OUT = "the origin did not answer in time"
