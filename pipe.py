@@ -360,11 +360,10 @@ KINDS = {yaml.ScalarNode: "text", yaml.SequenceNode: "a list", yaml.MappingNode:
 
 # The common slips: what the YAML library says, how the line looks (the nearest one, going back)
 # where there is something to see, and what to do there.
-NO_SPACE = r"\s*[\w.-]+:[^\s/]"
 YAML_SLIPS = (
     (r"'\\t'", r".*\t", "found a tab: use spaces"),
     ("end of stream|'<scalar>'", r""".*[:,[{-]\s*(["'])(?:(?!\1).)*$""", "this quote never ends"),
-    ("mapping values|expected ':'", NO_SPACE, "put a space after the colon"),
+    ("mapping values|expected ':'", r"\s*[\w.-]+:[^\s/]", "put a space after the colon"),
     ("'<scalar>'", "", "text after a closing quote: use the other kind of quotes"),
     ("mapping values|<block ", "", "indent it like the lines above, or quote a value with colons"),
     ("cannot start any token", "", "put quotes around this value"),
@@ -690,9 +689,7 @@ class ConfigReader:
         if node.tag == NULL:
             raise ValueError("this section is empty: indent what belongs to it, or remove it")
         if not isinstance(node, yaml.MappingNode):
-            is_slip = isinstance(node, yaml.ScalarNode) and re.match(NO_SPACE, node.value)
-            advice = ": put a space after the colon" if is_slip else ""
-            raise ValueError(f'expected "key: value" lines, got {KINDS[type(node)]}{advice}')
+            raise ValueError(f'expected "key: value" lines, got {KINDS[type(node)]}')
         entries: Section = {}
         for key, value in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else "[]"  # no key is called so
@@ -709,16 +706,12 @@ class ConfigReader:
     def table(self, node: yaml.Node, keys: Mapping[str, Read]) -> dict[str, Any]:
         """The values of a section with known keys; nulls and mistakes are left out."""
         values: dict[str, Any] = {}
-        empty = ""  # the key above, where it has no value
         for name, (key, value) in self.section(node).items():
             with self.at(key, name):
                 if name not in keys:
                     if close := difflib.get_close_matches(name, sorted(keys), 1):
                         raise ValueError(f"unknown key, did you mean {close[0]}?")
-                    is_under = empty and empty not in values  # which must have a value
-                    advice = f": indent this line under {empty}:" if is_under else ""
-                    raise ValueError(f"unknown key{advice}")
-                empty = name if value.tag == NULL else ""
+                    raise ValueError("unknown key")
                 values[name] = keys[name](self, value)
         return {name: value for name, value in values.items() if value is not None}
 
