@@ -464,6 +464,9 @@ proxy_url = checked(
     lambda address: re.fullmatch("https?|socks5h?|socks4a?", _split(address)[0]),
     "expected an address that starts with http:// or socks5h://",
 )
+global_option = checked(
+    lambda _: False, "this affects the whole process: set it under options.streamlink"
+)
 thread_count = number(int, 1, 64)
 ring_size = number(int, 256 * KIB, 4096 * MIB)  # bytes
 request_time = number(float, 0.1, 3600)  # seconds
@@ -519,25 +522,19 @@ def as_headers(reader: ConfigReader, node: yaml.Node) -> dict[str, str]:
 
 def as_engine_options(reader: ConfigReader, node: yaml.Node) -> dict[str, Any]:
     """The `streamlink:` map."""
-    options = reader.engine.items()
-    keys = {name: functools.partial(engine_option, name, example) for name, example in options}
+    keys: dict[str, Read] = {}
+    for name, example in reader.engine.items():
+        parse = ENGINE_PARSERS.get(name) or ENGINE_PARSERS.get(type(example), str)
+        shapes: dict[Any, Read] = {dict: as_headers, list: list_of(parse)}
+        keys[name] = shapes.get(type(example), single(parse))
+    if reader.path[0] != "options":
+        keys |= dict.fromkeys(GLOBAL_ENGINE_OPTIONS, single(global_option))
     return reader.table(node, keys)
-
-
-def engine_option(name: str, example: Any, reader: ConfigReader, node: yaml.Node) -> Any:
-    if example is Ellipsis:
-        raise ValueError("StreamPipe sets this itself for safety: remove it")
-    if name in GLOBAL_ENGINE_OPTIONS and reader.path[0] != "options":
-        raise ValueError("this affects the whole process: set it under options.streamlink")
-    if isinstance(example, dict):
-        return as_headers(reader, node)
-    parse = ENGINE_PARSERS.get(name) or ENGINE_PARSERS.get(type(example), str)
-    read = list_of(parse) if isinstance(example, list) else single(parse)
-    return read(reader, node)
 
 
 # By type, and by name where streamlink would raise, hang or do nothing with some values of a type.
 ENGINE_PARSERS: dict[str | type, Parse] = {
+    type(...): checked(lambda _: False, "StreamPipe sets this itself for safety: remove it"),
     bool: true_or_false,
     int: number(int, 0),
     float: number(float, 0),
@@ -614,11 +611,9 @@ class StreamSettings:
     proxy: str | None = setting(single(proxy_url), None)
     options: Options = field(default_factory=Options)
 
-    def pulls_like(self, other: StreamSettings) -> bool:
-        """Whether the upstream would be the same, so that a reload disturbs nobody."""
-        return self._pulled() == other._pulled()
-
-    def _pulled(self) -> tuple[object, ...]:
+    @property
+    def pulled(self) -> tuple[object, ...]:
+        """What makes the upstream: where a reload leaves it as it is, nobody is disturbed."""
         options = replace(self.options, linger=0.0, reconnect=0.0, viewer_timeout=0.0)
         return self.urls, self.quality, self.headers, self.proxy, options
 
@@ -635,13 +630,12 @@ def load_config(path: Path, engine: EngineOptions) -> Config:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        problem = f"no such file; copy config.example.yml to {path} and edit it, "
-        problem += "or try: python pipe.py --demo"
+        advice = f"copy config.example.yml to {path} and edit it, or try: python pipe.py --demo"
+        raise ConfigError([f"{path}: no such file; {advice}"]) from None
     except (OSError, ValueError) as error:
-        problem = f"cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}"
-    else:
-        return ConfigReader(str(path), engine).read(text)
-    raise ConfigError([f"{path}: {problem}"])
+        problem = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError([f"{path}: cannot be read: {problem}"]) from None
+    return ConfigReader(str(path), engine).read(text)
 
 
 @dataclass
@@ -5134,7 +5128,7 @@ class Channels:
             self._config = config
             for channel in self._channels:
                 stream = config.streams.get(channel.stream.name)
-                if stream and stream.pulls_like(channel.stream):
+                if stream and stream.pulled == channel.stream.pulled:
                     channel.stream = stream
                 else:
                     channel.is_offered = False
