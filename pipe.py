@@ -1334,8 +1334,8 @@ def _id3_size(start: bytes) -> int:
 class AudioFramer(Framer):
     """Whole frames; ID3 tags, of any version, are taken out.
 
-    Data in which no frame follows is handed on as it is: until the next segment or seam, or, in a
-    source without segments (relays start anywhere), until frames follow again.
+    Where no frame follows (relays start anywhere), data is handed on as it is until frames follow
+    each other again, or a segment starts.
     """
 
     def __init__(self, frame_size: Callable[[bytes], int]) -> None:
@@ -1361,7 +1361,7 @@ class AudioFramer(Framer):
     def feed(self, data: bytes) -> list[Block]:
         data, at, blocks = self._carry + data, 0, list[Block]()
         while at < len(data):
-            if self._is_broken and not self._in_segments:
+            if self._is_broken:
                 self._is_broken = _run_of_frames(data, at, self._frame_size) < FRAME_RUN
             if not (self._tag_left or self._is_broken):
                 self._tag_left = _id3_size(data[at : at + ID3_HEADER])
@@ -1381,10 +1381,7 @@ class AudioFramer(Framer):
         return blocks
 
     def _frames_end(self, data: bytes, start: int) -> int:
-        """Where a block's worth of whole frames from `start` on ends.
-
-        Where none starts there, the end of what is none.
-        """
+        """Where a block's worth of whole frames from `start` on ends, or of what is none."""
         at = start
         while not self._is_broken:
             header = data[at : at + FRAME_HEADER]
@@ -1395,15 +1392,12 @@ class AudioFramer(Framer):
             if at + size > min(len(data), start + BLOCK_LIMIT):
                 return at
             at += size
-        return at if at > start else self._others_end(data, start)
-
-    def _others_end(self, data: bytes, start: int) -> int:
-        """Where frames may follow again; the end of the data in a segment."""
-        if not self._in_segments:
-            for found in _FRAME_START.finditer(data, start):
-                if _run_of_frames(data, found.start(), self._frame_size) >= 0:
-                    return found.start()
-        return len(data)
+        if at > start:
+            return at
+        starts = (found.start() for found in _FRAME_START.finditer(data, start))
+        return next(
+            (at for at in starts if _run_of_frames(data, at, self._frame_size) >= 0), len(data)
+        )
 
 
 # Telling containers apart
@@ -1443,19 +1437,11 @@ def sniff(start: bytes, is_all: bool = False, is_raw: bool = False) -> Container
         second = start[size : size + FRAME_HEADER]
         if size and (len(second) < FRAME_HEADER or frame_size(second)):
             return container if is_all or len(second) == FRAME_HEADER else None
-    if is_raw and is_enough and (found := _sniff_frames(start)):
-        return found
+        places = _FRAME_START.finditer(start) if is_raw and is_enough else ()
+        if any(_run_of_frames(start, found.start(), frame_size) >= FRAME_RUN for found in places):
+            return container
     is_enough = is_all or len(start) >= (RUN_LIMIT if is_raw else SNIFF_LIMIT)
     return Container.OTHER if is_enough else None
-
-
-def _sniff_frames(start: bytes) -> Container | None:
-    """The container of which frames follow each other somewhere, up to the end."""
-    for container, frame_size in FRAME_SIZES.items():
-        for found in _FRAME_START.finditer(start):
-            if _run_of_frames(start, found.start(), frame_size) >= FRAME_RUN:
-                return container
-    return None
 
 
 def framer_for(container: Container) -> Framer:
