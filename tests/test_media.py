@@ -412,9 +412,10 @@ def test_garbage_passes_unaltered(
     assume(not is_audio or b"ID3" not in garbage)
     framer = pipe.framer_for(container)
     out = []
-    if is_prefixed:
-        framer.start_init_section()
-    for part in cut(garbage, places):
+    for number, part in enumerate(cut(garbage, places)):
+        if is_prefixed and not number:
+            out += framer.feed_init_section(part)
+            continue
         if segments:
             out += framer.flush()
             framer.start_segment()
@@ -842,8 +843,7 @@ def test_garbage_of_one_segment_does_not_reach_the_next() -> None:
 def test_fragments_of_segments_follow_the_initialization_section(size: int) -> None:
     init, segments = media.fmp4(4)
     framer = pipe.framer_for(Container.FMP4)
-    framer.start_init_section()
-    out = [block for part in stepwise(init, size) for block in framer.feed(part)]
+    out = list(map(bytes, framer.feed_init_section(init)))
     out += feed_segments(framer, segments, size)
     stream = init + b"".join(segments)
     assert b"".join(out) == stream
@@ -862,20 +862,10 @@ def test_stream_without_segments_has_no_join_points() -> None:
     assert joins_of(framer) == []
 
 
-def test_initialization_section_that_never_ends_is_kept_in_part() -> None:
-    framer = pipe.Framer()
-    framer.start_init_section()
-    for _ in range(24):
-        framer.feed(bytes(1 << 20))
-    framer.start_segment()
-    assert len(framer.joins[0].preamble) < 1 << 24
-
-
 def test_initialization_section_is_not_copied_for_each_join_point() -> None:
     init, fragments = media.fmp4(4)
     framer = pipe.framer_for(Container.FMP4)
-    framer.start_init_section()
-    framer.feed(init)
+    framer.feed_init_section(init)
     feed_segments(framer, fragments)
     assert len({id(join.preamble) for join in framer.joins}) == 1
 
@@ -886,8 +876,7 @@ def test_announced_initialization_section_replaces_the_old_one() -> None:
     framer = pipe.framer_for(Container.FMP4)
     for head, fragment in ((init, fragments[0]), (other, fragments[1])):
         framer.flush()
-        framer.start_init_section()
-        framer.feed(head)
+        framer.feed_init_section(head)
         feed_segments(framer, [fragment])
     assert joins_of(framer) == [
         (len(init), init, JoinKind.SEGMENT),
@@ -1104,9 +1093,7 @@ def test_segments_of_audio_do_not_outlive_a_seam_to_a_stream_without_them() -> N
 
 def test_unknown_container_joins_at_its_segments_behind_its_initialization_section() -> None:
     framer = pipe.Framer()
-    framer.start_init_section()
-    framer.feed(b"he")
-    framer.feed(b"ad")
+    framer.feed_init_section(b"head")
     assert b"".join(feed_segments(framer, [b"one", b"two"])) == b"onetwo"
     assert joins_of(framer) == [
         (4, b"head", JoinKind.SEGMENT),
