@@ -1260,13 +1260,13 @@ _FRAME_START = re.compile(rb"\xff(?:[\xe0-\xff]|\Z)|\x0b(?:\x77|\Z)")  # any cod
 FRAME_RUN = 3  # frames in a row that are no accident
 
 
-def _run_of_frames(data: bytes, at: int, frame_size: Callable[[bytes], int]) -> int:
-    """How many frames follow each other from `at` to the end of the data; -1: something else does.
+def _run_of_frames(data: bytes, at: int, frame_size: Callable[[bytes], int], most: int) -> int:
+    """How many frames, `most` at most, follow each other from `at` on; -1: something else does.
 
     The last one may not be whole.
     """
     count = 0
-    while len(header := data[at : at + FRAME_HEADER]) == FRAME_HEADER:
+    while count < most and len(header := data[at : at + FRAME_HEADER]) == FRAME_HEADER:
         size = frame_size(header)
         if not size:
             return -1
@@ -1313,7 +1313,7 @@ class AudioFramer(Framer):
         data, at, blocks = self._carry + data, 0, list[Block]()
         while at < len(data):
             if self._is_broken:
-                self._is_broken = _run_of_frames(data, at, self._frame_size) < FRAME_RUN
+                self._is_broken = self._run(data, at) < FRAME_RUN
             if not (self._tag_left or self._is_broken):
                 self._tag_left = _id3_size(data[at : at + ID3_HEADER])
             start = min(at + self._tag_left, len(data))
@@ -1346,9 +1346,10 @@ class AudioFramer(Framer):
         if at > start:
             return at
         starts = (found.start() for found in _FRAME_START.finditer(data, start))
-        return next(
-            (at for at in starts if _run_of_frames(data, at, self._frame_size) >= 0), len(data)
-        )
+        return next((at for at in starts if self._run(data, at) >= 0), len(data))
+
+    def _run(self, data: bytes, at: int) -> int:
+        return _run_of_frames(data, at, self._frame_size, FRAME_RUN)
 
 
 # Telling containers apart
@@ -1389,7 +1390,8 @@ def sniff(start: bytes, is_all: bool = False, is_raw: bool = False) -> Container
         if size and (len(second) < FRAME_HEADER or frame_size(second)):
             return container if is_all or len(second) == FRAME_HEADER else None
         places = _FRAME_START.finditer(start) if is_raw and is_enough else ()
-        if any(_run_of_frames(start, found.start(), frame_size) >= FRAME_RUN for found in places):
+        runs = (_run_of_frames(start, at.start(), frame_size, len(start)) for at in places)
+        if any(run >= FRAME_RUN for run in runs):
             return container
     is_enough = is_all or len(start) >= (RUN_LIMIT if is_raw else SNIFF_LIMIT)
     return Container.OTHER if is_enough else None

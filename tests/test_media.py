@@ -1075,6 +1075,20 @@ def test_what_follows_garbage_in_a_segment_is_handed_on(garbage: bytes) -> None:
         assert joins_of(framer)[-1] == (len(broken), b"", JoinKind.SEGMENT)
 
 
+def test_search_for_frames_behind_what_is_none_costs_no_more_for_many() -> None:
+    """An origin may send the smallest frames of all, and something else behind them."""
+    looked_at = 0
+
+    def count(header: bytes) -> int:
+        nonlocal looked_at
+        looked_at += 1
+        return pipe.FRAME_SIZES[Container.AAC](header)
+
+    stream = b"no frame" + 10_000 * b"\xff\xf1\x50\x40\x00\xe0\x00" + b"no frame at all"
+    assert b"".join(feed(pipe.AudioFramer(count), [stream])) == stream
+    assert looked_at < 10 * 10_000
+
+
 def test_segments_of_audio_do_not_outlive_a_seam_to_a_stream_without_them() -> None:
     frames = frames_of("aac")
     framer = audio_framer()
