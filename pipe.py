@@ -270,14 +270,13 @@ def explain(error: BaseException) -> str:
             return str(cause)
         if isinstance(cause, requests.HTTPError) and cause.response is not None:
             return f"the origin answered {cause.response.status_code}"
-    reasons = (reason for reason, *signs in _REASONS if any(_shows(sign, chain) for sign in signs))
-    return next(reasons, "the origin's stream cannot be opened")
-
-
-def _shows(sign: str | type[BaseException], chain: Iterable[BaseException]) -> bool:
-    if isinstance(sign, str):
-        return any(sign in str(cause) for cause in chain)
-    return any(isinstance(cause, sign) for cause in chain)
+    texts = "\n".join(map(str, chain))
+    for reason, *signs in _REASONS:
+        types = tuple(sign for sign in signs if isinstance(sign, type))
+        is_told = any(isinstance(sign, str) and sign in texts for sign in signs)
+        if is_told or any(isinstance(cause, types) for cause in chain):
+            return str(reason)
+    return "the origin's stream cannot be opened"
 
 
 TIMED_OUT = "the origin did not answer in time"
@@ -361,11 +360,10 @@ KINDS = {yaml.ScalarNode: "text", yaml.SequenceNode: "a list", yaml.MappingNode:
 
 # The common slips: what the YAML library says, how the line looks (the nearest one, going back)
 # where there is something to see, and what to do there.
-NO_SPACE = r"\s*[\w.-]+:[^\s/]"
 YAML_SLIPS = (
     (r"'\\t'", r".*\t", "found a tab: use spaces"),
     ("end of stream|'<scalar>'", r""".*[:,[{-]\s*(["'])(?:(?!\1).)*$""", "this quote never ends"),
-    ("mapping values|expected ':'", NO_SPACE, "put a space after the colon"),
+    ("mapping values|expected ':'", r"\s*[\w.-]+:[^\s/]", "put a space after the colon"),
     ("'<scalar>'", "", "text after a closing quote: use the other kind of quotes"),
     ("mapping values|<block ", "", "indent it like the lines above, or quote a value with colons"),
     ("cannot start any token", "", "put quotes around this value"),
@@ -466,6 +464,9 @@ proxy_url = checked(
     lambda address: re.fullmatch("https?|socks5h?|socks4a?", _split(address)[0]),
     "expected an address that starts with http:// or socks5h://",
 )
+global_option = checked(
+    lambda _: False, "this affects the whole process: set it under options.streamlink"
+)
 thread_count = number(int, 1, 64)
 ring_size = number(int, 256 * KIB, 4096 * MIB)  # bytes
 request_time = number(float, 0.1, 3600)  # seconds
@@ -521,25 +522,19 @@ def as_headers(reader: ConfigReader, node: yaml.Node) -> dict[str, str]:
 
 def as_engine_options(reader: ConfigReader, node: yaml.Node) -> dict[str, Any]:
     """The `streamlink:` map."""
-    options = reader.engine.items()
-    keys = {name: functools.partial(engine_option, name, example) for name, example in options}
+    keys: dict[str, Read] = {}
+    for name, example in reader.engine.items():
+        parse = ENGINE_PARSERS.get(name) or ENGINE_PARSERS.get(type(example), str)
+        shapes: dict[Any, Read] = {dict: as_headers, list: list_of(parse)}
+        keys[name] = shapes.get(type(example), single(parse))
+    if reader.path[0] != "options":
+        keys |= dict.fromkeys(GLOBAL_ENGINE_OPTIONS, single(global_option))
     return reader.table(node, keys)
-
-
-def engine_option(name: str, example: Any, reader: ConfigReader, node: yaml.Node) -> Any:
-    if example is Ellipsis:
-        raise ValueError("StreamPipe sets this itself for safety: remove it")
-    if name in GLOBAL_ENGINE_OPTIONS and reader.path[0] != "options":
-        raise ValueError("this affects the whole process: set it under options.streamlink")
-    if isinstance(example, dict):
-        return as_headers(reader, node)
-    parse = ENGINE_PARSERS.get(name) or ENGINE_PARSERS.get(type(example), str)
-    read = list_of(parse) if isinstance(example, list) else single(parse)
-    return read(reader, node)
 
 
 # By type, and by name where streamlink would raise, hang or do nothing with some values of a type.
 ENGINE_PARSERS: dict[str | type, Parse] = {
+    type(...): checked(lambda _: False, "StreamPipe sets this itself for safety: remove it"),
     bool: true_or_false,
     int: number(int, 0),
     float: number(float, 0),
@@ -616,11 +611,9 @@ class StreamSettings:
     proxy: str | None = setting(single(proxy_url), None)
     options: Options = field(default_factory=Options)
 
-    def pulls_like(self, other: StreamSettings) -> bool:
-        """Whether the upstream would be the same, so that a reload disturbs nobody."""
-        return self._pulled() == other._pulled()
-
-    def _pulled(self) -> tuple[object, ...]:
+    @property
+    def pulled(self) -> tuple[object, ...]:
+        """What makes the upstream: where a reload leaves it as it is, nobody is disturbed."""
         options = replace(self.options, linger=0.0, reconnect=0.0, viewer_timeout=0.0)
         return self.urls, self.quality, self.headers, self.proxy, options
 
@@ -637,13 +630,12 @@ def load_config(path: Path, engine: EngineOptions) -> Config:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        problem = f"no such file; copy config.example.yml to {path} and edit it, "
-        problem += "or try: python pipe.py --demo"
+        advice = f"copy config.example.yml to {path} and edit it, or try: python pipe.py --demo"
+        raise ConfigError([f"{path}: no such file; {advice}"]) from None
     except (OSError, ValueError) as error:
-        problem = f"cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}"
-    else:
-        return ConfigReader(str(path), engine).read(text)
-    raise ConfigError([f"{path}: {problem}"])
+        problem = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError([f"{path}: cannot be read: {problem}"]) from None
+    return ConfigReader(str(path), engine).read(text)
 
 
 @dataclass
@@ -691,9 +683,7 @@ class ConfigReader:
         if node.tag == NULL:
             raise ValueError("this section is empty: indent what belongs to it, or remove it")
         if not isinstance(node, yaml.MappingNode):
-            is_slip = isinstance(node, yaml.ScalarNode) and re.match(NO_SPACE, node.value)
-            advice = ": put a space after the colon" if is_slip else ""
-            raise ValueError(f'expected "key: value" lines, got {KINDS[type(node)]}{advice}')
+            raise ValueError(f'expected "key: value" lines, got {KINDS[type(node)]}')
         entries: Section = {}
         for key, value in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else "[]"  # no key is called so
@@ -710,16 +700,12 @@ class ConfigReader:
     def table(self, node: yaml.Node, keys: Mapping[str, Read]) -> dict[str, Any]:
         """The values of a section with known keys; nulls and mistakes are left out."""
         values: dict[str, Any] = {}
-        empty = ""  # the key above, where it has no value
         for name, (key, value) in self.section(node).items():
             with self.at(key, name):
                 if name not in keys:
                     if close := difflib.get_close_matches(name, sorted(keys), 1):
                         raise ValueError(f"unknown key, did you mean {close[0]}?")
-                    is_under = empty and empty not in values  # which must have a value
-                    advice = f": indent this line under {empty}:" if is_under else ""
-                    raise ValueError(f"unknown key{advice}")
-                empty = name if value.tag == NULL else ""
+                    raise ValueError("unknown key")
                 values[name] = keys[name](self, value)
         return {name: value for name, value in values.items() if value is not None}
 
@@ -834,35 +820,29 @@ class Framer:
     def __init__(self) -> None:
         self.position = 0  # bytes handed on
         self.joins: list[JoinPoint] = []
+        self.preamble = b""  # what a decoder needs in front of a segment that does not bring it
+        self.unplayed: Sequence[str] = ()  # codecs in it that no browser plays, once they are known
         self._carry = b""  # the start of a packet or frame
         self._in_segments = False
-        self._init_section = b""  # as far as it has come
-        self._in_init_section = False
         self.last_dts: int | None = None  # of a picture, or of sound where there is none
 
-    @property
-    def preamble(self) -> bytes:
-        """What a decoder needs in front of a segment that does not bring it."""
-        return self._init_section
-
-    def start_init_section(self) -> None:
-        """An initialization section starts with the next byte."""
-        self._init_section, self._in_init_section = b"", True
+    def feed_init_section(self, data: bytes) -> list[Block]:
+        """Take a whole initialization section, for all segments until the next one comes."""
+        self.preamble = data
+        return self.feed(data)
 
     def start_segment(self) -> None:
         """A segment starts with the next byte; what is held back belongs to none."""
         self.drop()
-        self._in_segments, self._in_init_section = True, False
-        self.joins.append(JoinPoint(self.position, self._init_section, JoinKind.SEGMENT))
+        self._in_segments = True
+        self.joins.append(JoinPoint(self.position, self.preamble, JoinKind.SEGMENT))
 
     def leave_segments(self) -> None:
         """What comes next, behind a seam, has no segments."""
-        self._in_segments = self._in_init_section = False
+        self._in_segments = False
 
     def feed(self, data: bytes) -> list[Block]:
         """Take any bytes, give back whole packets or frames; the rest waits for more."""
-        if self._in_init_section:  # none is as large as the limit
-            self._init_section = (self._init_section + data)[:PLAYLIST_LIMIT]
         return self._hand_on(data, 0, len(data))
 
     def flush(self) -> list[Block]:
@@ -873,11 +853,6 @@ class Framer:
     def drop(self) -> None:
         """Forget what is held back: the rest of it will not come."""
         self._carry = b""
-
-    @property
-    def unplayed(self) -> Sequence[str]:
-        """Codecs in it that no browser plays, as far as they are known."""
-        return ()
 
     def expect_jump(self, is_certain: bool) -> None:
         """What comes next may not go on from what came: its clock does not, or its bytes tell."""
@@ -900,7 +875,6 @@ _UNIT_START = re.compile(rb"[\x40-\x7f\xc0-\xff]")  # a packet's second byte, wi
 _ANY_BYTE = re.compile(rb".", re.DOTALL)
 _PACKET_START = re.compile(rb"G(?!.{187}[^G])", re.DOTALL)  # another or nothing where it ends
 _SWAPPED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-_SYSTEM_PIDS = frozenset({0x00, 0x10, 0x11, 0x12, 0x14})  # PAT; of DVB: NIT, SDT, EIT, TDT
 # Start codes of what only stands in front of a picture that needs no other, by stream type.
 _KEY_UNITS = {
     0x01: re.compile(rb"\x00\x00\x01\xb3"),  # MPEG-1 and -2: sequence header
@@ -935,16 +909,6 @@ def discontinuity_before(packet: bytes) -> bytes:
     return bytes(header).ljust(TS_PACKET, b"\xff")
 
 
-def with_other_version(packet: bytes) -> bytes:
-    """A PAT or PMT of one packet to put before it: version_number is another (2.4.4.5, 2.4.4.9)."""
-    section = bytearray(_section(packet) or b"")
-    section[5] ^= 0x02
-    section[-4:] = table_checksum(section[:-4]).to_bytes(4, "big")
-    start = payload_start(packet) + 1 + packet[payload_start(packet)]
-    header = packet[:3] + bytes([packet[3] & 0xF0 | counter_before(packet)])
-    return header + packet[4:start] + section + packet[start + len(section) :]
-
-
 def table_checksum(data: bytes | bytearray) -> int:
     """CRC_32 (annex A): zlib's takes and gives the bits in the other order, and inverts them."""
     swapped = zlib.crc32(data.translate(_SWAPPED_BITS)) ^ 0xFFFF_FFFF
@@ -974,24 +938,17 @@ class ProgramTables:
 
     def __init__(self) -> None:
         self.program_pid = -1  # where the PMT is
-        self.clock_pid = NULL_PID  # where the PCR is
+        self.streams: Mapping[int, int] = {}  # elementary ones: their types by PID
         self.named_video_pid = -1  # -1: none, or no PMT yet
-        self.video_type = 0
-        self.pids: frozenset[int] = frozenset()  # elementary streams
         self.unplayed: Sequence[str] = ()  # their codecs that no browser plays
         self.lacks_video = False  # the video that the PMT names does not come
         self._packets: dict[int, bytes] = {}  # PAT and PMT by PID, as they came
-        self.parts: dict[int, bytearray] = {}  # by PID: sections that go on in a further packet
+        self.parts: dict[int, bytes] = {}  # by PID: sections that go on in a further packet
 
     @property
     def video_pid(self) -> int:
         """The picture's; -1 where there is none."""
         return -1 if self.lacks_video else self.named_video_pid
-
-    @property
-    def counted_pids(self) -> frozenset[int]:
-        """All whose packets are counted."""
-        return (_SYSTEM_PIDS | self.pids | {self.program_pid, self.clock_pid}) - {NULL_PID}
 
     @property
     def packets(self) -> bytes:
@@ -1001,31 +958,41 @@ class ProgramTables:
 
     def add(self, pid: int, packet: bytes) -> None:
         """Take a packet of the PAT or PMT, the first of its section or a further one."""
+        packets = self.parts.pop(pid, b"")
         if packet[1] & 0x40:
-            self.parts[pid] = bytearray(packet)
-        elif pid in self.parts:
-            self.parts[pid] += packet
-        packets = self.parts.get(pid, b"")
+            packets = packet
+        elif packets:
+            packets += packet
         section = _section(packets)
         if section:
-            self._packets[pid] = bytes(packets)
-            if pid == 0 and section[0] == 0x00:
-                places = range(8, len(section) - 4, 4)
-                entries = (struct.unpack_from(">HH", section, at) for at in places)
-                programs = [entry & 0x1FFF for number, entry in entries if number]
-                if programs and self.program_pid not in programs:
-                    self._packets.pop(self.program_pid, None)
-                    self.program_pid = programs[0]
-            elif pid != 0 and section[0] == 0x02:
-                self._read_pmt(section)
-        if section or len(packets) > 8 * TS_PACKET:  # a section has at most 1,024 bytes
-            del self.parts[pid]
+            self._packets[pid] = packets
+        elif 0 < len(packets) <= 8 * TS_PACKET:  # a section has at most 1,024 bytes
+            self.parts[pid] = packets
+        if section and pid == 0 and section[0] == 0x00:
+            places = range(8, len(section) - 4, 4)
+            entries = (struct.unpack_from(">HH", section, at) for at in places)
+            programs = [entry & 0x1FFF for number, entry in entries if number]
+            if programs and self.program_pid not in programs:
+                self._packets.pop(self.program_pid, None)
+                self.program_pid = programs[0]
+        elif section and pid != 0 and section[0] == 0x02:
+            self._read_pmt(section)
 
-    def differs(self, pid: int, packet: bytes) -> bool:
-        """Whether this packet holds a PAT or PMT that is not the one before."""
+    def announcement(self, pid: int, packet: bytes) -> bytes:
+        """What to put before this packet where it holds another PAT or PMT than before.
+
+        It is the same but for its version_number (2.4.4.5, 2.4.4.9): VLC and GStreamer pass over
+        tables whose version they know, and most encoders' is always 0.
+        """
         is_start = packet[1] & 0x40 and pid in (0, self.program_pid)
-        section = _section(packet) if is_start else b""
-        return bool(section) and section != _section(self._packets.get(pid, b""))
+        section = bytearray(_section(packet) if is_start else b"")
+        if not section or section == _section(self._packets.get(pid, b"")):
+            return b""
+        section[5] ^= 0x02
+        section[-4:] = table_checksum(section[:-4]).to_bytes(4, "big")
+        start = payload_start(packet) + 1 + packet[payload_start(packet)]
+        header = packet[:3] + bytes([packet[3] & 0xF0 | counter_before(packet)])
+        return header + packet[4:start] + section + packet[start + len(section) :]
 
     def _read_pmt(self, section: bytes) -> None:
         streams: dict[int, int] = {}
@@ -1036,11 +1003,9 @@ class ProgramTables:
             streams[pid & 0x1FFF] = kind
             start, at = at + 5, at + 5 + (length & 0xFFF)
             kinds.update(_descriptor_tags(section[start:at]) if kind == PRIVATE_TYPE else {kind})
-        video = [(pid, kind) for pid, kind in streams.items() if kind in VIDEO_TYPES]
-        self.named_video_pid, self.video_type = video[0] if video else (-1, 0)
-        self.pids = frozenset(streams)
+        video = (pid for pid, kind in streams.items() if kind in VIDEO_TYPES)
+        self.streams, self.named_video_pid = streams, next(video, -1)
         self.unplayed = sorted({UNPLAYED[kind] for kind in kinds & UNPLAYED.keys()})
-        self.clock_pid = (section[8] & 0x1F) << 8 | section[9]
 
 
 def _descriptor_tags(data: bytes) -> Iterator[int]:
@@ -1082,26 +1047,14 @@ class TsFramer(Framer):
         self._first_unit: int | None = None  # its first PES packet that starts a unit
         self._has_tables = False  # PAT and PMT came in it
         self._newest: Block = b""  # the packets handed on last, with which what comes may go on
-        self._counters: dict[int, int] = {}  # by PID, before a place where it may; else empty
-        self._seen: set[int] = set()  # PIDs that came after such a place or a jump
-        self._unseen: frozenset[int] = frozenset()  # those whose first packet must be looked at
-        self._search_end = 0  # position
-
-    @property
-    def preamble(self) -> bytes:
-        return self.tables.packets
-
-    @property
-    def unplayed(self) -> Sequence[str]:
-        return self.tables.unplayed
-
-    def start_init_section(self) -> None:
-        self._segment = None
+        self._counters: dict[int, int] = {}  # by PID, before the newest jump; empty: it is certain
+        self._seen: set[int] = set()  # PIDs that came behind it
+        self._search_end = 0  # position until which each packet is looked at; 0: no jump yet
 
     def start_segment(self) -> None:
-        if self._segment is not None and self._first_unit is not None and self.tables.packets:
+        if self._segment is not None and self._first_unit is not None and self.preamble:
             # No key frame in the whole last segment: its first picture has to do.
-            self.joins.append(JoinPoint(self._first_unit, self.tables.packets, JoinKind.SEGMENT))
+            self.joins.append(JoinPoint(self._first_unit, self.preamble, JoinKind.SEGMENT))
         self._in_segments = True
         self._segment, self._first_unit, self._has_tables = self.position, None, False
 
@@ -1112,10 +1065,9 @@ class TsFramer(Framer):
     def expect_jump(self, is_certain: bool) -> None:
         """What comes next may not go on from what came.
 
-        It does not, for certain: `_counters` is empty, and the first packet of each PID gets a
-        notice.  It may (another opening of the same source): `_counters` holds what came last, and
-        the first packet that does not go on from it makes the jump a certain one.  A table that
-        differs is one, too.  `_unseen` are the PIDs whose first packet is still to come.
+        It does not, for certain: the first packet of each PID gets a notice.  It may (another
+        opening of the same source): `_counters` holds what came last, and the first packet that
+        does not go on from it, or is another table, makes the jump a certain one.
         """
         if is_certain:
             self._newest = b""
@@ -1124,12 +1076,7 @@ class TsFramer(Framer):
             last = self.tables.packets + bytes(self._newest) if self._newest else b""
             packets = [last[at : at + TS_PACKET] for at in range(0, len(last), TS_PACKET)]
             self._counters = {pid_of(packet): packet[3] & 0x0F for packet in packets}
-            self._seen, self._search_end = set(), self.position + JUMP_SEARCH
-            self._look_out()
-
-    def _look_out(self) -> None:
-        pids = self.tables.counted_pids - self._seen
-        self._unseen = pids & self._counters.keys() if self._counters else pids
+            self._seen, self._search_end = {NULL_PID}, self.position + JUMP_SEARCH
 
     def feed(self, data: bytes) -> list[Block]:
         carry, self._carry = self._carry, b""
@@ -1164,13 +1111,15 @@ class TsFramer(Framer):
             at = first + found.start() * TS_PACKET
             packet = data[at : at + TS_PACKET]
             pid = pid_of(packet)
-            if pid in self._unseen and (notice := self._notice(pid, packet)):
+            if self._search_end and (notice := self._notice(pid, packet)):
                 blocks += self._hand_on(data, start, at, TS_PACKET)
                 blocks += self._hand_on(notice, 0, len(notice), TS_PACKET)
                 start = at
             if pid in (0, self.tables.program_pid):
-                self._see_table(pid, packet)
-            elif packet[1] & 0x40 and pid in self.tables.pids:
+                self.tables.add(pid, packet)
+                self._has_tables |= pid == self.tables.program_pid
+                self.preamble, self.unplayed = self.tables.packets, self.tables.unplayed
+            elif packet[1] & 0x40 and pid in self.tables.streams:
                 self._see_unit(pid, packet, self.position + at - start)
             index = found.end()
         blocks += self._hand_on(data, start, end, TS_PACKET)
@@ -1179,29 +1128,21 @@ class TsFramer(Framer):
 
     @property
     def _looks_at_all(self) -> bool:
+        """While a section goes on in a further packet, or some stream's first one is awaited."""
         is_near = self.position < self._search_end
-        return bool(self.tables.parts) or (is_near and bool(self._unseen & self.tables.pids))
+        return bool(self.tables.parts) or (is_near and not self.tables.streams.keys() <= self._seen)
 
     def _notice(self, pid: int, packet: bytes) -> bytes:
-        """What goes before a PID's first packet where it does not go on and does not say so.
-
-        VLC and GStreamer pass over tables whose version they know, and most encoders' is always 0.
-        """
-        is_other_table = self.tables.differs(pid, packet)
-        if is_other_table or self._counters.get(pid) != counter_before(packet):
-            self._counters = {}  # other media: nothing else of it goes on, either
+        """What goes before a PID's first packet where it does not go on and does not say so."""
+        if pid in self._seen or (self._counters and pid not in self._counters):
+            return b""
         self._seen.add(pid)
-        self._look_out()
+        table = self.tables.announcement(pid, packet)
+        if table or self._counters.get(pid) != counter_before(packet):
+            self._counters = {}  # other media: nothing else of it goes on, either
         if self._counters or (packet[3] & 0x20 and packet[4] and packet[5] & 0x80):
             return b""
-        table = with_other_version(packet) if is_other_table else b""
         return discontinuity_before(table or packet) + table
-
-    def _see_table(self, pid: int, packet: bytes) -> None:
-        self.tables.add(pid, packet)
-        self._has_tables |= pid == self.tables.program_pid
-        if self.position < self._search_end:
-            self._look_out()
 
     def _see_unit(self, pid: int, packet: bytes, position: int) -> None:
         self._see_time(pid, packet)
@@ -1212,13 +1153,13 @@ class TsFramer(Framer):
         if self._segment is not None and (is_key_frame or not has_video):
             # Here where pictures that need others came first, else at the segment's start.
             is_whole = self._first_unit is None
-            preamble = b"" if is_whole and self._has_tables else tables.packets
+            preamble = b"" if is_whole and self._has_tables else self.preamble
             at = self._segment if is_whole else position
             self.joins.append(JoinPoint(at, preamble, JoinKind.SEGMENT, dts=self.last_dts))
             self._segment = None
         elif is_key_frame or not (waits_for_key_frame or self.joins):  # of others, one a turn
             kind = JoinKind.KEY_FRAME if is_key_frame else JoinKind.ANY
-            self.joins.append(JoinPoint(position, tables.packets, kind, dts=self.last_dts))
+            self.joins.append(JoinPoint(position, self.preamble, kind, dts=self.last_dts))
         if self._first_unit is None and (pid == tables.video_pid or not has_video):
             self._first_unit = position
         self._seen_key_frame |= is_key_frame
@@ -1237,7 +1178,7 @@ class TsFramer(Framer):
             tables.lacks_video |= VIDEO_PATIENCE < silence < TIMESTAMP_MODULUS // 2
         main_pid = tables.video_pid
         if main_pid < 0:
-            main_pid = min(tables.pids - {tables.named_video_pid}, default=-1)
+            main_pid = min(tables.streams.keys() - {tables.named_video_pid}, default=-1)
         if pid == main_pid and dts is not None:
             self.last_dts = dts
 
@@ -1245,7 +1186,7 @@ class TsFramer(Framer):
         """random_access_indicator (2.4.3.4), or the units only a key frame has."""
         if packet[3] & 0x20 and packet[4] and packet[5] & 0x40:
             return True
-        units = _KEY_UNITS.get(self.tables.video_type)
+        units = _KEY_UNITS.get(self.tables.streams[self.tables.video_pid])
         return bool(units and units.search(packet, payload_start(packet)))
 
 
@@ -1319,13 +1260,13 @@ _FRAME_START = re.compile(rb"\xff(?:[\xe0-\xff]|\Z)|\x0b(?:\x77|\Z)")  # any cod
 FRAME_RUN = 3  # frames in a row that are no accident
 
 
-def _run_of_frames(data: bytes, at: int, frame_size: Callable[[bytes], int]) -> int:
-    """How many frames follow each other from `at` to the end of the data; -1: something else does.
+def _run_of_frames(data: bytes, at: int, frame_size: Callable[[bytes], int], most: int) -> int:
+    """How many frames, `most` at most, follow each other from `at` on; -1: something else does.
 
     The last one may not be whole.
     """
     count = 0
-    while len(header := data[at : at + FRAME_HEADER]) == FRAME_HEADER:
+    while count < most and len(header := data[at : at + FRAME_HEADER]) == FRAME_HEADER:
         size = frame_size(header)
         if not size:
             return -1
@@ -1348,8 +1289,8 @@ def _id3_size(start: bytes) -> int:
 class AudioFramer(Framer):
     """Whole frames; ID3 tags, of any version, are taken out.
 
-    Data in which no frame follows is handed on as it is: until the next segment or seam, or, in a
-    source without segments (relays start anywhere), until frames follow again.
+    Where no frame follows (relays start anywhere), data is handed on as it is until frames follow
+    each other again, or a segment starts.
     """
 
     def __init__(self, frame_size: Callable[[bytes], int]) -> None:
@@ -1357,16 +1298,12 @@ class AudioFramer(Framer):
         self._frame_size = frame_size
         self._tag_left = 0  # bytes of an open ID3 tag still to come
         self._is_broken = False
-        self._start = 0  # position of the newest segment
-        self._tag = b""  # those that it begins with
-
-    @property
-    def preamble(self) -> bytes:
-        return self._tag if len(self._tag) < TAG_LIMIT else b""
+        self._start = 0  # position of the newest segment, whose preamble are the tags in front
 
     def start_segment(self) -> None:
+        self.preamble = b""
         super().start_segment()
-        self._start, self._tag = self.position, b""
+        self._start = self.position
 
     def drop(self) -> None:
         super().drop()
@@ -1375,14 +1312,14 @@ class AudioFramer(Framer):
     def feed(self, data: bytes) -> list[Block]:
         data, at, blocks = self._carry + data, 0, list[Block]()
         while at < len(data):
-            if self._is_broken and not self._in_segments:
-                self._is_broken = _run_of_frames(data, at, self._frame_size) < FRAME_RUN
+            if self._is_broken:
+                self._is_broken = self._run(data, at) < FRAME_RUN
             if not (self._tag_left or self._is_broken):
                 self._tag_left = _id3_size(data[at : at + ID3_HEADER])
             start = min(at + self._tag_left, len(data))
             self._tag_left -= start - at
             if self.position == self._start:
-                self._tag = (self._tag + data[at:start])[:TAG_LIMIT]
+                self.preamble = (self.preamble + data[at:start])[:TAG_LIMIT]
             end = self._frames_end(data, start)
             if end == at:  # the next frame or tag has not come whole
                 break
@@ -1395,10 +1332,7 @@ class AudioFramer(Framer):
         return blocks
 
     def _frames_end(self, data: bytes, start: int) -> int:
-        """Where a block's worth of whole frames from `start` on ends.
-
-        Where none starts there, the end of what is none.
-        """
+        """Where a block's worth of whole frames from `start` on ends, or of what is none."""
         at = start
         while not self._is_broken:
             header = data[at : at + FRAME_HEADER]
@@ -1409,15 +1343,13 @@ class AudioFramer(Framer):
             if at + size > min(len(data), start + BLOCK_LIMIT):
                 return at
             at += size
-        return at if at > start else self._others_end(data, start)
+        if at > start:
+            return at
+        starts = (found.start() for found in _FRAME_START.finditer(data, start))
+        return next((at for at in starts if self._run(data, at) >= 0), len(data))
 
-    def _others_end(self, data: bytes, start: int) -> int:
-        """Where frames may follow again; the end of the data in a segment."""
-        if not self._in_segments:
-            for found in _FRAME_START.finditer(data, start):
-                if _run_of_frames(data, found.start(), self._frame_size) >= 0:
-                    return found.start()
-        return len(data)
+    def _run(self, data: bytes, at: int) -> int:
+        return _run_of_frames(data, at, self._frame_size, FRAME_RUN)
 
 
 # Telling containers apart
@@ -1457,19 +1389,12 @@ def sniff(start: bytes, is_all: bool = False, is_raw: bool = False) -> Container
         second = start[size : size + FRAME_HEADER]
         if size and (len(second) < FRAME_HEADER or frame_size(second)):
             return container if is_all or len(second) == FRAME_HEADER else None
-    if is_raw and is_enough and (found := _sniff_frames(start)):
-        return found
+        places = _FRAME_START.finditer(start) if is_raw and is_enough else ()
+        runs = (_run_of_frames(start, at.start(), frame_size, len(start)) for at in places)
+        if any(run >= FRAME_RUN for run in runs):
+            return container
     is_enough = is_all or len(start) >= (RUN_LIMIT if is_raw else SNIFF_LIMIT)
     return Container.OTHER if is_enough else None
-
-
-def _sniff_frames(start: bytes) -> Container | None:
-    """The container of which frames follow each other somewhere, up to the end."""
-    for container, frame_size in FRAME_SIZES.items():
-        for found in _FRAME_START.finditer(start):
-            if _run_of_frames(start, found.start(), frame_size) >= FRAME_RUN:
-                return container
-    return None
 
 
 def framer_for(container: Container) -> Framer:
@@ -3971,8 +3896,7 @@ class Splicer:
             self._gate.learn(init_section)
             return
         self._append(self._framer.flush())
-        self._framer.start_init_section()
-        self._append(self._framer.feed(init_section))
+        self._append(self._framer.feed_init_section(init_section))
 
     def _end_segment(self, event: SegmentEvent) -> None:
         """The segment is whole, or the rest of it is missing, or all of it was left out."""
@@ -5116,7 +5040,7 @@ class Channels:
             self._config = config
             for channel in self._channels:
                 stream = config.streams.get(channel.stream.name)
-                if stream and stream.pulls_like(channel.stream):
+                if stream and stream.pulled == channel.stream.pulled:
                     channel.stream = stream
                 else:
                     channel.stop()

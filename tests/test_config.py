@@ -779,27 +779,6 @@ def test_empty_section(text: str, path: str) -> None:
     assert mistakes(text) == [f"test.yml:1: {path}: {expected}"]
 
 
-@pytest.mark.parametrize(
-    ("text", "mistake"),
-    [
-        pytest.param("streams:\nnews: hls://u\n", "2: news", id="streams"),
-        pytest.param("server: {}\nstreams:\n\nnews:\n  url: hls://u\n", "4: news", id="last"),
-        pytest.param(
-            "streams:\n  news:\n    url: hls://u\n    headers:\n    Referer: hls://u\n",
-            "5: streams.news.Referer", id="headers",
-        ),
-        pytest.param(
-            "options:\n  streamlink:\n  hls-live-edge: 2\n", "3: options.hls-live-edge",
-            id="streamlink",
-        ),
-    ],
-)  # fmt: skip
-def test_line_that_is_not_indented(text: str, mistake: str) -> None:
-    section = {"news": "streams", "Referer": "headers", "hls-live-edge": "streamlink"}
-    expected = f"indent this line under {section[re.split('[ .]', mistake)[-1]]}:"
-    assert mistakes(text)[-1] == f"test.yml:{mistake}: unknown key: {expected}"
-
-
 def test_value_that_is_left_out_is_no_empty_section() -> None:
     assert mistakes("server:\n  token:\n  x: 1\n") == ["test.yml:3: server.x: unknown key"]
 
@@ -886,19 +865,6 @@ def test_broken_yaml_is_one_line_at_its_place(text: str, mistake: str) -> None:
 def test_control_character_in_yaml_is_reported_at_its_line() -> None:
     (mistake,) = mistakes("streams:\n  a: hls://u\n  b: '\x07'\n")
     assert mistake.startswith("test.yml:3: broken YAML: ")
-
-
-@pytest.mark.parametrize(
-    ("text", "mistake"),
-    [
-        ("server:\n  port:8080\n", "1: server"),
-        ("streams:\n  news:http://u\n", "1: streams"),
-        ("port:8080\n", "1"),
-    ],
-)
-def test_space_that_is_missing_in_the_only_line(text: str, mistake: str) -> None:
-    expected = f'expected "key: value" lines, got text: {SPACE}'
-    assert mistakes(text) == [f"test.yml:{mistake}: {expected}"]
 
 
 def test_space_that_is_missing_before_the_address() -> None:
