@@ -5069,12 +5069,12 @@ class Site:
 
     config: Config
     url: str  # without a slash at the end
+    lan_url: str  # the same as others in the network reach it
     is_trusted: bool  # the client: it may learn the token
     reloads: bool  # the status page, by itself
     started: float  # time.monotonic()
     report: Callable[[], Sequence[StreamReport]]
     counts: Callable[[], tuple[Counter[int], Counter[str], float]]  # Server.counts()
-    lan_url: Callable[[str], str]  # the url as others in the network reach it
 
     def query(self, **wanted: str | None) -> str:
         """What goes behind a path of ours: what is wanted, and the token."""
@@ -5088,7 +5088,7 @@ class Site:
 
     def typed(self, path: str, **wanted: str | None) -> str:
         """What a person is told to type into a television."""
-        return f"{self.lan_url(self.url)}/{path}{self.query(**wanted)}"
+        return f"{self.lan_url}/{path}{self.query(**wanted)}"
 
 
 @dataclass(frozen=True)
@@ -5259,6 +5259,7 @@ def _family(name: str, words: str, samples: Mapping[str, float]) -> str:
 # No script.  The status page reloads itself: browsers keep their place in it, but not the focus of
 # who goes by keyboard or screen reader.  So it does so seldom, and its first link stops it.
 
+HTML = "text/html; charset=utf-8"
 NO_STREAMS = "no streams are configured: add some under streams: in the file, and restart"
 REFRESH, RETRY = 30, 10  # seconds between two loads of the status page, and of one of an error
 HELP = """<p>It starts without sound: switch it on in the picture. No picture? Chrome and Edge play
@@ -5321,7 +5322,7 @@ background:#000;border-radius:12px}
 # behind it show.
 
 
-def page_headers(config: Config) -> dict[str, str]:
+def policy_headers(config: Config) -> dict[str, str]:
     """A browser runs nothing in our pages, and loads nothing but our media and configured logos."""
     site = re.compile(r"(https?://)(?:[^/?#@]*@)?([\w.-]+(?::\d+)?)(?![^/?#])", re.ASCII | re.I)
     logos = (site.match(stream.logo or "") for stream in config.streams.values())
@@ -5330,7 +5331,6 @@ def page_headers(config: Config) -> dict[str, str]:
         "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
         f"media-src 'self'; img-src data: {hosts}; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-        "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
     }
 
@@ -5345,7 +5345,7 @@ def _document(title: str, body: str, refresh: int = 0) -> Page:
 {body}
 </main></body></html>
 """
-    return Page(text.encode(), "text/html; charset=utf-8")
+    return Page(text.encode(), HTML)
 
 
 def _button(address: str, words: str, *, is_current: bool = False) -> str:
@@ -5559,7 +5559,7 @@ PAGES: Mapping[str, Callable[[Site], Page]] = {
 # does when it is missing.
 # --------------------------------------------------------------------------------------------------
 
-HLS_PATH = re.compile(r"/([a-z0-9-]+)(?:\.m3u8|/([0-9]{1,18})\.([a-z0-9]+))")
+STREAM_PATH = re.compile(r"/([a-z0-9-]+)(\.m3u8?|/([0-9]{1,18})\.([a-z0-9]+))?")
 PLAYED_AS_IT_IS = (Container.FMP4, Container.AAC, Container.MPEG_AUDIO)  # by browsers, without HLS
 HLS_HEADERS = {"Access-Control-Allow-Origin": "*", "Accept-Ranges": "none"}
 RELOAD_WAIT = 5.0  # seconds that a playlist may wait for news
@@ -5632,31 +5632,44 @@ class Handler(BaseHTTPRequestHandler):
 
     def _route(self, path: str, query: Mapping[str, list[str]]) -> None:
         self.is_trusted = self._may_enter(query)
-        quality = query.get("quality", [""])[-1] or None
-        streams = self.server.config.streams
-        name = path[1:] if path[:1] == "/" else ""
+        streams, found = self.server.config.streams, STREAM_PATH.fullmatch(path)
         if path == "/health" or (path == "/" and not self.is_person):
             self.answer_health()
         elif not self.is_trusted:
             headers = {"WWW-Authenticate": 'Basic realm="StreamPipe", charset="UTF-8"'}
             self.answer_error(HTTPStatus.UNAUTHORIZED, NO_TOKEN, headers)
         elif path in PAGES:
-            self.answer_page(PAGES[path](self.site()))
-        elif name[-4:] == ".m3u" and name[:-4] in streams:
-            self.answer_page(playlist_page(self.site(), [streams[name[:-4]]]))
-        elif (hls := HLS_PATH.fullmatch(path)) and hls[1] in streams:
-            if hls[2]:
-                self.answer_segment(streams[hls[1]], quality, int(hls[2]), hls[3])
-            else:
-                self.answer_playlist(streams[hls[1]], quality)
-        elif name not in streams:
-            raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
-        elif self.is_person:
-            self.answer_watch_page(streams[name], quality)
-        elif self.command == "HEAD":
-            self.answer_head(streams[name])
+            self.answer(PAGES[path](self.site()))
+        elif found and found[1] in streams:
+            self._answer_stream(streams[found[1]], found, query.get("quality", [""])[-1] or None)
         else:
-            self.stream_channel(streams[name], quality)
+            raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
+
+    def _answer_stream(
+        self, stream: StreamSettings, path: re.Match[str], quality: str | None
+    ) -> None:
+        _, kind, number, extension = path.groups()
+        try:
+            if kind == ".m3u":
+                self.answer(playlist_page(self.site(), [stream]))
+            elif number:
+                self.answer_segment(stream, quality, int(number), extension)
+            elif self.command == "HEAD":
+                self.answer_head(stream, is_hls=kind == ".m3u8")
+            elif kind == ".m3u8":
+                self.answer_playlist(stream, quality)
+            elif self.is_person:
+                self.answer_watch_page(stream, quality)
+            else:
+                self.stream_channel(stream, quality)
+        except LimitReached as refusal:
+            level = self.server.channels.record(stream.name).repeat_level()
+            address = self.client_address[0]
+            log.log(level, "%s: %s refused: %s", stream.name, address, refusal.reason)
+            raise
+        except WindowEnded:  # before its answer began
+            is_stopping = self.server.channels.is_stopping
+            raise stopping_error() if is_stopping else UpstreamError(JUST_ENDED) from None
 
     @property
     def is_person(self) -> bool:
@@ -5672,19 +5685,15 @@ class Handler(BaseHTTPRequestHandler):
         ip = ip_of(address)
         own_host = f"{ip}:{port}" if ip.version == 4 else f"[{ip}]:{port}"
         host = next(filter(HOST.fullmatch, hosts), own_host)
-        url = f"{scheme if scheme in ('http', 'https') else 'http'}://{host}"
-        url = (config.server.public_url or url).rstrip("/")
+        url = lan_url = f"{scheme if scheme in ('http', 'https') else 'http'}://{host}"
+        if public := config.server.public_url:
+            url = lan_url = public.rstrip("/")
+        elif server.configured[0] in EVERYWHERE:  # `localhost` leads others to themselves
+            lan_url = THIS_MACHINE.sub(lambda _: lan_address(), url)
         return Site(
-            config, url, self.is_trusted, "refresh=0" not in self.path, server.started,
-            server.channels.report, server.counts, self._lan_url,
+            config, url, lan_url, self.is_trusted, "refresh=0" not in self.path, server.started,
+            server.channels.report, server.counts,
         )  # fmt: skip
-
-    def _lan_url(self, url: str) -> str:
-        """One at `localhost` leads others to themselves."""
-        settings, (host, _) = self.server.config.server, self.server.configured
-        if settings.public_url or host not in EVERYWHERE:
-            return url
-        return THIS_MACHINE.sub(lambda _: lan_address(), url)
 
     def _may_enter(self, query: Mapping[str, list[str]]) -> bool:
         """Whether this request has the token, or needs none."""
@@ -5704,26 +5713,24 @@ class Handler(BaseHTTPRequestHandler):
 
     # Short answers
 
-    def answer(self, status: HTTPStatus, page: Page, headers: Mapping[str, str] = {}) -> None:
+    def answer(
+        self, page: Page, status: HTTPStatus = HTTPStatus.OK, headers: Mapping[str, str] = {}
+    ) -> None:
         """Send a whole answer; its body is left out for HEAD."""
         about = {"Content-Type": page.kind, "Content-Length": str(len(page.body))}
-        self._send_head(status, {**about, **headers})
+        about["X-Content-Type-Options"] = "nosniff"
+        policy = policy_headers(self.server.config) if page.kind == HTML else {}
+        self._send_head(status, {**about, **policy, **headers})
         if self.command != "HEAD":
             self.wfile.write(page.body)
 
     def answer_error(
         self, status: HTTPStatus, reason: str, headers: Mapping[str, str] = {}
     ) -> None:
+        page = json_page({"error": reason}, indent=None)
         if self.is_person:
-            name = self.path.partition("?")[0][1:]
-            self.answer_page(error_page(self.site(), status, reason, name), status, headers)
-        else:
-            self.answer(status, json_page({"error": reason}, indent=None), headers)
-
-    def answer_page(
-        self, page: Page, status: HTTPStatus = HTTPStatus.OK, headers: Mapping[str, str] = {}
-    ) -> None:
-        self.answer(status, page, {**page_headers(self.server.config), **headers})
+            page = error_page(self.site(), status, reason, self.path.partition("?")[0][1:])
+        self.answer(page, status, headers)
 
     def answer_health(self) -> None:
         status, word, headers = HTTPStatus.OK, "ok", dict[str, str]()
@@ -5733,28 +5740,28 @@ class Handler(BaseHTTPRequestHandler):
         if self.is_trusted:
             content["viewers"] = self.server.channels.viewer_count()
             content["uptime_seconds"] = int(time.monotonic() - self.server.started)
-        self.answer(status, json_page(content, indent=None), headers)
+        self.answer(json_page(content, indent=None), status, headers)
 
     def answer_watch_page(self, stream: StreamSettings, quality: str | None) -> None:
         """Answer with the page that plays it; raises StreamError where nothing would."""
-        source, variant = f"{stream.name}.m3u8", ""
-        if self.command != "HEAD":
-            try:
-                channel, _, viewer = self._poll(stream, quality, anew=True)
-                viewer.listed, variant = 0, channel.variant  # the page begins anew
-            except NoListing:
-                container = self.server.channels.record(stream.name).container
-                source = stream.name if container in PLAYED_AS_IT_IS else ""
-        elif self.server.channels.is_stopping:
-            raise stopping_error()
-        self.answer_page(watch_page(self.site(), stream, quality, variant, source))
+        channels, source, variant = self.server.channels, f"{stream.name}.m3u8", ""
+        try:
+            viewer = self._viewer(stream, polls=True)
+            channel, _, viewer = channels.poll(stream, quality, viewer, anew=True)
+            viewer.listed, variant = 0, channel.variant  # the page begins anew
+        except NoListing:
+            is_played = channels.record(stream.name).container in PLAYED_AS_IT_IS
+            source = stream.name if is_played else ""
+        self.answer(watch_page(self.site(), stream, quality, variant, source))
 
-    def answer_head(self, stream: StreamSettings) -> None:
+    def answer_head(self, stream: StreamSettings, *, is_hls: bool) -> None:
         """HEAD of a stream costs nothing: Kodi and Jellyfin probe with it before they play."""
         if self.server.channels.is_stopping:
             raise stopping_error()
-        container = self.server.channels.record(stream.name).container
-        self._send_head(HTTPStatus.OK, {"Content-Type": container.value, **MEDIA_HEADERS})
+        media = self.server.channels.record(stream.name).container.value
+        kind = PLAYLIST_TYPE if is_hls else HTML if self.is_person else media
+        headers = HLS_HEADERS if is_hls else MEDIA_HEADERS
+        self._send_head(HTTPStatus.OK, {"Content-Type": kind, **headers})
 
     def _send_head(self, status: HTTPStatus, headers: Mapping[str, str]) -> None:
         self.send_response(status)
@@ -5771,8 +5778,7 @@ class Handler(BaseHTTPRequestHandler):
         Raises StreamError where none comes.
         """
         viewer = self._viewer(stream, polls=False)
-        with self._logging_refusal(stream):
-            channel = self.server.channels.watch(stream, quality, viewer)
+        channel = self.server.channels.watch(stream, quality, viewer)
         try:
             self._stream(channel, viewer, self._first_blocks(channel, viewer))
         finally:
@@ -5783,16 +5789,6 @@ class Handler(BaseHTTPRequestHandler):
         agent, asked_for = (self.headers.get(n, "") for n in ("User-Agent", "X-Forwarded-For"))
         left = functools.partial(has_left, self.connection)
         return Viewer(self.client_address[0], agent, asked_for, left, polls=polls)
-
-    @contextlib.contextmanager
-    def _logging_refusal(self, stream: StreamSettings) -> Iterator[None]:
-        try:
-            yield
-        except LimitReached as refusal:
-            level = self.server.channels.record(stream.name).repeat_level()
-            address = self.client_address[0]
-            log.log(level, "%s: %s refused: %s", stream.name, address, refusal.reason)
-            raise
 
     def _stream(self, channel: Channel, viewer: Viewer, first: list[Block]) -> None:
         channel.record.add("arrivals")
@@ -5807,7 +5803,6 @@ class Handler(BaseHTTPRequestHandler):
         except WindowEnded:
             ending = "disconnected by the server"
         except TookNothing:
-            channel.record.add_drop("timeout")
             ending = f"read nothing for {channel.stream.options.viewer_timeout:g} s"
         except FellBehind:
             channel.record.add_drop("fell behind")
@@ -5822,17 +5817,10 @@ class Handler(BaseHTTPRequestHandler):
     def _first_blocks(self, channel: Channel, viewer: Viewer) -> list[Block]:
         """The media that makes the answer a 200; raises StreamError."""
         deadline = time.monotonic() + channel.stream.options.timeout
-        try:
-            while time.monotonic() < deadline:
-                if blocks := self._take(channel, viewer):
-                    return blocks
-        except WindowEnded:
-            raise self._ended_error() from None
+        while time.monotonic() < deadline:
+            if blocks := self._take(channel, viewer):
+                return blocks
         raise no_media_error(channel.stream, channel.trouble)
-
-    def _ended_error(self) -> StreamError:
-        is_stopping = self.server.channels.is_stopping
-        return stopping_error() if is_stopping else UpstreamError(JUST_ENDED)
 
     def _take(self, channel: Channel, viewer: Viewer) -> list[Block]:
         """The next blocks; empty after a second without any, if the viewer is still there."""
@@ -5881,6 +5869,7 @@ class Handler(BaseHTTPRequestHandler):
             if sent:
                 viewer.moved = now
             elif now - viewer.moved >= channel.stream.options.viewer_timeout:
+                channel.record.add_drop("timeout")
                 raise TookNothing
             while pieces and sent >= len(pieces[0]):
                 sent -= len(pieces.pop(0))
@@ -5891,24 +5880,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_playlist(self, stream: StreamSettings, quality: str | None) -> None:
         """Answer with the media playlist; raises StreamError where there is none in `timeout`."""
-        if self.command == "HEAD":
-            self._send_head(HTTPStatus.OK, {"Content-Type": PLAYLIST_TYPE, **HLS_HEADERS})
-            return
-        channel, listing, viewer = self._poll(stream, quality, anew=False)
-        tail = self.site().query(quality=quality)
-        try:
-            self._await_news(channel, listing, viewer)
-            viewer.listed, text = listing.playlist(stream.name, tail, viewer.listed)
-        except WindowEnded:
-            raise self._ended_error() from None
-        self.answer(HTTPStatus.OK, Page(text.encode(), PLAYLIST_TYPE), HLS_HEADERS)
-
-    def _poll(
-        self, stream: StreamSettings, quality: str | None, *, anew: bool
-    ) -> tuple[Channel, Listing, Viewer]:
         viewer = self._viewer(stream, polls=True)
-        with self._logging_refusal(stream):
-            return self.server.channels.poll(stream, quality, viewer, anew=anew)
+        channel, listing, viewer = self.server.channels.poll(stream, quality, viewer, anew=False)
+        self._await_news(channel, listing, viewer)
+        tail = self.site().query(quality=quality)
+        viewer.listed, text = listing.playlist(stream.name, tail, viewer.listed)
+        self.answer(Page(text.encode(), PLAYLIST_TYPE), headers=HLS_HEADERS)
 
     def _await_news(self, channel: Channel, listing: Listing, viewer: Viewer) -> None:
         """Wait for a first playlist, or a little for one that the client has not had.
@@ -5943,12 +5920,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         request = self._viewer(stream, polls=True)  # of several at once, each has its progress
-        try:
-            for at in range(0, len(blocks), SEND_BLOCKS):
-                self._send_pieces(list(blocks[at : at + SEND_BLOCKS]), channel, request)
-        except TookNothing:
-            channel.record.add_drop("timeout")
-            raise
+        self._send_pieces(list(blocks), channel, request)
         self.server.channels.note_polled(channel, request.key, size)
 
     # What the standard library asks of a handler
@@ -6042,7 +6014,7 @@ def send_some(sock: socket.socket, pieces: Sequence[Block]) -> int:
     """
     try:
         if hasattr(sock, "sendmsg"):
-            return sock.sendmsg(pieces)
+            return sock.sendmsg(pieces[:SEND_BLOCKS])
         return sock.send(b"".join(pieces))
     except (BlockingIOError, TimeoutError) as error:
         if error.errno == errno.ETIMEDOUT:
