@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import select
 import signal
 import socketserver
 import threading
@@ -17,7 +18,7 @@ import pytest
 from tests import media
 from tests.origin import OneAtATime, Origin, Playlist, StallHeaders, Status
 from tests.program import Service
-from tests.server import Site, Watch
+from tests.server import TIMEOUT, Site, Watch
 
 Serve = Callable[..., Site]
 
@@ -77,6 +78,38 @@ def test_radio_of_an_old_shoutcast_server_is_heard(serve: Serve) -> None:
 
 
 #### Panels ####
+
+
+class Watched(socketserver.StreamRequestHandler):
+    """Sends a little, and then looks at its connection alone."""
+
+    def handle(self) -> None:
+        while self.rfile.readline().strip():
+            pass
+        self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + b"".join(media.ts_segments()))
+        poll = select.poll()
+        poll.register(self.connection, 0)  # errors and resets, which nobody can pass over
+        assert isinstance(self.server, Panel)
+        self.server.was_reset = bool(poll.poll(1000 * TIMEOUT))
+
+
+class Panel(socketserver.ThreadingTCPServer):
+    was_reset = False
+
+
+def test_connection_that_is_given_up_is_reset(serve: Serve) -> None:
+    # An origin with a full socket would count it for another minute or two after an orderly end.
+    with Panel(("127.0.0.1", 0), Watched) as panel:
+        task = threading.Thread(target=panel.serve_forever, args=(0.02,))
+        task.start()
+        try:
+            address = f"http://127.0.0.1:{panel.server_address[1]}/"
+            with serve({"news": address}, linger=0).watch("/news") as viewer:
+                viewer.read(188)
+        finally:
+            panel.shutdown()
+            task.join()
+    assert panel.was_reset
 
 
 @pytest.mark.parametrize("status", [403, 429, 458])
