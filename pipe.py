@@ -2082,7 +2082,8 @@ class Listing:
             is_same = last is not None and last.init_section == preamble
             init_section, map_number = preamble, last.map_number if last and is_same else number
         elif self.container in FRAME_SIZES:
-            blocks = [preamble or timestamp_tag(self._clock), *blocks]
+            is_whole = 0 < len(preamble) < TAG_LIMIT
+            blocks = [preamble if is_whole else timestamp_tag(self._clock), *blocks]
         elif pid_of(bytes(blocks[0][:3])) != 0:
             blocks = [preamble, *blocks]
         return ListedSegment(
