@@ -315,6 +315,7 @@ _REASONS: tuple[tuple[Any, ...], ...] = (
     ("the origin does not speak HTTP", http.client.HTTPException),
     ("ffmpeg cannot be run", FileNotFoundError),
     (NO_ROUTE, *(f"[Errno {number}]" for number in _NO_ROUTE)),
+    ("the system has no files left: raise the limit of open files", f"[Errno {errno.EMFILE}]"),
     ("the origin names a local file: refused", "file:", "scheme='file'"),
     ("the origin goes from https to http: configure the http:// address",
      "insecure resource", "Disallowed redirection"),
@@ -937,7 +938,7 @@ class ProgramTables:
     """The newest PAT and PMT of a transport stream, as packets, and what they tell (2.4.4)."""
 
     def __init__(self) -> None:
-        self.program_pid = -1  # where the PMT is
+        self.programs: Sequence[int] = ()  # where the PAT says that PMTs are
         self.streams: Mapping[int, int] = {}  # elementary ones: their types by PID
         self.named_video_pid = -1  # -1: none, or no PMT yet
         self.unplayed: Sequence[str] = ()  # their codecs that no browser plays
@@ -949,6 +950,11 @@ class ProgramTables:
     def video_pid(self) -> int:
         """The picture's; -1 where there is none."""
         return -1 if self.lacks_video else self.named_video_pid
+
+    @property
+    def program_pid(self) -> int:
+        """Where the PMT is, -1 before it came: gateways keep the PAT of a whole multiplex."""
+        return next((pid for pid in self.programs if pid in self._packets), -1)
 
     @property
     def packets(self) -> bytes:
@@ -971,11 +977,10 @@ class ProgramTables:
         if section and pid == 0 and section[0] == 0x00:
             places = range(8, len(section) - 4, 4)
             entries = (struct.unpack_from(">HH", section, at) for at in places)
-            programs = [entry & 0x1FFF for number, entry in entries if number]
-            if programs and self.program_pid not in programs:
-                self._packets.pop(self.program_pid, None)
-                self.program_pid = programs[0]
-        elif section and pid != 0 and section[0] == 0x02:
+            self.programs = [entry & 0x1FFF for number, entry in entries if number] or self.programs
+            for other in self._packets.keys() - {0, *self.programs}:
+                del self._packets[other]
+        elif section and pid == self.program_pid and section[0] == 0x02:
             self._read_pmt(section)
 
     def announcement(self, pid: int, packet: bytes) -> bytes:
@@ -984,7 +989,7 @@ class ProgramTables:
         It is the same but for its version_number (2.4.4.5, 2.4.4.9): VLC and GStreamer pass over
         tables whose version they know, and most encoders' is always 0.
         """
-        is_start = packet[1] & 0x40 and pid in (0, self.program_pid)
+        is_start = packet[1] & 0x40 and (pid == 0 or pid in self.programs)
         section = bytearray(_section(packet) if is_start else b"")
         if not section or section == _section(self._packets.get(pid, b"")):
             return b""
@@ -1115,7 +1120,7 @@ class TsFramer(Framer):
                 blocks += self._hand_on(data, start, at, TS_PACKET)
                 blocks += self._hand_on(notice, 0, len(notice), TS_PACKET)
                 start = at
-            if pid in (0, self.tables.program_pid):
+            if pid == 0 or pid in self.tables.programs:
                 self.tables.add(pid, packet)
                 self._has_tables |= pid == self.tables.program_pid
                 self.preamble, self.unplayed = self.tables.packets, self.tables.unplayed
@@ -1962,6 +1967,11 @@ class ListedSegment:
     is_apart: bool  # it does not continue the one before it
 
 
+def _seconds_since_epoch() -> int:
+    """A machine without a clock of its own starts long before it."""
+    return max(0, int(time.time() - EPOCH))
+
+
 @dataclass
 class Numbering:
     """What the next segment of a variant has: more than all before it, whatever was closed since.
@@ -1971,8 +1981,8 @@ class Numbering:
     televisions take no number above 2^31 (in 2031).
     """
 
-    number: int = field(default_factory=lambda: int(10 * (time.time() - EPOCH)))
-    discontinuities: int = field(default_factory=lambda: int(time.time() - EPOCH))
+    number: int = field(default_factory=lambda: 10 * _seconds_since_epoch() + 1)
+    discontinuities: int = field(default_factory=_seconds_since_epoch)
 
 
 class Listing:
@@ -2062,7 +2072,7 @@ class Listing:
         blocks = self.window.between(start.position, end)
         with self._changed:
             self.lacks_room = not blocks
-            is_usable = bool(blocks) and not self._is_closed
+            is_usable = any(map(len, blocks)) and not self._is_closed
             if is_usable:
                 self.numbering.discontinuities += self._is_apart
                 self._listed.append(self._segment(start, blocks, duration, preamble))
@@ -2084,7 +2094,7 @@ class Listing:
         elif self.container in FRAME_SIZES:
             is_whole = 0 < len(preamble) < TAG_LIMIT
             blocks = [preamble if is_whole else timestamp_tag(self._clock), *blocks]
-        elif pid_of(bytes(blocks[0][:3])) != 0:
+        elif pid_of(bytes(blocks[0][:3]).ljust(3, b"\xff")) != 0:
             blocks = [preamble, *blocks]
         return ListedSegment(
             number, start.position, blocks, init_section, map_number, duration,
@@ -2269,6 +2279,8 @@ class Download:
     `closing`; `patience` is for how many seconds without a byte it is tried.
     """
 
+    empty_time = 0.0  # seconds in which an empty answer is asked for again; 0: it may be empty
+
     def __init__(
         self,
         request: Callable[[Mapping[str, str], float], requests.Response],
@@ -2412,6 +2424,9 @@ class Download:
             raise DownloadFailed("it became shorter in the meantime")
         if self._had.size < (self._size or self._length):
             raise ConnectionError("the range ended early")
+        if not self._had.size and self.empty_time:
+            is_late = time.monotonic() - self.began > self.empty_time
+            raise (DownloadFailed if is_late else PipeError)("the origin sent an empty segment")
 
     def _wait_for(self, parts: Iterator[bytes]) -> bytes:
         if self._waited > self._slow_time and self.is_slow():
@@ -2964,7 +2979,7 @@ class Upstream:
     @property
     def has_end(self) -> bool:
         """Whether this source ends by itself; known from its first bytes on."""
-        workers = self._workers
+        workers = self.workers
         return bool(workers) and all(
             getattr(worker, "playlist_end", None) is not None
             or getattr(getattr(worker, "mpd", None), "type", None) == "static"
@@ -2979,17 +2994,17 @@ class Upstream:
     @property
     def target_duration(self) -> float:
         """Seconds; 0 where there are no segments."""
-        durations = (getattr(worker, "playlist_targetduration", 0.0) for worker in self._workers)
+        durations = (getattr(worker, "playlist_targetduration", 0.0) for worker in self.workers)
         return float(max(durations, default=0.0))
 
     @property
     def trouble(self) -> str | None:
         """Why the newest playlist could not be loaded; None where it could."""
-        failures = (getattr(worker, "failure", None) for worker in self._workers)
+        failures = (getattr(worker, "failure", None) for worker in self.workers)
         return next(filter(None, failures), None)
 
     @property
-    def _workers(self) -> list[Any]:
+    def workers(self) -> list[Any]:
         """Who loads the playlist of each track."""
         return [file.worker for file in self._files if isinstance(file, SegmentedStreamReader)]
 
@@ -3123,6 +3138,21 @@ def _hooked(base: Any) -> Any:
     return type(base.__name__, (SegmentReader, base), members)
 
 
+LONGEST_SEGMENT = 86_400.0  # seconds; of a film in one
+
+
+def _with_true_lengths(playlist: Any) -> Any:
+    """A playlist whose lengths can be waited for: where a clock wraps, packagers write a day."""
+    lengths = sorted(segment.duration for segment in playlist.segments)
+    most = LONGEST_SEGMENT if playlist.is_endlist else LISTED_TIME
+    for segment in playlist.segments:
+        if segment.duration > most:
+            segment.duration = min(most, lengths[len(lengths) // 2])
+    if lengths and not 0 < (playlist.targetduration or 0) <= most:
+        playlist.targetduration = max(segment.duration for segment in playlist.segments) or 1.0
+    return playlist
+
+
 @functools.cache
 def _parser(base: Any) -> Any:
     """Adds what streamlink's parser of playlists, or a plugin's, does not know."""
@@ -3131,7 +3161,15 @@ def _parser(base: Any) -> Any:
         is_gap = False
         _map: Any
 
+        def parse(self, data: Any) -> Any:
+            return _with_true_lengths(super().parse(data))
+
         def parse_line(self, line: str) -> None:
+            line = line.strip()
+            if line.startswith("#EXT-X-DATERANGE"):  # of advertisements: no stream needs it
+                with contextlib.suppress(ValueError, OverflowError):
+                    super().parse_line(line)
+                return
             if line.startswith("#EXTINF:-"):  # a length that no segment has
                 raise ValueError(CHANNEL_LIST)
             self.is_gap |= line.startswith("#EXT-X-GAP")
@@ -3248,6 +3286,7 @@ class WatchedWorker(HLSStreamWorker):
                 self.sequence = wanted
         elif last < self.sequence - 1:  # caches serve playlists a number or two old
             self._below += 1
+            playlist.is_endlist = False  # of something else
             if self._below == 3 or self.failure:
                 self.reader.fail("the origin restarted its numbering")
                 return
@@ -3273,6 +3312,7 @@ class SegmentDownload(Download):
       the playlist no longer lists it                       it is given up
       refused at a start, and next to be handed on          given up, unless it may only be late
       refused for REFUSAL_TIME, and its upstream ends       given up
+      answered without a byte for REFUSAL_TIME              given up
       no byte came for its patience                         given up
       otherwise                                             it is tried again
 
@@ -3285,10 +3325,12 @@ class SegmentDownload(Download):
       otherwise                                             goes on after a gap
     """
 
+    empty_time = REFUSAL_TIME
+
     def __init__(self, writer: DownloadingWriter, segment: Any, part: Any) -> None:
         self._writer, self._segment, self._is_map = writer, segment, part is not segment
         self.buffer = ReaderBuffer(BODY_LIMIT)
-        request = functools.partial(writer.request, part.uri)
+        request = functools.partial(writer.request, segment, part)
         super().__init__(request, writer.closing, writer.patience, part.byterange)
 
     @property
@@ -3443,8 +3485,16 @@ class DownloadingWriter(HLSStreamWriter):
 
     # The downloads' threads
 
-    def request(self, url: str, headers: Mapping[str, str], timeout: float) -> requests.Response:
-        arguments = {**self.reader.request_params, "url": url}
+    def request(
+        self, segment: Any, part: Any, headers: Mapping[str, str], timeout: float
+    ) -> requests.Response:
+        """Ask for a segment where the newest playlist has it: tokens in addresses live for seconds.
+
+        Or for its map, as `part`.
+        """
+        listed = self.reader.worker.playlist_segments if part is segment else ()
+        same = (s for s in listed if (s.num, s.byterange) == (segment.num, segment.byterange))
+        arguments = {**self.reader.request_params, "url": next(same, part).uri}
         return cast(Http, self.session.http).ask(arguments, headers, min(timeout, self.timeout))
 
     def patience(self) -> float:
@@ -3529,7 +3579,11 @@ class DownloadingWriter(HLSStreamWriter):
             if whole:
                 yield cipher.decrypt(held[:whole])
                 held = held[whole:]
-        yield unpad(cipher.decrypt(held), 16, style="pkcs7")
+        try:
+            yield unpad(cipher.decrypt(held), 16, style="pkcs7")
+        except ValueError:
+            self.key_uri = None  # an encoder that was started again has another key there
+            raise
 
     def _decryptor(self, key: Any, number: int) -> Any:
         """Without its key a stream cannot go on: it is tried for as long as a segment would be."""
@@ -3539,7 +3593,8 @@ class DownloadingWriter(HLSStreamWriter):
         deadline = time.monotonic() + self.patience()
         for pause in pauses(RETRY_PAUSES):
             try:
-                return self.create_decryptor(key, number)
+                with cast(Http, self.session.http).within(max(0.1, self.patience() / 2)):
+                    return self.create_decryptor(key, number)
             except Exception as error:
                 self.key_uri = None  # or what came in its place would be kept
                 reason = explain(error)
@@ -3726,13 +3781,15 @@ class KeyFrameGate:
 
     def feed(self, data: bytes) -> bytes | None:
         """None while the gate is shut; once it opens, what goes on from there."""
-        self._hold(self._framer.feed(data))
+        self._hold(blocks := self._framer.feed(data))
         joins, self._framer.joins = self._framer.joins, []
         for join in joins:
             if join.position >= self._base and self._opens_at(join):
                 self._hold(self._framer.flush())
                 return join.preamble + bytes(self._held[join.position - self._base :])
-        return None
+        if self._framer.preamble or time.monotonic() < self._deadline:
+            return None
+        return b"".join([*blocks, *self._framer.flush()])  # without tables, here as well as later
 
     def _hold(self, blocks: Iterable[Block]) -> None:
         for block in blocks:
@@ -4438,8 +4495,7 @@ class Channel:
         tick = FEEDER_TICK if self.viewers else min(FEEDER_TICK, max(self.linger, 0.05))
         with contextlib.suppress(WindowEnded):
             items = upstream.read(tick)
-        # Asked after that: before the first playlist is there, a source of segments has none.
-        is_relay = self._splicer is not None and not (self._has_end or upstream.target_duration)
+        is_relay = self._splicer is not None and not (self._has_end or upstream.workers)
         if items is None:
             if is_relay:
                 raise UpstreamError(CLOSED)
@@ -4500,7 +4556,8 @@ class Channel:
             window.growth, window.patience = 1, math.inf
         numbering = self.record.numbering(self.variant)
         listing = Listing(window, container, upstream.target_duration, numbering)
-        has_hls = not is_private and (has_segments or container is Container.MPEG_TS)
+        is_cut = has_segments or container is Container.MPEG_TS
+        has_hls = not is_private and is_cut and container in EXTENSIONS
         if not has_hls:
             listing.close()  # it lists nothing, and keeps nothing
         self._splicer = Splicer(listing, self._address)
@@ -4551,7 +4608,7 @@ class Channel:
         """The source truly ended: hand on what was held back for more to come."""
         assert self._splicer
         self._splicer.flush()
-        if self._splicer.is_skipping and not upstream.target_duration:
+        if self._splicer.is_skipping and not upstream.workers:
             log.warning("%s: the file changed in the meantime", self.stream.name)
             raise WindowEnded(complete=False)
         if not self._has_end:
@@ -5859,8 +5916,8 @@ class Handler(BaseHTTPRequestHandler):
                     viewer.sent += size
                 blocks = self._take(channel, viewer)
                 silent = 0 if blocks else silent + 1
-                if silent >= SILENCE and fills_silence and not viewer.sent % TS_PACKET:
-                    blocks = [NULL_PACKET]
+                if silent >= SILENCE and fills_silence:
+                    blocks = [NULL_PACKET]  # no block ends within a packet that goes on
         except WindowEnded as ending:
             if not ending.complete:
                 raise
@@ -6482,7 +6539,12 @@ def announce(config: Config, server: Server) -> None:
 
 
 def close(server: Server, channels: Channels) -> None:
-    """Let the viewers go and end everything, within EXIT_TIME whatever hangs."""
+    """Let the viewers go and end everything, within EXIT_TIME whatever hangs, or about."""
+    # Who reads the log may have stopped: then each line of it hangs.
+    last_resort = threading.Timer(EXIT_TIME + DRAIN_TIME, os._exit, (EXIT_OK,))
+    last_resort.daemon = True
+    with contextlib.suppress(RuntimeError):  # the system has no threads left
+        last_resort.start()
     log.info("shutting down")
     began = time.monotonic()
     if not channels.stop(timeout=EXIT_TIME):
@@ -6491,6 +6553,7 @@ def close(server: Server, channels: Channels) -> None:
     threading.Event().wait(max(0.0, began + DRAIN_TIME - time.monotonic()))
     server.shutdown()
     server.hang_up()
+    last_resort.cancel()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -6500,11 +6563,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_engine()
         with demo_origin() if arguments.demo else contextlib.nullcontext() as demo:
+            config = Config()
 
             def read() -> Config:
-                config = read_settings(arguments, demo)
-                formatter.secrets = secrets_of(config)
-                return config
+                new = read_settings(arguments, demo)
+                if config.streams and not new.streams:  # who writes it may have emptied it first
+                    raise ConfigError(["the file has no streams any more"])
+                formatter.secrets = secrets_of(new)
+                return new
 
             config = read()
             warm_up()
@@ -6516,7 +6582,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PipeError as error:
         log.error("%s", error)
         return EXIT_FAILED
-    except KeyboardInterrupt:  # before the signals are ours, e.g. in a check
+    except (KeyboardInterrupt, BrokenPipeError):  # in a check; who read its lines has left
         return EXIT_FAILED
 
 
@@ -6524,5 +6590,6 @@ if __name__ == "__main__":
     status = main()
     # Python would wait for the threads of downloads that hang.
     logging.shutdown()
-    sys.stdout.flush()
+    with contextlib.suppress(OSError, AttributeError):  # nobody reads it, or it was closed
+        sys.stdout.flush()
     os._exit(status)

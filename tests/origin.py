@@ -243,6 +243,11 @@ class Playlist:
                 self._load_locked(segments, init)
             self._number_locked(first_sequence)
 
+    def change_key(self, key: bytes) -> None:
+        """Has another key at the same address, and encrypts with it, from now on."""
+        with self._lock:
+            self._aes_key, self._files["key"] = key, Content(key)
+
     def renew_tokens(self, status: int = 403) -> None:
         """Names segments with a new token from now on; what asks with an older one is refused."""
         if self._origin is None:

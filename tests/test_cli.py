@@ -330,6 +330,51 @@ def test_second_signal_ends_at_once(run: Run) -> None:
     assert program.wait(EXIT_TIME) == 1, "the first signal alone ends with 0"
 
 
+def test_closed_output_is_no_error(tmp_path: Path) -> None:
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, str(PIPE), "--demo", *HERE]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        lines = iter(process.stderr.readline, "")
+        assert any("listening on" in line for line in lines)
+        try:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(EXIT_TIME) == 0
+            assert "Traceback" not in "".join(lines)
+        finally:
+            process.kill()
+
+
+def test_reader_of_the_findings_may_leave(tmp_path: Path) -> None:
+    command = f"exec '{sys.executable}' '{PIPE}' --demo --check | true"
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert "Error" not in done.stderr
+
+
+def test_log_that_nobody_reads_does_not_delay_the_end(tmp_path: Path) -> None:
+    command = [sys.executable, str(PIPE), "--demo", *HERE, "--log-level", "debug"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        found = (re.search(r"listening on \S+ port (\d+)", line) for line in process.stderr)
+        port = int(next(filter(None, found))[1])
+        try:
+            while answers(port):  # until the pipe is full, and a request waits for its line
+                pass
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(TIMEOUT) == 0
+        finally:
+            process.kill()
+
+
+def answers(port: int) -> bool:
+    with contextlib.closing(ask(port, "/health")) as sock:
+        sock.settimeout(1)
+        with contextlib.suppress(TimeoutError):
+            return bool(sock.recv(100))
+    return False
+
+
 #### What cannot run ####
 
 

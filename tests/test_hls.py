@@ -325,6 +325,14 @@ def behind_tag(body: bytes) -> tuple[int, bytes]:
     return struct.unpack(">Q", body[len(tag) - 8 : len(tag)])[0], body[len(tag) :]
 
 
+def test_machine_whose_clock_is_not_set_has_hls(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = serve({"news": live(origin).url})
+    monkeypatch.setattr("time.time", lambda: 0.0)  # as a small computer's, until it asks a server
+    assert site.get("/news.m3u8").status == 200
+
+
 @pytest.mark.parametrize("kind", CHANNELS)
 def test_segments_are_the_origins(origin: Origin, serve: Serve, kind: str) -> None:
     make, content_type, extension = CHANNELS[kind]

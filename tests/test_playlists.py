@@ -152,6 +152,10 @@ def test_unknown_name_is_told(serve: Serve) -> None:
             "there is no network route to the origin",
         ),
         (ConnectionResetError(errno.ECONNRESET, "reset"), "the origin closed the connection"),
+        (
+            OSError(errno.EMFILE, "Too many open files"),
+            "the system has no files left: raise the limit of open files",
+        ),
     ],
 )
 def test_lost_connection_is_told(error: OSError, words: str) -> None:

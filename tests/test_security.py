@@ -587,6 +587,22 @@ def test_reload_disturbs_no_unchanged_stream(origin: Origin, tmp_path: Path) -> 
         assert origin.count(news.segment_path(2)) == 1, "it was never opened again"
 
 
+def test_file_that_is_being_written_is_not_used(origin: Origin, tmp_path: Path) -> None:
+    """It is empty for a moment, and would let everybody in."""
+    news = live(origin)
+    with contextlib.ExitStack() as stack:
+        service = stack.enter_context(Service(tmp_path, {"news": news.url}, token=TOKEN))
+        viewer = stack.enter_context(Watch(service.port, f"/news?token={TOKEN}"))
+        viewer.read(len(news.plain(2, 5)))
+        service.write("")
+        service.send(signal.SIGHUP)
+        service.wait_for("not reloaded: the file has no streams any more")
+        news.advance()
+        assert viewer.read(len(news.plain(5, 6))) == news.plain(5, 6)
+        with Watch(service.port, "/status") as status:
+            assert status.status == 401
+
+
 def test_linger_of_a_running_channel_follows_a_reload(origin: Origin, tmp_path: Path) -> None:
     news = live(origin)
     with Service(tmp_path, {"news": news.url}, options={"linger": 600}) as service:

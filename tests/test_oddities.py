@@ -1,0 +1,267 @@
+"""What packagers, panels and caches get wrong now and then, and a channel has to outlast.
+
+Everything is real and seen from outside.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests import media
+from tests.make_test_card import crc32
+from tests.origin import (
+    Body,
+    Break,
+    Origin,
+    Playlist,
+    Preface,
+    Segment,
+    Stall,
+    StallHeaders,
+    Status,
+)
+from tests.program import eventually
+from tests.server import Site
+
+Serve = Callable[..., Site]
+
+SEGMENTS = media.ts_segments(12)
+WRAP = 95_443.717  # seconds in 33 bits of a clock with 90 kHz
+OTHER_PID = 0x1100  # of tables that never come
+
+
+def live(origin: Origin, **more: object) -> Playlist:
+    more = {"segments": SEGMENTS, "mode": "live", **more}
+    return origin.add(Playlist("news", **more))  # type: ignore[arg-type]
+
+
+def gaps(site: Site) -> int:
+    return int(site.get("/status").json["streams"][0]["gaps"])
+
+
+#### Segments ####
+
+
+def test_empty_answer_is_no_segment(origin: Origin, serve: Serve) -> None:
+    film = origin.add(Playlist("film", SEGMENTS))
+    empty = origin.fault(film.segment_path(5), Body(b""))
+    site = serve({"film": film.url})
+    assert site.get("/film").body == film.plain(0, 12)
+    assert (empty.taken, gaps(site)) == (1, 0)
+
+
+def test_empty_answer_is_no_initialization_section(origin: Origin, serve: Serve) -> None:
+    init, fragments = media.fmp4()
+    news = live(origin, segments=fragments, init=init, extension=".m4s")
+    origin.fault(news.init_path, Body(b""))
+    assert serve({"news": news.url}).watch("/news").read(len(init)) == init
+
+
+def test_segment_that_stays_empty_is_a_gap(origin: Origin, serve: Serve) -> None:
+    news = live(origin)
+    site = serve({"news": news.url})
+    viewer = site.watch("/news")
+    assert viewer.read(len(news.plain(2, 5))) == news.plain(2, 5)
+    origin.fault(news.segment_path(5), Body(b""), times=None)
+    news.advance(2)
+    assert viewer.read(media.PACKET)  # of the next one
+    assert gaps(site) == 1
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_bytes_in_front_of_each_segment_harm_nobody(
+    origin: Origin, serve: Serve, size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    news = live(origin)
+    origin.fault("/news/*.ts", Preface(size * b"\n"), times=None)
+    site = serve({"news": news.url})
+    listed = site.get("/news.m3u8").body.decode()
+    segment = site.get("/" + re.findall(r"news/\d+\.ts", listed)[0]).body
+    assert segment.endswith(news.plain(2, 3))
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_segments_of_nothing_that_is_known_have_no_hls(origin: Origin, serve: Serve) -> None:
+    news = live(origin, segments=[b"?" * 5000] * 12)
+    site = serve({"news": news.url})
+    assert site.get("/news.m3u8").status == 404
+    assert site.watch("/news").headers["Content-Type"] == "application/octet-stream"
+
+
+def test_silence_is_filled_behind_a_torn_packet(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipe.SILENCE", 0.3)
+    torn = [Segment(data + b"G" * 10) for data in SEGMENTS]
+    viewer = serve({"news": live(origin, segments=torn).url}).watch("/news")
+    viewer.read(sum(len(segment.data) for segment in torn[2:5]))
+    assert media.pid(viewer.read(media.PACKET)) == media.PID_NULL
+
+
+def test_try_follows_the_token_of_the_newest_playlist(origin: Origin, serve: Serve) -> None:
+    news = live(origin, window=8, target_duration=2)
+    news.renew_tokens()
+    viewer = serve({"news": news.url}).watch("/news")
+    assert viewer.read(len(news.plain(5, 8))) == news.plain(5, 8)
+    stalled = origin.fault("/news/8.ts*", Stall(2000), Break(3000))
+    news.advance()
+    stalled.wait_held()
+    news.renew_tokens()
+    loads = origin.count(news.path)
+    eventually(lambda: origin.count(news.path) > loads + 1, "no playlist with new tokens")
+    stalled.release()
+    assert viewer.read(len(news.plain(8, 9))) == news.plain(8, 9)
+
+
+#### Keys ####
+
+
+def test_key_that_hangs_is_asked_for_again(origin: Origin, serve: Serve) -> None:
+    news = live(origin, aes_key=bytes(16))
+    hung = origin.fault(news.key_path, StallHeaders())
+    viewer = serve({"news": news.url}).watch("/news")
+    assert viewer.status == 200
+    assert viewer.read(len(news.plain(2, 5))) == news.plain(2, 5)
+    hung.release()
+
+
+def test_other_key_at_the_same_address_costs_one_segment(origin: Origin, serve: Serve) -> None:
+    news = live(origin, aes_key=bytes(16))
+    site = serve({"news": news.url})
+    viewer = site.watch("/news")
+    assert viewer.read(len(news.plain(2, 5))) == news.plain(2, 5)
+    news.change_key(bytes(range(16)))
+    news.advance(3)
+    body = b""
+    while news.plain(7, 8) not in body:
+        body += viewer.read(media.PACKET)
+    start = body.index(news.plain(6, 7)[: media.PACKET])  # behind what the old key made of 5
+    whole = body[start : body.index(news.plain(7, 8))]
+    assert media.without_notices(whole) == news.plain(6, 7)
+    assert gaps(site) == 1
+
+
+#### Playlists ####
+
+
+def test_length_of_a_wrapped_clock_is_not_waited_for(origin: Origin, serve: Serve) -> None:
+    segments = [Segment(data, WRAP if n == 4 else 1.0) for n, data in enumerate(SEGMENTS)]
+    news = live(origin, segments=segments)
+    site = serve({"news": news.url})
+    viewer = site.watch("/news")
+    viewer.read(len(news.plain(2, 5)))
+    listed = site.get("/news.m3u8").body.decode()
+    assert "#EXT-X-TARGETDURATION:1\n" in listed
+    news.advance()
+    assert viewer.read(len(news.plain(5, 6))) == news.plain(5, 6)
+
+
+LENGTHS = {
+    "none": "",
+    "zero": "#EXT-X-TARGETDURATION:0",
+    "infinite": "#EXT-X-TARGETDURATION:inf",
+    "no-number": "#EXT-X-TARGETDURATION:nan",
+    "huge": "#EXT-X-TARGETDURATION:1e30",
+}
+
+
+@pytest.mark.parametrize("line", LENGTHS.values(), ids=LENGTHS)
+def test_useless_target_duration_is_measured(origin: Origin, serve: Serve, line: str) -> None:
+    names = iter(range(100))
+
+    def text(first: int, end: str = "") -> bytes:
+        head = ["#EXTM3U", line, f"#EXT-X-MEDIA-SEQUENCE:{first}"]
+        entries = [f"#EXTINF:1,\n{n}.ts" for n in range(first, first + 3)]
+        return "\n".join([*head, *entries, end]).encode()
+
+    for number in itertools.islice(names, 8):
+        origin.add_file(f"/{number}.ts", SEGMENTS[number])
+    origin.add_file("/news.m3u8", text(0))
+    origin.fault("/3.ts", Break(20_000))
+    origin.fault("/3.ts", Status(404), times=None)
+    site = serve({"news": f"{origin.url}/news.m3u8"})
+    viewer = site.watch("/news")
+    start = b"".join(SEGMENTS[:3])
+    assert viewer.read(len(start)) == start
+    assert site.get("/news.m3u8").status == 200
+    origin.add_file("/news.m3u8", text(3))
+    origin.fault("/news.m3u8", Body(text(5, "#EXT-X-ENDLIST")), times=None)
+    body, is_complete = viewer.read_all()
+    assert is_complete
+    assert body.endswith(SEGMENTS[7])
+    assert len(body) % media.PACKET == 0
+
+
+def test_end_of_an_older_playlist_is_none(origin: Origin, serve: Serve) -> None:
+    news = live(origin, first_sequence=100)
+    viewer = serve({"news": news.url}).watch("/news")
+    assert viewer.read(len(news.plain(102, 105))) == news.plain(102, 105)
+    old = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXT-X-MEDIA-SEQUENCE:3\n#EXTINF:1,\n3.ts\n"
+    cached = origin.fault(news.path, Body(old + b"#EXT-X-ENDLIST\n"))
+    cached.wait()
+    news.advance()
+    assert viewer.read(len(news.plain(105, 106))) == news.plain(105, 106)
+
+
+@pytest.mark.parametrize("seconds", ["18446744073709551.615", "abc"])
+def test_mark_of_an_advertisement_may_be_wrong(origin: Origin, serve: Serve, seconds: str) -> None:
+    mark = f'#EXT-X-DATERANGE:ID="ad",START-DATE="2026-01-01T00:00:00Z",DURATION={seconds}'
+    segments = [Segment(data, tags=(mark,) if n == 5 else ()) for n, data in enumerate(SEGMENTS)]
+    news = live(origin, segments=segments)
+    viewer = serve({"news": news.url}).watch("/news")
+    assert viewer.read(len(news.plain(2, 5))) == news.plain(2, 5)
+    news.advance()
+    assert viewer.read(len(news.plain(5, 6))) == news.plain(5, 6)
+
+
+def test_blanks_around_an_address_are_none_of_it(origin: Origin, serve: Serve) -> None:
+    origin.add_file("/1.ts", SEGMENTS[0])
+    text = b"#EXTM3U \n#EXT-X-TARGETDURATION:1 \n#EXTINF:1, \n 1.ts \n#EXT-X-ENDLIST \n"
+    address = origin.add_file("/news.m3u8", text)
+    assert serve({"news": address}).get("/news").body == SEGMENTS[0]
+
+
+#### Tables ####
+
+
+def of_a_multiplex(segment: bytes) -> Iterator[bytes]:
+    """Its packets, with a PAT that names another program first, of which nothing is there."""
+    for packet in media.packets(segment):
+        if media.pid(packet) == 0:
+            programs = b"\0\1" + (0xE000 | OTHER_PID).to_bytes(2, "big") + packet[13:17]
+            section = b"\0\xb0\x11" + packet[8:13] + programs
+            section += crc32(section)
+            packet = (packet[:5] + section).ljust(media.PACKET, b"\xff")
+        yield packet
+
+
+def test_program_of_a_multiplex_that_is_there_is_joined(origin: Origin, serve: Serve) -> None:
+    segments = [b"".join(of_a_multiplex(data)) for data in SEGMENTS]
+    news = live(origin, segments=segments)
+    site = serve({"news": news.url})
+    assert site.watch("/news").read(len(segments[2])) == segments[2]
+    assert site.watch("/news").read(len(segments[2])) == segments[2]
+    assert site.get("/news.m3u8").status == 200
+
+
+def test_stream_whose_tables_never_come_goes_on_after_a_seam(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipe.SEAM_PATIENCE", 1.0)
+    bare = [
+        b"".join(p for p in media.packets(data) if media.pid(p) not in (0, 0x1000))
+        for data in SEGMENTS
+    ]
+    news = live(origin, segments=[SEGMENTS[0], *bare[1:]], clock=True)
+    viewer = serve({"news": news.url}, timeout=1).watch("/news")
+    viewer.read(len(SEGMENTS[0]))
+    origin.stop()
+    news.advance(8)  # what was open is no longer listed
+    origin.start()
+    body = b""
+    while not any(data in body for data in bare):
+        body += viewer.read(media.PACKET)
