@@ -5,7 +5,6 @@ Everything is real and seen from outside.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Iterator
 
@@ -171,15 +170,13 @@ LENGTHS = {
 
 @pytest.mark.parametrize("line", LENGTHS.values(), ids=LENGTHS)
 def test_useless_target_duration_is_measured(origin: Origin, serve: Serve, line: str) -> None:
-    names = iter(range(100))
-
     def text(first: int, end: str = "") -> bytes:
         head = ["#EXTM3U", line, f"#EXT-X-MEDIA-SEQUENCE:{first}"]
         entries = [f"#EXTINF:1,\n{n}.ts" for n in range(first, first + 3)]
         return "\n".join([*head, *entries, end]).encode()
 
-    for number in itertools.islice(names, 8):
-        origin.add_file(f"/{number}.ts", SEGMENTS[number])
+    for number, data in enumerate(SEGMENTS[:8]):
+        origin.add_file(f"/{number}.ts", data)
     origin.add_file("/news.m3u8", text(0))
     origin.fault("/3.ts", Break(20_000))
     origin.fault("/3.ts", Status(404), times=None)

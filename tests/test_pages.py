@@ -17,7 +17,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import urllib.parse
 import xml.etree.ElementTree as ElementTree
@@ -37,6 +36,7 @@ from tests.origin import Fault, Origin, Playlist, StallHeaders, Status, master
 from tests.server import Answer, Site
 from tests.test_cli import PIPE, Program
 from tests.test_sharing import Sluggish, eventually, feeders
+from tests.threads import running
 
 Serve = Callable[..., Site]
 TIMEOUT = 20.0  # seconds; nothing a test waits for takes as long
@@ -947,13 +947,10 @@ def forward_proxy() -> Iterator[Proxied]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Forward) as server:
-        proxied = Proxied(server.server_address[1])
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Forward)
+    proxied = Proxied(server.server_address[1])
+    with running(server):
         yield proxied
-        server.shutdown()
-        thread.join()
 
 
 def film(origin: Origin, name: str = "film", **options: Any) -> Playlist:

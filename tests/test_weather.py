@@ -7,7 +7,6 @@ import itertools
 import select
 import signal
 import socketserver
-import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from tests import media
 from tests.origin import OneAtATime, Origin, Playlist, StallHeaders, Status
 from tests.program import Service
 from tests.server import TIMEOUT, Site, Watch
+from tests.threads import running
 
 Serve = Callable[..., Site]
 
@@ -50,12 +50,19 @@ def test_radio_that_starts_within_a_frame_is_shared_and_joined_at_a_frame(
     assert origin.count("/radio") == 1
 
 
-class Shoutcast(socketserver.StreamRequestHandler):
+class Bare(socketserver.StreamRequestHandler):
+    """Has read the request's head, whatever it says."""
+
+    def setup(self) -> None:
+        super().setup()
+        while self.rfile.readline().strip():
+            pass
+
+
+class Shoutcast(Bare):
     """A server of the first version, whose answer is not quite HTTP."""
 
     def handle(self) -> None:
-        while self.rfile.readline().strip():
-            pass
         self.wfile.write(b"ICY 200 OK\r\nicy-name:News\r\ncontent-type:audio/mpeg\r\n\r\n")
         with contextlib.suppress(OSError):
             for piece in frames_for_ever(100):
@@ -63,29 +70,21 @@ class Shoutcast(socketserver.StreamRequestHandler):
 
 
 def test_radio_of_an_old_shoutcast_server_is_heard(serve: Serve) -> None:
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Shoutcast) as server:
-        task = threading.Thread(target=server.serve_forever, args=(0.02,))
-        task.start()
-        try:
-            site = serve({"radio": f"http://127.0.0.1:{server.server_address[1]}/"}, linger=0)
-            with site.watch("/radio") as viewer:
-                assert viewer.headers["Content-Type"] == "audio/mpeg"
-                frames = b"".join(media.audio_frames("libmp3lame", 44_100)) * 4
-                assert viewer.read(40_000) == frames[100:40_100]
-        finally:
-            server.shutdown()
-            task.join()
+    with running(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Shoutcast)) as address:
+        site = serve({"radio": address}, linger=0)
+        with site.watch("/radio") as viewer:
+            assert viewer.headers["Content-Type"] == "audio/mpeg"
+            frames = b"".join(media.audio_frames("libmp3lame", 44_100)) * 4
+            assert viewer.read(40_000) == frames[100:40_100]
 
 
 #### Panels ####
 
 
-class Watched(socketserver.StreamRequestHandler):
+class Watched(Bare):
     """Sends a little, and then looks at its connection alone."""
 
     def handle(self) -> None:
-        while self.rfile.readline().strip():
-            pass
         self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + b"".join(media.ts_segments()))
         poll = select.poll()
         poll.register(self.connection, 0)  # errors and resets, which nobody can pass over
@@ -99,16 +98,12 @@ class Panel(socketserver.ThreadingTCPServer):
 
 def test_connection_that_is_given_up_is_reset(serve: Serve) -> None:
     # An origin with a full socket would count it for another minute or two after an orderly end.
-    with Panel(("127.0.0.1", 0), Watched) as panel:
-        task = threading.Thread(target=panel.serve_forever, args=(0.02,))
-        task.start()
-        try:
-            address = f"http://127.0.0.1:{panel.server_address[1]}/"
-            with serve({"news": address}, linger=0).watch("/news") as viewer:
-                viewer.read(188)
-        finally:
-            panel.shutdown()
-            task.join()
+    panel = Panel(("127.0.0.1", 0), Watched)
+    with (
+        running(panel) as address,
+        serve({"news": address}, linger=0).watch("/news") as viewer,
+    ):
+        viewer.read(188)
     assert panel.was_reset
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import socketserver
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 TIMEOUT = 10.0  # seconds; nothing a test waits for takes as long
@@ -38,6 +40,19 @@ class Task(Generic[T]):
         if self._error:
             raise self._error
         return self._values[0]
+
+
+@contextlib.contextmanager
+def running(server: socketserver.TCPServer) -> Iterator[str]:
+    """Serve until the end of the block, from a thread; yields the address."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    with server:
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 class Observed(threading.Condition):
