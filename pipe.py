@@ -239,15 +239,15 @@ class UpstreamError(StreamError):
 
 
 class ViewerGone(PipeError):
-    """The viewer closed its connection, or cannot go on."""
+    """A viewer left, or StreamPipe disconnects it.
 
+    `reason` is the log's word.  `label` is the metric's: empty if the viewer left by itself.
+    """
 
-class FellBehind(ViewerGone):
-    """What the viewer needed next has left the window, and it cannot go on elsewhere."""
-
-
-class TookNothing(ViewerGone):
-    """The viewer took no byte for `viewer_timeout`."""
+    def __init__(self, reason: str = "left", label: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.label = label
 
 
 class WindowEnded(PipeError):
@@ -1832,14 +1832,14 @@ class Window:
             self._grown.wait_for(lambda: self._has_news(viewer), timeout)
             viewer.is_waiting = False
             if viewer not in self._viewers:
-                raise ViewerGone("left")
+                raise ViewerGone
             if self._is_cut or (self._is_complete is not None and not self._has_more(viewer)):
                 raise WindowEnded(bool(self._is_complete))
             if viewer.next is None:
                 self._seek(viewer)
             elif viewer.next < self._first:
                 if not self.can_skip:
-                    raise FellBehind("fell behind")
+                    raise ViewerGone("fell behind", label="fell behind")
                 viewer.skips += 1
                 self._seek(viewer)
             return self._gather(viewer)
@@ -4723,7 +4723,7 @@ class Channels:
         with self.changed:
             while True:
                 if viewer.has_left():
-                    raise ViewerGone("left")
+                    raise ViewerGone
                 try:
                     channel = self._attach(stream.name, quality, viewer, is_private)
                 except LimitReached:
@@ -4927,7 +4927,7 @@ class Channels:
             if remaining <= 0 or viewer.has_left():
                 self._detach(channel, viewer)
                 no_media = no_media_error(channel.stream, channel.trouble)
-                raise no_media if remaining <= 0 else ViewerGone("left")
+                raise no_media if remaining <= 0 else ViewerGone()
             self.changed.wait(min(remaining, START_TICK))
         if channel.failure:
             self._detach(channel, viewer)
@@ -5869,12 +5869,11 @@ class Handler(BaseHTTPRequestHandler):
             ending = "got everything"
         except WindowEnded:
             ending = "disconnected by the server"
-        except TookNothing:
-            ending = f"read nothing for {channel.stream.options.viewer_timeout:g} s"
-        except FellBehind:
-            channel.record.add_drop("fell behind")
-            ending = "fell behind"
-        except (ViewerGone, OSError):
+        except ViewerGone as gone:
+            ending = gone.reason
+            if gone.label:
+                channel.record.add_drop(gone.label)
+        except OSError:
             pass
         finally:
             seconds = time.monotonic() - viewer.since
@@ -5893,7 +5892,7 @@ class Handler(BaseHTTPRequestHandler):
         """The next blocks; empty after a second without any, if the viewer is still there."""
         blocks = channel.window.take(viewer, 1.0)
         if not blocks and viewer.has_left():
-            raise ViewerGone("left")
+            raise ViewerGone
         return blocks
 
     def _send_body(self, channel: Channel, viewer: Viewer, blocks: list[Block]) -> None:
@@ -5927,17 +5926,17 @@ class Handler(BaseHTTPRequestHandler):
     def _send_pieces(self, pieces: list[Block], channel: Channel, viewer: Viewer) -> None:
         """One gathered send for all there is; each that takes a byte is a viewer's progress.
 
-        Empties the list.  Raises TookNothing where none is taken for `viewer_timeout`.
+        Empties the list.  Raises ViewerGone if no byte is taken for `viewer_timeout`.
         """
         viewer.moved = time.monotonic()
         while pieces:
             sent = send_some(self.connection, pieces)
             now = time.monotonic()
+            patience = channel.stream.options.viewer_timeout  # a reload may change it
             if sent:
                 viewer.moved = now
-            elif now - viewer.moved >= channel.stream.options.viewer_timeout:
-                channel.record.add_drop("timeout")
-                raise TookNothing
+            elif now - viewer.moved >= patience:
+                raise ViewerGone(f"read nothing for {patience:g} s", label="timeout")
             while pieces and sent >= len(pieces[0]):
                 sent -= len(pieces.pop(0))
             if sent:
@@ -5970,7 +5969,7 @@ class Handler(BaseHTTPRequestHandler):
                 trouble = TOO_LARGE if listing.lacks_room else channel.trouble
                 raise no_media_error(channel.stream, trouble)
             if has_left(self.connection):
-                raise ViewerGone("left")
+                raise ViewerGone
 
     def answer_segment(
         self, stream: StreamSettings, quality: str | None, number: int, extension: str
@@ -5987,7 +5986,11 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         request = self._viewer(stream, polls=True)  # of several at once, each has its progress
-        self._send_pieces(list(blocks), channel, request)
+        try:
+            self._send_pieces(list(blocks), channel, request)
+        except ViewerGone as gone:
+            channel.record.add_drop(gone.label)
+            raise
         self.server.channels.note_polled(channel, request.key, size)
 
     # What the standard library asks of a handler

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipe
-from pipe import FellBehind, JoinKind, JoinPoint, Viewer, ViewerGone, Window, WindowEnded
+from pipe import JoinKind, JoinPoint, Viewer, ViewerGone, Window, WindowEnded
 from tests.threads import TIMEOUT, Observed, Task
 
 SIZE = 10  # bytes of the blocks below
@@ -553,7 +553,7 @@ def test_viewer_that_cannot_skip_is_let_go(taken: int) -> None:
     segments(window, 0, taken)
     assert take(window, viewer) == text(0, taken)
     segments(window, taken, 21)
-    with pytest.raises(FellBehind):
+    with pytest.raises(ViewerGone, match="fell behind"):
         window.take(viewer, 0)
 
 
