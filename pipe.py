@@ -350,8 +350,8 @@ _REASONS: tuple[tuple[Any, ...], ...] = (
 EngineOptions = Mapping[str, Any]
 GLOBAL_ENGINE_OPTIONS = frozenset({"ipv4", "ipv6"})  # they act on the whole process
 
-# What a text, or a node, means; None stands for the default.  Both raise ValueError with the
-# message to show.
+# A parser turns one text into a value; a reader does it for a node of the file, and None stands for
+# the default.  Both raise ValueError with the message to show.
 Parse = Callable[[str], Any]
 Read = Callable[["ConfigReader", yaml.Node], Any]
 Section = dict[str, tuple[yaml.Node, yaml.Node]]  # the nodes of key and value by key
@@ -473,64 +473,63 @@ ring_size = number(int, 256 * KIB, 4096 * MIB)  # bytes
 request_time = number(float, 0.1, 3600)  # seconds
 
 
-def single(parse: Parse) -> Read:
-    return lambda reader, node: None if node.tag == NULL else parse(text_of(node))
+def reader_of(parse: Parse, example: Any) -> Read:
+    """The reader of a key whose value has the shape of `example`: a map, a list or a single value.
+
+    Each text in it is parsed.
+    """
+    if isinstance(example, Mapping):
+        return functools.partial(read_map, parse)
+    if isinstance(example, (list, tuple)):
+        return functools.partial(read_list, parse)
+    return functools.partial(read_single, parse)
 
 
-def list_of(parse: Parse) -> Read:
-    def read(reader: ConfigReader, node: yaml.Node) -> tuple[Any, ...] | None:
-        if node.tag == NULL:
-            return None
-        if not isinstance(node, yaml.SequenceNode):
-            raise ValueError(f"expected a list like [a, b], got {KINDS[type(node)]}")
-        found = []
-        for item in node.value:
-            with reader.at(item):
-                found.append(parse(text_of(item)))
-        return tuple(found)
-
-    return read
+def read_single(parse: Parse, reader: ConfigReader, node: yaml.Node) -> Any:
+    return None if node.tag == NULL else parse(text_of(node))
 
 
-def as_addresses(reader: ConfigReader, node: yaml.Node) -> Any:
-    """One address or a list of them."""
+def read_list(parse: Parse, reader: ConfigReader, node: yaml.Node) -> tuple[Any, ...] | None:
+    if node.tag == NULL:
+        return None
     if not isinstance(node, yaml.SequenceNode):
-        node = yaml.SequenceNode("", [node])
-    elif not node.value:
-        raise ValueError("the list of addresses is empty")
-    return list_of(stream_address)(reader, node)
+        raise ValueError(f"expected a list like [a, b], got {KINDS[type(node)]}")
+    found = []
+    for item in node.value:
+        with reader.at(item):
+            found.append(parse(text_of(item)))
+    return tuple(found)
 
 
-def as_unique_number(reader: ConfigReader, node: yaml.Node) -> int | None:
-    """A stream's number, which no other stream has."""
-    value: int | None = single(number(int, 1))(reader, node)
-    name = reader.path[1]
-    if value is not None and (other := reader.numbers.setdefault(value, name)) != name:
-        raise ValueError(f"{value} is already used by {other}")
-    return value
-
-
-def as_headers(reader: ConfigReader, node: yaml.Node) -> dict[str, str]:
-    """Headers by name; cookies and query parameters are such text, too."""
+def read_map(parse: Parse, reader: ConfigReader, node: yaml.Node) -> dict[str, Any]:
+    """Texts by the name of a header; cookies and query parameters have such names, too."""
     found = {}
     for name, (key, value) in reader.section(node).items():
         with reader.at(key, name):
             if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
                 raise ValueError("not a valid header name")
-            found[name] = header_value(text_of(value))
+            found[name] = parse(text_of(value))
     return found
 
 
-def as_engine_options(reader: ConfigReader, node: yaml.Node) -> dict[str, Any]:
+def read_addresses(reader: ConfigReader, node: yaml.Node) -> Any:
+    """One address or a list of them."""
+    if not isinstance(node, yaml.SequenceNode):
+        node = yaml.SequenceNode("", [node])
+    elif not node.value:
+        raise ValueError("the list of addresses is empty")
+    return read_list(stream_address, reader, node)
+
+
+def read_engine_options(reader: ConfigReader, node: yaml.Node) -> dict[str, Any]:
     """The `streamlink:` map."""
-    keys: dict[str, Read] = {}
+    readers: dict[str, Read] = {}
     for name, example in reader.engine.items():
         parse = ENGINE_PARSERS.get(name) or ENGINE_PARSERS.get(type(example), str)
-        shapes: dict[Any, Read] = {dict: as_headers, list: list_of(parse)}
-        keys[name] = shapes.get(type(example), single(parse))
-    if reader.path[0] != "options":
-        keys |= dict.fromkeys(GLOBAL_ENGINE_OPTIONS, single(global_option))
-    return reader.table(node, keys)
+        readers[name] = reader_of(parse, example)
+        if name in GLOBAL_ENGINE_OPTIONS and reader.path[0] != "options":
+            readers[name] = reader_of(global_option, example)
+    return reader.table(node, readers)
 
 
 # By type, and by name where streamlink would raise, hang or do nothing with some values of a type.
@@ -539,6 +538,7 @@ ENGINE_PARSERS: dict[str | type, Parse] = {
     bool: true_or_false,
     int: number(int, 0),
     float: number(float, 0),
+    dict: header_value,
     "ringbuffer-size": ring_size,
     "stream-segment-threads": thread_count,
     "stream-segment-timeout": request_time,
@@ -555,45 +555,49 @@ ENGINE_PARSERS: dict[str | type, Parse] = {
 }
 
 
-# What is read.  A field that is a key of the file has its reader and its default.
+# The settings.  A field that is a key of the file has its reader and its default.
 
 
-def setting(read: Read, default: Any) -> Any:
-    return field(default_factory=lambda: default, metadata={"read": read})
+def setting(parse: Parse, default: Any) -> Any:
+    """A key whose value has the shape of `default`, and whose texts are parsed with `parse`."""
+    return field(default_factory=lambda: default, metadata={"read": reader_of(parse, default)})
 
 
-def keys_of(settings: type[Any]) -> dict[str, Read]:
+def readers_of(settings: type[Any]) -> dict[str, Read]:
+    """The reader of each key."""
     return {item.name: item.metadata["read"] for item in fields(settings) if item.metadata}
 
 
-def as_section(settings: type[Any]) -> Read:
-    return lambda reader, node: settings(**reader.table(node, keys_of(settings)))
+def read_section(settings: type[Any], reader: ConfigReader, node: yaml.Node) -> Any:
+    return settings(**reader.table(node, readers_of(settings)))
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    host: str = setting(single(host_address), "0.0.0.0")
-    port: int = setting(single(number(int, 0, 65535)), 8080)
-    max_viewers: int = setting(single(number(int, 0)), 1000)  # 0 = no limit
-    max_upstreams: int = setting(single(number(int, 0)), 64)  # 0 = no limit
-    token: str | None = setting(single(filled_text), None)
-    trusted: tuple[str, ...] = setting(list_of(network), ())  # CIDR
-    public_url: str | None = setting(single(web_url), None)
-    name: str = setting(single(str), "StreamPipe")
-    epg: str | None = setting(single(web_url), None)
+    host: str = setting(host_address, "0.0.0.0")
+    port: int = setting(number(int, 0, 65535), 8080)
+    max_viewers: int = setting(number(int, 0), 1000)  # 0 = no limit
+    max_upstreams: int = setting(number(int, 0), 64)  # 0 = no limit
+    token: str | None = setting(filled_text, None)
+    trusted: tuple[str, ...] = setting(network, ())  # CIDR
+    public_url: str | None = setting(web_url, None)
+    name: str = setting(str, "StreamPipe")
+    epg: str | None = setting(web_url, None)
 
 
 @dataclass(frozen=True)
 class Options:
-    user_agent: str = setting(single(header_value), "StreamPipe/1.0")
-    threads: int = setting(single(thread_count), 4)
-    timeout: float = setting(single(request_time), 20.0)  # seconds
-    buffer_size: int = setting(single(number(int, 1, 64 * MIB)), 8192)  # bytes
-    ringbuffer_size: int = setting(single(ring_size), 16 * MIB)  # bytes
-    linger: float = setting(single(number(float, 0, 86400)), 10.0)  # seconds
-    reconnect: float = setting(single(number(float, 0, 86400)), 60.0)  # seconds
-    viewer_timeout: float = setting(single(number(float, 0.1, 86400)), 600.0)  # seconds
-    streamlink: Mapping[str, Any] = setting(as_engine_options, {})
+    user_agent: str = setting(header_value, "StreamPipe/1.0")
+    threads: int = setting(thread_count, 4)
+    timeout: float = setting(request_time, 20.0)  # seconds
+    buffer_size: int = setting(number(int, 1, 64 * MIB), 8192)  # bytes
+    ringbuffer_size: int = setting(ring_size, 16 * MIB)  # bytes
+    linger: float = setting(number(float, 0, 86400), 10.0)  # seconds
+    reconnect: float = setting(number(float, 0, 86400), 60.0)  # seconds
+    viewer_timeout: float = setting(number(float, 0.1, 86400), 600.0)  # seconds
+    streamlink: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"read": read_engine_options}
+    )
 
 
 @dataclass(frozen=True)
@@ -602,14 +606,14 @@ class StreamSettings:
 
     name: str
     urls: tuple[str, ...]
-    title: str = setting(single(str), "")
-    logo: str | None = setting(single(web_url), None)
-    group: str | None = setting(single(str), None)
-    tvg_id: str | None = setting(single(str), None)
-    number: int | None = setting(as_unique_number, None)
-    quality: str = setting(single(filled_text), "best")
-    headers: Mapping[str, str] = setting(as_headers, {})
-    proxy: str | None = setting(single(proxy_url), None)
+    title: str = setting(str, "")
+    logo: str | None = setting(web_url, None)
+    group: str | None = setting(str, None)
+    tvg_id: str | None = setting(str, None)
+    number: int | None = setting(number(int, 1), None)  # no other stream has it
+    quality: str = setting(filled_text, "best")
+    headers: Mapping[str, str] = setting(header_value, {})
+    proxy: str | None = setting(proxy_url, None)
     options: Options = field(default_factory=Options)
 
     @property
@@ -698,22 +702,25 @@ class ConfigReader:
                 return {**self.section(other), **entries}
         return entries
 
-    def table(self, node: yaml.Node, keys: Mapping[str, Read]) -> dict[str, Any]:
+    def table(self, node: yaml.Node, readers: Mapping[str, Read]) -> dict[str, Any]:
         """The values of a section with known keys; nulls and mistakes are left out."""
         values: dict[str, Any] = {}
         for name, (key, value) in self.section(node).items():
             with self.at(key, name):
-                if name not in keys:
-                    if close := difflib.get_close_matches(name, sorted(keys), 1):
+                if name not in readers:
+                    if close := difflib.get_close_matches(name, sorted(readers), 1):
                         raise ValueError(f"unknown key, did you mean {close[0]}?")
                     raise ValueError("unknown key")
-                values[name] = keys[name](self, value)
+                values[name] = readers[name](self, value)
         return {name: value for name, value in values.items() if value is not None}
 
     def _config(self, root: yaml.Node) -> Config:
-        server, options = as_section(ServerSettings), as_section(Options)
-        keys = {"server": server, "streams": ConfigReader.section, "options": options}
-        sections = {"options": Options(), **self.table(root, keys)}
+        readers: dict[str, Read] = {
+            "server": functools.partial(read_section, ServerSettings),
+            "streams": ConfigReader.section,
+            "options": functools.partial(read_section, Options),
+        }
+        sections = {"options": Options(), **self.table(root, readers)}
         streams: dict[str, StreamSettings] = {}
         for name, (key, node) in sections.get("streams", {}).items():
             with self.at(key, "streams", name):
@@ -727,17 +734,28 @@ class ConfigReader:
 
     def _stream(self, name: str, node: yaml.Node, shared: Options) -> StreamSettings:
         if isinstance(node, yaml.MappingNode):
-            keys = {"url": as_addresses, **keys_of(StreamSettings), **keys_of(Options)}
-            values = self.table(node, keys)
+            readers = {"url": read_addresses}
+            readers |= readers_of(StreamSettings) | readers_of(Options)
+            values = self.table(node, readers)
+            if "number" in values:
+                self._claim_number(values["number"], name, node)
             if "url" not in self.section(node):
                 raise ValueError("url is missing")
         else:
-            values = {"url": as_addresses(self, node)}
-        own = {key: values.pop(key) for key in keys_of(Options) if key in values}
+            values = {"url": read_addresses(self, node)}
+        own = {key: values.pop(key) for key in readers_of(Options) if key in values}
         own["streamlink"] = {**shared.streamlink, **own.get("streamlink", {})}
         values["title"] = values.get("title") or name
         values["urls"] = values.pop("url", ())
         return StreamSettings(name, **values, options=replace(shared, **own))
+
+    def _claim_number(self, number: int, name: str, node: yaml.Node) -> None:
+        """Note a stream's number; it is a mistake if another stream has it."""
+        owner = self.numbers.setdefault(number, name)
+        key, _ = self.section(node)["number"]
+        with self.at(key, "number"):
+            if owner != name:
+                raise ValueError(f"{number} is already used by {owner}")
 
 
 def _yaml_mistake(error: yaml.YAMLError, text: str) -> tuple[int, str]:
