@@ -2709,8 +2709,6 @@ class Http(HTTPSession):
     def __init__(self) -> None:
         self.is_resolving = True  # what is loaded now is used a second time
         self._kept: dict[str, requests.Response] = {}  # playlists, by their addresses
-        # Playlists' addresses, to where a redirect led, or to "" where that has failed.
-        self._moved: dict[str, str] = {}
         self._try = threading.local()  # `ends`: when that of the thread has to be over
         # _lock guards these three.
         self._lock = threading.Lock()
@@ -2767,7 +2765,7 @@ class Http(HTTPSession):
             self._kept.clear()
         if kept:
             return kept
-        response = self._ask_moved(url, arguments) or super().request("GET", url, **arguments)
+        response = super().request("GET", url, **arguments)
         # Streamlink asks so for playlists and keys, and plugins for their pages otherwise.
         kind = arguments.get("exception")
         if kind in (OSError, EngineStreamError):
@@ -2780,28 +2778,6 @@ class Http(HTTPSession):
             self.keep(url, response)
         return response
 
-    def _ask_moved(self, url: str, arguments: Mapping[str, Any]) -> requests.Response | None:
-        """A playlist from where its redirect led: a CDN's may be slow, and lead elsewhere.
-
-        None where that fails.  Where it was refused, its token was good once or for some seconds:
-        the address itself is then asked from then on, since who collects refusals is banned.
-        """
-        target = self._moved.get(url)
-        if not target:
-            return None
-        try:
-            with self.within(self.patience(math.inf) / 2):
-                response = cast(Any, super().request("GET", target, **arguments))
-            if is_playlist(response.content):
-                return cast(requests.Response, response)
-        except Exception as error:
-            log.debug("cannot load from where the redirect led", exc_info=True)
-            if explain(error) not in EXPIRED:
-                del self._moved[url]
-                return None
-        self._moved[url] = ""
-        return None
-
     def _bound(self, response: requests.Response, stream: bool, timeout: Any, **_: Any) -> None:
         """Read an answer that nobody reads as it comes."""
         is_segment = getattr(self._try, "ends", None) == math.inf
@@ -2810,11 +2786,9 @@ class Http(HTTPSession):
                 read_bounded(response)
 
     def keep(self, url: str, response: requests.Response) -> None:
-        """Note a playlist, and where it was found."""
+        """Keep a playlist that resolving loaded, for the worker's first request."""
         if self.is_resolving:
             self._kept[url] = response
-        if response.history and not self.params:
-            self._moved.setdefault(url, response.url)
 
     def mount(self, prefix: Any, adapter: Any) -> None:
         """Watch an adapter's pools; what reads local files is not mounted at all."""
