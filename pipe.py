@@ -4081,6 +4081,16 @@ class StreamRecord:
             slots = dict(self._slots)
         return [slots.get(now - SLOTS + n, 0) * 8 / SLOT for n in range(SLOTS)]
 
+    def reasons(self) -> tuple[Counter[str], Counter[str]]:
+        """Copies of `errors` and `drops`."""
+        with self._lock:
+            return self.errors.copy(), self.drops.copy()
+
+    def qualities(self) -> list[str]:
+        """The variants that the newest start found, each once."""
+        with self._lock:
+            return list(dict.fromkeys(self.variants.values()))
+
     def repeat_level(self) -> int:
         """The level for a line that a knocking player may cause: seldom a warning, else debug."""
         now = time.monotonic()
@@ -4088,24 +4098,6 @@ class StreamRecord:
             is_first = now - self._warned > REPEAT_TIME
             self._warned = now if is_first else self._warned
         return logging.WARNING if is_first else logging.DEBUG
-
-
-@dataclass(frozen=True)
-class StreamReport:
-    """A stream as it is now, for pages and monitoring; nothing in it changes any more."""
-
-    settings: StreamSettings
-    status: Mapping[str, Any]  # what /status prints
-    counts: Counter[str]
-    errors: Counter[str]
-    drops: Counter[str]
-    bitrates: Sequence[float]
-    qualities: Sequence[str]  # that its newest start found
-    unplayed: Sequence[str]  # codecs in it that no browser plays
-
-    @property
-    def channels(self) -> Sequence[Mapping[str, Any]]:
-        return cast(Sequence[Mapping[str, Any]], self.status["channels"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4795,10 +4787,20 @@ class Channels:
         with self.changed:
             return self._records.setdefault(name, StreamRecord(self.changed))
 
-    def report(self) -> list[StreamReport]:
-        """All configured streams as they are now."""
+    def status(self, stream: StreamSettings) -> dict[str, Any]:
+        """A stream as it is now, as /status prints it."""
         with self.changed:
-            return [self._report(stream) for stream in self._config.streams.values()]
+            return self._status(stream)
+
+    def totals(self, stream: StreamSettings) -> Counter[str]:
+        """A stream's counts since the server started, with those of the viewers it has now."""
+        with self.changed:
+            counts = self.record(stream.name).counts.copy()
+            for channel in self._channels_of(stream.name):
+                for viewer in channel.viewers:
+                    counts["sent"] += viewer.sent
+                    counts["skips"] += viewer.skips
+            return counts
 
     def viewer_count(self) -> int:
         with self.changed:
@@ -4945,18 +4947,16 @@ class Channels:
         if not channel.viewers and not channel.is_fed:
             self._channels.pop(channel, None)
 
-    def _report(self, stream: StreamSettings) -> StreamReport:
+    def _status(self, stream: StreamSettings) -> dict[str, Any]:
         record = self.record(stream.name)
         channels = self._channels_of(stream.name)
         viewers = [viewer for channel in channels for viewer in channel.viewers]
-        counts = record.counts.copy()
-        counts["sent"] += sum(viewer.sent for viewer in viewers)
-        counts["skips"] += sum(viewer.skips for viewer in viewers)
+        counts = self.totals(stream)
         shown = [c.status() for c in channels if c.viewers or c.state is not State.CLOSED]
         states = {channel["state"] for channel in shown}
         at_rest = "failed" if record.has_failed else "idle"
         bitrates, age = record.bitrates(), round(time.monotonic() - record.troubled, 1)
-        status = {
+        return {
             "stream": stream.name,
             "title": stream.title,
             "group": stream.group,
@@ -4972,10 +4972,6 @@ class Channels:
             "last_error_seconds": age if record.last_error else None,
             "channels": shown,
         }
-        return StreamReport(
-            stream, status, counts, record.errors.copy(), record.drops.copy(), bitrates,
-            list(dict.fromkeys(record.variants.values())), record.unplayed,
-        )  # fmt: skip
 
     # Channels' threads
 
@@ -5126,14 +5122,28 @@ class Channels:
 class Site:
     """The server as one client sees it."""
 
-    config: Config
+    server: Server
+    config: Config  # the server's when the request was read: a reload replaces that one
     url: str  # without a slash at the end
     lan_url: str  # the same as others in the network reach it
     is_trusted: bool  # the client: it may learn the token
     reloads: bool  # the status page, by itself
-    started: float  # time.monotonic()
-    report: Callable[[], Sequence[StreamReport]]
-    counts: Callable[[], tuple[Counter[int], Counter[str], float]]  # Server.counts()
+
+    @property
+    def streams(self) -> Collection[StreamSettings]:
+        return self.config.streams.values()
+
+    @property
+    def uptime(self) -> float:
+        """Seconds since the server started."""
+        return time.monotonic() - self.server.started
+
+    def status(self, stream: StreamSettings) -> Mapping[str, Any]:
+        """A stream as it is now, as /status prints it."""
+        return self.server.channels.status(stream)
+
+    def record(self, stream: StreamSettings) -> StreamRecord:
+        return self.server.channels.record(stream.name)
 
     def query(self, **wanted: str | None) -> str:
         """What goes behind a path of ours: what is wanted, and the token."""
@@ -5206,7 +5216,7 @@ def discover_page(site: Site) -> Page:
 
 
 def lineup_page(site: Site) -> Page:
-    streams = site.config.streams.values()
+    streams = site.streams
     taken = {stream.number for stream in streams}
     free = (number for number in itertools.count(1000) if number not in taken)
     return json_page([
@@ -5247,55 +5257,74 @@ def status_json(site: Site) -> Page:
     return json_page({
         "name": site.config.server.name,
         "version": __version__,
-        "uptime_seconds": round(time.monotonic() - site.started, 1),
-        "streams": [report.status for report in site.report()],
+        "uptime_seconds": round(site.uptime, 1),
+        "streams": [site.status(stream) for stream in site.streams],
     })  # fmt: skip
 
 
-STREAM_METRICS: tuple[tuple[str, str, Callable[[StreamReport], float | Counter[str]]], ...] = (
-    ("viewers", "Viewers now.", lambda r: r.status["viewers"]),
-    ("upstreams", "Open now.", lambda r: sum(c["state"] in STATES_SHOWN for c in r.channels)),
-    ("window_bytes", "Bytes in windows.", lambda r: sum(c["window_bytes"] for c in r.channels)),
-    ("viewer_connections_total", "Viewers that arrived.", lambda r: r.counts["arrivals"]),
-    ("sent_bytes_total", "Media sent to viewers.", lambda r: r.counts["sent"]),
-    ("received_bytes_total", "Media received from origins.", lambda r: r.counts["received"]),
-    ("viewer_skips_total", "Jumps of viewers that fell behind.", lambda r: r.counts["skips"]),
-    ("segment_gaps_total", "Segments given up.", lambda r: r.counts["gaps"]),
-    ("upstream_restarts_total", "Upstreams reopened.", lambda r: r.counts["restarts"]),
-    ("upstream_errors_total", "Upstream failures, by reason.", lambda r: r.errors),
-    ("viewer_drops_total", "Viewers that were dropped, by reason.", lambda r: r.drops),
-)
+Samples = Mapping[str, float]  # by what follows a metric's name: labels, or "_sum"
 
 
 def metrics_page(site: Site) -> Page:
     """Prometheus' text format, version 0.0.4."""
-    answers, first_bytes, first_byte_sum = site.counts()
+    answers, first_bytes, first_byte_sum = site.server.counts()
     buckets = {f"_bucket{_labels(le=bound)}": first_bytes[bound] for bound in FIRST_BYTE_BOUNDS}
     histogram = {**buckets, "_sum": first_byte_sum, "_count": first_bytes["+Inf"]}
     requests = {_labels(code=code): count for code, count in sorted(answers.items())}
-    started = {"": time.time() - (time.monotonic() - site.started)}
-    reports = site.report()
     families = [
         _family("build_info", "StreamPipe's version.", {_labels(version=__version__): 1}),
-        _family("start_time_seconds", "When it started.", started),
+        _family("start_time_seconds", "When it started.", {"": time.time() - site.uptime}),
         _family("http_requests_total", "Answers by status.", requests),
         _family("first_byte_seconds", "From a request to its first media byte.", histogram),
-        *(_family(name, words, _samples(reports, value)) for name, words, value in STREAM_METRICS),
     ]
+    stream_samples = [_stream_samples(site, stream) for stream in site.streams]
+    for name, words in STREAM_METRICS.items():
+        samples: dict[str, float] = {}
+        for each in stream_samples:
+            samples.update(each[name])
+        families.append(_family(name, words, samples))
     return Page("".join(families).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
-def _samples(
-    reports: Iterable[StreamReport], value: Callable[[StreamReport], float | Counter[str]]
-) -> dict[str, float]:
-    """A number of each stream, or one for each reason."""
-    samples: dict[str, float] = {}
-    for report in reports:
-        name, found = report.settings.name, value(report)
-        if isinstance(found, Counter):
-            samples |= {_labels(stream=name, reason=key): n for key, n in sorted(found.items())}
-        else:
-            samples[_labels(stream=name)] = found
+STREAM_METRICS = {
+    "viewers": "Viewers now.",
+    "upstreams": "Open now.",
+    "window_bytes": "Bytes in windows.",
+    "viewer_connections_total": "Viewers that arrived.",
+    "sent_bytes_total": "Media sent to viewers.",
+    "received_bytes_total": "Media received from origins.",
+    "viewer_skips_total": "Jumps of viewers that fell behind.",
+    "segment_gaps_total": "Segments given up.",
+    "upstream_restarts_total": "Upstreams reopened.",
+    "upstream_errors_total": "Upstream failures, by reason.",
+    "viewer_drops_total": "Viewers that were dropped, by reason.",
+}
+
+
+def _stream_samples(site: Site, stream: StreamSettings) -> Mapping[str, Samples]:
+    """A stream's samples of each metric: one number, or one for each reason."""
+    status, totals = site.status(stream), site.server.channels.totals(stream)
+    channels = status["channels"]
+    numbers = {
+        "viewers": status["viewers"],
+        "upstreams": sum(channel["state"] in STATES_SHOWN for channel in channels),
+        "window_bytes": sum(channel["window_bytes"] for channel in channels),
+        "viewer_connections_total": totals["arrivals"],
+        "sent_bytes_total": totals["sent"],
+        "received_bytes_total": totals["received"],
+        "viewer_skips_total": totals["skips"],
+        "segment_gaps_total": totals["gaps"],
+        "upstream_restarts_total": totals["restarts"],
+    }
+    samples: dict[str, Samples] = {
+        name: {_labels(stream=stream.name): number} for name, number in numbers.items()
+    }
+    errors, drops = site.record(stream).reasons()
+    for name, counts in (("upstream_errors_total", errors), ("viewer_drops_total", drops)):
+        samples[name] = {
+            _labels(stream=stream.name, reason=reason): number
+            for reason, number in sorted(counts.items())
+        }
     return samples
 
 
@@ -5305,8 +5334,7 @@ def _labels(**labels: object) -> str:
     return f"{{{','.join(shown)}}}"
 
 
-def _family(name: str, words: str, samples: Mapping[str, float]) -> str:
-    """A metric with its samples by what follows its name: labels, or a part of a histogram."""
+def _family(name: str, words: str, samples: Samples) -> str:
     kind = "counter" if name.endswith("_total") else "histogram" if "_sum" in samples else "gauge"
     lines = [f"# HELP streampipe_{name} {words}", f"# TYPE streampipe_{name} {kind}"]
     lines += [f"streampipe_{name}{tail} {value!r}" for tail, value in samples.items()]
@@ -5415,28 +5443,29 @@ def _button(address: str, words: str, *, is_current: bool = False) -> str:
 
 def status_page(site: Site) -> Page:
     """All streams, for a phone or a wall."""
-    name, reports = html.escape(site.config.server.name), site.report()
-    viewers = sum(report.status["viewers"] for report in reports)
-    uptime = _duration(time.monotonic() - site.started)
+    name = html.escape(site.config.server.name)
+    statuses = [(stream, site.status(stream)) for stream in site.streams]
+    viewers = sum(status["viewers"] for _, status in statuses)
+    uptime = _duration(site.uptime)
     address = html.escape(site.typed("playlist.m3u"))
     other = html.escape(site.query(refresh="0" if site.reloads else None))
     words = "stop reloading" if site.reloads else f"reload every {REFRESH} s"
     body = f"""<header><h1>{name}</h1>
-<p class="facts">{_many(len(reports), "stream")}, {_many(viewers, "viewer")}, up {uptime},
+<p class="facts">{_many(len(statuses), "stream")}, {_many(viewers, "viewer")}, up {uptime},
 <a href="./{other}">{words}</a></p>
 <p class="facts">On a television or in a player, type <code>{address}</code></p></header>
-{_groups(site, reports)}
-{"" if reports else f"<p>{NO_STREAMS.capitalize()}.</p>"}"""
+{_groups(site, statuses)}
+{"" if statuses else f"<p>{NO_STREAMS.capitalize()}.</p>"}"""
     return _document(name, body, REFRESH if site.reloads else 0)
 
 
-def _groups(site: Site, reports: Iterable[StreamReport]) -> str:
+def _groups(site: Site, statuses: Iterable[tuple[StreamSettings, Mapping[str, Any]]]) -> str:
     """Links to the groups, and their cards: what failed, what plays, the others as in the file."""
     groups: dict[tuple[int, str], list[str]] = {}
-    for report in reports:
-        group = (2, report.settings.group or "Streams")
-        key = {"failed": (0, "Failed"), "idle": group}.get(report.status["state"], (1, "Playing"))
-        groups.setdefault(key, []).append(_card(site, report))
+    for stream, status in statuses:
+        group = (2, stream.group or "Streams")
+        key = {"failed": (0, "Failed"), "idle": group}.get(status["state"], (1, "Playing"))
+        groups.setdefault(key, []).append(_card(site, stream, status))
     links = sections = ""
     for (rank, name), cards in sorted(groups.items(), key=lambda group: group[0][0]):
         title, anchor = html.escape(name), f"{rank}:{quote(name, safe='')}"  # no stream's id
@@ -5449,24 +5478,24 @@ def _groups(site: Site, reports: Iterable[StreamReport]) -> str:
     return f'{jumps}<div class="sections">{sections}</div>'
 
 
-def _card(site: Site, report: StreamReport) -> str:
+def _card(site: Site, stream: StreamSettings, status: Mapping[str, Any]) -> str:
     """A stream that opens its watch page wherever it is touched."""
-    stream, title = report.settings, html.escape(report.settings.title)
+    title = html.escape(stream.title)
+    chart = _chart(site.record(stream).bitrates()) if status["channels"] else ""
     return (
         f'<li id="{stream.name}">{_logo(stream)}<div class="name">'
         f'<a title="{title}" href="{stream.name}{html.escape(site.query())}">{title}</a>'
-        f"{_facts(report)}</div>"
-        + (_chart(report.bitrates) if report.channels else "")
-        + f"{_notes(report)}{_player_link(site, stream)}</li>"
+        f"{_facts(stream, status)}</div>{chart}"
+        f"{_notes(status)}{_player_link(site, stream)}</li>"
     )
 
 
-def _notes(report: StreamReport) -> str:
+def _notes(status: Mapping[str, Any]) -> str:
     """What is missing, and what went wrong."""
-    error, state = report.status["last_error"], report.status["state"]
-    notes = [channel["note"] for channel in report.channels if channel["note"]]
+    error, state = status["last_error"], status["state"]
+    notes = [channel["note"] for channel in status["channels"] if channel["note"]]
     if error and state != "idle":
-        age = _duration(report.status["last_error_seconds"])
+        age = _duration(status["last_error_seconds"])
         notes.append(error if state == "failed" else f"last error, {age} ago: {error}")
     return "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
 
@@ -5479,14 +5508,14 @@ def _logo(stream: StreamSettings) -> str:
     return f'<span class="logo" aria-hidden="true"><b>{html.escape(initials)}</b>{image}</span>'
 
 
-def _facts(report: StreamReport, *, has_figures: bool = True) -> str:
-    status, state = report.status, report.status["state"]
-    facts = [f"<b>{report.settings.number}</b>"] if report.settings.number else []
+def _facts(stream: StreamSettings, status: Mapping[str, Any], *, has_figures: bool = True) -> str:
+    state = status["state"]
+    facts = [f"<b>{stream.number}</b>"] if stream.number else []
     facts.append(f'<span class="{state}">{STATE_WORDS.get(state, state)}</span>')
     if status["viewers"]:
         facts.append(_many(status["viewers"], "viewer"))
-    if report.channels and has_figures:
-        uptime = max(channel["uptime_seconds"] for channel in report.channels)
+    if status["channels"] and has_figures:
+        uptime = max(channel["uptime_seconds"] for channel in status["channels"])
         facts += [_rate(status["bitrate"])] * bool(status["bitrate"])  # none in the first seconds
         facts.append(f"{_duration(uptime)} up")
     return f'<p class="facts">{" · ".join(f"<span>{fact}</span>" for fact in facts)}</p>'
@@ -5524,34 +5553,34 @@ def watch_page(
 
     Raises StreamError where a reload has just taken it out of the file.
     """
-    reports = {report.settings.name: report for report in site.report()}
-    if stream.name not in reports:
+    if stream.name not in site.config.streams:
         raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
-    report, title = reports[stream.name], html.escape(stream.title)
+    stream = site.config.streams[stream.name]
+    status, title = site.status(stream), html.escape(stream.title)
     source = html.escape(path + site.query(quality=quality))
     address = html.escape(site.typed(stream.name, quality=quality))
-    codecs = " and ".join(report.unplayed)
+    codecs = " and ".join(site.record(stream).unplayed)
     what = f"It has {codecs}, which" if codecs else "What has an end comes in a form that"
     note = f'<p class="note">{what} browsers do not play here: open it in a player.</p>'
     poster = f' poster="{html.escape(stream.logo)}"' if stream.logo else ""  # all of a radio
     video = f'<video controls autoplay muted playsinline{poster} src="{source}"></video>'
     # Without figures: at a start there are none yet, and the page is not loaded again.
     body = f"""<div class="watch">{_logo(stream)}<div class="name"><h1>{title}</h1>
-{_facts(report, has_figures=False)}</div></div>
-{video if path else ""}{note if codecs or not path else ""}{_notes(report)}
-<nav class="zap" aria-label="Streams">{_zap_links(site, report, list(reports.values()))}
-{_qualities(site, report, variant)}
+{_facts(stream, status, has_figures=False)}</div></div>
+{video if path else ""}{note if codecs or not path else ""}{_notes(status)}
+<nav class="zap" aria-label="Streams">{_zap_links(site, stream)}
+{_qualities(site, stream, variant)}
 {_player_link(site, stream)}</nav>
 <div class="more"><p>On a television or in a player, type <code>{address}</code></p>
 {HELP if path else ""}</div>"""
     return _document(f"{title} - {html.escape(site.config.server.name)}", body)
 
 
-def _zap_links(site: Site, report: StreamReport, reports: Sequence[StreamReport]) -> str:
+def _zap_links(site: Site, stream: StreamSettings) -> str:
     """To the streams before and after it in the file, and to all."""
-    stream, query = report.settings, site.query()
-    at = reports.index(report)
-    before, after = reports[at - 1].settings, reports[(at + 1) % len(reports)].settings
+    query, streams = site.query(), list(site.streams)
+    at = streams.index(stream)
+    before, after = streams[at - 1], streams[(at + 1) % len(streams)]
     links = [(f"./{query}#{stream.name}", "All streams")]
     if after != stream:
         links.insert(0, (f"{after.name}{query}", f"{after.title} \u203a"))
@@ -5560,11 +5589,11 @@ def _zap_links(site: Site, report: StreamReport, reports: Sequence[StreamReport]
     return "".join(itertools.starmap(_button, links))
 
 
-def _qualities(site: Site, report: StreamReport, variant: str) -> str:
+def _qualities(site: Site, stream: StreamSettings, variant: str) -> str:
     """Links to all that the stream comes in."""
-    name, qualities = report.settings.name, report.qualities
+    qualities = site.record(stream).qualities()
     return "".join(
-        _button(name + site.query(quality=quality), quality, is_current=quality == variant)
+        _button(stream.name + site.query(quality=quality), quality, is_current=quality == variant)
         for quality in (qualities if len(qualities) > 1 else ())
     )
 
@@ -5601,7 +5630,7 @@ PAGES: Mapping[str, Callable[[Site], Page]] = {
     "/": status_page,
     "/status": status_json,
     "/metrics": metrics_page,
-    "/playlist.m3u": lambda site: playlist_page(site, site.config.streams.values()),
+    "/playlist.m3u": lambda site: playlist_page(site, site.streams),
     "/discover.json": discover_page,
     "/lineup.json": lineup_page,
     "/lineup_status.json": lambda site: json_page(SCAN_STATUS),
@@ -5749,10 +5778,8 @@ class Handler(BaseHTTPRequestHandler):
             url = lan_url = public.rstrip("/")
         elif server.configured[0] in EVERYWHERE:  # `localhost` leads others to themselves
             lan_url = THIS_MACHINE.sub(lambda _: lan_address(), url)
-        return Site(
-            config, url, lan_url, self.is_trusted, "refresh=0" not in self.path, server.started,
-            server.channels.report, server.counts,
-        )  # fmt: skip
+        reloads = "refresh=0" not in self.path
+        return Site(server, config, url, lan_url, self.is_trusted, reloads)
 
     def _may_enter(self, query: Mapping[str, list[str]]) -> bool:
         """Whether this request has the token, or needs none."""
