@@ -1704,7 +1704,6 @@ class Window:
         self._tail = 0  # its position
         self._head = 0  # position behind the newest block
         self._joins: deque[JoinPoint] = deque()
-        self._is_short = False  # a segment's start had to go that a late viewer may need
         self._viewers: dict[Viewer, None] = {}  # in the order they came
         self._is_complete: bool | None = None  # None: more will come; else whether this was all
         self._is_cut = False  # viewers leave at once, whatever they have not taken
@@ -1815,8 +1814,7 @@ class Window:
         self._tail += len(self._blocks.popleft())
         self._first += 1
         while self._joins and self._joins[0].position < self._tail:
-            has_enough = len(self._segment_starts()) >= self.kept_segments
-            self._is_short |= self._joins.popleft().kind is JoinKind.SEGMENT and not has_enough
+            self._joins.popleft()
 
     # Viewers
 
@@ -1944,11 +1942,6 @@ class Window:
         with self._lock:
             oldest = self._joins[0].time if self._joins else time.monotonic()
             return sum(map(len, self._blocks)), time.monotonic() - oldest
-
-    def is_short(self) -> bool:
-        """Whether a late viewer did not find the segment it should have started with."""
-        with self._lock:
-            return self._is_short
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3825,7 +3818,6 @@ class Splicer:
         self.window, self._listing = listing.window, listing
         self.address = address  # position of the address that gave the numbers
         self.number: int | None = None  # of the segment to go on with; None without segments
-        self.segment_size = 0  # bytes of the newest whole segment
         self._is_clean = False  # the newest opening: see resume()
         self._framer = framer_for(listing.container)
         self._state = SpliceState.PASSING
@@ -3974,7 +3966,6 @@ class Splicer:
             self._listing.drop()
         if self._state is SpliceState.COMPARING:  # it ended before the place that viewers reached
             self._skip()
-        self.segment_size = self._passed.size
         self.number, self._passed = event.number + 1, Fingerprint()
 
     def _skip(self) -> None:
@@ -4175,7 +4166,6 @@ class Channel:
         self._troubled_since = math.inf
         self._told: set[tuple[int, str]] = set()  # what failed since then, as it was logged
         self._gaps = 0  # segments lost since then
-        self._has_warned = False  # that the window is short
         self._start_level = logging.NOTSET  # of its lines until media came
         self._stopped = threading.Event()
 
@@ -4559,7 +4549,6 @@ class Channel:
             if is_event:
                 for lost in map(self._splicer.pass_event, cast(Iterator[SegmentEvent], group)):
                     self._count_lost(lost, upstream)
-                self._warn_if_short(self._splicer.segment_size)
             else:
                 data = b"".join(cast(Iterator[bytes], group))
                 if self._splicer.pass_bytes(data):
@@ -4575,18 +4564,6 @@ class Channel:
         if segments * upstream.target_duration <= silent + LISTED_TIME:
             self._gaps += segments
             self.record.add("gaps", segments)
-
-    def _warn_if_short(self, segment_size: int) -> None:
-        """Say once that a window holds too few segments even at its largest."""
-        if self._has_warned or self.state is not State.LIVE or not self.window.is_short():
-            return
-        self._has_warned = True
-        segments = self.window.kept_segments
-        fitting = math.ceil(segments * segment_size / WINDOW_GROWTH / MIB) * MIB
-        log.warning(
-            "%s: the window holds fewer than %d segments; viewers who join late may have to wait "
-            "(set ringbuffer_size: %d)", self.stream.name, segments, fitting,
-        )  # fmt: skip
 
     def _finish(self, upstream: Upstream) -> NoReturn:
         """The source truly ended: hand on what was held back for more to come."""

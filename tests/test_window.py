@@ -682,31 +682,6 @@ def test_cut_frees_a_waiting_feeder(patience: float) -> None:
         window.take(viewer, None)
 
 
-#### What the window says of itself ####
-
-
-@pytest.mark.parametrize(
-    ("limit", "kind", "stop", "expected"),
-    [
-        (10, SEGMENT, 8, False),
-        (10, SEGMENT, 20, False),
-        (8, SEGMENT, 20, True),
-        (3, SEGMENT, 20, True),
-        (3, SEGMENT, 3, False),
-        (3, KEY_FRAME, 20, False),
-    ],
-    ids=["nothing left", "enough held", "four held", "one held", "at the start", "no segments"],
-)
-def test_window_knows_that_it_holds_too_little(
-    limit: int, kind: JoinKind, stop: int, expected: bool
-) -> None:
-    """Less than a late viewer needs: three segments, one before them and the one that comes."""
-    window = Window(limit * SIZE)
-    for number in range(stop):
-        append(window, number, number + 1, *([join(number, kind)] if number % 2 == 0 else []))
-    assert window.is_short() is expected
-
-
 #### Growing ####
 
 
@@ -725,7 +700,6 @@ def test_window_grows_to_hold_the_segments_that_late_viewers_need(
     window = Window(10 * SIZE, growth=8, live_edge=3)
     segments(window, 0, 400, length)
     assert grown_to(window) in range(expected, expected + length)
-    assert window.is_short() is (length == 50)
 
 
 def test_window_grows_with_a_segment_that_is_being_written() -> None:
