@@ -52,7 +52,7 @@ Where it is decided
     what is tried next, and when     Channel._open_first and _keep_going
     what viewers see of a seam       Splicer; its states stand above it
     what is a segment of HLS         Listing; who polls, and has left: Channels._start_polling
-    what the end is for who polls    Channel._see_pollers_off; who stays for it: Channels.poll
+    how long an ended playlist stays Channel._see_pollers_off; which clients get it: Channels.poll
     an answer                        Handler._route; documents: Pages
     which thread may call            the class's docstring, or a comment above its methods
 
@@ -2019,7 +2019,7 @@ class Listing:
         self._changed = threading.Condition()
         self._listed: deque[ListedSegment] = deque()
         self._left: deque[tuple[float, ListedSegment]] = deque()  # no more listed; until when kept
-        self._ended = math.inf  # when the source truly ended with what is listed
+        self._is_over = False  # the source truly ended with the newest listed segment
         self._is_closed = False
         self.lacks_room = False  # the newest segment was larger than the window
         self.target = max(1, round(target))  # seconds
@@ -2047,7 +2047,7 @@ class Listing:
     def end(self) -> None:
         """The source truly ended: what is listed now is all, and stays until close()."""
         with self._changed:
-            self._ended = time.monotonic()
+            self._is_over = True
             self._changed.notify_all()
 
     def cut_at(self, joins: Iterable[JoinPoint]) -> None:
@@ -2136,17 +2136,8 @@ class Listing:
 
     @property
     def patience(self) -> float:
-        """Seconds in which everybody who polls has asked again."""
+        """Seconds in which every polling client has asked again."""
         return 3.0 * self.target
-
-    @property
-    def is_over(self) -> bool:
-        return self._ended < math.inf
-
-    @property
-    def is_past(self) -> bool:
-        """Whether all who poll know of the end: who asks now wants to play again."""
-        return time.monotonic() - self._ended > self.patience
 
     def close(self) -> None:
         """No more will come; gives the memory back."""
@@ -2170,7 +2161,7 @@ class Listing:
 
     def _has_news(self, listed: int) -> bool:
         has_newer = self.numbering.number - 1 > listed and len(self._listed) >= LEAST_LISTED
-        return self.is_over or has_newer
+        return self._is_over or has_newer
 
     def find(self, number: int, extension: str) -> Sequence[Block]:
         """A segment or an initialization section; empty where there is none."""
@@ -2192,7 +2183,7 @@ class Listing:
         """
         self.asked = time.monotonic()
         with self._changed:
-            listed, target, is_over = list(self._listed), self.target, self.is_over
+            listed, target, is_over = list(self._listed), self.target, self._is_over
         if not listed:
             raise WindowEnded(complete=False)
         if had >= listed[0].number - 1:
@@ -4223,6 +4214,15 @@ class Channel:
         """Seconds to stay open without viewers."""
         return 0.0 if self.state is State.PRIVATE else self.stream.options.linger
 
+    @property
+    def poll_patience(self) -> float:
+        """Seconds without a request after which a polling client has left.
+
+        The playlist of a source that has ended stays for as long.
+        """
+        target_durations = self.listing.patience if self.listing else 0.0
+        return max(target_durations, self.linger)
+
     def status(self) -> dict[str, Any]:
         """What /status prints of it.  Caller holds channels.changed."""
         now = time.monotonic()
@@ -4274,12 +4274,12 @@ class Channel:
             log.log(self._log_level, "%s: %s: %s", self.stream.name, what, failure.reason)
 
     def _see_pollers_off(self, is_complete: bool) -> None:
-        """Let who polls fetch what is listed of a source that ended, while it would be kept."""
+        """Keep the playlist of a source that truly ended, so that polling clients get the rest."""
         if self.listing and is_complete:
             self.listing.end()
-            deadline = time.monotonic() + self.listing.kept_time
+            deadline = time.monotonic() + self.poll_patience
             while self.pollers and not self.is_stopped and time.monotonic() < deadline:
-                self._stopped.wait(FEEDER_TICK)
+                self._stopped.wait(min(FEEDER_TICK, max(0.0, deadline - time.monotonic())))
                 self.channels.let_pollers_go(self)
         if self.listing:
             self.listing.close()
@@ -4701,13 +4701,15 @@ class Channels:
     ) -> tuple[Channel, Listing, Viewer]:
         """Like watch(), for one that asks for HLS: as the viewer it is already, or as this one.
 
-        It stays with a channel that has ended until it knows, unless it begins `anew`.  Raises
-        StreamError also where the channel has no HLS.
+        A client of a channel that has ended gets the end of it, while its playlist stays, unless
+        it begins `anew`.  Raises StreamError also if the channel has no HLS.
         """
         with self.changed:
-            mine = (c for c in self.polled(stream, quality) if viewer.key in c.pollers)
-            going = (c for c in mine if c.is_fed or not (anew or (c.listing and c.listing.is_past)))
-            channel = next(going, None)
+            channel = None
+            for candidate in self.polled(stream, quality):
+                if viewer.key in candidate.pollers and (candidate.is_fed or not anew):
+                    channel = candidate
+                    break
             if channel is None:
                 channel = self.watch(stream, quality, viewer)
                 self._start_polling(channel, viewer)
@@ -4728,9 +4730,8 @@ class Channels:
             if listing is None:
                 raise NoListing(channel.stream)
             return  # a request beside this was faster
-        viewer.has_left = lambda: (  # the target may grow: raw sources tell it by and by
-            time.monotonic() - viewer.moved > max(listing.patience, channel.linger)
-        )
+        # The patience is read each time: the target duration of a raw source grows.
+        viewer.has_left = lambda: time.monotonic() - viewer.moved > channel.poll_patience
         channel.pollers[viewer.key] = viewer
         channel.record.add("arrivals")
 

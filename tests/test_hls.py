@@ -663,7 +663,7 @@ def test_reload_that_changes_what_has_ended_is_no_error(origin: Origin, serve: S
 def test_who_plays_again_after_the_end_gets_what_there_is_now(
     origin: Origin, serve: Serve, how: str
 ) -> None:
-    """A page that is loaded again at once, a player that asks three target durations later."""
+    """A page that is loaded again at once, or a player, once the playlist has gone."""
     playlist = live(origin, segments=SIXTEEN, target_duration=2)
     site = serve({"news": playlist.url}, linger=0)
     before = newest_of(site, "/news.m3u8")
@@ -674,8 +674,47 @@ def test_who_plays_again_after_the_end_gets_what_there_is_now(
     if how == "page":
         assert site.get("/news", Accept="text/html").status == 200
     eventually(lambda: newest_of(site, "/news.m3u8") > before, "it plays again")
-    assert site.get(f"/{first[0].address}").status == 200, "for those who still play it"
+    # A page begins anew while the ended playlist stays, so other clients can still load it.
+    assert site.get(f"/{first[0].address}").status == (200 if how == "page" else 404)
     assert "#EXT-X-ENDLIST" not in site.get("/news.m3u8").body.decode()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("target", "linger"), [(2, 0), (1, 6)])
+def test_ended_playlist_stays_for_three_target_durations_or_linger(
+    origin: Origin, serve: Serve, target: int, linger: int
+) -> None:
+    """Whether its client has seen the end of it or not, and however long it asks on."""
+    playlist = live(origin, segments=SIXTEEN, target_duration=target)
+    site = serve({"news": playlist.url}, linger=linger)
+    newest = listed_in(site.get("/news.m3u8").body.decode())[-1]
+    playlist.end()
+    ended(site)
+    origin.fault(playlist.path, Status(503), times=None)
+    since = time.monotonic()
+    eventually(lambda: site.get(f"/{newest.address}").status == 404, "its segments are gone")
+    assert 5 < time.monotonic() - since < 10
+    assert site.get("/news.m3u8").status == 502, "its playlist has gone with them"
+
+
+def test_ended_playlist_is_the_same_until_it_goes(origin: Origin, serve: Serve) -> None:
+    playlist = live(origin, segments=SIXTEEN)
+    site = serve({"news": playlist.url}, linger=4)
+    site.get("/news.m3u8")
+    playlist.end()
+    ended(site)
+    origin.fault(playlist.path, Status(503), times=None)
+    answers: list[Answer] = []
+
+    def has_gone() -> bool:
+        answers.append(site.get("/news.m3u8"))
+        return answers[-1].status != 200
+
+    since = time.monotonic()
+    eventually(has_gone, "it goes")
+    assert time.monotonic() - since > 3.5, "for linger, which is longer than three seconds"
+    assert {answer.body for answer in answers[:-1]} == {answers[0].body}
+    assert answers[0].body.endswith(b"#EXT-X-ENDLIST\n")
 
 
 @pytest.mark.long
