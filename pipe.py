@@ -13,9 +13,9 @@ Data flow
     Up to `threads` Downloads fetch segments at once; the oldest one's bytes go on as they come.
     A ReaderBuffer is where one thread hands bytes and segment events (a segment starts here, ends
     here, is missing) to another.  The Splicer makes one stream of what several openings of the
-    upstream bring, without a repeat at the seams.  The framer cuts it into whole packets or frames
-    and finds the join points.  The Window keeps the newest bytes of a live channel, and knows where
-    each Viewer is in them.
+    upstream bring, without a repeat at the seams.  The framer cuts MPEG-TS into whole packets,
+    removes ID3 tags and finds the join points.  The Window keeps the newest bytes of a live
+    channel, and knows where each Viewer is in them.
     A Listing numbers the segments in it, for who polls them (HLS) instead of streaming.
     What has an end takes the same road, one upstream and window for each viewer, and the window
     then waits for its viewer instead of moving on.
@@ -160,7 +160,6 @@ WINDOW_GROWTH = 8  # times `ringbuffer_size` that a window may hold to keep enou
 PRIVATE_WINDOW = 1 * MIB  # bytes between an upstream that has an end and its one viewer
 PLAYLIST_LIMIT = 8 * MIB  # bytes of a playlist, a key or a page; more is an attack or a mistake
 SNIFF_LIMIT = 752  # bytes: three TS packets at any offset, to tell a container
-RUN_LIMIT = 16 * KIB  # bytes of a stream that starts within a frame: some frames of every codec
 TAG_LIMIT = 1 * MIB  # bytes of ID3 tags to wait for until the container behind them is told
 
 FOREMOST_PATIENCE = 5.0  # seconds without a byte until the foremost viewer counts as paused
@@ -777,9 +776,9 @@ def _yaml_mistake(error: yaml.YAMLError, text: str) -> tuple[int, str]:
 # --------------------------------------------------------------------------------------------------
 # Media: telling containers apart, cutting them into whole units, finding join points
 #
-# A framer is fed an upstream's bytes in order and hands all of them on, cut into blocks that end
-# where a packet or an audio frame ends where it knows them, so that a viewer who is moved from one
-# block to another never gets half of one.  It reports the places where a decoder can start.
+# A framer gets an upstream's bytes in order and hands all of them on, except ID3 tags, in blocks.
+# A block of MPEG-TS ends where a packet ends, so that a viewer that moves from one block to another
+# never gets half a packet.  A framer reports the places where a decoder can start.
 # --------------------------------------------------------------------------------------------------
 
 Block = bytes | memoryview  # bytes appended to a window at once
@@ -807,13 +806,13 @@ class Container(enum.Enum):
     @property
     def has_join_points(self) -> bool:
         """Whether late viewers can join it where it has no segments."""
-        return self is Container.MPEG_TS or self in FRAME_SIZES
+        return self is Container.MPEG_TS or self in PACKED_AUDIO
 
 
 class JoinKind(enum.IntEnum):
     """How good a place to start is; a window offers its best kind."""
 
-    ANY = 0  # an audio frame or a PES packet starts here
+    ANY = 0  # a PES packet starts here; packed audio can be joined anywhere
     KEY_FRAME = 1
     SEGMENT = 2
 
@@ -841,7 +840,7 @@ class Framer:
         self.joins: list[JoinPoint] = []
         self.preamble = b""  # what a decoder needs in front of a segment that does not bring it
         self.unplayed: Sequence[str] = ()  # codecs in it that no browser plays, once they are known
-        self._carry = b""  # the start of a packet or frame
+        self._carry = b""  # the start of a packet, or of an ID3 tag
         self._in_segments = False
         self.last_dts: int | None = None  # of a picture, or of sound where there is none
 
@@ -861,7 +860,7 @@ class Framer:
         self._in_segments = False
 
     def feed(self, data: bytes) -> list[Block]:
-        """Take any bytes, give back whole packets or frames; the rest waits for more."""
+        """Take any bytes and return blocks; the start of a packet or a tag waits for more."""
         return self._hand_on(data, 0, len(data))
 
     def flush(self) -> list[Block]:
@@ -1213,187 +1212,120 @@ class TsFramer(Framer):
         return bool(units and units.search(packet, payload_start(packet)))
 
 
-# Packed audio: a run of frames, with ID3 tags in front of a segment's first (RFC 8216, 3.4)
+# Packed audio, with ID3 tags in front of a segment's first frame (RFC 8216, 3.4)
 
-FRAME_HEADER = 6  # bytes that tell a frame's size
 ID3_HEADER = 10
-# kbit/s by bit rate index, from 1 on, for the layers of MPEG-1 (ISO/IEC 11172-3, 2.4.2.3) and of
-# MPEG-2 (ISO/IEC 13818-3, 2.4.2.3), which are those of MPEG-2.5.
-_MPEG_RATES = {
-    (1, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
-    (1, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
-    (1, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
-    (2, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
-    (2, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
-    (2, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
-}
-_MPEG_SAMPLE_RATES = (44_100, 48_000, 32_000)  # MPEG-2 has half of them, MPEG-2.5 a quarter
-# kbit/s by half of frmsizecod (ETSI TS 102 366, table 4.13)
-_AC3_RATES = (*_MPEG_RATES[1, 3], 384, 448, 512, 576, 640)
-
-
-def _adts_size(header: bytes) -> int:
-    """Bytes of the AAC frame with this header (ISO/IEC 13818-7, 6.2); 0: it is none."""
-    is_header = header[0] == 0xFF and header[1] & 0xF6 == 0xF0
-    size = (header[3] & 3) << 11 | header[4] << 3 | header[5] >> 5
-    return size if is_header and size >= 7 else 0
-
-
-def _mpeg_audio_size(header: bytes) -> int:
-    """Bytes of the frame with this header (ISO/IEC 11172-3, 2.4.1.3); 0: it is none."""
-    if header[0] != 0xFF or header[1] < 0xE0:
-        return 0
-    halvings = {3: 0, 2: 1, 0: 2}.get(header[1] >> 3 & 3)  # MPEG-1, MPEG-2, MPEG-2.5
-    layer, padding = 4 - (header[1] >> 1 & 3), header[2] >> 1 & 1
-    rate, sampling = header[2] >> 4, header[2] >> 2 & 3
-    if halvings is None or layer == 4 or rate in (0, 15) or sampling == 3:
-        return 0
-    bits = 1000 * _MPEG_RATES[min(halvings + 1, 2), layer][rate - 1]
-    sample_rate = _MPEG_SAMPLE_RATES[sampling] >> halvings
-    if layer == 1:
-        return (12 * bits // sample_rate + padding) * 4
-    samples = 576 if layer == 3 and halvings else 1152
-    return samples // 8 * bits // sample_rate + padding
-
-
-def _ac3_size(header: bytes) -> int:
-    """Bytes of the frame with this header (ETSI TS 102 366, 4.3.1); 0: it is none."""
-    sampling, code = header[4] >> 6, header[4] & 0x3F
-    if header[:2] != b"\x0b\x77" or sampling == 3 or code > 37 or header[5] >> 3 > 10:
-        return 0
-    rate = _AC3_RATES[code >> 1]
-    return (4 * rate, 2 * (rate * 320 // 147 + code % 2), 6 * rate)[sampling]  # 48, 44.1, 32 kHz
-
-
-def _eac3_size(header: bytes) -> int:
-    """Bytes of the frame with this header (ETSI TS 102 366, E.1.2.2); 0: it is none."""
-    is_header = header[:2] == b"\x0b\x77" and 11 <= header[5] >> 3 <= 16
-    return 2 * ((header[2] & 7) << 8 | header[3]) + 2 if is_header else 0
-
-
-FRAME_SIZES: dict[Container, Callable[[bytes], int]] = {
-    Container.AAC: _adts_size,
-    Container.MPEG_AUDIO: _mpeg_audio_size,
-    Container.AC3: _ac3_size,
-    Container.EAC3: _eac3_size,
-}
-
-
-_FRAME_START = re.compile(rb"\xff(?:[\xe0-\xff]|\Z)|\x0b(?:\x77|\Z)")  # any codec's
-FRAME_RUN = 3  # frames in a row that are no accident
-
-
-def _run_of_frames(data: bytes, at: int, frame_size: Callable[[bytes], int], most: int) -> int:
-    """How many frames, `most` at most, follow each other from `at` on; -1: something else does.
-
-    The last one may not be whole.
-    """
-    count = 0
-    while count < most and len(header := data[at : at + FRAME_HEADER]) == FRAME_HEADER:
-        size = frame_size(header)
-        if not size:
-            return -1
-        at, count = at + size, count + 1
-    return count
 
 
 def _id3_size(start: bytes) -> int:
-    """Bytes of the ID3 tag that begins so; 0 where none does, or its header is not whole.
+    """Bytes of the ID3 tag at the beginning; 0 without a tag, or if its header is not whole.
 
-    Its header holds 28 bits of size; version 4 may add a footer, which that does not count.
+    The header holds 28 bits of size.  Version 4 may add a footer, which the size does not count.
     """
     if start[:3] != b"ID3" or len(start) < ID3_HEADER:
         return 0
-    size = functools.reduce(lambda total, byte: total << 7 | byte & 0x7F, start[6:10], 0)
+    size = 0
+    for byte in start[6:10]:
+        size = size << 7 | byte & 0x7F
     has_footer = start[3] >= 4 and start[5] & 0x10
     return ID3_HEADER + size + (ID3_HEADER if has_footer else 0)
 
 
 class AudioFramer(Framer):
-    """Whole frames; ID3 tags, of any version, are taken out.
+    """Removes the ID3 tags in front of packed audio, of any version.  Viewers can join anywhere.
 
-    Where no frame follows (relays start anywhere), data is handed on as it is until frames follow
-    each other again, or a segment starts.
+    Players find the next frame by themselves, as with any radio server.  The preamble of a segment
+    is its tags: they tell its time, and HLS needs that.
     """
 
-    def __init__(self, frame_size: Callable[[bytes], int]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._frame_size = frame_size
-        self._tag_left = 0  # bytes of an open ID3 tag still to come
-        self._is_broken = False
-        self._start = 0  # position of the newest segment, whose preamble are the tags in front
+        self._may_be_tag = True  # nothing but tags has come since the start, a segment's or a seam
+        self._tag_left = 0  # bytes of an open tag still to come
 
     def start_segment(self) -> None:
         self.preamble = b""
         super().start_segment()
-        self._start = self.position
 
     def drop(self) -> None:
         super().drop()
-        self._tag_left, self._is_broken = 0, False
+        self._may_be_tag, self._tag_left = True, 0
 
     def feed(self, data: bytes) -> list[Block]:
-        data, at, blocks = self._carry + data, 0, list[Block]()
+        start = 0
+        if self._may_be_tag:
+            data, self._carry = self._carry + data, b""
+            start = self._tags_end(data)
+        if start == len(data):
+            return []
+        if not (self._in_segments or self.joins):  # one join point in each turn is enough
+            self.joins.append(JoinPoint(self.position, b"", JoinKind.ANY))
+        return self._hand_on(data, start, len(data))
+
+    def _tags_end(self, data: bytes) -> int:
+        """Where the media begins behind tags: the end of the data if that is not known yet."""
+        at = 0
         while at < len(data):
-            if self._is_broken:
-                self._is_broken = self._run(data, at) < FRAME_RUN
-            if not (self._tag_left or self._is_broken):
-                self._tag_left = _id3_size(data[at : at + ID3_HEADER])
-            start = min(at + self._tag_left, len(data))
-            self._tag_left -= start - at
-            if self.position == self._start:
-                self.preamble = (self.preamble + data[at:start])[:TAG_LIMIT]
-            end = self._frames_end(data, start)
-            if end == at:  # the next frame or tag has not come whole
-                break
-            if end > start and not (self._in_segments or self._is_broken or self.joins):
-                # One a turn is enough.
-                self.joins.append(JoinPoint(self.position, b"", JoinKind.ANY))
-            blocks += self._hand_on(data, start, end)
+            if not self._tag_left:
+                header = data[at : at + ID3_HEADER]
+                if len(header) < ID3_HEADER and header[:3] == b"ID3"[: len(header)]:
+                    self._carry = header
+                    return len(data)
+                self._tag_left = _id3_size(header)
+            if not self._tag_left:
+                self._may_be_tag = False
+                return at
+            end = min(at + self._tag_left, len(data))
+            self._tag_left -= end - at
+            self.preamble = (self.preamble + data[at:end])[:TAG_LIMIT]
             at = end
-        self._carry = data[at:]
-        return blocks
-
-    def _frames_end(self, data: bytes, start: int) -> int:
-        """Where a block's worth of whole frames from `start` on ends, or of what is none."""
-        at = start
-        while not self._is_broken:
-            header = data[at : at + FRAME_HEADER]
-            if len(header) < FRAME_HEADER or header[:3] == b"ID3":
-                return at
-            size = self._frame_size(header)
-            self._is_broken = not size
-            if at + size > min(len(data), start + BLOCK_LIMIT):
-                return at
-            at += size
-        if at > start:
-            return at
-        starts = (found.start() for found in _FRAME_START.finditer(data, start))
-        return next((at for at in starts if self._run(data, at) >= 0), len(data))
-
-    def _run(self, data: bytes, at: int) -> int:
-        return _run_of_frames(data, at, self._frame_size, FRAME_RUN)
+        return at
 
 
 # Telling containers apart
 
+# What a stream begins with.  A first packet that is whole and followed by another's sync byte needs
+# no more proof.
 _FIRST_BYTES = {
     Container.MATROSKA: re.compile(rb"\x1a\x45\xdf\xa3"),
     Container.FMP4: re.compile(rb".{4}(ftyp|styp|moov|moof|sidx|emsg|prft)", re.DOTALL),
-    # A first packet that is whole and followed by another's sync byte needs no more proof.
     Container.MPEG_TS: re.compile(rb"G.{187}G", re.DOTALL),
+}
+# The header of a frame, which packets may look like that begin anywhere.
+_FIRST_FRAME = {
+    # ISO/IEC 13818-7, 6.2: syncword, layer 0.
+    Container.AAC: re.compile(rb"\xff[\xf0\xf1\xf8\xf9].{4}", re.DOTALL),
+    # ISO/IEC 11172-3, 2.4.1.3: a version and a layer that exist, and a bit rate.  FF FE would be
+    # layer I with a checksum, but is the byte order mark of UTF-16.
+    Container.MPEG_AUDIO: re.compile(
+        rb"\xff[\xe2-\xe7\xf2-\xf7\xfa-\xfd\xff][\x10-\xef].{3}", re.DOTALL
+    ),
+    # ETSI TS 102 366, 4.4.1 and E.2.2: the codecs differ in bsid.
+    Container.AC3: re.compile(rb"\x0b\x77.{3}[\x00-\x57]", re.DOTALL),
+    Container.EAC3: re.compile(rb"\x0b\x77.{3}[\x58-\x87]", re.DOTALL),
+}
+PACKED_AUDIO = frozenset(_FIRST_FRAME)
+# What origins call packed audio.
+_AUDIO_TYPES = {
+    "audio/aac": Container.AAC,
+    "audio/aacp": Container.AAC,
+    "audio/x-aac": Container.AAC,
+    "audio/mpeg": Container.MPEG_AUDIO,
+    "audio/mp3": Container.MPEG_AUDIO,
+    "audio/x-mpeg": Container.MPEG_AUDIO,
+    "audio/ac3": Container.AC3,
+    "audio/eac3": Container.EAC3,
 }
 # Up to three packets that begin anywhere, the first of them whole.
 _PACKETS = re.compile(rb".{0,187}?G(?=.{187})(?!.{187}[^G])(?!.{375}[^G])", re.DOTALL)
 
 
-def sniff(start: bytes, is_all: bool = False, is_raw: bool = False) -> Container | None:
-    """Tell the container from all that has come of a stream; None asks for more.
+def sniff(start: bytes, is_all: bool = False, media_type: str = "") -> Container | None:
+    """Tell the container from the first bytes of a stream; None asks for more.
 
-    With `is_all`, no more will come.  Otherwise it asks for ID3 tags whole, up to TAG_LIMIT, and
-    behind them for SNIFF_LIMIT bytes or two frames of audio, which are 8 KiB at most.  With
-    `is_raw`, audio may begin anywhere in a frame, as that of a relay does, and is looked for in
-    RUN_LIMIT bytes.
+    With `is_all`, no more will come.  Otherwise it asks for whole ID3 tags, up to TAG_LIMIT, and
+    for SNIFF_LIMIT bytes behind them.  `media_type` is the Content-Type of a raw source, which
+    tells the codec of audio that begins within a frame, as that of a relay does.
     """
     at = 0
     while size := _id3_size(start[at : at + ID3_HEADER]):
@@ -1404,25 +1336,20 @@ def sniff(start: bytes, is_all: bool = False, is_raw: bool = False) -> Container
     for container, first_bytes in _FIRST_BYTES.items():
         if first_bytes.match(start):
             return container
-    is_enough = is_all or len(start) >= SNIFF_LIMIT
-    if is_enough and _PACKETS.match(start):
+    if not is_all and len(start) < SNIFF_LIMIT:
+        return None
+    if _PACKETS.match(start):
         return Container.MPEG_TS
-    for container, frame_size in FRAME_SIZES.items():
-        size = frame_size(start) if len(start) >= FRAME_HEADER else 0
-        second = start[size : size + FRAME_HEADER]
-        if size and (len(second) < FRAME_HEADER or frame_size(second)):
-            return container if is_all or len(second) == FRAME_HEADER else None
-        places = _FRAME_START.finditer(start) if is_raw and is_enough else ()
-        runs = (_run_of_frames(start, at.start(), frame_size, len(start)) for at in places)
-        if any(run >= FRAME_RUN for run in runs):
+    for container, first_frame in _FIRST_FRAME.items():
+        if first_frame.match(start):
             return container
-    is_enough = is_all or len(start) >= (RUN_LIMIT if is_raw else SNIFF_LIMIT)
-    return Container.OTHER if is_enough else None
+    name = media_type.partition(";")[0].strip().lower()
+    return _AUDIO_TYPES.get(name, Container.OTHER)
 
 
 def framer_for(container: Container) -> Framer:
-    if container in FRAME_SIZES:
-        return AudioFramer(FRAME_SIZES[container])
+    if container in PACKED_AUDIO:
+        return AudioFramer()
     return TsFramer() if container is Container.MPEG_TS else Framer()
 
 
@@ -2102,7 +2029,7 @@ class Listing:
             last = self._listed[-1] if self._listed else None
             is_same = last is not None and last.init_section == preamble
             init_section, map_number = preamble, last.map_number if last and is_same else number
-        elif self.container in FRAME_SIZES:
+        elif self.container in PACKED_AUDIO:
             is_whole = 0 < len(preamble) < TAG_LIMIT
             blocks = [preamble if is_whole else timestamp_tag(self._clock), *blocks]
         elif pid_of(bytes(blocks[0][:3]).ljust(3, b"\xff")) != 0:
@@ -2963,6 +2890,11 @@ class Upstream:
         )
 
     @property
+    def media_type(self) -> str:
+        """The Content-Type of a raw source; empty for any other."""
+        return ""
+
+    @property
     def tracks(self) -> Sequence[int]:
         """The segments that another opening's tracks begin with; none where it has no tracks."""
         return ()
@@ -3211,7 +3143,7 @@ class SegmentReader(HLSStreamReader):
     def has_clock(self) -> bool:
         """Whether a track's media, or the tag in front of it, tells its place in time."""
         has_tag = self.stream.packed_audio_timestamp is not None
-        return has_tag or sniff(self.start, is_all=True) not in FRAME_SIZES
+        return has_tag or sniff(self.start, is_all=True) not in PACKED_AUDIO
 
     def fail(self, reason: str) -> None:
         """Break off: the worker has no more segments to put."""
@@ -3604,6 +3536,10 @@ class RawUpstream(Upstream):
     @property
     def has_end(self) -> bool:
         return "Content-Length" in self._opened[0].headers
+
+    @property
+    def media_type(self) -> str:
+        return self._opened[0].headers.get("Content-Type", "")
 
     def _items(self) -> Items:
         if not self.has_end:
@@ -4500,7 +4436,7 @@ class Channel:
         """Tell the container from an opening's first bytes; False while more are needed."""
         data = b"".join(item for item in start if not isinstance(item, SegmentEvent))
         has_segments = any(isinstance(item, SegmentEvent) for item in start)
-        container = sniff(data, is_all, not has_segments) if _has_media(start) else None
+        container = sniff(data, is_all, upstream.media_type) if _has_media(start) else None
         if container is None:
             if is_all and self._splicer is None:
                 raise UpstreamError(NO_MEDIA)

@@ -301,4 +301,4 @@ def test_late_viewer_after_packed_audio_failed_over_to_a_relay(
     first.read(300_000)  # no segment is left in the window
     with site.watch("/radio") as late:
         assert late.status == 200
-        assert late.read(5_000)[0] == 0xFF
+        assert late.read(5_000) in 2 * b"".join(sound)

@@ -34,18 +34,18 @@ def frames_for_ever(start: int) -> Iterator[bytes]:
         yield (frames[at:] + frames)[:4000]
 
 
-def test_radio_that_starts_within_a_frame_is_shared_and_joined_at_a_frame(
+def test_radio_that_starts_within_a_frame_is_shared_and_has_the_type_of_its_origin(
     origin: Origin, serve: Serve
 ) -> None:
     origin.rate = 64_000
-    address = origin.add_endless("/radio", lambda: frames_for_ever(100))
+    kind = "Audio/MPEG; charset=utf-8"
+    address = origin.add_endless("/radio", lambda: frames_for_ever(100), content_type=kind)
     site = serve({"radio": address})
     first = site.watch("/radio")
     assert first.headers["Content-Type"] == "audio/mpeg"
     got = first.read(40_000)
     assert got == (b"".join(media.audio_frames("libmp3lame", 44_100)) * 4)[100:40_100]
     late = site.watch("/radio").read(10_000)
-    assert late.startswith(media.audio_frames("libmp3lame", 44_100)[1][:2])
     assert late in got + first.read(64_000)
     assert origin.count("/radio") == 1
 
