@@ -5675,8 +5675,14 @@ class Handler(BaseHTTPRequestHandler):
 
     @property
     def is_person(self) -> bool:
-        """Whether a browser asks for a page: no player accepts one."""
-        return "text/html" in self.headers.get("Accept", "")
+        """Whether a browser requests a page for a person to see.
+
+        Browsers say so in Sec-Fetch-Dest, but over plain HTTP only to localhost.  Without these
+        headers XHTML tells a browser: programs accept HTML, too (Java's and Delphi's clients).
+        """
+        if any(name.lower().startswith("sec-fetch-") for name in self.headers):
+            return self.headers.get("Sec-Fetch-Dest", "").lower() in ("document", "iframe")
+        return "application/xhtml+xml" in self.headers.get("Accept", "").lower()
 
     def site(self) -> Site:
         """This server as the client reaches it, through whatever proxies."""

@@ -16,6 +16,7 @@ import yaml
 import pipe
 
 TIMEOUT = 20.0  # seconds; nothing a test waits for takes as long
+BROWSER = "text/html,application/xhtml+xml,*/*;q=0.8"  # what a browser accepts as a page
 
 
 @dataclass

@@ -23,7 +23,7 @@ import pytest
 import pipe
 from tests import media
 from tests.origin import Fault, Origin, Playlist, Stall, StallHeaders
-from tests.server import Watch
+from tests.server import BROWSER, Watch
 
 PIPE = Path(pipe.__file__)
 TIMEOUT = 20.0  # seconds; nothing a test waits for takes as long
@@ -247,7 +247,7 @@ def test_address_for_others_where_it_listens_on_all(
     port = program.listening_port()
     with socket.create_connection((address, port), TIMEOUT):
         pass  # that is where it is reached
-    with Watch(port, "/", Accept="text/html", Host=f"LocalHost:{port}") as page:
+    with Watch(port, "/", Accept=BROWSER, Host=f"LocalHost:{port}") as page:
         assert f"http://{address}:{port}/playlist.m3u" in page.read_all()[0].decode()
 
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import pipe
 from tests import media
 from tests.origin import Body, Origin, Playlist, Segment, Stall, StallHeaders, Status, master
-from tests.server import TIMEOUT, Answer, Site
+from tests.server import BROWSER, TIMEOUT, Answer, Site
 from tests.test_sharing import eventually
 
 Serve = Callable[..., Site]
@@ -672,7 +672,7 @@ def test_who_plays_again_after_the_end_gets_what_there_is_now(
     playlist.restart(1000)
     first = listed_in(site.get("/news.m3u8").body.decode())
     if how == "page":
-        assert site.get("/news", Accept="text/html").status == 200
+        assert site.get("/news", Accept=BROWSER).status == 200
     eventually(lambda: newest_of(site, "/news.m3u8") > before, "it plays again")
     # A page begins anew while the ended playlist stays, so other clients can still load it.
     assert site.get(f"/{first[0].address}").status == (200 if how == "page" else 404)

@@ -20,7 +20,7 @@ from tests import media
 from tests.make_test_card import crc32
 from tests.origin import Body, Close, Origin, Playlist, Status, master
 from tests.program import eventually
-from tests.server import Site, Watch
+from tests.server import BROWSER, Site, Watch
 from tests.test_faults import delayed
 
 Serve = Callable[..., Site]
@@ -158,7 +158,7 @@ def test_failed_reload_shows_at_once(
     origin.fault(news.path, Status(503), times=None)
     eventually(lambda: status(site)["state"] == "waiting", "it shows")
     assert status(site)["last_error"] == "the origin answered 503"
-    assert "waiting for the origin" in site.get("/", Accept="text/html").body.decode()
+    assert "waiting for the origin" in site.get("/", Accept=BROWSER).body.decode()
     assert status(site)["viewers"] == 1
     eventually(lambda: origin.count(news.path) >= 4, "it is tried again")
     assert lines(r"1 of 1: ") == ["news: 127.0.0.1, 1 of 1: the origin answered 503"]

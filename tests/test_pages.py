@@ -33,7 +33,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import pipe
 from tests import media
 from tests.origin import Fault, Origin, Playlist, StallHeaders, Status, master
-from tests.server import Answer, Site
+from tests.server import BROWSER, Answer, Site
 from tests.test_cli import PIPE, Program
 from tests.test_sharing import Sluggish, eventually, feeders
 from tests.threads import running
@@ -43,7 +43,24 @@ TIMEOUT = 20.0  # seconds; nothing a test waits for takes as long
 TOKEN = "t&k n/1"
 QUOTED_TOKEN = "t%26k%20n%2F1"
 NOWHERE = "http://origin.example/secret-path/x.m3u8"  # configured and never opened
-HTML = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+HTML = {"Accept": BROWSER}
+PROGRAMS: dict[str, dict[str, str]] = {
+    "no header": {},
+    "any type": {"Accept": "*/*"},
+    "JSON": {"Accept": "application/json"},
+    "image": {"Accept": "image/png"},
+    "Java before 17.0.12": {"Accept": "text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2"},
+    "Delphi": {"Accept": "text/html, */*"},
+    "page's script": {**HTML, "Sec-Fetch-Dest": "empty", "Sec-Fetch-Mode": "cors"},
+    "page's video": {"Accept": "*/*", "Sec-Fetch-Dest": "video", "Sec-Fetch-Mode": "no-cors"},
+    "without destination": {**HTML, "Sec-Fetch-Site": "cross-site"},
+}
+BROWSERS: dict[str, dict[str, str]] = {
+    "by Accept": HTML,
+    "by Accept in capitals": {"Accept": "Text/HTML,Application/XHTML+XML"},
+    "by destination": {"Accept": "*/*", "Sec-Fetch-Dest": "document"},
+    "in a frame": {"Accept": "text/html", "Sec-Fetch-Dest": "iframe"},
+}
 PAGES = [
     *("/playlist.m3u", "/news.m3u", "/discover.json", "/lineup.json", "/lineup_status.json"),
     *("/lineup.post", "/device.xml", "/status", "/metrics"),
@@ -673,10 +690,15 @@ def page(site: Site, query: str = "") -> Document:
     return Document(answer.body)
 
 
-@pytest.mark.parametrize("accept", [None, "*/*", "application/json", "image/png"])
-def test_root_is_json_for_programs(serve: Serve, accept: str | None) -> None:
-    answer = serve({}).ask("GET", "/", **({"Accept": accept} if accept else {}))
-    assert answer.json["status"] == "ok"
+@pytest.mark.parametrize("headers", PROGRAMS.values(), ids=list(PROGRAMS))
+def test_root_is_json_for_programs(serve: Serve, headers: dict[str, str]) -> None:
+    assert serve({}).ask("GET", "/", **headers).json["status"] == "ok"
+
+
+@pytest.mark.parametrize("headers", BROWSERS.values(), ids=list(BROWSERS))
+def test_root_is_a_page_for_a_persons_browser(serve: Serve, headers: dict[str, str]) -> None:
+    answer = serve({}).ask("GET", "/", **headers)
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
 
 
 def test_health_is_json_for_browsers_too(serve: Serve) -> None:
@@ -889,7 +911,7 @@ def test_page_without_streams_says_so(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("path", [*PAGES, "/", "/health"])
-@pytest.mark.parametrize("accept", ["*/*", "text/html"])
+@pytest.mark.parametrize("accept", ["*/*", BROWSER])
 def test_head_is_the_same_without_a_body(
     origin: Origin, serve: Serve, path: str, accept: str
 ) -> None:

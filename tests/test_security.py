@@ -31,7 +31,7 @@ from tests.origin import (
     Status,
 )
 from tests.program import Service
-from tests.server import TIMEOUT, Answer, Site, Watch
+from tests.server import BROWSER, TIMEOUT, Answer, Site, Watch
 from tests.test_cli import EXIT_TIME, LOG_LINE
 
 # With the others, these would take `python -m pytest` beyond three minutes.
@@ -140,8 +140,8 @@ def test_anything_else_does_not(
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_token_is_asked_for_everywhere(closed: Site, method: str, path: str) -> None:
     method = PAGES.get(path, "GET") if method == "GET" else method
-    assert_closed(closed.ask(method, path, Accept="text/html"))
-    opened = closed.ask(method, path, Accept="text/html", **bearer(TOKEN))
+    assert_closed(closed.ask(method, path, Accept=BROWSER))
+    opened = closed.ask(method, path, Accept=BROWSER, **bearer(TOKEN))
     assert opened.status == (404 if path == "/unknown" else 200)
 
 
@@ -191,7 +191,7 @@ def test_links_carry_the_token(origin: Origin, serve: Serve, token: str) -> None
     site = serve({"news": live(origin).url}, server={"token": token})
     carried = quote(token, safe="")
     pages = {
-        path: site.ask("GET", f"{path}?token={carried}", Accept="text/html").body.decode()
+        path: site.ask("GET", f"{path}?token={carried}", Accept=BROWSER).body.decode()
         for path in ("/", "/playlist.m3u", "/news.m3u", "/lineup.json")
     }
     for path, page in pages.items():
@@ -243,14 +243,15 @@ def test_trust_counts_for_ipv4_on_an_ipv6_socket(origin: Origin, serve: Serve) -
 
 #### Secrets ####
 
-HTML = "text/html"
-
 
 def everything(service: Service, names: list[str]) -> str:
     """What the process tells: of each stream and on each page, then its whole log."""
     told = []
     streams, others = [f"/{name}" for name in names], ("/status", "/metrics", "/playlist.m3u", "/")
-    asked = [*((path, "*/*") for path in streams), *((path, HTML) for path in (*streams, *others))]
+    asked = [
+        *((path, "*/*") for path in streams),
+        *((path, BROWSER) for path in (*streams, *others)),
+    ]
     for path, accept in asked:
         with Watch(service.port, path, Accept=accept, Authorization=f"Bearer {TOKEN}") as watch:
             head = f"{watch.status} {watch.headers}"

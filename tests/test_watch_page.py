@@ -19,7 +19,17 @@ from av.video.stream import VideoStream
 from tests import media
 from tests.origin import Origin, Playlist, Segment, Status, master
 from tests.server import Answer, Site
-from tests.test_pages import HOSTILE, HTML, NOWHERE, QUOTED_TOKEN, TOKEN, Document, live, policy
+from tests.test_pages import (
+    HOSTILE,
+    HTML,
+    NOWHERE,
+    PROGRAMS,
+    QUOTED_TOKEN,
+    TOKEN,
+    Document,
+    live,
+    policy,
+)
 from tests.test_sharing import feeders
 
 Serve = Callable[..., Site]
@@ -40,10 +50,9 @@ def video(found: Document) -> dict[str, str]:
 #### The page ####
 
 
-@pytest.mark.parametrize("accept", [None, "*/*", "video/*", "application/xhtml+xml"])
-def test_players_get_the_media(origin: Origin, serve: Serve, accept: str | None) -> None:
+@pytest.mark.parametrize("headers", PROGRAMS.values(), ids=list(PROGRAMS))
+def test_players_get_the_media(origin: Origin, serve: Serve, headers: dict[str, Any]) -> None:
     site = serve({"news": live(origin).url})
-    headers: dict[str, Any] = {"Accept": accept} if accept else {}
     viewer = site.watch("/news", **headers)
     assert viewer.headers["Content-Type"] == "video/mp2t"
     assert viewer.read(188)[:1] == b"G"
@@ -173,7 +182,7 @@ def test_page_shows_no_origin(origin: Origin, serve: Serve) -> None:
 def test_head_of_the_page_starts_nothing(origin: Origin, serve: Serve) -> None:
     site = serve({"news": live(origin).url})
     head, _, body = site.raw(
-        b"HEAD /news HTTP/1.1\r\nHost: h\r\nAccept: text/html\r\n\r\n"
+        b"HEAD /news HTTP/1.1\r\nHost: h\r\nAccept: application/xhtml+xml\r\n\r\n"
     ).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200 ")
     assert b"Content-Type: text/html; charset=utf-8" in head
@@ -327,6 +336,6 @@ def test_no_page_tells_strangers_the_token(
 
 
 def test_head_that_cannot_be_read_is_no_page(serve: Serve) -> None:
-    answer = serve({}).raw(b"GET / HTTP/9.9\r\nAccept: text/html\r\n\r\n")
+    answer = serve({}).raw(b"GET / HTTP/9.9\r\nAccept: application/xhtml+xml\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 505 ")
     assert b"Content-Type: application/json" in answer
