@@ -5563,7 +5563,8 @@ PAGES: Mapping[str, Callable[[Site], Page]] = {
 
 STREAM_PATH = re.compile(r"/([a-z0-9-]+)(\.m3u8?|/([0-9]{1,18})\.([a-z0-9]+))?")
 PLAYED_AS_IT_IS = (Container.FMP4, Container.AAC, Container.MPEG_AUDIO)  # by browsers, without HLS
-HLS_HEADERS = {"Access-Control-Allow-Origin": "*", "Accept-Ranges": "none"}
+HLS_HEADERS = {"Accept-Ranges": "none"}
+M3U_LISTS = frozenset({"/playlist.m3u"})
 RELOAD_WAIT = 5.0  # seconds that a playlist may wait for news
 NO_TOKEN = "a token is required: add ?token=... to the address, or give it as the password"
 TOO_LARGE = "its segments are larger than the window: set a larger ringbuffer_size"
@@ -5583,6 +5584,8 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     path = ""  # until a request line could be read
     headers = http.client.HTTPMessage()  # until they could be read
+    is_for_players = False  # the path is that of media, HLS or an M3U list
+    has_token = False  # the request carries the token, or none is configured
     is_trusted = False  # the client has the token, or needs none
 
     def handle(self) -> None:
@@ -5618,6 +5621,9 @@ class Handler(BaseHTTPRequestHandler):
             path, query = unquote(target.path, errors="strict"), parse_qs(target.query)
         except ValueError:
             path = ""  # no stream's, no page's
+        found = STREAM_PATH.fullmatch(path)
+        is_streams = bool(found and found[1] not in RESERVED_NAMES)
+        self.is_for_players = is_streams or path in M3U_LISTS
         allowed = "GET, HEAD, OPTIONS, POST" if path == "/lineup.post" else "GET, HEAD, OPTIONS"
         if self.request_version == "HTTP/0.9":
             self.send_error(HTTPStatus.BAD_REQUEST, "HTTP/0.9 is not supported")
@@ -5633,7 +5639,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer_error(error.status, error.reason, retry)
 
     def _route(self, path: str, query: Mapping[str, list[str]]) -> None:
-        self.is_trusted = self._may_enter(query)
+        self.has_token = self._carries_token(query)
+        trusted = self.server.config.server.trusted
+        self.is_trusted = self.has_token or is_in(self.client_address[0], trusted)
         streams, found = self.server.config.streams, STREAM_PATH.fullmatch(path)
         if path == "/health" or (path == "/" and not self.is_person):
             self.answer_health()
@@ -5701,10 +5709,10 @@ class Handler(BaseHTTPRequestHandler):
         reloads = "refresh=0" not in self.path
         return Site(server, config, url, lan_url, self.is_trusted, reloads)
 
-    def _may_enter(self, query: Mapping[str, list[str]]) -> bool:
-        """Whether this request has the token, or needs none."""
+    def _carries_token(self, query: Mapping[str, list[str]]) -> bool:
+        """Whether this request carries the token, or none is configured."""
         settings = self.server.config.server
-        if not settings.token or is_in(self.client_address[0], settings.trusted):
+        if not settings.token:
             return True
         offered = list(query.get("token", []))
         scheme, _, credentials = self.headers.get("Authorization", "").partition(" ")
@@ -5771,10 +5779,27 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send_head(self, status: HTTPStatus, headers: Mapping[str, str]) -> None:
         self.send_response(status)
+        cors = {} if headers.get("Content-Type") == HTML else self._cors_headers()
         every = {"Cache-Control": "no-store", "Connection": "close"}
-        for name, value in {**headers, **every}.items():
+        for name, value in {**headers, **cors, **every}.items():
             self.send_header(name, value)
         self.end_headers()
+
+    def _cors_headers(self) -> dict[str, str]:
+        """What lets players on other web pages read the answer (Fetch, 3.2).
+
+        A client that is let in by `trusted` alone gets nothing: any page that somebody at home
+        opens could read the token out of a list.  A preflight carries no credentials.
+        """
+        if not self.is_for_players:
+            return {}
+        anybody = {"Access-Control-Allow-Origin": "*"}
+        if self.command == "OPTIONS":
+            methods = {"Access-Control-Allow-Methods": "GET, HEAD"}
+            headers = {"Access-Control-Allow-Headers": "Authorization, Range"}
+            return {**anybody, **methods, **headers}
+        is_trusted_alone = self.is_trusted and not self.has_token
+        return {} if is_trusted_alone else anybody
 
     # A channel
 
