@@ -45,7 +45,7 @@ Where it is decided
     what a key of the file means     Configuration: the dataclasses, with each key's parser
     where a viewer starts            Window._join_point; what a join point is: Media
     what is evicted, who waits       Window._make_room and _foremost_wait; its cases stand there
-    who shares an upstream           Channels._find; the states stand above State
+    who shares an upstream           Channels._find, _find_start; the states stand above State
     who is refused, who gives way    Channels._attach; the cases stand above Channels
     that a source has ended          the table above Upstream; Channel._read and _finish
     that an upstream has failed      Channel._judge; within a segment Download._judge
@@ -1585,6 +1585,7 @@ class Viewer:
     agent: str = ""
     asked_for: str = ""  # whom a proxy asks for, as it says
     has_left: Callable[[], bool] = lambda: False  # whether it closed its connection; never blocks
+    wanted: str = ""  # the quality that it asked for; guarded by channels.changed
     since: float = field(default_factory=time.monotonic)
     sent: int = 0  # bytes of media
     moved: float = 0.0  # when it took a byte last
@@ -4021,19 +4022,18 @@ class StreamRecord:
 # --------------------------------------------------------------------------------------------------
 # Channel: one upstream, the thread that feeds it, and its viewers
 #
-#   STARTING  its upstream is being opened; viewers wait
+#   STARTING  its upstream is being opened; viewers wait.  Until its variants are known, viewers of
+#             every quality wait for it; those of another variant then begin again
 #   LIVE      shared by everyone who asks for this variant
 #   PRIVATE   its source has an end, or nobody could join it late: it is its first viewer's alone,
 #             the others start their own
-#   MERGED    its viewers go to another channel: one that has the same variant, or one that starts
-#             anew with other settings
-#   CLOSED    nothing more comes; `failure` tells why nothing came at all
+#   CLOSED    nothing more comes.  `failure` tells why a start brought no media; viewers of a start
+#             that ended without media and without a failure begin again
 #
 #   STARTING -> LIVE | PRIVATE   media is at hand                             (go_live)
-#   STARTING -> MERGED           another channel has the variant              (register, go_live)
-#                                a reload changed the stream, or nobody       (end)
-#                                waited any more in a pause between two tries
-#   STARTING -> CLOSED           all addresses failed, or the server stops    (end)
+#   STARTING -> CLOSED           another channel has the variant (note_variants, go_live); a reload
+#                                changed the stream; nobody waited any more in a pause between two
+#                                tries; all addresses failed; or the server stops    (end)
 #                                nobody waits, and its slot is needed         (_close)
 #   LIVE | PRIVATE -> CLOSED     nobody watches any more                      (is_abandoned, _close)
 #                                the source ended, or failed for `reconnect`  (end)
@@ -4049,7 +4049,6 @@ class State(enum.Enum):
     STARTING = "starting"
     LIVE = "live"
     PRIVATE = "private"
-    MERGED = "merged"
     CLOSED = "closed"
 
 
@@ -4072,13 +4071,14 @@ class Channel:
         self.is_private = is_private  # from the start: for one viewer, whatever it turns out to be
         self.is_fed = True  # its thread may bring more
         self.variant = ""
-        self.variants: Mapping[str, str] = {}  # that its start found: name to variant
+        self.variants: Mapping[str, str] = {}  # name to variant; empty until its start found them
         self.viewers: dict[Viewer, None] = {}  # in order of arrival
         self.pollers: dict[tuple[str, ...], Viewer] = {}  # those of them that poll, by key
         self.departed: deque[Viewer] = deque()  # pollers whose departure is not in the log yet
         self.listing: Listing | None = None  # for them; None where it cannot be HLS
         self.idle_since = math.inf  # when the last viewer left
         self.failure: StreamError | None = None
+        self.had_media = False  # it was LIVE or PRIVATE once
         # Written by its thread alone.
         self.note: str | None = None  # what is missing of it
         self.restarts = 0  # upstreams opened again
@@ -4144,6 +4144,15 @@ class Channel:
     @property
     def is_running(self) -> bool:
         return self.state in (State.LIVE, State.PRIVATE)
+
+    def suits(self, viewer: Viewer) -> bool:
+        """Whether a viewer that waits for this start should go on waiting for it.
+
+        Every viewer should, until the variants are known.  Caller holds channels.changed.
+        """
+        if not self.variants or viewer.wanted == self.wanted:
+            return True
+        return self.variant == variant_of(viewer.wanted, self.variants)
 
     @property
     def linger(self) -> float:
@@ -4349,28 +4358,34 @@ class Channel:
         self._feed(upstream, deadline)
 
     def _open(self, session: Session) -> Upstream:
+        name = self._choose(session.canonical)
+        if self._splicer is None:
+            variant = session.canonical[name] if name else ""
+            if not self.channels.note_variants(self, session.canonical, variant):
+                raise WindowEnded(complete=False)
+        if name is None:
+            raise self._quality_error(session.qualities)
         if self._splicer:
             is_other = self._splicer.address != self._address
-            name = self._choose(session)
             return session.open(name, self._splicer.number, is_other, self._tracks)
-        self.channels.note_variants(self, session.canonical)
-        name = self._choose(session)
-        if not self.channels.register(self, session.canonical[name]):
-            raise WindowEnded(complete=False)
         self.note = session.missing(name)
         if self.note:
             log.warning("%s: %s", self.stream.name, self.note)
         return session.open(name)
 
-    def _choose(self, session: Session) -> str:
+    def _choose(self, offered: Collection[str]) -> str | None:
         """The variant that is running, or the first of the wanted ones that exists."""
         for name in (self.variant, *names_in(self.wanted)):
-            if name in session.canonical:
+            if name in offered:
                 return name
+        return None
+
+    def _quality_error(self, qualities: Sequence[str]) -> StreamError:
+        """The error of an opening that offers none of the wanted qualities."""
         if self._splicer or self.wanted == self.stream.quality:  # a transcoder may be coming up
-            offered = ", ".join(session.qualities)
-            raise UpstreamError(f"the configured quality does not exist; available: {offered}")
-        raise no_quality_error(session.qualities)
+            offered = ", ".join(qualities)
+            return UpstreamError(f"the configured quality does not exist; available: {offered}")
+        return no_quality_error(qualities)
 
     def _feed(self, upstream: Upstream, deadline: float) -> NoReturn:
         """Move what comes, until it ends or fails or nobody is left to watch."""
@@ -4571,6 +4586,7 @@ def no_quality_error(qualities: Iterable[str]) -> StreamError:
 #   the server stops                          503 at once
 #   a start failed in the last 2 s            the same answer, from memory
 #   a quality that the running channel lacks  404 without asking the origin
+#   the stream's variants are being loaded    waits for them, whatever quality the viewer asked for
 #   max_viewers, max_upstreams                those who closed their connection are let go; for an
 #                                             upstream, the channel without viewers that has been
 #                                             idle longest is closed; where the client's own address
@@ -4727,10 +4743,14 @@ class Channels:
         stream = self._config.streams.get(name)  # a reload may have come in between
         if stream is None:
             raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
-        wanted = quality or stream.quality
-        channel = None if is_private else self._find(stream, wanted)
+        viewer.wanted = wanted = quality or stream.quality
+        channel = None
+        if not is_private:
+            channel = self._find(stream, wanted)
         if channel is None:
             self._recall(stream, wanted)
+        if channel is None and not is_private:
+            channel = self._find_start(stream, wanted)
         self._make_room(self._has_seat, viewer, "there are too many viewers")
         if channel is None:
             self._make_room(self._has_slot, viewer, "there are too many upstreams")
@@ -4758,12 +4778,20 @@ class Channels:
         return channel
 
     def _find(self, stream: StreamSettings, wanted: str) -> Channel | None:
-        """The channel that has, or will have, the first of the wanted qualities that exists."""
+        """The channel that has the first of the wanted qualities that exists, or is to have it."""
         variant = variant_of(wanted, self._variants_of(stream))
-        offered = [channel for channel in self._channels_of(stream.name) if channel.is_offered]
-        having = (c for c in offered if c.variant and c.variant == variant)
-        starting = (c for c in offered if c.state is State.STARTING and c.wanted == wanted)
-        return next(itertools.chain(having, starting), None)
+        for channel in self._channels_of(stream.name):
+            if channel.is_offered and channel.variant and channel.variant == variant:
+                return channel
+        return None
+
+    def _find_start(self, stream: StreamSettings, wanted: str) -> Channel | None:
+        """The start to wait for: its variants are unknown, or it was asked for the same."""
+        for channel in self._channels_of(stream.name):
+            is_start = channel.is_offered and channel.state is State.STARTING
+            if is_start and (not channel.variants or channel.wanted == wanted):
+                return channel
+        return None
 
     def _variants_of(self, stream: StreamSettings) -> Mapping[str, str]:
         """By name, what the newest start found, and what is running though that lacked it."""
@@ -4829,19 +4857,24 @@ class Channels:
         return any(other.address == viewer.address for other in viewers)
 
     def _await_start(self, channel: Channel, viewer: Viewer, deadline: float) -> bool:
-        """Wait until the channel has media for this viewer; False where it has to go elsewhere."""
-        while channel.state is State.STARTING:
+        """Wait until the channel has media for this viewer; False if the viewer must begin again.
+
+        Raises StreamError if the start failed, or has no media by the viewer's own deadline.
+        """
+        if channel.is_running:
+            return True
+        while channel.state is State.STARTING and channel.suits(viewer):
             remaining = deadline - time.monotonic()
             if remaining <= 0 or viewer.has_left():
                 self._detach(channel, viewer)
                 no_media = no_media_error(channel.stream, channel.trouble)
                 raise no_media if remaining <= 0 else ViewerGone()
             self.changed.wait(min(remaining, START_TICK))
-        if channel.failure:
+        is_served = channel.suits(viewer) and channel.had_media
+        if not is_served:
             self._detach(channel, viewer)
+        if channel.suits(viewer) and channel.failure:
             raise channel.failure.again()
-        if channel.state is State.MERGED:
-            self._detach(channel, viewer)
         return viewer in channel.viewers
 
     def _detach(self, channel: Channel, viewer: Viewer) -> None:
@@ -4889,52 +4922,53 @@ class Channels:
 
     # Channels' threads
 
-    def note_variants(self, channel: Channel, canonical: Mapping[str, str]) -> None:
-        """Remember what a start found, also where it lacks the quality that was asked for."""
+    def note_variants(self, channel: Channel, canonical: Mapping[str, str], variant: str) -> bool:
+        """Remember what a start found; `variant` is empty if it lacks what was asked for.
+
+        Viewers that wait for the start and want another variant begin again.  False if another
+        channel has this variant: then the start has to end, and its viewers go there.
+        """
         with self.changed:
             channel.variants = channel.record.variants = canonical
-            channel.record.resolved = time.monotonic()
-
-    def register(self, channel: Channel, variant: str) -> bool:
-        """Name a start's variant; False where another channel has that one already."""
-        with self.changed:
             channel.variant = variant
-            return not channel.is_offered or not self._is_taken(channel)
+            channel.record.resolved = time.monotonic()
+            self.changed.notify_all()
+            is_redundant = channel.is_offered and self._is_offered_by_another(channel)
+            return not is_redundant
 
     def go_live(
         self, channel: Channel, container: Container, listing: Listing | None, is_private: bool
     ) -> bool:
         """Make a channel with media at hand LIVE or PRIVATE.
 
-        False where it became MERGED, or was stopped: a reload may have come meanwhile, and nobody
-        shall find a channel of the old settings.
+        False if the start has to end: another channel has its variant, or a reload stopped it, so
+        that nobody may find a channel of the old settings.
         """
         with self.changed:
             channel.record.container = channel.container = container
-            if channel.is_stopped or (not is_private and self._is_taken(channel)):
+            if channel.is_stopped or (not is_private and self._is_offered_by_another(channel)):
                 return False
             channel.state = State.PRIVATE if is_private else State.LIVE
+            channel.had_media = True
             if listing:
                 channel.listing = listing
-            for viewer in tuple(channel.viewers)[1:] if is_private else ():
-                self._detach(channel, viewer)
+            if is_private:
+                suited = [viewer for viewer in channel.viewers if channel.suits(viewer)]
+                for viewer in suited[1:]:
+                    self._detach(channel, viewer)
             self.changed.notify_all()
             return True
 
     def end(self, channel: Channel, is_complete: bool, failure: StreamError | None) -> None:
         """A channel's thread ends; called once for each, with what became of it."""
         with self.changed:
-            is_given_up = channel.is_stopped or failure is None
-            if channel.state is State.STARTING and is_given_up and not self.is_stopping:
-                # A reload, or nobody waited any more: who waits now starts anew.
-                channel.state = State.MERGED
-            elif channel.state is State.STARTING:
-                if self.is_stopping or failure is None:
-                    failure = stopping_error()
-                channel.failure = failure
-                channel.record.failures[channel.wanted] = time.monotonic(), failure
-            if channel.state is not State.MERGED:
-                channel.state = State.CLOSED
+            if self.is_stopping:
+                failure = stopping_error()
+            elif channel.is_stopped:
+                failure = None  # whatever failed was cut off by a reload
+            if channel.state is State.STARTING and failure:
+                self._fail_start(channel, failure)
+            channel.state = State.CLOSED
             channel.is_fed = False
             # Here, so that nobody finds them there; who polls what truly ended is seen off later.
             for viewer in () if is_complete else tuple(channel.pollers.values()):
@@ -4942,6 +4976,13 @@ class Channels:
             self._forget_if_over(channel)
             self.changed.notify_all()
         channel.window.end(is_complete)
+
+    def _fail_start(self, channel: Channel, failure: StreamError) -> None:
+        """Remember the failure for all that were asked for and would have been served."""
+        channel.failure = failure
+        qualities = {viewer.wanted for viewer in channel.viewers if channel.suits(viewer)}
+        for quality in (channel.wanted, *qualities):
+            channel.record.failures[quality] = time.monotonic(), failure
 
     def give_way(self, newcomer: Channel) -> bool:
         """Whether an origin that refuses a connection may take it soon: many allow one at a time.
@@ -4984,16 +5025,13 @@ class Channels:
                 self._close(channel)
             return self.is_stopping or channel.state is State.CLOSED
 
-    def _is_taken(self, channel: Channel) -> bool:
-        """Whether another channel has this one's variant; its viewers then go there."""
-        if not any(
-            other is not channel and other.is_offered and other.variant == channel.variant
-            for other in self._channels_of(channel.stream.name)
-        ):
-            return False
-        channel.state = State.MERGED
-        self.changed.notify_all()
-        return True
+    def _is_offered_by_another(self, channel: Channel) -> bool:
+        """Whether another channel of the stream has this one's variant, or is to have it."""
+        for other in self._channels_of(channel.stream.name):
+            has_same = other.variant == channel.variant != ""
+            if has_same and other is not channel and other.is_offered:
+                return True
+        return False
 
     def _close(self, channel: Channel) -> None:
         """End a channel that nobody watches: its connections close before another one's open."""

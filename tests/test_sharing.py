@@ -122,7 +122,8 @@ def joined(site: Site, path: str, size: int) -> tuple[Watch, bytes]:
 def test_fifty_at_once_cause_one_start(origin: Origin, serve: Serve, queries: list[str]) -> None:
     small = Playlist("small", media.ts_segments(), mode="live")
     large = Playlist("large", media.ts_segments(), mode="live")
-    site = serve({"news": origin.add(master("all", {"360p": small, "720p": large})).url})
+    variants = origin.add(master("all", {"360p": small, "720p": large}))
+    site = serve({"news": variants.url})
     paths = [f"/news{query}" for query in itertools.islice(itertools.cycle(queries), 50)]
     start = large.plain(5 - LIVE_EDGE, 5)
     arrivals = all_at_once([partial(joined, site, path, len(start)) for path in paths])
@@ -132,6 +133,7 @@ def test_fifty_at_once_cause_one_start(origin: Origin, serve: Serve, queries: li
     assert {viewer.read_all() for viewer, _ in arrivals} == {(large.plain(5, 7), True)}
     fetched = [origin.count(large.segment_path(number)) for number in range(7)]
     assert fetched == [0, 0, 1, 1, 1, 1, 1]
+    assert origin.count(variants.path) == 1
     assert origin.count(small.path) == 0
 
 
@@ -336,13 +338,13 @@ class Census(pipe.Channels):
         self.joined.add(channel.state)
         return channel
 
-    def register(self, channel: pipe.Channel, *arguments: Any, **more: Any) -> bool:
-        is_registered = super().register(channel, *arguments, **more)
+    def note_variants(self, channel: pipe.Channel, *arguments: Any, **more: Any) -> bool:
+        is_needed = super().note_variants(channel, *arguments, **more)
         with self.changed:
             states = [channel.state for channel in self._channels if channel.is_fed]
         is_open = [state in (pipe.State.STARTING, pipe.State.LIVE) for state in states]
         self.most_open = max(self.most_open, sum(is_open))
-        return is_registered
+        return is_needed
 
     def is_abandoned(self, channel: pipe.Channel) -> bool:
         is_abandoned = super().is_abandoned(channel)

@@ -418,6 +418,92 @@ def test_running_channel_is_joined_though_the_newest_start_lacked_it(
     assert origin.count(news.path) == loads
 
 
+#### Several qualities during one start ####
+
+
+def test_qualities_asked_for_at_once_share_one_look_at_the_variants(
+    origin: Origin, serve: Serve
+) -> None:
+    """The viewer of the other quality waits for the first start, and then gets one of its own."""
+    news = two_qualities(origin, "news")
+    small, large = (variant.playlist for variant in news.variants)
+    hanging = origin.fault(news.path, StallHeaders())
+    site = serve({"news": news.url})
+    paths = ["/news?quality=360p", "/news?quality=720p", "/news?quality=best", "/news?quality=nope"]
+    with contextlib.ExitStack() as stack:
+        players = [stack.enter_context(Player(site, path)) for path in paths]
+        eventually(lambda: viewers(site) == len(paths), "all wait")
+        hanging.wait_held()
+        assert (upstreams(site), origin.count(news.path)) == (1, 1)
+        hanging.release()
+        assert [player.status for player in players] == [200, 200, 200, 404]
+        variants = site.get("/status").json["streams"][0]["channels"]
+        assert {c["variant"]: len(c["viewers"]) for c in variants} == {"360p": 1, "720p": 2}
+    assert origin.count(news.path) == 2
+    assert origin.count(small.path) >= 1 <= origin.count(large.path)
+
+
+def test_failed_start_is_told_to_waiting_viewers_of_every_quality(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipe, "FAILURE_MEMORY", LONG)
+    news = two_qualities(origin, "news")
+    hanging = origin.fault(news.path, StallHeaders(), Status(404))
+    site = serve({"news": news.url})
+    paths = ["/news?quality=360p", "/news?quality=720p", "/news"]
+    with contextlib.ExitStack() as stack:
+        players = [stack.enter_context(Player(site, path)) for path in paths]
+        eventually(lambda: viewers(site) == len(paths), "all wait")
+        hanging.release()
+        assert [player.status for player in players] == [502, 502, 502]
+    assert [site.get(path).status for path in paths] == [502, 502, 502]
+    assert origin.count(news.path) == 1
+
+
+def test_viewer_that_leaves_while_it_waits_for_another_quality_is_not_counted(
+    origin: Origin, serve: Serve
+) -> None:
+    news = two_qualities(origin, "news")
+    hanging = origin.fault(news.path, StallHeaders())
+    site = serve({"news": news.url}, timeout=600)
+    with Player(site, "/news?quality=360p") as player:
+        hanging.wait_held()
+        with Player(site, "/news?quality=720p"):
+            eventually(lambda: viewers(site) == 2, "both wait")
+        eventually(lambda: viewers(site) == 1, "one has left")
+        hanging.release()
+        player.read_media()
+    assert origin.count(news.path) == 1
+
+
+def waiting_seconds(site: Site) -> float:
+    """How long the newest viewer of the first channel has been there."""
+    channel = site.get("/status").json["streams"][0]["channels"][0]
+    return float(channel["viewers"][-1]["since_seconds"])
+
+
+def test_time_that_a_viewer_waited_for_another_quality_counts(origin: Origin, serve: Serve) -> None:
+    """Its deadline runs from its own request, whatever start it waits for."""
+    news = two_qualities(origin, "news")
+    large = news.variants[1].playlist
+    hanging = origin.fault(news.path, StallHeaders())
+    stalled = origin.fault(large.path, StallHeaders(), times=None)
+    site = serve({"news": news.url}, timeout=3)
+    with Player(site, "/news?quality=360p") as small:
+        hanging.wait_held()
+        early = Task(lambda: site.get("/news?quality=720p").status)
+        eventually(lambda: viewers(site) == 2, "it waits")
+        eventually(lambda: waiting_seconds(site) > 1, "it has waited for a while")
+        hanging.release()
+        assert small.status == 200
+        stalled.wait_held()  # the start of its own, which has its own time
+        late = Task(lambda: site.watch("/news?quality=720p").status)
+        assert early.result() == 504
+        stalled.clear()
+        stalled.release()
+        assert late.result() == 200, "the start had time left"
+
+
 #### A reload during a start ####
 
 
@@ -435,7 +521,8 @@ def test_who_waits_for_a_start_gets_the_new_default_quality(origin: Origin, serv
     with contextlib.ExitStack() as stack:
         players = [stack.enter_context(Player(site, path)) for path in paths]
         eventually(lambda: viewers(site) == len(paths), "all wait")
-        hanging.wait_held(3)
+        hanging.wait_held()
+        assert origin.count(news.path) == 1, "one start asks for all of them"
         hanging.clear()
         reload(site, {"url": news.url, "quality": "360p"})
         assert [player.status for player in players] == [200, 200, 200, 404]
@@ -451,6 +538,27 @@ def test_stream_that_a_reload_removes_during_its_start(origin: Origin, serve: Se
         hanging.wait_held()
         reload(site, {"url": relay(origin, "b")})
         assert player.status == 404
+    hanging.release()
+
+
+def test_reload_during_a_start_reaches_waiting_viewers_of_every_quality(
+    origin: Origin, serve: Serve
+) -> None:
+    """The stream goes, or plays something else."""
+    old, new = two_qualities(origin, "old"), two_qualities(origin, "new")
+    hanging = origin.fault(old.path, StallHeaders(), times=None)
+    site = serve({"news": old.url, "sport": old.url})
+    paths = ["/news?quality=360p", "/news?quality=720p", "/sport?quality=360p", "/sport"]
+    with contextlib.ExitStack() as stack:
+        players = [stack.enter_context(Player(site, path)) for path in paths]
+        eventually(lambda: viewers(site) == len(paths), "all wait")
+        hanging.wait_held(2)
+        assert origin.count(old.path) == 2, "a start for each stream"
+        reload(site, {"url": new.url})
+        assert [player.status for player in players] == [200, 200, 404, 404]
+        variants = site.get("/status").json["streams"][0]["channels"]
+        assert {c["variant"]: len(c["viewers"]) for c in variants} == {"360p": 1, "720p": 1}
+    hanging.clear()
     hanging.release()
 
 
