@@ -282,9 +282,8 @@ TIMED_OUT = "the origin did not answer in time"
 REFUSED = "the origin refuses connections"
 UNKNOWN = "the origin's host name is unknown"
 NO_ROUTE = "there is no network route to the origin"
-UNREACHABLE = "the origin cannot be reached"
 CLOSED = "the origin closed the connection"
-GONE = frozenset({REFUSED, UNKNOWN, NO_ROUTE, UNREACHABLE, CLOSED})  # nobody is there
+GONE = frozenset({REFUSED, UNKNOWN, NO_ROUTE, CLOSED})  # nobody is there
 NOT_FOUND = "the origin answered 404"
 # What an address answers that is not valid any more: it is resolved anew.
 EXPIRED = frozenset(f"the origin answered {status}" for status in (401, 403, 404, 410))
@@ -296,7 +295,8 @@ EMPTY = "the origin's playlist is empty"
 _NO_ROUTE = errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN
 
 # A reason, and its signs: the type of the error or of any of its causes, or a piece of their texts.
-# The first that fits is told, so a reason stands before what it brings about.
+# The first match wins, so list causes before their consequences.  Two reasons that ask the same of
+# a person are one.
 _REASONS: tuple[tuple[Any, ...], ...] = (
     ("the proxy does not answer", requests.exceptions.ProxyError, socks.ProxyError),
     (UNKNOWN, socket.gaierror),
@@ -304,35 +304,32 @@ _REASONS: tuple[tuple[Any, ...], ...] = (
     (TIMED_OUT,
      requests.Timeout, urllib3.exceptions.ReadTimeoutError, TimeoutError),
     ("the origin's certificate is not valid", ssl.SSLCertVerificationError),
-    ("the origin names an address that is never opened", requests.exceptions.InvalidSchema),
+    ("the origin refers to a local file: refused", "file:", "scheme='file'"),
+    ("the origin goes from https to http: configure the http:// address",
+     " scheme='http'", "Disallowed redirection to http:"),
+    ("the origin refers to an unsupported kind of address",
+     requests.exceptions.InvalidSchema, "Invalid URL", "Invalid IPv6", "Failed to parse: ",
+     "insecure resource", "Disallowed redirection"),
     ("the origin redirects in a loop", requests.TooManyRedirects),
-    ("the origin's answer cannot be decompressed",
-     requests.exceptions.ContentDecodingError, urllib3.exceptions.DecodeError),
     ("the origin's answer broke off",
      http.client.IncompleteRead, urllib3.exceptions.IncompleteRead),
     (CLOSED, ConnectionError),
-    ("the origin does not speak HTTP", http.client.HTTPException),
+    ("the origin does not speak HTTP", http.client.HTTPException,
+     requests.exceptions.ContentDecodingError, urllib3.exceptions.DecodeError),
     ("ffmpeg cannot be run", FileNotFoundError),
     (NO_ROUTE, *(f"[Errno {number}]" for number in _NO_ROUTE)),
     ("the system has no files left: raise the limit of open files", f"[Errno {errno.EMFILE}]"),
-    ("the origin names a local file: refused", "file:", "scheme='file'"),
-    ("the origin goes from https to http: configure the http:// address",
-     "insecure resource", "Disallowed redirection"),
-    ("the origin does not speak https there: write http:// in front of its address",
-     "WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL"),
-    ("the origin refuses a secure connection", "[SSL"),
-    ("the origin names an address that is not valid",
-     "Invalid URL", "Invalid IPv6", "Failed to parse: "),
+    ("the origin refuses a secure connection: write http:// in front of its address", "[SSL"),
     ("the origin sent something that is not an HLS playlist", "EXTM3U"),
     (CHANNEL_LIST, CHANNEL_LIST),
-    ("the origin's playlist lists no stream that can be played", "variant playlist"),
-    ("the origin's playlist has key frames only, for seeking", "I-frames only"),
+    ("the origin's playlist lists no stream that can be played",
+     "variant playlist", "I-frames only"),
     ("the origin's playlist does not say where a byte range starts", "BYTERANGE offset"),
     ("the origin's playlist has an invalid number", "invalid literal", "could not convert"),
-    ("it is not an AES-128 key", "AES key length", "IV length"),
-    ("it cannot be decrypted with its key", "adding is incorrect", "be padded", "be unpadded"),
+    ("the decryption key is not an AES-128 key", "AES key length", "IV length"),
+    ("decryption failed: wrong key", "adding is incorrect", "be padded", "be unpadded"),
     ("the system has no threads left", "new thread"),
-    (UNREACHABLE, requests.ConnectionError),
+    (CLOSED, requests.ConnectionError),
 )  # fmt: skip
 
 

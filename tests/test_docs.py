@@ -136,9 +136,10 @@ def test_picture_of_readme_is_small() -> None:
 def test_reasons_of_readme_are_those_of_the_program() -> None:
     source = Path(pipe.__file__).read_text(encoding="utf-8")
     told = section("Troubleshooting").split("| 502, and the reason")[1]
+    told += section("Faults").split("| reason |")[1]
     reasons = re.findall(r"^\| (`.+?) \|", told, re.M)
     words = [word for row in reasons for word in re.findall(r"`(.+?)`", row)]
-    assert len(words) >= 8
+    assert len(words) >= 20
     # Of one that tells more, what comes before: a status, or the qualities that there are.
     assert [
         word for word in words if re.split(r"(?<=available: )|(?=\d)", word)[0] not in source

@@ -963,7 +963,7 @@ def test_local_file_named_at_a_start_is_refused(
     live.override = naming(what, secret)
     answer = serve({"news": live.url}, **QUICK).get("/news")
     assert answer.status == 502
-    assert answer.json == {"error": "the origin names a local file: refused"}
+    assert answer.json == {"error": "the origin refers to a local file: refused"}
 
 
 @pytest.mark.parametrize("path", ["index.m3u8", "key", "init.mp4", "*.m4s"])
