@@ -28,6 +28,7 @@ Threads
     feed-NAME-0    one for each Channel: opens its upstream, judges it, opens it again
     pump-NAME-0    for a raw body or ffmpeg's output: moves it to the ReaderBuffer
     close-NAME-0   ends an upstream, which may take as long as streamlink's threads do
+    log            writes the lines of the log, so that no other thread waits for its reader
     check_N, demo  for --check and --demo
     Streamlink's own are named after the channel: a worker loads playlists and puts segments, a
     writer hands on the oldest download, an executor runs the downloads.
@@ -37,6 +38,7 @@ Locks
     Window._lock         blocks, join points and viewers of one window
     Listing._changed     the segments that HLS lists
     ReaderBuffer._lock   what was handed over and has not been taken
+    LogHandler.lock      the lines of the log that wait; may be taken under any lock
     Taken in that order.  Http's may be taken under the first, a ReaderBuffer's under
     DownloadingWriter's; Server's are taken alone.  None is held across a socket write, a request or
     a join; shutting sockets down under Channels.changed does not block.
@@ -109,7 +111,7 @@ from http import HTTPStatus
 from http.cookiejar import MozillaCookieJar
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TextIO, cast
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlencode, urlsplit
 
 try:
@@ -191,6 +193,9 @@ MOST_CONNECTIONS = 4096  # where max_viewers is 0
 UNSENT_LIMIT = 128 * KIB  # bytes the kernel holds for a viewer and has not sent yet
 DRAIN_TIME = 1.0  # seconds in which new streams get 503 before the listener goes away
 EXIT_TIME = 4.0  # seconds until the process ends, whatever still hangs
+LOG_LINES = 10_000  # log lines that may wait while nobody reads the log
+LOG_BYTES = 16 * MIB  # of those lines; at debug level a client's path may have 64 KiB
+LOG_TIME = 1.0  # seconds that the process waits at its end for lines that are not written yet
 
 STREAM_NAME = re.compile(r"[a-z0-9-]+")
 NO_MEDIA = "the origin sent no media"
@@ -4071,7 +4076,6 @@ class Channel:
         self.variants: Mapping[str, str] = {}  # name to variant; empty until its start found them
         self.viewers: dict[Viewer, None] = {}  # in order of arrival
         self.pollers: dict[tuple[str, ...], Viewer] = {}  # those of them that poll, by key
-        self.departed: deque[Viewer] = deque()  # pollers whose departure is not in the log yet
         self.listing: Listing | None = None  # for them; None where it cannot be HLS
         self.idle_since = math.inf  # when the last viewer left
         self.failure: StreamError | None = None
@@ -4665,8 +4669,6 @@ class Channels:
             known, listing = channel.pollers[viewer.key], channel.listing
             known.moved = time.monotonic()
             assert listing
-        if known is viewer:
-            log.info("%s: %s started watching (HLS)", stream.name, viewer.address)
         return channel, listing, known
 
     def _start_polling(self, channel: Channel, viewer: Viewer) -> None:
@@ -4683,6 +4685,7 @@ class Channels:
         viewer.has_left = lambda: time.monotonic() - viewer.moved > channel.poll_patience
         channel.pollers[viewer.key] = viewer
         channel.record.add("arrivals")
+        log.info("%s: %s started watching (HLS)", channel.stream.name, viewer.address)
 
     def polled(self, stream: StreamSettings, quality: str | None) -> list[Channel]:
         """The running channel that a request is for, and those that ended and are still polled."""
@@ -4877,7 +4880,8 @@ class Channels:
     def _detach(self, channel: Channel, viewer: Viewer) -> None:
         if channel.pollers.get(viewer.key) is viewer:
             del channel.pollers[viewer.key]
-            channel.departed.append(viewer)
+            log.info("%s: %s left: %d bytes in %.1f s (HLS)", channel.stream.name,
+                     viewer.address, viewer.sent, time.monotonic() - viewer.since)  # fmt: skip
         if viewer in channel.viewers:
             del channel.viewers[viewer]
             channel.record.add("sent", viewer.sent)
@@ -4995,18 +4999,11 @@ class Channels:
             return time.monotonic() - self._closed.get(host, -math.inf) < ZAPPING_TIME
 
     def let_pollers_go(self, channel: Channel, *, all_of_them: bool = False) -> None:
-        """Count out and log those who have left.
-
-        Not under the lock: who reads the log may have stopped, and nobody else shall wait for that.
-        """
+        """Detach the polling clients that have left."""
         with self.changed:
             for viewer in tuple(channel.pollers.values()):
                 if all_of_them or viewer.has_left():
                     self._detach(channel, viewer)
-        while channel.departed:
-            viewer = channel.departed.popleft()
-            log.info("%s: %s left: %d bytes in %.1f s (HLS)", channel.stream.name,
-                     viewer.address, viewer.sent, time.monotonic() - viewer.since)  # fmt: skip
 
     def has_viewers(self, channel: Channel) -> bool:
         self.let_pollers_go(channel)
@@ -6416,10 +6413,145 @@ def _secrets_of_address(address: str) -> set[str]:
     return users | values | ({tail, query} if tail.count("/") > 1 or query else set())
 
 
+class LogHandler(logging.Handler):
+    """Hands each line to a thread that writes it, so that no other thread waits for a reader.
+
+    LOG_LINES may wait, LOG_BYTES in all.  Beyond that, a new line is dropped, but a warning or an
+    error displaces the oldest line of a lower level.  The next line that is written says how many
+    were dropped.  A line that cannot be written (a full disk, a reader that left) is dropped, too.
+
+    Any thread may log, whatever locks it holds.  Only flush() blocks, for LOG_TIME at most.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        """Log to `stream`; starts the thread, which close() ends."""
+        super().__init__()
+        self._encoding = stream.encoding
+        # Unbuffered: a buffer would keep what could not be written, and write it with a later line.
+        binary = stream.buffer
+        self._raw = cast(io.RawIOBase, getattr(binary, "raw", binary))
+        # The library's own lock, which its handle() holds, guards the fields below.  It is
+        # reentrant: the garbage collector may run a finalizer that logs.  The condition is notified
+        # when a line was added or written, and by close().
+        self._changed = threading.Condition(self.lock)
+        self._waiting: dict[int, deque[tuple[int, bytes]]] = {}  # by level: line number and line
+        self._numbers = itertools.count()
+        self._lines = 0  # that wait
+        self._bytes = 0  # of them
+        self._dropped = 0  # lines, since the last one that was written
+        self._is_writing = False
+        self._is_closed = False
+        # Written by the log's thread alone.
+        self._is_mid_line = False  # a write broke off within a line
+        threading.Thread(target=self._write_lines, name="log", daemon=True).start()
+
+    # Any thread
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Add a line.  The caller, handle(), holds the lock."""
+        try:
+            line = self._line_of(record)
+        except Exception:  # the arguments do not fit the message
+            self.handleError(record)
+            return
+        if self._make_room(record.levelno, len(line)):
+            lines = self._waiting.setdefault(record.levelno, deque())
+            lines.append((next(self._numbers), line))
+            self._lines += 1
+            self._bytes += len(line)
+            self._changed.notify_all()
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say so in the log: the library would write to stderr, and wait for its reader."""
+        place = f"{record.filename}:{record.lineno}"
+        self.emit(_own_record(logging.ERROR, f"a log line of {place} cannot be formatted"))
+
+    def flush(self) -> None:
+        """Wait until every line is written, LOG_TIME at most."""
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._lines or self._is_writing), LOG_TIME)
+
+    def close(self) -> None:
+        """End the thread once it has written what waits; returns at once."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        super().close()
+
+    def _line_of(self, record: logging.LogRecord) -> bytes:
+        """A record as it is written.
+
+        It becomes text at once: a waiting record would keep its traceback, and with it a window.
+        """
+        return f"{self.format(record)}\n".encode(self._encoding, "backslashreplace")
+
+    def _make_room(self, level: int, size: int) -> bool:
+        """Whether a line of this level and size may wait; displaces lesser lines for it."""
+        while self._lines >= LOG_LINES or self._bytes + size > LOG_BYTES:
+            queues = tuple(self._waiting.items())
+            lesser = [lines for each, lines in queues if each < level and lines]
+            self._dropped += 1
+            if level < logging.WARNING or not lesser:
+                return False
+            self._remove_oldest(lesser)
+        return True
+
+    def _remove_oldest(self, queues: Iterable[deque[tuple[int, bytes]]]) -> bytes:
+        oldest = min(queues, key=lambda lines: lines[0])
+        line = oldest.popleft()[1]
+        self._lines -= 1
+        self._bytes -= len(line)
+        return line
+
+    # The log's thread
+
+    def _write_lines(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._lines or self._is_closed)
+                if not self._lines:
+                    return
+                queues = tuple(self._waiting.values())
+                line = self._remove_oldest([lines for lines in queues if lines])
+                dropped, self._dropped = self._dropped, 0
+                self._is_writing = True
+            if dropped:
+                words = f"dropped {_many(dropped, 'log line')}: the log was not read, or was full"
+                line = self._line_of(_own_record(logging.WARNING, words)) + line
+            is_written = self._write(line)
+            with self._changed:
+                if not is_written:
+                    self._dropped += dropped + 1
+                self._is_writing = False
+                self._changed.notify_all()
+
+    def _write(self, data: bytes) -> bool:
+        """Write all of it; blocks while nobody reads.  False if it cannot be written."""
+        if self._is_mid_line:
+            data = b"\n" + data
+        rest = memoryview(data)
+        with contextlib.suppress(OSError, ValueError):  # full, without a reader, or closed
+            while rest:
+                written = self._raw.write(rest)
+                if written is None:  # a process that shares it has made it non-blocking
+                    select.select([], [self._raw], [])
+                    continue
+                self._is_mid_line = written < len(rest)
+                rest = rest[written:]
+        return not rest
+
+
+def _own_record(level: int, words: str) -> logging.LogRecord:
+    """A record about the log itself."""
+    return logging.LogRecord(log.name, level, __file__, 0, words, None, None)
+
+
 def set_up_logging(level: str) -> LogFormatter:
-    """Log to stderr; the formatter that is returned can be told the secrets."""
+    """Log to stderr, from a thread of its own; set the secrets of the formatter it returns."""
+    if sys.stderr is None:  # closed before the start; no socket may get its number
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (stays open)
     formatter = LogFormatter("%(asctime)s %(levelname)s%(channel)s %(message)s")
-    handler = logging.StreamHandler()
+    handler = LogHandler(sys.stderr)
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
@@ -6429,13 +6561,21 @@ def set_up_logging(level: str) -> LogFormatter:
         for name in ("stream.hls", "stream.segmented", "stream.ffmpegmux"):
             logging.getLogger(f"streamlink.{name}").setLevel(logging.CRITICAL)
         logging.getLogger("urllib3").setLevel(logging.CRITICAL)
+    # Python's own hooks write to stderr, and wait for its reader.
     threading.excepthook = _log_dead_thread
+    sys.unraisablehook = _log_unraisable
     return formatter
 
 
 def _log_dead_thread(dead: threading.ExceptHookArgs) -> None:
     name = dead.thread.name if dead.thread else "a thread"
     log.error("%s died", name, exc_info=dead.exc_value)
+
+
+def _log_unraisable(failed: sys.UnraisableHookArgs) -> None:
+    """A finalizer failed."""
+    what = failed.err_msg or "Exception ignored in"
+    log.error("%s %r", what, failed.object, exc_info=failed.exc_value)
 
 
 # Running
@@ -6542,7 +6682,6 @@ def announce(config: Config, server: Server) -> None:
 
 def close(server: Server, channels: Channels) -> None:
     """Let the viewers go and end everything, within EXIT_TIME whatever hangs, or about."""
-    # Who reads the log may have stopped: then each line of it hangs.
     last_resort = threading.Timer(EXIT_TIME + DRAIN_TIME, os._exit, (EXIT_OK,))
     last_resort.daemon = True
     with contextlib.suppress(RuntimeError):  # the system has no threads left
@@ -6590,8 +6729,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     status = main()
-    # Python would wait for the threads of downloads that hang.
-    logging.shutdown()
+    logging.shutdown()  # waits for the log's thread, LOG_TIME at most
     with contextlib.suppress(OSError, AttributeError):  # nobody reads it, or it was closed
         sys.stdout.flush()
-    os._exit(status)
+    os._exit(status)  # sys.exit() would wait for the threads of downloads that hang

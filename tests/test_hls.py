@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import pipe
 from tests import media
 from tests.origin import Body, Origin, Playlist, Segment, Stall, StallHeaders, Status, master
-from tests.server import BROWSER, TIMEOUT, Answer, Site
+from tests.server import BROWSER, Answer, Site
 from tests.test_sharing import eventually
 
 Serve = Callable[..., Site]
@@ -775,42 +775,6 @@ def test_who_keeps_to_a_target_that_grew_has_not_left(origin: Origin, serve: Ser
     viewer = site.get("/news.m3u8")
     assert b"#EXT-X-TARGETDURATION:6" in viewer.body
     eventually(lambda: cast(float, viewers_of(site)[0]["since_seconds"]) > 4, "it is still there")
-
-
-class StuckLog(logging.Handler):
-    """Whoever reads it has stopped: lines with these words wait until it is read again."""
-
-    def __init__(self, words: str) -> None:
-        super().__init__()
-        self._words = words
-        self.is_stuck, self.is_read = threading.Event(), threading.Event()
-
-    def createLock(self) -> None:
-        self.lock = None  # other lines pass
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self._words in record.getMessage():
-            self.is_stuck.set()
-            self.is_read.wait(2 * TIMEOUT)
-
-
-@pytest.mark.parametrize("words", ["started watching (HLS)", " left: "])
-def test_nobody_waits_for_who_reads_the_log(
-    origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture, words: str
-) -> None:
-    caplog.set_level(logging.INFO, "streampipe")
-    stuck = StuckLog(words)
-    site = serve({"news": live(origin).url}, linger=0)
-    poll = threading.Thread(target=site.get, args=("/news.m3u8",))
-    pipe.log.addHandler(stuck)
-    try:
-        poll.start()
-        assert stuck.is_stuck.wait(TIMEOUT)
-        assert site.get("/health").status == 200
-    finally:
-        stuck.is_read.set()
-        pipe.log.removeHandler(stuck)
-        poll.join(TIMEOUT)
 
 
 def test_channel_closes_behind_who_polled(origin: Origin, serve: Serve) -> None:
