@@ -127,7 +127,7 @@ try:
     from streamlink.plugins import http as _http_plugin  # noqa: F401
     from streamlink.session.http import HTTPSession
     from streamlink.session.session import Streamlink
-    from streamlink.stream.dash.dash import DASHStream, DASHStreamReader
+    from streamlink.stream.dash.dash import DASHStream
     from streamlink.stream.ffmpegmux import FFMPEGMuxer, MuxedStream
     from streamlink.stream.hls.hls import (
         HLSStream,
@@ -2985,8 +2985,6 @@ class Upstream:
 
         def make_and_note(*arguments: Any, **more: Any) -> Any:
             files.append(make(*arguments, **more))
-            if isinstance(files[-1], DASHStreamReader):
-                vars(files[-1])["read"] = files[-1].buffer.read  # as SegmentReader.read
             return files[-1]
 
         vars(stream)[maker] = make_and_note
