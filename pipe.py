@@ -793,24 +793,6 @@ JUMP_SEARCH = 1 * MIB  # in which each packet is looked at after a jump, then on
 VIDEO_PATIENCE = 3 * 90_000  # ticks of sound without the video that the PMT names
 
 
-class Container(enum.Enum):
-    """What a stream is made of; the value is its media type."""
-
-    MPEG_TS = "video/mp2t"
-    FMP4 = "video/mp4"
-    AAC = "audio/aac"
-    MPEG_AUDIO = "audio/mpeg"
-    AC3 = "audio/ac3"
-    EAC3 = "audio/eac3"
-    MATROSKA = "video/x-matroska"
-    OTHER = "application/octet-stream"
-
-    @property
-    def has_join_points(self) -> bool:
-        """Whether late viewers can join it where it has no segments."""
-        return self is Container.MPEG_TS or self in PACKED_AUDIO
-
-
 class JoinKind(enum.IntEnum):
     """How good a place to start is; a window offers its best kind."""
 
@@ -1284,40 +1266,81 @@ class AudioFramer(Framer):
         return at
 
 
-# Telling containers apart
+# Containers, and telling them apart
 
-# What a stream begins with.  A first packet that is whole and followed by another's sync byte needs
-# no more proof.
-_FIRST_BYTES = {
-    Container.MATROSKA: re.compile(rb"\x1a\x45\xdf\xa3"),
-    Container.FMP4: re.compile(rb".{4}(ftyp|styp|moov|moof|sidx|emsg|prft)", re.DOTALL),
-    Container.MPEG_TS: re.compile(rb"G.{187}G", re.DOTALL),
-}
-# The header of a frame, which packets may look like that begin anywhere.
-_FIRST_FRAME = {
-    # ISO/IEC 13818-7, 6.2: syncword, layer 0.
-    Container.AAC: re.compile(rb"\xff[\xf0\xf1\xf8\xf9].{4}", re.DOTALL),
-    # ISO/IEC 11172-3, 2.4.1.3: a version and a layer that exist, and a bit rate.  FF FE would be
-    # layer I with a checksum, but is the byte order mark of UTF-16.
-    Container.MPEG_AUDIO: re.compile(
-        rb"\xff[\xe2-\xe7\xf2-\xf7\xfa-\xfd\xff][\x10-\xef].{3}", re.DOTALL
-    ),
-    # ETSI TS 102 366, 4.4.1 and E.2.2: the codecs differ in bsid.
-    Container.AC3: re.compile(rb"\x0b\x77.{3}[\x00-\x57]", re.DOTALL),
-    Container.EAC3: re.compile(rb"\x0b\x77.{3}[\x58-\x87]", re.DOTALL),
-}
-PACKED_AUDIO = frozenset(_FIRST_FRAME)
-# What origins call packed audio.
-_AUDIO_TYPES = {
-    "audio/aac": Container.AAC,
-    "audio/aacp": Container.AAC,
-    "audio/x-aac": Container.AAC,
-    "audio/mpeg": Container.MPEG_AUDIO,
-    "audio/mp3": Container.MPEG_AUDIO,
-    "audio/x-mpeg": Container.MPEG_AUDIO,
-    "audio/ac3": Container.AC3,
-    "audio/eac3": Container.EAC3,
-}
+
+@dataclass(frozen=True, eq=False)
+class Container:
+    """What a stream is made of, with everything that depends on it."""
+
+    media_type: str
+    extension: str = ""  # of its HLS segments; empty: it is not available as HLS
+    framer: Callable[[], Framer] = Framer
+    is_packed_audio: bool = False  # frames, with ID3 tags in front
+    joins_late: bool = False  # late viewers can join it if the source has no segments
+    is_cut_for_hls: bool = False  # its clock tells where HLS cuts it if the source has no segments
+    has_map: bool = False  # its HLS names an initialization section (RFC 8216, 4.3.2.5)
+    can_skip: bool = True  # a viewer that falls behind can go on elsewhere
+    filler: bytes = b""  # keeps a silent connection alive
+    plays_bare: bool = False  # browsers play it without HLS
+    first_bytes: re.Pattern[bytes] | None = None
+    other_names: Sequence[str] = ()  # what origins call it besides its media type
+
+    def __repr__(self) -> str:
+        return f"<Container {self.media_type}>"
+
+    def begins(self, data: bytes) -> bool:
+        """Whether the data begins as this container does."""
+        return self.first_bytes is not None and self.first_bytes.match(data) is not None
+
+    def is_called(self, content_type: str) -> bool:
+        """Whether an origin's Content-Type names this container."""
+        name = content_type.partition(";")[0].strip().lower()
+        return name in (self.media_type, *self.other_names)
+
+
+MPEG_TS = Container(
+    "video/mp2t", "ts", TsFramer,
+    joins_late=True, is_cut_for_hls=True, filler=NULL_PACKET,
+    # A whole packet that another's sync byte follows needs no more proof.
+    first_bytes=re.compile(rb"G.{187}G", re.DOTALL),
+)  # fmt: skip
+FMP4 = Container(
+    "video/mp4", "m4s",
+    has_map=True, can_skip=False, plays_bare=True,
+    first_bytes=re.compile(rb".{4}(ftyp|styp|moov|moof|sidx|emsg|prft)", re.DOTALL),
+)  # fmt: skip
+MATROSKA = Container("video/x-matroska", first_bytes=re.compile(rb"\x1a\x45\xdf\xa3"))
+OTHER_MEDIA = Container("application/octet-stream")
+
+
+def _packed_audio(media_type: str, extension: str, header: bytes, **facts: Any) -> Container:
+    """`header` is a pattern of a frame's first bytes."""
+    return Container(
+        media_type, extension, AudioFramer,
+        is_packed_audio=True, joins_late=True,
+        first_bytes=re.compile(header, re.DOTALL), **facts,
+    )  # fmt: skip
+
+
+# ISO/IEC 13818-7, 6.2: syncword, layer 0.
+AAC = _packed_audio(
+    "audio/aac", "aac", rb"\xff[\xf0\xf1\xf8\xf9].{4}",
+    plays_bare=True, other_names=("audio/aacp", "audio/x-aac"),
+)  # fmt: skip
+# ISO/IEC 11172-3, 2.4.1.3: a version and a layer that exist, and a bit rate.  FF FE, layer I with a
+# checksum, is the byte order mark of UTF-16.
+MPEG_AUDIO = _packed_audio(
+    "audio/mpeg", "mp3", rb"\xff[\xe2-\xe7\xf2-\xf7\xfa-\xfd\xff][\x10-\xef].{3}",
+    plays_bare=True, other_names=("audio/mp3", "audio/x-mpeg"),
+)  # fmt: skip
+# ETSI TS 102 366, 4.4.1 and E.2.2: the two differ in bsid.
+AC3 = _packed_audio("audio/ac3", "ac3", rb"\x0b\x77.{3}[\x00-\x57]")
+EAC3 = _packed_audio("audio/eac3", "ec3", rb"\x0b\x77.{3}[\x58-\x87]")
+
+PACKED_AUDIO = (AAC, MPEG_AUDIO, AC3, EAC3)
+CONTAINERS = (MPEG_TS, FMP4, MATROSKA, *PACKED_AUDIO, OTHER_MEDIA)
+
 # Up to three packets that begin anywhere, the first of them whole.
 _PACKETS = re.compile(rb".{0,187}?G(?=.{187})(?!.{187}[^G])(?!.{375}[^G])", re.DOTALL)
 
@@ -1333,26 +1356,16 @@ def sniff(start: bytes, is_all: bool = False, media_type: str = "") -> Container
     while size := _id3_size(start[at : at + ID3_HEADER]):
         at += size
     if at > len(start) >= TAG_LIMIT:
-        return Container.MPEG_AUDIO  # what has so large a tag is a music file with its cover
+        return MPEG_AUDIO  # what has so large a tag is a music file with its cover
     start = start[at:]
-    for container, first_bytes in _FIRST_BYTES.items():
-        if first_bytes.match(start):
-            return container
-    if not is_all and len(start) < SNIFF_LIMIT:
+    told = [container for container in (MPEG_TS, FMP4, MATROSKA) if container.begins(start)]
+    if not told and not is_all and len(start) < SNIFF_LIMIT:
         return None
-    if _PACKETS.match(start):
-        return Container.MPEG_TS
-    for container, first_frame in _FIRST_FRAME.items():
-        if first_frame.match(start):
-            return container
-    name = media_type.partition(";")[0].strip().lower()
-    return _AUDIO_TYPES.get(name, Container.OTHER)
-
-
-def framer_for(container: Container) -> Framer:
-    if container in PACKED_AUDIO:
-        return AudioFramer()
-    return TsFramer() if container is Container.MPEG_TS else Framer()
+    if not told and _PACKETS.match(start):  # packets that begin anywhere may look like a frame
+        told = [MPEG_TS]
+    told = told or [container for container in PACKED_AUDIO if container.begins(start)]
+    told = told or [container for container in PACKED_AUDIO if container.is_called(media_type)]
+    return told[0] if told else OTHER_MEDIA
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1878,14 +1891,6 @@ class Window:
 # HLS: the newest segments of a channel's window, for who polls (RFC 8216)
 # --------------------------------------------------------------------------------------------------
 
-EXTENSIONS = {
-    Container.MPEG_TS: "ts",
-    Container.FMP4: "m4s",
-    Container.AAC: "aac",
-    Container.MPEG_AUDIO: "mp3",
-    Container.AC3: "ac3",
-    Container.EAC3: "ec3",
-}
 MAP_EXTENSION = "mp4"
 PLAYLIST_TYPE = "application/vnd.apple.mpegurl"
 LEAST_LISTED, MOST_LISTED = 3, 8  # segments; Chromium gives up on a first playlist with two
@@ -2028,11 +2033,11 @@ class Listing:
         self, start: JoinPoint, blocks: list[Block], duration: float, preamble: bytes
     ) -> ListedSegment:
         number, init_section, map_number = self.numbering.number, b"", -1
-        if self.container is Container.FMP4:
+        if self.container.has_map:
             last = self._listed[-1] if self._listed else None
             is_same = last is not None and last.init_section == preamble
             init_section, map_number = preamble, last.map_number if last and is_same else number
-        elif self.container in PACKED_AUDIO:
+        elif self.container.is_packed_audio:
             is_whole = 0 < len(preamble) < TAG_LIMIT
             blocks = [preamble if is_whole else timestamp_tag(self._clock), *blocks]
         elif pid_of(bytes(blocks[0][:3]).ljust(3, b"\xff")) != 0:
@@ -2098,7 +2103,7 @@ class Listing:
         self.asked = time.monotonic()
         with self._changed:
             for segment in (*(segment for _, segment in self._left), *self._listed):
-                if (segment.number, EXTENSIONS[self.container]) == (number, extension):
+                if (segment.number, self.container.extension) == (number, extension):
                     return segment.blocks
                 if (segment.map_number, MAP_EXTENSION) == (number, extension):
                     return [segment.init_section]
@@ -2119,12 +2124,12 @@ class Listing:
         if had >= listed[0].number - 1:
             is_over = is_over and listed[-1].number <= had + LEAST_LISTED
             listed = [segment for segment in listed if segment.number <= had + LEAST_LISTED]
-        version = 6 if self.container is Container.FMP4 else 3
+        version = 6 if self.container.has_map else 3
         text = f"#EXTM3U\n#EXT-X-VERSION:{version}\n#EXT-X-TARGETDURATION:{target}\n"
         text += f"#EXT-X-MEDIA-SEQUENCE:{listed[0].number}\n"
         before = listed[0].discontinuities - listed[0].is_apart
         text += f"#EXT-X-DISCONTINUITY-SEQUENCE:{before}\n"
-        map_number, extension = -1, EXTENSIONS[self.container]
+        map_number, extension = -1, self.container.extension
         for segment in listed:
             text += "#EXT-X-DISCONTINUITY\n" if segment.is_apart else ""
             if segment.map_number != map_number:
@@ -3144,7 +3149,9 @@ class SegmentReader(HLSStreamReader):
     def has_clock(self) -> bool:
         """Whether a track's media, or the tag in front of it, tells its place in time."""
         has_tag = self.stream.packed_audio_timestamp is not None
-        return has_tag or sniff(self.start, is_all=True) not in PACKED_AUDIO
+        container = sniff(self.start, is_all=True)
+        is_bare = container is not None and container.is_packed_audio
+        return has_tag or not is_bare
 
     def fail(self, reason: str) -> None:
         """Break off: the worker has no more segments to put."""
@@ -3747,7 +3754,7 @@ class Splicer:
         self.address = address  # position of the address that gave the numbers
         self.number: int | None = None  # of the segment to go on with; None without segments
         self._is_clean = False  # the newest opening: see resume()
-        self._framer = framer_for(listing.container)
+        self._framer = listing.container.framer()
         self._state = SpliceState.PASSING
         self._goes_on = True  # False: viewers have not had what came before, so nothing can
         self._passed = Fingerprint()  # what viewers have had of the open segment
@@ -3941,7 +3948,7 @@ class StreamRecord:
         self.peak = 0  # viewers at once
         self.last_error: str | None = None
         self.troubled = -math.inf  # when that was
-        self.container = Container.MPEG_TS  # the newest
+        self.container = MPEG_TS  # the newest
         self.unplayed: Sequence[str] = ()  # codecs in it that no browser plays
         self.has_failed = False  # an upstream, and nothing has come since
         self.variants: Mapping[str, str] = {}  # of the newest start: name to variant
@@ -4064,7 +4071,7 @@ class Channel:
         self.record = channels.record(stream.name)
         limit = stream.options.ringbuffer_size
         self.window = Window(limit, FOREMOST_PATIENCE, WINDOW_GROWTH)
-        self.container = Container.MPEG_TS  # set once, before the window gets its first block
+        self.container = MPEG_TS  # set once, before the window gets its first block
         # Guarded by channels.changed.
         self.stream = stream  # a reload replaces it
         self.state = State.STARTING
@@ -4459,7 +4466,7 @@ class Channel:
             self._go_live(upstream, container, has_segments)
             return True
         if container is not self.container:
-            raise UpstreamError(f"it turned into {container.value}")
+            raise UpstreamError(f"it turned into {container.media_type}")
         self.restarts += 1
         self.record.add("restarts")
         self._splicer.resume(self._address, upstream.is_clean)
@@ -4472,23 +4479,23 @@ class Channel:
         """
         window = self.window
         self._has_end = upstream.has_end
-        is_private = self._has_end or not (has_segments or container.has_join_points)
+        is_private = self._has_end or not (has_segments or container.joins_late)
         window.live_edge = max(1, upstream.live_edge)
-        window.can_skip = container is not Container.FMP4
+        window.can_skip = container.can_skip
         if is_private:
             window.limit = min(PRIVATE_WINDOW, window.limit)
             window.growth, window.patience = 1, math.inf
         numbering = self.record.numbering(self.variant)
         listing = Listing(window, container, upstream.target_duration, numbering)
-        is_cut = has_segments or container is Container.MPEG_TS
-        has_hls = not is_private and is_cut and container in EXTENSIONS
+        is_cut = has_segments or container.is_cut_for_hls
+        has_hls = not is_private and is_cut and bool(container.extension)
         if not has_hls:
             listing.close()  # it lists nothing, and keeps nothing
         self._splicer = Splicer(listing, self._address)
         if not self.channels.go_live(self, container, listing if has_hls else None, is_private):
             raise WindowEnded(complete=False)
         kind = "has an end" if self._has_end else "for one viewer" if is_private else "live"
-        what = dict.fromkeys((kind, self.variant, container.value))  # a variant may be "live"
+        what = dict.fromkeys((kind, self.variant, container.media_type))  # a variant may be "live"
         log.info("%s: %s", self.stream.name, ", ".join(what))
 
     def _move(self, upstream: Upstream, items: list[bytes | SegmentEvent]) -> None:
@@ -5592,7 +5599,6 @@ PAGES: Mapping[str, Callable[[Site], Page]] = {
 # --------------------------------------------------------------------------------------------------
 
 STREAM_PATH = re.compile(r"/([a-z0-9-]+)(\.m3u8?|/([0-9]{1,18})\.([a-z0-9]+))?")
-PLAYED_AS_IT_IS = (Container.FMP4, Container.AAC, Container.MPEG_AUDIO)  # by browsers, without HLS
 HLS_HEADERS = {"Accept-Ranges": "none"}
 M3U_LISTS = frozenset({"/playlist.m3u"})
 RELOAD_WAIT = 5.0  # seconds that a playlist may wait for news
@@ -5794,7 +5800,7 @@ class Handler(BaseHTTPRequestHandler):
             channel, _, viewer = channels.poll(stream, quality, viewer, anew=True)
             viewer.listed, variant = 0, channel.variant  # the page begins anew
         except NoListing:
-            is_played = channels.record(stream.name).container in PLAYED_AS_IT_IS
+            is_played = channels.record(stream.name).container.plays_bare
             source = stream.name if is_played else ""
         self.answer(watch_page(self.site(), stream, quality, variant, source))
 
@@ -5802,7 +5808,7 @@ class Handler(BaseHTTPRequestHandler):
         """HEAD of a stream costs nothing: Kodi and Jellyfin probe with it before they play."""
         if self.server.channels.is_stopping:
             raise stopping_error()
-        media = self.server.channels.record(stream.name).container.value
+        media = self.server.channels.record(stream.name).container.media_type
         kind = PLAYLIST_TYPE if is_hls else HTML if self.is_person else media
         headers = HLS_HEADERS if is_hls else MEDIA_HEADERS
         self._send_head(HTTPStatus.OK, {"Content-Type": kind, **headers})
@@ -5895,9 +5901,9 @@ class Handler(BaseHTTPRequestHandler):
         Raises WindowEnded where it did not, OSError and ViewerGone for the viewer's part.
         """
         is_chunked = self.request_version != "HTTP/1.0"
-        fills_silence = channel.container is Container.MPEG_TS
+        filler = channel.container.filler
         silent = 0  # seconds
-        headers = {"Content-Type": channel.container.value, **MEDIA_HEADERS}
+        headers = {"Content-Type": channel.container.media_type, **MEDIA_HEADERS}
         framing = {"Transfer-Encoding": "chunked"} if is_chunked else {}
         self._send_head(HTTPStatus.OK, headers | framing)
         try:
@@ -5909,8 +5915,8 @@ class Handler(BaseHTTPRequestHandler):
                     viewer.sent += size
                 blocks = self._take(channel, viewer)
                 silent = 0 if blocks else silent + 1
-                if silent >= SILENCE and fills_silence:
-                    blocks = [NULL_PACKET]  # no block ends within a packet that goes on
+                if silent >= SILENCE and filler:
+                    blocks = [filler]  # no block ends within a packet that goes on
         except WindowEnded as ending:
             if not ending.complete:
                 raise
@@ -5975,7 +5981,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             raise StreamError(HTTPStatus.NOT_FOUND, "there is no such segment")
         size = sum(map(len, blocks))
-        about = {"Content-Type": channel.container.value, "Content-Length": str(size)}
+        about = {"Content-Type": channel.container.media_type, "Content-Length": str(size)}
         self._send_head(HTTPStatus.OK, about | HLS_HEADERS)
         if self.command == "HEAD":
             return
@@ -6216,7 +6222,7 @@ def check_stream(stream: StreamSettings) -> tuple[bool, str]:
     finally:
         channels.stop(EXIT_TIME)
     qualities = ", ".join(dict.fromkeys(channels.record(stream.name).variants.values()))
-    words = [channel.container.value, qualities, f"first byte after {seconds:.2f} s"]
+    words = [channel.container.media_type, qualities, f"first byte after {seconds:.2f} s"]
     return True, "; ".join([*words, channel.note] if channel.note else words)
 
 

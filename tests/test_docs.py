@@ -374,4 +374,4 @@ def test_top_level_is_what_it_shall_be() -> None:
 def test_readme_shows_an_answer_of_this_version() -> None:
     (answer,) = blocks("console")
     assert f"\nServer: StreamPipe/{pipe.__version__}\n" in answer
-    assert f"\nContent-Type: {pipe.Container.MPEG_TS.value}\n" in answer
+    assert f"\nContent-Type: {pipe.MPEG_TS.media_type}\n" in answer

@@ -1634,7 +1634,7 @@ def event(kind: str, number: int) -> pipe.SegmentEvent:
 class Passed:
     """A splicer whose window keeps all, fed with segment events and bytes."""
 
-    def __init__(self, container: pipe.Container = pipe.Container.MPEG_TS) -> None:
+    def __init__(self, container: pipe.Container = pipe.MPEG_TS) -> None:
         self._window = pipe.Window(1 << 24)
         self._viewer = pipe.Viewer()
         self._window.enter(self._viewer)

@@ -163,7 +163,7 @@ class Feed:
         window = pipe.Window(1 << 20, growth=8)
         self.listing = pipe.Listing(window, self.container, 2.0, self.numbering)
         self.splicer = pipe.Splicer(self.listing, 0)
-        if self.container is pipe.Container.FMP4:
+        if self.container is pipe.FMP4:
             self.pass_init()
 
     def pass_init(self) -> None:
@@ -173,7 +173,7 @@ class Feed:
     def segment(self, duration: float, end: pipe.EventKind, is_discontinuous: bool = False) -> None:
         number = next(self.numbers)
         start = pipe.SegmentEvent(pipe.EventKind.START, number, is_discontinuous, duration)
-        bodies = SEGMENTS if self.container is pipe.Container.MPEG_TS else FRAGMENTS
+        bodies = SEGMENTS if self.container is pipe.MPEG_TS else FRAGMENTS
         body = bodies[number % len(bodies)]
         self.splicer.pass_event(start)
         self.splicer.pass_bytes(body if end is pipe.EventKind.END else body[: 10 * media.PACKET])
@@ -183,7 +183,7 @@ class Feed:
         if action == "seam":
             self.splicer.resume(0)
             next(self.numbers)
-            if self.container is pipe.Container.FMP4:
+            if self.container is pipe.FMP4:
                 self.pass_init()
         elif action == "reopen":
             self.open()
@@ -205,7 +205,7 @@ ACTIONS = st.lists(
 )
 
 
-@pytest.mark.parametrize("container", [pipe.Container.MPEG_TS, pipe.Container.FMP4])
+@pytest.mark.parametrize("container", [pipe.MPEG_TS, pipe.FMP4])
 @given(before=ACTIONS, after=ACTIONS)
 @settings(max_examples=100, deadline=None)
 def test_playlists_keep_the_rules(
@@ -219,9 +219,9 @@ def test_playlists_keep_the_rules(
         feed.act(*action)
         if feed.listing.wait(0, 0):
             client.follow(feed.listing.playlist("news", "")[1])
-    whole = SEGMENTS if container is pipe.Container.MPEG_TS else FRAGMENTS
+    whole = SEGMENTS if container is pipe.MPEG_TS else FRAGMENTS
     bodies = list(client.bodies.values())
-    if container is pipe.Container.MPEG_TS:
+    if container is pipe.MPEG_TS:
         bodies = [media.without_notices(body) for body in bodies]
     assert all(body in whole for body in bodies)
     assert set(client.inits.values()) <= {INIT}
@@ -230,7 +230,7 @@ def test_playlists_keep_the_rules(
 @given(st.lists(st.integers(3, 12), min_size=2, max_size=5))
 @settings(max_examples=20, deadline=None)
 def test_numbers_never_repeat_over_openings(counts: list[int]) -> None:
-    feed = Feed(pipe.Container.MPEG_TS)
+    feed = Feed(pipe.MPEG_TS)
     newest, discontinuities = 0, 0
     for count in counts:
         feed.act("reopen", 0)
@@ -243,7 +243,7 @@ def test_numbers_never_repeat_over_openings(counts: list[int]) -> None:
 
 
 def test_discontinuities_are_where_it_does_not_go_on() -> None:
-    feed = Feed(pipe.Container.MPEG_TS)
+    feed = Feed(pipe.MPEG_TS)
     for action in ("segment", "segment", "jump", "segment", "gap", "segment", "seam", "segment"):
         feed.act(action, 1.0)
     listed = listed_in(feed.listing.playlist("news", "")[1])
@@ -254,7 +254,7 @@ def test_discontinuities_are_where_it_does_not_go_on() -> None:
 def test_large_segments_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three are listed whatever they weigh, and three kept that have left."""
     monkeypatch.setattr(pipe, "LISTED_BYTES", 5 * len(SEGMENTS[0]) // 2)
-    feed = Feed(pipe.Container.MPEG_TS)
+    feed = Feed(pipe.MPEG_TS)
     for _ in range(20):
         feed.act("segment", 1.0)
         feed.fetch("news/0.ts")  # somebody asks

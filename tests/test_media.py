@@ -124,18 +124,18 @@ TAGS = {
 
 # Packed audio: its container, and how it is encoded.
 AUDIO: dict[str, tuple[Container, Callable[[], Sequence[bytes]]]] = {
-    "aac": (Container.AAC, lambda: list(adts_frames(b"".join(media.aac_segments(4))))),
-    "mp3": (Container.MPEG_AUDIO, lambda: media.audio_frames("libmp3lame", 44_100)),
-    "mp3 320k": (Container.MPEG_AUDIO, lambda: media.audio_frames("libmp3lame", 44_100, 320_000)),
-    "mp3 mpeg-2": (Container.MPEG_AUDIO, lambda: media.audio_frames("libmp3lame", 22_050)),
-    "mp3 mpeg-2.5": (Container.MPEG_AUDIO, lambda: media.audio_frames("libmp3lame", 11_025)),
-    "mp2": (Container.MPEG_AUDIO, lambda: media.audio_frames("mp2", 44_100)),
-    "mp2 mpeg-2": (Container.MPEG_AUDIO, lambda: media.audio_frames("mp2", 22_050)),
-    "ac3": (Container.AC3, lambda: media.audio_frames("ac3", 48_000)),
-    "ac3 44.1 kHz": (Container.AC3, lambda: media.audio_frames("ac3", 44_100, 96_000)),
-    "ac3 32 kHz 640k": (Container.AC3, lambda: media.audio_frames("ac3", 32_000, 640_000)),
-    "eac3": (Container.EAC3, lambda: media.audio_frames("eac3")),
-    "eac3 44.1 kHz 640k": (Container.EAC3, lambda: media.audio_frames("eac3", 44_100, 640_000)),
+    "aac": (pipe.AAC, lambda: list(adts_frames(b"".join(media.aac_segments(4))))),
+    "mp3": (pipe.MPEG_AUDIO, lambda: media.audio_frames("libmp3lame", 44_100)),
+    "mp3 320k": (pipe.MPEG_AUDIO, lambda: media.audio_frames("libmp3lame", 44_100, 320_000)),
+    "mp3 mpeg-2": (pipe.MPEG_AUDIO, lambda: media.audio_frames("libmp3lame", 22_050)),
+    "mp3 mpeg-2.5": (pipe.MPEG_AUDIO, lambda: media.audio_frames("libmp3lame", 11_025)),
+    "mp2": (pipe.MPEG_AUDIO, lambda: media.audio_frames("mp2", 44_100)),
+    "mp2 mpeg-2": (pipe.MPEG_AUDIO, lambda: media.audio_frames("mp2", 22_050)),
+    "ac3": (pipe.AC3, lambda: media.audio_frames("ac3", 48_000)),
+    "ac3 44.1 kHz": (pipe.AC3, lambda: media.audio_frames("ac3", 44_100, 96_000)),
+    "ac3 32 kHz 640k": (pipe.AC3, lambda: media.audio_frames("ac3", 32_000, 640_000)),
+    "eac3": (pipe.EAC3, lambda: media.audio_frames("eac3")),
+    "eac3 44.1 kHz 640k": (pipe.EAC3, lambda: media.audio_frames("eac3", 44_100, 640_000)),
 }
 of_all_audio = pytest.mark.parametrize("audio", AUDIO)
 
@@ -145,18 +145,18 @@ def frames_of(audio: str) -> list[bytes]:
 
 
 def audio_framer(audio: str = "aac") -> pipe.Framer:
-    return pipe.framer_for(AUDIO[audio][0])
+    return AUDIO[audio][0].framer()
 
 
 STREAMS: dict[str, tuple[Container, Callable[[], bytes]]] = {
-    "ts": (Container.MPEG_TS, lambda: b"".join(media.ts_segments(4)[:2])),
-    "ts sound": (Container.MPEG_TS, lambda: b"".join(media.audio_only_segments(4))),
-    "fmp4": (Container.FMP4, lambda: media.fmp4(4)[0] + b"".join(media.fmp4(4)[1][:2])),
-    "aac": (Container.AAC, lambda: b"".join(media.aac_segments(4))),
-    "mp3": (Container.MPEG_AUDIO, lambda: b"".join(frames_of("mp3"))),
-    "ac3": (Container.AC3, lambda: b"".join(frames_of("ac3"))),
-    "eac3": (Container.EAC3, lambda: b"".join(frames_of("eac3"))),
-    "other": (Container.OTHER, lambda: bytes(range(256)) * 300),
+    "ts": (pipe.MPEG_TS, lambda: b"".join(media.ts_segments(4)[:2])),
+    "ts sound": (pipe.MPEG_TS, lambda: b"".join(media.audio_only_segments(4))),
+    "fmp4": (pipe.FMP4, lambda: media.fmp4(4)[0] + b"".join(media.fmp4(4)[1][:2])),
+    "aac": (pipe.AAC, lambda: b"".join(media.aac_segments(4))),
+    "mp3": (pipe.MPEG_AUDIO, lambda: b"".join(frames_of("mp3"))),
+    "ac3": (pipe.AC3, lambda: b"".join(frames_of("ac3"))),
+    "eac3": (pipe.EAC3, lambda: b"".join(frames_of("eac3"))),
+    "other": (pipe.OTHER_MEDIA, lambda: bytes(range(256)) * 300),
 }
 of_every_stream = pytest.mark.parametrize("name", STREAMS)
 
@@ -174,21 +174,21 @@ def audio_start(make: Callable[[], Sequence[bytes]], tag: bytes = b"") -> bytes:
 
 
 STARTS: dict[str, tuple[Container, Callable[[], bytes]]] = {
-    "ts": (Container.MPEG_TS, lambda: media.ts_segments(4)[0]),
-    "fmp4": (Container.FMP4, lambda: media.fmp4(4)[0]),
-    "fmp4 fragment": (Container.FMP4, lambda: media.fmp4(4)[1][0]),
-    "adts": (Container.AAC, lambda: media.aac_segments(4)[0]),
-    "id3": (Container.AAC, lambda: TAGS["version 4"] + media.aac_segments(4)[0]),
-    "id3 version 2": (Container.AAC, lambda: TAGS["version 2"] + media.aac_segments(4)[0]),
-    "several tags": (Container.AAC, lambda: b"".join(TAGS.values()) + media.aac_segments(4)[0]),
-    "id3 ts": (Container.MPEG_TS, lambda: TAGS["version 3"] + media.ts_segments(4)[0]),
-    "id3 text": (Container.OTHER, lambda: TAGS["version 3"] + b"no audio " * 100),
-    "matroska": (Container.MATROSKA, lambda: matroska()),
-    "flv": (Container.OTHER, lambda: b"FLV\1\5\0\0\0\t" + bytes(1000)),
-    "one frame of mp3": (Container.MPEG_AUDIO, lambda: b"\xff\xfb\x90\x64" + bytes(1000)),
-    "mp3 without a bit rate": (Container.OTHER, lambda: b"\xff\xfb\x00\x64" + bytes(1000)),
-    "utf-16": (Container.OTHER, lambda: ("\ufeffHello, world. " * 60).encode("utf-16-le")),
-    "text": (Container.OTHER, lambda: b"Good day, this is no media. Go away.\n" * 30),
+    "ts": (pipe.MPEG_TS, lambda: media.ts_segments(4)[0]),
+    "fmp4": (pipe.FMP4, lambda: media.fmp4(4)[0]),
+    "fmp4 fragment": (pipe.FMP4, lambda: media.fmp4(4)[1][0]),
+    "adts": (pipe.AAC, lambda: media.aac_segments(4)[0]),
+    "id3": (pipe.AAC, lambda: TAGS["version 4"] + media.aac_segments(4)[0]),
+    "id3 version 2": (pipe.AAC, lambda: TAGS["version 2"] + media.aac_segments(4)[0]),
+    "several tags": (pipe.AAC, lambda: b"".join(TAGS.values()) + media.aac_segments(4)[0]),
+    "id3 ts": (pipe.MPEG_TS, lambda: TAGS["version 3"] + media.ts_segments(4)[0]),
+    "id3 text": (pipe.OTHER_MEDIA, lambda: TAGS["version 3"] + b"no audio " * 100),
+    "matroska": (pipe.MATROSKA, lambda: matroska()),
+    "flv": (pipe.OTHER_MEDIA, lambda: b"FLV\1\5\0\0\0\t" + bytes(1000)),
+    "one frame of mp3": (pipe.MPEG_AUDIO, lambda: b"\xff\xfb\x90\x64" + bytes(1000)),
+    "mp3 without a bit rate": (pipe.OTHER_MEDIA, lambda: b"\xff\xfb\x00\x64" + bytes(1000)),
+    "utf-16": (pipe.OTHER_MEDIA, lambda: ("\ufeffHello, world. " * 60).encode("utf-16-le")),
+    "text": (pipe.OTHER_MEDIA, lambda: b"Good day, this is no media. Go away.\n" * 30),
 }
 for name, (container, make) in AUDIO.items():
     STARTS[name] = (container, functools.partial(audio_start, make))
@@ -235,7 +235,7 @@ def test_fewer_bytes_give_the_same_answer_or_ask_for_more(
 def test_one_packet_and_a_sync_byte_are_enough_for_a_transport_stream() -> None:
     start = media.ts_segments(4)[0]
     assert pipe.sniff(start[:PACKET]) is None
-    assert pipe.sniff(start[: PACKET + 1]) is Container.MPEG_TS
+    assert pipe.sniff(start[: PACKET + 1]) is pipe.MPEG_TS
 
 
 def test_transport_stream_may_start_anywhere_in_a_packet() -> None:
@@ -243,19 +243,19 @@ def test_transport_stream_may_start_anywhere_in_a_packet() -> None:
     stream = media.ts_segments(4)[0]
     starts = range(len(stream) - pipe.SNIFF_LIMIT)
     wrong = {at: pipe.sniff(stream[at : at + pipe.SNIFF_LIMIT]) for at in starts}
-    assert {at: told for at, told in wrong.items() if told is not Container.MPEG_TS} == {}
+    assert {at: told for at, told in wrong.items() if told is not pipe.MPEG_TS} == {}
 
 
 AUDIO_TYPES = {
-    "audio/aac": Container.AAC,
-    "audio/aacp": Container.AAC,
-    "audio/mpeg": Container.MPEG_AUDIO,
-    "Audio/MPEG; charset=utf-8": Container.MPEG_AUDIO,
-    "audio/ac3": Container.AC3,
-    "audio/eac3": Container.EAC3,
-    "audio/ogg": Container.OTHER,
-    "text/html": Container.OTHER,
-    "": Container.OTHER,
+    "audio/aac": pipe.AAC,
+    "audio/aacp": pipe.AAC,
+    "audio/mpeg": pipe.MPEG_AUDIO,
+    "Audio/MPEG; charset=utf-8": pipe.MPEG_AUDIO,
+    "audio/ac3": pipe.AC3,
+    "audio/eac3": pipe.EAC3,
+    "audio/ogg": pipe.OTHER_MEDIA,
+    "text/html": pipe.OTHER_MEDIA,
+    "": pipe.OTHER_MEDIA,
 }
 
 
@@ -272,7 +272,7 @@ def test_origin_says_what_audio_is_that_starts_within_a_frame(
 def test_first_bytes_tell_more_than_the_origin_does(
     container: Container, make: Callable[[], bytes]
 ) -> None:
-    if container is not Container.OTHER:
+    if container is not pipe.OTHER_MEDIA:
         assert pipe.sniff(make()[:ENOUGH], media_type="audio/aac") is container
 
 
@@ -286,29 +286,29 @@ def test_container_is_told_behind_a_tag_of_any_size_up_to_a_limit() -> None:
     start = tagged(size) + bytes(size)
     frames = b"".join(frames_of("ac3")[:4])
     assert pipe.sniff(start) is None
-    assert pipe.sniff(start + frames) is Container.AC3
+    assert pipe.sniff(start + frames) is pipe.AC3
 
 
 def test_larger_tag_is_that_of_a_music_file() -> None:
     start = (tagged(1 << 27) + bytes(pipe.TAG_LIMIT))[: pipe.TAG_LIMIT]
     assert pipe.sniff(start[:-1]) is None
-    assert pipe.sniff(start) is Container.MPEG_AUDIO
+    assert pipe.sniff(start) is pipe.MPEG_AUDIO
 
 
 TINY = {
-    "nothing": (b"", Container.OTHER),
-    "a byte": (b"\xff", Container.OTHER),
-    "half a header of adts": (b"\xff\xf1", Container.OTHER),
-    "a word of utf-16": ("\ufeffHello".encode("utf-16-le"), Container.OTHER),
-    "header of adts": (b"\xff\xf1\x50\x40\x0b\x7f", Container.AAC),
-    "id3": (b"ID3", Container.OTHER),
-    "empty tag": (b"ID3\4\0\0\0\0\0\0", Container.OTHER),
-    "half a box": (b"\0\0\0\x18fty", Container.OTHER),
-    "a box header": (b"\0\0\0\x18ftyp", Container.FMP4),
-    "matroska": (b"\x1a\x45\xdf\xa3", Container.MATROSKA),
-    "a picture": (b"GIF89a\1\0\1\0", Container.OTHER),
-    "a word": (b"Gone", Container.OTHER),
-    "a sentence": (b"This programme starts at 8. Good bye.", Container.OTHER),
+    "nothing": (b"", pipe.OTHER_MEDIA),
+    "a byte": (b"\xff", pipe.OTHER_MEDIA),
+    "half a header of adts": (b"\xff\xf1", pipe.OTHER_MEDIA),
+    "a word of utf-16": ("\ufeffHello".encode("utf-16-le"), pipe.OTHER_MEDIA),
+    "header of adts": (b"\xff\xf1\x50\x40\x0b\x7f", pipe.AAC),
+    "id3": (b"ID3", pipe.OTHER_MEDIA),
+    "empty tag": (b"ID3\4\0\0\0\0\0\0", pipe.OTHER_MEDIA),
+    "half a box": (b"\0\0\0\x18fty", pipe.OTHER_MEDIA),
+    "a box header": (b"\0\0\0\x18ftyp", pipe.FMP4),
+    "matroska": (b"\x1a\x45\xdf\xa3", pipe.MATROSKA),
+    "a picture": (b"GIF89a\1\0\1\0", pipe.OTHER_MEDIA),
+    "a word": (b"Gone", pipe.OTHER_MEDIA),
+    "a sentence": (b"This programme starts at 8. Good bye.", pipe.OTHER_MEDIA),
 }
 
 
@@ -320,7 +320,7 @@ def test_whole_body_is_judged_however_short(body: bytes, container: Container) -
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_whole_body_of_few_packets_is_a_transport_stream(count: int) -> None:
     body = media.ts_segments(4)[0][: count * PACKET]
-    assert pipe.sniff(body, is_all=True) is Container.MPEG_TS
+    assert pipe.sniff(body, is_all=True) is pipe.MPEG_TS
 
 
 @given(start=st.binary(max_size=2 * pipe.SNIFF_LIMIT), fill=st.binary(min_size=1, max_size=9))
@@ -332,10 +332,10 @@ def test_sniffing_always_ends(start: bytes, fill: bytes) -> None:
     assert pipe.sniff((start + fill * pipe.TAG_LIMIT)[: pipe.TAG_LIMIT + ENOUGH])
 
 
-@pytest.mark.parametrize("container", Container)
+@pytest.mark.parametrize("container", pipe.CONTAINERS)
 def test_only_packets_and_audio_have_join_points_of_their_own(container: Container) -> None:
-    without = {Container.FMP4, Container.MATROSKA, Container.OTHER}
-    assert container.has_join_points is (container not in without)
+    without = {pipe.FMP4, pipe.MATROSKA, pipe.OTHER_MEDIA}
+    assert container.joins_late is (container not in without)
 
 
 #### Every byte, once, in order ####
@@ -346,7 +346,7 @@ def test_only_packets_and_audio_have_join_points_of_their_own(container: Contain
 def test_stream_fed_in_equal_parts_is_unaltered(name: str, size: int) -> None:
     container, stream = stream_of(name)
     stream = stream[:40_000] if size == 1 else stream
-    framer = pipe.framer_for(container)
+    framer = container.framer()
     assert b"".join(feed(framer, stepwise(stream, size))) == stream
     assert framer.position == len(stream)
 
@@ -356,7 +356,7 @@ def test_stream_fed_in_equal_parts_is_unaltered(name: str, size: int) -> None:
 @given(places=SPLITS)
 def test_any_split_gives_the_same_bytes_and_join_points(name: str, places: list[int]) -> None:
     container, stream = stream_of(name)
-    whole, split = pipe.framer_for(container), pipe.framer_for(container)
+    whole, split = container.framer(), container.framer()
     assert b"".join(feed(split, cut(stream, places))) == stream
     feed(whole, [stream])
     # One kind is reported once for each feed(): it says no more than that a unit starts here.
@@ -373,7 +373,7 @@ def test_any_split_of_segments_gives_the_same_bytes_and_join_points(
 ) -> None:
     container, stream = stream_of(name)
     thirds = stepwise(stream, len(stream) // 3 + 1)  # a segment need not begin with a unit
-    whole, split = pipe.framer_for(container), pipe.framer_for(container)
+    whole, split = container.framer(), container.framer()
     out = []
     for third, cuts in zip(thirds, places, strict=True):
         for framer, parts in ((whole, [third]), (split, cut(third, cuts))):
@@ -410,7 +410,7 @@ GARBAGE = st.lists(
 
 
 @pytest.mark.parametrize(
-    "container", [c for c in Container if c not in (Container.FMP4, Container.MATROSKA)]
+    "container", [c for c in pipe.CONTAINERS if c not in (pipe.FMP4, pipe.MATROSKA)]
 )
 @settings(deadline=None, max_examples=200)
 @given(garbage=GARBAGE, places=SPLITS, segments=st.booleans(), is_prefixed=st.booleans())
@@ -421,8 +421,8 @@ def test_garbage_passes_unaltered(
     segments: bool,
     is_prefixed: bool,
 ) -> None:
-    assume(container not in pipe.PACKED_AUDIO or b"ID3" not in garbage)
-    framer = pipe.framer_for(container)
+    assume(not container.is_packed_audio or b"ID3" not in garbage)
+    framer = container.framer()
     out = []
     for number, part in enumerate(cut(garbage, places)):
         if is_prefixed and not number:
@@ -445,7 +445,7 @@ def test_garbage_passes_unaltered(
 @pytest.mark.parametrize("size", [5_000, 1 << 24])
 def test_blocks_are_bounded(name: str, size: int) -> None:
     container, stream = stream_of(name)
-    blocks = feed(pipe.framer_for(container), stepwise(stream * 4, size))
+    blocks = feed(container.framer(), stepwise(stream * 4, size))
     assert all(0 < len(block) <= pipe.BLOCK_LIMIT for block in blocks)
     assert max(map(len, blocks)) > min(size, 25_000) * 0.9, "and not cut for nothing"
 
@@ -461,7 +461,7 @@ def test_blocks_end_where_packets_end(size: int) -> None:
 def test_blocks_are_views_of_what_came(name: str) -> None:
     """Copying each byte once more would cost as much as receiving it."""
     container, stream = stream_of(name)
-    framer = pipe.framer_for(container)
+    framer = container.framer()
     parts = list(cut(stream, [len(stream) // 2 + 1]))
     views = [memoryview(block) for part in parts for block in framer.feed(part)]
     copied = [bytes(view) for view in views if not any(view.obj is part for part in parts)]
@@ -843,7 +843,7 @@ def test_garbage_of_one_segment_does_not_reach_the_next() -> None:
 @pytest.mark.parametrize("size", [1, 1000, 1 << 20])
 def test_fragments_of_segments_follow_the_initialization_section(size: int) -> None:
     init, segments = media.fmp4(4)
-    framer = pipe.framer_for(Container.FMP4)
+    framer = pipe.FMP4.framer()
     out = list(map(bytes, framer.feed_init_section(init)))
     out += feed_segments(framer, segments, size)
     stream = init + b"".join(segments)
@@ -858,14 +858,14 @@ def test_fragments_of_segments_follow_the_initialization_section(size: int) -> N
 
 def test_stream_without_segments_has_no_join_points() -> None:
     """Nobody could join it late: its viewers have an upstream each."""
-    framer = pipe.framer_for(Container.FMP4)
+    framer = pipe.FMP4.framer()
     feed(framer, [stream_of("fmp4")[1]])
     assert joins_of(framer) == []
 
 
 def test_initialization_section_is_not_copied_for_each_join_point() -> None:
     init, fragments = media.fmp4(4)
-    framer = pipe.framer_for(Container.FMP4)
+    framer = pipe.FMP4.framer()
     framer.feed_init_section(init)
     feed_segments(framer, fragments)
     assert len({id(join.preamble) for join in framer.joins}) == 1
@@ -874,7 +874,7 @@ def test_initialization_section_is_not_copied_for_each_join_point() -> None:
 def test_announced_initialization_section_replaces_the_old_one() -> None:
     init, fragments = media.fmp4(4)
     other = init + b"\0\0\0\x10free another"
-    framer = pipe.framer_for(Container.FMP4)
+    framer = pipe.FMP4.framer()
     for head, fragment in ((init, fragments[0]), (other, fragments[1])):
         framer.flush()
         framer.feed_init_section(head)
@@ -1007,19 +1007,19 @@ def test_unknown_container_joins_at_its_segments_behind_its_initialization_secti
 @pytest.mark.parametrize(
     ("container", "kind"),
     [
-        (Container.MPEG_TS, pipe.TsFramer),
-        (Container.FMP4, pipe.Framer),
-        (Container.AAC, pipe.AudioFramer),
-        (Container.MPEG_AUDIO, pipe.AudioFramer),
-        (Container.AC3, pipe.AudioFramer),
-        (Container.EAC3, pipe.AudioFramer),
-        (Container.MATROSKA, pipe.Framer),
-        (Container.OTHER, pipe.Framer),
+        (pipe.MPEG_TS, pipe.TsFramer),
+        (pipe.FMP4, pipe.Framer),
+        (pipe.AAC, pipe.AudioFramer),
+        (pipe.MPEG_AUDIO, pipe.AudioFramer),
+        (pipe.AC3, pipe.AudioFramer),
+        (pipe.EAC3, pipe.AudioFramer),
+        (pipe.MATROSKA, pipe.Framer),
+        (pipe.OTHER_MEDIA, pipe.Framer),
     ],
-    ids=lambda value: getattr(value, "name", ""),
+    ids=lambda value: getattr(value, "media_type", ""),
 )
 def test_each_container_has_its_framer(container: Container, kind: type[pipe.Framer]) -> None:
-    assert type(pipe.framer_for(container)) is kind
+    assert type(container.framer()) is kind
 
 
 #### Time stamps ####
