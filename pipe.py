@@ -45,6 +45,7 @@ Locks
 
 Where it is decided
     what a key of the file means     Configuration: the dataclasses, with each key's parser
+    what an entry of a list becomes  Channel lists: ListParser, name_entries, with_lists
     where a viewer starts            Window._join_point; what a join point is: Media
     what is evicted, who waits       Window._make_room and _foremost_wait; its cases stand there
     who shares an upstream           Channels._find, _find_start; the states stand above State
@@ -72,6 +73,7 @@ import contextlib
 import difflib
 import enum
 import errno
+import fnmatch
 import functools
 import hmac
 import html
@@ -100,6 +102,7 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 import warnings
 import weakref
 import zlib
@@ -198,6 +201,7 @@ LOG_BYTES = 16 * MIB  # of those lines; at debug level a client's path may have 
 LOG_TIME = 1.0  # seconds that the process waits at its end for lines that are not written yet
 
 STREAM_NAME = re.compile(r"[a-z0-9-]+")
+LEAST_SECRET = 4  # characters; shorter ones stand in every other word
 NO_MEDIA = "the origin sent no media"
 STATES_SHOWN = ("live", "private", "waiting", "starting")  # the best of a stream's is shown
 RESERVED_NAMES = frozenset({"health", "status", "metrics", "playlist"})
@@ -260,6 +264,10 @@ class WindowEnded(PipeError):
     def __init__(self, complete: bool) -> None:
         super().__init__("complete" if complete else "broken off")
         self.complete = complete
+
+
+def _many(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 def explain(error: BaseException) -> str:
@@ -358,6 +366,10 @@ Read = Callable[["ConfigReader", yaml.Node], Any]
 Section = dict[str, tuple[yaml.Node, yaml.Node]]  # the nodes of key and value by key
 
 NULL = "tag:yaml.org,2002:null"
+STREAM_NAMES = (
+    "a stream name may only contain a-z, 0-9 and -, e.g. channel-1; use title: for what people see"
+)
+PLAYLIST_NAMES = "a playlist's name may only contain a-z, 0-9 and -, e.g. provider-1"
 KINDS = {yaml.ScalarNode: "text", yaml.SequenceNode: "a list", yaml.MappingNode: "a section"}
 
 # The common slips: what the YAML library says, how the line looks (the nearest one, going back)
@@ -431,6 +443,18 @@ def stream_address(text: str) -> str:
     return address
 
 
+def list_address(text: str) -> str:
+    """The address of a channel list, or the path of one in a local file."""
+    address = text.strip()
+    if "://" not in address:
+        if not re.search(r"\.m3u8?$", address, re.I):
+            raise ValueError("write http:// in front of the address; a local file ends in .m3u")
+        return address
+    if _split(stream_address(address))[0] not in ("http", "https"):
+        raise ValueError("expected an address that starts with http:// or https://")
+    return address
+
+
 def _split(address: str) -> tuple[str, str]:
     """Scheme and host; nothing where the address is malformed or has no host."""
     with contextlib.suppress(ValueError):
@@ -453,6 +477,7 @@ host_address = checked(
     re.compile(r"[\w.:%-]+").fullmatch, "expected an address of this machine, like 0.0.0.0"
 )
 network = checked(ipaddress.ip_network, "expected a network like 192.168.0.0/16")
+HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.1
 # What HTTP can carry (RFC 9110, 5.5).
 header_value = checked(
     lambda value: value.isprintable() and value.isascii() and value.strip() == value,
@@ -468,6 +493,9 @@ proxy_url = checked(
 )
 global_option = checked(
     lambda _: False, "this affects the whole process: set it under options.streamlink"
+)
+name_prefix = checked(
+    re.compile(r"[a-z0-9-]*").fullmatch, "a prefix may only contain a-z, 0-9 and -, e.g. uk-"
 )
 thread_count = number(int, 1, 64)
 ring_size = number(int, 256 * KIB, 4096 * MIB)  # bytes
@@ -507,7 +535,7 @@ def read_map(parse: Parse, reader: ConfigReader, node: yaml.Node) -> dict[str, A
     found = {}
     for name, (key, value) in reader.section(node).items():
         with reader.at(key, name):
-            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+            if not HEADER_NAME.fullmatch(name):
                 raise ValueError("not a valid header name")
             found[name] = parse(text_of(value))
     return found
@@ -615,20 +643,55 @@ class StreamSettings:
     quality: str = setting(filled_text, "best")
     headers: Mapping[str, str] = setting(header_value, {})
     proxy: str | None = setting(proxy_url, None)
+    hide: bool = setting(true_or_false, False)  # neither in playlists nor on pages
     options: Options = field(default_factory=Options)
+    # The playlist that it was imported from; None if it is an entry of `streams:`.
+    playlist: str | None = None
+    # The settings to open an address of `urls` with, if another playlist's entry brought it.
+    others: Mapping[str, StreamSettings] = field(default_factory=dict)
 
     @property
     def pulled(self) -> tuple[object, ...]:
-        """What makes the upstream: where a reload leaves it as it is, nobody is disturbed."""
+        """Everything an open upstream depends on.
+
+        If a reload leaves it equal, the channel keeps running.
+        """
         options = replace(self.options, linger=0.0, reconnect=0.0, viewer_timeout=0.0)
-        return self.urls, self.quality, self.headers, self.proxy, options
+        others = [other.pulled for other in self.others.values()]
+        return self.urls, self.quality, self.headers, self.proxy, options, others
+
+    def at(self, address: str) -> StreamSettings:
+        """The settings to open one of its addresses with."""
+        return self.others.get(address, self)
+
+
+@dataclass(frozen=True)
+class PlaylistSettings:
+    """An entry of `playlists:`; its `options` are the file's with the playlist's own laid over."""
+
+    name: str
+    url: str  # or the path of a local file
+    groups: tuple[str, ...] = setting(filled_text, ())  # patterns; "!" leaves out; (): all
+    refresh: float = setting(number(float, 0), 21600.0)  # seconds; 0 = on a config reload only
+    max_upstreams: int = setting(number(int, 0), 1)  # 0 = no limit
+    prefix: str = setting(name_prefix, "")
+    merge: bool = setting(true_or_false, False)
+    films: bool = setting(true_or_false, False)
+    quality: str = setting(filled_text, "best")
+    headers: Mapping[str, str] = setting(header_value, {})
+    proxy: str | None = setting(proxy_url, None)
+    options: Options = field(default_factory=Options)
 
 
 @dataclass(frozen=True)
 class Config:
     server: ServerSettings = field(default_factory=ServerSettings)
     streams: Mapping[str, StreamSettings] = field(default_factory=dict)
+    playlists: Mapping[str, PlaylistSettings] = field(default_factory=dict)
     options: Options = field(default_factory=Options)
+    # The keys of streams without an address, which override those of an imported stream.
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    guides: Mapping[str, str] = field(default_factory=dict)  # addresses, by the playlist's name
 
 
 def load_config(path: Path, engine: EngineOptions) -> Config:
@@ -719,36 +782,60 @@ class ConfigReader:
         readers: dict[str, Read] = {
             "server": functools.partial(read_section, ServerSettings),
             "streams": ConfigReader.section,
+            "playlists": ConfigReader.section,
             "options": functools.partial(read_section, Options),
         }
         sections = {"options": Options(), **self.table(root, readers)}
+        shared = sections["options"]
+        playlists: dict[str, PlaylistSettings] = {}
+        for name, (key, node) in sections.get("playlists", {}).items():
+            with self.at(key, "playlists", name):
+                _check_name(name, PLAYLIST_NAMES)
+                playlists[name] = self._playlist(name, node, shared)
         streams: dict[str, StreamSettings] = {}
+        overrides: dict[str, Mapping[str, Any]] = {}
         for name, (key, node) in sections.get("streams", {}).items():
             with self.at(key, "streams", name):
-                if not STREAM_NAME.fullmatch(name):
-                    wanted = "a stream name may only contain a-z, 0-9 and -, e.g. channel-1"
-                    raise ValueError(f"{wanted}; use title: for what people see")
-                if name in RESERVED_NAMES:
-                    raise ValueError("this name is reserved: choose another")
-                streams[name] = self._stream(name, node, sections["options"])
-        return Config(**{**sections, "streams": streams})
+                _check_name(name, STREAM_NAMES)
+                values = self._stream_values(name, node)
+                if "url" in values:
+                    streams[name] = _stream(name, values, shared)
+                elif isinstance(node, yaml.MappingNode) and "url" in self.section(node):
+                    continue  # what is wrong with it has been noted
+                elif sections.get("playlists"):
+                    overrides[name] = values
+                else:
+                    raise ValueError("url is missing")
+        return Config(
+            **{**sections, "streams": streams, "playlists": playlists, "overrides": overrides}
+        )
 
-    def _stream(self, name: str, node: yaml.Node, shared: Options) -> StreamSettings:
+    def _playlist(self, name: str, node: yaml.Node, shared: Options) -> PlaylistSettings:
+        readers: dict[str, Read] = {"url": functools.partial(read_single, list_address)}
+        readers |= readers_of(PlaylistSettings) | readers_of(Options)
         if isinstance(node, yaml.MappingNode):
-            readers = {"url": read_addresses}
-            readers |= readers_of(StreamSettings) | readers_of(Options)
+            count = len(self.mistakes)
             values = self.table(node, readers)
-            if "number" in values:
-                self._claim_number(values["number"], name, node)
-            if "url" not in self.section(node):
-                raise ValueError("url is missing")
+            is_read = len(self.mistakes) == count
         else:
-            values = {"url": read_addresses(self, node)}
-        own = {key: values.pop(key) for key in readers_of(Options) if key in values}
-        own["streamlink"] = {**shared.streamlink, **own.get("streamlink", {})}
-        values["title"] = values.get("title") or name
-        values["urls"] = values.pop("url", ())
-        return StreamSettings(name, **values, options=replace(shared, **own))
+            values = {"url": read_single(list_address, self, node)}
+            is_read = True
+        own = _take_options(values)
+        url = values.pop("url", None)
+        if is_read and url is None:
+            raise ValueError("url is missing")
+        return PlaylistSettings(name, url or "", **values, options=_laid_over(shared, own))
+
+    def _stream_values(self, name: str, node: yaml.Node) -> dict[str, Any]:
+        """The keys of a stream; an address alone stands for the key `url`."""
+        if not isinstance(node, yaml.MappingNode):
+            return {"url": read_addresses(self, node)}
+        readers: dict[str, Read] = {"url": read_addresses}
+        readers |= readers_of(StreamSettings) | readers_of(Options)
+        values = self.table(node, readers)
+        if "number" in values:
+            self._claim_number(values["number"], name, node)
+        return values
 
     def _claim_number(self, number: int, name: str, node: yaml.Node) -> None:
         """Note a stream's number; it is a mistake if another stream has it."""
@@ -757,6 +844,34 @@ class ConfigReader:
         with self.at(key, "number"):
             if owner != name:
                 raise ValueError(f"{number} is already used by {owner}")
+
+
+def _check_name(name: str, mistake: str) -> None:
+    """Raise ValueError if a name cannot be part of an address, or stands for something else."""
+    if not STREAM_NAME.fullmatch(name):
+        raise ValueError(mistake)
+    if name in RESERVED_NAMES:
+        raise ValueError("this name is reserved: choose another")
+
+
+def _take_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Move the keys of `options:` out of an entry's."""
+    return {key: values.pop(key) for key in readers_of(Options) if key in values}
+
+
+def _laid_over(options: Options, own: Mapping[str, Any]) -> Options:
+    """Options with an entry's own in their place; streamlink's are merged by name."""
+    if not own:
+        return options
+    streamlink = {**options.streamlink, **own.get("streamlink", {})}
+    return replace(options, **{**own, "streamlink": streamlink})
+
+
+def _stream(name: str, values: dict[str, Any], shared: Options) -> StreamSettings:
+    own = _take_options(values)
+    urls = values.pop("url")
+    values["title"] = values.get("title") or name
+    return StreamSettings(name, urls, **values, options=_laid_over(shared, own))
 
 
 def _yaml_mistake(error: yaml.YAMLError, text: str) -> tuple[int, str]:
@@ -773,6 +888,586 @@ def _yaml_mistake(error: yaml.YAMLError, text: str) -> tuple[int, str]:
                     return line + 1, f"broken YAML: {advice}"
     problem = re.sub(r"(alias|handle) ['\"].*", r"\1", problem)  # its name may be a secret's
     return last + 1, f"broken YAML: {problem}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Channel lists: the entries of a provider's M3U, and the streams that they become
+#
+# No standard describes these lists, so the parser takes everything that it can read, and counts
+# the rest.  A list is as untrusted as any origin: each of its texts is checked like a value of the
+# configuration.  It can name neither a local file nor a reserved name.
+#
+#   ListParser       lines -> ChannelList: its entries, its guide, the number of entries left out
+#   name_entries     a name for each entry; an entry that was there before keeps its name
+#   with_lists       a configuration, and the lists of its playlists -> one with all streams
+# --------------------------------------------------------------------------------------------------
+
+LIST_LIMIT = 256 * MIB  # bytes of a list
+LINE_LIMIT = 64 * KIB  # bytes of a line; nothing useful is as long
+CHANNEL_LIMIT = 20_000  # entries of a list that become streams
+TEXT_LIMIT = 200  # characters of a title, a group or an id
+NAME_LIMIT = 60  # characters of a name, without its prefix and number
+ADDRESS_LIMIT = 4 * KIB  # characters
+
+# `name=` of an attribute: in front of a quote whatever its name is, otherwise only a known one,
+# because titles and addresses contain `=`, too.
+_ATTRIBUTE = re.compile(
+    r"""(?<![^\s,"'])(?:([A-Za-z][\w.-]*)=(?=["'])|(tvg-[\w-]+|group-title|url-tvg|x-tvg-url)=)""",
+    re.ASCII | re.I,
+)
+_NEXT_ATTRIBUTE = re.compile(r"\s[A-Za-z][\w-]*=", re.ASCII)
+_SEPARATOR = re.compile(r"\s*,")
+# A heading among channels: `#### SPORT ####`, `-----`.  A single `|` stands in real titles.
+_RULE = r"(?:[#=*~_+<>•·●■▬━═─—\u2013★☆►◄-]{2,}|\|{3,})"
+_HEADING = re.compile(rf"{_RULE}.*{_RULE}|[^\w]*_*[^\w]*")
+_FILM = re.compile(r"https?://[^?#]*?/(?:movie|series)/", re.I)
+_VLC_HEADERS = {
+    "http-user-agent": "User-Agent",
+    "http-referrer": "Referer",
+    "http-referer": "Referer",
+    "http-origin": "Origin",
+}
+# Headers that belong to a connection, or would change the bytes that arrive.
+_OWN_HEADERS = frozenset((
+    "accept-encoding", "connection", "content-length", "host", "range", "te", "trailer",
+    "transfer-encoding", "upgrade",
+))  # fmt: skip
+NOT_A_LIST = "the provider sent a web page, not a list of channels"
+A_STREAM = "that is a single stream, not a list of channels: put it under streams:"
+NO_CHANNELS = "the list has no channels"
+NONE_WANTED = "the list has none of the wanted channels: check groups: and films:"
+
+
+class ListError(PipeError):
+    """A channel list cannot be used; the message says why, without an address."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A channel of a list."""
+
+    __slots__ = ("address", "group", "headers", "logo", "number", "title", "tvg_id")
+
+    title: str
+    address: str
+    tvg_id: str | None
+    logo: str | None
+    number: int | None
+    group: str | None
+    headers: Mapping[str, str]
+
+
+@dataclass
+class ChannelList:
+    """A list that was read to its end."""
+
+    entries: Sequence[Entry]
+    guide: str | None  # the address of its XMLTV guide
+    omitted: Counter[str]  # how many entries were left out, by the word for their kind
+
+    def summary(self) -> str:
+        """One line for the log and the page: how many channels, and the number left out by kind."""
+        text = _many(len(self.entries), "channel")
+        if self.omitted:
+            kinds = (f"{count:,} {kind}" for kind, count in self.omitted.most_common())
+            text += f"; left out: {', '.join(kinds)}"
+        return text
+
+
+class ListParser:
+    """Reads a channel list as its bytes arrive, line by line.
+
+    Its memory is bounded by the entries that it keeps and by LINE_LIMIT.
+    """
+
+    def __init__(self, settings: PlaylistSettings) -> None:
+        self._settings = settings
+        self._groups = GroupFilter(settings.groups)
+        self._carry = b""  # the start of a line
+        self._size = 0  # bytes so far
+        self._is_first = True  # no line has had any text yet
+        self._has_titles = False  # there was an #EXTINF
+        self._seen: set[tuple[object, ...]] = set()  # to find entries that repeat
+        self._entries: list[Entry] = []
+        self._omitted: Counter[str] = Counter()
+        self._guide: str | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin a new entry: no line has said anything about it."""
+        self._title: str | None = None  # None until there is an #EXTINF
+        self._attributes: Mapping[str, str] = {}
+        self._group_line = ""
+        self._headers: dict[str, str] = {}
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes, cut anywhere; raises ListError as soon as this is no list."""
+        self._size += len(data)
+        if self._size > LIST_LIMIT:
+            raise ListError(f"the list is larger than {LIST_LIMIT // MIB} MiB")
+        *lines, self._carry = (self._carry + data).split(b"\n")
+        for line in lines:
+            self._read_line(line)
+        self._carry = self._carry[: LINE_LIMIT + 1]
+
+    def finish(self) -> ChannelList:
+        """The whole list; raises ListError if it has no channels."""
+        self._read_line(self._carry)
+        self._drop_unfinished()
+        if not self._entries:
+            raise ListError(NONE_WANTED if self._has_titles else NO_CHANNELS)
+        return ChannelList(self._entries, self._guide, self._omitted)
+
+    def _read_line(self, line: bytes) -> None:
+        if len(line) > LINE_LIMIT:
+            self._omitted["too long"] += 1
+            self._forget()
+            return
+        try:
+            text = line.decode()
+        except UnicodeDecodeError:
+            text = line.decode("latin-1")
+        text = text.strip("\ufeff\0 \t\r\n")
+        if not text:
+            return
+        if self._is_first and text.startswith(("<", "{")):
+            raise ListError(NOT_A_LIST)
+        self._is_first = False
+        if text.startswith("#"):
+            self._read_tag(text)
+        else:
+            self._read_address(text)
+
+    def _read_tag(self, text: str) -> None:
+        tag, _, value = text.partition(":")
+        tag = tag.upper()
+        if tag.startswith("#EXTM3U"):
+            self._read_header(text)
+        elif tag == "#EXTINF":
+            self._read_title(value)
+        elif tag == "#EXTGRP":
+            self._group_line = value
+        elif tag == "#EXTVLCOPT":
+            option, _, wanted = value.partition("=")
+            if header := _VLC_HEADERS.get(option.strip().lower()):
+                self._add_header(header, wanted.strip())
+        elif tag in ("#EXT-X-TARGETDURATION", "#EXT-X-STREAM-INF"):
+            raise ListError(A_STREAM)
+
+    def _read_header(self, text: str) -> None:
+        attributes, _ = read_attributes(text)
+        guides = attributes.get("x-tvg-url") or attributes.get("url-tvg") or ""
+        for guide in guides.split(","):
+            with contextlib.suppress(ValueError):
+                self._guide = self._guide or web_url(_checked_address(guide))
+
+    def _read_title(self, text: str) -> None:
+        self._drop_unfinished()
+        self._has_titles = True
+        self._attributes, title = read_attributes(text)
+        self._title = clean_text(title) or clean_text(self._attributes.get("tvg-name", ""))
+
+    def _drop_unfinished(self) -> None:
+        """An entry whose address is missing ends where the next one begins."""
+        if self._title is not None:
+            is_heading = _HEADING.fullmatch(self._title)
+            self._omitted["headings" if is_heading else "without an address"] += 1
+            self._title = None
+
+    def _read_address(self, text: str) -> None:
+        address, _, headers = text.partition("|")
+        if "=" in headers:
+            for pair in headers.split("&"):
+                name, _, value = pair.partition("=")
+                self._add_header(name.strip(), unquote(value.strip()))
+        else:
+            address = text
+        entry = self._entry(address.strip())
+        if isinstance(entry, Entry):
+            self._entries.append(entry)
+        else:
+            self._omitted[entry] += 1
+        self._forget()
+
+    def _entry(self, address: str) -> Entry | str:
+        """The entry that ends with this address, or the word for why it is left out."""
+        title, attributes = self._title, self._attributes
+        if title is None:
+            return "without a title"
+        if _HEADING.fullmatch(title):
+            return "headings"
+        if not re.match(r"https?://", address, re.I):
+            return "with another kind of address"
+        try:
+            _checked_address(address)
+        except ValueError:
+            return "with an invalid address"
+        if _FILM.match(address) and not self._settings.films:
+            return "films"
+        groups = clean_text(attributes.get("group-title") or self._group_line, LINE_LIMIT)
+        group = self._groups.choose(groups)
+        if group is None:
+            return "in other groups"
+        key = title, group, address, *self._headers.items()
+        if key in self._seen:
+            return "duplicates"
+        if len(self._entries) >= CHANNEL_LIMIT:
+            return f"beyond the limit of {CHANNEL_LIMIT:,} (choose groups:)"
+        self._seen.add(key)
+        return Entry(
+            title=title,
+            address=address,
+            tvg_id=clean_text(attributes.get("tvg-id", "")) or None,
+            logo=self._logo(attributes.get("tvg-logo", "").strip()),
+            number=_channel_number(attributes.get("tvg-chno", "")),
+            group=sys.intern(group) or None,
+            headers=self._headers or NO_HEADERS,
+        )
+
+    def _logo(self, address: str) -> str | None:
+        """A logo that pages and players may load: its address must not contain the account."""
+        try:
+            _checked_address(web_url(address))
+        except ValueError:
+            return None
+        is_private = "@" in urlsplit(address).netloc
+        is_private |= any(secret in address for secret in account_secrets(self._settings.url))
+        return None if is_private else address
+
+    def _add_header(self, name: str, value: str) -> None:
+        """Keep a header of the entry if the configuration could hold it."""
+        if name.lower() == "referrer":
+            name = "Referer"
+        is_allowed = HEADER_NAME.fullmatch(name) and name.lower() not in _OWN_HEADERS
+        try:
+            if not is_allowed or not value:
+                raise ValueError
+            header = {name: header_value(value)}
+        except ValueError:
+            self._omitted["unusable headers"] += 1
+        else:
+            self._headers = merged_headers(self._headers, header)
+
+
+NO_HEADERS: Mapping[str, str] = {}
+
+
+def read_attributes(text: str) -> tuple[dict[str, str], str]:
+    """The attributes of an #EXTINF or #EXTM3U by their names in lower case, and the title.
+
+    Values may lack quotes, and may contain quotes and commas.  The first that is not empty counts.
+    """
+    starts = list(_ATTRIBUTE.finditer(text))
+    found: dict[str, str] = {}
+    end = 0  # of the attributes
+    for index, start in enumerate(starts):
+        is_last = index + 1 == len(starts)
+        stop = len(text) if is_last else starts[index + 1].start()
+        value, end, is_over = _attribute_value(text, start.end(), stop, is_last)
+        name = (start[1] or start[2]).lower()
+        found[name] = found.get(name) or value
+        if is_over:
+            break
+    before, comma, title = text[end:].partition(",")
+    if not comma:
+        title = before if found else re.sub(r"^\s*-?[\d.]*", "", before)  # behind the duration
+    return found, title.strip()
+
+
+def _attribute_value(text: str, start: int, stop: int, is_last: bool) -> tuple[str, int, bool]:
+    """The value that begins at `start`, its end, and whether the title follows.
+
+    The next attribute begins at `stop`.
+    """
+    quote_sign = text[start : start + 1]
+    if quote_sign not in ('"', "'"):
+        value = _NEXT_ATTRIBUTE.split(text[start:stop], maxsplit=1)[0]
+        if is_last:
+            value = value.partition(",")[0]
+        return value.strip(" \t,"), start + len(value), is_last
+    if not is_last:
+        closing = text.rfind(quote_sign, start + 1, stop)
+        if closing > 0 and not text[closing + 1 : stop].strip(" \t,"):
+            return text[start + 1 : closing], closing + 1, False
+    # The title is behind the first quote with a comma after it.
+    closing = text.find(quote_sign, start + 1)
+    while closing >= 0 and not _SEPARATOR.match(text, closing + 1):
+        closing = text.find(quote_sign, closing + 1)
+    if closing < 0:
+        closing = text.rfind(quote_sign, start + 1)
+    if closing < 0:  # the quote never ends
+        closing = text.find(",", start)
+        closing = len(text) if closing < 0 else closing
+        return text[start + 1 : closing], closing, True
+    return text[start + 1 : closing], closing + 1, True
+
+
+class GroupFilter:
+    """The `groups:` of a playlist: names or patterns, and with "!" those to leave out."""
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self._wanted = [_matcher(p) for p in patterns if not p.startswith("!")]
+        self._unwanted = [_matcher(p[1:]) for p in patterns if p.startswith("!")]
+        self._chosen: dict[str, str | None] = {}  # lists repeat few groups many times
+
+    def choose(self, text: str) -> str | None:
+        """The group to show an entry in, of those that a `group-title` names.
+
+        None if the entry is not wanted; empty if it has no group.
+        """
+        if text not in self._chosen:
+            groups = [clean_text(group) for group in text.split(";")]
+            self._chosen[text] = self._choose([group for group in groups if group] or [""])
+        return self._chosen[text]
+
+    def _choose(self, groups: Sequence[str]) -> str | None:
+        for matches in self._unwanted:
+            if any(matches(group) for group in groups):
+                return None
+        if not self._wanted:
+            return groups[0]
+        for group in groups:
+            if any(matches(group) for matches in self._wanted):
+                return group
+        return None
+
+
+def _matcher(pattern: str) -> Callable[[str], bool]:
+    """Whether a group has this name, or fits this pattern (fnmatch); case does not count."""
+    name = pattern.strip().casefold()
+    expression = re.compile(fnmatch.translate(name))  # `[` is special in it, and common in names
+
+    def matches(group: str) -> bool:
+        folded = group.casefold()
+        return folded == name or bool(expression.match(folded))
+
+    return matches
+
+
+def clean_text(text: str, most: int = TEXT_LIMIT) -> str:
+    """A text in one printable line, without superfluous blanks."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " if c.isspace() else "" for c in text)
+    return " ".join(text.split())[:most].rstrip()
+
+
+def _checked_address(text: str) -> str:
+    """An http(s) address as it stands; raises ValueError if nothing could be requested there."""
+    address = stream_address(text)
+    if len(address) > ADDRESS_LIMIT or not _split(address)[1]:
+        raise ValueError("not an address")
+    return address
+
+
+def _channel_number(text: str) -> int | None:
+    number = int(text) if re.fullmatch(r"\s*[0-9]{1,9}\s*", text) else 0
+    return number or None
+
+
+def account_secrets(address: str) -> list[str]:
+    """The texts in a list's address that may be its account's: a user, a password, a token."""
+    if "://" not in address:
+        return []
+    parts = urlsplit(address)
+    user, _, password = parts.netloc.rpartition("@")[0].partition(":")
+    found = [unquote(user), unquote(password)]
+    found += [value for key, value in parse_qsl(parts.query) if key not in ("type", "output")]
+    return [secret for secret in found if len(secret) >= LEAST_SECRET]
+
+
+def merged_headers(*layers: Mapping[str, str]) -> dict[str, str]:
+    """Headers of several sources; a later one wins, however its name is written."""
+    names: dict[str, str] = {}
+    merged: dict[str, str] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            if name.lower() in names:
+                del merged[names[name.lower()]]
+            names[name.lower()] = name
+            merged[name] = value
+    return merged
+
+
+# Names
+
+# An entry as a reload recognises it: its playlist, the playlist's prefix, tvg-id, title, group,
+# and a count if several entries have the same.
+Identity = tuple[str, str, str, str, str, int]
+
+
+def plain_name(text: str) -> str:
+    """A text as a stream's name: ASCII by decomposition, hyphens for everything else."""
+    text = unicodedata.normalize("NFKD", text).casefold()
+    text = "".join(c for c in text if not unicodedata.combining(c))
+    return re.sub(r"[^a-z0-9]+", "-", text).strip("-")[:NAME_LIMIT].rstrip("-")
+
+
+def identities(settings: PlaylistSettings, entries: Iterable[Entry]) -> list[Identity]:
+    """The identity of each entry of a list, in the same order."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    found: list[Identity] = []
+    for entry in entries:
+        key = entry.tvg_id or "", entry.title, entry.group or ""
+        found.append((settings.name, settings.prefix, *key, counts[key]))
+        counts[key] += 1
+    return found
+
+
+class Names:
+    """Gives names that no other stream has."""
+
+    def __init__(self) -> None:
+        self._taken = set(RESERVED_NAMES)
+        self._next: dict[str, int] = {}  # number to try, by the name without one
+
+    def claim(self, name: str) -> bool:
+        """Take exactly this name; false if another entry has it."""
+        if name in self._taken:
+            return False
+        self._taken.add(name)
+        return True
+
+    def give(self, settings: PlaylistSettings, entry: Entry) -> str:
+        """A name for a new entry: from its title, its tvg-id or the playlist's name."""
+        base = plain_name(entry.title)
+        if not re.search(r"[a-z]", base):
+            base = plain_name(entry.tvg_id or "")
+        base = settings.prefix + base if base else ""
+        if base and self.claim(base):
+            return base
+        number = self._next.get(base, 2 if base else 1)
+        start = base or settings.prefix + settings.name
+        while not self.claim(f"{start}-{number}"):
+            number += 1
+        self._next[base] = number + 1
+        return f"{start}-{number}"
+
+
+@dataclass
+class Merged:
+    """Entries that become one stream: a single one, unless `merge` is set."""
+
+    sources: list[tuple[PlaylistSettings, Entry]]
+    identities: list[Identity]
+    name: str = ""
+
+
+def merge_entries(
+    playlists: Mapping[str, PlaylistSettings], lists: Mapping[str, ChannelList]
+) -> list[Merged]:
+    """All entries of all lists in the configured order, those to merge with the first of them."""
+    found: list[Merged] = []
+    by_title: dict[tuple[str, str], Merged] = {}  # of the playlists that merge
+    for name, settings in playlists.items():
+        if name not in lists:
+            continue
+        entries = lists[name].entries
+        for entry, identity in zip(entries, identities(settings, entries), strict=True):
+            merged = Merged([(settings, entry)], [identity])
+            if settings.merge:
+                key = entry.title.casefold(), (entry.group or "").casefold()
+                first = by_title.setdefault(key, merged)
+                if first is not merged:
+                    first.sources += merged.sources
+                    first.identities += merged.identities
+                    continue
+            found.append(merged)
+    return found
+
+
+def name_entries(found: Sequence[Merged], known: Mapping[Identity, str]) -> dict[Identity, str]:
+    """Name all entries, and return their names by identity for the next time.
+
+    `known` are the names of the last time.  An entry keeps its name, whatever is inserted before
+    it; only new entries get new names.
+    """
+    names = Names()
+    for merged in found:
+        for identity in merged.identities:
+            name = known.get(identity, "")
+            if name and names.claim(name):
+                merged.name = name
+                break
+    for merged in found:
+        if not merged.name:
+            merged.name = names.give(*merged.sources[0])
+    return {identity: merged.name for merged in found for identity in merged.identities}
+
+
+# Streams
+
+
+def with_lists(
+    config: Config, lists: Mapping[str, ChannelList], known: Mapping[Identity, str]
+) -> tuple[Config, dict[Identity, str]]:
+    """A configuration with the streams and guides of these lists, and the names that they got.
+
+    `lists` are those that have been loaded, by the name of their playlist.
+    """
+    found = merge_entries(config.playlists, lists)
+    names = name_entries(found, known)
+    streams = dict(config.streams)
+    numbers = {stream.number for stream in streams.values()}
+    numbers |= {given.get("number") for given in config.overrides.values()}
+    for merged in found:
+        if merged.name in config.streams:
+            continue
+        stream = _imported(merged)
+        if stream.number in numbers:
+            stream = replace(stream, number=None)
+        elif stream.number:
+            numbers.add(stream.number)
+        if given := config.overrides.get(merged.name):
+            stream = overridden(stream, given)
+        streams[merged.name] = stream
+    guides = {name: lists[name].guide for name in config.playlists if name in lists}
+    present = {name: guide for name, guide in guides.items() if guide}
+    return replace(config, streams=streams, guides=present), names
+
+
+def _imported(merged: Merged) -> StreamSettings:
+    """The stream that entries become; the first says everything but the addresses."""
+    settings, entry = merged.sources[0]
+    first = _stream_of(merged.name, settings, entry)
+    urls = [entry.address]
+    others: dict[str, StreamSettings] = {}
+    for other_settings, other in merged.sources[1:]:
+        if other.address not in urls:
+            urls.append(other.address)
+            others[other.address] = _stream_of(merged.name, other_settings, other)
+    if not others:
+        return first
+    return replace(first, urls=tuple(urls), others=others)
+
+
+def _stream_of(name: str, settings: PlaylistSettings, entry: Entry) -> StreamSettings:
+    headers = settings.headers
+    if entry.headers:
+        headers = merged_headers(headers, entry.headers)
+    return StreamSettings(
+        name,
+        (entry.address,),
+        title=entry.title,
+        logo=entry.logo,
+        group=entry.group,
+        tvg_id=entry.tvg_id,
+        number=entry.number,
+        quality=settings.quality,
+        headers=headers,
+        proxy=settings.proxy,
+        options=settings.options,
+        playlist=settings.name,
+    )
+
+
+def overridden(stream: StreamSettings, given: Mapping[str, Any]) -> StreamSettings:
+    """An imported stream with the keys that `streams:` gives it."""
+    values = dict(given)
+    options = _laid_over(stream.options, _take_options(values))
+    if "headers" in values:
+        values["headers"] = merged_headers(stream.headers, values["headers"])
+    others = {address: overridden(other, given) for address, other in stream.others.items()}
+    return replace(stream, **values, options=options, others=others)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4356,10 +5051,11 @@ class Channel:
         `timeout` is for each request of resolving.
         Raises UpstreamError where it fails, WindowEnded where nothing more shall come.
         """
-        session = self._session = Session(self.stream, timeout)
+        address = self.stream.urls[self._address]
+        session = self._session = Session(self.stream.at(address), timeout)
         if self.is_stopped:
             raise WindowEnded(complete=False)
-        session.resolve(self.stream.urls[self._address])
+        session.resolve(address)
         upstream = self._upstream = self._open(session)
         self._feed(upstream, deadline)
 
@@ -4549,10 +5245,6 @@ def _has_media(items: Iterable[bytes | SegmentEvent]) -> bool:
         elif not in_init_section:
             return True
     return False
-
-
-def _many(count: int, word: str) -> str:
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 def names_in(quality: str) -> list[str]:
@@ -6364,7 +7056,6 @@ _ADDRESS = re.compile(
 _BARE_ADDRESS = re.compile(r"\b(https?:)(?!//)[^\s'\"]+")
 _REQUEST_PATH = re.compile(r"(\burl: )/\S*")  # urllib3 names them without their host
 _CHANNEL_THREAD = re.compile(r"[A-Za-z]+-([a-z0-9-]+?)(?:--\w+)?-\d+(?:-executor_\d+)?")
-LEAST_SECRET = 4  # characters; shorter ones stand in every other word
 
 
 class LogFormatter(logging.Formatter):
@@ -6396,14 +7087,29 @@ def _printable(text: str) -> str:
 def secrets_of(config: Config) -> tuple[str, ...]:
     """Every configured text that no log may show, the longest first."""
     found = {config.server.token or ""}
+    found |= _secrets_of_address(config.server.epg or "")
+    for guide in config.guides.values():
+        found |= _secrets_of_address(guide)
+    for playlist in config.playlists.values():
+        found |= _secrets_of_settings(playlist, [playlist.url])
     for stream in config.streams.values():
-        options = stream.options.streamlink
-        for address in (*stream.urls, stream.proxy or "", options.get("http-proxy", "")):
-            found |= _secrets_of_address(address)
-        for option in ("http-headers", "http-cookies", "http-query-params"):
-            found |= {*stream.headers.values(), *options.get(option, {}).values()}
+        found |= _secrets_of_settings(stream, stream.urls)
+        for address, other in stream.others.items():
+            found |= _secrets_of_settings(other, [address])
     found |= {quote(secret, safe="") for secret in found}
     return tuple(sorted((s for s in found if len(s) >= LEAST_SECRET), key=len, reverse=True))
+
+
+def _secrets_of_settings(
+    settings: StreamSettings | PlaylistSettings, addresses: Iterable[str]
+) -> set[str]:
+    found: set[str] = set()
+    options = settings.options.streamlink
+    for address in (*addresses, settings.proxy or "", options.get("http-proxy", "")):
+        found |= _secrets_of_address(address)
+    for option in ("http-headers", "http-cookies", "http-query-params"):
+        found |= {*settings.headers.values(), *options.get(option, {}).values()}
+    return found
 
 
 def _secrets_of_address(address: str) -> set[str]:

@@ -100,7 +100,10 @@ def test_stream_with_an_address_alone_has_the_defaults() -> None:
         "quality": "best",
         "headers": {},
         "proxy": None,
+        "hide": False,
         "options": dataclasses.asdict(pipe.Options()),
+        "playlist": None,
+        "others": {},
     }
 
 
@@ -153,6 +156,16 @@ STREAM_VALUES: dict[str, tuple[str, object]] = {
     "quality": ('"720p,best"', "720p,best"),
     "headers": ('{Referer: "https://e.example/"}', {"Referer": "https://e.example/"}),
     "proxy": ('"socks5h://127.0.0.1:1080"', "socks5h://127.0.0.1:1080"),
+    "hide": ("true", True),
+}
+PLAYLIST_VALUES: dict[str, tuple[str, object]] = {
+    "groups": ('["News", "!Adult*"]', ("News", "!Adult*")),
+    "refresh": ("0", 0.0),
+    "max_upstreams": ("3", 3),
+    "prefix": ("uk-", "uk-"),
+    "merge": ("true", True),
+    "films": ("yes", True),
+    **{key: STREAM_VALUES[key] for key in ("quality", "headers", "proxy")},
 }
 
 
@@ -168,7 +181,8 @@ def field_names(settings: type) -> set[str]:
 def test_every_key_has_a_test() -> None:
     assert set(SERVER_VALUES) == field_names(pipe.ServerSettings)
     assert set(OPTION_VALUES) == field_names(pipe.Options)
-    assert set(STREAM_VALUES) == field_names(pipe.StreamSettings) - {"name", "urls", "options"}
+    assert set(STREAM_VALUES) == set(pipe.readers_of(pipe.StreamSettings))
+    assert set(PLAYLIST_VALUES) == set(pipe.readers_of(pipe.PlaylistSettings))
 
 
 @keys_and_values(SERVER_VALUES)
@@ -1071,3 +1085,99 @@ def test_any_tree_is_a_configuration_or_a_list_of_mistakes(tree: object) -> None
 @given(st.dictionaries(st.sampled_from(WORDS), TREES), st.sampled_from(["options", "server"]))
 def test_any_values_of_a_section_are_read_or_reported(tree: object, section: str) -> None:
     check_outcome(yaml.safe_dump({section: tree, "streams": {"a": tree, "b": {"url": tree}}}))
+
+
+#### Playlists ####
+
+LIST = "http://panel.example/get.php?username=u&password=hunter2"
+
+
+def read_playlist(keys: str) -> pipe.PlaylistSettings:
+    return read(f'playlists: {{p: {{url: "{LIST}", {keys}}}}}').playlists["p"]
+
+
+def test_playlist_with_an_address_alone_has_the_defaults() -> None:
+    expected = pipe.PlaylistSettings("p", LIST)
+    assert read(f"playlists: {{p: '{LIST}'}}").playlists == {"p": expected}
+    assert read_playlist("") == expected
+
+
+@keys_and_values(PLAYLIST_VALUES)
+def test_key_of_a_playlist_sets_its_field_alone(key: str, text: str, value: Any) -> None:
+    assert read_playlist(f"{key}: {text}") == pipe.PlaylistSettings("p", LIST, **{key: value})
+
+
+def test_playlist_may_have_every_option() -> None:
+    text = "options: {linger: 5, streamlink: {hls-live-edge: 2}}\n"
+    text += f"playlists: {{p: {{url: '{LIST}', threads: 8, streamlink: {{interface: eth0}}}}}}"
+    found = read(text).playlists["p"].options
+    streamlink = {"hls-live-edge": 2, "interface": "eth0"}
+    assert found == pipe.Options(threads=8, linger=5.0, streamlink=streamlink)
+
+
+@pytest.mark.parametrize("path", ["channels.m3u", "/srv/tv/a b.m3u8", "~/tv.M3U", "./x.m3u"])
+def test_list_may_be_a_local_file(path: str) -> None:
+    assert read(f"playlists: {{p: '{path}'}}").playlists["p"].url == path
+
+
+@pytest.mark.parametrize(
+    ("entry", "mistake"),
+    [
+        ("{}", "playlists.p: url is missing"),
+        ("{url: null}", "playlists.p: url is missing"),
+        ("null", "playlists.p: url is missing"),
+        (
+            "'panel.example/get.php?password=hunter2'",
+            "playlists.p: write http:// in front of the address; a local file ends in .m3u",
+        ),
+        (
+            "/etc/passwd",
+            "playlists.p: write http:// in front of the address; a local file ends in .m3u",
+        ),
+        (
+            "file:///srv/a.m3u",
+            "playlists.p: local files are never opened: use an http:// or https:// address",
+        ),
+        (
+            "hls://http://a.example/x",
+            "playlists.p: expected an address that starts with http:// or https://",
+        ),
+        (
+            f"{{url: '{LIST}', prefix: UK}}",
+            "playlists.p.prefix: a prefix may only contain a-z, 0-9 and -, e.g. uk-",
+        ),
+        (
+            f"{{url: '{LIST}', refresh: -1}}",
+            'playlists.p.refresh: expected a number, 0 or more, got "-1"',
+        ),
+        (f"{{url: '{LIST}', group: x}}", "playlists.p.group: unknown key, did you mean groups?"),
+    ],
+)
+def test_mistakes_of_a_playlist(entry: str, mistake: str) -> None:
+    (found,) = mistakes(f"playlists: {{p: {entry}}}")
+    assert found.removeprefix("test.yml:1: ") == mistake
+
+
+@pytest.mark.parametrize(
+    ("name", "mistake"),
+    [
+        ("My TV", "a playlist's name may only contain a-z, 0-9 and -, e.g. provider-1"),
+        ("status", "this name is reserved: choose another"),
+    ],
+)
+def test_name_of_a_playlist(name: str, mistake: str) -> None:
+    (found,) = mistakes(f"playlists: {{{name}: '{LIST}'}}")
+    assert found == f"test.yml:1: playlists.{name}: {mistake}"
+
+
+def test_stream_without_an_address_needs_a_playlist() -> None:
+    text = "streams: {a: {title: T, threads: 2}, b: {hide: true}}\n"
+    assert len(mistakes(text)) == 2
+    config = read(text + f"playlists: {{p: '{LIST}'}}")
+    assert config.overrides == {"a": {"title": "T", "threads": 2}, "b": {"hide": True}}
+    assert config.streams == {}
+
+
+def test_numbers_of_streams_without_an_address_are_unique() -> None:
+    text = f"playlists: {{p: '{LIST}'}}\nstreams: {{a: {{number: 1}}, b: {{number: 1}}}}"
+    assert mistakes(text) == ["test.yml:2: streams.b.number: 1 is already used by a"]

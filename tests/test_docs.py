@@ -24,8 +24,8 @@ EXAMPLE = (ROOT / "config.example.yml").read_text(encoding="utf-8")
 SERVER = {field.name for field in dataclasses.fields(pipe.ServerSettings)}
 OPTIONS = {field.name for field in dataclasses.fields(pipe.Options)}
 # What the file calls `url` are the `urls`; the name is the key, `options` are keys of their own.
-FIELDS = {field.name for field in dataclasses.fields(pipe.StreamSettings)}
-STREAM = FIELDS - {"name", "urls", "options"} | {"url"}
+STREAM = {*pipe.readers_of(pipe.StreamSettings), "url"}
+PLAYLIST = {*pipe.readers_of(pipe.PlaylistSettings), "url"}
 
 
 def as_yaml(value: object) -> object:
@@ -43,7 +43,9 @@ EVERY_DEFAULT = {
     **defaults(pipe.ServerSettings(), "server", SERVER),
     **defaults(pipe.Options(), "options", OPTIONS),
     **defaults(pipe.StreamSettings("", ()), "streams.NAME", STREAM - {"url"}),
-    # Two that no literal shows.
+    **defaults(pipe.PlaylistSettings("", ""), "playlists.NAME", PLAYLIST - {"url"}),
+    # Three that no literal shows.
+    "playlists.NAME.url": "required",
     "streams.NAME.url": "required",
     "streams.NAME.title": "the name",
 }
@@ -174,6 +176,16 @@ def test_example_shows_every_key_of_a_stream_and_one_of_options() -> None:
     assert any(isinstance(stream, str) for stream in streams.values())
 
 
+def test_example_shows_every_key_of_a_playlist_with_its_default_and_one_of_options() -> None:
+    playlists: dict[str, Any] = yaml.safe_load(EXAMPLE)["playlists"]
+    (written,) = playlists.values()
+    assert pipe.list_address(written.pop("url"))
+    expected = defaults(pipe.PlaylistSettings("", ""), "", PLAYLIST - {"url"})
+    assert typed({f".{key}": value for key, value in written.items()}) == typed(
+        {**expected, ".linger": pipe.Options().linger}
+    )
+
+
 def test_example_says_the_default_of_quality() -> None:
     assert f"default: {pipe.StreamSettings('', ()).quality}\n" in EXAMPLE
 
@@ -181,6 +193,7 @@ def test_example_says_the_default_of_quality() -> None:
 def test_example_can_be_used_as_it_is() -> None:
     config = pipe.load_config(ROOT / "config.example.yml", pipe.engine_options())
     assert list(config.streams) == ["channel1", "channel2"]
+    assert list(config.playlists) == ["provider"]
     hosts = re.findall(r"[a-z0-9+]+://([^/\"]+)", EXAMPLE)
     assert {host.split(":")[0] for host in hosts} == {
         *("example.com", "a.example.com", "b.example.com", "127.0.0.1")
@@ -192,7 +205,7 @@ def test_every_key_of_the_example_has_a_comment() -> None:
     bare = [
         line.strip() for line in body.splitlines() if line.startswith("  ") and "# " not in line
     ]
-    assert [line.split(":")[0] for line in bare] == ["channel1", "channel2"]
+    assert [line.split(":")[0] for line in bare] == ["channel1", "channel2", "provider"]
 
 
 def test_readme_repeats_the_example() -> None:
