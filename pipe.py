@@ -75,6 +75,7 @@ import enum
 import errno
 import fnmatch
 import functools
+import hashlib
 import hmac
 import html
 import http.client
@@ -103,6 +104,7 @@ import threading
 import time
 import traceback
 import unicodedata
+import uuid
 import warnings
 import weakref
 import zlib
@@ -5818,27 +5820,38 @@ def json_page(content: object, indent: int | None = 1) -> Page:
 
 def playlist_page(site: Site, streams: Iterable[StreamSettings]) -> Page:
     """An extended M3U: what Kodi, TVHeadend, Jellyfin, VLC and mpv read of it is all there is."""
-    epg = _attribute(site.config.server.epg)
+    epg = _quoted(site.config.server.epg)
     lines = [f'#EXTM3U x-tvg-url="{epg}" url-tvg="{epg}"' if epg else "#EXTM3U"]
     for stream in streams:
+        title = _cleaned(stream.title) or stream.name
         attributes = {
-            "tvg-id": _attribute(stream.tvg_id),
-            "tvg-name": _attribute(stream.title),
-            "tvg-logo": _attribute(stream.logo),
-            "tvg-chno": _attribute(stream.number),
-            "group-title": _attribute(stream.group),
+            "tvg-id": _cleaned(stream.tvg_id),
+            "channel-id": stream.name,  # Channels DVR remembers a channel by it
+            "tvg-name": title,
+            "tvg-logo": _quoted(stream.logo),
+            "tvg-chno": str(stream.number or ""),
+            "group-title": _cleaned(stream.group),
         }
         shown = "".join(f' {key}="{value}"' for key, value in attributes.items() if value)
-        title = " ".join(stream.title.split())
         lines += [f"#EXTINF:-1{shown},{title}", site.link(stream.name)]
     return Page("\n".join(lines).encode() + b"\n", "audio/x-mpegurl")
 
 
-def _attribute(value: object) -> str:
-    """A value on one line and between quotes; M3U has no way to escape one."""
-    return " ".join(str(value or "").split()).replace('"', "'")
+def _cleaned(text: str | None) -> str:
+    """Text without line breaks, double quotes and commas, none of which M3U can escape.
+
+    mpv ends an entry's attributes at the first comma, and Jellyfin at the last.
+    """
+    return " ".join((text or "").replace(",", " ").replace('"', "'").split())
 
 
+def _quoted(address: str | None) -> str:
+    """An address without these, which stays the same address."""
+    return "%20".join((address or "").split()).replace(",", "%2C").replace('"', "%22")
+
+
+GUIDE_NUMBERS = range(10_000, 100_000)  # of streams that have none configured
+MACHINE_ID = Path("/etc/machine-id")
 SCAN_STATUS = {"ScanInProgress": 0, "ScanPossible": 1, "Source": "Cable", "SourceList": ["Cable"]}
 
 
@@ -5850,7 +5863,7 @@ def discover_page(site: Site) -> Page:
         "ModelNumber": "HDHR4-2US",  # one with HDTC would make Jellyfin ask for transcoding
         "FirmwareName": "hdhomerun4_atsc",
         "FirmwareVersion": "20200907",
-        "DeviceID": f"{zlib.crc32(server.name.encode()):08X}",
+        "DeviceID": device_id(site.server.port).upper(),
         "DeviceAuth": "streampipe",
         "BaseURL": site.url,
         "LineupURL": f"{site.url}/lineup.json",
@@ -5859,22 +5872,53 @@ def discover_page(site: Site) -> Page:
 
 
 def lineup_page(site: Site) -> Page:
-    streams = site.streams
-    taken = {stream.number for stream in streams}
-    free = (number for number in itertools.count(1000) if number not in taken)
+    numbers = guide_numbers(site.streams)
     return json_page([
         {
-            "GuideNumber": str(stream.number or next(free)),
+            "GuideNumber": str(numbers[stream.name]),
             "GuideName": stream.title,
             "URL": site.link(stream.name),
         }
-        for stream in streams
+        for stream in site.streams
     ])  # fmt: skip
+
+
+def guide_numbers(streams: Collection[StreamSettings]) -> dict[str, int]:
+    """The number of each stream by its name: the configured one, or one made from the name.
+
+    Plex maps its guide by these numbers.  So only a collision may move one when a stream is
+    inserted: it gives the later name the next number that is free.
+    """
+    numbers = {stream.name: stream.number for stream in streams if stream.number}
+    taken = set(numbers.values())
+    for name in sorted(stream.name for stream in streams if not stream.number):
+        first = GUIDE_NUMBERS[zlib.crc32(name.encode()) % len(GUIDE_NUMBERS)]
+        after, before = range(first, GUIDE_NUMBERS.stop), range(GUIDE_NUMBERS.start, first)
+        beyond = itertools.count(GUIDE_NUMBERS.stop)  # if there are more streams than numbers
+        for number in itertools.chain(after, before, beyond):
+            if number not in taken:
+                break
+        taken.add(number)
+        numbers[name] = number
+    return numbers
+
+
+def device_id(port: int) -> str:
+    """Eight hexadecimal digits that stay the same for this machine and port.
+
+    systemd asks programs to show nobody the machine's id itself, so it is hashed.
+    """
+    machine = ""
+    with contextlib.suppress(OSError, ValueError):
+        machine = MACHINE_ID.read_text(encoding="ascii").strip()
+    if not re.fullmatch("[0-9a-f]{32}", machine):  # as in most containers
+        machine = f"{uuid.getnode():012x}"  # the network card's address
+    return hashlib.sha256(f"streampipe {machine} {port}".encode()).hexdigest()[:8]
 
 
 def device_page(site: Site) -> Page:
     name = html.escape(site.config.server.name)
-    device = f"{zlib.crc32(site.config.server.name.encode()):08x}"
+    device = device_id(site.server.port)
     body = f"""<?xml version="1.0" encoding="UTF-8"?>
 <root xmlns="urn:schemas-upnp-org:device-1-0">
   <specVersion><major>1</major><minor>0</minor></specVersion>
@@ -6268,12 +6312,14 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes else f"{int(seconds)} s"
 
 
+# Some players insist on .m3u8.  HDHomeRun tuners have a lineup.m3u.
+M3U_LISTS = ("/playlist.m3u", "/playlist.m3u8", "/lineup.m3u")
 # By path; a playlist of one stream is at its name.
 PAGES: Mapping[str, Callable[[Site], Page]] = {
     "/": status_page,
     "/status": status_json,
     "/metrics": metrics_page,
-    "/playlist.m3u": lambda site: playlist_page(site, site.streams),
+    **dict.fromkeys(M3U_LISTS, lambda site: playlist_page(site, site.streams)),
     "/discover.json": discover_page,
     "/lineup.json": lineup_page,
     "/lineup_status.json": lambda site: json_page(SCAN_STATUS),
@@ -6290,9 +6336,9 @@ PAGES: Mapping[str, Callable[[Site], Page]] = {
 # does when it is missing.
 # --------------------------------------------------------------------------------------------------
 
-STREAM_PATH = re.compile(r"/([a-z0-9-]+)(\.m3u8?|/([0-9]{1,18})\.([a-z0-9]+))?")
+STREAM_PATH = re.compile(r"/([a-z0-9-]+)(\.m3u8?|\.ts|/([0-9]{1,18})\.([a-z0-9]+))?")
+TUNER_PATH = re.compile(r"/auto/v([0-9]{1,9})")  # Channels DVR makes these by a guide number
 HLS_HEADERS = {"Accept-Ranges": "none"}
-M3U_LISTS = frozenset({"/playlist.m3u"})
 RELOAD_WAIT = 5.0  # seconds that a playlist may wait for news
 NO_TOKEN = "a token is required: add ?token=... to the address, or give it as the password"
 TOO_LARGE = "its segments are larger than the window: set a larger ringbuffer_size"
@@ -6349,9 +6395,7 @@ class Handler(BaseHTTPRequestHandler):
             path, query = unquote(target.path, errors="strict"), parse_qs(target.query)
         except ValueError:
             path = ""  # no stream's, no page's
-        found = STREAM_PATH.fullmatch(path)
-        is_streams = bool(found and found[1] not in RESERVED_NAMES)
-        self.is_for_players = is_streams or path in M3U_LISTS
+        self.is_for_players = is_for_players(path)
         allowed = "GET, HEAD, OPTIONS, POST" if path == "/lineup.post" else "GET, HEAD, OPTIONS"
         if self.request_version == "HTTP/0.9":
             self.send_error(HTTPStatus.BAD_REQUEST, "HTTP/0.9 is not supported")
@@ -6370,18 +6414,47 @@ class Handler(BaseHTTPRequestHandler):
         self.has_token = self._carries_token(query)
         trusted = self.server.config.server.trusted
         self.is_trusted = self.has_token or is_in(self.client_address[0], trusted)
-        streams, found = self.server.config.streams, STREAM_PATH.fullmatch(path)
         if path == "/health" or (path == "/" and not self.is_person):
             self.answer_health()
         elif not self.is_trusted:
             headers = {"WWW-Authenticate": 'Basic realm="StreamPipe", charset="UTF-8"'}
             self.answer_error(HTTPStatus.UNAUTHORIZED, NO_TOKEN, headers)
+        else:
+            self._answer_path(path, query)
+
+    def _answer_path(self, path: str, query: Mapping[str, list[str]]) -> None:
+        """Answer a client that may have all there is."""
+        if tuned := TUNER_PATH.fullmatch(path):
+            path = self._tuned_path(int(tuned[1]))
+        streams, found = self.server.config.streams, STREAM_PATH.fullmatch(path)
+        if found and found[1] in streams:
+            self._answer_stream(streams[found[1]], found, query.get("quality", [""])[-1] or None)
         elif path in PAGES:
             self.answer(PAGES[path](self.site()))
-        elif found and found[1] in streams:
-            self._answer_stream(streams[found[1]], found, query.get("quality", [""])[-1] or None)
         else:
+            self._redirect(path)
+
+    def _tuned_path(self, number: int) -> str:
+        """The path of the stream that has this guide number; that of no stream if none has."""
+        for name, each in guide_numbers(self.server.config.streams.values()).items():
+            if each == number:
+                return f"/{name}.ts"
+        return ""
+
+    def _redirect(self, path: str) -> None:
+        """Lead /News and /news/, as people type them, to the stream.
+
+        Raises StreamError if there is none.  The address is relative, so that it is right behind
+        any proxy.
+        """
+        as_sent, mark, query = self.path.partition("?")
+        found = STREAM_PATH.fullmatch(_plain(path))
+        is_known = found and found[1] in self.server.config.streams
+        if not found or not is_known or "%2f" in as_sent.lower():
             raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
+        depth = path.count("/") - 1
+        location = (depth * "../" or "./") + found[0][1:] + mark + query
+        self._send_head(HTTPStatus.FOUND, {"Location": location, "Content-Length": "0"})
 
     def _answer_stream(
         self, stream: StreamSettings, path: re.Match[str], quality: str | None
@@ -6393,10 +6466,10 @@ class Handler(BaseHTTPRequestHandler):
             elif number:
                 self.answer_segment(stream, quality, int(number), extension)
             elif self.command == "HEAD":
-                self.answer_head(stream, is_hls=kind == ".m3u8")
+                self.answer_head(stream, kind)
             elif kind == ".m3u8":
                 self.answer_playlist(stream, quality)
-            elif self.is_person:
+            elif self.is_person and kind != ".ts":
                 self.answer_watch_page(stream, quality)
             else:
                 self.stream_channel(stream, quality)
@@ -6496,14 +6569,21 @@ class Handler(BaseHTTPRequestHandler):
             source = stream.name if is_played else ""
         self.answer(watch_page(self.site(), stream, quality, variant, source))
 
-    def answer_head(self, stream: StreamSettings, *, is_hls: bool) -> None:
+    def answer_head(self, stream: StreamSettings, kind: str | None) -> None:
         """HEAD of a stream costs nothing: Kodi and Jellyfin probe with it before they play."""
         if self.server.channels.is_stopping:
             raise stopping_error()
-        media = self.server.channels.record(stream.name).container.media_type
-        kind = PLAYLIST_TYPE if is_hls else HTML if self.is_person else media
-        headers = HLS_HEADERS if is_hls else MEDIA_HEADERS
-        self._send_head(HTTPStatus.OK, {"Content-Type": kind, **headers})
+        if kind == ".m3u8":
+            media_type, headers = PLAYLIST_TYPE, HLS_HEADERS
+        elif self.is_person and kind != ".ts":
+            media_type, headers = HTML, MEDIA_HEADERS
+        else:
+            media_type, headers = self._media_type(stream), MEDIA_HEADERS
+        self._send_head(HTTPStatus.OK, {"Content-Type": media_type, **headers})
+
+    def _media_type(self, stream: StreamSettings) -> str:
+        """The type that its media had last."""
+        return self.server.channels.record(stream.name).container.media_type
 
     def _send_head(self, status: HTTPStatus, headers: Mapping[str, str]) -> None:
         self.send_response(status)
@@ -6701,6 +6781,18 @@ class Handler(BaseHTTPRequestHandler):
         self.server.note_answer(int(code))
         path = self.path.partition("?")[0]  # a query may hold the token
         log.debug("%s: %s %s: %s", self.client_address[0], self.command, path, code)
+
+
+def is_for_players(path: str) -> bool:
+    """Whether a path is that of media, HLS or an M3U list, of a stream that exists or not."""
+    found = STREAM_PATH.fullmatch(_plain(path))
+    is_streams = bool(found and found[1] not in RESERVED_NAMES)
+    return is_streams or path in M3U_LISTS or bool(TUNER_PATH.fullmatch(path))
+
+
+def _plain(path: str) -> str:
+    """A stream's path that somebody typed with capitals or a slash at the end."""
+    return path.rstrip("/").lower()
 
 
 def ip_of(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:

@@ -18,7 +18,15 @@ PREFLIGHT = {
     "Access-Control-Request-Method": "GET",
     "Access-Control-Request-Headers": "authorization,range",
 }
-FOR_PLAYERS = ["/news", "/news.m3u8", "/news.m3u", "/news/7.ts", "/playlist.m3u", "/nothing"]
+FOR_PLAYERS = [
+    "/news",
+    "/news.m3u8",
+    "/news.m3u",
+    "/news/7.ts",
+    "/playlist.m3u",
+    "/auto/v7",
+    "/nothing",
+]
 FOR_OTHERS = ["/", "/health", "/status", "/metrics", "/discover.json", "/lineup.json", "/x/y"]
 
 

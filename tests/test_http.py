@@ -28,7 +28,7 @@ from tests.origin import (
     Status,
     master,
 )
-from tests.server import TIMEOUT, Site
+from tests.server import BROWSER, TIMEOUT, Site
 from tests.threads import Task
 
 Serve = Callable[..., Site]
@@ -218,10 +218,9 @@ def test_other_methods_are_not_allowed(news: Site, origin: Origin, method: str, 
     "target",
     [
         "/nothing",
-        "/News",
-        "/news/",
+        "/Nothing/",
         "/news/news",
-        "/news.ts",
+        "/news.TSX",
         "/news;x",
         "/news%00",
         "/news%0a",
@@ -271,6 +270,45 @@ def test_unknown_and_malformed_names_are_not_found(news: Site, origin: Origin, t
     assert "passwd" not in answer.error
     assert "Set-Cookie" not in answer.headers
     assert origin.requests == ()
+
+
+@pytest.mark.parametrize(
+    ("target", "location"),
+    [
+        ("/News", "./news"),
+        ("/%4eEWS", "./news"),
+        ("/news/", "../news"),
+        ("/NEWS//?a=b&token=%20x", "../../news?a=b&token=%20x"),
+        ("/News.m3u8?quality=best", "./news.m3u8?quality=best"),
+        ("/News.M3U", "./news.m3u"),
+        ("/News/7.TS", "../news/7.ts"),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_name_as_people_type_it_leads_to_the_stream(
+    news: Site, origin: Origin, method: str, target: str, location: str
+) -> None:
+    """Telephones begin with a capital.  The address is relative: right behind any proxy."""
+    answer = ask(news, f"{method} {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    assert (answer.status, answer.headers["Location"], answer.body) == (302, location, b"")
+    assert (answer.headers["Content-Length"], origin.requests) == ("0", ())
+    assert answer.headers["Access-Control-Allow-Origin"] == "*"
+
+
+def test_name_as_people_type_it_tells_strangers_nothing(serve: Serve) -> None:
+    site = serve({"news": "http://origin.example/x.m3u8"}, server={"token": "s3cret"})
+    for target in ("/News", "/news/", "/Nothing", "/nothing/"):
+        assert get(site, target).status == 401
+
+
+@pytest.mark.parametrize("accept", ["*/*", BROWSER])
+def test_name_may_end_in_ts(news: Site, accept: str) -> None:
+    """Some players choose by the ending; a browser gets the media there, too."""
+    answer = get(news, "/news.ts", Accept=accept)
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "video/mp2t")
+    assert dechunk(answer.body) == (NEWS, True)
+    head = ask(news, f"HEAD /news.ts HTTP/1.1\r\nHost: x\r\nAccept: {accept}\r\n\r\n".encode())
+    assert (head.status, head.headers["Content-Type"]) == (200, "video/mp2t")
 
 
 @pytest.mark.parametrize("target", ["/%6eews", "http://tv.example/news", "/n%65ws?a=%2e%2e"])

@@ -19,9 +19,11 @@ import subprocess
 import sys
 import time
 import urllib.parse
+import uuid
 import xml.etree.ElementTree as ElementTree
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -106,6 +108,7 @@ def test_playlist_has_every_stream_in_the_files_order(serve: Serve) -> None:
             Entry(
                 {
                     "tvg-id": "z.example",
+                    "channel-id": "z12",
                     "tvg-name": "Zwölf",
                     "tvg-logo": "https://x.example/l.png",
                     "tvg-chno": "12",
@@ -114,7 +117,7 @@ def test_playlist_has_every_stream_in_the_files_order(serve: Serve) -> None:
                 "Zwölf",
                 f"{site.url}/z12",
             ),
-            Entry({"tvg-name": "a"}, "a", f"{site.url}/a"),
+            Entry({"channel-id": "a", "tvg-name": "a"}, "a", f"{site.url}/a"),
         ],
     )
 
@@ -123,11 +126,12 @@ def test_playlist_of_one_stream_has_it_alone(serve: Serve) -> None:
     site = serve({"one": {"url": NOWHERE, "group": "G"}, "two": NOWHERE})
     head, entries = playlist(site.get("/one.m3u"))
     assert head == "#EXTM3U"
-    assert entries == [Entry({"tvg-name": "one", "group-title": "G"}, "one", f"{site.url}/one")]
+    attributes = {"channel-id": "one", "tvg-name": "one", "group-title": "G"}
+    assert entries == [Entry(attributes, "one", f"{site.url}/one")]
 
 
 @pytest.mark.parametrize(
-    "path", ["/three.m3u", "/.m3u", "/playlist.m3u8", "/one.M3U", "/x/one.m3u"]
+    "path", ["/three.m3u", "/.m3u", "/playlist.ts", "/playlist.M3U", "/x/one.m3u"]
 )
 def test_playlist_of_no_stream_is_not_found(serve: Serve, path: str) -> None:
     assert serve({"one": NOWHERE}).get(path).status == 404
@@ -148,7 +152,8 @@ def test_playlist_names_the_guide(serve: Serve) -> None:
     [
         pytest.param('The "Best" of', "The 'Best' of", id="quotes"),
         pytest.param("A\nhttp://evil.example/", "A http://evil.example/", id="line feed"),
-        pytest.param("A\r\n#EXTINF:-1,B", "A #EXTINF:-1,B", id="line of its own"),
+        pytest.param("A\r\n#EXTINF:-1,B", "A #EXTINF:-1 B", id="line of its own"),
+        pytest.param("Crime, Drama,", "Crime Drama", id="commas"),
         pytest.param("A\u2028B\x85C\x0bD", "A B C D", id="other line breaks"),
         pytest.param("  A  ", "A", id="space around"),
     ],
@@ -156,8 +161,9 @@ def test_playlist_names_the_guide(serve: Serve) -> None:
 def test_values_cannot_break_out_of_their_line(serve: Serve, written: str, cleaned: str) -> None:
     site = serve({"one": {"url": NOWHERE, "title": written, "group": written, "tvg_id": written}})
     _, (entry,) = playlist(site.get("/playlist.m3u"))
-    assert entry.attributes == dict.fromkeys(("tvg-name", "group-title", "tvg-id"), cleaned)
-    assert entry.title in (cleaned, " ".join(written.split()))
+    values = dict.fromkeys(("tvg-name", "group-title", "tvg-id"), cleaned)
+    assert entry.attributes == {**values, "channel-id": "one"}
+    assert entry.title == cleaned
     assert entry.url == f"{site.url}/one"
 
 
@@ -165,7 +171,54 @@ def test_values_cannot_break_out_of_their_line(serve: Serve, written: str, clean
 @pytest.mark.parametrize("value", [" ", "\n", "\u2028 "], ids=["space", "line feed", "others"])
 def test_value_that_is_empty_is_left_out(serve: Serve, key: str, value: str) -> None:
     _, (entry,) = playlist(serve({"one": {"url": NOWHERE, key: value}}).get("/playlist.m3u"))
-    assert entry.attributes == {"tvg-name": "one"}
+    assert entry.attributes == {"channel-id": "one", "tvg-name": "one"}
+
+
+def test_title_of_commas_alone_is_the_name(serve: Serve) -> None:
+    _, (entry,) = playlist(serve({"one": {"url": NOWHERE, "title": ",,"}}).get("/one.m3u"))
+    assert (entry.title, entry.attributes["tvg-name"]) == ("one", "one")
+
+
+@pytest.mark.parametrize(
+    ("logo", "shown"),
+    [
+        ("https://l.example/a,b.png", "https://l.example/a%2Cb.png"),
+        ('https://l.example/"c".png?d="e"', "https://l.example/%22c%22.png?d=%22e%22"),
+    ],
+    ids=["comma", "quotes"],
+)
+def test_address_of_a_logo_stays_one(serve: Serve, logo: str, shown: str) -> None:
+    """mpv ends an entry's attributes at the first comma."""
+    _, (entry,) = playlist(serve({"one": {"url": NOWHERE, "logo": logo}}).get("/one.m3u"))
+    assert entry.attributes.get("tvg-logo") == shown
+
+
+def jellyfins_title(line: str) -> str:
+    """As its M3uParser reads it: what follows the last comma."""
+    return line.rpartition(",")[2].strip()
+
+
+def mpvs_title(line: str) -> str:
+    """As its demux_playlist reads it: what follows the first comma."""
+    return line.partition(",")[2].strip()
+
+
+def test_players_that_split_at_commas_see_the_whole_title(serve: Serve) -> None:
+    stream = {"url": NOWHERE, "title": 'Crime, "Drama"', "group": "A, B", "logo": "http://h/a,b"}
+    (line,) = serve({"one": stream}).get("/one.m3u").body.decode().split("\n")[1:2]
+    assert jellyfins_title(line) == mpvs_title(line) == "Crime 'Drama'"
+
+
+@pytest.mark.parametrize("path", ["/playlist.m3u8", "/lineup.m3u"])
+def test_list_has_other_names(serve: Serve, path: str) -> None:
+    site = serve({"one": NOWHERE, "two": {"url": NOWHERE, "group": "G"}})
+    assert playlist(site.get(path)) == playlist(site.get("/playlist.m3u"))
+
+
+def test_stream_named_lineup_has_a_list_of_its_own(serve: Serve) -> None:
+    site = serve({"lineup": NOWHERE, "two": NOWHERE})
+    _, entries = playlist(site.get("/lineup.m3u"))
+    assert [entry.title for entry in entries] == ["lineup"]
 
 
 PUBLIC = {"public_url": "https://tv.example/sub/"}
@@ -203,9 +256,8 @@ def test_addresses_are_those_the_client_reaches(
 def test_address_without_host_is_the_sockets(serve: Serve, host: str) -> None:
     site = serve({"one": NOWHERE}, server={"host": host})
     answer = site.raw(b"GET /playlist.m3u HTTP/1.0\r\n\r\n")
-    assert answer.endswith(
-        f'\r\n\r\n#EXTM3U\n#EXTINF:-1 tvg-name="one",one\n{site.url}/one\n'.encode()
-    )
+    entry = f'#EXTINF:-1 channel-id="one" tvg-name="one",one\n{site.url}/one\n'
+    assert answer.endswith(f"\r\n\r\n#EXTM3U\n{entry}".encode())
 
 
 @pytest.mark.parametrize("header", ["Host", "X-Forwarded-Host"])
@@ -324,20 +376,121 @@ def test_discover_has_what_clients_need(serve: Serve) -> None:
     assert all(isinstance(found[key], str) and found[key] for key in others)
 
 
-def test_guide_numbers_are_the_files_or_counted_from_1000(serve: Serve) -> None:
-    streams = {"c": NOWHERE, "a": {"url": NOWHERE, "number": 7, "title": "A!"}, "b": NOWHERE}
-    site = serve(streams)
+def guide_numbers(site: Site) -> dict[str, str]:
+    """By stream, in the lineup's order."""
+    lineup = site.get("/lineup.json").json
+    return {urllib.parse.urlsplit(each["URL"]).path[1:]: each["GuideNumber"] for each in lineup}
+
+
+def number_of(name: str) -> int:
+    """The number that a stream of this name has if no other stream has it."""
+    return 10000 + zlib.crc32(name.encode()) % 90000
+
+
+def test_lineup_has_every_stream_in_the_files_order(serve: Serve) -> None:
+    site = serve({"c": NOWHERE, "a": {"url": NOWHERE, "number": 7, "title": "A!"}})
     assert site.get("/lineup.json").json == [
-        {"GuideNumber": "1000", "GuideName": "c", "URL": f"{site.url}/c"},
+        {"GuideNumber": str(number_of("c")), "GuideName": "c", "URL": f"{site.url}/c"},
         {"GuideNumber": "7", "GuideName": "A!", "URL": f"{site.url}/a"},
-        {"GuideNumber": "1001", "GuideName": "b", "URL": f"{site.url}/b"},
     ]
 
 
-def test_guide_numbers_do_not_repeat(serve: Serve) -> None:
-    site = serve({"a": NOWHERE, "b": {"url": NOWHERE, "number": 1001}, "c": NOWHERE, "d": NOWHERE})
-    numbers = [channel["GuideNumber"] for channel in site.get("/lineup.json").json]
-    assert numbers == ["1000", "1001", "1002", "1003"]
+def test_stream_that_is_inserted_moves_no_guide_number(serve: Serve) -> None:
+    """Plex maps its guide by them."""
+    names = [f"stream-{number}" for number in range(60)]
+    before = guide_numbers(serve(dict.fromkeys(names, NOWHERE)))
+    assert all(10000 <= int(number) <= 99999 for number in before.values())
+    more = dict.fromkeys(["new-1", *names[30:], "new-2", *names[:30]], NOWHERE)
+    after = guide_numbers(serve(more))
+    assert {name: after[name] for name in names} == before
+    assert len(set(after.values())) == len(more)
+
+
+def colliding() -> tuple[str, str]:
+    """Two names with the same number."""
+    seen: dict[int, str] = {}
+    for name in (f"s{count}" for count in itertools.count()):
+        if number_of(name) in seen:
+            return seen[number_of(name)], name
+        seen[number_of(name)] = name
+    raise AssertionError
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_names_that_collide_get_the_next_number_in_their_order(
+    serve: Serve, is_reversed: bool
+) -> None:
+    pair = sorted(colliding())
+    found = guide_numbers(serve(dict.fromkeys(pair[::-1] if is_reversed else pair, NOWHERE)))
+    assert found == {pair[0]: str(number_of(pair[0])), pair[1]: str(number_of(pair[0]) + 1)}
+
+
+def test_guide_number_that_is_configured_is_kept_free(serve: Serve) -> None:
+    number = number_of("a")
+    found = guide_numbers(serve({"a": NOWHERE, "b": {"url": NOWHERE, "number": number}}))
+    assert found == {"a": str(number + 1), "b": str(number)}
+
+
+def test_numbers_after_the_last_begin_with_the_first() -> None:
+    last = next(name for name in (f"s{n}" for n in itertools.count()) if number_of(name) == 99999)
+    streams = [pipe.StreamSettings("a", (), number=99999), pipe.StreamSettings(last, ())]
+    assert pipe.guide_numbers(streams) == {"a": 99999, last: 10000}
+
+
+def test_tuner_plays_a_channel_by_its_number(origin: Origin, serve: Serve) -> None:
+    """Channels DVR makes these addresses itself."""
+    site = serve({"news": live(origin).url, "seven": {"url": NOWHERE, "number": 7}})
+    number = guide_numbers(site)["news"]
+    assert site.watch(f"/auto/v{number}?transcode=none").read(188)[:1] == b"G"
+    assert site.ask("HEAD", "/auto/v7").status == 200
+    for path in ("/auto/v8", "/auto/v", "/auto/v07x", "/auto/seven", "/auto", f"/auto/v{10**20}"):
+        assert site.get(path).status == 404
+
+
+def test_tuner_is_closed_without_the_token(serve: Serve) -> None:
+    assert closed(serve).get(f"/auto/v{number_of('news')}").status == 401
+
+
+def device_id(site: Site) -> str:
+    found = site.get("/discover.json").json["DeviceID"]
+    assert isinstance(found, str)
+    return found
+
+
+def test_device_is_known_by_machine_and_port(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = serve({}, server={"name": "A"}), serve({}, server={"name": "A"})
+    before = device_id(one)
+    assert before != device_id(two), "two servers on one machine are two tuners"
+    monkeypatch.setattr(one.server, "config", replace(one.config, streams={}))
+    settings = replace(one.config.server, name="B")
+    monkeypatch.setattr(one.server, "config", replace(one.config, server=settings))
+    assert one.get("/discover.json").json["FriendlyName"] == "B"
+    assert device_id(one) == before
+    other = tmp_path / "machine-id"
+    other.write_text("0123456789abcdef0123456789abcdef\n", encoding="ascii")
+    monkeypatch.setattr(pipe, "MACHINE_ID", other)
+    on_other_machine = device_id(one)
+    assert on_other_machine != before
+    assert device_id(one) == on_other_machine
+
+
+@pytest.mark.parametrize("text", [None, "", "uninitialized\n"], ids=["none", "empty", "not yet"])
+def test_device_of_a_machine_without_id_has_that_of_its_network_card(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None
+) -> None:
+    """As in a container."""
+    file = tmp_path / "machine-id"
+    if text is not None:
+        file.write_text(text, encoding="ascii")
+    monkeypatch.setattr(pipe, "MACHINE_ID", file)
+    site = serve({})
+    found = set()
+    for card in (0x0242AC110002, 0x0242AC110003, 0x0242AC110002):
+        monkeypatch.setattr(uuid, "getnode", lambda card=card: card)
+        found.add(device_id(site))
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("query", ["", "?scan=start", "?scan=abort"])
