@@ -167,6 +167,7 @@ WINDOW_GROWTH = 8  # times `ringbuffer_size` that a window may hold to keep enou
 PRIVATE_WINDOW = 1 * MIB  # bytes between an upstream that has an end and its one viewer
 PLAYLIST_LIMIT = 8 * MIB  # bytes of a playlist, a key or a page; more is an attack or a mistake
 SNIFF_LIMIT = 752  # bytes: three TS packets at any offset, to tell a container
+SEARCH_LIMIT = 4 * KIB  # bytes searched for TS packets behind something else
 TAG_LIMIT = 1 * MIB  # bytes of ID3 tags to wait for until the container behind them is told
 
 FOREMOST_PATIENCE = 5.0  # seconds without a byte until the foremost viewer counts as paused
@@ -2038,16 +2039,20 @@ EAC3 = _packed_audio("audio/eac3", "ec3", rb"\x0b\x77.{3}[\x58-\x87]")
 PACKED_AUDIO = (AAC, MPEG_AUDIO, AC3, EAC3)
 CONTAINERS = (MPEG_TS, FMP4, MATROSKA, *PACKED_AUDIO, OTHER_MEDIA)
 
-# Up to three packets that begin anywhere, the first of them whole.
-_PACKETS = re.compile(rb".{0,187}?G(?=.{187})(?!.{187}[^G])(?!.{375}[^G])", re.DOTALL)
+# Up to three packets that begin anywhere, the first of them whole.  A wrong IV spoils 16 bytes, the
+# sync byte of the first packet among them: the second one begins at 188.
+_PACKETS = re.compile(rb".{0,188}?G(?=.{187})(?!.{187}[^G])(?!.{375}[^G])", re.DOTALL)
+# Five sync bytes behind whatever else: that many are no accident in SEARCH_LIMIT bytes.
+_FAR_PACKETS = re.compile(rb"G(?=(?:.{187}G){4})", re.DOTALL)
 
 
 def sniff(start: bytes, is_all: bool = False, media_type: str = "") -> Container | None:
     """Tell the container from the first bytes of a stream; None asks for more.
 
     With `is_all`, no more will come.  Otherwise it asks for whole ID3 tags, up to TAG_LIMIT, and
-    for SNIFF_LIMIT bytes behind them.  `media_type` is the Content-Type of a raw source, which
-    tells the codec of audio that begins within a frame, as that of a relay does.
+    for SNIFF_LIMIT bytes behind them, or SEARCH_LIMIT if those tell nothing.  `media_type` is the
+    Content-Type of a raw source, which tells the codec of audio that begins within a frame, as
+    that of a relay does.
     """
     at = 0
     while size := _id3_size(start[at : at + ID3_HEADER]):
@@ -2062,7 +2067,23 @@ def sniff(start: bytes, is_all: bool = False, media_type: str = "") -> Container
         told = [MPEG_TS]
     told = told or [container for container in PACKED_AUDIO if container.begins(start)]
     told = told or [container for container in PACKED_AUDIO if container.is_called(media_type)]
-    return told[0] if told else OTHER_MEDIA
+    if told:
+        return told[0]
+    if not is_all and len(start) < SEARCH_LIMIT:
+        return None
+    return MPEG_TS if _FAR_PACKETS.search(start, 0, SEARCH_LIMIT) else OTHER_MEDIA
+
+
+def is_media(start: bytes, is_all: bool = False) -> bool | None:
+    """Whether a segment begins as media or with an ID3 tag; None asks for more, as sniff() does.
+
+    If not, and the segment was encrypted, its key is wrong: that makes noise of all of it.  A wrong
+    IV spoils 16 bytes, and the packets after them are found.
+    """
+    if start.startswith((b"ID3", b"WEBVTT", b"\xef\xbb\xbfWEBVTT")):
+        return True
+    container = sniff(start, is_all)
+    return None if container is None else container is not OTHER_MEDIA
 
 
 # --------------------------------------------------------------------------------------------------

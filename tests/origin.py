@@ -125,6 +125,8 @@ class Playlist:
     Which media a number has: `vod` and `event` count from `first_sequence`; in `live`, number k is
     segments[k % len(segments)], so that two origins of one channel agree.
 
+    `named_iv` is what the playlist says in place of the true `aes_iv`.
+
     `keep` segments that left the list can still be fetched (None: all); others are 404.
     """
 
@@ -140,6 +142,7 @@ class Playlist:
         extension: str = ".ts",
         aes_key: bytes | None = None,
         aes_iv: bytes | None = None,
+        named_iv: bytes | None = None,
         byte_ranges: bool = False,
         target_duration: int | None = None,
         listed: int | None = None,
@@ -154,6 +157,7 @@ class Playlist:
         self._window = window if mode == "live" else None
         self._initial = len(segments) if mode == "vod" else window if listed is None else listed
         self._aes_key, self._aes_iv, self._byte_ranges = aes_key, aes_iv, byte_ranges
+        self._named_iv = named_iv or aes_iv
         self._target_duration = target_duration
         self._origin: Origin | None = None
         # Guards everything below. Reentrant: public methods use each other.
@@ -375,7 +379,7 @@ class Playlist:
         if has_map:  # before the key, which would apply to it
             yield '#EXT-X-MAP:URI="init.mp4"'
         if self._aes_key:
-            iv = f",IV=0x{self._aes_iv.hex()}" if self._aes_iv else ""
+            iv = f",IV=0x{self._named_iv.hex()}" if self._named_iv else ""
             yield f'#EXT-X-KEY:METHOD=AES-128,URI="key"{iv}'
 
     def _entry_locked(self, number: int) -> Iterator[str]:
@@ -1473,6 +1477,9 @@ def _add_channels(origin: Origin) -> list[str]:
         Playlist("vod-ts", ts),
         Playlist("vod-fmp4", fragments, init=init, extension=".m4s"),
         Playlist("vod-aes", ts, aes_key=key),
+        Playlist(
+            "wrong-iv", ts, mode="live", aes_key=key, aes_iv=key, named_iv=key[::-1], clock=True
+        ),
         Playlist("vod-byterange", ts, byte_ranges=True),
         Playlist("event", ts, mode="event", clock=True),
         Playlist("discontinuity", jumping, mode="live", clock=True),

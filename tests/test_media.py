@@ -7,6 +7,7 @@ import io
 import itertools
 import lzma
 import os
+import random
 import shutil
 import subprocess
 from base64 import b85decode
@@ -182,13 +183,13 @@ STARTS: dict[str, tuple[Container, Callable[[], bytes]]] = {
     "id3 version 2": (pipe.AAC, lambda: TAGS["version 2"] + media.aac_segments(4)[0]),
     "several tags": (pipe.AAC, lambda: b"".join(TAGS.values()) + media.aac_segments(4)[0]),
     "id3 ts": (pipe.MPEG_TS, lambda: TAGS["version 3"] + media.ts_segments(4)[0]),
-    "id3 text": (pipe.OTHER_MEDIA, lambda: TAGS["version 3"] + b"no audio " * 100),
+    "id3 text": (pipe.OTHER_MEDIA, lambda: TAGS["version 3"] + b"no audio " * 460),
     "matroska": (pipe.MATROSKA, lambda: matroska()),
-    "flv": (pipe.OTHER_MEDIA, lambda: b"FLV\1\5\0\0\0\t" + bytes(1000)),
-    "one frame of mp3": (pipe.MPEG_AUDIO, lambda: b"\xff\xfb\x90\x64" + bytes(1000)),
-    "mp3 without a bit rate": (pipe.OTHER_MEDIA, lambda: b"\xff\xfb\x00\x64" + bytes(1000)),
-    "utf-16": (pipe.OTHER_MEDIA, lambda: ("\ufeffHello, world. " * 60).encode("utf-16-le")),
-    "text": (pipe.OTHER_MEDIA, lambda: b"Good day, this is no media. Go away.\n" * 30),
+    "flv": (pipe.OTHER_MEDIA, lambda: b"FLV\1\5\0\0\0\t" + bytes(4096)),
+    "one frame of mp3": (pipe.MPEG_AUDIO, lambda: b"\xff\xfb\x90\x64" + bytes(4096)),
+    "mp3 without a bit rate": (pipe.OTHER_MEDIA, lambda: b"\xff\xfb\x00\x64" + bytes(4096)),
+    "utf-16": (pipe.OTHER_MEDIA, lambda: ("\ufeffHello, world. " * 160).encode("utf-16-le")),
+    "text": (pipe.OTHER_MEDIA, lambda: b"Good day, this is no media. Go away.\n" * 120),
 }
 for name, (container, make) in AUDIO.items():
     STARTS[name] = (container, functools.partial(audio_start, make))
@@ -263,9 +264,11 @@ AUDIO_TYPES = {
 def test_origin_says_what_audio_is_that_starts_within_a_frame(
     kind: str, container: Container
 ) -> None:
-    start = b"the rest of a frame" * 50
+    start = b"the rest of a frame" * 250
     assert pipe.sniff(start[: pipe.SNIFF_LIMIT - 1], media_type=kind) is None
-    assert pipe.sniff(start[: pipe.SNIFF_LIMIT], media_type=kind) is container
+    answer = pipe.sniff(start[: pipe.SNIFF_LIMIT], media_type=kind)
+    assert answer is (None if container is pipe.OTHER_MEDIA else container)
+    assert pipe.sniff(start[: pipe.SEARCH_LIMIT], media_type=kind) is container
 
 
 @of_every_start
@@ -330,6 +333,31 @@ def test_sniffing_always_ends(start: bytes, fill: bytes) -> None:
     enough = (start + fill * ENOUGH)[:ENOUGH]
     assert pipe.sniff(enough) or enough[:3] == b"ID3"
     assert pipe.sniff((start + fill * pipe.TAG_LIMIT)[: pipe.TAG_LIMIT + ENOUGH])
+
+
+NOISE = random.Random(1).randbytes(1 << 16)
+
+
+@pytest.mark.parametrize("size", [16, 188, 1000, 3300])
+def test_packets_are_found_behind_noise(size: int) -> None:
+    """A wrong IV spoils 16 bytes; some packagers hide their packets behind a picture."""
+    start = NOISE[:size] + media.ts_segments(4)[0][size if size < PACKET else 0 :]
+    assert pipe.sniff(start) is pipe.MPEG_TS
+    assert pipe.sniff(start[: pipe.SEARCH_LIMIT]) is pipe.MPEG_TS
+    assert pipe.is_media(start)
+
+
+def test_noise_is_no_media_but_what_begins_as_media_or_with_a_tag_is() -> None:
+    """Noise is what a wrong key makes of a segment."""
+    assert pipe.is_media(NOISE[: pipe.SEARCH_LIMIT - 1]) is None
+    noise = list(stepwise(NOISE, pipe.SEARCH_LIMIT))
+    assert [pipe.is_media(part) for part in noise] == [False] * len(noise)
+    assert pipe.is_media(NOISE[:100], is_all=True) is False
+    assert pipe.is_media(TAGS["version 4"][:10]), "the rest of the tag does not matter"
+    assert pipe.is_media(b"WEBVTT\n")
+    for container, make in STARTS.values():
+        if container is not pipe.OTHER_MEDIA:
+            assert pipe.is_media(make()[:ENOUGH])
 
 
 @pytest.mark.parametrize("container", pipe.CONTAINERS)

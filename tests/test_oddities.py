@@ -53,6 +53,23 @@ def test_empty_answer_is_no_segment(origin: Origin, serve: Serve) -> None:
     assert (empty.taken, gaps(site)) == (1, 0)
 
 
+def test_wrong_iv_spoils_sixteen_bytes_of_each_segment_and_nothing_else(
+    origin: Origin, serve: Serve
+) -> None:
+    key, iv = b"0123456789abcdef", bytes(range(16))
+    news = live(origin, aes_key=key, aes_iv=iv, named_iv=bytes(range(100, 116)))
+    viewer = serve({"news": news.url}).watch("/news")
+    assert viewer.headers["Content-Type"] == "video/mp2t"
+    spoiled = [
+        bytes(a ^ b ^ c for a, b, c in zip(s, iv, range(100, 116), strict=False)) + s[16:]
+        for s in SEGMENTS
+    ]
+    wanted = b"".join(spoiled[2:5])
+    got = viewer.read(len(wanted))
+    assert media.decode(got, strict=False).video_frames > 2 * media.FPS
+    assert got == wanted
+
+
 def test_empty_answer_is_no_initialization_section(origin: Origin, serve: Serve) -> None:
     init, fragments = media.fmp4()
     news = live(origin, segments=fragments, init=init, extension=".m4s")
