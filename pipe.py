@@ -69,6 +69,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import base64
+import codecs
 import contextlib
 import difflib
 import enum
@@ -306,6 +307,8 @@ EXPIRED = frozenset(f"the origin answered {status}" for status in (401, 403, 404
 JUST_ENDED = "the stream has just ended"
 CHANNEL_LIST = "that is a list of channels: configure the address of one of them"
 WEB_PAGE = "the origin sent a web page, not a stream"
+TEXT = "the origin sent text, not a stream"
+NOT_MEDIA = frozenset({WEB_PAGE, TEXT})
 EMPTY = "the origin's playlist is empty"
 
 _NO_ROUTE = errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN
@@ -2952,7 +2955,7 @@ class Download:
         self._had = Fingerprint()
         self._moved = 0.0  # when the newest byte was passed on, or the first try began
         self.began = self.asked = 0.0  # when the first try began, and the newest
-        self.answered = 0.0  # when the newest try began that was answered
+        self.answered = 0.0  # when the newest try began that was answered with media
         self.failure: str | None = None  # of the newest try; None where it was answered
         self.failing_since = 0.0  # when the first of the tries began that failed like this
         self._came = 0  # bytes of the newest try, new or not
@@ -2989,7 +2992,6 @@ class Download:
             self.asked = time.monotonic()
             try:
                 response, start = self._open()
-                self.answered, self.failure = self.asked, None
                 with contextlib.closing(response):
                     yield from self._new_parts(response, start)
                 return
@@ -3063,10 +3065,12 @@ class Download:
         before = max(0, -offset)  # bytes still to come in front of ours
         repeat = Repeat(self._had if offset <= 0 else Fingerprint())
         parts = parts_of(response, PART_LIMIT, start)
+        if offset <= 0:  # otherwise it continues a body whose start was judged
+            parts = media_parts(parts)
         self._came, self._waited = 0, 0.0
         while self._had.size != self._size and (part := self._wait_for(parts)):
-            if not self._had.size and is_page(part):
-                raise UpstreamError(WEB_PAGE)
+            # A page or a text is no answer, so only media counts as one.
+            self.answered, self.failure = self.asked, None
             part, before = part[before:], max(0, before - len(part))
             new = repeat.pass_on(part)
             if new is None:
@@ -3136,7 +3140,10 @@ HOOKS: tuple[tuple[Any, Mapping[str, str]], ...] = (
         "iter_segment_content": "self segment response",
         "_parse_packed_audio_timestamp": "self iterator",
     }),
-    (HLSStreamWorker, {"reload": "self", "run": "self", "process_segments": "self playlist"}),
+    (HLSStreamWorker, {
+        "reload": "self", "run": "self", "process_segments": "self playlist",
+        "_fetch_playlist": "self",
+    }),
     (HLSStreamReader, {"close": "self"}),
     (MuxedStream, {"_open_streams": "self"}),
     (HTTPAdapter, {"get_connection_with_tls_context": "self request verify proxies cert"}),
@@ -3306,15 +3313,11 @@ class Session:
     def _open_raw(self, arguments: Mapping[str, Any]) -> Opened:
         """Ask for a body, and read as much of it as tells what it is."""
         response = self.http.ask(arguments, {}, self.http.timeout)
-        start = b""
-        for part in parts_of(response, START_LIMIT):
-            start += part
-            if len(start) >= START_LIMIT or (len(start) >= 64 and not _COMMENTS.fullmatch(start)):
-                break
-        if is_page(start):
+        try:
+            return response, without_preface(read_start(parts_of(response, START_LIMIT)))
+        except UpstreamError:
             response.close()
-            raise UpstreamError(WEB_PAGE)
-        return response, without_preface(start)
+            raise
 
 
 def _own_options(stream: StreamSettings, timeout: float) -> dict[str, Any]:
@@ -3413,6 +3416,8 @@ class Http(HTTPSession):
                 raise kind from UpstreamError(WEB_PAGE)
         if is_playlist(response.content):
             self.keep(url, response)
+        elif kind is OSError and is_short_text(response.content):  # so no keys are requested
+            raise kind from text_error(response.content)
         return response
 
     def _bound(self, response: requests.Response, stream: bool, timeout: Any, **_: Any) -> None:
@@ -3526,12 +3531,16 @@ def _shut(sock: socket.socket) -> None:
 
 
 START_LIMIT = 4 * KIB  # bytes of blanks and comments in front of a playlist, at most
+TEXT_LIMIT = 4 * KIB  # bytes; a longer text is not a message
+TEXT_SHOWN = 80  # bytes of a text in the debug log
 _BLANKS = rb"(\xef\xbb\xbf)?(\s|#(?!EXTM3U)[^\r\n]*[\r\n])*"
 _COMMENTS = re.compile(_BLANKS + rb"(#[^\r\n]*)?")
 _PREFACE = re.compile(_BLANKS + rb"(?=#EXTM3U)")
 _PAGE = re.compile(
     rb"(\xef\xbb\xbf)?\s*(<(!doctype|!--|\?xml|[a-z][\w:-]*[\s>/])|[{\[]\s*[\"{}\[\]\d])", re.I
 )
+
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")  # characters that no text has
 
 
 def is_playlist(body: bytes) -> bool:
@@ -3551,6 +3560,62 @@ def is_page(start: bytes) -> bool:
     """
     is_text = not re.search(rb"[\x00-\x08\x0e-\x1f]", start[:512])
     return is_text and len(start) > 16 and bool(_PAGE.match(start, 0, START_LIMIT))
+
+
+def is_text(start: bytes) -> bool:
+    """Whether this is printable UTF-8, perhaps cut off within a character."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return False
+    return not _CONTROL.search(text)
+
+
+def is_short_text(body: bytes) -> bool:
+    """Whether a complete body is an error message or a list of links, and no media playlist."""
+    return 0 < len(body) < TEXT_LIMIT and is_text(body) and not is_playlist(body)
+
+
+def text_error(body: bytes) -> UpstreamError:
+    """The error for a text, whose first words go to the debug log alone."""
+    words = body[:TEXT_SHOWN].decode("utf-8", "ignore").split()
+    shown = [word for word in words if not re.search("[/=?&@]", word)]  # addresses are secret
+    log.debug("the origin sent text: %s", " ".join(shown))
+    return UpstreamError(TEXT)
+
+
+def media_parts(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """Pass a segment or a file on as it arrives, unless its start proves to be no media.
+
+    Raises UpstreamError before the first byte.
+    """
+    rest = iter(parts)
+    start = read_start(rest)
+    if is_playlist(start):
+        raise text_error(start)
+    if start:
+        yield start
+    yield from rest
+
+
+def read_start(parts: Iterable[bytes]) -> bytes:
+    """Read as much of a body as tells media or a playlist from a page or a short text.
+
+    Raises UpstreamError for these two.  Media has a byte that no text has within its first packet,
+    so only text waits for more.
+    """
+    start = b""
+    for part in parts:
+        start += part
+        if is_page(start):
+            raise UpstreamError(WEB_PAGE)
+        is_long = len(start) >= START_LIMIT
+        may_be_text = is_text(start) or _COMMENTS.fullmatch(start)
+        if is_long or is_playlist(start) or not may_be_text:
+            return start
+    if is_short_text(start):
+        raise text_error(start)
+    return start
 
 
 def read_bounded(response: requests.Response, start: bytes = b"") -> None:
@@ -3910,6 +3975,12 @@ class WatchedWorker(HLSStreamWorker):
                 self.reader.fail(self.failure)
             raise
 
+    def _fetch_playlist(self) -> requests.Response:
+        response = super()._fetch_playlist()
+        if is_short_text(response.content):
+            raise EngineStreamError(TEXT) from text_error(response.content)
+        return response
+
     def process_segments(self, playlist: Any) -> None:
         self._is_empty = False
         first, last, wanted = playlist.segments[0].num, playlist.segments[-1].num, self.reader.first
@@ -3933,6 +4004,9 @@ REFUSAL_TIME = 1.0  # seconds in which no segment of a film may be had, until it
 # What origins answer that allow no more connections, panels with statuses of their own.
 BUSY = frozenset(f"the origin answered {status}" for status in (403, 429, 458, 503, 509))
 START_MISSING = 3  # segments that cannot be had at a start, until the stream is given up
+
+
+REFUSALS = EXPIRED | NOT_MEDIA  # a panel also answers 200 with its error message
 
 
 class SegmentDownload(Download):
@@ -3980,7 +4054,7 @@ class SegmentDownload(Download):
         writer = self._writer
         if not writer.lists(self._segment):
             return True
-        if self.failure not in EXPIRED:
+        if self.failure not in REFUSALS:
             return False
         if not writer.is_start:
             return self.asked - self.failing_since > REFUSAL_TIME and self.is_fatal()
@@ -4000,7 +4074,7 @@ class SegmentDownload(Download):
         reader = self._writer.reader
         if self._writer.is_start:  # the next one may be there
             return self._writer.missing >= START_MISSING or self._is_newest
-        if reader.worker.playlist_end is None or self.failure not in EXPIRED or not is_cut_off:
+        if reader.worker.playlist_end is None or self.failure not in REFUSALS or not is_cut_off:
             return False
         # What is refused alone, although its address was just resolved for it, is missing; so is
         # a track's, which cannot go on where it was.

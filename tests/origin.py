@@ -609,6 +609,7 @@ class Preface:
 
 
 WEB_PAGE = b"<!DOCTYPE html>\n<html><head><title>Please log in</title></head></html>\n"
+PANEL_TEXT = b"FAILED TO CONNECT"  # a panel's answer, with status 200, while its source is down
 
 
 @dataclass(frozen=True)
@@ -1523,6 +1524,8 @@ def _add_odd_answers(origin: Origin, ts: Sequence[bytes]) -> list[str]:
         tokens("token-20s", uses=math.inf, seconds=20),
         odd("web-page", Body(WEB_PAGE, "text/html")),
         odd("page-segments", Body(WEB_PAGE, "text/html"), path="*.ts"),
+        odd("text", Body(PANEL_TEXT, "text/html")),
+        odd("text-segments", Body(PANEL_TEXT, "video/mp2t"), path="*.ts"),
         odd("preface", Preface(b"\xef\xbb\xbf\r\n# made by a panel\n")),
         odd("empty", Body(b"#EXTM3U\n")),
         odd("dripping-head", DripHead(1.0)),

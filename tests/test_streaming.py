@@ -410,8 +410,8 @@ def test_file_arrives_byte_for_byte_for_each_viewer(
         pytest.param(lambda: fmp4().body(), "video/mp4", id="fmp4"),
         pytest.param(lambda: id3(4, 0) + b"".join(media.aac_segments()), "audio/aac", id="aac"),
         pytest.param(lambda: b"\x1a\x45\xdf\xa3" + bytes(5000), "video/x-matroska", id="matroska"),
-        pytest.param(lambda: b"none of them" * 100, "application/octet-stream", id="anything"),
-        pytest.param(lambda: b"!", "application/octet-stream", id="a-byte"),
+        pytest.param(lambda: b"none of them\0" * 100, "application/octet-stream", id="anything"),
+        pytest.param(lambda: b"\0", "application/octet-stream", id="a-byte"),
     ],
 )
 def test_type_follows_the_bytes(
