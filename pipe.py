@@ -184,7 +184,7 @@ HEAD_LIMIT = 64 * KIB  # bytes of a request head
 SILENCE = 5.0  # seconds until null packets fill in: ExoPlayer gives up after 8
 NULL_PACKET = b"G\x1f\xff\x10" + 184 * b"\xff"  # ISO/IEC 13818-1, 2.4.1: carries nothing
 NEW_CLOCK_TICKS = 60 * 90_000  # a clock that far back was set anew: no relay's backlog is as long
-SEAM_PATIENCE = 30.0  # seconds a relay may send again what the viewers have had
+SEAM_PATIENCE = 10.0  # seconds a relay may send again what the viewers have had
 REOPEN_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # seconds between tries, the last again and again
 HEALTHY_TIME = 60.0  # seconds of media after which the pauses begin anew
 BAD_TIME = 60.0  # seconds that a start tries a failed address after the others
@@ -1560,6 +1560,17 @@ class Framer:
     def expect_jump(self, is_certain: bool) -> None:
         """What comes next may not go on from what came: its clock does not, or its bytes tell."""
 
+    def shut(self, is_backlog: bool) -> None:
+        """Hand nothing on until a decoder can start; only MPEG-TS can and has to.
+
+        `is_backlog`: the source may first send again what viewers have had.
+        """
+
+    @property
+    def is_shut(self) -> bool:
+        """Whether what comes is dropped, because no decoder could start with it."""
+        return False
+
     def _hand_on(self, data: bytes, start: int, end: int, unit: int = 1) -> list[Block]:
         """A part of the data as blocks of at most BLOCK_LIMIT, cut at multiples of `unit` bytes.
 
@@ -1743,6 +1754,9 @@ class TsFramer(Framer):
 
     Where the stream jumps, a packet that says so goes before the first one of each PID: demuxers
     would take what they have of it for damaged.  Tables that are others than before come twice.
+
+    Shut, it drops packets until a key frame that viewers have not had, and hands on PAT, PMT and
+    everything from that key frame on.
     """
 
     def __init__(self) -> None:
@@ -1757,6 +1771,11 @@ class TsFramer(Framer):
         self._counters: dict[int, int] = {}  # by PID, before the newest jump; empty: it is certain
         self._seen: set[int] = set()  # PIDs that came behind it
         self._search_end = 0  # position until which each packet is looked at; 0: no jump yet
+        self._is_shut = False
+        self._shown = self.tables  # shut: those that viewers have
+        self._patience_end = 0.0  # when any unit that starts opens it
+        self._had: int | None = None  # the last DTS of what may be sent again; None: nothing may
+        self._dropped_dts: int | None = None  # the newest since it was shut
 
     def start_segment(self) -> None:
         if self._segment is not None and self._first_unit is not None and self.preamble:
@@ -1780,10 +1799,25 @@ class TsFramer(Framer):
             self._newest = b""
         if self.position:
             # The tables' newest packets, and what came last of the streams.
-            last = self.tables.packets + bytes(self._newest) if self._newest else b""
+            tables = self._shown if self._is_shut else self.tables
+            last = tables.packets + bytes(self._newest) if self._newest else b""
             packets = [last[at : at + TS_PACKET] for at in range(0, len(last), TS_PACKET)]
             self._counters = {pid_of(packet): packet[3] & 0x0F for packet in packets}
             self._seen, self._search_end = {NULL_PID}, self.position + JUMP_SEARCH
+
+    def shut(self, is_backlog: bool) -> None:
+        self.drop()
+        if not self._is_shut:
+            self._shown = self.tables
+        self.tables = ProgramTables()  # another source's, for what it sent before tells nothing
+        self._sounds.clear()
+        self._is_shut, self._patience_end = True, time.monotonic() + SEAM_PATIENCE
+        self._had = self.last_dts if is_backlog else None
+        self._dropped_dts = None
+
+    @property
+    def is_shut(self) -> bool:
+        return self._is_shut
 
     def feed(self, data: bytes) -> list[Block]:
         carry, self._carry = self._carry, b""
@@ -1799,7 +1833,9 @@ class TsFramer(Framer):
             whole = (len(data) - at) // TS_PACKET
             first_bytes = data[at : at + whole * TS_PACKET : TS_PACKET]
             end = at + (whole - len(first_bytes.lstrip(TS_SYNC))) * TS_PACKET
-            if end > at:
+            if end > at and self._is_shut:
+                blocks += self._pass_if_opened(data, at, end)
+            elif end > at:
                 blocks += self._pass(data, at, end)
             else:
                 found = _PACKET_START.search(data, at + 1)
@@ -1808,6 +1844,50 @@ class TsFramer(Framer):
             at = end
         self._carry = data[at:]
         return blocks
+
+    def _hand_on(self, data: bytes, start: int, end: int, unit: int = 1) -> list[Block]:
+        return [] if self._is_shut else super()._hand_on(data, start, end, unit)
+
+    def _pass_if_opened(self, data: bytes, start: int, end: int) -> list[Block]:
+        """Drop these packets up to the first that a decoder can start with, if there is one."""
+        flags = data[start + 1 : end : TS_PACKET]
+        index = 0
+        while found := (_ANY_BYTE if self.tables.parts else _UNIT_START).search(flags, index):
+            at = start + found.start() * TS_PACKET
+            packet = data[at : at + TS_PACKET]
+            pid = pid_of(packet)
+            if pid == 0 or pid in self.tables.programs:
+                self.tables.add(pid, packet)
+            elif packet[1] & 0x40 and pid in self.tables.streams and self._opens(pid, packet):
+                return self._open(self.tables.packets + data[at:end])
+            index = found.end()
+        if not self.tables.packets and time.monotonic() > self._patience_end:
+            return self._open(data[start:end])  # without tables, here as well as later
+        return []
+
+    def _open(self, data: bytes) -> list[Block]:
+        """Hand these packets on, and all that follow them."""
+        self._is_shut, self.tables = False, self._shown
+        return self._pass(data, 0, len(data))
+
+    def _opens(self, pid: int, packet: bytes) -> bool:
+        """Whether viewers can go on here: at a key frame that they have not had.
+
+        Or at one whose clock was set anew; or, after SEAM_PATIENCE, wherever a unit starts: some
+        encoders send no key frame at all (intra refresh).
+        """
+        dts = self._dts_of(pid, packet)
+        if dts is not None:
+            self._dropped_dts = dts
+        if time.monotonic() > self._patience_end:
+            return True
+        has_video = self.tables.video_pid >= 0
+        if has_video and not (pid == self.tables.video_pid and self._is_key_frame(packet)):
+            return False
+        if self._had is None or self._dropped_dts is None:
+            return True
+        ahead = (self._dropped_dts - self._had) % TIMESTAMP_MODULUS
+        return 0 < ahead < TIMESTAMP_MODULUS - NEW_CLOCK_TICKS
 
     def _pass(self, data: bytes, start: int, end: int) -> list[Block]:
         """Look at each packet that starts a section or a PES packet; one in fifty does."""
@@ -1852,7 +1932,9 @@ class TsFramer(Framer):
         return discontinuity_before(table or packet) + table
 
     def _see_unit(self, pid: int, packet: bytes, position: int) -> None:
-        self._see_time(pid, packet)
+        dts = self._dts_of(pid, packet)
+        if dts is not None:
+            self.last_dts = dts
         tables = self.tables
         has_video = tables.video_pid >= 0
         is_key_frame = pid == tables.video_pid and self._is_key_frame(packet)
@@ -1871,8 +1953,11 @@ class TsFramer(Framer):
             self._first_unit = position
         self._seen_key_frame |= is_key_frame
 
-    def _see_time(self, pid: int, packet: bytes) -> None:
-        """Keep the newest DTS, and notice whether the video that the PMT names comes."""
+    def _dts_of(self, pid: int, packet: bytes) -> int | None:
+        """The DTS of a unit of the picture, or of the sound if there is no picture.
+
+        Notices whether the video that the PMT names comes.
+        """
         tables = self.tables
         dts = None
         for at in timestamp_positions(packet):
@@ -1886,8 +1971,7 @@ class TsFramer(Framer):
         main_pid = tables.video_pid
         if main_pid < 0:
             main_pid = min(tables.streams.keys() - {tables.named_video_pid}, default=-1)
-        if pid == main_pid and dts is not None:
-            self.last_dts = dts
+        return dts if pid == main_pid else None
 
     def _is_key_frame(self, packet: bytes) -> bool:
         """random_access_indicator (2.4.3.4), or the units only a key frame has."""
@@ -4447,84 +4531,23 @@ class ProcessUpstream(Upstream):
 # --------------------------------------------------------------------------------------------------
 # Splicer: makes one stream of what several openings of an upstream bring
 #
-# State       what it does with bytes that come                      leaves it when
-#   PASSING   hands them on                                          -
-#   RESUMED   a new opening: nothing has come yet                    its first segment or byte comes
-#   COMPARING the open segment again: checks that it is the same     viewers' place in it is reached
-#   SKIPPING  drops them, the open segment is other media            the next segment starts
-#   HOLDING   (MPEG-TS) keeps them until a decoder can start         the gate opens
+# State       what it does with bytes                                leaves it
+#   PASSING   hands them to the framer                               -
+#   RESUMED   a new opening: no segment or byte has come yet         at its first segment or byte
+#   COMPARING the open segment again: checks that it is the same     at the viewers' place in it
+#   SKIPPING  drops them: the open segment is other media            at the next segment
 #
 #   any       -> RESUMED    resume()
 #   RESUMED   -> PASSING    at the wanted segment, of which viewers have nothing
 #             -> COMPARING  at the wanted segment, of which viewers have the beginning
-#             -> HOLDING    at another segment, or at bytes without segments (a relay)
+#             -> PASSING    through a shut framer: at another segment, or at bytes without segments
+#                           (a relay)
 #             -> SKIPPING   at the wanted segment with another initialization section
 #   COMPARING -> PASSING    everything was the same; -> SKIPPING  something was not
-#   SKIPPING  -> HOLDING    at the next segment;  HOLDING -> PASSING  the gate opens
-#   RESUMED stays where the first segment was left out, or is missing.
-# Containers without a gate go to PASSING where this says HOLDING.
+#   SKIPPING  -> PASSING    through a shut framer: at the next segment
+# RESUMED stays if the first segment was left out, or is missing.  A shut framer drops MPEG-TS until
+# a decoder can start; other containers pass.
 # --------------------------------------------------------------------------------------------------
-
-
-class KeyFrameGate:
-    """Holds a transport stream back after a seam until a decoder can start.
-
-    `after` is the last DTS that viewers have had: a relay sends its backlog again, and nobody is to
-    see a second twice.  A channel's thread owns it.
-    """
-
-    def __init__(self, after: int | None, limit: int) -> None:
-        self.after = after
-        self.limit = limit  # bytes to hold
-        self._deadline = time.monotonic() + SEAM_PATIENCE
-        self._framer = TsFramer()
-        self._held = bytearray()
-        self._base = 0  # position of the first byte held
-
-    def start_segment(self) -> None:
-        self._hold(self._framer.flush())
-        self._framer.start_segment()
-
-    def learn(self, init_section: bytes) -> None:
-        """Take the tables from an initialization section."""
-        self._framer.feed(init_section)
-        self._held.clear()
-        self._base = self._framer.position
-
-    def feed(self, data: bytes) -> bytes | None:
-        """None while the gate is shut; once it opens, what goes on from there."""
-        self._hold(blocks := self._framer.feed(data))
-        joins, self._framer.joins = self._framer.joins, []
-        for join in joins:
-            if join.position >= self._base and self._opens_at(join):
-                self._hold(self._framer.flush())
-                return join.preamble + bytes(self._held[join.position - self._base :])
-        if self._framer.preamble or time.monotonic() < self._deadline:
-            return None
-        return b"".join([*blocks, *self._framer.flush()])  # without tables, here as well as later
-
-    def _hold(self, blocks: Iterable[Block]) -> None:
-        for block in blocks:
-            self._held += block
-        excess = len(self._held) - self.limit
-        if excess > 0:
-            del self._held[:excess]
-            self._base += excess
-
-    def _opens_at(self, join: JoinPoint) -> bool:
-        """Whether viewers can go on here: at a key frame that they have not had.
-
-        Or at one whose clock was set anew; or, in the end, wherever a unit starts: some encoders
-        send no key frame at all (intra refresh).
-        """
-        if time.monotonic() > self._deadline:
-            return True
-        if join.kind is JoinKind.ANY and self._framer.tables.video_pid >= 0:
-            return False
-        if self.after is None or join.dts is None:
-            return True
-        ahead = (join.dts - self.after) % TIMESTAMP_MODULUS
-        return 0 < ahead < TIMESTAMP_MODULUS - NEW_CLOCK_TICKS
 
 
 class SpliceState(enum.Enum):
@@ -4532,7 +4555,6 @@ class SpliceState(enum.Enum):
     RESUMED = enum.auto()
     COMPARING = enum.auto()
     SKIPPING = enum.auto()
-    HOLDING = enum.auto()
 
 
 class Splicer:
@@ -4551,7 +4573,6 @@ class Splicer:
         self._goes_on = True  # False: viewers have not had what came before, so nothing can
         self._passed = Fingerprint()  # what viewers have had of the open segment
         self._repeat = Repeat(self._passed)
-        self._gate: KeyFrameGate | None = None
         self._init_section = b""  # the newest that viewers have
         self._new_init_section: bytearray | None = None  # one that is coming
 
@@ -4574,8 +4595,8 @@ class Splicer:
         cannot tell what viewers have had.
         """
         self.address, self._is_clean = address, is_clean
-        if self._state in (SpliceState.HOLDING, SpliceState.SKIPPING):
-            self._passed, self._goes_on, self._gate = Fingerprint(), False, None
+        if self._state is SpliceState.SKIPPING or self._framer.is_shut:
+            self._passed, self._goes_on = Fingerprint(), False
         self._state, self._new_init_section = SpliceState.RESUMED, None
 
     def pass_event(self, event: SegmentEvent) -> int:
@@ -4597,7 +4618,7 @@ class Splicer:
             return False
         if self._state is SpliceState.RESUMED:  # no segment before them: this opening has none
             self.number = None
-            self._start_seam(after=self._framer.last_dts, is_clean=self._is_clean)
+            self._start_seam(is_clean=self._is_clean)
         elif self._state is SpliceState.COMPARING:
             new = self._repeat.pass_on(data)  # once all that viewers have had was the same
             if new is None:
@@ -4608,23 +4629,13 @@ class Splicer:
         if self._state in (SpliceState.COMPARING, SpliceState.SKIPPING):
             return False
         self._passed.add(data)
-        return self._pass(data)
+        self._append(self._framer.feed(data))
+        return bool(data) and not self._framer.is_shut
 
     def flush(self) -> None:
         """Hand on what was held back for more to come."""
         self._append(self._framer.flush())
         self._listing.cut_rest(self._framer.position, self._framer.last_dts)
-
-    def _pass(self, data: bytes) -> bool:
-        if self._gate:
-            opened = self._gate.feed(data)
-            if opened is None:
-                return False
-            data, self._gate, self._state = opened, None, SpliceState.PASSING
-            if self.number is not None:
-                self._open_segment()
-        self._append(self._framer.feed(data))
-        return bool(data)
 
     def _append(self, blocks: list[Block]) -> None:
         joins, self._framer.joins = self._framer.joins, []
@@ -4654,25 +4665,17 @@ class Splicer:
         self._passed = Fingerprint()
         if is_half:  # RESUMED -> SKIPPING: other media, the segment after it is the first of use
             self._skip()
-        else:  # SKIPPING, RESUMED -> HOLDING; RESUMED -> PASSING
+        else:  # SKIPPING, RESUMED -> PASSING
             self._open_segment()
 
     def _open_segment(self) -> None:
-        """A segment begins, for the framer or for the gate before it."""
-        if self._gate:
-            self._state = SpliceState.HOLDING
-            self._gate.start_segment()
-        else:
-            self._state = SpliceState.PASSING
-            self._append(self._framer.flush())
-            self._framer.start_segment()
-            self._listing.start(self._framer.position)
+        self._state = SpliceState.PASSING
+        self._append(self._framer.flush())
+        self._framer.start_segment()
+        self._listing.start(self._framer.position)
 
     def _pass_init_section(self, init_section: bytes) -> None:
         self._init_section = init_section
-        if self._gate:
-            self._gate.learn(init_section)
-            return
         self._append(self._framer.flush())
         self._append(self._framer.feed_init_section(init_section))
 
@@ -4687,7 +4690,8 @@ class Splicer:
             self._framer.expect_jump(is_certain=True)
         elif self._state is SpliceState.PASSING:
             self._append(self._framer.flush())
-        if event.kind is EventKind.END and self._state is SpliceState.PASSING:
+        is_passed = self._state is SpliceState.PASSING and not self._framer.is_shut
+        if event.kind is EventKind.END and is_passed:
             self._listing.finish(self._framer.position, self._framer.preamble)
         else:
             self._listing.drop()
@@ -4702,7 +4706,7 @@ class Splicer:
         if self.number is not None:
             self.number += 1
 
-    def _start_seam(self, after: int | None = None, is_clean: bool = False) -> None:
+    def _start_seam(self, is_clean: bool = False) -> None:
         """What comes next does not continue what was: begin where a decoder can start."""
         self._framer.drop()
         self._listing.drop()
@@ -4711,9 +4715,9 @@ class Splicer:
         self._goes_on = True
         if self.number is None:
             self._framer.leave_segments()
-        if isinstance(self._framer, TsFramer) and not is_clean:
-            self._gate = self._gate or KeyFrameGate(after, self.window.limit)
-        self._state = SpliceState.HOLDING if self._gate else SpliceState.PASSING
+        if not is_clean:
+            self._framer.shut(is_backlog=self.number is None)
+        self._state = SpliceState.PASSING
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1741,9 +1741,37 @@ def test_gate_opens_at_the_first_later_key_frame(
     parts = [delayed(data, start) for data in media.ts_segments(SEGMENTS)[:8]]
     first = first_dts(parts[0])
     last = None if after is None else int(first + after * 90_000) % (1 << 33)
-    gate = pipe.KeyFrameGate(last, 1 << 20)
-    opened = gate.feed(b"".join(parts))
-    assert opened == (None if opens_at is None else b"".join(parts[opens_at:]))
+    framer = shut_framer(last)
+    opened = framer.feed(b"".join(parts))
+    assert b"".join(opened) == b"".join([] if opens_at is None else parts[opens_at:])
+    assert framer.is_shut is (opens_at is None)
+
+
+def shut_framer(last: int | None) -> pipe.TsFramer:
+    """One that handed on packets up to this DTS, and awaits a backlog."""
+    framer = pipe.TsFramer()
+    framer.last_dts = last
+    framer.shut(is_backlog=True)
+    return framer
+
+
+def test_dropped_packets_do_not_count_as_passed_on() -> None:
+    """Not at a second seam while the framer is shut, either."""
+    framer = shut_framer(first_dts(segment(5)))
+    assert framer.feed(segments(0, 4)) == []
+    framer.shut(is_backlog=True)
+    assert framer.last_dts == first_dts(segment(5))
+    assert b"".join(framer.feed(segments(2, 8))) == segments(6, 8)
+
+
+def test_tables_of_another_source_do_not_open_the_framer() -> None:
+    """A key frame opens it behind the tables of the same opening."""
+    framer = pipe.TsFramer()
+    framer.feed(segment(0))
+    framer.shut(is_backlog=True)
+    bare = b"".join(p for p in media.packets(segment(1)) if media.pid(p) not in (0, 0x1000))
+    assert framer.feed(bare) == []
+    assert b"".join(framer.feed(segment(2))) == segment(2)
 
 
 def first_dts(data: bytes) -> int:
@@ -1754,8 +1782,8 @@ def first_dts(data: bytes) -> int:
 
 def test_gate_opens_in_the_end_whatever_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipe, "SEAM_PATIENCE", 0.0)
-    gate = pipe.KeyFrameGate(first_dts(segment(5)), 1 << 20)
-    assert gate.feed(segments(0, 2)) == segments(0, 2)
+    framer = shut_framer(first_dts(segment(5)))
+    assert b"".join(framer.feed(segments(0, 2))) == segments(0, 2)
 
 
 def test_fingerprint_knows_the_same_bytes_in_any_pieces() -> None:

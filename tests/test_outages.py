@@ -25,6 +25,7 @@ from tests.test_faults import delayed
 
 Serve = Callable[..., Site]
 SEGMENTS = 12  # of one timeline, a second each
+HALF_A_MINUTE = 30 * 90_000  # ticks
 HOUR = 3600 * 90_000  # ticks
 
 
@@ -247,6 +248,35 @@ def test_clock_that_was_set_anew_is_taken_at_once(origin: Origin, serve: Serve) 
     viewer = serve({"news": relay(origin, [later, segments(4, 8)])}, timeout=5).watch("/news")
     assert viewer.read(len(later)) == later
     assert read_stream(viewer, len(segments(4, 8))) == segments(4, 8)
+
+
+def test_clock_that_is_back_by_less_than_a_minute_is_taken_after_ten_seconds(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a slate, whose clock may be anything; until then it may be a backlog."""
+    assert pipe.SEAM_PATIENCE == 10.0
+    monkeypatch.setattr(pipe, "SEAM_PATIENCE", 1.0)
+    slate = delayed(segments(0, 4), HALF_A_MINUTE)
+
+    def trickle() -> Iterator[bytes]:
+        for packet in media.packets(segments(4, SEGMENTS)):
+            yield packet
+            time.sleep(0.002)
+
+    bodies = iter([iter([slate])])
+    address = origin.add_endless("/relay", lambda: next(bodies, trickle()))
+    viewer = serve({"news": f"httpstream://{address}"}, timeout=5).watch("/news")
+    assert viewer.read(len(slate)) == slate
+    data = read_stream(viewer, 100 * media.PACKET)
+    assert data[20 * media.PACKET :] in segments(4, SEGMENTS)
+
+
+def test_two_seams_in_a_row_repeat_nothing(origin: Origin, serve: Serve) -> None:
+    """The second opening breaks off before it brings anything new."""
+    address = relay(origin, [segments(0, 5), segments(1, 4), segments(2, 10)])
+    viewer = serve({"news": address}, timeout=5).watch("/news")
+    assert read_stream(viewer, len(segments(0, 10))) == segments(0, 10)
+    assert origin.count("/relay") >= 3
 
 
 #### Late viewers ####
