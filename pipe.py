@@ -76,6 +76,7 @@ import enum
 import errno
 import fnmatch
 import functools
+import gzip
 import hashlib
 import hmac
 import html
@@ -618,6 +619,7 @@ class ServerSettings:
     public_url: str | None = setting(web_url, None)
     name: str = setting(str, "StreamPipe")
     epg: str | None = setting(web_url, None)
+    proxies: tuple[str, ...] = setting(network, ())  # CIDR; their X-Forwarded-For is believed
 
 
 @dataclass(frozen=True)
@@ -2403,7 +2405,6 @@ class Viewer:
 
     address: str = ""
     agent: str = ""
-    asked_for: str = ""  # whom a proxy asks for, as it says
     has_left: Callable[[], bool] = lambda: False  # whether it closed its connection; never blocks
     wanted: str = ""  # the quality that it asked for; guarded by channels.changed
     since: float = field(default_factory=time.monotonic)
@@ -2420,7 +2421,7 @@ class Viewer:
     @property
     def key(self) -> tuple[str, ...]:
         """What tells that two requests come from one that polls."""
-        return self.address, self.asked_for, self.agent
+        return self.address, self.agent
 
     def __repr__(self) -> str:
         return f"<Viewer {self.address} next={self.next} sent={self.sent} skips={self.skips}>"
@@ -6195,11 +6196,17 @@ background:#000;border-radius:12px}
 # behind it show.
 
 
+# A proxy refuses an answer whose head is larger than its buffer, often 4 KiB.
+POLICY_HOSTS = 1 * KIB  # bytes of logos' hosts in a policy; if there are more, it allows any host
+
+
 def policy_headers(config: Config) -> dict[str, str]:
-    """A browser runs nothing in our pages, and loads nothing but our media and configured logos."""
+    """A browser runs nothing in our pages, and loads nothing but our media and logos."""
     site = re.compile(r"(https?://)(?:[^/?#@]*@)?([\w.-]+(?::\d+)?)(?![^/?#])", re.ASCII | re.I)
     logos = (site.match(stream.logo or "") for stream in config.streams.values())
     hosts = " ".join(dict.fromkeys(logo[1] + logo[2] for logo in logos if logo))
+    if len(hosts) > POLICY_HOSTS:
+        hosts = "http: https:"
     return {
         "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
         f"media-src 'self'; img-src data: {hosts}; "
@@ -6443,6 +6450,11 @@ NO_TOKEN = "a token is required: add ?token=... to the address, or give it as th
 TOO_LARGE = "its segments are larger than the window: set a larger ringbuffer_size"
 EVERYWHERE = "0.0.0.0", "::"  # hosts to listen on: all addresses that there are
 THIS_MACHINE = re.compile(r"(?<=://)(localhost|127[\d.]*|\[::1\])(?=$|:)", re.I)
+PREFIX = re.compile(r"(?:/(?!\.\.?(?:/|$))(?:[\w.~-]|%[0-9A-Fa-f]{2})+)+", re.ASCII)
+FORWARDED_ADDRESS = re.compile(  # IPv4 or IPv6 in brackets, perhaps with a port; bare IPv6
+    r"([\d.]+)(?::\d+)?|\[([0-9A-Fa-f:.]+)\](?::\d+)?|([0-9A-Fa-f:.]+)", re.ASCII
+)
+COMPRESSED_SIZE = 1 * KIB  # bytes of a page from which compression pays
 HOST = re.compile(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", re.ASCII)
 MEDIA_HEADERS = {
     "X-Accel-Buffering": "no",  # nginx would spool a slow viewer's stream to its disk
@@ -6455,6 +6467,7 @@ class Handler(BaseHTTPRequestHandler):
 
     server: Server
     protocol_version = "HTTP/1.1"
+    address = ""  # the viewer's
     path = ""  # until a request line could be read
     headers = http.client.HTTPMessage()  # until they could be read
     is_for_players = False  # the path is that of media, HLS or an M3U list
@@ -6462,14 +6475,16 @@ class Handler(BaseHTTPRequestHandler):
     is_trusted = False  # the client has the token, or needs none
 
     def handle(self) -> None:
+        self.address = self.client_address[0]
         try:
             head = self._receive_head()
             self.rfile = io.BytesIO(head)  # parse_request() must not wait for the socket
             self.raw_requestline = self.rfile.readline()
             if self.parse_request():
+                self.address = self._viewers_address()
                 self._answer_request()
         except (ViewerGone, OSError):
-            log.debug("%s left", self.client_address[0])
+            log.debug("%s left", self.address)
 
     def _receive_head(self) -> bytes:
         """The bytes up to the empty line; raises ViewerGone where they do not come in time."""
@@ -6486,6 +6501,24 @@ class Handler(BaseHTTPRequestHandler):
             head += data if head else data.lstrip(b"\r\n")  # RFC 9112, 2.2: these may come first
         self.connection.settimeout(HEAD_TIMEOUT)  # of the answer, not what is left of the head's
         return bytes(head)
+
+    def _viewers_address(self) -> str:
+        """The client's address: behind listed proxies, the last one before them.
+
+        A proxy appends to X-Forwarded-For the address that asked it; what stands before that is
+        only believed if that address is a listed proxy, too.
+        """
+        address, proxies = str(self.client_address[0]), self.server.config.server.proxies
+        entries = ",".join(self.headers.get_all("X-Forwarded-For", [])).split(",")
+        for entry in reversed([entry.strip() for entry in entries if entry.strip()]):
+            if not is_in(address, proxies):
+                break
+            found = FORWARDED_ADDRESS.fullmatch(entry)
+            try:
+                address = str(ip_of(found[1] or found[2] or found[3] if found else ""))
+            except ValueError:  # "unknown", say: then the proxy is all that is known
+                break
+        return address
 
     def _answer_request(self) -> None:
         query: dict[str, list[str]] = {}
@@ -6512,7 +6545,7 @@ class Handler(BaseHTTPRequestHandler):
     def _route(self, path: str, query: Mapping[str, list[str]]) -> None:
         self.has_token = self._carries_token(query)
         trusted = self.server.config.server.trusted
-        self.is_trusted = self.has_token or is_in(self.client_address[0], trusted)
+        self.is_trusted = self.has_token or is_in(self.address, trusted)
         if path == "/health" or (path == "/" and not self.is_person):
             self.answer_health()
         elif not self.is_trusted:
@@ -6549,7 +6582,7 @@ class Handler(BaseHTTPRequestHandler):
         as_sent, mark, query = self.path.partition("?")
         found = STREAM_PATH.fullmatch(_plain(path))
         is_known = found and found[1] in self.server.config.streams
-        if not found or not is_known or "%2f" in as_sent.lower():
+        if not found or not is_known or found[3] or "%2f" in as_sent.lower():
             raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
         depth = path.count("/") - 1
         location = (depth * "../" or "./") + found[0][1:] + mark + query
@@ -6574,8 +6607,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.stream_channel(stream, quality)
         except LimitReached as refusal:
             level = self.server.channels.record(stream.name).repeat_level()
-            address = self.client_address[0]
-            log.log(level, "%s: %s refused: %s", stream.name, address, refusal.reason)
+            log.log(level, "%s: %s refused: %s", stream.name, self.address, refusal.reason)
             raise
         except WindowEnded:  # before its answer began
             is_stopping = self.server.channels.is_stopping
@@ -6595,19 +6627,39 @@ class Handler(BaseHTTPRequestHandler):
     def site(self) -> Site:
         """This server as the client reaches it, through whatever proxies."""
         server, config = self.server, self.server.config
-        names = ("X-Forwarded-Proto", "X-Forwarded-Host", "Host")
-        scheme, *hosts = (self.headers.get(name, "").split(",")[0].strip() for name in names)
-        address, port = self.connection.getsockname()[:2]
-        ip = ip_of(address)
-        own_host = f"{ip}:{port}" if ip.version == 4 else f"[{ip}]:{port}"
-        host = next(filter(HOST.fullmatch, hosts), own_host)
-        url = lan_url = f"{scheme if scheme in ('http', 'https') else 'http'}://{host}"
+        scheme = "https" if self._first_of("X-Forwarded-Proto") == "https" else "http"
+        url = lan_url = f"{scheme}://{self._host()}{self._prefix()}"
         if public := config.server.public_url:
             url = lan_url = public.rstrip("/")
         elif server.configured[0] in EVERYWHERE:  # `localhost` leads others to themselves
-            lan_url = THIS_MACHINE.sub(lambda _: lan_address(), url)
+            lan_url = THIS_MACHINE.sub(lambda _: lan_host(server.configured[0]), url)
         reloads = "refresh=0" not in self.path
         return Site(server, config, url, lan_url, self.is_trusted, reloads)
+
+    def _first_of(self, name: str) -> str:
+        """A header's first element, which the proxy next to the client wrote."""
+        return self.headers.get(name, "").partition(",")[0].strip()
+
+    def _host(self) -> str:
+        """The host that the client named, with the port that a proxy may have dropped."""
+        for name in ("X-Forwarded-Host", "Host"):
+            host = self._first_of(name)
+            found = HOST.fullmatch(host)
+            if found:
+                port = self._first_of("X-Forwarded-Port")
+                has_port = found[1] or found[2]
+                is_port = re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536
+                # A port 80 or 443 that does not fit the scheme is that of a proxy further in.
+                if has_port or not is_port or int(port) in (80, 443):
+                    return host
+                return f"{host}:{int(port)}"
+        address, own_port = self.connection.getsockname()[:2]
+        return f"{in_brackets(ip_of(address))}:{own_port}"
+
+    def _prefix(self) -> str:
+        """The path under which a proxy offers this server; empty if it is the top."""
+        prefix = self._first_of("X-Forwarded-Prefix").rstrip("/")
+        return prefix if PREFIX.fullmatch(prefix) else ""
 
     def _carries_token(self, query: Mapping[str, list[str]]) -> bool:
         """Whether this request carries the token, or none is configured."""
@@ -6631,12 +6683,18 @@ class Handler(BaseHTTPRequestHandler):
         self, page: Page, status: HTTPStatus = HTTPStatus.OK, headers: Mapping[str, str] = {}
     ) -> None:
         """Send a whole answer; its body is left out for HEAD."""
-        about = {"Content-Type": page.kind, "Content-Length": str(len(page.body))}
+        body, about = page.body, {"Content-Type": page.kind}
+        if len(body) >= COMPRESSED_SIZE and page.kind != PLAYLIST_TYPE:
+            about["Vary"] = "Accept-Encoding"
+            if accepts_gzip(self.headers.get("Accept-Encoding", "")):
+                about["Content-Encoding"] = "gzip"
+                body = gzip.compress(body, mtime=0)
+        about["Content-Length"] = str(len(body))
         about["X-Content-Type-Options"] = "nosniff"
         policy = policy_headers(self.server.config) if page.kind == HTML else {}
         self._send_head(status, {**about, **policy, **headers})
         if self.command != "HEAD":
-            self.wfile.write(page.body)
+            self.wfile.write(body)
 
     def answer_error(
         self, status: HTTPStatus, reason: str, headers: Mapping[str, str] = {}
@@ -6724,9 +6782,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _viewer(self, stream: StreamSettings, polls: bool) -> Viewer:
         tune(self.connection, stream.options.viewer_timeout)
-        agent, asked_for = (self.headers.get(n, "") for n in ("User-Agent", "X-Forwarded-For"))
+        agent = self.headers.get("User-Agent", "")
         left = functools.partial(has_left, self.connection)
-        return Viewer(self.client_address[0], agent, asked_for, left, polls=polls)
+        return Viewer(self.address, agent, left, polls=polls)
 
     def _stream(self, channel: Channel, viewer: Viewer, first: list[Block]) -> None:
         channel.record.add("arrivals")
@@ -6879,7 +6937,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         self.server.note_answer(int(code))
         path = self.path.partition("?")[0]  # a query may hold the token
-        log.debug("%s: %s %s: %s", self.client_address[0], self.command, path, code)
+        log.debug("%s: %s %s: %s", self.address, self.command, path, code)
 
 
 def is_for_players(path: str) -> bool:
@@ -6905,12 +6963,34 @@ def is_in(address: str, networks: Iterable[str]) -> bool:
     return any(ip_of(address) in ipaddress.ip_network(network) for network in networks)
 
 
-def lan_address() -> str:
-    """The address by which others in the network reach this machine, where it has one."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
-        sock.connect(("192.0.2.1", 9))  # nobody's (RFC 5737): it finds the route, and sends nothing
-        return str(sock.getsockname()[0])
+def in_brackets(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
+    """An address as a URL's host."""
+    return f"[{ip}]" if ip.version == 6 else str(ip)
+
+
+def lan_host(listening: str) -> str:
+    """The URL's host by which others in the network reach a server that listens everywhere.
+
+    `listening` is one of EVERYWHERE: only "::" serves IPv6.  "localhost" if there is no network.
+    """
+    # Nobody's addresses (RFC 5737, RFC 3849): a connect finds the route, and sends nothing.
+    routes = [(socket.AF_INET, "192.0.2.1")]
+    if listening == "::":
+        routes.append((socket.AF_INET6, "2001:db8::1"))
+    for family, nobody in routes:
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect((nobody, 9))
+            return in_brackets(ip_of(sock.getsockname()[0]))
     return "localhost"
+
+
+def accepts_gzip(accepted: str) -> bool:
+    """Whether a request with this Accept-Encoding takes gzip (RFC 9110, 12.5.3)."""
+    for each in accepted.lower().split(","):
+        coding, _, weight = each.replace(" ", "").partition(";")
+        if coding in ("gzip", "x-gzip"):
+            return not re.fullmatch(r"q=0(\.0*)?", weight)
+    return False
 
 
 def tune(sock: socket.socket, viewer_timeout: float) -> None:
@@ -7564,8 +7644,12 @@ def reload(server: Server, read_again: Callable[[], Config]) -> None:
 def announce(config: Config, server: Server) -> None:
     """Tell what to open, and what is served."""
     settings = config.server
-    host = lan_address() if settings.host in EVERYWHERE else settings.host
-    own_url = f"http://[{host}]:{server.port}" if ":" in host else f"http://{host}:{server.port}"
+    host = settings.host
+    if host in EVERYWHERE:
+        host = lan_host(host)
+    elif ":" in host:
+        host = f"[{host}]"
+    own_url = f"http://{host}:{server.port}"
     url = (settings.public_url or own_url).rstrip("/")
     log.info("open %s/ in a browser", url)
     log.info("players: %s/playlist.m3u", url)

@@ -526,11 +526,10 @@ def test_unknown_names_and_numbers_are_404(origin: Origin, serve: Serve) -> None
     number = listed[0].number
     site.get("/sport.m3u8")
     for path in (
-        *("/none.m3u8", "/playlist.m3u8", f"/none/{number}.ts", "/news/0.ts", "/news/1.ts"),
+        *("/none.m3u8", f"/none/{number}.ts", "/news/0.ts", "/news/1.ts"),
         *(f"/news/{number + 100}.ts", f"/news/{number}.m4s", f"/news/{number}.mp4", "/news/0.mp4"),
         *(
             f"/news/{number}",
-            "/news/",
             "/news/x.ts",
             f"/news/-{number}.ts",
             f"/news/../{number}.ts",
@@ -818,7 +817,7 @@ def test_who_polls_through_a_proxy_is_told_apart(origin: Origin, serve: Serve) -
     """A household of equal telephones, all of them with the proxy's address."""
     names = ("news", "sport")
     streams = {name: live(origin, name).url for name in names}
-    site = serve(streams, server={"max_upstreams": 1})
+    site = serve(streams, server={"max_upstreams": 1, "proxies": ["127.0.0.1/32"]})
 
     def ask(name: str, behind: str) -> int:
         return site.ask("GET", f"/{name}.m3u8", **{"X-Forwarded-For": behind}).status

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gzip
 import http.client
 import ipaddress
 import itertools
@@ -909,6 +910,61 @@ def test_policy_allows_the_hosts_of_logos_alone(serve: Serve, logo: str, allowed
     site = serve({"a": {"url": NOWHERE, "logo": logo}, "b": {"url": NOWHERE, "logo": logo}})
     assert policy(site.ask("GET", "/", **HTML))["img-src"].split() == ["data:", *allowed.split()]
     assert page(site).all("img")[0]["src"] == logo
+
+
+@pytest.mark.parametrize("path", ["/", "/s7", "/nobody"], ids=["status", "watch", "error"])
+def test_head_does_not_grow_with_the_configuration(serve: Serve, path: str) -> None:
+    """Proxies allow 4 KiB; logos are shown nevertheless."""
+    site = serve({
+        f"s{number}": {"url": NOWHERE, "logo": f"https://logos-{number}.example/l.png"}
+        for number in range(500)
+    })  # fmt: skip
+    request = f"GET {path} HTTP/1.0\r\nAccept: {BROWSER}\r\n\r\n"
+    head, _, _ = site.raw(request.encode()).partition(b"\r\n\r\n")
+    assert len(head) < 2048
+    allowed = policy(site.ask("GET", path, **HTML))
+    assert allowed["img-src"].split() == ["data:", "http:", "https:"]
+    assert allowed["default-src"] == "'none'"
+
+
+#### Compression ####
+
+MANY = {f"stream-{number}": NOWHERE for number in range(300)}
+COMPRESSED = ["/", "/playlist.m3u", "/status", "/metrics", "/lineup.json"]
+
+
+@pytest.mark.parametrize("path", COMPRESSED)
+@pytest.mark.parametrize("accepted", ["gzip", "deflate, GZip;q=0.5, br", "x-gzip"])
+def test_page_is_compressed_for_who_accepts_that(serve: Serve, path: str, accepted: str) -> None:
+    site = serve(MANY)
+    plain = site.ask("GET", path, **HTML)
+    answer = site.ask("GET", path, **HTML, **{"Accept-Encoding": accepted})
+    assert answer.headers["Content-Encoding"] == "gzip"
+    assert answer.headers["Vary"] == plain.headers["Vary"] == "Accept-Encoding"
+    assert int(answer.headers["Content-Length"]) == len(answer.body) < len(plain.body) / 3
+    body = gzip.decompress(answer.body)
+    assert len(body) == pytest.approx(len(plain.body), abs=400)
+    assert body[:20] == plain.body[:20]
+    head = site.ask("HEAD", path, **HTML, **{"Accept-Encoding": accepted})
+    assert (head.headers["Content-Encoding"], head.body) == ("gzip", b"")
+
+
+@pytest.mark.parametrize("accepted", ["", "identity", "deflate, br", "gzip;q=0", "gzip; q=0.0"])
+@pytest.mark.parametrize("path", COMPRESSED)
+def test_page_is_plain_for_who_does_not(serve: Serve, path: str, accepted: str) -> None:
+    answer = serve(MANY).ask("GET", path, **HTML, **{"Accept-Encoding": accepted})
+    assert "Content-Encoding" not in answer.headers
+    assert b"stream-299" in answer.body
+
+
+@pytest.mark.parametrize("path", ["/news", "/news.m3u8", "/health"])
+def test_media_and_short_answers_are_never_compressed(
+    origin: Origin, serve: Serve, path: str
+) -> None:
+    site = serve({"news": live(origin).url})
+    headers: dict[str, Any] = {"Accept-Encoding": "gzip"}
+    answer = site.watch(path, **headers)
+    assert (answer.status, answer.headers["Content-Encoding"]) == (200, None)
 
 
 def test_page_shows_no_origin(origin: Origin, serve: Serve) -> None:
