@@ -29,11 +29,14 @@ Threads
     pump-NAME-0    for a raw body or ffmpeg's output: moves it to the ReaderBuffer
     close-NAME-0   ends an upstream, which may take as long as streamlink's threads do
     log            writes the lines of the log, so that no other thread waits for its reader
+    list-NAME-0    one for each playlist: loads its channel list and applies it
     check_N, demo  for --check and --demo
     Streamlink's own are named after the channel: a worker loads playlists and puts segments, a
     writer hands on the oldest download, an executor runs the downloads.
 
 Locks
+    Lists._applying      makes and applies one configuration at a time; taken before all others
+    Lists._changed       the channel lists that are known, and when each is loaded
     Channels.changed     the set of channels, what each says of itself, the records of streams
     Window._lock         blocks, join points and viewers of one window
     Listing._changed     the segments that HLS lists
@@ -46,6 +49,7 @@ Locks
 Where it is decided
     what a key of the file means     Configuration: the dataclasses, with each key's parser
     what an entry of a list becomes  Channel lists: ListParser, name_entries, with_lists
+    when a list is loaded and used   Lists._accept, _refuse, _doubt
     where a viewer starts            Window._join_point; what a join point is: Media
     what is evicted, who waits       Window._make_room and _foremost_wait; its cases stand there
     who shares an upstream           Channels._find, _find_start; the states stand above State
@@ -200,6 +204,7 @@ SPARE_CONNECTIONS = 256  # beyond max_viewers: for /health, pages and refusals
 MOST_CONNECTIONS = 4096  # where max_viewers is 0
 UNSENT_LIMIT = 128 * KIB  # bytes the kernel holds for a viewer and has not sent yet
 DRAIN_TIME = 1.0  # seconds in which new streams get 503 before the listener goes away
+ANSWER_TIME = 120.0  # seconds that a provider may think before it sends a list
 EXIT_TIME = 4.0  # seconds until the process ends, whatever still hangs
 LOG_LINES = 10_000  # log lines that may wait while nobody reads the log
 LOG_BYTES = 16 * MIB  # of those lines; at debug level a client's path may have 64 KiB
@@ -306,7 +311,7 @@ NOT_FOUND = "the origin answered 404"
 # What an address answers that is not valid any more: it is resolved anew.
 EXPIRED = frozenset(f"the origin answered {status}" for status in (401, 403, 404, 410))
 JUST_ENDED = "the stream has just ended"
-CHANNEL_LIST = "that is a list of channels: configure the address of one of them"
+CHANNEL_LIST = "that is a list of channels: put it under playlists:, not under streams:"
 WEB_PAGE = "the origin sent a web page, not a stream"
 TEXT = "the origin sent text, not a stream"
 NOT_MEDIA = frozenset({WEB_PAGE, TEXT})
@@ -977,9 +982,14 @@ class ChannelList:
         """One line for the log and the page: how many channels, and the number left out by kind."""
         text = _many(len(self.entries), "channel")
         if self.omitted:
-            kinds = (f"{count:,} {kind}" for kind, count in self.omitted.most_common())
-            text += f"; left out: {', '.join(kinds)}"
+            text += f"; left out: {_counts(self.omitted)}"
         return text
+
+
+def _counts(omitted: Mapping[str, int]) -> str:
+    """How many entries were left out by kind, the most common first."""
+    kinds = sorted(omitted.items(), key=lambda kind: -kind[1])
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds)
 
 
 class ListParser:
@@ -3403,6 +3413,63 @@ class Session:
         except UpstreamError:
             response.close()
             raise
+
+
+class Fetch:
+    """A body that is no stream: a channel list or a guide.
+
+    One thread uses it; close() may be called from any thread.
+    """
+
+    def __init__(self, stream: StreamSettings, seconds: float) -> None:
+        """Prepare to request the address of `stream` with its settings.
+
+        `seconds` is the time for the request and all of its body.
+        """
+        self._address = stream.urls[0]
+        self._seconds = seconds
+        self._http = Session(stream, seconds).http
+        self._response: requests.Response | None = None
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+        self._is_late = False
+
+    def open(self, headers: Mapping[str, str]) -> requests.Response:
+        """Send the request; returns the answer without its body.  Raises UpstreamError."""
+        self._timer.start()
+        try:
+            arguments = {"url": self._address}
+            self._response = self._http.ask(arguments, headers, min(self._seconds, ANSWER_TIME))
+        except Exception as error:
+            log.debug("cannot fetch", exc_info=True)
+            raise self._failure(error) from error
+        return self._response
+
+    def parts(self, *, is_decoded: bool = True) -> Iterator[bytes]:
+        """The body as it arrives; raises UpstreamError if it breaks off."""
+        assert self._response
+        try:
+            if is_decoded:
+                yield from parts_of(self._response, 64 * KIB)
+                return
+            read = self._response.raw.read1
+            while part := read(64 * KIB, decode_content=False):
+                yield part
+        except (OSError, urllib3.exceptions.HTTPError) as error:
+            log.debug("cannot fetch", exc_info=True)
+            raise self._failure(error) from error
+
+    def close(self) -> None:
+        """End the request.  Idempotent."""
+        self._timer.cancel()
+        self._http.cut()
+
+    def _end(self) -> None:
+        self._is_late = True
+        self._http.cut()
+
+    def _failure(self, error: Exception) -> UpstreamError:
+        return UpstreamError(TIMED_OUT if self._is_late else explain(error))
 
 
 def _own_options(stream: StreamSettings, timeout: float) -> dict[str, Any]:
@@ -5859,6 +5926,297 @@ class Channels:
 
 
 # --------------------------------------------------------------------------------------------------
+# Lists: loads the channel lists in the background, and applies them
+#
+# A thread for each playlist loads its list at the start, every `refresh`, and on a reload.  When a
+# list has changed, the configuration with the streams of all lists is made anew and applied like a
+# reload of the file.  A list that cannot be used changes nothing: the previous one stays.
+# --------------------------------------------------------------------------------------------------
+
+LIST_TIME = 300.0  # seconds that a list may take to load
+LIST_PAUSES = (10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds until a failed load is repeated
+FIRST_LIST_TIME = 60.0  # seconds that players are asked to wait for a list's first load
+SHRUNK_TIME = 600.0  # seconds until a list that lost half of its channels is believed
+LISTS_WAIT = 5  # seconds after which players may ask again
+LISTS_LOAD = "the list of channels is being loaded"
+
+
+def load_list(settings: PlaylistSettings, fetch: Fetch) -> ChannelList:
+    """Read a list to its end, over HTTP or from a file; blocks for LIST_TIME at most.
+
+    Raises ListError and StreamError.
+    """
+    parser = ListParser(settings)
+    if "://" in settings.url:
+        fetch.open({"Accept-Encoding": "gzip, deflate"})
+        for part in fetch.parts():
+            parser.feed(part)
+        return parser.finish()
+    path = Path(settings.url).expanduser()
+    try:
+        if path.exists() and not path.is_file():  # reading a device might never end
+            raise ListError("that is not a file")
+        with path.open("rb") as file:
+            while part := file.read(64 * KIB):
+                parser.feed(part)
+    except OSError as error:
+        raise ListError(f"the file cannot be read: {error.strerror}") from error
+    return parser.finish()
+
+
+def fetch_for(settings: PlaylistSettings, address: str, seconds: float) -> Fetch:
+    """A request with the headers and the proxy of a playlist."""
+    stream = StreamSettings(
+        settings.name,
+        (address,),
+        headers=settings.headers,
+        proxy=settings.proxy,
+        options=settings.options,
+    )
+    return Fetch(stream, seconds)
+
+
+class LoadingList:
+    """A playlist at run time.  Guarded by the lock of the Lists that owns it."""
+
+    def __init__(self, settings: PlaylistSettings) -> None:
+        self.settings = settings
+        self.since = time.monotonic()  # when it was configured
+        self.due = self.since  # when it is loaded next
+        self.list: ChannelList | None = None  # the newest that was accepted
+        self.loaded = -math.inf  # when that was
+        self.trouble: str | None = None  # why the newest load was not accepted
+        self.failures = 0  # loads in a row that were not accepted
+        self.shrunk: float | None = None  # when it was first found to have lost half its channels
+        self.is_new = True  # no list has been loaded with these settings: any size is right
+        self.is_over = False  # it has left the configuration, or the server ends
+        self.fetch: Fetch | None = None  # while it loads
+        self.thread: threading.Thread | None = None
+
+    def report(self) -> dict[str, Any]:
+        """This list as /status prints it."""
+        age = round(time.monotonic() - self.loaded, 1) if self.list else None
+        return {
+            "playlist": self.settings.name,
+            "channels": len(self.list.entries) if self.list else 0,
+            "omitted": dict(self.list.omitted) if self.list else {},
+            "loaded_seconds": age,
+            "last_error": self.trouble,
+        }
+
+
+class Lists:
+    """The channel lists of a configuration, and the configuration that they make.
+
+    Methods may be called from any thread.
+    """
+
+    def __init__(self, config: Config, apply: Callable[[Config], None]) -> None:
+        """`apply` is called with each new configuration, by one thread at a time."""
+        self._apply = apply
+        # Held while a configuration is made and applied, so that they are applied in order.  Taken
+        # before _changed, which apply() may not need.
+        self._applying = threading.Lock()
+        # Guarded by _applying.
+        self._names: dict[Identity, str] = {}
+        self._applied = config
+        self._missed: set[str] = set()  # overrides without a stream that the log has told of
+        # Guards everything below.  Notified when a list is due earlier, or over.
+        self._changed = threading.Condition()
+        self._config = config  # without the streams of lists
+        self._lists = {name: LoadingList(found) for name, found in config.playlists.items()}
+
+    # Main
+
+    def start(self) -> None:
+        """Load all lists, each in a thread of its own."""
+        with self._changed:
+            for each in self._lists.values():
+                self._start(each)
+
+    def reload(self, config: Config) -> None:
+        """Apply another configuration with the lists that are known, and load all lists again."""
+        with self._changed:
+            old, self._lists = self._lists, {}
+            for name, settings in config.playlists.items():
+                each = old.pop(name, None) or LoadingList(settings)
+                if each.settings != settings:
+                    each.settings = settings
+                    each.is_new, each.shrunk = True, None
+                    self._cut(each)
+                each.due = time.monotonic()
+                self._lists[name] = each
+                self._start(each)
+            for each in old.values():
+                each.is_over = True
+                self._cut(each)
+            self._config = config
+            self._changed.notify_all()
+        self._publish(is_asked=True)
+
+    def stop(self, timeout: float) -> bool:
+        """End all threads; false if one still runs after `timeout`."""
+        with self._changed:
+            for each in self._lists.values():
+                each.is_over = True
+                self._cut(each)
+            threads = [each.thread for each in self._lists.values() if each.thread]
+            self._changed.notify_all()
+        ends = time.monotonic() + timeout
+        for thread in threads:
+            thread.join(max(0.0, ends - time.monotonic()))
+        return not any(thread.is_alive() for thread in threads)
+
+    def _start(self, each: LoadingList) -> None:
+        """Give a list its thread, unless it has one.  The caller holds _changed."""
+        if each.thread is None:
+            name = f"list-{each.settings.name}-0"
+            each.thread = threading.Thread(target=self._run, args=(each,), name=name, daemon=True)
+            each.thread.start()
+
+    def _cut(self, each: LoadingList) -> None:
+        """End a list's request, if there is one.  The caller holds _changed."""
+        if each.fetch:
+            each.fetch.close()
+
+    # Viewers' threads
+
+    def wait_time(self) -> int | None:
+        """Seconds after which a player may ask again; None if it gets the streams there are.
+
+        Players delete the channels that a playlist lacks, so they wait for the first load.
+        """
+        with self._changed:
+            return LISTS_WAIT if self._is_waiting() else None
+
+    def report(self) -> list[dict[str, Any]]:
+        """All lists as /status prints them."""
+        with self._changed:
+            return [each.report() for each in self._lists.values()]
+
+    def _is_waiting(self) -> bool:
+        """Whether a list may still be loaded for the first time.  The caller holds _changed."""
+        now = time.monotonic()
+        return any(
+            each.list is None and now - each.since < FIRST_LIST_TIME
+            for each in self._lists.values()
+        )
+
+    # The lists' threads
+
+    def _run(self, each: LoadingList) -> None:
+        while self._await_turn(each):
+            self._load(each)
+
+    def _await_turn(self, each: LoadingList) -> bool:
+        """Wait until a list is due; false if it is over."""
+        with self._changed:
+            while not each.is_over:
+                remaining = each.due - time.monotonic()
+                if remaining <= 0:
+                    return True
+                self._changed.wait(None if remaining == math.inf else remaining)
+            return False
+
+    def _load(self, each: LoadingList) -> None:
+        """Load a list once, and note how that went."""
+        with self._changed:
+            settings = each.settings
+            each.due = math.inf
+        fetch = fetch_for(settings, settings.url, LIST_TIME)
+        with self._changed:
+            each.fetch = fetch
+            if each.is_over or each.settings is not settings:
+                fetch.close()
+        loaded: ChannelList | None = None
+        reason = ""
+        try:
+            loaded = load_list(settings, fetch)
+        except Exception as error:
+            log.debug("%s: cannot load the list", settings.name, exc_info=True)
+            reason = explain(error)
+        finally:
+            fetch.close()
+        with self._changed:
+            each.fetch = None
+            if each.is_over:
+                return
+            if each.settings is not settings:  # a reload came meanwhile
+                each.due = time.monotonic()
+                return
+            if loaded:
+                reason = self._doubt(each, loaded)
+            if loaded and not reason:
+                self._accept(each, loaded)
+            else:
+                self._refuse(each, reason)
+                return
+        self._publish()
+
+    def _doubt(self, each: LoadingList, loaded: ChannelList) -> str:
+        """Why a list is not believed yet; empty if it is.  The caller holds _changed."""
+        before, now = len(each.list.entries) if each.list else 0, len(loaded.entries)
+        if each.is_new or now * 2 >= before:
+            return ""
+        each.shrunk = each.shrunk or time.monotonic()
+        if time.monotonic() - each.shrunk >= SHRUNK_TIME:
+            return ""
+        return (
+            f"it has only {_many(now, 'channel')} instead of {before}: "
+            "that counts if it is still so in 10 minutes"
+        )
+
+    def _accept(self, each: LoadingList, loaded: ChannelList) -> None:
+        """Use a list from now on.  The caller holds _changed."""
+        name, summary = each.settings.name, loaded.summary()
+        is_news = each.list is None or each.trouble or each.list.summary() != summary
+        level = logging.INFO if is_news else logging.DEBUG
+        log.log(level, "%s: loaded the list: %s", name, summary)
+        each.list, each.loaded, each.is_new = loaded, time.monotonic(), False
+        each.trouble, each.failures, each.shrunk = None, 0, None
+        refresh = each.settings.refresh
+        each.due = min(each.due, time.monotonic() + (refresh or math.inf))
+
+    def _refuse(self, each: LoadingList, reason: str) -> None:
+        """Keep the previous list, and load it again after a pause.  The caller holds _changed."""
+        is_first = each.trouble is None
+        each.trouble = reason
+        level = logging.WARNING if is_first else logging.DEBUG
+        kept = "; the previous list stays" if each.list else ""
+        log.log(level, "%s: the list is not used: %s%s", each.settings.name, reason, kept)
+        pause = LIST_PAUSES[min(each.failures, len(LIST_PAUSES) - 1)]
+        if each.shrunk:
+            pause = max(0.0, each.shrunk + SHRUNK_TIME - time.monotonic())
+        each.failures += 1
+        each.due = min(each.due, time.monotonic() + pause)
+
+    # Any thread
+
+    def _publish(self, *, is_asked: bool = False) -> None:
+        """Make the configuration with the streams of all lists, and apply it if it is another."""
+        with self._applying:
+            with self._changed:
+                config, is_waiting = self._config, self._is_waiting()
+                lists = {name: each.list for name, each in self._lists.items() if each.list}
+                is_complete = len(lists) == len(self._lists)
+            config, names = with_lists(config, lists, self._names)
+            if not is_waiting:  # until then, an earlier list may still take the better names
+                self._names = names
+            if is_asked or config != self._applied:
+                self._apply(config)
+                self._applied = config
+            if is_complete:
+                self._warn_of_missing(config)
+
+    def _warn_of_missing(self, config: Config) -> None:
+        """Tell once of each stream that has no address and is in no list."""
+        missing = config.overrides.keys() - config.streams.keys()
+        for name in sorted(missing - self._missed):
+            log.warning("streams.%s: url is missing, and no list has this stream", name)
+        self._missed = missing
+
+
+# --------------------------------------------------------------------------------------------------
 # Pages: playlists, HDHomeRun's documents, status, metrics, the pages for people
 # --------------------------------------------------------------------------------------------------
 
@@ -5876,7 +6234,8 @@ class Site:
 
     @property
     def streams(self) -> Collection[StreamSettings]:
-        return self.config.streams.values()
+        """The streams that playlists and pages show."""
+        return [stream for stream in self.config.streams.values() if not stream.hide]
 
     @property
     def uptime(self) -> float:
@@ -6045,7 +6404,8 @@ def status_json(site: Site) -> Page:
         "name": site.config.server.name,
         "version": __version__,
         "uptime_seconds": round(site.uptime, 1),
-        "streams": [site.status(stream) for stream in site.streams],
+        "playlists": site.server.lists.report(),
+        "streams": [site.status(stream) for stream in site.config.streams.values()],
     })  # fmt: skip
 
 
@@ -6064,7 +6424,8 @@ def metrics_page(site: Site) -> Page:
         _family("http_requests_total", "Answers by status.", requests),
         _family("first_byte_seconds", "From a request to its first media byte.", histogram),
     ]
-    stream_samples = [_stream_samples(site, stream) for stream in site.streams]
+    streams = site.config.streams.values()
+    stream_samples = [_stream_samples(site, stream) for stream in streams]
     for name, words in STREAM_METRICS.items():
         samples: dict[str, float] = {}
         for each in stream_samples:
@@ -6246,10 +6607,28 @@ def status_page(site: Site) -> Page:
     body = f"""<header><h1>{name}</h1>
 <p class="facts">{_many(len(statuses), "stream")}, {_many(viewers, "viewer")}, up {uptime},
 <a href="./{other}">{words}</a></p>
-<p class="facts">On a television or in a player, type <code>{address}</code></p></header>
+<p class="facts">On a television or in a player, type <code>{address}</code></p>
+{_lists(site)}</header>
 {_groups(site, statuses)}
 {"" if statuses else f"<p>{NO_STREAMS.capitalize()}.</p>"}"""
     return _document(name, body, REFRESH if site.reloads else 0)
+
+
+def _lists(site: Site) -> str:
+    """A line for each channel list: how many channels it has, how old it is, and its trouble."""
+    lines = []
+    for report in site.server.lists.report():
+        words = "not loaded yet"
+        if report["loaded_seconds"] is not None:
+            age = _duration(report["loaded_seconds"])
+            words = f"{_many(report['channels'], 'channel')}, loaded {age} ago"
+        if report["omitted"]:
+            words += f"; left out: {_counts(report['omitted'])}"
+        line = f"List {report['playlist']}: {words}"
+        trouble = html.escape(report["last_error"] or "")
+        note = f'<p class="note">{trouble}</p>' if trouble else ""
+        lines.append(f'<p class="facts">{html.escape(line)}</p>{note}')
+    return "\n".join(lines)
 
 
 def _groups(site: Site, statuses: Iterable[tuple[StreamSettings, Mapping[str, Any]]]) -> str:
@@ -6371,7 +6750,8 @@ def watch_page(
 
 def _zap_links(site: Site, stream: StreamSettings) -> str:
     """To the streams before and after it in the file, and to all."""
-    query, streams = site.query(), list(site.streams)
+    query = site.query()
+    streams = [each for each in site.config.streams.values() if each == stream or not each.hide]
     at = streams.index(stream)
     before, after = streams[at - 1], streams[(at + 1) % len(streams)]
     links = [(f"./{query}#{stream.name}", "All streams")]
@@ -6558,11 +6938,17 @@ class Handler(BaseHTTPRequestHandler):
         """Answer a client that may have all there is."""
         if tuned := TUNER_PATH.fullmatch(path):
             path = self._tuned_path(int(tuned[1]))
-        streams, found = self.server.config.streams, STREAM_PATH.fullmatch(path)
+        found = STREAM_PATH.fullmatch(path)
+        wait = self.server.lists.wait_time()  # asked before the streams: they may be complete now
+        streams = self.server.config.streams
         if found and found[1] in streams:
             self._answer_stream(streams[found[1]], found, query.get("quality", [""])[-1] or None)
+        elif wait and path in ("/playlist.m3u", "/lineup.json"):
+            raise StreamError(HTTPStatus.SERVICE_UNAVAILABLE, LISTS_LOAD, wait)
         elif path in PAGES:
             self.answer(PAGES[path](self.site()))
+        elif wait and found:
+            raise StreamError(HTTPStatus.SERVICE_UNAVAILABLE, LISTS_LOAD, wait)
         else:
             self._redirect(path)
 
@@ -7065,10 +7451,20 @@ class Server(ThreadingHTTPServer):
 
     request_queue_size = 1024  # IPTV clients come in bursts; the library's 5 would drop some
 
-    def __init__(self, config: Config, channels: Channels) -> None:
-        """Bind and listen; raises OSError."""
+    def __init__(
+        self,
+        config: Config,
+        channels: Channels,
+        learn: Callable[[Config], None] = lambda config: None,
+    ) -> None:
+        """Bind and listen; raises OSError.
+
+        `learn` is called with each configuration before it is used.
+        """
         self.config = config  # replaced whole by a reload
         self.channels = channels
+        self.lists = Lists(config, self.use)
+        self._learn = learn
         self.started = time.monotonic()
         self.numbers = itertools.count(1)  # for threads' names
         # _counts_lock guards the three below.
@@ -7152,9 +7548,14 @@ class Server(ThreadingHTTPServer):
         log.error("a request from %s failed:\n%s", client_address[0], traceback.format_exc())
 
     def reload(self, config: Config) -> None:
-        """Use another configuration from now on; where it listens stays."""
+        """Use another file from now on, and load its lists; where it listens stays."""
         if (config.server.host, config.server.port) != self.configured:
             log.warning("server.host and server.port only change on restart")
+        self.lists.reload(config)
+
+    def use(self, config: Config) -> None:
+        """Use another configuration, with the streams of its lists, from now on."""
+        self._learn(config)
         self.config = config
         self.channels.reload(config)
 
@@ -7189,8 +7590,26 @@ def check_stream(stream: StreamSettings) -> tuple[bool, str]:
     return True, "; ".join([*words, channel.note] if channel.note else words)
 
 
+def load_for_check(config: Config) -> tuple[Config, dict[str, str]]:
+    """Load all lists once; returns the configuration with their streams, and why lists failed."""
+    loaded: dict[str, ChannelList] = {}
+    failures: dict[str, str] = {}
+    for name, settings in config.playlists.items():
+        fetch = fetch_for(settings, settings.url, LIST_TIME)
+        try:
+            loaded[name] = load_list(settings, fetch)
+        except Exception as error:
+            failures[name] = explain(error)
+        finally:
+            fetch.close()
+    return with_lists(config, loaded, {})[0], failures
+
+
 def run_check(config: Config) -> int:
     """Open all streams, a few at a time, and print a line for each; returns the exit status."""
+    config, failures = load_for_check(config)
+    for name, reason in failures.items():
+        print(f"{name}  failed  {reason}")  # noqa: T201
     streams = config.streams.values()
     executor = ThreadPoolExecutor(CHECKS_AT_ONCE, thread_name_prefix="check")
     try:
@@ -7202,11 +7621,12 @@ def run_check(config: Config) -> int:
     finally:  # Ctrl-C waits for none that has not begun
         executor.shutdown(wait=False, cancel_futures=True)
     findings = [check.result() for check in checks]
-    if not findings:
+    if not findings and not failures:
         print(NO_STREAMS, file=sys.stderr)  # noqa: T201
     for stream, (is_ok, words) in zip(streams, findings, strict=True):
         print(f"{stream.name}  {'ok' if is_ok else 'failed'}  {words}")  # noqa: T201
-    return EXIT_OK if all(is_ok for is_ok, _ in findings) else EXIT_FAILED
+    is_all_well = all(is_ok for is_ok, _ in findings) and not failures
+    return EXIT_OK if is_all_well else EXIT_FAILED
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7569,14 +7989,20 @@ LISTEN_ADVICE = {
 }
 
 
-def serve(config: Config, received: Signals, read_again: Callable[[], Config]) -> int:
+def serve(
+    config: Config,
+    received: Signals,
+    read_again: Callable[[], Config],
+    learn: Callable[[Config], None] = lambda config: None,
+) -> int:
     """Serve until a signal ends it; blocks.  Returns the exit status.
 
-    `read_again` gives the configuration for a reload, or raises ConfigError.
+    `read_again` gives the configuration for a reload, or raises ConfigError.  `learn` is called
+    with each configuration before it is used.
     """
     channels = Channels(config)
     try:
-        server = Server(config, channels)
+        server = Server(config, channels, learn)
     except (OSError, ValueError, TypeError, OverflowError) as error:  # odd hosts raise all four
         where = f"{config.server.host} port {config.server.port}"
         number = getattr(error, "errno", None) or 0
@@ -7587,6 +8013,7 @@ def serve(config: Config, received: Signals, read_again: Callable[[], Config]) -
         accept = server.serve_forever
         threading.Thread(target=accept, args=(0.1,), name="listener", daemon=True).start()
         announce(config, server)
+        server.lists.start()
         while next_signal(received) not in END_SIGNALS:
             reload(server, read_again)
         close(server, channels)
@@ -7638,7 +8065,7 @@ def reload(server: Server, read_again: Callable[[], Config]) -> None:
             log.error("not reloaded: %s", mistake)
         return
     server.reload(config)
-    log.info("reloaded: %s", _many(len(config.streams), "stream"))
+    log.info("reloaded: %s", _many(len(server.config.streams), "stream"))
 
 
 def announce(config: Config, server: Server) -> None:
@@ -7658,9 +8085,11 @@ def announce(config: Config, server: Server) -> None:
     if settings.token:
         log.info("a token is required: browsers ask for it as the password, "
                  "players need ?token=... at the end of the address")  # fmt: skip
-    if not config.streams:
+    if not config.streams and not config.playlists:
         log.warning(NO_STREAMS)
     count = _many(len(config.streams), "stream")
+    if config.playlists:
+        count += f" and {_many(len(config.playlists), 'list')}"
     where = f"{settings.host} port {server.port}"
     log.info("StreamPipe %s: %s, listening on %s", __version__, count, where)
 
@@ -7673,6 +8102,7 @@ def close(server: Server, channels: Channels) -> None:
         last_resort.start()
     log.info("shutting down")
     began = time.monotonic()
+    server.lists.stop(0.0)
     if not channels.stop(timeout=EXIT_TIME):
         log.warning("an upstream did not end in time")
     # A little while longer, a load balancer may read from /health why nobody is served.
@@ -7691,17 +8121,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         with demo_origin() if arguments.demo else contextlib.nullcontext() as demo:
             config = Config()
 
+            def learn(new: Config) -> None:
+                formatter.secrets = secrets_of(new)
+
             def read() -> Config:
                 new = read_settings(arguments, demo)
-                if config.streams and not new.streams:  # who writes it may have emptied it first
+                had_streams = config.streams or config.playlists
+                has_streams = new.streams or new.playlists
+                if had_streams and not has_streams:  # an editor may have emptied the file first
                     raise ConfigError(["the file has no streams any more"])
-                formatter.secrets = secrets_of(new)
                 return new
 
             config = read()
+            learn(config)
             warm_up()
             raise_file_limit()
-            return run_check(config) if arguments.check else serve(config, collect_signals(), read)
+            if arguments.check:
+                return run_check(config)
+            return serve(config, collect_signals(), read, learn)
     except ConfigError as error:
         print(*error.mistakes, sep="\n", file=sys.stderr)  # noqa: T201
         return EXIT_USAGE

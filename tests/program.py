@@ -48,7 +48,10 @@ class Service(Program):
 
     def configure(self, streams: Mapping[str, object], **more: object) -> None:
         """Write the file; `more` are its other sections, or settings of `server:`."""
-        sections = {key: more.pop(key) for key in ("options",) if key in more}
+        sections: dict[str, object] = {}
+        for key in ("options", "playlists"):
+            if key in more:
+                sections[key] = more.pop(key)
         server = {"host": "127.0.0.1", "port": 0, **more}
         tree = {"server": server, "streams": dict(streams), **sections}
         self.write(yaml.safe_dump(tree, sort_keys=False))

@@ -81,10 +81,13 @@ class Site:
         streams: Mapping[str, object],
         *,
         server: Mapping[str, object] | None = None,
+        playlists: Mapping[str, object] | None = None,
         **options: object,
     ) -> None:
         settings = {"host": "127.0.0.1", "port": 0, **(server or {})}
         tree: dict[str, object] = {"server": settings, "streams": dict(streams)}
+        if playlists:
+            tree["playlists"] = dict(playlists)
         if options:
             tree["options"] = options
         text = yaml.safe_dump(tree, sort_keys=False)
@@ -95,6 +98,7 @@ class Site:
         self.url = f"http://127.0.0.1:{self.port}"
         self._listener = threading.Thread(target=self.server.serve_forever, args=(0.02,))
         self._listener.start()
+        self.server.lists.start()
         self._watches: list[Watch] = []
 
     def watch(self, path: str, *, http10: bool = False, **headers: str) -> Watch:
@@ -125,6 +129,7 @@ class Site:
         """End the server and everything in it; each thread of its own is joined."""
         for watch in self._watches:
             watch.close()
+        assert self.server.lists.stop(TIMEOUT), "a list's thread did not end"
         assert self.channels.stop(TIMEOUT), "a feeder did not end"
         self.server.shutdown()
         self.server.hang_up()

@@ -392,7 +392,7 @@ def test_list_of_channels_is_told(origin: Origin, serve: Serve) -> None:
     channel = origin.add(news())
     body = f'#EXTM3U\n#EXTINF:-1 group-title="News",The News\n{channel.url}\n'
     origin.fault("/get.m3u", Body(body.encode()), times=None)
-    words = "that is a list of channels: configure the address of one of them"
+    words = "that is a list of channels: put it under playlists:, not under streams:"
     assert reason(serve({"news": f"{origin.url}/get.m3u"})) == (502, words)
 
 

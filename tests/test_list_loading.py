@@ -1,0 +1,494 @@
+"""Loading channel lists: a real server, a real origin that behaves like a panel, real streams."""
+
+from __future__ import annotations
+
+import gzip
+import html
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pipe
+from tests import media
+from tests.origin import (
+    WEB_PAGE,
+    Body,
+    Break,
+    Drip,
+    Gzip,
+    OneAtATime,
+    Origin,
+    Playlist,
+    Redirect,
+    Stall,
+    StallHeaders,
+    Status,
+)
+from tests.program import Service, eventually
+from tests.server import Site
+from tests.test_cli import Program
+
+Serve = Callable[..., Site]
+
+SEGMENTS = media.ts_segments(8)
+ACCOUNT = "username=ada.l&password=hunter2"
+PATH = "/get.php"
+LIST = f"{PATH}?{ACCOUNT}&type=m3u_plus"
+
+
+def listing(origin: Origin, *titles: str, guide: str = "", tail: str = "") -> bytes:
+    """A panel's list; each title is the name of a playlist of the origin."""
+    head = f'#EXTM3U url-tvg="{guide}"' if guide else "#EXTM3U"
+    lines = [head]
+    for title in titles:
+        lines += [
+            f'#EXTINF:-1 tvg-id="{title}.uk" group-title="UK",{title}',
+            f"{origin.url}/{title.lower()}/index.m3u8{tail}",
+        ]
+    return "\r\n".join([*lines, ""]).encode()
+
+
+def add_channels(origin: Origin, *names: str) -> None:
+    for name in names:
+        origin.add(Playlist(name, SEGMENTS, mode="live", clock=True))
+
+
+def add_list(origin: Origin, data: bytes) -> str:
+    """Serve a list; returns its address."""
+    return origin.add_file(PATH, data, content_type="audio/x-mpegurl") + LIST.removeprefix(PATH)
+
+
+def paths(site: Site) -> list[str]:
+    """The streams of /playlist.m3u, in its order."""
+    lines = site.get("/playlist.m3u").body.decode().splitlines()
+    return [line.rpartition("/")[2] for line in lines if line.startswith("http")]
+
+
+def loaded(site: Site, *names: str) -> None:
+    """Wait until the server has exactly these streams."""
+    eventually(lambda: list(site.server.config.streams) == list(names), f"streams {names}")
+
+
+def status(site: Site) -> dict[str, Any]:
+    """What /status says of the one list."""
+    (report,) = site.get("/status").json["playlists"]
+    return dict(report)
+
+
+def reload(site: Site) -> None:
+    """As SIGHUP does, with the same file."""
+    site.server.reload(site.config)
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipe, "LIST_PAUSES", (0.05, 0.1))
+
+
+#### A list becomes streams ####
+
+
+def test_list_is_played(origin: Origin, serve: Serve) -> None:
+    add_channels(origin, "one", "two")
+    address = add_list(origin, listing(origin, "One", "Two"))
+    site = serve({}, playlists={"tv": address})
+    loaded(site, "one", "two")
+    assert paths(site) == ["one", "two"]
+    with site.watch("/two") as viewer:
+        assert viewer.status == 200
+        assert viewer.read(188)[0] == 0x47
+    assert site.get("/health").json["streams"] == 2
+    report = status(site)
+    assert report.pop("loaded_seconds") < 60
+    assert report == {"playlist": "tv", "channels": 2, "omitted": {}, "last_error": None}
+    assert "List tv: 2 channels, loaded 0 s ago" in page(site)
+
+
+def page(site: Site, path: str = "/") -> str:
+    return site.get(path, Accept="text/html,application/xhtml+xml").body.decode()
+
+
+def test_list_of_a_local_file(tmp_path: Path, origin: Origin, serve: Serve) -> None:
+    file = tmp_path / "tv.m3u"
+    file.write_bytes(listing(origin, "One"))
+    site = serve({}, playlists={"tv": str(file)})
+    loaded(site, "one")
+    file.unlink()
+    reload(site)
+    eventually(lambda: status(site)["last_error"], "the failure")
+    assert status(site)["last_error"] == "the file cannot be read: No such file or directory"
+    assert paths(site) == ["one"]
+
+
+def test_device_is_not_read(tmp_path: Path, serve: Serve) -> None:
+    link = tmp_path / "zero.m3u"
+    link.symlink_to("/dev/zero")
+    site = serve({}, playlists={"tv": str(link)})
+    eventually(lambda: status(site)["last_error"] == "that is not a file", "the failure")
+
+
+def test_list_behind_a_redirect_and_compressed(origin: Origin, serve: Serve) -> None:
+    """With the playlist's headers and user agent, and think time before the answer."""
+    origin.add_file("/real.m3u", listing(origin, "One"))
+    add_list(origin, b"")
+    origin.fault(PATH + "*", Redirect("/real.m3u"), times=None)
+    thinking = origin.fault("/real.m3u", Gzip(), StallHeaders())
+    keys = {"url": f"{origin.url}{LIST}", "headers": {"X-Device": "tv"}, "user_agent": "VLC/3"}
+    site = serve({}, playlists={"tv": keys})
+    thinking.wait_held()
+    thinking.release()
+    loaded(site, "one")
+    for request in origin.requests:
+        assert request.headers["x-device"] == "tv"
+        assert request.headers["user-agent"] == "VLC/3"
+    assert site.server.config.streams["one"].headers == {"X-Device": "tv"}
+    assert site.server.config.streams["one"].options.user_agent == "VLC/3"
+
+
+def test_streams_of_the_file_change_and_hide_those_of_the_list(
+    origin: Origin, serve: Serve
+) -> None:
+    add_channels(origin, "one", "two", "three")
+    address = add_list(origin, listing(origin, "One", "Two", "Three"))
+    own = {"one": f"{origin.url}/two/index.m3u8", "two": {"hide": True}, "three": {"title": "3"}}
+    site = serve(own, playlists={"tv": address})
+    loaded(site, "one", "two", "three")
+    assert paths(site) == ["one", "three"]
+    assert ",3\n" in site.get("/playlist.m3u").body.decode()
+    assert "two" not in {line["GuideName"].lower() for line in site.get("/lineup.json").json}
+    assert 'id="two"' not in page(site)
+    with site.watch("/two") as viewer:
+        assert viewer.status == 200
+    assert "<video" in page(site, "/two")
+    assert site.config.streams["one"].urls[0] == site.server.config.streams["one"].urls[0]
+
+
+def test_override_without_a_stream_is_told_once(
+    origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "streampipe")
+    address = add_list(origin, listing(origin, "One"))
+    site = serve({"none": {"hide": True}}, playlists={"tv": address})
+    loaded(site, "one")
+    reload(site)
+    origin.wait_for(LIST, 2)
+    words = "streams.none: url is missing, and no list has this stream"
+    eventually(lambda: words in caplog.text, "the warning")
+    assert caplog.text.count(words) == 1
+
+
+#### Until it is loaded ####
+
+
+def test_players_wait_for_the_first_load(origin: Origin, serve: Serve) -> None:
+    add_channels(origin, "own")
+    address = add_list(origin, listing(origin, "One"))
+    thinking = origin.fault(LIST, StallHeaders())
+    site = serve({"own": f"{origin.url}/own/index.m3u8"}, playlists={"tv": address})
+    thinking.wait_held()
+    for path in ("/playlist.m3u", "/lineup.json", "/one", "/one.m3u8", "/one.m3u", "/nothing"):
+        answer = site.get(path)
+        assert answer.status == 503, path
+        assert answer.headers["Retry-After"] == "5"
+        assert answer.json == {"error": "the list of channels is being loaded"}
+    assert site.ask("HEAD", "/one").status == 503
+    assert site.get("/health").status == 200
+    assert site.get("/own.m3u").status == 200
+    assert "List tv: not loaded yet" in page(site)
+    thinking.release()
+    loaded(site, "own", "one")
+    assert paths(site) == ["own", "one"]
+    assert site.get("/nothing").status == 404
+
+
+def test_players_get_what_exists_after_a_minute(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pipe.FIRST_LIST_TIME == 60.0
+    monkeypatch.setattr(pipe, "FIRST_LIST_TIME", 0.2)
+    address = add_list(origin, listing(origin, "One"))
+    thinking = origin.fault(LIST, StallHeaders())
+    site = serve({"own": f"{origin.url}/own/index.m3u8"}, playlists={"tv": address})
+    eventually(lambda: site.get("/playlist.m3u").status == 200, "the playlist")
+    assert paths(site) == ["own"]
+    assert site.get("/one").status == 404
+    thinking.release()
+    loaded(site, "own", "one")
+
+
+#### Failures ####
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (Status(403), "the origin answered 403"),
+        (Status(458), "the origin answered 458"),
+        (Body(WEB_PAGE), pipe.NOT_A_LIST),
+        (Body(b""), pipe.NO_CHANNELS),
+        (Break(100), "the origin's answer broke off"),
+        (Redirect("file:///etc/passwd"), "the origin refers to a local file: refused"),
+        (Redirect("/get.php?again"), "the origin redirects in a loop"),
+    ],
+    ids=["403", "458", "page", "empty", "break", "file", "loop"],
+)
+def test_list_that_fails_leaves_the_previous_one(
+    origin: Origin,
+    serve: Serve,
+    caplog: pytest.LogCaptureFixture,
+    fault: Any,
+    reason: str,
+) -> None:
+    """One line for an outage, the reason on the page and in /status, and no account anywhere."""
+    caplog.set_level(logging.INFO, "streampipe")
+    address = add_list(origin, listing(origin, "One", "Two"))
+    site = serve({}, playlists={"tv": address})
+    loaded(site, "one", "two")
+    failing = origin.fault(PATH, fault, times=None)
+    reload(site)
+    eventually(lambda: status(site)["last_error"] == reason, reason)
+    failing.wait(failing.taken + 2)
+    assert status(site)["channels"] == 2
+    assert paths(site) == ["one", "two"]
+    shown = page(site)
+    assert f'<p class="note">{html.escape(reason)}</p>' in shown
+    failing.clear()
+    eventually(lambda: status(site)["last_error"] is None, "the list again")
+    failures = [line for line in caplog.messages if "is not used" in line]
+    assert failures == [f"tv: the list is not used: {reason}; the previous list stays"]
+    eventually(lambda: caplog.text.count("tv: loaded the list: 2 channels") == 2, "the log")
+    for text in (caplog.text, shown, str(status(site))):
+        assert "hunter2" not in text
+        assert "ada.l" not in text
+
+
+def test_pauses_between_failed_loads_grow(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipe, "LIST_PAUSES", (10.0, 30.0, 60.0, 120.0, 300.0, 600.0))
+    site = serve({}, playlists={"tv": origin.url + "/none"})
+    each = site.server.lists._lists["tv"]
+    found = []
+    for count in range(1, 9):
+        eventually(lambda n=count: each.failures == n, "a failed load")  # type: ignore[misc]
+        with site.server.lists._changed:
+            found.append(round(each.due - time.monotonic(), -1))
+            each.due = 0.0
+            site.server.lists._changed.notify_all()
+    assert found == [10, 30, 60, 120, 300, 600, 600, 600]
+
+
+def test_list_that_takes_too_long_is_a_failure(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pipe.LIST_TIME == 300.0
+    monkeypatch.setattr(pipe, "LIST_TIME", 0.5)
+    address = add_list(origin, listing(origin, "One"))
+    origin.fault(LIST, Drip(0.05), times=None)
+    site = serve({}, playlists={"tv": address})
+    eventually(lambda: status(site)["last_error"] == pipe.TIMED_OUT, "the failure")
+
+
+def test_list_that_lost_most_of_its_channels_has_to_be_so_twice(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "streampipe")
+    monkeypatch.setattr(pipe, "SHRUNK_TIME", 600.0)
+    address = add_list(origin, listing(origin, *"ABCDE"))
+    site = serve({}, playlists={"tv": address})
+    loaded(site, *"abcde")
+    add_list(origin, listing(origin, "A", "X"))
+    for _ in range(3):
+        before = origin.count(LIST)
+        reload(site)
+        eventually(lambda n=before: origin.count(LIST) > n, "a load")  # type: ignore[misc]
+        eventually(lambda: status(site)["last_error"], "the doubt")
+    assert status(site)["last_error"].startswith("it has only 2 channels instead of 5: that counts")
+    assert list(site.server.config.streams) == list("abcde")
+    assert caplog.text.count("it has only 2 channels") == 1
+    each = site.server.lists._lists["tv"]
+    assert 590 < each.due - time.monotonic() <= 600
+    with site.server.lists._changed:  # ten minutes later
+        each.shrunk = (each.shrunk or 0.0) - 600
+        each.due = 0.0
+        site.server.lists._changed.notify_all()
+    loaded(site, "a", "x")
+    assert status(site)["last_error"] is None
+
+
+def test_list_that_was_short_for_a_moment(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipe, "SHRUNK_TIME", 0.3)
+    full = listing(origin, *"ABCDE")
+    address = add_list(origin, full)
+    site = serve({}, playlists={"tv": address})
+    loaded(site, *"abcde")
+    short = origin.fault(LIST, Body(listing(origin, "A")))
+    reload(site)
+    short.wait()
+    eventually(lambda: origin.count(LIST) == 3, "the second look")
+    eventually(lambda: status(site)["last_error"] is None, "the list again")
+    assert list(site.server.config.streams) == list("abcde")
+
+
+def test_other_settings_may_bring_fewer_channels(origin: Origin, serve: Serve) -> None:
+    address = add_list(origin, listing(origin, *"ABCDE"))
+    other = origin.add_file("/other.m3u", listing(origin, "A"))
+    site = serve({}, playlists={"tv": address})
+    loaded(site, *"abcde")
+    settings = replace(site.config.playlists["tv"], url=other)
+    site.server.reload(replace(site.config, playlists={"tv": settings}))
+    loaded(site, "a")
+
+
+#### Reloads ####
+
+
+def test_new_list_does_not_disturb_viewers_of_what_stays(origin: Origin, serve: Serve) -> None:
+    add_channels(origin, "one", "two", "three")
+    address = add_list(origin, listing(origin, "One", "Two"))
+    site = serve({}, playlists={"tv": address})
+    loaded(site, "one", "two")
+    stays, goes = site.watch("/one"), site.watch("/two")
+    stays.read(188), goes.read(188)
+    add_list(origin, listing(origin, "Three", "One"))
+    reload(site)
+    loaded(site, "three", "one")
+    _, is_complete = goes.read_all()
+    assert not is_complete
+    assert stays.read(200 * 188)
+    assert origin.count("/one/index.m3u8") >= 1
+    assert site.get("/status?stream=one").json["streams"]
+
+
+def test_list_is_loaded_again_every_refresh(origin: Origin, serve: Serve) -> None:
+    address = add_list(origin, listing(origin, "One"))
+    site = serve({}, playlists={"tv": {"url": address, "refresh": 0.2}})
+    loaded(site, "one")
+    add_list(origin, listing(origin, "One", "Two"))
+    loaded(site, "one", "two")
+    origin.wait_for(LIST, 4)
+
+
+def test_list_without_refresh_is_loaded_on_a_reload_only(origin: Origin, serve: Serve) -> None:
+    address = add_list(origin, listing(origin, "One"))
+    site = serve({}, playlists={"tv": {"url": address, "refresh": 0}})
+    loaded(site, "one")
+    assert site.server.lists._lists["tv"].due == math.inf
+    reload(site)
+    origin.wait_for(LIST, 2)
+
+
+def test_playlists_come_and_go_with_the_file(origin: Origin, serve: Serve) -> None:
+    first = add_list(origin, listing(origin, "One"))
+    second = origin.add_file("/second.m3u", listing(origin, "One", "Two"))
+    site = serve({}, playlists={"a": first})
+    loaded(site, "one")
+    both = {name: pipe.PlaylistSettings(name, url) for name, url in [("a", first), ("b", second)]}
+    site.server.reload(replace(site.config, playlists=both))
+    loaded(site, "one", "one-2", "two")
+    site.server.reload(replace(site.config, playlists={"b": both["b"]}))
+    loaded(site, "one-2", "two")
+    names = [thread.name for thread in threading.enumerate()]
+    eventually(lambda: "list-a-0" not in [t.name for t in threading.enumerate()], str(names))
+
+
+def test_names_do_not_depend_on_the_list_that_is_loaded_first(origin: Origin, serve: Serve) -> None:
+    first = origin.add_file("/first.m3u", listing(origin, "News"))
+    second = origin.add_file("/second.m3u", listing(origin, "News", "Two"))
+    thinking = origin.fault("/first.m3u", StallHeaders())
+    site = serve({}, playlists={"a": first, "b": second})
+    loaded(site, "news", "two")
+    assert site.server.config.streams["news"].playlist == "b"
+    thinking.release()
+    loaded(site, "news", "news-2", "two")
+    assert site.server.config.streams["news"].playlist == "a"
+    reload(site)
+    origin.wait_for("/second.m3u", 2)
+    assert list(site.server.config.streams) == ["news", "news-2", "two"]
+
+
+def test_closing_does_not_wait_for_a_list(origin: Origin, serve: Serve) -> None:
+    address = add_list(origin, listing(origin, "One"))
+    stalled = origin.fault(LIST, Stall(at=10), times=None)
+    site = serve({}, playlists={"tv": address})
+    stalled.wait_held()
+    began = time.monotonic()
+    assert site.server.lists.stop(5.0)
+    assert time.monotonic() - began < 5
+
+
+#### Panels ####
+
+
+def test_list_and_channels_of_a_panel_that_allows_one_connection(
+    origin: Origin, serve: Serve
+) -> None:
+    """The list is not a second connection while a channel plays between its requests."""
+    add_channels(origin, "one")
+    address = add_list(origin, listing(origin, "One"))
+    origin.fault("/*", OneAtATime(origin, 458), times=None)
+    site = serve({}, playlists={"tv": address}, threads=1)
+    loaded(site, "one")
+    with site.watch("/one") as viewer:
+        assert viewer.status == 200
+
+
+def test_entry_of_a_compressed_list_has_no_size_limit_but_the_list_has(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small compressed body may hold a list without an end."""
+    monkeypatch.setattr(pipe, "LIST_LIMIT", 1 << 20)
+    address = add_list(origin, listing(origin, "One"))
+    large = b"#EXTM3U\n" + b"# \n" * (1 << 20)
+    assert len(gzip.compress(large)) < 20_000
+    origin.fault(LIST, Body(large), Gzip(), times=None)
+    site = serve({}, playlists={"tv": address})
+    reason = "the list is larger than 1 MiB"
+    eventually(lambda: status(site)["last_error"] == reason, "the failure")
+
+
+#### The program ####
+
+
+def test_program_loads_lists_at_the_start_and_on_sighup(tmp_path: Path, origin: Origin) -> None:
+    """Nothing of the account is in the log, not even at debug level."""
+    add_channels(origin, "one", "two")
+    tail = "|X-Secret=pa55word"
+    address = add_list(origin, listing(origin, "One", tail=f"?token=s3cr3t{tail}"))
+    playlists = {"tv": address}
+    with Service(tmp_path, {}, level="debug", playlists=playlists) as service:
+        service.wait_for_count("tv: loaded the list: 1 channel", 1)
+        add_list(origin, listing(origin, "One", "Two", tail=f"?token=s3cr3t{tail}"))
+        service.send(signal.SIGHUP)
+        service.wait_for_count("tv: loaded the list: 2 channels", 1)
+        origin.fault(LIST, Status(403), times=None)
+        service.send(signal.SIGHUP)
+        service.wait_for_count("the list is not used: the origin answered 403", 1)
+        lines = service.lines
+    for secret in ("hunter2", "ada.l", "s3cr3t", "pa55word"):
+        assert not [line for line in lines if secret in line]
+
+
+def test_check_tests_the_streams_of_lists(tmp_path: Path, origin: Origin) -> None:
+    add_channels(origin, "one")
+    address = add_list(origin, listing(origin, "One"))
+    text = f"playlists:\n  tv: '{address}'\n  bad: '{origin.url}/none.m3u'\n"
+    (tmp_path / "config.yml").write_text(text)
+    program = Program("--check", cwd=tmp_path)
+    try:
+        assert program.wait() == 1
+        lines = program.output().splitlines()
+    finally:
+        program.close()
+    assert lines[0] == "bad  failed  the origin answered 404"
+    assert lines[1].startswith("one  ok  video/mp2t")
