@@ -41,6 +41,7 @@ Locks
     Window._lock         blocks, join points and viewers of one window
     Listing._changed     the segments that HLS lists
     ReaderBuffer._lock   what was handed over and has not been taken
+    _answered_lock       the address of each origin's host that answered last; taken alone
     LogHandler.lock      the lines of the log that wait; may be taken under any lock
     Taken in that order.  Http's may be taken under the first, a ReaderBuffer's under
     DownloadingWriter's; Server's are taken alone.  None is held across a socket write, a request or
@@ -99,6 +100,7 @@ import queue
 import random
 import re
 import select
+import selectors
 import signal
 import socket
 import socketserver
@@ -3242,6 +3244,8 @@ HOOKS: tuple[tuple[Any, Mapping[str, str]], ...] = (
     (HLSStreamReader, {"close": "self"}),
     (MuxedStream, {"_open_streams": "self"}),
     (HTTPAdapter, {"get_connection_with_tls_context": "self request verify proxies cert"}),
+    (urllib3.connection.HTTPConnection, {"_new_conn": "self"}),
+    (urllib3.util.connection, {"_set_socket_options": "sock options", "allowed_gai_family": ""}),
 )  # fmt: skip
 
 
@@ -3528,6 +3532,19 @@ class Http(HTTPSession):
             raise TimeoutError("the try took too long")
         return min(seconds, left)
 
+    def patience_until(self, ends: float) -> float:
+        """Seconds until a time of the monotonic clock, or until this try has to be over.
+
+        Raises TimeoutError at the end, and requests.ConnectionError once all was cut.
+        """
+        with self._lock:
+            if self._is_cut:
+                raise requests.ConnectionError("closed")
+        left = self.patience(ends - time.monotonic())
+        if left <= 0:
+            raise TimeoutError("the try took too long")
+        return left
+
     def ask(
         self, arguments: Mapping[str, Any], headers: Mapping[str, str], timeout: float
     ) -> requests.Response:
@@ -3629,7 +3646,9 @@ def _watched(kind: Any, http_session: Http) -> Any:
         timeout: float  # seconds, for what comes next
 
         def _new_conn(self) -> socket.socket:
-            # Half of it for each: where IPv6 leads nowhere, IPv4 has its turn.
+            if kind._new_conn is urllib3.connection.HTTPConnection._new_conn:
+                return http_session.add(connect_fastest(self, http_session))
+            # A SOCKS proxy.  Half of the time for each of its addresses.
             self.timeout = http_session.patience(self.timeout) / 2
             return http_session.add(super()._new_conn())
 
@@ -3645,6 +3664,145 @@ def _watched(kind: Any, http_session: Http) -> Any:
             return response
 
     return Connection
+
+
+ATTEMPT_DELAY = 0.25  # seconds between two attempts to connect; RFC 8305, 5
+ANSWERED_LIMIT = 1000  # hosts whose last good address is remembered
+
+# The address of each host and port that answered last; every session tries it first.
+# _answered_lock guards it.
+_answered: dict[tuple[str, int], Any] = {}
+_answered_lock = threading.Lock()
+
+
+def connect_fastest(connection: Any, http_session: Http) -> socket.socket:
+    """Connect to the address of a host that answers first (RFC 8305).
+
+    Blocks for the connection's time-out and the name look-up at most, and leaves the rest of that
+    time for what follows, such as a TLS handshake.  Raises urllib3's errors.
+    """
+    name, port = connection._dns_host.strip("[]"), connection.port
+    connection.timeout = http_session.patience(connection.timeout)
+    ends = time.monotonic() + connection.timeout
+    try:
+        found = in_turn(look_up(name, port), name, port)
+        patience = functools.partial(http_session.patience_until, ends)
+        sock, address = first_to_answer(
+            found, patience, connection.source_address, connection.socket_options
+        )
+    except UnicodeError:
+        raise urllib3.exceptions.LocationParseError(f"'{name}', label empty or too long") from None
+    except socket.gaierror as error:
+        raise urllib3.exceptions.NameResolutionError(name, connection, error) from error
+    except TimeoutError as error:
+        raise urllib3.exceptions.ConnectTimeoutError(connection, "no address answers") from error
+    except OSError as error:
+        raise urllib3.exceptions.NewConnectionError(connection, str(error)) from error
+
+    with _answered_lock:
+        _answered.pop((name, port), None)
+        _answered[name, port] = address
+        if len(_answered) > ANSWERED_LIMIT:
+            del _answered[next(iter(_answered))]
+    if address != found[0]:
+        log.warning("%s: the address tried first does not answer, another one does", name)
+    sock.settimeout(http_session.patience_until(ends))
+    return sock
+
+
+def look_up(name: str, port: int) -> list[Any]:
+    """A host's addresses; a look-up that fails for one family does not spoil the other.
+
+    Blocks for as long as the system's resolver does.  Raises socket.gaierror, UnicodeError.
+    """
+    name.encode("idna")
+    family = urllib3.util.connection.allowed_gai_family()
+    try:
+        return list(socket.getaddrinfo(name, port, family, socket.SOCK_STREAM))
+    except socket.gaierror as error:
+        if family != socket.AF_UNSPEC:
+            raise
+        for one in (socket.AF_INET, socket.AF_INET6):
+            with contextlib.suppress(socket.gaierror):
+                return list(socket.getaddrinfo(name, port, one, socket.SOCK_STREAM))
+        raise error
+
+
+def in_turn(found: Sequence[Any], name: str, port: int) -> list[Any]:
+    """Addresses in the order of attempts: the last good one, then the families in turn."""
+    first = [address for address in found if address[0] == found[0][0]]
+    others = [address for address in found if address[0] != found[0][0]]
+    order = []
+    for pair in itertools.zip_longest(first, others):
+        order += [address for address in pair if address is not None]
+    with _answered_lock:
+        good = _answered.get((name, port))
+    if good in order:
+        order.remove(good)
+        order.insert(0, good)
+    return order
+
+
+def first_to_answer(
+    addresses: Sequence[Any],
+    patience: Callable[[], float],
+    source: tuple[str, int] | None,
+    options: Any,
+) -> tuple[socket.socket, Any]:
+    """Begin an attempt every ATTEMPT_DELAY, or once one failed; returns the first connection.
+
+    All others are closed.  `patience` tells how many seconds are left, and raises at their end.
+    Raises OSError if every attempt failed: the first one's, or the one that says "refused".
+    """
+    waiting = deque(addresses)
+    failures: list[OSError] = []
+    due = time.monotonic()  # when the next attempt begins
+    with selectors.DefaultSelector() as pending, contextlib.ExitStack() as attempts:
+        while waiting or pending.get_map():
+            now = time.monotonic()
+            if waiting and now >= due:
+                address = waiting.popleft()
+                due = now + ATTEMPT_DELAY
+                try:
+                    sock = begin_attempt(address, source, options)
+                except OSError as error:
+                    failures.append(error)
+                    due = now
+                    continue
+                attempts.callback(sock.close)
+                pending.register(sock, selectors.EVENT_WRITE, address)
+            wait = min(patience(), ATTEMPT_DELAY)
+            if waiting:
+                wait = min(wait, max(0.0, due - now))
+            for key, _ in pending.select(wait):
+                sock = cast(socket.socket, key.fileobj)
+                pending.unregister(sock)
+                number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if number == 0:
+                    return socket.socket(fileno=sock.detach()), key.data
+                sock.close()
+                failures.append(OSError(number, os.strerror(number)))
+                due = now
+    refusals = [error for error in failures if isinstance(error, ConnectionRefusedError)]
+    raise (refusals + failures)[0]
+
+
+def begin_attempt(address: Any, source: tuple[str, int] | None, options: Any) -> socket.socket:
+    """A socket that is being connected; raises OSError."""
+    family, kind, protocol, _, place = address
+    sock = socket.socket(family, kind, protocol)
+    try:
+        urllib3.util.connection._set_socket_options(sock, options)
+        sock.setblocking(False)
+        if source:
+            sock.bind(source)
+        number = sock.connect_ex(place)
+        if number not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+            raise OSError(number, os.strerror(number))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 class TimedFile(socket.SocketIO):

@@ -1450,6 +1450,25 @@ class Origin:
             self._changed.notify_all()
 
 
+#### Addresses that never answer ####
+
+SILENT = ("127.0.0.2", "127.0.0.3")
+
+
+@contextlib.contextmanager
+def silent(port: int, addresses: Sequence[str] = SILENT) -> Iterator[None]:
+    """Connections to a port of these addresses wait for ever: the backlog is full (Linux)."""
+    with contextlib.ExitStack() as stack:
+        for address in addresses:
+            listener = stack.enter_context(socket.create_server((address, port), backlog=0))
+            fill = stack.enter_context(socket.socket())
+            fill.connect(listener.getsockname())
+            late = stack.enter_context(socket.socket())
+            late.setblocking(False)
+            late.connect_ex(listener.getsockname())
+        yield
+
+
 #### By hand ####
 
 

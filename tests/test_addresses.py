@@ -1,0 +1,267 @@
+"""Hosts with several addresses, some dead. Name look-ups are fakes of DNS; all else is real."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pipe
+from tests import media
+from tests.origin import SILENT, Origin, Playlist, silent
+from tests.server import Site
+
+Serve = Callable[..., Site]
+Names = dict[str, list[str]]
+
+SEGMENTS = media.ts_segments(12)
+HOST = "origin.example"
+REFUSING = "127.0.0.4"
+GOOD = "127.0.0.1"
+SOON = 3.0  # seconds; a tenth of the time-out, and enough for a busy machine
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux ignores connections beyond a full backlog"
+)
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> Names:
+    """Addresses by host name; "!AF_INET6" fails that family's look-up, and any joint one."""
+    table: Names = {}
+    real = socket.getaddrinfo
+
+    def look_up(host: Any, port: Any, family: int = 0, *more: Any, **named: Any) -> Any:
+        if host not in table:
+            return real(host, port, family, *more, **named)
+        failing = [entry[1:] for entry in table[host] if entry.startswith("!")]
+        if failing and family in (0, *(getattr(socket, name) for name in failing)):
+            raise socket.gaierror(socket.EAI_AGAIN, "try again")
+        found = []
+        for address in table[host]:
+            kind = socket.AF_INET6 if ":" in address else socket.AF_INET
+            if not address.startswith("!") and family in (0, kind):
+                found += real(address, port, kind, socket.SOCK_STREAM)
+        return found
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(pipe, "_answered", {}, raising=False)
+    return table
+
+
+def film(origin: Origin) -> Playlist:
+    return origin.add(Playlist("film", SEGMENTS))
+
+
+def at_host(url: str) -> str:
+    return url.replace("127.0.0.1", HOST)
+
+
+@pytest.mark.parametrize(
+    "addresses",
+    [
+        pytest.param([SILENT[0], GOOD], id="one-silent"),
+        pytest.param([*SILENT, GOOD], id="two-silent"),
+        pytest.param(["::1", GOOD], id="ipv6-refuses"),
+        pytest.param([REFUSING, SILENT[0], GOOD], id="refusing-and-silent"),
+        pytest.param([GOOD, SILENT[0]], id="good-first"),
+    ],
+)
+def test_dead_addresses_cost_a_moment(
+    origin: Origin,
+    serve: Serve,
+    names: Names,
+    addresses: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    names[HOST] = addresses
+    stream = film(origin)
+    with silent(origin.port):
+        site = serve({"film": at_host(stream.url)}, timeout=30)
+        began = time.monotonic()
+        answer = site.get("/film")
+        assert (answer.body, answer.is_complete) == (stream.plain(0, 12), True)
+        assert time.monotonic() - began < SOON
+    told = [record for record in caplog.records if "does not answer" in record.getMessage()]
+    assert bool(told) == (addresses[0] != GOOD)
+    assert len(told) <= 8  # the first connections alone, which begin at the same time
+
+
+def test_address_that_answered_is_tried_first(
+    origin: Origin, names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names[HOST] = [*SILENT, GOOD]
+    begun: list[str] = []
+    begin = pipe.begin_attempt
+
+    def counted(address: Any, *more: Any) -> socket.socket:
+        begun.append(address[4][0])
+        return begin(address, *more)
+
+    monkeypatch.setattr(pipe, "begin_attempt", counted)
+    address = at_host(origin.add_file("/file", b"\0"))
+    with silent(origin.port):
+        for _ in range(2):
+            session = pipe.Http()
+            assert session.get(address).content == b"\0"
+            session.cut()
+    assert begun == [*SILENT, GOOD, GOOD]
+
+
+def test_name_that_moves_while_a_channel_runs(origin: Origin, serve: Serve, names: Names) -> None:
+    """The remembered address is no longer the host's; each new connection looks the name up."""
+    names[HOST] = [GOOD]
+    news = origin.add(Playlist("news", SEGMENTS, mode="live"))
+    viewer = serve({"news": at_host(news.url)}, timeout=30).watch("/news")
+    assert viewer.read(len(news.plain(2, 5))) == news.plain(2, 5)
+    port = origin.port
+    origin.stop()
+    with Origin() as other:
+        successor = other.add(Playlist("news", SEGMENTS, mode="live"))
+        successor.advance()
+        relay = socket.create_server((SILENT[0], port))
+        with contextlib.closing(relay), forwarding(relay, other.port):
+            names[HOST] = [SILENT[0]]
+            assert viewer.read(media.PACKET)[:1] == b"G"
+            other.wait_for(successor.segment_path(5))
+    origin.restart()
+
+
+@contextlib.contextmanager
+def forwarding(listener: socket.socket, port: int) -> Iterator[None]:
+    """Pass each connection of a listener on to a port of 127.0.0.1."""
+    sockets: list[socket.socket] = []
+    threads: list[threading.Thread] = []
+
+    def copy(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client = listener.accept()[0]
+                origin = socket.create_connection((GOOD, port))
+                sockets.extend((client, origin))
+                for pair in ((client, origin), (origin, client)):
+                    threads.append(threading.Thread(target=copy, args=pair))
+                    threads[-1].start()
+
+    acceptor = threading.Thread(target=accept)
+    acceptor.start()
+    try:
+        yield
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        acceptor.join()
+        for sock in sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join()
+        for sock in sockets:
+            sock.close()
+
+
+@pytest.mark.parametrize("family", ["AF_INET", "AF_INET6"])
+def test_look_up_that_fails_for_one_family(
+    origin: Origin, serve: Serve, names: Names, family: str
+) -> None:
+    stream = film(origin)
+    names[HOST] = [f"!{family}", GOOD, "::1"]
+    site = serve({"film": at_host(stream.url)})
+    if family == "AF_INET6":
+        assert site.get("/film").body == stream.plain(0, 12)
+    else:  # nothing listens on ::1
+        assert site.get("/film").json["error"] == "the origin refuses connections"
+
+
+@pytest.mark.parametrize(
+    ("addresses", "expected"),
+    [
+        ([REFUSING, "::1"], (502, "the origin refuses connections")),
+        ([*SILENT], (504, "the origin did not answer in time")),
+        ([REFUSING, SILENT[0]], (504, "the origin did not answer in time")),
+        (["!AF_INET", "!AF_INET6"], (502, "the origin's host name is unknown")),
+    ],
+)
+def test_host_without_a_good_address_is_told_in_time(
+    origin: Origin, serve: Serve, names: Names, addresses: list[str], expected: tuple[int, str]
+) -> None:
+    names[HOST] = addresses
+    with silent(origin.port):
+        site = serve({"film": at_host(film(origin).url)}, timeout=1)
+        began = time.monotonic()
+        answer = site.get("/film")
+        assert answer.status == expected[0]
+        assert answer.json["error"] in (expected[1], "no media within 1 s")
+        assert time.monotonic() - began < 1 + SOON
+
+
+def test_silent_host_leaves_the_backup_its_time(origin: Origin, serve: Serve, names: Names) -> None:
+    names[HOST] = [*SILENT]
+    stream = film(origin)
+    with silent(origin.port):
+        site = serve({"film": [at_host(stream.url), stream.url]}, timeout=4)
+        assert site.get("/film").body == stream.plain(0, 12)
+
+
+def test_stop_ends_an_attempt_to_connect(origin: Origin, names: Names) -> None:
+    names[HOST] = [*SILENT]
+    session = pipe.Http()
+    with silent(origin.port):
+        cutter = threading.Timer(0.3, session.cut)
+        cutter.start()
+        began = time.monotonic()
+        with pytest.raises(Exception, match="closed"):
+            session.get(f"http://{HOST}:{origin.port}/", timeout=30)
+        assert time.monotonic() - began < SOON
+        cutter.join()
+
+
+def test_source_address_skips_the_other_family(origin: Origin, serve: Serve, names: Names) -> None:
+    names[HOST] = ["::1", SILENT[0], GOOD]
+    stream = film(origin)
+    with silent(origin.port):
+        site = serve({"film": at_host(stream.url)}, streamlink={"interface": "host!127.0.0.5"})
+        assert site.get("/film").body == stream.plain(0, 12)
+
+
+def test_handshake_follows_the_race(names: Names, tmp_path: Path) -> None:
+    file, key = tmp_path / "file.pem", tmp_path / "key.pem"
+    kind = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    subject = ["-subj", f"/CN={HOST}", "-addext", f"subjectAltName=DNS:{HOST}"]
+    command = ["openssl", "req", *kind, *subject, "-out", str(file), "-keyout", str(key)]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file, key)
+    names[HOST] = [*SILENT, GOOD]
+    with socket.create_server((GOOD, 0)) as listener:
+        port = listener.getsockname()[1]
+
+        def answer() -> None:
+            with contextlib.closing(context.wrap_socket(listener.accept()[0], True)) as sock:
+                sock.recv(65536)
+                sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n\0")
+                sock.recv(1)
+
+        server = threading.Thread(target=answer)
+        server.start()
+        with silent(port):
+            session = pipe.Http()
+            got = session.get(f"https://{HOST}:{port}/", verify=str(file))
+            session.cut()
+        server.join()
+    assert got.content == b"\0"
