@@ -4952,8 +4952,74 @@ class Splicer:
 
 SLOT = 5  # seconds of a bar in the page's charts
 SLOTS = 60  # of them are kept
+AVERAGED_TIME = 15.0  # seconds of media, at least, that a bitrate is averaged over
+PAUSE = 1.0  # seconds without a byte after which the next bytes are another burst
+LONGEST_PIECE = 2.0  # seconds of bytes that arrive without a pause
 # Seconds, as Prometheus writes them.
 FIRST_BYTE_BOUNDS = ("0.01", "0.05", "0.1", "0.25", "0.5", "1.0", "2.5", "5.0", "10.0", "+Inf")
+
+
+class Bitrate:
+    """The bits per second that a channel receives, averaged over whole pieces.
+
+    Segments arrive in bursts, so an average over fixed seconds would depend on how many bursts fall
+    into them.  A piece is a segment, and lasts as long as its playlist says; or, if nothing says
+    how long the bytes last, a burst, which lasts until the next one begins.
+
+    The channel's thread owns it; every thread may call value().
+    """
+
+    def __init__(self) -> None:
+        self._pieces: deque[tuple[int, float]] = deque()  # bytes and seconds, the oldest first
+        self._size = 0  # bytes of the open piece
+        self._duration = 0.0  # seconds, if the open piece is a segment whose playlist says it
+        self._burst_began: float | None = None
+        self._is_first_burst = True  # it may hold the backlog of a start, which tells no rate
+        self._arrived = 0.0  # when the newest byte did
+        self._current = 0.0, 0.0  # the rate, and until when it counts; replaced as a whole
+
+    def value(self) -> int:
+        """The rate; 0 if it is not known yet, or the bytes are late by more than a piece."""
+        rate, until = self._current
+        return round(rate) if time.monotonic() < until else 0
+
+    def start_segment(self, duration: float) -> None:
+        """`duration` is what the playlist says, in seconds; 0 if that is nothing."""
+        self._duration = duration
+        if duration:
+            self._size, self._burst_began = 0, None
+
+    def end_segment(self, *, is_whole: bool) -> None:
+        if self._duration and is_whole:
+            self._add_piece(self._size, self._duration)
+        if self._duration:
+            self._size, self._duration = 0, 0.0
+
+    def add(self, size: int) -> None:
+        """Count bytes that have just arrived."""
+        now = time.monotonic()
+        if not self._duration:
+            self._divide_into_bursts(now)
+        self._size += size
+        self._arrived = now
+
+    def _divide_into_bursts(self, now: float) -> None:
+        began = self._burst_began
+        if began is None:
+            self._burst_began = now
+        elif now - self._arrived > PAUSE or now - began > LONGEST_PIECE:
+            if not self._is_first_burst:
+                self._add_piece(self._size, now - began)
+            self._size, self._burst_began, self._is_first_burst = 0, now, False
+
+    def _add_piece(self, size: int, seconds: float) -> None:
+        self._pieces.append((size, seconds))
+        total = sum(seconds for _, seconds in self._pieces)
+        while total - self._pieces[0][1] >= AVERAGED_TIME:
+            total -= self._pieces.popleft()[1]
+        longest = max(seconds for _, seconds in self._pieces)
+        until = time.monotonic() + max(AVERAGED_TIME, 2 * longest)
+        self._current = 8 * sum(size for size, _ in self._pieces) / total, until
 
 
 class StreamRecord:
@@ -5121,6 +5187,7 @@ class Channel:
         self._troubled_since = math.inf
         self._told: set[tuple[int, str]] = set()  # what failed since then, as it was logged
         self._gaps = 0  # segments lost since then
+        self._bitrate = Bitrate()  # of the newest opening
         self._start_level = logging.NOTSET  # of its lines until media came
         self._stopped = threading.Event()
 
@@ -5195,6 +5262,11 @@ class Channel:
         """
         target_durations = self.listing.patience if self.listing else 0.0
         return max(target_durations, self.linger)
+
+    @property
+    def bitrate(self) -> int:
+        """Bits per second that it receives now; 0 while its upstream is down."""
+        return self._bitrate.value()
 
     def status(self) -> dict[str, Any]:
         """What /status prints of it.  Caller holds channels.changed."""
@@ -5362,6 +5434,7 @@ class Channel:
         return f"{self.host or 'address'}, {self._address + 1} of {len(self.stream.urls)}"
 
     def _close_upstream(self) -> None:
+        self._bitrate = Bitrate()
         upstream, self._upstream = self._upstream, None
         session, self._session = self._session, None
         if upstream:
@@ -5527,8 +5600,9 @@ class Channel:
             items, lambda item: isinstance(item, SegmentEvent)
         ):
             if is_event:
-                for lost in map(self._splicer.pass_event, cast(Iterator[SegmentEvent], group)):
-                    self._count_lost(lost, upstream)
+                for event in cast(Iterator[SegmentEvent], group):
+                    self._note_segment(event)
+                    self._count_lost(self._splicer.pass_event(event), upstream)
             else:
                 data = b"".join(cast(Iterator[bytes], group))
                 if self._splicer.pass_bytes(data):
@@ -5536,7 +5610,18 @@ class Channel:
                         self._note_recovery()
                     self._last_byte = time.monotonic()
                 self.record.add_received(len(data))
+                self._bitrate.add(len(data))
                 self.record.unplayed = self._splicer.unplayed
+
+    def _note_segment(self, event: SegmentEvent) -> None:
+        """Have a live channel's bitrate measured by its segments.
+
+        A private channel's depends on how fast its viewer takes them.
+        """
+        if self.state is State.LIVE and event.kind is EventKind.START:
+            self._bitrate.start_segment(event.duration)
+        elif self.state is State.LIVE and event.kind in (EventKind.END, EventKind.GAP):
+            self._bitrate.end_segment(is_whole=event.kind is EventKind.END)
 
     def _count_lost(self, segments: int, upstream: Upstream) -> None:
         """Count them, unless they would be more than time has passed: an origin numbers anew."""
@@ -5927,7 +6012,7 @@ class Channels:
         shown = [c.status() for c in channels if c.viewers or c.state is not State.CLOSED]
         states = {channel["state"] for channel in shown}
         at_rest = "failed" if record.has_failed else "idle"
-        bitrates, age = record.bitrates(), round(time.monotonic() - record.troubled, 1)
+        age = round(time.monotonic() - record.troubled, 1)
         return {
             "stream": stream.name,
             "title": stream.title,
@@ -5937,7 +6022,7 @@ class Channels:
             "peak": record.peak,
             "bytes_in": counts["received"],
             "bytes_out": counts["sent"],
-            "bitrate": round(sum(bitrates[-3:]) / 3),
+            "bitrate": sum(channel.bitrate for channel in channels),
             "restarts": counts["restarts"],
             "gaps": counts["gaps"],
             "last_error": record.last_error,

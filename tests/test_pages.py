@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 import uuid
@@ -35,7 +36,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import pipe
 from tests import media
-from tests.origin import Fault, Origin, Playlist, StallHeaders, Status, master
+from tests.origin import Fault, Origin, Playlist, Segment, StallHeaders, Status, master
 from tests.server import BROWSER, Answer, Site
 from tests.test_cli import PIPE, Program
 from tests.test_sharing import Sluggish, eventually, feeders
@@ -605,6 +606,53 @@ def test_status_tells_of_channels_and_viewers(origin: Origin, serve: Serve) -> N
     assert first["bytes"] > 0
     assert stream["bytes_in"] >= channel["window_bytes"] > 0
     assert stream["bytes_out"] >= sum(each["bytes"] for each in channel["viewers"][:1])
+
+
+def bitrate(site: Site) -> int:
+    found = status(site)["streams"][0]["bitrate"]
+    assert isinstance(found, int)
+    return found
+
+
+@pytest.mark.parametrize("seconds", [2, 6, 10])
+def test_bitrate_is_the_medias_whatever_its_segments_last(
+    origin: Origin, serve: Serve, seconds: int
+) -> None:
+    """From the start on, when several segments arrive at once, and with segments of all sizes."""
+    sizes = [2_000_000 + 300_000 * (number % 4) for number in range(8)]
+    bodies = map(media.padded, media.ts_segments(), sizes)
+    segments = [Segment(body, float(seconds)) for body in bodies]
+    news = origin.add(Playlist("news", segments, mode="live", target_duration=seconds))
+    site = serve({"news": news.url})
+    viewer = site.watch("/news")
+    for first, end in [(2, 5), (5, 6), (6, 8)]:
+        if first > 2:
+            news.advance(end - first)
+        viewer.read(len(news.plain(first, end)))
+        eventually(lambda: bitrate(site) > 0, "it is known")
+        assert bitrate(site) == pytest.approx(8 * 2_450_000 / seconds, rel=0.15)
+    assert f"{bitrate(site) / 1e6:.1f} Mbit/s" in page(site).text
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("pause", [0.0, 1.5], ids=["evenly", "in-bursts"])
+def test_bitrate_of_a_source_without_segments(origin: Origin, serve: Serve, pause: float) -> None:
+    """The backlog that it sends at first does not count."""
+    event, seconds = threading.Event(), pause or 0.1
+    backlog, piece = media.ts_segments(8), media.padded(media.ts_segments()[0], 1_000_000)
+
+    def relay() -> Iterator[bytes]:
+        yield from backlog
+        size = int(1_000_000 * seconds) // media.PACKET * media.PACKET
+        while not event.wait(seconds):
+            yield (piece + piece)[:size]
+
+    site = serve({"news": origin.add_endless("/relay", relay)})
+    site.watch("/news").read(media.PACKET)
+    eventually(lambda: bitrate(site) > 0, "it is known")
+    assert bitrate(site) == pytest.approx(8_000_000, rel=0.2)
+    event.set()
+    eventually(lambda: bitrate(site) == 0, "it is over when nothing arrives")
 
 
 def test_status_tells_how_much_the_window_holds(origin: Origin, serve: Serve) -> None:
