@@ -3706,7 +3706,8 @@ def connect_fastest(connection: Any, http_session: Http) -> socket.socket:
             del _answered[next(iter(_answered))]
     if address != found[0]:
         log.warning("%s: the address tried first does not answer, another one does", name)
-    sock.settimeout(http_session.patience_until(ends))
+    # No question that may raise here: nobody else would close the socket.
+    sock.settimeout(max(0.1, ends - time.monotonic()))
     return sock
 
 
