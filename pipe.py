@@ -6523,8 +6523,8 @@ def json_page(content: object, indent: int | None = 1) -> Page:
 
 def playlist_page(site: Site, streams: Iterable[StreamSettings]) -> Page:
     """An extended M3U: what Kodi, TVHeadend, Jellyfin, VLC and mpv read of it is all there is."""
-    epg = _quoted(site.config.server.epg)
-    lines = [f'#EXTM3U x-tvg-url="{epg}" url-tvg="{epg}"' if epg else "#EXTM3U"]
+    guides = ",".join(site.link(path) for path in guide_paths(site.config))
+    lines = [f'#EXTM3U x-tvg-url="{guides}" url-tvg="{guides}"' if guides else "#EXTM3U"]
     for stream in streams:
         title = _cleaned(stream.title) or stream.name
         attributes = {
@@ -6540,6 +6540,58 @@ def playlist_page(site: Site, streams: Iterable[StreamSettings]) -> Page:
     return Page("\n".join(lines).encode() + b"\n", "audio/x-mpegurl")
 
 
+def guide_paths(config: Config) -> list[str]:
+    """The paths of all guides; the first is the one that most players take alone."""
+    names = list(config.guides)
+    paths = ["epg.xml"] if config.server.epg or names else []
+    others = names if config.server.epg else names[1:]
+    return paths + [f"epg/{name}.xml" for name in others]
+
+
+def guide_at(config: Config, path: str) -> tuple[PlaylistSettings, str] | None:
+    """The address of the guide at a path, and the settings to request it with; None if none is."""
+    if path == "/epg.xml" and config.server.epg:
+        return PlaylistSettings("epg", "", options=config.options), config.server.epg
+    found = GUIDE_PATH.fullmatch(path)
+    names = list(config.guides)
+    name = found[1] if found else ""
+    if path == "/epg.xml" and names:
+        name = names[0]
+    if name not in config.guides:
+        return None
+    return config.playlists[name], config.guides[name]
+
+
+def whole_guide(parts: Iterator[bytes]) -> Iterator[bytes]:
+    """A guide's body, the first part of it long enough to show its format.
+
+    Raises UpstreamError if it is a web page.
+    """
+    start = b""
+    while len(start) < GUIDE_START and (part := next(parts, b"")):
+        start += part
+    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html)", start, re.I):
+        raise UpstreamError("the origin sent a web page, not a guide")
+    yield start
+    yield from parts
+
+
+def unpacked(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The contents of a gzip file, in pieces of bounded size; raises zlib.error if it is broken.
+
+    It may consist of several members (RFC 1952, 2.2).
+    """
+    unpacker = zlib.decompressobj(GZIP_FORMAT)
+    for part in parts:
+        while part:
+            yield unpacker.decompress(part, 64 * KIB)
+            part = unpacker.unconsumed_tail
+            if unpacker.eof:
+                part = unpacker.unused_data
+                unpacker = zlib.decompressobj(GZIP_FORMAT)
+    yield unpacker.flush()
+
+
 def _cleaned(text: str | None) -> str:
     """Text without line breaks, double quotes and commas, none of which M3U can escape.
 
@@ -6553,6 +6605,10 @@ def _quoted(address: str | None) -> str:
     return "%20".join((address or "").split()).replace(",", "%2C").replace('"', "%22")
 
 
+GUIDE_PATH = re.compile(r"/epg/([a-z0-9-]+)\.xml")
+GUIDE_START = 64  # bytes of a guide that show its format
+GZIP_START = b"\x1f\x8b"  # RFC 1952, 2.3.1
+GZIP_FORMAT = 16 + zlib.MAX_WBITS  # zlib's word for a gzip file
 GUIDE_NUMBERS = range(10_000, 100_000)  # of streams that have none configured
 MACHINE_ID = Path("/etc/machine-id")
 SCAN_STATUS = {"ScanInProgress": 0, "ScanPossible": 1, "Source": "Cable", "SourceList": ["Cable"]}
@@ -7069,6 +7125,9 @@ PAGES: Mapping[str, Callable[[Site], Page]] = {
 STREAM_PATH = re.compile(r"/([a-z0-9-]+)(\.m3u8?|\.ts|/([0-9]{1,18})\.([a-z0-9]+))?")
 TUNER_PATH = re.compile(r"/auto/v([0-9]{1,9})")  # Channels DVR makes these by a guide number
 HLS_HEADERS = {"Accept-Ranges": "none"}
+GUIDE_HEADERS = {"Content-Type": "application/xml", "Cache-Control": "no-cache"}
+GUIDE_TIME = 3600.0  # seconds that a guide may take in all
+GUIDE_SEND_TIME = 60.0  # seconds that a client may take nothing of it
 RELOAD_WAIT = 5.0  # seconds that a playlist may wait for news
 NO_TOKEN = "a token is required: add ?token=... to the address, or give it as the password"
 TOO_LARGE = "its segments are larger than the window: set a larger ringbuffer_size"
@@ -7187,11 +7246,13 @@ class Handler(BaseHTTPRequestHandler):
         streams = self.server.config.streams
         if found and found[1] in streams:
             self._answer_stream(streams[found[1]], found, query.get("quality", [""])[-1] or None)
-        elif wait and path in ("/playlist.m3u", "/lineup.json"):
+        elif wait and (path in M3U_LISTS or path == "/lineup.json"):
             raise StreamError(HTTPStatus.SERVICE_UNAVAILABLE, LISTS_LOAD, wait)
         elif path in PAGES:
             self.answer(PAGES[path](self.site()))
-        elif wait and found:
+        elif guide := guide_at(self.server.config, path):
+            self.answer_guide(*guide)
+        elif wait and (found or path == "/epg.xml" or GUIDE_PATH.fullmatch(path)):
             raise StreamError(HTTPStatus.SERVICE_UNAVAILABLE, LISTS_LOAD, wait)
         else:
             self._redirect(path)
@@ -7375,7 +7436,8 @@ class Handler(BaseHTTPRequestHandler):
     def _send_head(self, status: HTTPStatus, headers: Mapping[str, str]) -> None:
         self.send_response(status)
         cors = {} if headers.get("Content-Type") == HTML else self._cors_headers()
-        every = {"Cache-Control": "no-store", "Connection": "close"}
+        caching = headers.get("Cache-Control", "no-store")
+        every = {"Cache-Control": caching, "Connection": "close"}
         for name, value in {**headers, **cors, **every}.items():
             self.send_header(name, value)
         self.end_headers()
@@ -7395,6 +7457,70 @@ class Handler(BaseHTTPRequestHandler):
             return {**anybody, **methods, **headers}
         is_trusted_alone = self.is_trusted and not self.has_token
         return {} if is_trusted_alone else anybody
+
+    # A programme guide
+
+    def answer_guide(self, settings: PlaylistSettings, address: str) -> None:
+        """Pass on the guide at an address as its bytes arrive, compressed if it is.
+
+        It may have hundreds of megabytes.  Raises StreamError before the answer has begun.
+        """
+        if self.command == "HEAD":
+            self._send_head(HTTPStatus.OK, GUIDE_HEADERS)
+            return
+        asked = {"Accept-Encoding": "gzip"}
+        for name in ("If-None-Match", "If-Modified-Since"):
+            if value := self.headers.get(name):
+                asked[name] = value
+        fetch = fetch_for(settings, address, GUIDE_TIME)
+        try:
+            self._pass_on(fetch, fetch.open(asked))
+        finally:
+            fetch.close()
+
+    def _pass_on(self, fetch: Fetch, response: requests.Response) -> None:
+        headers = dict(GUIDE_HEADERS)
+        for name in ("ETag", "Last-Modified"):
+            if value := response.headers.get(name):
+                headers[name] = value
+        if response.status_code == HTTPStatus.NOT_MODIFIED:
+            self._send_head(HTTPStatus.NOT_MODIFIED, headers)
+            return
+        encoding = response.headers.get("Content-Encoding", "identity").lower()
+        is_unchanged = encoding in ("identity", "gzip", "x-gzip")
+        parts = whole_guide(fetch.parts(is_decoded=not is_unchanged))
+        start = next(parts, b"")
+        parts = itertools.chain([start], parts)
+        if start.startswith(GZIP_START):
+            headers["Vary"] = "Accept-Encoding"
+            if accepts_gzip(self.headers.get("Accept-Encoding", "")):
+                headers["Content-Encoding"] = "gzip"
+            else:
+                is_unchanged, parts = False, unpacked(parts)
+        if is_unchanged and "Content-Length" in response.headers:
+            headers["Content-Length"] = response.headers["Content-Length"]
+        elif self.request_version != "HTTP/1.0":
+            headers["Transfer-Encoding"] = "chunked"
+        etag = headers.get("ETag", "")
+        if not is_unchanged and etag.startswith('"'):  # only the content is equal (RFC 9110, 8.8.1)
+            headers["ETag"] = f"W/{etag}"
+        self._send_head(HTTPStatus.OK, headers)
+        self._send_guide(parts, is_chunked="Transfer-Encoding" in headers)
+
+    def _send_guide(self, parts: Iterator[bytes], *, is_chunked: bool) -> None:
+        """Send a body; one that breaks off has no end that a client could take for the guide's."""
+        self.connection.settimeout(GUIDE_SEND_TIME)
+        try:
+            for part in parts:
+                if not part:
+                    continue
+                framed = b"%x\r\n%b\r\n" % (len(part), part) if is_chunked else part
+                self.wfile.write(framed)
+        except (StreamError, zlib.error) as error:
+            log.warning("%s: the guide broke off: %s", self.path.partition("?")[0], explain(error))
+            raise ViewerGone("left") from error
+        if is_chunked:
+            self.wfile.write(b"0\r\n\r\n")
 
     # A channel
 
