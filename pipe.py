@@ -136,8 +136,9 @@ try:
     from requests.adapters import HTTPAdapter
     from streamlink.exceptions import StreamError as EngineStreamError
     from streamlink.options import Options as PluginOptions
-    from streamlink.plugins import hls as _hls_plugin  # noqa: F401  (the first viewer would wait for it)
-    from streamlink.plugins import http as _http_plugin  # noqa: F401
+    from streamlink.plugin.plugin import parse_params
+    from streamlink.plugins import hls as _hls_plugin  # noqa: F401  (or the first viewer waits)
+    from streamlink.plugins import http as _http_plugin  # noqa: F401  (or the first viewer waits)
     from streamlink.session.http import HTTPSession
     from streamlink.session.session import Streamlink
     from streamlink.stream.dash.dash import DASHStream
@@ -148,6 +149,8 @@ try:
         HLSStreamWorker,
         HLSStreamWriter,
     )
+    from streamlink.stream.hls.m3u8 import M3U8Parser
+    from streamlink.stream.hls.segment import HLSPlaylist
     from streamlink.stream.http import HTTPStream
     from streamlink.stream.segmented.segmented import SegmentedStreamReader
     from streamlink.utils.id3v2 import ID3v2Error
@@ -318,6 +321,7 @@ WEB_PAGE = "the origin sent a web page, not a stream"
 TEXT = "the origin sent text, not a stream"
 NOT_MEDIA = frozenset({WEB_PAGE, TEXT})
 EMPTY = "the origin's playlist is empty"
+UNREADABLE = "the origin's playlist has a key, a map or a byte range that cannot be read"
 
 _NO_ROUTE = errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN
 
@@ -348,11 +352,9 @@ _REASONS: tuple[tuple[Any, ...], ...] = (
     ("the system has no files left: raise the limit of open files", f"[Errno {errno.EMFILE}]"),
     ("the origin refuses a secure connection: write http:// in front of its address", "[SSL"),
     ("the origin sent something that is not an HLS playlist", "EXTM3U"),
-    (CHANNEL_LIST, CHANNEL_LIST),
     ("the origin's playlist lists no stream that can be played",
      "variant playlist", "I-frames only"),
-    ("the origin's playlist does not say where a byte range starts", "BYTERANGE offset"),
-    ("the origin's playlist has an invalid number", "invalid literal", "could not convert"),
+    (UNREADABLE, "Missing URI for decryption key"),
     ("the decryption key is not an AES-128 key", "AES key length", "IV length"),
     ("decryption failed: wrong key", "adding is incorrect", "be padded", "be unpadded"),
     ("the system has no threads left", "new thread"),
@@ -3404,10 +3406,27 @@ class Session:
             assert match
         plugin = match[1](self.engine, address, PluginOptions())
         try:
+            if match[0] == "hls":
+                return self._resolve_hls(plugin)
             return dict(plugin.streams())
         finally:
             # Every plugin leaves its cache with atexit, for ever.
             atexit.unregister(plugin.cache._save)
+
+    def _resolve_hls(self, plugin: Any) -> Mapping[str, Any]:
+        """As the plugin, but each variant is usable, whatever it says of itself."""
+        url = update_scheme("https://", plugin.match["url"], force=False)
+        parameters = parse_params(plugin.match["params"])
+        found = VariantStream.parse_variant_playlist(self.engine, url, **parameters)
+        if not found:
+            live = VariantStream(self.engine, url, **parameters)
+            return dict.fromkeys(("live", "worst", "best"), live)
+        master: Any = next(iter(found.values())).multivariant
+        variants = {variant.key: variant for variant in master.playlists if not variant.is_iframe}
+        streams: dict[str, Any] = {}
+        for key, stream in found.items():
+            streams[_quality_name(variants[key], streams)] = stream
+        return _with_aliases(streams, plugin.stream_weight)
 
     def _open_raw(self, arguments: Mapping[str, Any]) -> Opened:
         """Ask for a body, and read as much of it as tells what it is."""
@@ -4161,43 +4180,203 @@ def _with_true_lengths(playlist: Any) -> Any:
     return playlist
 
 
+# The tags that only a playlist of segments has (RFC 8216, 4.3.2 and 4.3.3); EXTINF is not among
+# them, because lists of channels have it, too.
+_MEDIA_TAGS = frozenset({
+    "EXT-X-TARGETDURATION", "EXT-X-MEDIA-SEQUENCE", "EXT-X-DISCONTINUITY-SEQUENCE",
+    "EXT-X-PLAYLIST-TYPE", "EXT-X-ENDLIST", "EXT-X-DISCONTINUITY", "EXT-X-BYTERANGE", "EXT-X-KEY",
+    "EXT-X-MAP", "EXT-X-PROGRAM-DATE-TIME",
+})  # fmt: skip
+# Without these the bytes that follow would be wrong, or noise.
+_NEEDED_TAGS = frozenset({"EXT-X-KEY", "EXT-X-MAP", "EXT-X-BYTERANGE"})
+_LINE_ENDS = re.compile(r"[\r\n]+")
+_NO_LINE_ENDS = re.compile("[\v\f\x1c-\x1e\x85\u2028\u2029]")  # Python takes them for some
+# A name, and a quoted text or all up to the next name: some packagers quote no list of codecs.
+_ATTRIBUTE = re.compile(r'(?:^|,)\s*([A-Z0-9-]+)\s*=\s*("[^"]*"\s*|.*?)(?=,\s*[A-Z0-9-]+\s*=|$)')
+_BYTE_RANGE = re.compile(r"[1-9]\d{0,17}(@\d{1,18})?")
+# The attributes of a variant that have to be numbers.
+_VARIANT_NUMBERS = {
+    "BANDWIDTH": re.compile(r"\d{1,12}"),
+    "RESOLUTION": re.compile(r"\d{1,5}x\d{1,5}"),
+    "FRAME-RATE": re.compile(r"\d{1,4}(\.\d{1,9})?"),
+}
+
+
+class BadPlaylist(PipeError, ValueError):
+    """A playlist that cannot be played; the text is the reason."""
+
+
+_ParserBase: Any = object  # whatever it is put in front of
+
+
+class PlaylistParser(_ParserBase):  # type: ignore[misc]
+    """In front of streamlink's parser of playlists, or a plugin's: forgives what can be forgiven.
+
+    A tag that cannot be read is as if it were not there.  If playing without it would be wrong, the
+    parser raises BadPlaylist.
+    """
+
+    is_gap = False
+    is_media = False  # a tag says that it lists segments
+    has_negative_length = False
+    _map: Any
+    _streaminf: dict[str, str] | None
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._range_ends: dict[str, int] = {}  # by address
+
+    def parse(self, data: Any) -> Any:
+        text = data if isinstance(data, str) else data.content.decode("utf-8", "replace")
+        lines = (line.strip() for line in _LINE_ENDS.split(_NO_LINE_ENDS.sub(" ", text)))
+        playlist = super().parse("\n".join(line for line in lines if line))
+        if self.has_negative_length and not self.is_media:
+            raise BadPlaylist(CHANNEL_LIST)
+        return _with_true_lengths(playlist)
+
+    def parse_line(self, line: str) -> None:
+        if not line.startswith("#"):
+            # Each address in a playlist of segments is one (RFC 8216, 4.1).
+            self._expect_segment |= self.is_media and not self._expect_playlist
+            super().parse_line(line)
+            return
+        tag, _, value = line[1:].partition(":")
+        self.is_media |= tag in _MEDIA_TAGS
+        try:
+            self._parse_tag(tag, value.strip(), line)
+        except (ValueError, OverflowError) as error:
+            if tag in _NEEDED_TAGS and not isinstance(error, BadPlaylist):
+                raise BadPlaylist(explain(error)) from error
+            if tag in _NEEDED_TAGS or "insecure resource" in str(error):
+                raise
+            log.debug("cannot read the tag %s", tag, exc_info=True)
+
+    def _parse_tag(self, tag: str, value: str, line: str) -> None:
+        if tag == "EXT-X-I-FRAME-STREAM-INF" and self._expect_playlist:
+            return  # it would take the attributes of the variant whose address follows
+        if tag == "EXT-X-MEDIA":
+            line += _missing_name(self.parse_attributes(value))
+        section = self._map
+        super().parse_line(line)
+        if tag == "EXTINF":
+            self.has_negative_length |= value.startswith("-")
+        elif tag == "EXT-X-GAP":
+            self.is_gap = True
+        elif tag == "EXT-X-DISCONTINUITY":
+            self._map = section  # which streamlink forgets there; RFC 8216, 4.3.2.5, does not
+        elif tag == "EXT-X-MEDIA-SEQUENCE":
+            # Some packagers count on from a negative number: read it as unsigned.
+            self.m3u8.media_sequence %= 1 << 64
+        elif tag == "EXT-X-TARGETDURATION" and not self.m3u8.targetduration < math.inf:
+            self.m3u8.targetduration = None
+        elif tag in _NEEDED_TAGS:
+            self._check_needed(tag, self.parse_attributes(value))
+
+    def _check_needed(self, tag: str, attributes: Mapping[str, str]) -> None:
+        is_read = {
+            "EXT-X-KEY": "METHOD" in attributes,
+            "EXT-X-MAP": "URI" in attributes,
+            "EXT-X-BYTERANGE": self._byterange is not None,
+        }
+        if not is_read[tag]:
+            raise BadPlaylist(UNREADABLE)
+        if tag == "EXT-X-MAP" and self._map.byterange and self._map.byterange.offset is None:
+            self._map.byterange = self._map.byterange._replace(offset=0)
+
+    @classmethod
+    def parse_attributes(cls, value: str) -> dict[str, str]:
+        """Those that can be read; streamlink has none if one is odd."""
+        return {name: text.strip().strip('"') for name, text in _ATTRIBUTE.findall(value)}
+
+    @classmethod
+    def parse_byterange(cls, value: str) -> Any:
+        if value and not _BYTE_RANGE.fullmatch(value):
+            raise BadPlaylist(UNREADABLE)
+        return super().parse_byterange(value)
+
+    @classmethod
+    def parse_hex(cls, value: str | None) -> Any:
+        """A key's IV: with another one, the start of each segment would be noise."""
+        if value is not None and not re.fullmatch(r"0[xX][0-9A-Fa-f]{1,32}", value):
+            raise BadPlaylist(UNREADABLE)
+        return super().parse_hex(value)
+
+    def get_segment(self, uri: str, **data: Any) -> Any:
+        segment = super().get_segment(uri, **data)
+        segment.is_gap, self.is_gap = self.is_gap, False
+        if part := segment.byterange:
+            if part.offset is None:  # after the previous one (RFC 8216, 4.3.2.2)
+                part = part._replace(offset=self._range_ends.get(uri, 0))
+            segment.byterange = part
+            self._range_ends[uri] = part.offset + part.range
+        return segment
+
+    def get_playlist(self, uri: str, **data: Any) -> Any:
+        given = self._streaminf or {}
+        self._streaminf = {
+            name: value
+            for name, value in given.items()
+            if name not in _VARIANT_NUMBERS or _VARIANT_NUMBERS[name].fullmatch(value)
+        }
+        return super().get_playlist(uri, **data)
+
+
 @functools.cache
 def _parser(base: Any) -> Any:
-    """Adds what streamlink's parser of playlists, or a plugin's, does not know."""
+    if issubclass(base, PlaylistParser):
+        return base
+    return type(base.__name__, (PlaylistParser, base), {})
 
-    class Parser(base):  # type: ignore[misc]
-        is_gap = False
-        _map: Any
 
-        def parse(self, data: Any) -> Any:
-            return _with_true_lengths(super().parse(data))
+class Variant(HLSPlaylist):
+    """A variant of a master playlist, with a key of its own: several may have the same name."""
 
-        def parse_line(self, line: str) -> None:
-            line = line.strip()
-            if line.startswith("#EXT-X-DATERANGE"):  # of advertisements: no stream needs it
-                with contextlib.suppress(ValueError, OverflowError):
-                    super().parse_line(line)
-                return
-            if line.startswith("#EXTINF:-"):  # a length that no segment has
-                raise ValueError(CHANNEL_LIST)
-            self.is_gap |= line.startswith("#EXT-X-GAP")
-            section = self._map
-            super().parse_line(line)
-            if line.startswith("#EXT-X-DISCONTINUITY"):
-                self._map = section  # which streamlink forgets there; RFC 8216, 4.3.2.5, does not
+    key = ""
+    quality = ""  # streamlink's name for it
 
-        def get_segment(self, uri: str, **data: Any) -> Any:
-            segment = super().get_segment(uri, **data)
-            segment.is_gap, self.is_gap = self.is_gap, False
-            wanted, before = segment.byterange, self.m3u8.segments[-1:]
-            if wanted and wanted.offset is None:
-                # RFC 8216, 4.3.2.2; streamlink would need all segments from the first on.
-                if not before or before[0].uri != segment.uri or not before[0].byterange:
-                    raise ValueError("Missing BYTERANGE offset")
-                segment.byterange = wanted._replace(offset=sum(before[0].byterange))
-            return segment
+    def get_name(self, **how: Any) -> str:
+        self.quality = super().get_name(**how) or ""
+        self.key = f"{id(self)}"
+        return self.key
 
-    return Parser
+
+class VariantStream(HLSStream):
+    """A stream of an address that no other plugin knows."""
+
+    __parser__ = type("VariantParser", (PlaylistParser, M3U8Parser), {"__playlist__": Variant})
+
+
+def _quality_name(variant: Variant, taken: Collection[str]) -> str:
+    """streamlink's name for a variant, or a number if it has none."""
+    match = re.match("[A-z0-9_+]+", variant.quality)
+    if match is None:
+        return next(name for n in itertools.count(1) if (name := f"variant-{n}") not in taken)
+    name = match[0].lower()
+    if name not in taken:
+        return name
+    count = sum(other.startswith(f"{name}_alt") for other in taken) + 1
+    return f"{name}_alt{count if count > 1 else ''}"
+
+
+def _with_aliases(streams: Mapping[str, Any], weigh: Callable[[str], Any]) -> Mapping[str, Any]:
+    """Streams by name, the worst first, then `worst` and `best`.
+
+    If no name tells how good its stream is, the first one is the best: players take that, too.
+    """
+    names = sorted(streams, key=lambda name: weigh(name)[0])
+    weighed = [name for name in names if weigh(name)[0]]
+    worst, best = names[-1], names[0]
+    if weighed:
+        worst, best = weighed[0], weighed[-1]
+    found = {name: streams[name] for name in names}
+    return found | {"worst": streams[worst], "best": streams[best]}
+
+
+def _missing_name(attributes: Mapping[str, str]) -> str:
+    """The NAME attribute of a rendition that has none: streamlink would leave the rendition out."""
+    if attributes.get("NAME"):
+        return ""
+    return f',NAME="{attributes.get("LANGUAGE") or attributes.get("TYPE") or ""}"'
 
 
 class SegmentReader(HLSStreamReader):

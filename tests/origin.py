@@ -25,6 +25,7 @@ import gzip
 import io
 import itertools
 import math
+import re
 import selectors
 import socket
 import socketserver
@@ -607,6 +608,36 @@ class Preface:
         if isinstance(answer.content, Content):
             answer.content = Content(self.data + answer.content.body, answer.content.type)
 
+
+@dataclass(frozen=True)
+class Edit:
+    """A text in which all that matches a pattern is replaced, as re.sub() does."""
+
+    pattern: str
+    replacement: str | Callable[[re.Match[str]], str]
+
+    def apply(self, answer: Answer) -> None:
+        if isinstance(answer.content, Content):
+            text = re.sub(self.pattern, self.replacement, answer.content.body.decode(), flags=re.M)
+            answer.content = Content(text.encode(), answer.content.type)
+
+
+# What packagers write into playlists of segments, and players forgive.
+ODD_PLAYLISTS: Mapping[str, Edit] = {
+    "blank-lines": Edit(r"$", "\r\n  \r\n"),
+    "version-nan": Edit(r"VERSION:.*", "VERSION:NaN"),
+    "no-sequence": Edit(r"MEDIA-SEQUENCE:.*", "MEDIA-SEQUENCE:"),
+    "odd-sequence": Edit(r"MEDIA-SEQUENCE:.*", "MEDIA-SEQUENCE:latest"),
+    "negative-sequence": Edit(r"MEDIA-SEQUENCE:.*", "MEDIA-SEQUENCE:-11"),
+    "no-target": Edit(r"TARGETDURATION:.*", "TARGETDURATION:"),
+    "odd-target": Edit(r"TARGETDURATION:.*", "TARGETDURATION:nan"),
+    "odd-start": Edit(r"(#EXT-X-VERSION.*)", "\\1\n#EXT-X-START:TIME-OFFSET=early"),
+    "negative-length": Edit(r"\A((?:.*\n)*?#EXTINF:).*", "\\g<1>-23334,"),
+    "odd-length": Edit(r"EXTINF:.*", "EXTINF:NaN,"),
+    "odd-tag-of-a-length": Edit(r"\A((?:.*\n)*?)#EXTINF:.*", "\\1#EXTIF:2,"),
+    "odd-line-ends": Edit(r"(EXTINF:.*)", "\\1title\u2028of two lines"),
+    "range-without-offset": Edit(r"(BYTERANGE:\d+)@\d+", "\\1"),
+}
 
 WEB_PAGE = b"<!DOCTYPE html>\n<html><head><title>Please log in</title></head></html>\n"
 PANEL_TEXT = b"FAILED TO CONNECT"  # a panel's answer, with status 200, while its source is down
@@ -1551,6 +1582,7 @@ def _add_odd_answers(origin: Origin, ts: Sequence[bytes]) -> list[str]:
         odd("refused-segments", Status(403), path="*.ts"),
         odd("gaps", tags="#EXT-X-GAP"),
         odd("one-connection", OneAtATime(origin)),
+        *(odd(name, edit) for name, edit in ODD_PLAYLISTS.items() if "range" not in name),
         odd("drm", tags='#EXT-X-KEY:METHOD=SAMPLE-AES,URI="skd://key"'),
     ]
 

@@ -326,6 +326,9 @@ def failing(origin: Origin, serve: Serve, text: str, **options: object) -> tuple
     return reason(serve({"news": origin.add_file("/list.m3u8", text.encode())}, **options))
 
 
+UNREADABLE = "a key, a map or a byte range that cannot be read"
+
+
 def playlist_of(*lines: str) -> str:
     return "\n".join(["#EXTM3U", "#EXT-X-TARGETDURATION:2", *lines, ""])
 
@@ -334,12 +337,19 @@ def playlist_of(*lines: str) -> str:
     ("lines", "words"),
     [
         (["#EXT-X-I-FRAMES-ONLY", "#EXTINF:2,", "1.ts"], "no stream that can be played"),
-        (["#EXT-X-MEDIA-SEQUENCE:latest", "#EXTINF:2,", "1.ts"], "an invalid number"),
-        (["#EXTINF:2,", "#EXT-X-BYTERANGE:1000", "1.ts"], "where a byte range starts"),
+        (["#EXTINF:2,", "#EXT-X-BYTERANGE:all", "1.ts"], UNREADABLE),
+        (["#EXT-X-MAP:BYTERANGE=1", "#EXTINF:2,", "1.m4s"], UNREADABLE),
+        (['#EXT-X-MAP:URI="1.mp4",BYTERANGE="-1@0"', "#EXTINF:2,", "1.m4s"], UNREADABLE),
+        (['#EXT-X-KEY:URI="key"', "#EXTINF:2,", "1.ts"], UNREADABLE),
+        (['#EXT-X-KEY:METHOD=AES-128,URI="key",IV=12', "#EXTINF:2,", "1.ts"], UNREADABLE),
+        (["#EXT-X-KEY:METHOD=AES-128", "#EXTINF:2,", "1.ts"], UNREADABLE),
         (['#EXT-X-I-FRAME-STREAM-INF:BANDWIDTH=1,URI="1.m3u8"'], "no stream that can be played"),
         (["#EXTINF:2,", "http://["], "an unsupported kind of address"),
     ],
-    ids=["i-frames", "sequence", "byte-range", "variants", "address"],
+    ids=[
+        *("i-frames", "byte-range", "map", "map-range", "key", "iv", "key-address", "variants"),
+        "address",
+    ],
 )
 def test_useless_playlist_is_explained(
     origin: Origin, serve: Serve, lines: list[str], words: str

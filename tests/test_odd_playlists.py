@@ -1,0 +1,175 @@
+"""Playlists as packagers write them: odd numbers, blanks, lengths, attributes; whatever is garbled.
+
+A real origin serves them, and real streamlink reads them; each case plays in ffmpeg.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import pipe
+from tests import media
+from tests.origin import ODD_PLAYLISTS, Edit, Origin, Playlist
+from tests.server import Site
+
+Serve = Callable[..., Site]
+
+SEGMENTS = media.ts_segments(6)
+
+
+#### Playlists of segments ####
+
+
+@pytest.mark.parametrize("name", ODD_PLAYLISTS)
+def test_odd_playlist_of_a_film_plays_whole(origin: Origin, serve: Serve, name: str) -> None:
+    film = origin.add(Playlist("film", SEGMENTS, byte_ranges=name.startswith("range")))
+    origin.fault(film.path, ODD_PLAYLISTS[name], times=None)
+    body, is_complete = serve({"film": film.url}).watch("/film").read_all()
+    assert is_complete
+    assert body == film.plain(0, 6)
+
+
+def test_negative_length_of_an_event_is_no_list_of_channels(origin: Origin, serve: Serve) -> None:
+    event = origin.add(Playlist("event", SEGMENTS, mode="event", listed=4))
+    origin.fault(event.path, ODD_PLAYLISTS["negative-length"], times=None)
+    viewer = serve({"event": event.url}).watch("/event")
+    assert viewer.read(len(event.plain(1, 4))) == event.plain(1, 4)
+
+
+def test_negative_numbers_of_a_live_stream_count_on(origin: Origin, serve: Serve) -> None:
+    live = origin.add(Playlist("news", SEGMENTS, mode="live", window=3, first_sequence=6))
+    minus = Edit(r"(SEQUENCE:)(\d+)", lambda match: f"{match[1]}{int(match[2]) - 20}")
+    origin.fault(live.path, minus, times=None)
+    viewer = serve({"news": live.url}).watch("/news")
+    assert viewer.read(len(live.plain(6, 9))) == live.plain(6, 9)
+    live.advance()
+    assert viewer.read(len(live.plain(9, 10))) == live.plain(9, 10)
+
+
+#### Master playlists ####
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "qualities"),
+    [
+        ("", "", ["variant-1", "variant-2"]),
+        ("BANDWIDTH=None", "PROGRAM-ID=1", ["variant-1", "variant-2"]),
+        ("BANDWIDTH=,RESOLUTION=640x360", "BANDWIDTH=2e6,RESOLUTION=1280x720", ["360p", "720p"]),
+        (
+            "CODECS=avc1.42e01e, mp4a.40.2,RESOLUTION=640x360",
+            "RESOLUTION=1280x720,CODECS=avc1.42e01e, mp4a.40.2",
+            ["360p", "720p"],
+        ),
+        ("RESOLUTION=low,BANDWIDTH=360000", "RESOLUTION=HD,BANDWIDTH=720000", ["360k", "720k"]),
+        (
+            "FRAME-RATE=inf,RESOLUTION=640x360",
+            "FRAME-RATE=fast,RESOLUTION=1280x720",
+            ["360p", "720p"],
+        ),
+        ('RESOLUTION=640x360,NAME="', 'RESOLUTION=1280x720,X="\u2603",Y', ["360p", "720p"]),
+    ],
+    ids=["none", "bandwidth", "empty", "comma", "resolution", "frame-rate", "quotes"],
+)
+def test_odd_attribute_loses_only_itself(
+    origin: Origin, serve: Serve, first: str, second: str, qualities: list[str]
+) -> None:
+    films = [origin.add(Playlist(name, SEGMENTS[n:][:5])) for n, name in enumerate(("a", "b"))]
+    lines = ["#EXTM3U", f"#EXT-X-STREAM-INF:{first}", films[0].path]
+    lines += [f"#EXT-X-STREAM-INF:{second}", films[1].path, ""]
+    site = serve({"film": origin.add_file("/master.m3u8", "\n".join(lines).encode())})
+    for film, quality in zip(films, qualities, strict=True):
+        body, _ = site.watch(f"/film?quality={quality}").read_all()
+        assert body == film.plain(0, 5)
+    best = films[0] if "variant-1" in qualities else films[1]
+    assert site.watch("/film").read_all()[0] == best.plain(0, 5)
+    assert site.get("/film?quality=nope").json["error"].endswith(", ".join(qualities))
+
+
+@pytest.mark.parametrize("names", [("high-1", "high-2"), ("Tres Bien!", "\u9ad8\u6e05")])
+def test_odd_name_loses_no_variant(origin: Origin, serve: Serve, names: tuple[str, str]) -> None:
+    films = [origin.add(Playlist(name, SEGMENTS[n:][:5])) for n, name in enumerate(("a", "b"))]
+    lines = ["#EXTM3U"]
+    for name, film in zip(names, films, strict=True):
+        lines += [
+            f'#EXT-X-MEDIA:TYPE=VIDEO,GROUP-ID="{film.name}",NAME="{name}"',
+            f'#EXT-X-STREAM-INF:VIDEO="{film.name}"',
+            film.path,
+        ]
+    site = serve({"film": origin.add_file("/master.m3u8", "\n".join(lines).encode())})
+    *_, offered = site.get("/film?quality=nope").json["error"].partition("available: ")
+    bodies = [site.watch(f"/film?quality={name}").read_all()[0] for name in offered.split(", ")]
+    assert sorted(bodies) == sorted(film.plain(0, 5) for film in films)
+
+
+#### Whatever is garbled ####
+
+TAGS = (
+    "#EXT-X-VERSION:6",
+    "#EXT-X-TARGETDURATION:2",
+    "#EXT-X-MEDIA-SEQUENCE:7",
+    "#EXT-X-DISCONTINUITY-SEQUENCE:1",
+    "#EXT-X-PLAYLIST-TYPE:VOD",
+    "#EXT-X-START:TIME-OFFSET=1.5,PRECISE=YES",
+    '#EXT-X-DATERANGE:ID="a",START-DATE="2026-01-01T00:00:00Z",DURATION=2.0,PLANNED-DURATION=2',
+    "#EXT-X-PROGRAM-DATE-TIME:2026-01-01T00:00:00.000Z",
+    '#EXT-X-KEY:METHOD=AES-128,URI="key",IV=0x00000000000000000000000000000001',
+    '#EXT-X-MAP:URI="init.mp4",BYTERANGE="100@0"',
+    "#EXT-X-BYTERANGE:1000@0",
+    "#EXT-X-DISCONTINUITY",
+    "#EXT-X-GAP",
+    "#EXTINF:2.0,title",
+)
+MASTER_TAGS = (
+    '#EXT-X-MEDIA:TYPE=AUDIO,GROUP-ID="a",NAME="A",LANGUAGE="en",DEFAULT=YES,URI="a.m3u8"',
+    '#EXT-X-STREAM-INF:BANDWIDTH=1280000,RESOLUTION=1280x720,FRAME-RATE=50.000,CODECS="a,b"',
+    '#EXT-X-I-FRAME-STREAM-INF:BANDWIDTH=1000,URI="i.m3u8"',
+    '#EXT-X-SESSION-KEY:METHOD=AES-128,URI="key"',
+)
+
+
+@st.composite
+def garbled(draw: st.DrawFn, tags: tuple[str, ...], last: str) -> str:
+    """A playlist with one tag whose text was changed somewhere."""
+    lines = list(tags)
+    index = draw(st.integers(0, len(lines) - 1))
+    name, colon, value = lines[index].partition(":")
+    start = draw(st.integers(0, len(value)))
+    stop = draw(st.integers(start, len(value)))
+    odd = draw(st.text(max_size=8) | st.sampled_from(["nan", "inf", "-1", "9" * 400, "1e999", '"']))
+    lines[index] = f"{name}{colon or ':'}{value[:start]}{odd}{value[stop:]}"
+    return "\n".join(["#EXTM3U", *lines, last, ""])
+
+
+def parsed(text: str) -> Any:
+    """What the playlist says, or None with one clear reason that it cannot be played."""
+    parser = pipe.VariantStream.__parser__
+    try:
+        return parser("http://origin.example/index.m3u8").parse(text)
+    except ValueError as error:
+        reason = pipe.explain(error)
+    assert reason != "the origin's stream cannot be opened"
+    return None
+
+
+@given(garbled(TAGS, "1.ts"))
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_garbled_tag_leaves_a_playlist_or_one_reason(text: str) -> None:
+    playlist = parsed(text)
+    if playlist is not None:
+        assert playlist.segments[0].num >= 0
+        assert 0 < playlist.targetduration < 100_000
+        assert all(0 <= segment.duration < 100_000 for segment in playlist.segments)
+
+
+@given(garbled(MASTER_TAGS, "variant.m3u8"))
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_garbled_tag_of_a_master_loses_no_variant(text: str) -> None:
+    playlist = parsed(text)
+    if playlist is not None:
+        (variant,) = (p for p in playlist.playlists if not p.is_iframe)
+        assert variant.get_name(key="name")
