@@ -136,7 +136,7 @@ try:
     from requests.adapters import HTTPAdapter
     from streamlink.exceptions import StreamError as EngineStreamError
     from streamlink.options import Options as PluginOptions
-    from streamlink.plugin.plugin import parse_params
+    from streamlink.plugin.plugin import parse_params, stream_weight
     from streamlink.plugins import hls as _hls_plugin  # noqa: F401  (or the first viewer waits)
     from streamlink.plugins import http as _http_plugin  # noqa: F401  (or the first viewer waits)
     from streamlink.session.http import HTTPSession
@@ -3304,6 +3304,7 @@ class Session:
         self.qualities: list[str] = []  # the names that stand for themselves, in streamlink's order
         self.canonical: dict[str, str] = {}  # for each name the one of `qualities` that means it
         self._streams: Mapping[str, Any] = {}
+        self._copies: Mapping[str, Sequence[Any]] = {}  # of variants that have any, by name
         self._raw: Opened | None = None  # what no plugin knew, and was no playlist
         self.slack = 0  # how many numbers a playlist may be behind the segment to begin with
 
@@ -3343,8 +3344,9 @@ class Session:
         first: int | None = None,
         is_other: bool = False,
         tracks: Sequence[int] = (),
+        copy: int = 0,
     ) -> Upstream:
-        """Open a quality; raises UpstreamError.
+        """Open a copy of a quality; raises UpstreamError.
 
         It begins with the segment `first` where that is listed, and with each one's of `tracks`
         where ffmpeg puts tracks together.
@@ -3354,7 +3356,7 @@ class Session:
         self.slack = STALE_NUMBERS if is_other else 0
         try:
             with self.http.within(self._ends - time.monotonic()):
-                upstream = self._upstream_of(name, first, tracks)
+                upstream = self._upstream_of(self._copy_of(name, copy), first, tracks)
             upstream.start()
         except Exception as error:
             log.debug("cannot open", exc_info=True)
@@ -3363,8 +3365,20 @@ class Session:
             raise UpstreamError(explain(error)) from error
         return upstream
 
-    def _upstream_of(self, name: str, first: int | None, tracks: Sequence[int]) -> Upstream:
-        stream = self._streams[name]
+    def count_copies(self, name: str) -> int:
+        """How many addresses a quality has."""
+        return len(self._copies.get(self.canonical[name], [name]))
+
+    def shorten(self, seconds: float) -> None:
+        """Let what is still to be opened take so many seconds at most."""
+        self._ends = min(self._ends, time.monotonic() + seconds)
+
+    def _copy_of(self, name: str, copy: int) -> Any:
+        copies = self._copies.get(self.canonical[name], [self._streams[name]])
+        return copies[copy % len(copies)]
+
+    def _upstream_of(self, stream: Any, first: int | None, tracks: Sequence[int]) -> Upstream:
+        stream = self._follow(stream)
         if isinstance(stream, HLSStream):
             return SegmentedUpstream(self, stream, first)
         if isinstance(stream, HTTPStream):
@@ -3417,16 +3431,50 @@ class Session:
         """As the plugin, but each variant is usable, whatever it says of itself."""
         url = update_scheme("https://", plugin.match["url"], force=False)
         parameters = parse_params(plugin.match["params"])
-        found = VariantStream.parse_variant_playlist(self.engine, url, **parameters)
-        if not found:
+        self._copies = self._variants(url, parameters)
+        if not self._copies:
             live = VariantStream(self.engine, url, **parameters)
             return dict.fromkeys(("live", "worst", "best"), live)
+        return _with_aliases({name: copies[0] for name, copies in self._copies.items()})
+
+    def _variants(self, url: str, parameters: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """The variants of a master playlist by name, each with its copies in order."""
+        found = VariantStream.parse_variant_playlist(self.engine, url, **parameters)
+        if not found:
+            return {}
         master: Any = next(iter(found.values())).multivariant
         variants = {variant.key: variant for variant in master.playlists if not variant.is_iframe}
-        streams: dict[str, Any] = {}
+        copies: dict[str, list[Any]] = {}
+        names: dict[object, str] = {}  # by what copies have in common
+        addresses = set()
         for key, stream in found.items():
-            streams[_quality_name(variants[key], streams)] = stream
-        return _with_aliases(streams, plugin.stream_weight)
+            variant = variants[key]
+            name = names.get(variant.traits)
+            if name is None or variant.uri in addresses:
+                name = _quality_name(variant, copies)
+            if variant.traits:
+                names.setdefault(variant.traits, name)
+            addresses.add(variant.uri)
+            copies.setdefault(name, []).append(stream)
+        return copies
+
+    def _follow(self, stream: Any) -> Any:
+        """The stream to open for a variant: the best one, if it is itself a master playlist.
+
+        The playlist is kept for the worker's first request.
+        """
+        if not isinstance(stream, VariantStream) or stream.multivariant is None:
+            return stream
+        self.http.is_resolving = True
+        arguments = self.http.valid_request_args(**stream.args)
+        url = arguments.pop("url")
+        response = stream._fetch_playlist(self.engine, url, **arguments)
+        if b"#EXT-X-STREAM-INF" in response.content:
+            variants = self._variants(url, {})
+            if variants:
+                stream = _with_aliases({name: c[0] for name, c in variants.items()})["best"]
+        self.http.is_resolving = False
+        return stream
 
     def _open_raw(self, arguments: Mapping[str, Any]) -> Opened:
         """Ask for a body, and read as much of it as tells what it is."""
@@ -4313,12 +4361,15 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
 
     def get_playlist(self, uri: str, **data: Any) -> Any:
         given = self._streaminf or {}
-        self._streaminf = {
+        attributes = {
             name: value
             for name, value in given.items()
             if name not in _VARIANT_NUMBERS or _VARIANT_NUMBERS[name].fullmatch(value)
         }
-        return super().get_playlist(uri, **data)
+        self._streaminf = attributes
+        playlist = super().get_playlist(uri, **data)
+        playlist.attributes = attributes
+        return playlist
 
 
 @functools.cache
@@ -4333,6 +4384,15 @@ class Variant(HLSPlaylist):
 
     key = ""
     quality = ""  # streamlink's name for it
+    attributes: Mapping[str, str] = {}
+
+    @property
+    def traits(self) -> tuple[str | None, ...] | None:
+        """What the copies of a variant have in common; None if it says too little of itself."""
+        if "BANDWIDTH" not in self.attributes:
+            return None
+        names = ("BANDWIDTH", "RESOLUTION", "CODECS")
+        return self.quality, *(self.attributes.get(name) for name in names)
 
     def get_name(self, **how: Any) -> str:
         self.quality = super().get_name(**how) or ""
@@ -4358,13 +4418,13 @@ def _quality_name(variant: Variant, taken: Collection[str]) -> str:
     return f"{name}_alt{count if count > 1 else ''}"
 
 
-def _with_aliases(streams: Mapping[str, Any], weigh: Callable[[str], Any]) -> Mapping[str, Any]:
+def _with_aliases(streams: Mapping[str, Any]) -> Mapping[str, Any]:
     """Streams by name, the worst first, then `worst` and `best`.
 
     If no name tells how good its stream is, the first one is the best: players take that, too.
     """
-    names = sorted(streams, key=lambda name: weigh(name)[0])
-    weighed = [name for name in names if weigh(name)[0]]
+    names = sorted(streams, key=lambda name: stream_weight(name)[0])
+    weighed = [name for name in names if stream_weight(name)[0]]
     worst, best = names[-1], names[0]
     if weighed:
         worst, best = weighed[0], weighed[-1]
@@ -4956,6 +5016,9 @@ class ProcessUpstream(Upstream):
 # --------------------------------------------------------------------------------------------------
 
 
+Place = tuple[int, int]  # positions of an address, and of the copy of its variant
+
+
 class SpliceState(enum.Enum):
     PASSING = enum.auto()
     RESUMED = enum.auto()
@@ -4969,9 +5032,9 @@ class Splicer:
     A channel's thread owns it.
     """
 
-    def __init__(self, listing: Listing, address: int) -> None:
+    def __init__(self, listing: Listing, place: object) -> None:
         self.window, self._listing = listing.window, listing
-        self.address = address  # position of the address that gave the numbers
+        self.place = place  # that gave the numbers
         self.number: int | None = None  # of the segment to go on with; None without segments
         self._is_clean = False  # the newest opening: see resume()
         self._framer = listing.container.framer()
@@ -4994,13 +5057,13 @@ class Splicer:
         """Whether the end of the newest segment did not reach viewers: it was other media."""
         return self._state is SpliceState.SKIPPING
 
-    def resume(self, address: int, is_clean: bool = False) -> None:
+    def resume(self, place: object, is_clean: bool = False) -> None:
         """What comes next is from a new opening.
 
         `is_clean`: a decoder can start with its first byte, and its clock is its own, so that DTS
         cannot tell what viewers have had.
         """
-        self.address, self._is_clean = address, is_clean
+        self.place, self._is_clean = place, is_clean
         if self._state is SpliceState.SKIPPING or self._framer.is_shut:
             self._passed, self._goes_on = Fingerprint(), False
         self._state, self._new_init_section = SpliceState.RESUMED, None
@@ -5363,9 +5426,11 @@ class Channel:
         self._has_end = False  # its source ends by itself; known from its first media on
         self._tracks: Sequence[int] = ()  # the segments that its tracks go on with
         self._address = 0  # position of the address in use
+        self._copy = 0  # position of the copy of its variant in use
+        self._copies = 1  # that the address offered last
         self._last_byte = self.since  # when media came last, or the start began
         self._troubled_since = math.inf
-        self._told: set[tuple[int, str]] = set()  # what failed since then, as it was logged
+        self._told: set[tuple[Place, str]] = set()  # what failed since then, as it was logged
         self._gaps = 0  # segments lost since then
         self._bitrate = Bitrate()  # of the newest opening
         self._start_level = logging.NOTSET  # of its lines until media came
@@ -5520,30 +5585,42 @@ class Channel:
         order = deque(self.record.start_order(self.stream.urls))
         timeout = self.stream.options.timeout / len(order)
         while order:
-            self._address = order.popleft()
+            self._address, self._copy, self._copies = order.popleft(), 0, 1
+            reason = self._open_copies(timeout)
+            if self._splicer:
+                return
+            if not order and reason in BUSY and self.channels.give_way(self):
+                order.append(self._address)
+                self._wait(ZAPPING_PAUSE, math.inf)
+        raise UpstreamError(reason)
+
+    def _open_copies(self, timeout: float) -> str:
+        """Try the copies of an address's variant in order, all within `timeout`.
+
+        Returns why the last one failed, or why one failed after it had media.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
             try:
-                self._open_and_feed(timeout, time.monotonic() + timeout)
+                self._open_and_feed(max(deadline - time.monotonic(), 0.1), deadline)
             except UpstreamError as error:
                 reason = error.reason
                 self._note_failure(reason)
-                if self._splicer:
-                    return
-                if not order and reason in BUSY and self.channels.give_way(self):
-                    order.append(self._address)
-                    self._wait(ZAPPING_PAUSE, math.inf)
-        raise UpstreamError(reason)
+            if self._splicer or self._copy + 1 >= self._copies:
+                return reason
+            self._copy += 1
 
     def _keep_going(self) -> NoReturn:
         """Open the failed upstream again and again, for `reconnect` seconds without media."""
         if self.state is State.PRIVATE and not self._has_end:
             raise UpstreamError("a source without a length cannot be resumed")
-        tried = {self._address}  # since the last good byte
+        tried = {self._place}  # since the last good byte
         waits = _reopen_pauses()
         while True:
             deadline = self._last_byte + self.stream.options.reconnect
-            self._address = (self._address + 1) % len(self.stream.urls)
-            pause = next(waits) if self._address in tried else 0.0
-            tried.add(self._address)
+            self._move_on()
+            pause = next(waits) if self._place in tried else 0.0
+            tried.add(self._place)
             self._wait(pause, deadline)
             began = time.monotonic()
             try:
@@ -5552,9 +5629,25 @@ class Channel:
             except UpstreamError as error:
                 self._note_failure(error.reason)
             if self._last_byte > began:
-                tried = {self._address}
+                tried = {self._place}
             if self._last_byte - began > HEALTHY_TIME:
                 waits = _reopen_pauses()
+
+    @property
+    def _place(self) -> Place:
+        """Where the upstream in use comes from."""
+        return self._address, self._copy
+
+    @property
+    def _has_backup(self) -> bool:
+        return len(self.stream.urls) > 1 or self._copies > 1
+
+    def _move_on(self) -> None:
+        """Choose the next copy of the variant, or else the next address."""
+        self._copy += 1
+        if self._copy >= self._copies:
+            self._copy, self._copies = 0, 1
+            self._address = (self._address + 1) % len(self.stream.urls)
 
     def _wait(self, seconds: float, deadline: float) -> None:
         """Pause before a try; raises WindowEnded or UpstreamError where there shall be none."""
@@ -5572,7 +5665,8 @@ class Channel:
         self._close_upstream()
         if self.is_stopped:  # we cut it ourselves: the address may be well
             raise WindowEnded(complete=False)
-        self.record.add_error(reason, self.stream.urls[self._address])
+        is_last = self._copy + 1 >= self._copies  # or the address may be well
+        self.record.add_error(reason, self.stream.urls[self._address] if is_last else "")
         self._note_trouble(reason)
 
     def _note_trouble(self, reason: str) -> None:
@@ -5581,13 +5675,13 @@ class Channel:
             self._troubled_since = time.monotonic()
         self.trouble = reason
         self.record.note_trouble(reason)
-        if (self._address, reason) not in self._told:
-            self._told.add((self._address, reason))
+        if (self._place, reason) not in self._told:
+            self._told.add((self._place, reason))
             log.log(self._log_level, "%s: %s: %s", self.stream.name, self._origin, reason)
 
     def _note_recovery(self) -> None:
         """Media comes again."""
-        is_other = any(address != self._address for address, _ in self._told)
+        is_other = any(place != self._place for place, _ in self._told)
         log.info(
             "%s: %sgoes on after %.1f s%s", self.stream.name,
             f"{self._origin}: " if is_other else "", time.monotonic() - self._last_byte,
@@ -5611,7 +5705,8 @@ class Channel:
     @property
     def _origin(self) -> str:
         """The address in use as logs may show it: `b.example, 2 of 2`."""
-        return f"{self.host or 'address'}, {self._address + 1} of {len(self.stream.urls)}"
+        origin = f"{self.host or 'address'}, {self._address + 1} of {len(self.stream.urls)}"
+        return f"{origin}, copy {self._copy + 1} of {self._copies}" if self._copies > 1 else origin
 
     def _close_upstream(self) -> None:
         self._bitrate = Bitrate()
@@ -5636,10 +5731,17 @@ class Channel:
         if self.is_stopped:
             raise WindowEnded(complete=False)
         session.resolve(address)
-        upstream = self._upstream = self._open(session)
+        name = self._find_variant(session)
+        self._copies = session.count_copies(name)
+        if self._splicer is None:  # the copies share the time of their address
+            seconds = (deadline - time.monotonic()) / max(1, self._copies - self._copy)
+            deadline = time.monotonic() + seconds
+            session.shorten(seconds)
+        upstream = self._upstream = self._open(session, name)
         self._feed(upstream, deadline)
 
-    def _open(self, session: Session) -> Upstream:
+    def _find_variant(self, session: Session) -> str:
+        """The name of the variant to open; raises StreamError if it is not offered."""
         name = self._choose(session.canonical)
         if self._splicer is None:
             variant = session.canonical[name] if name else ""
@@ -5647,13 +5749,17 @@ class Channel:
                 raise WindowEnded(complete=False)
         if name is None:
             raise self._quality_error(session.qualities)
+        return name
+
+    def _open(self, session: Session, name: str) -> Upstream:
         if self._splicer:
-            is_other = self._splicer.address != self._address
-            return session.open(name, self._splicer.number, is_other, self._tracks)
+            is_other = self._splicer.place != self._place
+            number = self._splicer.number
+            return session.open(name, number, is_other, self._tracks, self._copy)
         self.note = session.missing(name)
         if self.note:
             log.warning("%s: %s", self.stream.name, self.note)
-        return session.open(name)
+        return session.open(name, copy=self._copy)
 
     def _choose(self, offered: Collection[str]) -> str | None:
         """The variant that is running, or the first of the wanted ones that exists."""
@@ -5718,12 +5824,12 @@ class Channel:
         """
         now = time.monotonic()
         is_late = now > deadline
-        if is_late and self._splicer is None and len(self.stream.urls) == 1:
+        if is_late and self._splicer is None and not self._has_backup:
             error = no_media_error(self.stream, upstream.trouble)
             self.record.add_error(error.reason)
             raise error
         refused = now - max(self._troubled_since, alive) if upstream.trouble else 0.0
-        if refused > 2 * upstream.target_duration and len(self.stream.urls) > 1:
+        if refused > 2 * upstream.target_duration and self._has_backup:
             raise UpstreamError(upstream.trouble or "")
         patience = max(self.stream.options.timeout, 2 * upstream.target_duration) + JUDGE_GRACE
         if is_late or now - alive > patience:
@@ -5745,7 +5851,7 @@ class Channel:
             raise UpstreamError(f"it turned into {container.media_type}")
         self.restarts += 1
         self.record.add("restarts")
-        self._splicer.resume(self._address, upstream.is_clean)
+        self._splicer.resume(self._place, upstream.is_clean)
         return True
 
     def _go_live(self, upstream: Upstream, container: Container, has_segments: bool) -> None:
@@ -5767,7 +5873,7 @@ class Channel:
         has_hls = not is_private and is_cut and bool(container.extension)
         if not has_hls:
             listing.close()  # it lists nothing, and keeps nothing
-        self._splicer = Splicer(listing, self._address)
+        self._splicer = Splicer(listing, self._place)
         if not self.channels.go_live(self, container, listing if has_hls else None, is_private):
             raise WindowEnded(complete=False)
         kind = "has an end" if self._has_end else "for one viewer" if is_private else "live"

@@ -1544,6 +1544,7 @@ def _add_channels(origin: Origin) -> list[str]:
     masters = [
         master("multivariant", {"360p": small, "720p": large}),
         master("separate-audio", {"360p": picture}, audio=sound),
+        Multivariant("copies", [Variant(p, 1_280_000, (640, 360)) for p in (small, large)]),
     ]
     addresses = [origin.add(playlist).url for playlist in playlists]
     addresses += [origin.add(multivariant).url for multivariant in masters]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import pipe
 from tests import media
-from tests.origin import ODD_PLAYLISTS, Edit, Origin, Playlist
+from tests.origin import ODD_PLAYLISTS, Edit, Fault, Origin, Playlist, StallHeaders, Status
 from tests.server import Site
 
 Serve = Callable[..., Site]
@@ -104,6 +104,67 @@ def test_odd_name_loses_no_variant(origin: Origin, serve: Serve, names: tuple[st
     *_, offered = site.get("/film?quality=nope").json["error"].partition("available: ")
     bodies = [site.watch(f"/film?quality={name}").read_all()[0] for name in offered.split(", ")]
     assert sorted(bodies) == sorted(film.plain(0, 5) for film in films)
+
+
+def copies(origin: Origin, names: str, attributes: str = "") -> tuple[list[Playlist], str]:
+    """Live playlists of the same media, and the address of a master that calls them copies."""
+    given = {"mode": "live", "window": 6, "first_sequence": 12}
+    lists = [origin.add(Playlist(name, media.ts_segments(12), **given)) for name in names]  # type: ignore[arg-type]
+    attributes = attributes or 'BANDWIDTH=1280000,RESOLUTION=1280x720,CODECS="avc1.42e01e"'
+    lines = [f"#EXT-X-STREAM-INF:{attributes}\n{playlist.path}" for playlist in lists]
+    body = "\n".join(["#EXTM3U", *lines, ""]).encode()
+    return lists, origin.add_file("/master.m3u8", body)
+
+
+@pytest.mark.parametrize("fault", [Status(503), Status(404), StallHeaders()], ids=str)
+def test_copy_of_a_variant_takes_over_at_a_start(
+    origin: Origin, serve: Serve, fault: Fault
+) -> None:
+    (first, second), address = copies(origin, "ab")
+    origin.fault(f"/{first.name}/*", fault, times=None)
+    viewer = serve({"news": address}, timeout=4).watch("/news")
+    assert viewer.read(len(second.plain(15, 18))) == second.plain(15, 18)
+
+
+def test_copy_of_a_variant_takes_over_later(
+    origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    (first, second), address = copies(origin, "ab")
+    viewer = serve({"news": address}, timeout=2).watch("/news")
+    assert viewer.read(len(first.plain(15, 18))) == first.plain(15, 18)
+    origin.fault(f"/{first.name}/*", Status(404), times=None)
+    first.advance()
+    second.advance()
+    assert viewer.read(len(first.plain(18, 19))) == first.plain(18, 19)
+    assert "1 of 1, copy 1 of 2: the origin answered 404" in caplog.text
+
+
+def test_copies_fail_before_the_next_address(origin: Origin, serve: Serve) -> None:
+    lists, address = copies(origin, "ab")
+    for playlist in lists:
+        origin.fault(playlist.path, Status(404), times=None)
+    backup = origin.add(Playlist("c", media.ts_segments(12), mode="live", window=6))
+    viewer = serve({"news": {"url": [address, backup.url]}}, timeout=4).watch("/news")
+    assert viewer.read(len(backup.plain(3, 6))) == backup.plain(3, 6)
+    assert [origin.count(playlist.path) for playlist in lists] == [1, 1]
+
+
+def test_variants_that_say_nothing_are_no_copies(origin: Origin, serve: Serve) -> None:
+    _, address = copies(origin, "ab", "RESOLUTION=1280x720")
+    answer = serve({"news": address}).get("/news?quality=nope")
+    assert answer.json["error"].endswith("720p_alt, 720p")
+
+
+def test_master_of_a_master_is_followed_once(origin: Origin, serve: Serve) -> None:
+    (first, *_), _ = copies(origin, "a")
+    inner = "#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\n{}\n"
+    outer = origin.add_file("/outer.m3u8", inner.format("/master.m3u8").encode())
+    viewer = serve({"news": outer}).watch("/news")
+    assert viewer.read(len(first.plain(15, 18))) == first.plain(15, 18)
+    outermost = origin.add_file("/outermost.m3u8", inner.format("/outer.m3u8").encode())
+    answer = serve({"news": outermost}).get("/news")
+    assert answer.status == 502
+    assert answer.json["error"] == "the origin's playlist lists no stream that can be played"
 
 
 #### Whatever is garbled ####

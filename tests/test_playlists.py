@@ -559,7 +559,7 @@ def test_engine_tells_of_playlists_at_debug_only(
 ) -> None:
     """Each failed reload, each jump of the numbers, each strange attribute."""
     live = origin.add(
-        Playlist("news", [Segment(d, tags=("#EXT-X-KEY:?",)) for d in SEGMENTS], mode="live")
+        Playlist("news", [Segment(d, tags=("#EXT-X-START:?",)) for d in SEGMENTS], mode="live")
     )
     with Service(tmp_path, {"news": live.url}, level=level) as service:
         with Watch(service.port, "/news") as viewer:
