@@ -4322,8 +4322,8 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
 
     def _check_needed(self, tag: str, attributes: Mapping[str, str]) -> None:
         is_read = {
-            "EXT-X-KEY": "METHOD" in attributes,
-            "EXT-X-MAP": "URI" in attributes,
+            "EXT-X-KEY": bool(attributes.get("METHOD")),
+            "EXT-X-MAP": bool(attributes.get("URI")),
             "EXT-X-BYTERANGE": self._byterange is not None,
         }
         if not is_read[tag]:
