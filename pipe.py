@@ -4498,14 +4498,22 @@ class SegmentReader(HLSStreamReader):
             del self.worker.reader, self.worker.writer, self.writer.reader, self.buffer
 
 
+LEAST_INTERVAL = 0.5  # seconds between two loads of a playlist, whatever durations it has
+SHORT_PLAYLIST = 3  # segments; a playlist with fewer is loaded twice as often
+
+
 class WatchedWorker(HLSStreamWorker):
-    """Tells why it failed, where it starts, and when the origin restarted its numbering."""
+    """Loads the playlist, and tells the reader why that failed.
+
+    It decides where to start, how often to load, and that the origin restarted its numbering.
+    """
 
     reader: Any
     failure: str | None = None  # of the newest playlist
     _is_loaded = False  # the first playlist came
     _is_empty = True  # the newest lists nothing
     _below = 0  # successive playlists that end below the last number queued
+    _hurry = 1  # what the interval between two loads is divided by
 
     def run(self) -> None:
         try:
@@ -4547,7 +4555,25 @@ class WatchedWorker(HLSStreamWorker):
                 return
         else:
             self._below = 0
+        is_skipping = 0 <= self.sequence < first
+        if is_skipping and not self.failure:  # an outage is no reason to load more often
+            self._hurry *= 2
+        has_news = last >= self.sequence
         super().process_segments(playlist)
+        self._reload_time = self._interval(playlist, has_news)
+
+    def _interval(self, playlist: Any, has_news: bool) -> float:
+        """Seconds from this load of the playlist to the next.
+
+        The newest segment's duration is enough (RFC 8216, 6.3.4); many packagers write a target
+        duration far above it, after which a short playlist has moved on too far.
+        """
+        if self.reload_time:  # as configured, or as a plugin wants it
+            return max(self._reload_time, LEAST_INTERVAL)
+        seconds = float(min(playlist.segments[-1].duration, playlist.targetduration))
+        if not has_news or len(playlist.segments) < SHORT_PLAYLIST:
+            seconds /= 2
+        return max(seconds / self._hurry, LEAST_INTERVAL)
 
 
 REFUSAL_TIME = 1.0  # seconds in which no segment of a film may be had, until its address expired
@@ -4624,6 +4650,8 @@ class SegmentDownload(Download):
         reader = self._writer.reader
         if self._writer.is_start:  # the next one may be there
             return self._writer.missing >= START_MISSING or self._is_newest
+        if not self._writer.lists(self._segment):  # a live stream that has ended meanwhile
+            return False
         if reader.worker.playlist_end is None or self.failure not in REFUSALS or not is_cut_off:
             return False
         # What is refused alone, although its address was just resolved for it, is missing; so is
@@ -4668,8 +4696,9 @@ class DownloadingWriter(HLSStreamWriter):
     """Runs up to `threads` downloads at once and hands on the oldest one's bytes as they come.
 
     A segment begins where no more than `threads` have begun and are not handed on: that bounds
-    memory.  The others wait in line, never the worker, who has to load playlists; whoever leaves
-    the list meanwhile is a gap.
+    memory.  The others wait in line, never the worker, who has to load playlists.  A segment that
+    left the playlist while it waited is requested once: origins keep segments for longer than they
+    list them.  Its initialization section, if that changed, may well be gone: it is then a gap.
     """
 
     reader: Any
@@ -4718,20 +4747,26 @@ class DownloadingWriter(HLSStreamWriter):
             return EventKind.GAP
         if self.should_filter_segment(segment):
             return EventKind.FILTERED
-        if self.lists(segment):
+        if self.lists(segment) or not self._needs_map(segment):
             return None
         log.warning("gave up segment %d: the playlist no longer lists it", segment.num)
         return EventKind.GAP
 
+    def _needs_map(self, segment: Any) -> bool:
+        """Whether it begins with another initialization section than the newest one."""
+        return bool(segment.map) and (
+            self._map is None or self._map[0] != (segment.map.uri, segment.map.byterange)
+        )
+
     def _begin_map(self, segment: Any) -> SegmentDownload | None:
         """The initialization section where it changed, or the stream is discontinuous."""
-        key = segment.map.uri, segment.map.byterange
-        if self._map is None or self._map[0] != key:
+        if self._needs_map(segment):
+            key = segment.map.uri, segment.map.byterange
             self._map = key, self._begin(segment, segment.map)
-        elif segment.discontinuity:
-            self.downloads.append(self._map[1])
-        else:
+        elif self._map is None or not segment.discontinuity:
             return None
+        else:
+            self.downloads.append(self._map[1])
         return self._map[1]
 
     def _begin(self, segment: Any, part: Any) -> SegmentDownload:
@@ -5433,6 +5468,7 @@ class Channel:
         self._told: set[tuple[Place, str]] = set()  # what failed since then, as it was logged
         self._gaps = 0  # segments lost since then
         self._bitrate = Bitrate()  # of the newest opening
+        self._skipped = 0  # segments lost in a running upstream, and not logged yet
         self._start_level = logging.NOTSET  # of its lines until media came
         self._stopped = threading.Event()
 
@@ -5888,7 +5924,7 @@ class Channel:
             if is_event:
                 for event in cast(Iterator[SegmentEvent], group):
                     self._note_segment(event)
-                    self._count_lost(self._splicer.pass_event(event), upstream)
+                    self._count_lost(event, self._splicer.pass_event(event), upstream)
             else:
                 data = b"".join(cast(Iterator[bytes], group))
                 if self._splicer.pass_bytes(data):
@@ -5909,12 +5945,34 @@ class Channel:
         elif self.state is State.LIVE and event.kind in (EventKind.END, EventKind.GAP):
             self._bitrate.end_segment(is_whole=event.kind is EventKind.END)
 
-    def _count_lost(self, segments: int, upstream: Upstream) -> None:
-        """Count them, unless they would be more than time has passed: an origin numbers anew."""
+    def _count_lost(self, event: SegmentEvent, segments: int, upstream: Upstream) -> None:
+        """Count segments that this event shows to be lost.
+
+        More than may have passed by in the meantime are not counted: the origin numbers anew.
+        """
+        if not segments:
+            return
+        length = upstream.target_duration
+        if event.kind is EventKind.START:
+            length = min(length, event.duration or length)
         silent = time.monotonic() - self._last_byte
-        if segments * upstream.target_duration <= silent + LISTED_TIME:
+        if segments * length > silent + LISTED_TIME:
+            return
+        self.record.add("gaps", segments)
+        is_skip = event.kind is EventKind.START and self.trouble is None
+        if is_skip:
+            self._note_skip(segments)
+        else:
             self._gaps += segments
-            self.record.add("gaps", segments)
+
+    def _note_skip(self, segments: int) -> None:
+        """Log segments that the playlist has not listed in any load; one line in ten seconds."""
+        self._skipped += segments
+        level = self.record.repeat_level()
+        lost = _many(self._skipped, "segment")
+        log.log(level, "%s: %s lost between two loads of the playlist", self.stream.name, lost)
+        if level == logging.WARNING:
+            self._skipped = 0
 
     def _finish(self, upstream: Upstream) -> NoReturn:
         """The source truly ended: hand on what was held back for more to come."""

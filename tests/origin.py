@@ -53,6 +53,7 @@ from Crypto.Util.Padding import pad
 
 PIECE = 64 * 1024  # bytes of a body written at once
 TICK = 0.02  # seconds of a capped rate written at once: the burst a client may see
+PARTS = 4  # of a segment, in low-latency playlists
 MODIFIED = 1_700_000_000  # Unix time of every Last-Modified: strong, since it is long ago
 
 TYPES = {
@@ -114,6 +115,12 @@ class Segment:
     duration: float = 1.0
     discontinuity: bool = False
     tags: tuple[str, ...] = ()  # more lines in front of its address
+    told: float | None = None  # seconds that EXTINF says; None: the duration
+
+
+def told(segments: Sequence[bytes], seconds: float, duration: float = 1.0) -> list[Segment]:
+    """Segments of this duration for which the playlist states another one."""
+    return [Segment(data, duration, told=seconds) for data in segments]
 
 
 class Playlist:
@@ -149,6 +156,7 @@ class Playlist:
         listed: int | None = None,
         keep: int | None = None,
         clock: bool = False,
+        low_latency: bool = False,
     ) -> None:
         if byte_ranges and aes_key and not aes_iv:
             raise ValueError("one file for all segments cannot be encrypted by their numbers")
@@ -159,7 +167,7 @@ class Playlist:
         self._initial = len(segments) if mode == "vod" else window if listed is None else listed
         self._aes_key, self._aes_iv, self._byte_ranges = aes_key, aes_iv, byte_ranges
         self._named_iv = named_iv or aes_iv
-        self._target_duration = target_duration
+        self._target_duration, self._low_latency = target_duration, low_latency
         self._origin: Origin | None = None
         # Guards everything below. Reentrant: public methods use each other.
         self._lock = threading.RLock()
@@ -362,12 +370,15 @@ class Playlist:
         lines = list(self._head_locked())
         for number in range(self._oldest, self._stop):
             lines.extend(self._entry_locked(number))
+        if self._low_latency and not self._ended:  # a part of the next segment is there
+            lines.extend(self._parts_locked(self._stop, 1))
+            lines.append(f'#EXT-X-PRELOAD-HINT:TYPE=PART,URI="{self._stop}.1.part.ts"')
         if self._ended:
             lines.append("#EXT-X-ENDLIST")
         return "\n".join([*lines, ""])
 
     def _head_locked(self) -> Iterator[str]:
-        longest = max(media.duration for media in self._media)
+        longest = max(media.told or media.duration for media in self._media)
         has_map = "init.mp4" in self._files
         yield "#EXTM3U"
         yield f"#EXT-X-VERSION:{6 if has_map else 4 if self._byte_ranges else 3}"
@@ -377,6 +388,9 @@ class Playlist:
             yield f"#EXT-X-DISCONTINUITY-SEQUENCE:{self._discontinuities}"
         if self._mode != "live":
             yield f"#EXT-X-PLAYLIST-TYPE:{self._mode.upper()}"
+        if self._low_latency:
+            yield "#EXT-X-SERVER-CONTROL:CAN-BLOCK-RELOAD=YES,CAN-SKIP-UNTIL=24,PART-HOLD-BACK=1"
+            yield f"#EXT-X-PART-INF:PART-TARGET={longest / PARTS:.3f}"
         if has_map:  # before the key, which would apply to it
             yield '#EXT-X-MAP:URI="init.mp4"'
         if self._aes_key:
@@ -388,10 +402,19 @@ class Playlist:
         if self._starts_anew_locked(number):
             yield "#EXT-X-DISCONTINUITY"
         yield from media.tags
-        yield f"#EXTINF:{media.duration:.6f},"
+        if self._low_latency and number >= self._stop - 3:
+            yield from self._parts_locked(number, PARTS)
+        told = media.duration if media.told is None else media.told
+        yield f"#EXTINF:{told:.6f},"
         if self._byte_ranges:
             yield self._range_locked(number)
         yield self._file(number) + (f"?token={self._token}" if self._token else "")
+
+    def _parts_locked(self, number: int, count: int) -> Iterator[str]:
+        """A segment's first parts, for players of low-latency HLS (RFC 8216bis, 4.4.4.9)."""
+        duration = self._media[self._index_locked(number)].duration / PARTS
+        for part in range(count):
+            yield f'#EXT-X-PART:DURATION={duration:.3f},URI="{number}.{part}.part.ts"'
 
     def _range_locked(self, number: int) -> str:
         """With its offset for even numbers; odd ones follow the one before where there is one."""
@@ -1535,6 +1558,12 @@ def _add_channels(origin: Origin) -> list[str]:
         Playlist("event", ts, mode="event", clock=True),
         Playlist("discontinuity", jumping, mode="live", clock=True),
         Playlist("live-trickle", ts, mode="live", clock=True),
+        Playlist("long-target", ts, mode="live", window=6, target_duration=10, clock=True),
+        Playlist("one-listed", ts, mode="live", window=1, target_duration=3, clock=True),
+        Playlist("told-long", told(ts, 8.0), mode="live", clock=True),
+        Playlist("told-short", told(ts, 0.1), mode="live", clock=True),
+        Playlist("told-zero", told(ts, 0.0), mode="live", target_duration=10, clock=True),
+        Playlist("low-latency", ts, mode="live", low_latency=True, clock=True),
     ]
     origin.fault("/live-trickle/*5.ts", Trickle(2_000), times=None)
     sound = Playlist("sound", media.audio_only_segments(30), mode="live", clock=True)

@@ -14,7 +14,7 @@ from streamlink.stream.hls.hls import HLSStreamWorker
 
 import pipe
 from tests import media
-from tests.origin import Origin, Playlist, Segment, Stall, Trickle
+from tests.origin import Origin, Playlist, Segment, Stall, Status, Trickle
 from tests.server import Site
 from tests.test_download import behave, by_origin, of
 
@@ -100,10 +100,10 @@ def test_segment_that_trickles_is_given_up_when_it_is_no_longer_listed(
 def test_full_slots_do_not_stop_the_reloads(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What leaves the list while nobody could ask for it is missing, and is counted.
+    """A segment that leaves the list while it waits in line is requested once.
 
-    A segment is tried for two target durations, a minute.  The initialization section of one that
-    left the list is not asked for.
+    Only if it begins with a new initialization section, it is a gap.  A segment is tried for two
+    target durations, a minute.
     """
     wait = HLSStreamWorker.wait
     monkeypatch.setattr(HLSStreamWorker, "wait", lambda worker, time: wait(worker, time / 5))
@@ -123,6 +123,34 @@ def test_full_slots_do_not_stop_the_reloads(
     playlist.end()
     body, is_complete = viewer.read_all()
     assert is_complete
-    kept = playlist.plain(2, 4), playlist.plain(8, 13)  # number 3 had a slot already
+    kept = playlist.plain(2, 5), playlist.plain(8, 13)  # 5, 6 and 7 need another section
     assert body == media.spliced(*(pipe.NULL_PACKET + part for part in kept))
-    assert gaps(site) == 4
+    assert gaps(site) == 3
+
+
+def test_segment_that_left_the_list_while_it_waited_is_requested_once(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one thread and a short list; a segment that is refused then is a gap at once."""
+    wait = HLSStreamWorker.wait
+    monkeypatch.setattr(HLSStreamWorker, "wait", lambda worker, time: wait(worker, time / 5))
+    playlist = live(origin, target_duration=30)
+    stuck = origin.fault(playlist.segment_path(2), Stall(at=188 * 1000))
+    gone = origin.fault(playlist.segment_path(5), Status(404), times=None)
+    options = {"hls-playlist-reload-time": "segment"}
+    site = serve({"news": playlist.url}, threads=1, timeout=60, streamlink=options)
+    viewer = site.watch("/news")
+    stuck.wait_held()
+    for _ in range(4):
+        loads = origin.count(playlist.path)
+        playlist.advance(1)
+        origin.wait_for(playlist.path, loads + 2)
+    playlist.advance(2)  # the list begins with number 6
+    playlist.end()
+    loads = origin.count(playlist.path)
+    origin.wait_for(playlist.path, loads + 1)
+    stuck.release()
+    body, is_complete = viewer.read_all()
+    parts = playlist.plain(2, 5), playlist.plain(6, 8), playlist.plain(8, 11)
+    assert (body, is_complete) == (media.spliced(*parts), True)
+    assert (gaps(site), gone.taken) == (1, 1)

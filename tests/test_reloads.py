@@ -1,0 +1,122 @@
+"""How often a live playlist is loaded, and which segments are lost between two loads.
+
+Everything is real and seen from outside: origins that move by the clock, and what viewers get.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from tests import media
+from tests.origin import Origin, Playlist, Segment, told
+from tests.server import Site
+
+Serve = Callable[..., Site]
+
+SEGMENTS = media.ts_segments(30)
+LONG_SEGMENTS = [Segment(data, 2.0) for data in media.ts_segments(10, 2.0)]
+
+# By name: the segments, how many are listed, the target duration, and how many a viewer gets.
+CASES: dict[str, tuple[Sequence[bytes | Segment], int, int, int]] = {
+    "long target": (SEGMENTS, 6, 10, 16),
+    "one segment": (LONG_SEGMENTS, 1, 6, 6),
+    "two segments": (SEGMENTS, 2, 5, 10),
+    "durations too short": (told(SEGMENTS, 0.1), 3, 1, 8),
+    "durations of zero": (told(SEGMENTS, 0.0), 3, 10, 14),
+    "durations a little long": (told(SEGMENTS, 2.5), 5, 10, 14),
+}
+
+
+def live(origin: Origin, segments: Sequence[bytes | Segment], **more: Any) -> Playlist:
+    return origin.add(Playlist("news", segments, mode="live", clock=True, **more))
+
+
+def gaps(site: Site) -> int:
+    return int(site.get("/status").json["streams"][0]["gaps"])
+
+
+def assert_calm(origin: Origin, playlist: Playlist) -> None:
+    """The playlist is not loaded more often than twice a second."""
+    times = [request.time for request in origin.requests if request.path == playlist.path]
+    assert len(times) <= 3 + (times[-1] - times[0]) / 0.5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("segments", "window", "target", "count"), CASES.values(), ids=list(CASES))
+def test_no_segment_is_lost_between_two_loads(
+    origin: Origin,
+    serve: Serve,
+    segments: Sequence[bytes | Segment],
+    window: int,
+    target: int,
+    count: int,
+) -> None:
+    news = live(origin, segments, window=window, target_duration=target)
+    first = max(0, window - 3)
+    site = serve({"news": news.url}, timeout=8)
+    viewer = site.watch("/news")
+    expected = news.plain(first, first + count)
+    assert viewer.read(len(expected)) == expected
+    assert gaps(site) == 0
+    assert_calm(origin, news)
+
+
+@pytest.mark.long
+def test_low_latency_playlist_is_played_by_whole_segments(origin: Origin, serve: Serve) -> None:
+    news = live(origin, SEGMENTS, window=4, target_duration=4, low_latency=True)
+    site = serve({"news": news.url}, timeout=8)
+    viewer = site.watch("/news")
+    assert viewer.read(len(news.plain(1, 10))) == news.plain(1, 10)
+    assert (gaps(site), origin.count("*.part.ts"), origin.count("*_HLS*")) == (0, 0, 0)
+    assert_calm(origin, news)
+
+
+@pytest.mark.long
+def test_segments_that_were_skipped_are_counted_and_the_interval_shrinks(
+    origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The playlist states eight times the true durations, so the first intervals are too long."""
+    news = live(origin, told(SEGMENTS, 8.0), window=4)
+    site = serve({"news": news.url}, timeout=20)
+    viewer = site.watch("/news")
+    assert viewer.read(len(news.plain(1, 4))) == news.plain(1, 4)
+    origin.wait_for(news.path, 6, timeout=25)
+    loads = [request.time for request in origin.requests if request.path == news.path]
+    intervals = [later - earlier for earlier, later in itertools.pairwise(loads)]
+    assert intervals[-1] < intervals[0] / 2
+    lost = gaps(site)
+    assert lost >= 3
+    lines = [re.search(r"news: (\d+) segments? lost", line) for line in caplog.messages]
+    assert sum(int(line[1]) for line in lines if line) == lost
+
+
+def test_skip_in_a_running_channel_is_counted_and_logged(
+    origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    news = origin.add(Playlist("news", SEGMENTS, mode="live", window=3, keep=0))
+    site = serve({"news": news.url}, timeout=8)
+    viewer = site.watch("/news")
+    assert viewer.read(len(news.plain(0, 3))) == news.plain(0, 3)
+    news.advance(7)
+    assert viewer.read(media.PACKET)
+    assert gaps(site) == 4
+    assert "news: 4 segments lost between two loads of the playlist" in caplog.messages
+    assert site.get("/status").json["streams"][0]["state"] == "live"
+
+
+def test_configured_interval_wins(origin: Origin, serve: Serve) -> None:
+    news = origin.add(Playlist("news", SEGMENTS, mode="live", window=1, target_duration=6))
+    options = {"hls-playlist-reload-time": 3}
+    viewer = serve({"news": news.url}, timeout=8, streamlink=options).watch("/news")
+    assert viewer.read(len(news.plain(0, 1))) == news.plain(0, 1)
+    loads = [request.time for request in origin.requests if request.path == news.path]
+    news.advance()
+    assert viewer.read(len(news.plain(1, 2))) == news.plain(1, 2)
+    later = [request.time for request in origin.requests if request.path == news.path]
+    assert len(later) == len(loads) + 1
+    assert later[-1] - loads[-1] > 2.5
