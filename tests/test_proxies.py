@@ -1,7 +1,8 @@
-"""Three real processes behind a real HAProxy and a real nginx, configured as README shows.
+"""Real processes behind a real HAProxy and a real nginx, configured as README shows.
 
-Only addresses, ports and paths are replaced in those. Where a proxy is missing its tests are
-skipped, but not with CI in the environment.
+Only addresses, ports and paths are replaced in those. What proxies make of heads and addresses is
+tried with Caddy and Apache, too. Where a proxy is missing its tests are skipped, but not with CI in
+the environment.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import pytest
 
 from tests import media
 from tests.origin import Origin, Playlist
-from tests.server import Site
+from tests.server import BROWSER, Site
 from tests.test_cli import HERE, Program, get_json, wait_for_listener
 from tests.test_sharing import eventually
 
@@ -108,9 +109,10 @@ def go_on(viewers: Sequence[Viewer], size: int = ONE_SEGMENT) -> None:
 class Server:
     """A `python pipe.py` with all channels."""
 
-    def __init__(self, folder: Path, streams: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, streams: Mapping[str, object], **settings: object) -> None:
         folder.mkdir()
-        (folder / "config.yml").write_text(json.dumps({"streams": streams}), encoding="utf-8")
+        config = json.dumps({"server": settings, "streams": streams})
+        (folder / "config.yml").write_text(config, encoding="utf-8")
         self.program = Program(*HERE, cwd=folder)
         self.port = self.program.listening_port()
 
@@ -398,3 +400,174 @@ def test_nginx_adds_tls(servers: list[Server], tmp_path: Path) -> None:
             assert response.read(188)[:1] == b"G"
             response.close()
     assert text.split("\n")[2] == f"https://127.0.0.1:{port}/channel1"
+
+
+#### What one of them makes of heads and addresses ####
+
+
+@contextlib.contextmanager
+def caddy(servers: list[Server], folder: Path) -> Iterator[int]:
+    """Caddy as it is, with the server below /tv, too."""
+    program, port = need("caddy"), free_port()
+    upstream = f"127.0.0.1:{servers[0].port}"
+    config = folder / "Caddyfile"
+    config.write_text(
+        f"""{{
+    admin off
+    auto_https off
+}}
+http://:{port} {{
+    bind 127.0.0.1
+    handle_path /tv/* {{
+        reverse_proxy {upstream} {{
+            header_up X-Forwarded-Prefix /tv
+        }}
+    }}
+    handle {{
+        reverse_proxy {upstream}
+    }}
+}}
+""",
+        encoding="utf-8",
+    )
+    home = f"HOME={folder}"
+    command = ["env", home, program, "run", "--adapter", "caddyfile", "--config", str(config)]
+    with running(*command, port=port):
+        yield port
+
+
+@contextlib.contextmanager
+def apache(servers: list[Server], folder: Path) -> Iterator[int]:
+    """Apache as it is, with the server below /tv, too."""
+    program, port = need("apache2"), free_port()
+    upstream = f"http://127.0.0.1:{servers[0].port}"
+    names = ("mpm_event", "authz_core", "proxy", "proxy_http", "headers")
+    modules = [f"LoadModule {n}_module /usr/lib/apache2/modules/mod_{n}.so" for n in names]
+    config = folder / "apache.conf"
+    lines = [
+        *modules,
+        "ServerName tv.example",
+        "User www-data",
+        "Group www-data",
+        f"DefaultRuntimeDir {folder}",
+        f"PidFile {folder}/apache.pid",
+        f"ErrorLog {folder}/apache.log",
+        f"Listen 127.0.0.1:{port}",
+        "<Location /tv/>",
+        "RequestHeader set X-Forwarded-Prefix /tv",
+        "</Location>",
+        f"ProxyPass /tv/ {upstream}/",
+        f"ProxyPass / {upstream}/",
+    ]
+    config.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    with running(program, "-d", str(folder), "-f", str(config), "-DFOREGROUND", port=port):
+        yield port
+
+
+@contextlib.contextmanager
+def bare_nginx(servers: list[Server], folder: Path) -> Iterator[int]:
+    """nginx that drops the port from Host, with the server below /tv, too."""
+    program, port = need("nginx"), free_port()
+    scratch = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    own = " ".join(f"{name}_temp_path {folder / name};" for name in scratch)
+    upstream = f"http://127.0.0.1:{servers[0].port}"
+    headers = """proxy_set_header Host $host;
+proxy_set_header X-Forwarded-Port $server_port;
+proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;"""
+    config = folder / "nginx.conf"
+    config.write_text(
+        f"""events {{}}
+http {{
+access_log off; {own}
+server {{
+listen 127.0.0.1:{port};
+{headers}
+location / {{ proxy_pass {upstream}; }}
+location /tv/ {{ {headers} proxy_set_header X-Forwarded-Prefix /tv; proxy_pass {upstream}/; }}
+}}
+}}
+""",
+        encoding="utf-8",
+    )
+    settings = f"daemon off; pid {folder}/nginx.pid;"
+    log = str(folder / "nginx.log")
+    command = [program, "-p", str(folder), "-e", log, "-c", str(config), "-g", settings]
+    with running(*command, port=port):
+        yield port
+
+
+WITH_PATH = [bare_nginx, caddy, apache]
+ALL_PROXIES = [haproxy, nginx, *WITH_PATH]
+
+
+@pytest.fixture
+def server(channels: Mapping[str, Playlist], tmp_path: Path) -> Iterator[Server]:
+    """One with five hundred logos, each of another host, that knows of proxies."""
+    streams: dict[str, object] = {
+        f"logo-{number}": {
+            "url": "http://origin.example/x.m3u8",
+            "logo": f"http://h{number}.example/",
+        }
+        for number in range(500)
+    }
+    streams = {"channel1": channels["channel1"].url, **streams}
+    found = Server(tmp_path / "one", streams, proxies=["127.0.0.1/32"])
+    yield found
+    found.program.close()
+
+
+@pytest.fixture(params=ALL_PROXIES, ids=[proxy.__name__ for proxy in ALL_PROXIES])
+def alone(request: pytest.FixtureRequest, server: Server, tmp_path: Path) -> Iterator[int]:
+    """The port of a proxy in front of that server."""
+    proxy: Proxy = request.param
+    with proxy([server, server, server], tmp_path) as port:
+        yield port
+
+
+def get(port: int, path: str, **headers: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
+    with contextlib.closing(connection):
+        connection.request("GET", path, headers=headers)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+
+@pytest.mark.parametrize("path", ["/", "/nobody"], ids=["status", "error"])
+def test_page_of_many_logos_passes(alone: int, path: str) -> None:
+    status, page = get(alone, path, Accept=BROWSER)
+    assert status == (200 if path == "/" else 404)
+    assert ("http://h499.example/" in page) == (path == "/")
+
+
+def test_viewer_has_an_address_of_its_own(server: Server, alone: int) -> None:
+    """Whatever the client claims; the proxy is 127.0.0.1."""
+    connection = http.client.HTTPConnection(
+        "127.0.0.1", alone, timeout=TIMEOUT, source_address=("127.0.0.2", 0)
+    )
+    with contextlib.closing(connection):
+        connection.request("GET", "/channel1", headers={"X-Forwarded-For": "203.0.113.99"})
+        response = connection.getresponse()
+        with contextlib.closing(response):
+            assert response.read(188)[:1] == b"G"
+            report = get_json(server.port, "/status")["streams"][0]
+    viewers = [viewer for channel in report["channels"] for viewer in channel["viewers"]]
+    assert [viewer["address"] for viewer in viewers] == ["127.0.0.2"]
+
+
+def test_list_names_the_proxys_port(alone: int) -> None:
+    _, text = get(alone, "/playlist.m3u")
+    assert text.split("\n")[2] == f"http://127.0.0.1:{alone}/channel1"
+
+
+@pytest.mark.parametrize("alone", WITH_PATH, indirect=True, ids=lambda proxy: proxy.__name__)
+def test_list_names_the_path_below_a_proxy(alone: int) -> None:
+    status, text = get(alone, "/tv/playlist.m3u")
+    assert status == 200
+    address = text.split("\n")[2]
+    assert address == f"http://127.0.0.1:{alone}/tv/channel1"
+    connection = http.client.HTTPConnection("127.0.0.1", alone, timeout=TIMEOUT)
+    with contextlib.closing(connection):
+        connection.request("GET", address.removeprefix(f"http://127.0.0.1:{alone}"))
+        response = connection.getresponse()
+        with contextlib.closing(response):
+            assert response.read(188)[:1] == b"G"
