@@ -5054,6 +5054,70 @@ class ProcessUpstream(Upstream):
 Place = tuple[int, int]  # positions of an address, and of the copy of its variant
 
 
+class InsertFilter:
+    """Leaves out segments of another container than the channel's: each becomes a gap.
+
+    The first bytes of a segment wait here until they tell its container.  Bytes without segments
+    pass.  A channel's thread owns it.
+    """
+
+    def __init__(self, container: Container) -> None:
+        self._container = container
+        self._init: list[bytes | SegmentEvent] = []  # an initialization section, with its event
+        self._held: list[bytes | SegmentEvent] = []  # a segment whose container is not known yet
+        self._start = b""  # its bytes
+        self._is_leaving_out = False  # the open segment
+        self.insert: Container | None = None  # of the newest segment if that was left out
+
+    def pass_on(self, items: Iterable[bytes | SegmentEvent]) -> list[bytes | SegmentEvent]:
+        """These without inserts, and without what waits for more."""
+        passed: list[bytes | SegmentEvent] = []
+        for item in items:
+            if isinstance(item, bytes):
+                passed += self._take_bytes(item)
+            elif item.kind is EventKind.INIT:
+                self._init = [item]
+            elif item.kind is EventKind.START:
+                self._held, self._init, self._start = [*self._own_init(), item], [], b""
+            else:
+                passed += self._tell(is_all=True)
+                is_insert, self._is_leaving_out = self._is_leaving_out, False
+                passed.append(replace(item, kind=EventKind.GAP) if is_insert else item)
+        return passed
+
+    def _own_init(self) -> list[bytes | SegmentEvent]:
+        """The initialization section, unless it is an insert's that the playlist still names."""
+        data = b"".join(item for item in self._init if isinstance(item, bytes))
+        return self._init if self._fits(sniff(data, is_all=True)) else []
+
+    def _take_bytes(self, data: bytes) -> list[bytes | SegmentEvent]:
+        if self._is_leaving_out:
+            return []
+        if self._init:
+            self._init.append(data)
+            return []
+        if not self._held:
+            return [data]
+        self._held.append(data)
+        self._start += data
+        return self._tell(is_all=False)
+
+    def _tell(self, is_all: bool) -> list[bytes | SegmentEvent]:
+        """What waits, once its container is known; nothing if that is another."""
+        told = sniff(self._start, is_all) if self._held else None
+        if told is None:
+            return []
+        held, self._held = self._held, []
+        if self._fits(told):
+            self.insert = None
+            return held
+        self.insert, self._is_leaving_out = told, True
+        return []
+
+    def _fits(self, container: Container | None) -> bool:
+        return OTHER_MEDIA in (container, self._container) or container is self._container
+
+
 class SpliceState(enum.Enum):
     PASSING = enum.auto()
     RESUMED = enum.auto()
@@ -5073,6 +5137,7 @@ class Splicer:
         self.number: int | None = None  # of the segment to go on with; None without segments
         self._is_clean = False  # the newest opening: see resume()
         self._framer = listing.container.framer()
+        self._filter = InsertFilter(listing.container)
         self._state = SpliceState.PASSING
         self._goes_on = True  # False: viewers have not had what came before, so nothing can
         self._passed = Fingerprint()  # what viewers have had of the open segment
@@ -5088,6 +5153,11 @@ class Splicer:
         return self._framer.unplayed
 
     @property
+    def insert(self) -> Container | None:
+        """The container of the newest segment if that was left out for being another."""
+        return self._filter.insert
+
+    @property
     def is_skipping(self) -> bool:
         """Whether the end of the newest segment did not reach viewers: it was other media."""
         return self._state is SpliceState.SKIPPING
@@ -5099,9 +5169,14 @@ class Splicer:
         cannot tell what viewers have had.
         """
         self.place, self._is_clean = place, is_clean
+        self._filter = InsertFilter(self._listing.container)
         if self._state is SpliceState.SKIPPING or self._framer.is_shut:
             self._passed, self._goes_on = Fingerprint(), False
         self._state, self._new_init_section = SpliceState.RESUMED, None
+
+    def without_inserts(self, items: Iterable[bytes | SegmentEvent]) -> list[bytes | SegmentEvent]:
+        """What of these can be passed: see InsertFilter."""
+        return self._filter.pass_on(items)
 
     def pass_event(self, event: SegmentEvent) -> int:
         """Take what happened between the bytes; returns how many segments it shows to be lost."""
@@ -5856,7 +5931,7 @@ class Channel:
 
         No media in time, at a start or a reopening; nothing new for `timeout` or two target
         durations, whichever is longer; or, where a backup could be asked instead, only refusals for
-        two target durations.
+        two target durations; or only segments of another container for `reconnect`.
         """
         now = time.monotonic()
         is_late = now > deadline
@@ -5870,12 +5945,18 @@ class Channel:
         patience = max(self.stream.options.timeout, 2 * upstream.target_duration) + JUDGE_GRACE
         if is_late or now - alive > patience:
             raise UpstreamError(upstream.trouble or "the origin sends no data")
+        insert = self._splicer.insert if self._splicer else None
+        if insert and now - self._last_byte > self.stream.options.reconnect:
+            raise UpstreamError(switched_to(insert))
 
     def _begin(self, upstream: Upstream, start: list[bytes | SegmentEvent], is_all: bool) -> bool:
         """Tell the container from an opening's first bytes; False while more are needed."""
-        data = b"".join(item for item in start if not isinstance(item, SegmentEvent))
         has_segments = any(isinstance(item, SegmentEvent) for item in start)
-        container = sniff(data, is_all, upstream.media_type) if _has_media(start) else None
+        data = _media_in(start)
+        container = sniff(data, is_all, upstream.media_type) if data else None
+        if container is OTHER_MEDIA:  # perhaps its initialization section tells more
+            data = b"".join(item for item in start if isinstance(item, bytes))
+            container = sniff(data, is_all=True, media_type=upstream.media_type)
         if container is None:
             if is_all and self._splicer is None:
                 raise UpstreamError(NO_MEDIA)
@@ -5884,7 +5965,7 @@ class Channel:
             self._go_live(upstream, container, has_segments)
             return True
         if container is not self.container:
-            raise UpstreamError(f"it turned into {container.media_type}")
+            raise UpstreamError(switched_to(container))
         self.restarts += 1
         self.record.add("restarts")
         self._splicer.resume(self._place, upstream.is_clean)
@@ -5918,8 +5999,9 @@ class Channel:
 
     def _move(self, upstream: Upstream, items: list[bytes | SegmentEvent]) -> None:
         assert self._splicer
+        self.record.add_received(sum(len(item) for item in items if isinstance(item, bytes)))
         for is_event, group in itertools.groupby(
-            items, lambda item: isinstance(item, SegmentEvent)
+            self._splicer.without_inserts(items), lambda item: isinstance(item, SegmentEvent)
         ):
             if is_event:
                 for event in cast(Iterator[SegmentEvent], group):
@@ -5931,9 +6013,10 @@ class Channel:
                     if self.trouble and not upstream.trouble:
                         self._note_recovery()
                     self._last_byte = time.monotonic()
-                self.record.add_received(len(data))
                 self._bitrate.add(len(data))
                 self.record.unplayed = self._splicer.unplayed
+        if self._splicer.insert and self.trouble is None:
+            self._note_trouble(switched_to(self._splicer.insert))
 
     def _note_segment(self, event: SegmentEvent) -> None:
         """Have a live channel's bitrate measured by its segments.
@@ -5992,15 +6075,20 @@ def _reopen_pauses() -> Iterator[float]:
         yield pause * random.uniform(0.8, 1.2)
 
 
-def _has_media(items: Iterable[bytes | SegmentEvent]) -> bool:
-    """Whether there is more than initialization sections."""
+def switched_to(container: Container) -> str:
+    return f"the origin switched to {container.media_type}"
+
+
+def _media_in(items: Iterable[bytes | SegmentEvent]) -> bytes:
+    """The bytes outside initialization sections."""
+    media = b""
     in_init_section = False
     for item in items:
         if isinstance(item, SegmentEvent):
             in_init_section = item.kind is EventKind.INIT
         elif not in_init_section:
-            return True
-    return False
+            media += item
+    return media
 
 
 def names_in(quality: str) -> list[str]:

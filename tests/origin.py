@@ -35,7 +35,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.utils import formatdate
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -422,6 +422,29 @@ class Playlist:
         start, stop = self._offsets[index : index + 2]
         implicit = number % 2 and index and number != self._oldest
         return f"#EXT-X-BYTERANGE:{stop - start}" + ("" if implicit else f"@{start}")
+
+
+def with_insert(
+    origin: Origin,
+    name: str,
+    programme: Sequence[bytes],
+    insert_init: bytes | None,
+    insert: Sequence[bytes],
+    **options: Any,
+) -> Playlist:
+    """A programme behind whose first half an insert of another container follows.
+
+    The playlist names the insert's initialization section from then on.
+    """
+    half = len(programme) // 2
+    media = [Segment(data) for data in (*programme[:half], *insert, *programme[half:])]
+    tags: tuple[str, ...] = ()
+    if insert_init is not None:
+        url = origin.add_file(f"/{name}/insert.mp4", insert_init)
+        tags = (f'#EXT-X-MAP:URI="{url}"',)
+    media[half] = replace(media[half], discontinuity=True, tags=tags)
+    media[half + len(insert)] = replace(media[half + len(insert)], discontinuity=True)
+    return Playlist(name, media, **options)
 
 
 @dataclass(frozen=True)
@@ -1536,6 +1559,7 @@ def _add_channels(origin: Origin) -> list[str]:
     ts = media.ts_segments(30)
     init, fragments = media.fmp4(30)
     key = bytes(range(16))
+    aac = media.aac_segments(30)
     jumping = [Segment(data, discontinuity=n % 5 == 0) for n, data in enumerate(ts)]
     # Another encoder's, with PIDs of its own: each second block of eight seconds.
     advertised = [
@@ -1547,7 +1571,7 @@ def _add_channels(origin: Origin) -> list[str]:
         Playlist("advertisements", advertised, mode="live", clock=True),
         Playlist("live-ts", ts, mode="live", clock=True),
         Playlist("live-fmp4", fragments, mode="live", init=init, extension=".m4s", clock=True),
-        Playlist("live-aac", media.aac_segments(30), mode="live", extension=".aac", clock=True),
+        Playlist("live-aac", aac, mode="live", extension=".aac", clock=True),
         Playlist("vod-ts", ts),
         Playlist("vod-fmp4", fragments, init=init, extension=".m4s"),
         Playlist("vod-aes", ts, aes_key=key),
@@ -1555,6 +1579,8 @@ def _add_channels(origin: Origin) -> list[str]:
             "wrong-iv", ts, mode="live", aes_key=key, aes_iv=key, named_iv=key[::-1], clock=True
         ),
         Playlist("vod-byterange", ts, byte_ranges=True),
+        with_insert(origin, "insert-fmp4", ts[:10], init, fragments[:3], mode="live", clock=True),
+        with_insert(origin, "insert-aac", ts[:10], None, aac[:3], mode="live", clock=True),
         Playlist("event", ts, mode="event", clock=True),
         Playlist("discontinuity", jumping, mode="live", clock=True),
         Playlist("live-trickle", ts, mode="live", clock=True),

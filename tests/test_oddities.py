@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from tests.origin import (
     Stall,
     StallHeaders,
     Status,
+    with_insert,
 )
 from tests.program import eventually
 from tests.server import Site
@@ -40,6 +42,71 @@ def live(origin: Origin, **more: object) -> Playlist:
 
 def gaps(site: Site) -> int:
     return int(site.get("/status").json["streams"][0]["gaps"])
+
+
+#### Inserts of another container ####
+
+INIT, FRAGMENTS = media.fmp4()
+AAC = [media.id3_timestamp(n) + data for n, data in enumerate(media.aac_segments())]
+HLS_OF = {"ts": (None, SEGMENTS), "fmp4": (INIT, FRAGMENTS), "aac": (None, AAC)}
+PAIRS = [(own, insert) for own in HLS_OF for insert in HLS_OF if own != insert]
+
+
+def inserted(origin: Origin, own: str, insert: str, **more: object) -> Playlist:
+    """Six segments of one container with two of another between the third and the fourth."""
+    (init, programme), (insert_init, other) = HLS_OF[own], HLS_OF[insert]
+    options: dict[str, Any] = {"init": init, "mode": "live", "window": 3, **more}
+    playlist = with_insert(origin, "news", programme[:6], insert_init, other[6:8], **options)
+    return origin.add(playlist)
+
+
+def without_tags(body: bytes) -> bytes:
+    for tag in (audio[: -len(bare)] for audio, bare in zip(AAC, media.aac_segments(), strict=True)):
+        body = body.replace(tag, b"")
+    return body
+
+
+@pytest.mark.parametrize(("own", "insert"), PAIRS)
+def test_insert_of_another_container_is_a_gap(
+    origin: Origin, serve: Serve, own: str, insert: str
+) -> None:
+    init, programme = HLS_OF[own]
+    news = inserted(origin, own, insert)
+    site = serve({"news": news.url})
+    viewer = site.watch("/news")
+    first = (init or b"") + without_tags(b"".join(programme[:3]))
+    assert viewer.read(len(first)) == first
+    news.advance(2)
+    eventually(lambda: gaps(site) == 2, "the insert is counted")
+    stream = site.get("/status").json["streams"][0]
+    assert stream["state"] == "waiting"
+    assert "switched to" in stream["last_error"]
+    news.advance(3)
+    rest = without_tags(b"".join(programme[3:6]))
+    if own == "ts":
+        rest = media.spliced(first, rest)[len(first) :]
+    elif own == "fmp4":
+        rest = INIT + rest
+    assert viewer.read(len(rest)) == rest
+    assert site.get("/status").json["streams"][0]["state"] == "live"
+
+
+def test_film_with_an_insert_ends_with_its_final_chunk(origin: Origin, serve: Serve) -> None:
+    film = inserted(origin, "ts", "fmp4", mode="vod")
+    site = serve({"film": film.url})
+    body, is_complete = site.watch("/film").read_all()
+    assert body == media.spliced(b"".join(SEGMENTS[:3]), b"".join(SEGMENTS[3:6]))
+    assert is_complete
+    assert gaps(site) == 2
+
+
+def test_channel_ends_if_the_container_does_not_return(origin: Origin, serve: Serve) -> None:
+    media_list = [*SEGMENTS[:3], *media.aac_segments()]
+    news = live(origin, segments=media_list, window=3, clock=True)
+    site = serve({"news": news.url}, reconnect=2)
+    body, is_complete = site.watch("/news").read_all()
+    assert body == b"".join(SEGMENTS[:3])
+    assert not is_complete
 
 
 #### Segments ####
