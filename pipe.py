@@ -7555,6 +7555,7 @@ PAGES: Mapping[str, Callable[[Site], Page]] = {
 
 STREAM_PATH = re.compile(r"/([a-z0-9-]+)(\.m3u8?|\.ts|/([0-9]{1,18})\.([a-z0-9]+))?")
 TUNER_PATH = re.compile(r"/auto/v([0-9]{1,9})")  # Channels DVR makes these by a guide number
+HTTP_VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")  # RFC 9112, 2.3
 HLS_HEADERS = {"Accept-Ranges": "none"}
 GUIDE_HEADERS = {"Content-Type": "application/xml", "Cache-Control": "no-cache"}
 GUIDE_TIME = 3600.0  # seconds that a guide may take in all
@@ -7645,6 +7646,8 @@ class Handler(BaseHTTPRequestHandler):
         allowed = "GET, HEAD, OPTIONS, POST" if path == "/lineup.post" else "GET, HEAD, OPTIONS"
         if self.request_version == "HTTP/0.9":
             self.send_error(HTTPStatus.BAD_REQUEST, "HTTP/0.9 is not supported")
+        elif not HTTP_VERSION.fullmatch(self.request_version):
+            self.send_error(HTTPStatus.BAD_REQUEST, "the HTTP version is not valid")
         elif self.command not in allowed.split(", "):
             self.answer_error(HTTPStatus.METHOD_NOT_ALLOWED, "use GET", {"Allow": allowed})
         elif self.command == "OPTIONS":  # RFC 9110, 8.6: no length without content
@@ -8124,7 +8127,8 @@ class Handler(BaseHTTPRequestHandler):
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         self.server.note_answer(int(code))
         path = self.path.partition("?")[0]  # a query may hold the token
-        log.debug("%s: %s %s: %s", self.address, self.command, path, code)
+        # As a number: Python 3.10 would write "HTTPStatus.OK".
+        log.debug("%s: %s %s: %d", self.address, self.command, path, int(code))
 
 
 def is_for_players(path: str) -> bool:
