@@ -4531,6 +4531,7 @@ class WatchedWorker(HLSStreamWorker):
             self.failure = explain(error)
             if self.failure in EXPIRED or not self._is_loaded:  # or it is tried again
                 self.reader.fail(self.failure)
+            self.reader.buffer.wake()  # the channel shows it, though the next reload may succeed
             raise
 
     def _fetch_playlist(self) -> requests.Response:

@@ -203,6 +203,52 @@ def test_short_outage_is_two_lines_that_tell_what_was_lost(
     assert status(site)["last_error"]
 
 
+def test_single_failed_reload_shows_and_clears(
+    origin: Origin, serve: Serve, lines: Callable[[str], list[str]]
+) -> None:
+    news = origin.add(live(target_duration=1))
+    often = {"hls-playlist-reload-time": 0.3}  # seconds: the next reload follows at once
+    site = serve({"news": news.url}, timeout=30, streamlink=often)
+    viewer = site.watch("/news")
+    assert viewer.read(len(segments(2, 5))) == segments(2, 5)
+    for number in (5, 6):
+        origin.wait_for(news.path, origin.count(news.path) + 1)
+        origin.fault(news.path, Status(503))  # half a second later, between two looks
+        eventually(lambda: status(site)["state"] == "waiting", "it shows")
+        assert status(site)["last_error"] == "the origin answered 503"
+        news.advance()
+        assert viewer.read(len(segments(number, number + 1))) == segments(number, number + 1)
+        eventually(lambda: status(site)["state"] == "live", "it clears")
+    told = [re.sub(r"[\d.]+ s", "N s", line) for line in lines("1 of 1: |goes on")]
+    assert told == 2 * [
+        "news: 127.0.0.1, 1 of 1: the origin answered 503",
+        "news: goes on after N s",
+    ]
+
+
+def test_segments_lost_between_two_reloads_are_told(
+    origin: Origin, serve: Serve, lines: Callable[[str], list[str]]
+) -> None:
+    """The origin answers all the time, but its list moves on too fast."""
+    news = origin.add(live(window=3, listed=3, keep=0))
+    site = serve({"news": news.url}, timeout=30)
+    viewer = site.watch("/news")
+    assert viewer.read(len(segments(0, 3))) == segments(0, 3)
+    news.advance(5)  # 3 and 4 have left the list
+    assert read_stream(viewer, len(segments(5, 8))) == segments(5, 8)
+    eventually(lambda: bool(lines("lost")), "it is told")
+    assert lines("lost") == ["news: 2 segments lost between two loads of the playlist"]
+    assert (status(site)["gaps"], status(site)["state"]) == (2, "live")
+    down = origin.fault(news.path, Close(), times=2)
+    eventually(lambda: down.taken == 2, "it is down")
+    news.advance()
+    assert read_stream(viewer, len(segments(8, 9))) == segments(8, 9)
+    eventually(lambda: bool(lines("goes on after [0-9]")), "it goes on")
+    assert lines("lost") == ["news: 2 segments lost between two loads of the playlist"], (
+        "none in the outage"
+    )
+
+
 def test_gaps_are_those_of_one_numbering(origin: Origin, serve: Serve, backup: Origin) -> None:
     """A backup that numbers otherwise has lost nothing."""
     first, second = origin.add(live()), backup.add(live(first_sequence=5000))
