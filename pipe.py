@@ -6259,6 +6259,14 @@ class Channels:
         with self.changed:
             return self._records.setdefault(name, StreamRecord(self.changed))
 
+    def known(self, name: str) -> StreamRecord:
+        """A stream's record to read; an empty one if nobody has requested the stream.
+
+        With thousands of streams, a record for each would cost more than the streams.
+        """
+        with self.changed:
+            return self._records.get(name) or StreamRecord(self.changed)
+
     def status(self, stream: StreamSettings) -> dict[str, Any]:
         """A stream as it is now, as /status prints it."""
         with self.changed:
@@ -6267,7 +6275,7 @@ class Channels:
     def totals(self, stream: StreamSettings) -> Counter[str]:
         """A stream's counts since the server started, with those of the viewers it has now."""
         with self.changed:
-            counts = self.record(stream.name).counts.copy()
+            counts = self.known(stream.name).counts.copy()
             for channel in self._channels_of(stream.name):
                 for viewer in channel.viewers:
                     counts["sent"] += viewer.sent
@@ -6438,7 +6446,7 @@ class Channels:
             self._channels.pop(channel, None)
 
     def _status(self, stream: StreamSettings) -> dict[str, Any]:
-        record = self.record(stream.name)
+        record = self.known(stream.name)
         channels = self._channels_of(stream.name)
         viewers = [viewer for channel in channels for viewer in channel.viewers]
         counts = self.totals(stream)
@@ -6587,6 +6595,9 @@ class Channels:
                     channel.stream = stream
                 else:
                     channel.stop()
+            in_use = {channel.stream.name for channel in self._channels}
+            for name in self._records.keys() - config.streams.keys() - in_use:
+                del self._records[name]
             for record in self._records.values():
                 record.failures.clear()
                 record.resolved = -math.inf
@@ -6923,7 +6934,7 @@ class Site:
         return self.server.channels.status(stream)
 
     def record(self, stream: StreamSettings) -> StreamRecord:
-        return self.server.channels.record(stream.name)
+        return self.server.channels.known(stream.name)
 
     def query(self, **wanted: str | None) -> str:
         """What goes behind a path of ours: what is wanted, and the token."""
@@ -7848,7 +7859,7 @@ class Handler(BaseHTTPRequestHandler):
             channel, _, viewer = channels.poll(stream, quality, viewer, anew=True)
             viewer.listed, variant = 0, channel.variant  # the page begins anew
         except NoListing:
-            is_played = channels.record(stream.name).container.plays_bare
+            is_played = channels.known(stream.name).container.plays_bare
             source = stream.name if is_played else ""
         self.answer(watch_page(self.site(), stream, quality, variant, source))
 
@@ -7866,7 +7877,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _media_type(self, stream: StreamSettings) -> str:
         """The type that its media had last."""
-        return self.server.channels.record(stream.name).container.media_type
+        return self.server.channels.known(stream.name).container.media_type
 
     def _send_head(self, status: HTTPStatus, headers: Mapping[str, str]) -> None:
         self.send_response(status)
@@ -8558,7 +8569,9 @@ _CHANNEL_THREAD = re.compile(r"[A-Za-z]+-([a-z0-9-]+?)(?:--\w+)?-\d+(?:-executor
 class LogFormatter(logging.Formatter):
     """One line for an event, with the channel, without a secret; no address beyond its host."""
 
-    secrets: tuple[str, ...] = ()  # longest first; replaced whole by a reload
+    def __init__(self, form: str | None = None) -> None:
+        super().__init__(form)
+        self.secrets = Secrets(())  # replaced whole by a reload
 
     def format(self, record: logging.LogRecord) -> str:
         match = _CHANNEL_THREAD.fullmatch(record.threadName or "")
@@ -8566,8 +8579,7 @@ class LogFormatter(logging.Formatter):
         is_named = match is None or record.getMessage().startswith(f"{match[1]}: ")
         record.channel = f" {match[1]}:" if match and not is_named else ""
         text = super().format(record)
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
+        text = self.secrets.hide(text)
         if record.exc_info or not is_ours:
             text = _BARE_ADDRESS.sub(r"\1...", _ADDRESS.sub(r"\1\2/...", text))
             text = _REQUEST_PATH.sub(r"\1/...", text)
@@ -8581,8 +8593,43 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def secrets_of(config: Config) -> tuple[str, ...]:
-    """Every configured text that no log may show, the longest first."""
+class Secrets:
+    """Texts that no log may show.
+
+    A list brings tens of thousands of them, so they are found by their first characters.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = frozenset(text for text in texts if len(text) >= LEAST_SECRET)
+        lengths: dict[str, set[int]] = {}
+        for text in self._texts:
+            lengths.setdefault(text[:LEAST_SECRET], set()).add(len(text))
+        # The lengths of the texts with the same beginning, the longest first.
+        self._lengths = {start: sorted(found)[::-1] for start, found in lengths.items()}
+
+    def hide(self, text: str) -> str:
+        """A text without them; those that overlap disappear as a whole."""
+        parts: list[str] = []
+        shown = 0  # where the part begins that is not hidden
+        for at in range(len(text) - LEAST_SECRET + 1):
+            size = self._size_at(text, at)
+            if not size:
+                continue
+            if at >= shown:
+                parts += [text[shown:at], "***"]
+            shown = max(shown, at + size)
+        return "".join([*parts, text[shown:]])
+
+    def _size_at(self, text: str, at: int) -> int:
+        """The size of the longest secret that begins there; 0 if none does."""
+        for size in self._lengths.get(text[at : at + LEAST_SECRET], ()):
+            if text[at : at + size] in self._texts:
+                return size
+        return 0
+
+
+def secrets_of(config: Config) -> Secrets:
+    """Every configured text that no log may show."""
     found = {config.server.token or ""}
     found |= _secrets_of_address(config.server.epg or "")
     for guide in config.guides.values():
@@ -8594,7 +8641,7 @@ def secrets_of(config: Config) -> tuple[str, ...]:
         for address, other in stream.others.items():
             found |= _secrets_of_settings(other, [address])
     found |= {quote(secret, safe="") for secret in found}
-    return tuple(sorted((s for s in found if len(s) >= LEAST_SECRET), key=len, reverse=True))
+    return Secrets(found)
 
 
 def _secrets_of_settings(
@@ -8602,8 +8649,9 @@ def _secrets_of_settings(
 ) -> set[str]:
     found: set[str] = set()
     options = settings.options.streamlink
-    for address in (*addresses, settings.proxy or "", options.get("http-proxy", "")):
-        found |= _secrets_of_address(address)
+    for address in (*addresses, settings.proxy, options.get("http-proxy")):
+        if address:
+            found |= _secrets_of_address(address)
     for option in ("http-headers", "http-cookies", "http-query-params"):
         found |= {*settings.headers.values(), *options.get(option, {}).values()}
     return found

@@ -2,6 +2,7 @@
 
     python -m tests.bench [--quick]           the table: some twelve minutes, or two
     python -m tests.bench --crowd MINUTES     1,000 viewers of one channel for so long
+    python -m tests.bench --lists             a provider's list of 8,000 channels
 
 Origin, servers and viewers are processes of their own (`tests/peers.py` tells what they serve).
 Programs that are not installed are left out. What the table has:
@@ -31,8 +32,10 @@ import math
 import re
 import resource
 import select
+import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -45,7 +48,9 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tests import peers
+from tests.origin import Origin
 from tests.peers import PATIENCE, THREADS, Server, Source, print_line
+from tests.program import Service, eventually
 
 GB = 10**9
 BLOCK = 65_424  # bytes that a bare thread sends at once: as much as a block of a window
@@ -439,11 +444,123 @@ def bench_crowd(plan: Plan, source: Source, viewers: int, channels: int) -> None
     print_figures("- skips", "", {name: crowd.skips for name, crowd in crowds.items()})
 
 
+#### A provider's list ####
+
+LIST_CHANNELS = 8000
+LIST_VIEWERS = 200
+
+
+@dataclass(frozen=True)
+class ListFigures:
+    """What a list of many channels costs; times are seconds."""
+
+    answer: float  # from the start to the first answer
+    loaded: float  # from the start until the list's channels are there
+    playlist: float  # for /playlist.m3u
+    reload: float  # from SIGHUP until the list was loaded and applied again
+    memory: int  # bytes afterwards, before there are viewers
+    lost: int  # viewers that the reload has disconnected
+    starved: int  # viewers that got nothing in the seconds around it
+
+
+def channel_list(channels: int, address: str) -> bytes:
+    """A panel's list; its channels have addresses of their own that lead to the same stream."""
+    lines = ["#EXTM3U"]
+    for number in range(channels):
+        lines += [
+            f'#EXTINF:-1 tvg-id="ch{number}.uk" tvg-name="UK: Channel {number} HD" '
+            f'tvg-logo="http://logo.example/{number}.png" tvg-chno="{number + 1}" '
+            f'group-title="Group {number % 40}",UK: Channel {number} HD',
+            f"{address}?live/username/password/{number}.ts",
+        ]
+    return "\r\n".join(lines).encode()
+
+
+def measure_list(channels: int, viewers: int) -> ListFigures:
+    """Start a server with a list of so many channels, and reload it while viewers watch one."""
+    with (
+        peers.origin(1, slow=False) as source,
+        Origin() as origin,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        address = origin.add_file("/list.m3u", channel_list(channels, source.live))
+        playlists = {"tv": {"url": address, "max_upstreams": 0}}
+        began = time.monotonic()
+        with Service(Path(folder), {}, level="debug", playlists=playlists) as service:
+            ask(service, "/health")
+            answer = time.monotonic() - began
+            service.wait_for_count("loaded the list", 1)
+            eventually(lambda: f'"streams": {channels},' in ask(service, "/health"), "the list")
+            loaded = time.monotonic() - began
+            began = time.monotonic()
+            text = ask(service, "/playlist.m3u")
+            playlist = time.monotonic() - began
+            assert text.count("#EXTINF") == channels
+            first = reload_list(service, 1)
+            memory = service.memory
+            server = Server((service.number,), ((service.port, "/uk-channel-0-hd"),))
+            with crowd_of(server, viewers) as crowd:
+                throw_away(crowd, SETTLE)
+                second = reload_list(service, 2)
+                counts = [0] * viewers
+                lost = count_bytes(crowd, counts, 2 * peers.SEGMENT_SECONDS)
+    return ListFigures(answer, loaded, playlist, max(first, second), memory, lost, counts.count(0))
+
+
+def ask(service: Service, path: str) -> str:
+    address = f"http://127.0.0.1:{service.port}{path}"
+    with urllib.request.urlopen(address, timeout=PATIENCE) as answer:
+        return str(answer.read().decode())
+
+
+def reload_list(service: Service, before: int) -> float:
+    """Reload a server whose list has been loaded so many times; returns the seconds it took."""
+    began = time.monotonic()
+    service.send(signal.SIGHUP)
+    service.wait_for_count("loaded the list", before + 1)
+    service.wait_for_count("reloaded: ", before)
+    return time.monotonic() - began
+
+
+def count_bytes(crowd: Sequence[socket.socket], counts: list[int], seconds: float) -> int:
+    """Add up what each viewer gets in this time; returns how many were disconnected."""
+    lost = 0
+    ends = time.monotonic() + seconds
+    with select.epoll() as poll:
+        places = {sock.fileno(): place for place, sock in enumerate(crowd)}
+        for number in places:
+            poll.register(number, select.EPOLLIN)
+        while (left := ends - time.monotonic()) > 0:
+            for number, _ in poll.poll(left):
+                place = places[number]
+                count = 0
+                with contextlib.suppress(ConnectionError):
+                    count = crowd[place].recv_into(ROOM, len(ROOM), socket.MSG_TRUNC)
+                counts[place] += count
+                if not count:
+                    poll.unregister(number)
+                    lost += 1
+    return lost
+
+
+def bench_list() -> None:
+    found = measure_list(LIST_CHANNELS, LIST_VIEWERS)
+    print_line(f"a list of {LIST_CHANNELS:,} channels")
+    print_line(f"start to first answer  {found.answer:.2f} s")
+    print_line(f"start to all channels  {found.loaded:.2f} s")
+    print_line(f"/playlist.m3u          {1000 * found.playlist:.0f} ms")
+    print_line(f"reload                 {found.reload:.2f} s")
+    print_line(f"memory                 {found.memory / 1e6:.0f} MB")
+    viewers = f"{LIST_VIEWERS} viewers of a channel"
+    print_line(f"{viewers}: {found.lost} lost by a reload, {found.starved} without data after it")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure StreamPipe beside its peers.")
     parser.add_argument("--quick", action="store_true", help="fewer segments and smaller crowds")
     parser.add_argument("--crowd", type=float, metavar="MINUTES", help="1,000 viewers for so long")
     parser.add_argument("--viewers", type=int, default=1000, help="of --crowd, instead of 1,000")
+    parser.add_argument("--lists", action="store_true", help="a list of 8,000 channels alone")
     # What this program runs as its own child.
     parser.add_argument("--bare", type=int, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -451,6 +568,8 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if arguments.bare:
         send_bare(*arguments.bare)
+    elif arguments.lists:
+        bench_list()
     elif arguments.crowd:
         return 0 if long_crowd(arguments.viewers, arguments.crowd) else 1
     else:

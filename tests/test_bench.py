@@ -50,3 +50,12 @@ def test_who_polls_costs_little_more_than_who_streams() -> None:
         with peers.streampipe(source) as server:
             polling = bench.polling_cpu(server, VIEWERS, SECONDS)
     assert polling < 3 * streaming.cpu, "a request for each list and segment (1.8)"
+
+
+def test_a_long_list_costs_little() -> None:
+    """A quarter of the channels that the table is about, with bounds of four times its figures."""
+    found = bench.measure_list(2000, 20)
+    assert (found.lost, found.starved) == (0, 0)
+    assert found.memory < 150_000_000
+    assert found.playlist < found.answer, "a few times as fast as a start (a tenth)"
+    assert found.reload < 4 * found.answer, "(a half)"

@@ -539,7 +539,13 @@ def test_device_describes_itself(serve: Serve) -> None:
 #### Status for programs ####
 
 NUMBER = (int, float)
-SERVER_SHAPE = {"name": str, "version": str, "uptime_seconds": NUMBER, "streams": list}
+SERVER_SHAPE = {
+    "name": str,
+    "version": str,
+    "uptime_seconds": NUMBER,
+    "streams": list,
+    "playlists": list,
+}
 STREAM_SHAPE = {
     **dict.fromkeys(("stream", "title", "state"), str),
     **dict.fromkeys(("group", "last_error"), (str, type(None))),

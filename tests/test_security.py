@@ -392,6 +392,25 @@ def test_message_of_a_library_loses_the_secret(message: str, secret: str) -> Non
     assert secret[:4] not in told
 
 
+@pytest.mark.parametrize(
+    ("secrets", "text", "expected"),
+    [
+        (["hunter2"], "a hunter2, hunter2b hunter", "a ***, ***b hunter"),
+        (["hunter2", "hunter2b"], "hunter2b", "***"),
+        (["abcd", "cdefgh"], "_abcdefgh_", "_***_"),
+        (["abcdef", "bcde"], "_abcdef_", "_***_"),
+        (["abcd"], "abcdabcd", "******"),
+        (["abc"], "abc", "abc"),
+        ([], "abcd", "abcd"),
+        (["abcd"], "abc", "abc"),
+    ],
+)
+def test_secrets_disappear_wherever_they_stand(
+    secrets: list[str], text: str, expected: str
+) -> None:
+    assert pipe.Secrets(secrets).hide(text) == expected
+
+
 def test_control_characters_of_clients_are_escaped(origin: Origin, tmp_path: Path) -> None:
     with Service(tmp_path, {"news": live(origin).url}, level="debug") as service:
         agent = "TV\x1b[2J\x07\x08\x9b"
