@@ -928,7 +928,7 @@ ADDRESS_LIMIT = 4 * KIB  # characters
 
 # `name=` of an attribute: in front of a quote whatever its name is, otherwise only a known one,
 # because titles and addresses contain `=`, too.
-_ATTRIBUTE = re.compile(
+_LIST_ATTRIBUTE = re.compile(
     r"""(?<![^\s,"'])(?:([A-Za-z][\w.-]*)=(?=["'])|(tvg-[\w-]+|group-title|url-tvg|x-tvg-url)=)""",
     re.ASCII | re.I,
 )
@@ -1179,7 +1179,7 @@ def read_attributes(text: str) -> tuple[dict[str, str], str]:
 
     Values may lack quotes, and may contain quotes and commas.  The first that is not empty counts.
     """
-    starts = list(_ATTRIBUTE.finditer(text))
+    starts = list(_LIST_ATTRIBUTE.finditer(text))
     found: dict[str, str] = {}
     end = 0  # of the attributes
     for index, start in enumerate(starts):
