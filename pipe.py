@@ -182,6 +182,7 @@ SEARCH_LIMIT = 4 * KIB  # bytes searched for TS packets behind something else
 TAG_LIMIT = 1 * MIB  # bytes of ID3 tags to wait for until the container behind them is told
 
 FOREMOST_PATIENCE = 5.0  # seconds without a byte until the foremost viewer counts as paused
+KEY_FRAME_LIFE = 30.0  # seconds after which a key frame counts as none for a viewer that joins
 KEY_FRAME_BACK = 6.0  # seconds; libavformat wants 5 s of stream before it shows a picture
 FAILURE_MEMORY = 2.0  # seconds; VLC asks a second time at once when the first answer is an error
 REPEAT_TIME = 10.0  # seconds between two lines of one kind that a player may cause forty a second
@@ -1506,7 +1507,8 @@ TS_PACKET = 188
 TS_SYNC = b"G"
 TIMESTAMP_MODULUS = 1 << 33
 NULL_PID = 0x1FFF
-JUMP_SEARCH = 1 * MIB  # in which each packet is looked at after a jump, then only units' first ones
+JUMP_SEARCH = 1 * MIB  # bytes in which each PID's first packet is looked for after a jump
+NEWEST_LIMIT = 256 * KIB  # bytes of packets kept to know each PID's counter: sound comes seldom
 VIDEO_PATIENCE = 3 * 90_000  # ticks of sound without the video that the PMT names
 
 
@@ -1670,6 +1672,7 @@ class ProgramTables:
         self.programs: Sequence[int] = ()  # where the PAT says that PMTs are
         self.streams: Mapping[int, int] = {}  # elementary ones: their types by PID
         self.named_video_pid = -1  # -1: none, or no PMT yet
+        self.clock_pid = NULL_PID  # that of the PCR; NULL_PID: none
         self.unplayed: Sequence[str] = ()  # their codecs that no browser plays
         self.lacks_video = False  # the video that the PMT names does not come
         self._packets: dict[int, bytes] = {}  # PAT and PMT by PID, as they came
@@ -1684,6 +1687,11 @@ class ProgramTables:
     def program_pid(self) -> int:
         """Where the PMT is, -1 before it came: gateways keep the PAT of a whole multiplex."""
         return next((pid for pid in self.programs if pid in self._packets), -1)
+
+    @property
+    def pids(self) -> set[int]:
+        """All that belongs to the programme, as far as it is known."""
+        return {0, self.program_pid, self.clock_pid, *self.streams} - {-1}
 
     @property
     def packets(self) -> bytes:
@@ -1731,6 +1739,7 @@ class ProgramTables:
     def _read_pmt(self, section: bytes) -> None:
         streams: dict[int, int] = {}
         kinds: set[int] = set()
+        self.clock_pid = int.from_bytes(section[8:10], "big") & 0x1FFF
         at = 12 + (int.from_bytes(section[10:12], "big") & 0xFFF)
         while at + 5 <= len(section) - 4:
             kind, pid, length = struct.unpack_from(">BHH", section, at)
@@ -1779,14 +1788,17 @@ class TsFramer(Framer):
         super().__init__()
         self.tables = ProgramTables()
         self._sounds: dict[int, int] = {}  # by PID: the first DTS since a picture came
-        self._seen_key_frame = False
+        self._key_frame_time: float | None = None  # when the newest key frame came
         self._segment: int | None = None  # where the segment began that has no join point yet
         self._first_unit: int | None = None  # its first PES packet that starts a unit
         self._has_tables = False  # PAT and PMT came in it
-        self._newest: Block = b""  # the packets handed on last, with which what comes may go on
-        self._counters: dict[int, int] = {}  # by PID, before the newest jump; empty: it is certain
-        self._seen: set[int] = set()  # PIDs that came behind it
-        self._search_end = 0  # position until which each packet is looked at; 0: no jump yet
+        self._newest: deque[Block] = deque()  # the newest packets handed on; empty after a jump
+        # Since the newest place where the stream may jump:
+        self._may_jump = False
+        self._is_jump = False  # it does
+        self._before: Sequence[Block] = ()  # the packets before that place, the newest last
+        self._seen: set[int] = set()  # PIDs that have come
+        self._search_end = 0  # position until which their first packets are looked for
         self._is_shut = False
         self._shown = self.tables  # shut: those that viewers have
         self._patience_end = 0.0  # when any unit that starts opens it
@@ -1802,23 +1814,21 @@ class TsFramer(Framer):
 
     def leave_segments(self) -> None:
         super().leave_segments()
-        self._segment, self._seen_key_frame = None, False
+        self._segment, self._key_frame_time = None, None
 
     def expect_jump(self, is_certain: bool) -> None:
-        """What comes next may not go on from what came.
+        """The next bytes may not continue the last ones.
 
-        It does not, for certain: the first packet of each PID gets a notice.  It may (another
-        opening of the same source): `_counters` holds what came last, and the first packet that
-        does not go on from it, or is another table, makes the jump a certain one.
+        If that is certain, the first packet of each PID gets a notice.  Otherwise (another opening
+        of the same source, a segment) the counters tell: the first packet that does not continue
+        those before it, or is another table, makes the jump a certain one.
         """
         if is_certain:
-            self._newest = b""
+            self._newest.clear()
         if self.position:
-            # The tables' newest packets, and what came last of the streams.
             tables = self._shown if self._is_shut else self.tables
-            last = tables.packets + bytes(self._newest) if self._newest else b""
-            packets = [last[at : at + TS_PACKET] for at in range(0, len(last), TS_PACKET)]
-            self._counters = {pid_of(packet): packet[3] & 0x0F for packet in packets}
+            self._may_jump, self._is_jump = True, not self._newest
+            self._before = () if self._is_jump else (tables.packets, *self._newest)
             self._seen, self._search_end = {NULL_PID}, self.position + JUMP_SEARCH
 
     def shut(self, is_backlog: bool) -> None:
@@ -1910,11 +1920,12 @@ class TsFramer(Framer):
         blocks: list[Block] = []
         flags = data[start + 1 : end : TS_PACKET]
         first, index = start, 0
-        while found := (_ANY_BYTE if self._looks_at_all else _UNIT_START).search(flags, index):
-            at = first + found.start() * TS_PACKET
+        firsts = self._first_places(data, start, end)
+        while (index := self._next_place(flags, index, firsts)) < len(flags):
+            at = first + index * TS_PACKET
             packet = data[at : at + TS_PACKET]
             pid = pid_of(packet)
-            if self._search_end and (notice := self._notice(pid, packet)):
+            if self._may_jump and (notice := self._notice(pid, packet)):
                 blocks += self._hand_on(data, start, at, TS_PACKET)
                 blocks += self._hand_on(notice, 0, len(notice), TS_PACKET)
                 start = at
@@ -1922,30 +1933,78 @@ class TsFramer(Framer):
                 self.tables.add(pid, packet)
                 self._has_tables |= pid == self.tables.program_pid
                 self.preamble, self.unplayed = self.tables.packets, self.tables.unplayed
+                firsts = self._first_places(data, first, end)  # of other PIDs, perhaps
             elif packet[1] & 0x40 and pid in self.tables.streams:
                 self._see_unit(pid, packet, self.position + at - start)
-            index = found.end()
+            index += 1
         blocks += self._hand_on(data, start, end, TS_PACKET)
-        self._newest = blocks[-1]
+        self._remember(memoryview(data)[first:end])
         return blocks
 
-    @property
-    def _looks_at_all(self) -> bool:
-        """While a section goes on in a further packet, or some stream's first one is awaited."""
-        is_near = self.position < self._search_end
-        return bool(self.tables.parts) or (is_near and not self.tables.streams.keys() <= self._seen)
+    def _remember(self, packets: Block) -> None:
+        """Keep them for their counters, and no more than NEWEST_LIMIT bytes asks for."""
+        self._newest.append(packets)
+        excess = sum(map(len, self._newest)) - NEWEST_LIMIT
+        while excess >= len(self._newest[0]):
+            excess -= len(self._newest.popleft())
+
+    def _next_place(self, flags: bytes, index: int, firsts: Sequence[int]) -> int:
+        """The number of the next packet to look at, from `index` on; all if there is none.
+
+        While a section continues in a further packet, that is each one.
+        """
+        found = (_ANY_BYTE if self.tables.parts else _UNIT_START).search(flags, index)
+        number = found.start() if found else len(flags)
+        if firsts:
+            number = min([number, *(first for first in firsts if first >= index)])
+        return number
+
+    def _first_places(self, data: bytes, start: int, end: int) -> list[int]:
+        """The numbers of the packets that are the first of their PIDs since the stream may jump."""
+        if not self._may_jump:
+            return []
+        if self.position >= self._search_end:
+            self._may_jump = self._is_jump  # the rest of the PIDs is not known to jump
+            return []
+        pids = data[start + 2 : end : TS_PACKET]  # their lower halves
+        places = []
+        for pid in self.tables.pids - self._seen:
+            number = pids.find(pid & 0xFF)
+            while number >= 0:
+                at = start + number * TS_PACKET
+                if pid_of(data[at : at + 3]) == pid:
+                    places.append(number)
+                    break
+                number = pids.find(pid & 0xFF, number + 1)
+        return places
 
     def _notice(self, pid: int, packet: bytes) -> bytes:
         """What goes before a PID's first packet where it does not go on and does not say so."""
-        if pid in self._seen or (self._counters and pid not in self._counters):
+        if pid in self._seen:
             return b""
+        if not self._is_jump:
+            last = self._counter_before(pid)
+            if last is None or pid not in self.tables.pids:
+                return b""
         self._seen.add(pid)
         table = self.tables.announcement(pid, packet)
-        if table or self._counters.get(pid) != counter_before(packet):
-            self._counters = {}  # other media: nothing else of it goes on, either
-        if self._counters or (packet[3] & 0x20 and packet[4] and packet[5] & 0x80):
+        if not self._is_jump and (table or last != counter_before(packet)):
+            self._is_jump, self._before = True, ()  # nothing else of it goes on, either
+        if not self._is_jump or (packet[3] & 0x20 and packet[4] and packet[5] & 0x80):
             return b""
         return discontinuity_before(table or packet) + table
+
+    def _counter_before(self, pid: int) -> int | None:
+        """The counter of this PID's newest packet before the place where the stream may jump."""
+        for packets in reversed(self._before):
+            pids = bytes(packets[2::TS_PACKET])  # their lower halves
+            number = pids.rfind(pid & 0xFF)
+            while number >= 0:
+                packet = bytes(packets[number * TS_PACKET :][:TS_PACKET])
+                if pid_of(packet) == pid:
+                    return packet[3] & 0x0F
+                number = pids.rfind(pid & 0xFF, 0, number)
+        return None
 
     def _see_unit(self, pid: int, packet: bytes, position: int) -> None:
         dts = self._dts_of(pid, packet)
@@ -1954,7 +2013,7 @@ class TsFramer(Framer):
         tables = self.tables
         has_video = tables.video_pid >= 0
         is_key_frame = pid == tables.video_pid and self._is_key_frame(packet)
-        waits_for_key_frame = self._in_segments or (has_video and self._seen_key_frame)
+        waits_for_key_frame = self._in_segments or (has_video and self._has_key_frame)
         if self._segment is not None and (is_key_frame or not has_video):
             # Here where pictures that need others came first, else at the segment's start.
             is_whole = self._first_unit is None
@@ -1967,7 +2026,14 @@ class TsFramer(Framer):
             self.joins.append(JoinPoint(position, self.preamble, kind, dts=self.last_dts))
         if self._first_unit is None and (pid == tables.video_pid or not has_video):
             self._first_unit = position
-        self._seen_key_frame |= is_key_frame
+        if is_key_frame:
+            self._key_frame_time = time.monotonic()
+
+    @property
+    def _has_key_frame(self) -> bool:
+        """Whether a viewer can still start with one."""
+        came = self._key_frame_time
+        return came is not None and time.monotonic() - came < KEY_FRAME_LIFE
 
     def _dts_of(self, pid: int, packet: bytes) -> int | None:
         """The DTS of a unit of the picture, or of the sound if there is no picture.
@@ -2667,11 +2733,17 @@ class Window:
 
     def _join_point(self) -> JoinPoint | None:
         """Where a new viewer starts: at the best kind of join points that there is."""
-        best = max((join.kind for join in self._joins), default=None)
-        joins = [join for join in self._joins if join.kind is best]
+        now = time.monotonic()
+        usable = [
+            join
+            for join in self._joins
+            if join.kind is not JoinKind.KEY_FRAME or now - join.time < KEY_FRAME_LIFE
+        ]
+        best = max((join.kind for join in usable), default=None)
+        joins = [join for join in usable if join.kind is best]
         if best is JoinKind.SEGMENT:
             return joins[-self.live_edge :][0]
-        back = time.monotonic() - KEY_FRAME_BACK
+        back = now - KEY_FRAME_BACK
         old_enough = [join for join in joins if join.time <= back]
         return next(iter(old_enough[-1:] or joins), None)
 
@@ -5238,8 +5310,7 @@ class Splicer:
             self._start_seam()
         is_apart = event.is_discontinuous or not is_next
         self._listing.expect(event.duration, is_resumed or is_apart)
-        if is_resumed or is_apart:
-            self._framer.expect_jump(is_certain=is_apart)
+        self._framer.expect_jump(is_certain=is_apart)  # or its counters may not continue
         if is_changed:
             self._pass_init_section(init_section)
         self._passed = Fingerprint()

@@ -230,6 +230,17 @@ def padded(segment: bytes, size: int) -> bytes:
     return b"".join(grown)
 
 
+def with_counters_from_zero(segment: bytes) -> bytes:
+    """The segment as a muxer of its own writes it: the counter of each PID begins with 0."""
+    counters: dict[int, int] = {}
+    out = []
+    for packet in packets(segment):
+        counter = counters.get(pid(packet), -1) + (packet[3] >> 4 & 1) & 0x0F
+        counters[pid(packet)] = counter
+        out.append(packet[:3] + bytes([packet[3] & 0xF0 | counter]) + packet[4:])
+    return b"".join(out)
+
+
 def spliced(*parts: bytes, is_told: bool = True) -> bytes:
     """What StreamPipe makes of parts whose clock or counters do not go on from one to the next.
 

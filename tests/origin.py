@@ -1549,6 +1549,18 @@ def silent(port: int, addresses: Sequence[str] = SILENT) -> Iterator[None]:
 #### By hand ####
 
 
+def intra_refresh(pause: float = 0.01) -> Iterator[bytes]:
+    """A raw stream whose first picture is its only key frame; a packet comes after each pause."""
+    from tests import media
+
+    (first,) = media.ts_segments(1, 10.0)
+    packets = list(media.packets(first))
+    rest = packets[len(packets) // 2 :]
+    for packet in itertools.chain(packets, itertools.cycle([*packets[:2], *rest])):
+        yield packet
+        time.sleep(pause)
+
+
 TOKEN_SECONDS = 20.0  # that the addresses of `vod-tokens` are valid
 
 
@@ -1560,6 +1572,7 @@ def _add_channels(origin: Origin) -> list[str]:
     init, fragments = media.fmp4(30)
     key = bytes(range(16))
     aac = media.aac_segments(30)
+    anew = [media.with_counters_from_zero(segment) for segment in ts]
     jumping = [Segment(data, discontinuity=n % 5 == 0) for n, data in enumerate(ts)]
     # Another encoder's, with PIDs of its own: each second block of eight seconds.
     advertised = [
@@ -1579,6 +1592,7 @@ def _add_channels(origin: Origin) -> list[str]:
             "wrong-iv", ts, mode="live", aes_key=key, aes_iv=key, named_iv=key[::-1], clock=True
         ),
         Playlist("vod-byterange", ts, byte_ranges=True),
+        Playlist("counters-restart", anew, mode="live", clock=True),
         with_insert(origin, "insert-fmp4", ts[:10], init, fragments[:3], mode="live", clock=True),
         with_insert(origin, "insert-aac", ts[:10], None, aac[:3], mode="live", clock=True),
         Playlist("event", ts, mode="event", clock=True),
@@ -1603,6 +1617,7 @@ def _add_channels(origin: Origin) -> list[str]:
     ]
     addresses = [origin.add(playlist).url for playlist in playlists]
     addresses += [origin.add(multivariant).url for multivariant in masters]
+    addresses.append(origin.add_endless("/intra-refresh", intra_refresh))
     return addresses + _add_odd_answers(origin, ts)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,6 +47,43 @@ def jumps(data: bytes) -> list[tuple[int, int]]:
 def notices(data: bytes) -> list[int]:
     """PIDs of packets that say, without payload, that a PID does not go on."""
     return [media.pid(packet) for packet in media.packets(data) if media.is_notice(packet)]
+
+
+#### Segments of separate muxers ####
+
+
+@pytest.mark.parametrize("make", [media.ts_segments, media.audio_only_segments])
+def test_counters_that_restart_in_each_segment_are_announced(
+    origin: Origin, serve: Serve, tmp_path: Path, make: Callable[[int], Sequence[bytes]]
+) -> None:
+    anew = [media.with_counters_from_zero(segment) for segment in make(12)]
+    body, is_complete = (
+        serve({"film": origin.add(Playlist("film", anew)).url}).watch("/film").read_all()
+    )
+    assert is_complete
+    assert media.without_notices(body) == b"".join(anew)
+    assert jumps(body) == []
+    assert len(jumps(b"".join(anew))) > 12
+    if make is media.ts_segments:
+        assert "corrupt" in warnings_of_ffmpeg(tmp_path, b"".join(anew))
+    assert "corrupt" not in warnings_of_ffmpeg(tmp_path, body)
+
+
+def test_counters_that_continue_are_not_announced(origin: Origin, serve: Serve) -> None:
+    """Also of PIDs that the end of a segment lacks, and of large segments."""
+    segments = [media.padded(segment, 600_000) for segment in media.ts_segments(6)]
+    body, _ = serve({"film": origin.add(Playlist("film", segments)).url}).watch("/film").read_all()
+    assert body == b"".join(segments)
+
+
+def warnings_of_ffmpeg(folder: Path, stream: bytes) -> str:
+    file = folder / "stream.ts"
+    file.write_bytes(stream)
+    command = ["ffmpeg", "-v", "warning", "-i", str(file), "-map", "0", "-c", "copy"]
+    done = subprocess.run(
+        [*command, "-f", "null", "-"], capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stderr
 
 
 #### Ten advertisements, and players ####

@@ -22,7 +22,7 @@ import pytest
 
 import pipe
 from tests import media
-from tests.origin import Origin, Playlist, Segment, StallHeaders, Status, master
+from tests.origin import Origin, Playlist, Segment, StallHeaders, Status, intra_refresh, master
 from tests.server import TIMEOUT, Site, Watch
 
 LIVE_EDGE = 3  # segments; streamlink's default
@@ -182,6 +182,26 @@ def test_late_viewer_gets_the_initialization_section_first(origin: Origin, serve
     assert origin.count(playlist.init_path) == 1
 
 
+def test_late_viewer_of_intra_refresh_does_not_start_at_the_old_key_frame(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipe, "KEY_FRAME_LIFE", 1.0)
+    address = origin.add_endless("/relay", lambda: intra_refresh(0.002))
+    site = serve({"news": f"httpstream://{address}"})
+    first = site.watch("/news")
+    key_frame = first.read(10 * media.PACKET)[2 * media.PACKET : 3 * media.PACKET]
+
+    def starts_later() -> bool:
+        with site.watch("/news") as late:
+            tables_and_unit = late.read(3 * media.PACKET)
+        unit = tables_and_unit[2 * media.PACKET :]
+        assert media.pid(tables_and_unit) == 0
+        assert unit[1] & 0x40, "a PES starts"
+        return unit != key_frame
+
+    eventually(starts_later, "the key frame counts as none")
+
+
 def test_late_viewer_of_a_source_without_segments_starts_at_a_key_frame(
     origin: Origin, serve: Serve
 ) -> None:
@@ -213,16 +233,19 @@ def long_film(origin: Origin) -> Playlist:
 
 def test_viewer_of_vod_that_stops_reading_stops_the_downloads(origin: Origin, serve: Serve) -> None:
     film = long_film(origin)
+    # Its media starts over every eight segments.
+    loops = [film.plain(first, min(first + 8, 60)) for first in range(0, 60, 8)]
+    body = media.spliced(*loops, is_told=False)
     site = serve({"film": film.url}, ringbuffer_size=LEAST_RING)
     with Sluggish(site, "/film") as viewer:
         others = []
         for _ in range(2):  # each takes longer than the first would need to fetch everything
-            assert site.get("/film").body == film.plain(0, 60)
+            assert site.get("/film").body == body
             others.append(origin.count("/film/*.ts"))
         fetched_by_first = others[0] - 60
         assert 0 < fetched_by_first < 60
         assert others[1] == fetched_by_first + 120, "and it stays so"
-        assert viewer.read_all() == film.plain(0, 60)
+        assert viewer.read_all() == body
     assert origin.count("/film/*.ts") == 180
 
 

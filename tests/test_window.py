@@ -243,6 +243,15 @@ def test_key_frames_count_for_nothing_beside_segments() -> None:
     assert take(window, enter(window)) == b"<0>" + text(0, 2)
 
 
+def test_key_frame_of_half_a_minute_ago_counts_as_none() -> None:
+    """Intra refresh: the only key frame is the stream's first picture."""
+    window = Window(1000)
+    append(window, 0, 5, join(0, KEY_FRAME, ago=31), join(3, ANY, ago=8))
+    assert take(window, enter(window)) == b"<3>" + text(3, 5)
+    append(window, 5, 6, join(5, KEY_FRAME))
+    assert take(window, enter(window)) == b"<5>" + text(5, 6)
+
+
 def test_key_frame_has_to_do_where_no_segment_start_is_left() -> None:
     window = Window(4 * SIZE)
     append(window, 0, 1, join(0))
