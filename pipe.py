@@ -923,7 +923,7 @@ def _yaml_mistake(error: yaml.YAMLError, text: str) -> tuple[int, str]:
 LIST_LIMIT = 256 * MIB  # bytes of a list
 LINE_LIMIT = 64 * KIB  # bytes of a line; nothing useful is as long
 CHANNEL_LIMIT = 20_000  # entries of a list that become streams
-TEXT_LIMIT = 200  # characters of a title, a group or an id
+WORDS_LIMIT = 200  # characters of a title, a group or an id
 NAME_LIMIT = 60  # characters of a name, without its prefix and number
 ADDRESS_LIMIT = 4 * KIB  # characters
 
@@ -1267,7 +1267,7 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
     return matches
 
 
-def clean_text(text: str, most: int = TEXT_LIMIT) -> str:
+def clean_text(text: str, most: int = WORDS_LIMIT) -> str:
     """A text in one printable line, without superfluous blanks."""
     if not text.isprintable():
         text = "".join(c if c.isprintable() else " " if c.isspace() else "" for c in text)
