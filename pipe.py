@@ -141,7 +141,7 @@ try:
     from streamlink.plugins import http as _http_plugin  # noqa: F401  (or the first viewer waits)
     from streamlink.session.http import HTTPSession
     from streamlink.session.session import Streamlink
-    from streamlink.stream.dash.dash import DASHStream
+    from streamlink.stream.dash.dash import DASHStream, DASHStreamReader
     from streamlink.stream.ffmpegmux import FFMPEGMuxer, MuxedStream
     from streamlink.stream.hls.hls import (
         HLSStream,
@@ -4223,6 +4223,9 @@ class Upstream:
 
         def make_and_note(*arguments: Any, **more: Any) -> Any:
             files.append(make(*arguments, **more))
+            if isinstance(files[-1], DASHStreamReader):
+                # A track of DASH waits as SegmentReader.read does: its time-out is no end.
+                vars(files[-1])["read"] = files[-1].buffer.read
             return files[-1]
 
         vars(stream)[maker] = make_and_note

@@ -171,6 +171,22 @@ def dash_film(origin: Origin, segments: int = 12) -> str:
     return origin.add_file("/film.mpd", manifest.encode(), content_type="application/dash+xml")
 
 
+@pytest.mark.long
+def test_dash_film_whose_sound_stalls_is_whole(origin: Origin, serve: Serve) -> None:
+    """For longer than streamlink's time-out, and for less than the channel's patience."""
+    address = dash_film(origin)
+    stall = origin.fault("/sound/9.m4s", Stall(100), times=None)
+    viewer = serve({"news": address}, timeout=4).watch("/news")
+    reading = Task(viewer.read_all)
+    stall.wait_held()
+    threading.Event().wait(4.7)
+    stall.release()
+    body, is_complete = reading.result(LONG)
+    assert is_complete
+    assert count(body) == Counter(video=12 * media.FPS, audio=len(times(body, "audio")))
+    assert times(body, "audio")[-1] == pytest.approx(times(body, "video")[-1], abs=0.1)
+
+
 #### Nothing else ends a track ####
 
 
