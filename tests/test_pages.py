@@ -630,7 +630,7 @@ def test_bitrate_is_the_medias_whatever_its_segments_last(
     bodies = map(media.padded, media.ts_segments(), sizes)
     segments = [Segment(body, float(seconds)) for body in bodies]
     news = origin.add(Playlist("news", segments, mode="live", target_duration=seconds))
-    site = serve({"news": news.url})
+    site = serve({"news": news.url}, streamlink={"hls-playlist-reload-time": 2})
     viewer = site.watch("/news")
     for first, end in [(2, 5), (5, 6), (6, 8)]:
         if first > 2:
