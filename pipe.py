@@ -118,7 +118,7 @@ import weakref
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from http import HTTPStatus
 from http.cookiejar import MozillaCookieJar
@@ -470,6 +470,11 @@ def list_address(text: str) -> str:
     if _split(stream_address(address))[0] not in ("http", "https"):
         raise ValueError("expected an address that starts with http:// or https://")
     return address
+
+
+def without_prefixes(address: str) -> str:
+    """An address without streamlink's prefixes in front of it."""
+    return re.sub(r"^(?:hls|hlsvariant|httpstream|dash)://(?=\w+://)", "", address)
 
 
 def _split(address: str) -> tuple[str, str]:
@@ -1481,6 +1486,49 @@ def _stream_of(name: str, settings: PlaylistSettings, entry: Entry) -> StreamSet
         options=settings.options,
         playlist=settings.name,
     )
+
+
+# Accounts
+
+
+def account_of(config: Config, stream: StreamSettings, address: str) -> PlaylistSettings | None:
+    """The playlist whose account an address of a stream belongs to; None if it has no account.
+
+    an imported stream      the playlist that brought the address
+    an entry of `streams:`  the first playlist whose address has the same host, port and user
+    """
+    imported = stream.at(address).playlist
+    if imported is not None:
+        return config.playlists.get(imported)
+    for playlist in config.playlists.values():
+        if _is_of_account(address, playlist.url):
+            return playlist
+    return None
+
+
+def _is_of_account(address: str, list_address: str) -> bool:
+    """Whether an address has the host, the port and the user of a list's address."""
+    ours, theirs = urlsplit(without_prefixes(address)), urlsplit(list_address)
+    try:
+        is_same_host = (ours.hostname, ours.port) == (theirs.hostname, theirs.port)
+    except ValueError:  # the port is no number
+        return False
+    if not is_same_host or theirs.hostname is None:
+        return False
+    user = _user_of(list_address)
+    if user is None:
+        return _user_of(address) is None
+    # Panels put the user into the path of their streams: /live/USER/PASSWORD/1.ts
+    return user == _user_of(address) or user in unquote(ours.path).split("/")
+
+
+def _user_of(address: str) -> str | None:
+    """The user that an address names in front of its host or in its query."""
+    parts = urlsplit(without_prefixes(address))
+    if parts.username:
+        return unquote(parts.username)
+    query = dict(parse_qsl(parts.query))
+    return query.get("username") or query.get("user")
 
 
 def overridden(stream: StreamSettings, given: Mapping[str, Any]) -> StreamSettings:
@@ -3981,7 +4029,7 @@ def _shut(sock: socket.socket) -> None:
 
 
 START_LIMIT = 4 * KIB  # bytes of blanks and comments in front of a playlist, at most
-TEXT_LIMIT = 4 * KIB  # bytes; a longer text is not a message
+MESSAGE_LIMIT = 4 * KIB  # bytes; a longer text is not a message
 TEXT_SHOWN = 80  # bytes of a text in the debug log
 _BLANKS = rb"(\xef\xbb\xbf)?(\s|#(?!EXTM3U)[^\r\n]*[\r\n])*"
 _COMMENTS = re.compile(_BLANKS + rb"(#[^\r\n]*)?")
@@ -4023,7 +4071,7 @@ def is_text(start: bytes) -> bool:
 
 def is_short_text(body: bytes) -> bool:
     """Whether a complete body is an error message or a list of links, and no media playlist."""
-    return 0 < len(body) < TEXT_LIMIT and is_text(body) and not is_playlist(body)
+    return 0 < len(body) < MESSAGE_LIMIT and is_text(body) and not is_playlist(body)
 
 
 def text_error(body: bytes) -> UpstreamError:
@@ -6178,7 +6226,7 @@ def variant_of(quality: str, variants: Mapping[str, str]) -> str | None:
 
 def host_of(address: str) -> str:
     """The host of an address, behind streamlink's prefixes; empty where it has none."""
-    return _split(re.sub(r"^(?:hls|hlsvariant|httpstream|dash)://(?=\w+://)", "", address))[1]
+    return _split(without_prefixes(address))[1]
 
 
 def stopping_error() -> StreamError:
@@ -8459,26 +8507,147 @@ class Server(ThreadingHTTPServer):
 
 
 # --------------------------------------------------------------------------------------------------
-# Check: opens every stream once and tells what comes
+# Check: opens every address of every stream once, and tells what it offers
+#
+# It opens CHECKS_AT_ONCE addresses at a time, never more than `max_upstreams`, and never more of an
+# account than that allows.  A provider may count a connection for a while after it was closed, so
+# an address that may be refused for that is tried REFUSED_TRIES times.
 # --------------------------------------------------------------------------------------------------
 
 CHECKS_AT_ONCE = 4
+CHECK_TIME = 3.0  # seconds that an address takes, as far as is known before the first one
+REFUSED_PAUSE = 2.0  # seconds until a refused address is tried again
+REFUSED_TRIES = 4
+# Statuses that say nothing but that no connection is free.  The others in BUSY may have other
+# reasons, so they count only if this check has just closed a connection to the same host.
+SURELY_BUSY = frozenset(f"the origin answered {status}" for status in (429, 458, 509))
+SHOWN_POSITIONS = ("the first", "the second", "the third")
 
 
-def check_stream(stream: StreamSettings) -> tuple[bool, str]:
-    """Start a stream as a viewer would, and end it with its first bytes; tells how it went."""
+@dataclass(frozen=True)
+class Finding:
+    """What one address of a stream offers."""
+
+    is_ok: bool
+    words: str
+    reason: str = ""  # why it failed
+
+
+@dataclass
+class Check:
+    """An address to check, and where it counts."""
+
+    stream: StreamSettings
+    address: str
+    account: str | None  # name of the playlist whose account it uses
+    finding: Finding | None = None
+
+
+def check_address(check: Check, had_connection: bool) -> Finding:
+    """Start a stream at one address as a viewer would, and end it with its first bytes.
+
+    `had_connection`: its host has just had another connection of ours.
+    """
+    busy = BUSY if had_connection else SURELY_BUSY
+    for tries_left in reversed(range(REFUSED_TRIES)):
+        finding = _check_once(check)
+        if finding.reason not in busy or not tries_left:
+            break
+        time.sleep(REFUSED_PAUSE)
+    return finding
+
+
+def _check_once(check: Check) -> Finding:
+    stream = replace(check.stream, urls=(check.address,))
     channels = Channels(Config(streams={stream.name: stream}))
     began = time.monotonic()
     try:
         channel = channels.watch(stream, None, Viewer("check"))
         seconds = time.monotonic() - began
     except StreamError as error:
-        return False, error.reason
+        return Finding(False, error.reason, error.reason)
     finally:
         channels.stop(EXIT_TIME)
     qualities = ", ".join(dict.fromkeys(channels.record(stream.name).variants.values()))
     words = [channel.container.media_type, qualities, f"first byte after {seconds:.2f} s"]
-    return True, "; ".join([*words, channel.note] if channel.note else words)
+    if channel.note:
+        words.append(channel.note)
+    return Finding(True, "; ".join(words))
+
+
+class Checker:
+    """Runs checks in a few threads, within the limits of the server and of each account.
+
+    Blocks in run() alone.
+    """
+
+    def __init__(self, config: Config, checks: Sequence[Check]) -> None:
+        self._checks = checks
+        self._limits = {name: found.max_upstreams for name, found in config.playlists.items()}
+        self._at_once = min(CHECKS_AT_ONCE, config.server.max_upstreams or CHECKS_AT_ONCE)
+        # Guards everything below.  Notified when a check ends.
+        self._changed = threading.Condition()
+        self._waiting = list(checks)
+        self._open: Counter[str | None] = Counter()  # addresses being checked, by account
+        self._hosts: set[str] = set()  # hosts that have had a connection
+        self._done = 0
+
+    def run(self, show: Callable[[int], None]) -> None:
+        """Run all checks; `show` is called with the number of those that are done."""
+        threads = [
+            threading.Thread(target=self._run, name=f"check-{number}", daemon=True)
+            for number in range(min(self._at_once, len(self._checks)))
+        ]
+        for thread in threads:
+            thread.start()
+        shown = 0
+        while shown < len(self._checks):
+            with self._changed:
+                self._changed.wait_for(lambda shown=shown: self._done > shown)  # type: ignore[misc]
+                shown = self._done
+            show(shown)
+
+    def seconds(self) -> float:
+        """About how long all checks take, by the limits that hold."""
+        counts = Counter(check.account for check in self._checks)
+        turns = [len(self._checks) / self._at_once]
+        for account, count in counts.items():
+            turns.append(count / self._places_of(account))
+        return max(turns) * CHECK_TIME
+
+    def _places_of(self, account: str | None) -> int:
+        """How many addresses of an account may be checked at once."""
+        limit = self._limits.get(account, 0) if account else 0
+        return min(limit, self._at_once) if limit else self._at_once
+
+    def _run(self) -> None:
+        while check := self._take():
+            host = host_of(check.address)
+            with self._changed:
+                had_connection = host in self._hosts
+            try:
+                finding = check_address(check, had_connection)
+            except Exception:
+                log.exception("a check failed")
+                finding = Finding(False, "StreamPipe failed: see its log")
+            with self._changed:
+                check.finding = finding
+                self._hosts.add(host)
+                self._open[check.account] -= 1
+                self._done += 1
+                self._changed.notify_all()
+
+    def _take(self) -> Check | None:
+        """The next check whose account has a place; waits for one, and returns None at the end."""
+        with self._changed:
+            while self._waiting:
+                for check in self._waiting:
+                    if self._open[check.account] < self._places_of(check.account):
+                        self._waiting.remove(check)
+                        self._open[check.account] += 1
+                        return check
+                self._changed.wait()
+            return None
 
 
 def load_for_check(config: Config) -> tuple[Config, dict[str, str]]:
@@ -8496,28 +8665,85 @@ def load_for_check(config: Config) -> tuple[Config, dict[str, str]]:
     return with_lists(config, loaded, {})[0], failures
 
 
-def run_check(config: Config) -> int:
-    """Open all streams, a few at a time, and print a line for each; returns the exit status."""
+def run_check(config: Config, names: Sequence[str] = ()) -> int:
+    """Open all streams, or those named, and print a line for each; returns the exit status.
+
+    Raises ConfigError if there is no stream of a name.
+    """
     config, failures = load_for_check(config)
     for name, reason in failures.items():
         print(f"{name}  failed  {reason}")  # noqa: T201
-    streams = config.streams.values()
-    executor = ThreadPoolExecutor(CHECKS_AT_ONCE, thread_name_prefix="check")
-    try:
-        checks = [executor.submit(check_stream, stream) for stream in streams]
-        for count, _ in enumerate(as_completed(checks), 1):
-            if sys.stderr.isatty():
-                end = "" if count < len(checks) else "\n"
-                print(f"\r{count} of {len(checks)} checked", end=end, file=sys.stderr, flush=True)  # noqa: T201
-    finally:  # Ctrl-C waits for none that has not begun
-        executor.shutdown(wait=False, cancel_futures=True)
-    findings = [check.result() for check in checks]
-    if not findings and not failures:
+    streams = list(config.streams.values())
+    if names:
+        unknown = [name for name in names if name not in config.streams]
+        if unknown:
+            raise ConfigError([f"{name}: there is no stream of this name" for name in unknown])
+        streams = [config.streams[name] for name in names]
+    if not streams and not failures:
         print(NO_STREAMS, file=sys.stderr)  # noqa: T201
-    for stream, (is_ok, words) in zip(streams, findings, strict=True):
-        print(f"{stream.name}  {'ok' if is_ok else 'failed'}  {words}")  # noqa: T201
-    is_all_well = all(is_ok for is_ok, _ in findings) and not failures
+        return EXIT_FAILED
+    checks: dict[str, list[Check]] = {}
+    for stream in streams:
+        checks[stream.name] = []
+        for address in stream.urls:
+            account = account_of(config, stream, address)
+            check = Check(stream, address, account.name if account else None)
+            checks[stream.name].append(check)
+    everything = [check for found in checks.values() for check in found]
+    checker = Checker(config, everything)
+    _run_with_progress(checker, len(everything))
+    is_all_well = not failures
+    for name, found in checks.items():
+        is_ok, words = _summary([check.finding for check in found if check.finding])
+        is_all_well = is_all_well and is_ok
+        print(f"{name}  {words}")  # noqa: T201
     return EXIT_OK if is_all_well else EXIT_FAILED
+
+
+def _summary(findings: Sequence[Finding]) -> tuple[bool, str]:
+    """Whether a stream plays, and the line about it: `ok, 1 of 2: the first answered 403 ...`"""
+    working = [finding for finding in findings if finding.is_ok]
+    if not working:
+        reasons = dict.fromkeys(finding.words for finding in findings)
+        return False, f"failed  {'; '.join(reasons)}"
+    if len(findings) == 1:
+        return True, f"ok  {working[0].words}"
+    state = f"ok, {len(working)} of {len(findings)}"
+    problems = []
+    for number, finding in enumerate(findings, 1):
+        if finding.is_ok:
+            continue
+        position = f"number {number}"
+        if number <= len(SHOWN_POSITIONS):
+            position = SHOWN_POSITIONS[number - 1]
+        if finding.reason.startswith("the origin "):
+            problems.append(finding.reason.replace("the origin", position, 1))
+        else:
+            problems.append(f"{position}: {finding.reason}")
+    if problems:
+        state += f": {', '.join(problems)}"
+    return True, f"{state}  {working[0].words}"
+
+
+def _run_with_progress(checker: Checker, total: int) -> None:
+    """Run the checks; on a terminal, say how far they are and about how long they will take."""
+    is_terminal = sys.stderr.isatty()
+    began = time.monotonic()
+
+    def show(done: int) -> None:
+        if not is_terminal:
+            return
+        left = (time.monotonic() - began) / done * (total - done)
+        text = f"\r{done} of {total} checked, {_duration(left)} left "
+        if done == total:
+            text = f"\r{done} of {total} checked{' ' * 20}\n"
+        print(text, end="", file=sys.stderr, flush=True)  # noqa: T201
+
+    if is_terminal:
+        about = _duration(checker.seconds())
+        what = "1 address" if total == 1 else f"{total} addresses"
+        print(f"checking {what}, about {about}", file=sys.stderr)  # noqa: T201
+    checker.run(show)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8592,7 +8818,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--port", metavar="N", type=_port, help="listen on this port instead of the file's")
     text = f"serve /{DEMO_STREAM}, a channel that needs no network"
     add("--demo", action="store_true", help=text)
-    text = "test every stream, print the result and exit"
+    text = "test every stream, or those named, print the result and exit"
     add("--check", action="store_true", help=text)
     levels = ("debug", "info", "warning", "error")
     text = "debug, info, warning or error (default: info)"
@@ -8600,6 +8826,8 @@ def build_parser() -> argparse.ArgumentParser:
     python = ".".join(map(str, sys.version_info[:3]))
     version = f"StreamPipe {__version__}, streamlink {engine_version}, Python {python}"
     add("--version", action="version", version=version)
+    text = "serve this stream or channel list: an address, NAME=ADDRESS or the path of an .m3u file"
+    add("addresses", metavar="ADDRESS", nargs="*", help=text)
     return parser
 
 
@@ -8610,24 +8838,165 @@ def _port(value: str) -> int:
     return port
 
 
-def read_settings(arguments: argparse.Namespace, demo: str | None) -> Config:
+# Addresses on the command line
+
+JUDGE_TIME = 5.0  # seconds in which an address that ends in .m3u8 may show that it is a list
+JUDGED_AT_ONCE = 8  # such addresses
+PLAIN_NAME = "stream"  # of a stream whose address yields none
+
+
+@dataclass(frozen=True)
+class Given:
+    """The command line's words that are no options."""
+
+    addresses: Mapping[str, str]  # of streams, by name
+    lists: Mapping[str, str]  # addresses or paths of channel lists, by name
+    names: Sequence[str]  # of streams to check
+
+
+def read_words(words: Sequence[str], is_check: bool) -> Given:
+    """Sort the command line's words; raises ConfigError.
+
+      has `://` or `NAME=`, or ends in .m3u          an address
+        has get.php, or ends in .m3u                 of a channel list
+        ends in .m3u8                                of a list if its first load shows one
+        otherwise                                    of a stream
+      anything else                                  a stream's name, for --check alone
+
+    Loads the addresses that end in .m3u8, and blocks for that: JUDGE_TIME at most for every
+    JUDGED_AT_ONCE of them.
+    """
+    mistakes: list[str] = []
+    found: list[tuple[str, str]] = []  # names, or "" if none is given, and addresses
+    names: list[str] = []
+    for word in words:
+        name, address = _split_word(word)
+        if address:
+            try:
+                _check_word(name, address)
+            except ValueError as error:
+                mistakes.append(f"{name or 'ADDRESS'}: {error}")
+            found.append((name, address))
+        elif is_check:
+            names.append(word)
+        else:
+            mistakes.append(f"{word}: write an address that starts with http:// or https://")
+    if mistakes:
+        raise ConfigError(mistakes)
+    with ThreadPoolExecutor(JUDGED_AT_ONCE, thread_name_prefix="judge") as executor:
+        are_lists = list(executor.map(_is_list, [address for _, address in found]))
+    addresses: dict[str, str] = {}
+    lists: dict[str, str] = {}
+    for (name, address), is_list in zip(_named(found), are_lists, strict=True):
+        if is_list:
+            lists[name] = address
+        else:
+            addresses[name] = address
+    return Given(addresses, lists, names)
+
+
+def _named(found: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """These with a name each that no other has; raises ConfigError if two were given the same."""
+    given = Counter(name for name, _ in found if name)
+    twice = [name for name, count in given.items() if count > 1]
+    if twice:
+        raise ConfigError([f"{name}: two addresses have this name" for name in twice])
+    taken = set(given)
+    named = []
+    for name, address in found:
+        if not name:
+            base = _name_from(address)
+            name = base
+            number = 2
+            while name in taken:
+                name = f"{base}-{number}"
+                number += 1
+            taken.add(name)
+        named.append((name, address))
+    return named
+
+
+def _split_word(word: str) -> tuple[str, str]:
+    """The name, if there is one, and the address; without an address, the word is a name."""
+    name, equals, address = word.partition("=")
+    if equals and not re.search(r"[/:?&.]", name):
+        return name, address
+    if "://" in word or word.lower().endswith(".m3u"):
+        return "", word
+    return "", ""
+
+
+def _check_word(name: str, address: str) -> None:
+    """Raise ValueError unless this name, if any, and this address can be served."""
+    if name and not STREAM_NAME.fullmatch(name):
+        raise ValueError("a stream name may only contain a-z, 0-9 and -")
+    if name in RESERVED_NAMES:
+        raise ValueError("this name is reserved: choose another")
+    if "://" in address:
+        stream_address(address)
+    elif not address.lower().endswith((".m3u", ".m3u8")):
+        raise ValueError("write http:// or https:// in front of the address")
+    elif not Path(address).expanduser().is_file():
+        raise ValueError("no such file")
+
+
+def _name_from(address: str) -> str:
+    """A stream's name from the last part of its address's path."""
+    last = unquote(urlsplit(without_prefixes(address)).path).rstrip("/").rpartition("/")[2]
+    name = plain_name(last.rpartition(".")[0] or last)
+    return PLAIN_NAME if not name or name in RESERVED_NAMES else name
+
+
+def _is_list(address: str) -> bool:
+    """Whether an address is that of a channel list; blocks for JUDGE_TIME at most."""
+    path = urlsplit(without_prefixes(address)).path.lower()
+    if "://" not in address or path.endswith(".m3u") or "get.php" in address:
+        return True
+    if not path.endswith(".m3u8") or urlsplit(address).scheme not in ("http", "https"):
+        return False
+    settings = PlaylistSettings("list", address, films=True)
+    fetch = fetch_for(settings, address, JUDGE_TIME)
+    try:
+        load_list(settings, fetch)
+    except PipeError:  # a stream's playlist, or nothing that can be read: the start will say so
+        return False
+    finally:
+        fetch.close()
+    return True
+
+
+def read_settings(arguments: argparse.Namespace, given: Given, demo: str | None) -> Config:
     """The file's configuration with the command line's laid over; raises ConfigError.
 
     `demo` is the address of the demo's stream.
     """
     config = Config()
-    if arguments.config or not arguments.demo:
+    needs_file = not (arguments.demo or given.addresses or given.lists)
+    if arguments.config or needs_file:
         config = load_config(arguments.config or Path("config.yml"), engine_options())
-    given = {"host": arguments.host, "port": arguments.port}
-    server = replace(config.server, **{k: v for k, v in given.items() if v is not None})
+    own = {"host": arguments.host, "port": arguments.port}
+    server = replace(config.server, **{k: v for k, v in own.items() if v is not None})
+    mistakes = []
     streams = dict(config.streams)
+    playlists = dict(config.playlists)
+    for name, address in given.addresses.items():
+        if name in streams or name in config.overrides:
+            mistakes.append(f"streams.{name}: the command line adds a stream with this name, too")
+        streams[name] = StreamSettings(name, (address,), title=name, options=config.options)
+    for name, address in given.lists.items():
+        if name in playlists:
+            mistakes.append(f"playlists.{name}: the command line adds a list with this name, too")
+        playlists[name] = PlaylistSettings(name, address, options=config.options)
     if demo:
         if DEMO_STREAM in streams:
-            mistake = f"streams.{DEMO_STREAM}: --demo adds a stream with this name: rename yours"
-            raise ConfigError([mistake])
+            mistakes.append(
+                f"streams.{DEMO_STREAM}: --demo adds a stream with this name: rename yours"
+            )
         card = StreamSettings(DEMO_STREAM, (demo,), title="Test card", options=config.options)
         streams[DEMO_STREAM] = card
-    return replace(config, server=server, streams=streams)
+    if mistakes:
+        raise ConfigError(mistakes)
+    return replace(config, server=server, streams=streams, playlists=playlists)
 
 
 # Logging
@@ -9046,6 +9415,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     formatter = set_up_logging("error" if arguments.check else arguments.log_level)
     try:
         check_engine()
+        given = read_words(arguments.addresses, arguments.check)
         with demo_origin() if arguments.demo else contextlib.nullcontext() as demo:
             config = Config()
 
@@ -9053,7 +9423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 formatter.secrets = secrets_of(new)
 
             def read() -> Config:
-                new = read_settings(arguments, demo)
+                new = read_settings(arguments, given, demo)
                 had_streams = config.streams or config.playlists
                 has_streams = new.streams or new.playlists
                 if had_streams and not has_streams:  # an editor may have emptied the file first
@@ -9065,7 +9435,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warm_up()
             raise_file_limit()
             if arguments.check:
-                return run_check(config)
+                return run_check(config, given.names)
             return serve(config, collect_signals(), read, learn)
     except ConfigError as error:
         print(*error.mistakes, sep="\n", file=sys.stderr)  # noqa: T201

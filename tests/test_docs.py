@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -388,3 +390,16 @@ def test_readme_shows_an_answer_of_this_version() -> None:
     (answer,) = blocks("console")
     assert f"\nServer: StreamPipe/{pipe.__version__}\n" in answer
     assert f"\nContent-Type: {pipe.MPEG_TS.media_type}\n" in answer
+
+
+def test_each_top_level_name_is_given_once() -> None:
+    """A second assignment of another section would silently take the place of the first."""
+    counts: Counter[str] = Counter()
+    for node in ast.parse((ROOT / "pipe.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            counts[node.name] += 1
+        elif isinstance(node, ast.Assign):
+            counts.update(target.id for target in node.targets if isinstance(target, ast.Name))
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            counts[node.target.id] += 1
+    assert [name for name, count in counts.items() if count > 1] == []

@@ -1455,9 +1455,9 @@ def test_check_opens_a_few_streams_at_a_time(origin: Origin, check: Check) -> No
     assert 2 <= origin.peak("*/index.m3u8") <= 8
 
 
-def test_check_of_no_streams_is_well(check: Check) -> None:
+def test_check_of_no_streams_fails(check: Check) -> None:
     status, output, errors = check({})
-    assert (status, output) == (0, [])
+    assert (status, output) == (1, [])
     assert "no streams are configured: add some under streams:" in errors[-1]
 
 
@@ -1496,4 +1496,6 @@ def test_check_shows_its_progress_on_a_terminal_alone(origin: Origin, tmp_path: 
     assert program.returncode == 0
     assert [line.split()[0] for line in output.splitlines()] == ["one", "two"]
     assert "checked" not in output
-    assert re.fullmatch(r"\r1 of 2 checked\s*\r2 of 2 checked\s*\r?\n", shown)
+    about, *counts = shown.splitlines()
+    assert re.fullmatch(r"checking 2 addresses, about \d+ s", about)
+    assert re.fullmatch(r"(1 of 2 checked, \d+ s left )?2 of 2 checked", "".join(counts).strip())

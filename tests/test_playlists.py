@@ -224,10 +224,12 @@ def test_page_within_a_stream_is_told(origin: Origin, serve: Serve, kind: str) -
     assert (status, words.endswith("the origin sent a web page, not a stream")) == (502, True)
 
 
-def test_check_says_that_it_is_a_page(origin: Origin) -> None:
+def test_check_says_that_it_is_a_page(origin: Origin, capsys: pytest.CaptureFixture[str]) -> None:
     origin.fault("/news", Body(WEB_PAGE, "text/html"), times=None)
     stream = pipe.StreamSettings("news", (f"{origin.url}/news",))
-    assert pipe.check_stream(stream) == (False, "the origin sent a web page, not a stream")
+    assert pipe.run_check(pipe.Config(streams={"news": stream})) == 1
+    said = capsys.readouterr().out
+    assert said == "news  failed  the origin sent a web page, not a stream\n"
 
 
 @pytest.mark.parametrize("place", ["playlist", "segment"])

@@ -72,10 +72,11 @@ def test_text_in_place_of_a_variant_is_told(origin: Origin, serve: Serve) -> Non
     assert reason(serve({"news": address})) == (502, REASON)
 
 
-def test_check_reports_a_text_as_failed(origin: Origin) -> None:
+def test_check_reports_a_text_as_failed(origin: Origin, capsys: pytest.CaptureFixture[str]) -> None:
     origin.fault("/news", Body(PANEL_TEXT), times=None)
     stream = pipe.StreamSettings("news", (f"{origin.url}/news",))
-    assert pipe.check_stream(stream) == (False, REASON)
+    assert pipe.run_check(pipe.Config(streams={"news": stream})) == 1
+    assert capsys.readouterr().out == f"news  failed  {REASON}\n"
 
 
 @pytest.mark.parametrize("place", ["/news", "/news/index.m3u8", "/news/*.ts"])
