@@ -3447,17 +3447,6 @@ class Session:
         names = {id(streams[name]): name for name in reversed(self.qualities)}
         self.canonical = {name: names.get(id(stream), name) for name, stream in streams.items()}
 
-    def missing(self, name: str) -> str | None:
-        """What a viewer of this quality has to do without."""
-        stream = self._streams[name]
-        if not isinstance(stream, HLSStream) or stream.multivariant is None:
-            return None
-        playlist = next((p for p in stream.multivariant.playlists if p.uri == stream.url), None)
-        has_sound_apart = playlist and any(m.type == "AUDIO" and m.uri for m in playlist.media)
-        if has_sound_apart and not FFMPEGMuxer.is_usable(self.engine):
-            return "no sound: install ffmpeg"
-        return None
-
     def open(
         self,
         name: str,
@@ -3465,18 +3454,22 @@ class Session:
         is_other: bool = False,
         tracks: Sequence[int] = (),
         copy: int = 0,
+        left_out: Collection[int] | None = None,
     ) -> Upstream:
         """Open a copy of a quality; raises UpstreamError.
 
         It begins with the segment `first` where that is listed, and with each one's of `tracks`
         where ffmpeg puts tracks together.
         `is_other`: another address gave the numbers, so the playlist may be a little behind them.
+        `left_out`: the tracks that the channel's start left out; None at a start.
         """
         upstream: Upstream | None = None
         self.slack = STALE_NUMBERS if is_other else 0
         try:
             with self.http.within(self._ends - time.monotonic()):
-                upstream = self._upstream_of(self._copy_of(name, copy), first, tracks)
+                stream = self._follow(self._copy_of(name, copy))
+                upstream = self._upstream_of(stream, first, tracks, left_out)
+            upstream.missing = self._missing(stream)
             upstream.start()
         except Exception as error:
             log.debug("cannot open", exc_info=True)
@@ -3489,6 +3482,11 @@ class Session:
         """How many addresses a quality has."""
         return len(self._copies.get(self.canonical[name], [name]))
 
+    @property
+    def remaining(self) -> float:
+        """Seconds until all has to be open."""
+        return max(0.1, self._ends - time.monotonic())
+
     def shorten(self, seconds: float) -> None:
         """Let what is still to be opened take so many seconds at most."""
         self._ends = min(self._ends, time.monotonic() + seconds)
@@ -3497,8 +3495,23 @@ class Session:
         copies = self._copies.get(self.canonical[name], [self._streams[name]])
         return copies[copy % len(copies)]
 
-    def _upstream_of(self, stream: Any, first: int | None, tracks: Sequence[int]) -> Upstream:
-        stream = self._follow(stream)
+    def _missing(self, stream: Any) -> str | None:
+        """What a viewer of this stream has to do without."""
+        if not isinstance(stream, HLSStream) or stream.multivariant is None:
+            return None
+        playlist = next((p for p in stream.multivariant.playlists if p.uri == stream.url), None)
+        has_sound_apart = playlist and any(m.type == "AUDIO" and m.uri for m in playlist.media)
+        if has_sound_apart and not FFMPEGMuxer.is_usable(self.engine):
+            return "no sound: install ffmpeg"
+        return None
+
+    def _upstream_of(
+        self,
+        stream: Any,
+        first: int | None,
+        tracks: Sequence[int],
+        left_out: Collection[int] | None,
+    ) -> Upstream:
         if isinstance(stream, HLSStream):
             return SegmentedUpstream(self, stream, first)
         if isinstance(stream, HTTPStream):
@@ -3509,7 +3522,7 @@ class Session:
         )
         if has_both or isinstance(stream, MuxedStream):
             self._check_muxing()
-        return ProcessUpstream(self, stream, tracks)
+        return ProcessUpstream(self, stream, tracks, left_out)
 
     def _check_muxing(self) -> None:
         """Raise UpstreamError where ffmpeg, or a place for the FIFOs that it reads, is missing."""
@@ -4163,6 +4176,9 @@ class Upstream:
         self._pump: threading.Thread | None = None  # moves what comes to the buffer
         self._closing = threading.Event()
         self.is_clean = False  # see Splicer.resume
+        self.missing: str | None = None  # what viewers have to do without
+        self.left_out: Collection[int] = ()  # the places of the tracks that were left out
+        self._unused: list[Any] = []  # their files
 
     def __repr__(self) -> str:
         state = "closed" if self._closing.is_set() else "open"
@@ -4251,16 +4267,17 @@ class Upstream:
 
     def _close(self) -> None:
         """Wait for the end of what was started; blocks for seconds at most."""
-        for file in reversed(self._files):
+        for file in reversed([*self._files, *self._unused]):
             try:
                 file._opened = True  # or a writer whose worker could not be started would be left
                 file.close()
             except Exception:
                 log.debug("cannot close", exc_info=True)
-        for file in self._files:
+        for file in (*self._files, *self._unused):
             if isinstance(file, SegmentReader):
                 file.let_go()
         self._files.clear()
+        self._unused.clear()
         if self._pump and self._pump.ident:
             self._pump.join()
 
@@ -4613,6 +4630,12 @@ class SegmentReader(HLSStreamReader):
         """Break off: the worker has no more segments to put."""
         self.buffer.end(reason)
         self.close()
+
+    def abandon(self) -> None:
+        """Have the threads end when they can, and drop what they bring; returns at once."""
+        self.buffer.discard()
+        self.worker.closed = True
+        self.worker._wait.set()
 
     def let_go(self) -> None:
         """Have streamlink's threads let go of this, once they have ended, and of its bytes."""
@@ -5064,12 +5087,40 @@ class RawUpstream(Upstream):
         yield SegmentEvent(EventKind.END, 0)
 
 
+def leave_out(stream: Any, places: Collection[int]) -> None:
+    """Take tracks out of a muxed stream, by their places in it, before or after it is opened."""
+    tracks = [*stream.substreams, *stream.subtitles.values()]
+    kept = [place for place in range(len(tracks)) if place not in places]
+    picked = [tracks[place] for place in kept]
+    stream.substreams = [track for track in stream.substreams if track in picked]
+    stream.subtitles = {name: t for name, t in stream.subtitles.items() if t in picked}
+    numbers = {str(old): str(new) for new, old in enumerate(kept)}  # ffmpeg's, of its inputs
+    maps = (str(entry).partition(":") for entry in stream.options.get("maps", []))
+    stream.options["maps"] = [
+        numbers[number] + colon + rest for number, colon, rest in maps if number in numbers
+    ]
+    if offsets := stream.options.get("itsoffset"):
+        stream.options["itsoffset"] = [offsets[place] for place in kept]
+    metadata = stream.options.get("metadata", {})
+    others = {key: value for key, value in metadata.items() if not key.startswith("s:s:")}
+    words = {f"s:s:{n}": [f"language={name}"] for n, name in enumerate(stream.subtitles)}
+    stream.options["metadata"] = others | words
+
+
 class ProcessUpstream(Upstream):
     """Tracks that ffmpeg puts together, and whatever else streamlink opens as a file."""
 
-    def __init__(self, session: Session, stream: Any, first: Sequence[int]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        stream: Any,
+        first: Sequence[int],
+        left_out: Collection[int] | None,
+    ) -> None:
         super().__init__(session)
         self._stream = stream
+        self._is_start = left_out is None
+        self.left_out = left_out or ()
         self._file: Any = None
         self._first = first  # segments of its tracks: see SegmentReader
         self._failure: str | None = None  # of a track
@@ -5078,11 +5129,9 @@ class ProcessUpstream(Upstream):
     def start(self) -> None:
         stream = self._stream
         if isinstance(stream, MuxedStream):
+            leave_out(stream, self.left_out)
             self._prepare_tracks(stream)
-            files = stream._open_streams()
-            for track in self._tracks:
-                if track.buffer.failure and not track.start:
-                    raise UpstreamError(track.buffer.failure)
+            files = self._open_tracks(stream)
             self._file = self._muxer(stream, files)
             self._files.append(self._file)
             self._file.open()
@@ -5114,6 +5163,50 @@ class ProcessUpstream(Upstream):
                 buffer, fail = ReaderBuffer(self.buffer.limit), weakref.WeakMethod(self._fail)
                 hook(track, self.session, f"--{index}", buffer=buffer, first=first, fail=fail)
             self._remember(track)
+
+    def _open_tracks(self, stream: Any) -> Sequence[Any]:
+        """The files of the tracks that play; raises UpstreamError.
+
+        Blocks until each track has media or failed.  At a start, that ends with half of the time
+        that is left, and a track that has no media then is left out if the picture has some.
+        """
+        if self._is_start:
+            engine = self.session.engine
+            most = min(engine.get_option("stream-timeout"), self.session.remaining / 2)
+            engine.set_option("stream-timeout", most)
+        files: Sequence[Any] = stream._open_streams()
+        picture, *others = files
+        for track in files:
+            is_failed = isinstance(track, SegmentReader) and track.buffer.failure
+            is_needed = track is picture or not self._is_start
+            if is_failed and is_needed and not track.start:
+                raise UpstreamError(track.buffer.failure)
+        if not self._is_start or not (isinstance(picture, SegmentReader) and picture.start):
+            return files
+        unused = [f for f in others if isinstance(f, SegmentReader) and not f.start]
+        if unused:
+            self._do_without(stream, files, unused)
+        return [file for file in files if file not in unused]
+
+    def _do_without(
+        self, stream: Any, files: Sequence[Any], unused: Sequence[SegmentReader]
+    ) -> None:
+        """Leave out tracks that have no media."""
+        sounds = files[1 : len(stream.substreams)]
+        missing = [file in unused for file in sounds]
+        if any(missing):
+            self.missing = "no sound" if all(missing) else "not all sound"
+        else:
+            self.missing = "no subtitles"
+        for file in unused:
+            worker = cast(WatchedWorker, file.worker)
+            reason = file.buffer.failure or worker.failure or TIMED_OUT
+            log.warning("%s: left out a track: %s", self.session.name, reason)
+            file.abandon()
+            self._files.remove(file)
+        self._unused += unused
+        self.left_out = [place for place, file in enumerate(files) if file in unused]
+        leave_out(stream, self.left_out)
 
     def _muxer(self, stream: Any, files: Sequence[Any]) -> Any:
         """ffmpeg, told to keep the tracks' places in time to each other.
@@ -5658,6 +5751,7 @@ class Channel:
         self._splicer: Splicer | None = None  # None until the first media came
         self._has_end = False  # its source ends by itself; known from its first media on
         self._tracks: Sequence[int] = ()  # the segments that its tracks go on with
+        self._left_out: Collection[int] = ()  # the tracks that it does without until it closes
         self._address = 0  # position of the address in use
         self._copy = 0  # position of the copy of its variant in use
         self._copies = 1  # that the address offered last
@@ -5989,11 +6083,13 @@ class Channel:
         if self._splicer:
             is_other = self._splicer.place != self._place
             number = self._splicer.number
-            return session.open(name, number, is_other, self._tracks, self._copy)
-        self.note = session.missing(name)
+            tracks, left_out = self._tracks, self._left_out
+            return session.open(name, number, is_other, tracks, self._copy, left_out)
+        upstream = session.open(name, copy=self._copy)
+        self.note, self._left_out = upstream.missing, upstream.left_out
         if self.note:
             log.warning("%s: %s", self.stream.name, self.note)
-        return session.open(name, copy=self._copy)
+        return upstream
 
     def _choose(self, offered: Collection[str]) -> str | None:
         """The variant that is running, or the first of the wanted ones that exists."""

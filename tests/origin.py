@@ -1608,11 +1608,14 @@ def _add_channels(origin: Origin) -> list[str]:
     origin.fault("/live-trickle/*5.ts", Trickle(2_000), times=None)
     sound = Playlist("sound", media.audio_only_segments(30), mode="live", clock=True)
     picture = Playlist("picture", media.video_only_segments(30), mode="live", clock=True)
+    lost = Playlist("lost", media.audio_only_segments(30), mode="live", clock=True)
+    origin.fault("/lost/*", Status(404), times=None)
     small = Playlist("small", ts, mode="live", clock=True)
     large = Playlist("large", ts, mode="live", clock=True)
     masters = [
         master("multivariant", {"360p": small, "720p": large}),
         master("separate-audio", {"360p": picture}, audio=sound),
+        master("missing-audio", {"360p": picture}, audio=lost),
         Multivariant("copies", [Variant(p, 1_280_000, (640, 360)) for p in (small, large)]),
     ]
     addresses = [origin.add(playlist).url for playlist in playlists]

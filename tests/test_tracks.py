@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import pytest
@@ -26,7 +27,18 @@ from streamlink.stream.ffmpegmux import FFMPEGMuxer
 
 import pipe
 from tests import media, test_faults
-from tests.origin import Origin, Playlist, Segment, Stall, Status, master
+from tests.origin import (
+    WEB_PAGE,
+    Body,
+    Fault,
+    Origin,
+    Playlist,
+    Segment,
+    Stall,
+    StallHeaders,
+    Status,
+    master,
+)
 from tests.server import Site
 from tests.test_cli import Program
 from tests.test_download import join_all, opened
@@ -185,6 +197,103 @@ def test_dash_film_whose_sound_stalls_is_whole(origin: Origin, serve: Serve) -> 
     assert is_complete
     assert count(body) == Counter(video=12 * media.FPS, audio=len(times(body, "audio")))
     assert times(body, "audio")[-1] == pytest.approx(times(body, "video")[-1], abs=0.1)
+
+
+#### A track that is missing at the start ####
+
+
+def film_without_its_sound(
+    origin: Origin, serve: Serve, fault: Fault, path: str = "/sound/index.m3u8", **options: Any
+) -> Site:
+    origin.fault(path, fault, times=None)
+    return serve({"news": film(origin).url}, **options)
+
+
+MISSING: dict[str, Fault] = {
+    "refused": Status(404),
+    "page": Body(WEB_PAGE, "text/html"),
+    "empty": Body(b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n"),
+    "silent": StallHeaders(),
+}
+
+
+@pytest.mark.parametrize("kind", MISSING)
+def test_picture_plays_without_its_missing_sound(origin: Origin, serve: Serve, kind: str) -> None:
+    site = film_without_its_sound(origin, serve, MISSING[kind], timeout=4)
+    viewer = site.watch("/news")
+    viewer.read(188)
+    (channel,) = site.get("/status").json["streams"][0]["channels"]
+    assert channel["note"] == "no sound"
+    body, is_complete = viewer.read_all()
+    assert is_complete
+    assert count(body) == Counter(video=12 * media.FPS)
+
+
+def test_sound_whose_segments_are_missing_is_left_out(origin: Origin, serve: Serve) -> None:
+    site = film_without_its_sound(origin, serve, Status(404), "/sound/*.ts", timeout=10)
+    body, is_complete = site.watch("/news").read_all()
+    assert is_complete
+    assert count(body) == Counter(video=12 * media.FPS)
+
+
+def test_reopened_channel_stays_without_its_sound(origin: Origin, serve: Serve) -> None:
+    """Though its playlist is there again: a viewer's player would not expect it."""
+    stall = origin.fault("/picture/9.ts", Stall(1000), times=None)
+    lost = origin.fault("/sound/index.m3u8", Status(404), times=None)
+    site = serve({"news": film(origin).url}, timeout=2, reconnect=30)
+    reading = Task(site.watch("/news").read_all)
+    stall.wait_held()
+    lost.clear()
+    origin.wait_for("/apart/master.m3u8", 2)
+    stall.clear()
+    stall.release()
+    body, is_complete = reading.result(LONG)
+    assert is_complete
+    assert set(count(body)) == {"video"}
+
+
+def test_sound_of_a_master_within_a_master_may_be_missing(origin: Origin, serve: Serve) -> None:
+    """As where its playlist is refused, or where ffmpeg is."""
+    inner = film(origin).url
+    text = f"#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=100000\n{inner}\n"
+    outer = origin.add_file("/outer.m3u8", text.encode())
+    origin.fault("/sound/index.m3u8", Status(404), times=None)
+    without = {"streamlink": {"ffmpeg-ffmpeg": "/nonexistent"}}
+    site = serve({"refused": outer, "ffmpeg": {"url": outer, **without}})
+    notes = {}
+    for name in ("refused", "ffmpeg"):
+        viewer = site.watch(f"/{name}")
+        viewer.read(188)
+        streams = site.get("/status").json["streams"]
+        (channel,) = next(s["channels"] for s in streams if s["stream"] == name)
+        notes[name] = channel["note"]
+        body, is_complete = viewer.read_all()
+        assert is_complete
+        assert count(body) == Counter(video=12 * media.FPS)
+    assert notes == {"refused": "no sound", "ffmpeg": "no sound: install ffmpeg"}
+
+
+def test_missing_picture_is_a_failure(origin: Origin, serve: Serve) -> None:
+    origin.fault("/picture/index.m3u8", Status(404), times=None)
+    answer = serve({"news": film(origin).url}).get("/news")
+    assert answer.status == 502
+    assert "404" in answer.json["error"]
+
+
+def test_chosen_renditions_play_without_a_missing_one(origin: Origin, serve: Serve) -> None:
+    """The first of two is missing: the second keeps its place beside the picture."""
+    apart = film(origin)
+    second = origin.add(Playlist("second", media.audio_only_segments(12)))
+    both = master("both", {"360p": apart.picture}, apart.sound)
+    address = origin.add(both).url
+    more = f'#EXT-X-MEDIA:TYPE=AUDIO,GROUP-ID="sound",NAME="B",LANGUAGE="de",URI="{second.path}"\n'
+    found = both.find(both.path)
+    assert found
+    both.override = found.body.replace(b"#EXT-X-STREAM", more.encode() + b"#EXT-X-STREAM")
+    origin.fault("/sound/index.m3u8", Status(404), times=None)
+    site = serve({"news": address}, streamlink={"hls-audio-select": ["*"]})
+    body = site.get("/news").body
+    assert count(body) == count(apart.picture.plain(0, 12)) + count(second.plain(0, 12))
 
 
 #### Nothing else ends a track ####
