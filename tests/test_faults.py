@@ -390,13 +390,16 @@ def test_outage_that_ends_soon_costs_no_opening(
     origin: Origin, serve: Serve, journal: Journal
 ) -> None:
     live = origin.add(news())
-    audience = Audience(serve(both(live.url), **{**QUICK, "timeout": 10}))
+    site = serve(both(live.url), **{**QUICK, "timeout": 10})
+    audience = Audience(site)
     audience.expect(live.plain(2, 5))
     failing = origin.fault(live.path, Status(503), times=len(NAMES))
     failing.wait(len(NAMES))
     live.advance()
     audience.expect(live.plain(5, 6))
-    assert journal.failures() == 0
+    assert origin.count(live.segment_path(4)) == len(NAMES), "nothing is fetched a second time"
+    assert all(stream["restarts"] == 0 for stream in site.get("/status").json["streams"])
+    assert journal.failures() == len(NAMES), "each channel says once that a reload failed"
 
 
 def test_long_outage_is_one_gap_at_a_segments_edge(

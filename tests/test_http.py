@@ -427,8 +427,8 @@ FILES: dict[str, tuple[str, Callable[[], bytes], Callable[[], bytes]]] = {
     "eac3": ("audio/eac3", lambda: audio_file("eac3"), lambda: audio_file("eac3")),
     "matroska": ("video/x-matroska", lambda: MATROSKA, lambda: MATROSKA),
     "other": ("application/octet-stream", lambda: OTHER, lambda: OTHER),
-    "five bytes": ("application/octet-stream", lambda: b"hello", lambda: b"hello"),
-    "one byte": ("application/octet-stream", lambda: b"x", lambda: b"x"),
+    "five bytes": ("application/octet-stream", lambda: b"\0\1\2\3\4", lambda: b"\0\1\2\3\4"),
+    "one byte": ("application/octet-stream", lambda: b"\0", lambda: b"\0"),
 }  # fmt: skip
 
 
