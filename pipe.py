@@ -154,6 +154,7 @@ try:
     from streamlink.stream.http import HTTPStream
     from streamlink.stream.segmented.segmented import SegmentedStreamReader
     from streamlink.utils.id3v2 import ID3v2Error
+    from streamlink.utils.l10n import Localization
     from streamlink.utils.url import update_scheme
 except ImportError as error:
     sys.exit(f"StreamPipe needs its packages ({error}): pip install -r requirements.txt")
@@ -493,6 +494,33 @@ def _is_cookies_file(file: str) -> bool:
     return True
 
 
+def _is_locale(text: str) -> bool:
+    try:
+        Localization(text)
+    except LookupError:
+        return False
+    return True
+
+
+def _is_own_interface(text: str) -> bool:
+    """Whether this machine has an interface or address; raises OSError if it has none."""
+    name, host = "", text
+    if sys.platform != "win32":
+        kind, _, rest = text.rpartition("!")
+        if text.startswith("ifhost!"):
+            name, host = kind.removeprefix("ifhost!"), rest
+        elif kind == "if" or (kind != "host" and not re.search(r"[.:]", rest)):
+            name, host = rest, ""
+        else:
+            host = rest
+    if name:
+        socket.if_nametoindex(name)
+    if host:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.bind((host, 0))
+    return True
+
+
 # An empty token would let everybody in.
 filled_text = checked(bool, "empty value: fill it in or remove the key")
 host_address = checked(
@@ -600,6 +628,16 @@ ENGINE_PARSERS: dict[str | type, Parse] = {
     "http-ssl-cert": checked(lambda file: Path(file).is_file(), "no such file"),
     "http-cookies-files": checked(
         _is_cookies_file, "expected a readable cookies.txt file in Netscape format"
+    ),
+    "locale": checked(_is_locale, "expected a language and a country, like en_US"),
+    "interface": checked(_is_own_interface, "expected an interface or address of this machine"),
+    "ffmpeg-loglevel": checked(
+        re.compile("quiet|panic|fatal|error|warning|info|verbose|debug|trace").fullmatch,
+        "expected a level of ffmpeg's log, like error",
+    ),
+    "hls-playlist-reload-time": checked(
+        re.compile(r"default|segment|live-edge|\d+(\.\d+)?").fullmatch,
+        "expected segment, live-edge, default or a number of seconds",
     ),
     "hls-live-edge": number(int, 1),
     "hls-start-offset": number(float, -604800, 604800),  # seconds; negative: from a film's end

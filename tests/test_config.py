@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -277,7 +278,7 @@ def test_text_in_a_map_of_streamlink_is_taken_as_written(value: str) -> None:
 
 @pytest.mark.parametrize("value", ["0123", "127.0.0.1", "on"])
 def test_text_for_streamlink_is_taken_as_written(value: str) -> None:
-    assert read(engine(f"interface: {value}")).options.streamlink == {"interface": value}
+    assert read(engine(f"ffmpeg-fout: {value}")).options.streamlink == {"ffmpeg-fout": value}
 
 
 def test_numbers_are_decimal_as_written() -> None:
@@ -317,6 +318,10 @@ ENGINE_BOUNDS: list[tuple[str, str, list[str], list[str]]] = [  # good and bad v
     ("dash-manifest-reload-attempts", "a whole number, 0 or more", ["0"], ["-1"]),
     ("http-proxy", "an address that starts with http:// or socks5h://",
      ["http://p:1", "socks5h://p:1"], ["p:1", "ftp://p", "''"]),
+    ("locale", "a language and a country", ["en_US", "de_AT"], ["xx_YY_zz", "xx_YY", "de", "''"]),
+    ("ffmpeg-loglevel", "a level of ffmpeg's log", ["error", "quiet"], ["loud", "''"]),
+    ("hls-playlist-reload-time", "segment, live-edge, default or a number",
+     ["segment", "live-edge", "default", "2.5"], ["often", "-1", "''"]),
 ]  # fmt: skip
 
 
@@ -341,6 +346,26 @@ def test_value_that_streamlink_can_use(option: str, value: str) -> None:
 def test_value_that_streamlink_cannot_use(option: str, expected: str, value: str) -> None:
     (mistake,) = mistakes(engine(f"{option}: {value}"))
     assert mistake.startswith(f"test.yml:1: options.streamlink.{option}: expected {expected}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="interfaces have other names there")
+@pytest.mark.parametrize(
+    "value", ["lo", "if!lo", "127.0.0.1", "host!127.0.0.5", "ifhost!lo!127.0.0.1"]
+)
+def test_interface_of_this_machine(value: str) -> None:
+    found = read(engine(f"interface: {value}")).options.streamlink
+    assert found == {"interface": value}
+    Streamlink().set_option("interface", value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["nope0", "if!nope0", "192.0.2.7", "host!192.0.2.7", "2001:db8::7", "ifhost!nope0!127.0.0.1"],
+)
+def test_interface_that_this_machine_lacks(value: str) -> None:
+    (mistake,) = mistakes(engine(f"interface: '{value}'"))
+    message = "expected an interface or address of this machine"
+    assert mistake == f"test.yml:1: options.streamlink.interface: {message}"
 
 
 def test_file_of_cookies_is_tried(tmp_path: Path) -> None:
@@ -1112,9 +1137,9 @@ def test_key_of_a_playlist_sets_its_field_alone(key: str, text: str, value: Any)
 
 def test_playlist_may_have_every_option() -> None:
     text = "options: {linger: 5, streamlink: {hls-live-edge: 2}}\n"
-    text += f"playlists: {{p: {{url: '{LIST}', threads: 8, streamlink: {{interface: eth0}}}}}}"
+    text += f"playlists: {{p: {{url: '{LIST}', threads: 8, streamlink: {{interface: lo}}}}}}"
     found = read(text).playlists["p"].options
-    streamlink = {"hls-live-edge": 2, "interface": "eth0"}
+    streamlink = {"hls-live-edge": 2, "interface": "lo"}
     assert found == pipe.Options(threads=8, linger=5.0, streamlink=streamlink)
 
 
