@@ -31,21 +31,35 @@ Threads
     log            writes the lines of the log, so that no other thread waits for its reader
     list-NAME-0    one for each playlist: loads its channel list and applies it
     check_N, demo  for --check and --demo
+    timers         one ends a late attempt to open; one ends a process that hangs in close()
     Streamlink's own are named after the channel: a worker loads playlists and puts segments, a
-    writer hands on the oldest download, an executor runs the downloads.
+    writer hands on the oldest download, an executor runs the downloads.  For ffmpeg, a thread of
+    its FFMPEGMuxer.copy_to_pipe reads each track.
 
 Locks
-    Lists._applying      makes and applies one configuration at a time; taken before all others
-    Lists._changed       the channel lists that are known, and when each is loaded
-    Channels.changed     the set of channels, what each says of itself, the records of streams
-    Window._lock         blocks, join points and viewers of one window
-    Listing._changed     the segments that HLS lists
-    ReaderBuffer._lock   what was handed over and has not been taken
-    _answered_lock       the address of each origin's host that answered last; taken alone
-    LogHandler.lock      the lines of the log that wait; may be taken under any lock
-    Taken in that order.  Http's may be taken under the first, a ReaderBuffer's under
-    DownloadingWriter's; Server's are taken alone.  None is held across a socket write, a request or
-    a join; shutting sockets down under Channels.changed does not block.
+    Lists._applying          makes and applies one configuration at a time
+    Lists._changed           the channel lists that are known, and when each is loaded
+    Channels.changed         the set of channels, what each says of itself, the records of streams
+    Window._lock             blocks, join points and viewers of one window
+    Listing._changed         the segments that HLS lists
+    ReaderBuffer._lock       what was handed over and has not been taken
+    Http._lock               the connections of one session
+    DownloadingWriter._lock  the segments in line, and their downloads
+    Server._counts_lock      the answers, counted
+    Server._open_lock        the sockets of all connections
+    Checker._changed         which checks of --check run
+    LogHandler.lock          the lines of the log that wait; may be taken under any lock
+    _answered_lock           the address of each origin's host that answered last
+    A thread that holds the first lock of a line may take one of the others:
+    Lists._applying > Lists._changed, Channels.changed, Window._lock, Listing._changed
+    Lists._applying > ReaderBuffer._lock, Http._lock
+    Lists._changed > Http._lock
+    Channels.changed > Window._lock, Listing._changed, ReaderBuffer._lock, Http._lock
+    DownloadingWriter._lock > ReaderBuffer._lock
+    No other locks are held together, except that Lists._applying is also held around the pairs
+    of Lists._changed and Channels.changed.  None is held across a socket write,
+    a request or a join; shutting sockets down under a lock does not block.
+    ProcessUpstream._first_failure is a flag that nobody waits for: only the first track gets it.
 
 Where it is decided
     what a key of the file means     Configuration: the dataclasses, with each key's parser
@@ -2566,7 +2580,9 @@ def fill(buffer: Any, items: Items) -> None:
 class Viewer:
     """One response that receives a channel, and where it is in the channel's window.
 
-    Its own thread alone writes `sent` and `moved`; the window's lock guards what is below them.
+    The window's lock guards the fields from `next` to `skips`.  The viewer's own thread alone
+    writes `sent` and `moved`.  A polling client may have several requests at once: channels.changed
+    guards its `sent`; they assign `moved` and `listed` without a lock, because the last may win.
     """
 
     address: str = ""
@@ -5662,6 +5678,11 @@ class StreamRecord:
         with self._lock:
             return self.numberings.setdefault(variant, Numbering())
 
+    def note_unplayed(self, codecs: Sequence[str]) -> None:
+        """Remember the codecs of the newest media that no browser plays."""
+        with self._lock:
+            self.unplayed = codecs
+
     def add_drop(self, reason: str) -> None:
         with self._lock:
             self.drops[reason] += 1
@@ -5767,7 +5788,8 @@ class Channel:
         limit = stream.options.ringbuffer_size
         self.window = Window(limit, FOREMOST_PATIENCE, WINDOW_GROWTH)
         self.container = MPEG_TS  # set once, before the window gets its first block
-        # Guarded by channels.changed.
+        # Written under channels.changed.  The channel's own thread also reads single fields without
+        # it: each has an old value or a new one, and the thread looks again in its next turn.
         self.stream = stream  # a reload replaces it
         self.state = State.STARTING
         self.is_private = is_private  # from the start: for one viewer, whatever it turns out to be
@@ -6271,7 +6293,7 @@ class Channel:
                         self._note_recovery()
                     self._last_byte = time.monotonic()
                 self._bitrate.add(len(data))
-                self.record.unplayed = self._splicer.unplayed
+                self.record.note_unplayed(self._splicer.unplayed)
         if self._splicer.insert and self.trouble is None:
             self._note_trouble(switched_to(self._splicer.insert))
 
