@@ -775,6 +775,9 @@ def load_config(path: Path, engine: EngineOptions) -> Config:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         advice = f"copy config.example.yml to {path} and edit it, or try: python pipe.py --demo"
+        for other in (path.with_suffix(".yaml"), path.with_name(f"{path.name}.txt")):
+            if other.is_file():
+                advice = f"rename {other} to {path.name}, or name it with -c"
         raise ConfigError([f"{path}: no such file; {advice}"]) from None
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or "it is not UTF-8 text"
@@ -847,6 +850,9 @@ class ConfigReader:
         for name, (key, value) in self.section(node).items():
             with self.at(key, name):
                 if name not in readers:
+                    is_scalar = isinstance(value, yaml.ScalarNode)
+                    if is_scalar and len(self.path) == 1 and "://" in value.value:
+                        raise ValueError("unknown key; if it is a stream, put it under streams:")
                     if close := difflib.get_close_matches(name, sorted(readers), 1):
                         raise ValueError(f"unknown key, did you mean {close[0]}?")
                     raise ValueError("unknown key")

@@ -483,6 +483,8 @@ def test_key_that_is_no_text_beside_a_merge() -> None:
     [
         ("sever: {}", "sever: unknown key, did you mean server?"),
         ("x: 1", "x: unknown key"),
+        (f"stream: {{a: '{URL}'}}", "stream: unknown key, did you mean streams?"),
+        (f"news: '{URL}'", "news: unknown key; if it is a stream, put it under streams:"),
         ("server: {prt: 1}", "server.prt: unknown key, did you mean port?"),
         ("options: {thread: 1}", "options.thread: unknown key, did you mean threads?"),
         (stream("qualty: x"), "streams.a.qualty: unknown key, did you mean quality?"),
@@ -1209,3 +1211,13 @@ def test_stream_without_an_address_needs_a_playlist() -> None:
 def test_numbers_of_streams_without_an_address_are_unique() -> None:
     text = f"playlists: {{p: '{LIST}'}}\nstreams: {{a: {{number: 1}}, b: {{number: 1}}}}"
     assert mistakes(text) == ["test.yml:2: streams.b.number: 1 is already used by a"]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "config.yml.txt"])
+def test_a_file_with_a_slip_in_its_name_is_found(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("")
+    path = tmp_path / "config.yml"
+    with pytest.raises(pipe.ConfigError) as caught:
+        pipe.load_config(path, ENGINE)
+    advice = f"rename {tmp_path / name} to config.yml, or name it with -c"
+    assert caught.value.mistakes == (f"{path}: no such file; {advice}",)

@@ -120,3 +120,11 @@ def test_check_prints_what_readme_shows(origin: Origin, tmp_path: Path) -> None:
         assert program.wait() == 1
         expected = example.partition("\n")[2]
         assert without_numbers(program.output()) == without_numbers(expected)
+
+
+def test_the_unit_restarts_too_slowly_for_the_limit_of_systemd() -> None:
+    """Five starts within 10 s are the limit: the unit would stay dead after a passing fault."""
+    unit = README
+    found = re.search(r"^RestartSec=(\d+)$", unit, re.M)
+    assert found
+    assert int(found[1]) * 4 > 10
