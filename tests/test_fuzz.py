@@ -28,7 +28,8 @@ Serve = Callable[..., Site]
 Dice = random.Random
 
 REFUSALS = {400, 404, 405, 408, 411, 413, 414, 417, 431, 501, 505}
-OPENED = {200, 204}  # what is odd may still be understood, of pages that cost nothing
+# An odd request may still be understood, of pages that cost nothing; /NEWS leads to /news.
+OPENED = {200, 204, 302}
 GET = b"GET %s HTTP/1.1\r\nHost: tv\r\n\r\n"
 
 
