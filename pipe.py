@@ -1877,6 +1877,19 @@ def _section(packets: bytes | bytearray) -> bytes:
     return data[:length] if 12 <= length <= len(data) else b""
 
 
+def _newest_counter(blocks: Sequence[Block], pid: int) -> int | None:
+    """The counter of the newest packet of a PID in these blocks, the newest of which is last."""
+    for packets in reversed(blocks):
+        pids = bytes(packets[2::TS_PACKET])  # their lower halves
+        number = pids.rfind(pid & 0xFF)
+        while number >= 0:
+            packet = bytes(packets[number * TS_PACKET :][:TS_PACKET])
+            if pid_of(packet) == pid:
+                return packet[3] & 0x0F
+            number = pids.rfind(pid & 0xFF, 0, number)
+    return None
+
+
 class TsFramer(Framer):
     """Whole packets, and join points at key frames, or at any PES packet where no picture comes.
 
@@ -2102,15 +2115,13 @@ class TsFramer(Framer):
 
     def _counter_before(self, pid: int) -> int | None:
         """The counter of this PID's newest packet before the place where the stream may jump."""
-        for packets in reversed(self._before):
-            pids = bytes(packets[2::TS_PACKET])  # their lower halves
-            number = pids.rfind(pid & 0xFF)
-            while number >= 0:
-                packet = bytes(packets[number * TS_PACKET :][:TS_PACKET])
-                if pid_of(packet) == pid:
-                    return packet[3] & 0x0F
-                number = pids.rfind(pid & 0xFF, 0, number)
-        return None
+        if pid in (0, self.tables.program_pid):
+            # The tables keep their newest packets.  PIDs of media often have the same lower half,
+            # so a search through the media would look at most of its packets.
+            found = _newest_counter(self._before[:1], pid)
+            if found is not None:
+                return found
+        return _newest_counter(self._before, pid)
 
     def _see_unit(self, pid: int, packet: bytes, position: int) -> None:
         dts = self._dts_of(pid, packet)
