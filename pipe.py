@@ -289,8 +289,16 @@ class ViewerGone(PipeError):
         self.label = label
 
 
+class Stop(PipeError):
+    """Ends a channel's feeder: nobody needs it any more, or nothing can continue its output."""
+
+
+class SourceEnded(PipeError):
+    """The source of an upstream truly ended, and everything of it was read."""
+
+
 class WindowEnded(PipeError):
-    """No more bytes will come; `complete` tells whether the source truly ended."""
+    """A window has no more for its viewer; `complete` tells whether the source truly ended."""
 
     def __init__(self, complete: bool) -> None:
         super().__init__("complete" if complete else "broken off")
@@ -4220,7 +4228,7 @@ def read_bounded(response: requests.Response, start: bytes = b"") -> None:
 
 
 # How an upstream ends.  Whoever notices first says so to its ReaderBuffer; read() hands on what
-# came before, and then raises WindowEnded (complete) or UpstreamError.
+# came before, and then raises SourceEnded (complete) or UpstreamError.
 #
 #   HLS            complete  writer   all up to EXT-X-ENDLIST was handed on, filtered or a gap
 #                  failure   writer   no key, no initialization section, more amiss than one segment
@@ -4308,14 +4316,14 @@ class Upstream:
     def read(self, timeout: float) -> list[bytes | SegmentEvent]:
         """What has come, in order; empty after `timeout`, or when the buffer was woken.
 
-        Raises WindowEnded where the source truly ended, UpstreamError where it broke off.
+        Raises SourceEnded where the source truly ended, UpstreamError where it broke off.
         """
         items = self.buffer.take(TURN_LIMIT, timeout)
         if items or not self.buffer.is_exhausted:
             return items
         if self.buffer.failure:
             raise UpstreamError(self.buffer.failure)
-        raise WindowEnded(complete=True)
+        raise SourceEnded
 
     def close(self) -> None:
         """End everything and drop what nobody took; returns at once, but for ffmpeg.  Idempotent.
@@ -5950,8 +5958,10 @@ class Channel:
         try:
             self._open_first()
             self._keep_going()
-        except WindowEnded as ending:
-            is_complete = ending.complete
+        except SourceEnded:
+            is_complete = True
+        except Stop:
+            pass
         except StreamError as error:
             failure = error.again()  # its traceback would hold this frame, and all of the channel
         except Exception:
@@ -6055,7 +6065,7 @@ class Channel:
             self._address = (self._address + 1) % len(self.stream.urls)
 
     def _wait(self, seconds: float, deadline: float) -> None:
-        """Pause before a try; raises WindowEnded or UpstreamError where there shall be none."""
+        """Pause before a try; raises Stop or UpstreamError if there must be none."""
         until = min(time.monotonic() + seconds, deadline)
         while not self.is_stopped and self.channels.has_viewers(self):
             remaining = until - time.monotonic()
@@ -6064,12 +6074,12 @@ class Channel:
             if remaining <= 0:
                 raise UpstreamError("the origin did not come back")
             self._stopped.wait(min(remaining, FEEDER_TICK))
-        raise WindowEnded(complete=False)
+        raise Stop
 
     def _note_failure(self, reason: str) -> None:
         self._close_upstream()
         if self.is_stopped:  # we cut it ourselves: the address may be well
-            raise WindowEnded(complete=False)
+            raise Stop
         is_last = self._copy + 1 >= self._copies  # or the address may be well
         self.record.add_error(reason, self.stream.urls[self._address] if is_last else "")
         self._note_trouble(reason)
@@ -6129,12 +6139,12 @@ class Channel:
         """One opening, from resolving to its end, with media before the deadline.
 
         `timeout` is for each request of resolving.
-        Raises UpstreamError where it fails, WindowEnded where nothing more shall come.
+        Raises UpstreamError if it fails, SourceEnded at the end of the source, and Stop.
         """
         address = self.stream.urls[self._address]
         session = self._session = Session(self.stream.at(address), timeout)
         if self.is_stopped:
-            raise WindowEnded(complete=False)
+            raise Stop
         session.resolve(address)
         name = self._find_variant(session)
         self._copies = session.count_copies(name)
@@ -6151,7 +6161,7 @@ class Channel:
         if self._splicer is None:
             variant = session.canonical[name] if name else ""
             if not self.channels.note_variants(self, session.canonical, variant):
-                raise WindowEnded(complete=False)
+                raise Stop
         if name is None:
             raise self._quality_error(session.qualities)
         return name
@@ -6202,7 +6212,7 @@ class Channel:
             if any(isinstance(item, bytes) or item.kind is EventKind.FILTERED for item in items):
                 alive = time.monotonic()
             self._judge(upstream, alive, deadline if start is not None else math.inf)
-        raise WindowEnded(complete=False)
+        raise Stop
 
     def _read(self, upstream: Upstream) -> tuple[list[bytes | SegmentEvent], bool]:
         """What has come, and whether that was all; raises UpstreamError.
@@ -6213,7 +6223,7 @@ class Channel:
         items = None
         # Who leaves wakes it, the end of linger does not.
         tick = FEEDER_TICK if self.viewers else min(FEEDER_TICK, max(self.linger, 0.05))
-        with contextlib.suppress(WindowEnded):
+        with contextlib.suppress(SourceEnded):
             items = upstream.read(tick)
         is_relay = self._splicer is not None and not (self._has_end or upstream.workers)
         if items is None:
@@ -6288,7 +6298,7 @@ class Channel:
             listing.close()  # it lists nothing, and keeps nothing
         self._splicer = Splicer(listing, self._place)
         if not self.channels.go_live(self, container, listing if has_hls else None, is_private):
-            raise WindowEnded(complete=False)
+            raise Stop
         kind = "has an end" if self._has_end else "for one viewer" if is_private else "live"
         what = dict.fromkeys((kind, self.variant, container.media_type))  # a variant may be "live"
         log.info("%s: %s", self.stream.name, ", ".join(what))
@@ -6354,15 +6364,18 @@ class Channel:
             self._skipped = 0
 
     def _finish(self, upstream: Upstream) -> NoReturn:
-        """The source truly ended: hand on what was held back for more to come."""
+        """Hand on what was held back for more to come; raises SourceEnded.
+
+        Raises Stop if the rest of a file does not continue what viewers have.
+        """
         assert self._splicer
         self._splicer.flush()
         if self._splicer.is_skipping and not upstream.workers:
             log.warning("%s: the file changed in the meantime", self.stream.name)
-            raise WindowEnded(complete=False)
+            raise Stop
         if not self._has_end:
             log.info("%s: the origin ended the stream", self.stream.name)
-        raise WindowEnded(complete=True)
+        raise SourceEnded
 
 
 def _reopen_pauses() -> Iterator[float]:
