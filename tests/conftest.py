@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,6 +12,9 @@ import pytest
 
 from tests.origin import Origin
 from tests.server import Site
+
+# Locks between the processes that run tests; see _alone_if_marked().
+NEXT, RUNNING = "next.lock", "running.lock"
 
 LEFT_OVER = 10.0  # seconds a closing upstream may need: streamlink's threads end in their own time
 
@@ -24,6 +28,27 @@ def _no_thread_outlives_its_test() -> Iterator[None]:
             with contextlib.suppress(RuntimeError):  # it is just being started
                 thread.join(LEFT_OVER)
                 assert not thread.is_alive(), f"{thread.name} outlived the test"
+
+
+@pytest.fixture(autouse=True)
+def _alone_if_marked(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Run a test that is marked `alone` while no other process runs a test.
+
+    Every test holds RUNNING while it runs: a marked test for itself, any other test together
+    with its like.  Each takes NEXT first and holds it while it waits for RUNNING, so that a marked
+    test waits for the tests that run already, and for no later ones.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        folder = folder.parent  # the workers' folders stand side by side in it
+    is_alone = request.node.get_closest_marker("alone") is not None
+    with open(folder / NEXT, "w") as turn, open(folder / RUNNING, "w") as running:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        fcntl.flock(running, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        yield
 
 
 @pytest.fixture
