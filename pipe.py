@@ -9196,11 +9196,16 @@ _CHANNEL_THREAD = re.compile(r"[A-Za-z]+-([a-z0-9-]+?)(?:--\w+)?-\d+(?:-executor
 
 
 class LogFormatter(logging.Formatter):
-    """One line for an event, with the channel, without a secret; no address beyond its host."""
+    """One line for an event, with the channel, without a secret; no address beyond its host.
 
-    def __init__(self, form: str | None = None) -> None:
+    For systemd's journal, each line begins with its priority: the journal reads the lines of a
+    traceback one by one, and takes a line without a priority for information.
+    """
+
+    def __init__(self, form: str | None = None, *, for_journal: bool = False) -> None:
         super().__init__(form)
         self.secrets = Secrets(())  # replaced whole by a reload
+        self._for_journal = for_journal
 
     def format(self, record: logging.LogRecord) -> str:
         match = _CHANNEL_THREAD.fullmatch(record.threadName or "")
@@ -9212,10 +9217,32 @@ class LogFormatter(logging.Formatter):
         if record.exc_info or not is_ours:
             text = _BARE_ADDRESS.sub(r"\1...", _ADDRESS.sub(r"\1\2/...", text))
             text = _REQUEST_PATH.sub(r"\1/...", text)
-        return "\n".join(map(_printable, text.split("\n")))
+        prefix = journal_priority(record.levelno) if self._for_journal else ""
+        return "\n".join(prefix + _printable(line) for line in text.split("\n"))
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return _printable(super().formatMessage(record))  # one line, whatever a client sent
+
+
+def journal_priority(level: int) -> str:
+    """What the journal takes for a line's priority (sd-daemon(3)), by the level of the log."""
+    if level >= logging.ERROR:
+        return "<3>"
+    if level >= logging.WARNING:
+        return "<4>"
+    return "<6>" if level >= logging.INFO else "<7>"
+
+
+def is_journal(stream: TextIO) -> bool:
+    """Whether systemd's journal reads this stream, and adds the time (systemd.exec(5)).
+
+    The variable alone says nothing: programs inherit it, and redirect their output.
+    """
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):  # closed, or no file
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 def _printable(text: str) -> str:
@@ -9434,7 +9461,11 @@ def set_up_logging(level: str) -> LogFormatter:
     """Log to stderr, from a thread of its own; set the secrets of the formatter it returns."""
     if sys.stderr is None:  # closed before the start; no socket may get its number
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (stays open)
-    formatter = LogFormatter("%(asctime)s %(levelname)s%(channel)s %(message)s")
+    for_journal = is_journal(sys.stderr)
+    form = "%(levelname)s%(channel)s %(message)s"
+    if not for_journal:
+        form = f"%(asctime)s {form}"
+    formatter = LogFormatter(form, for_journal=for_journal)
     handler = LogHandler(sys.stderr)
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
@@ -9624,7 +9655,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return run_check(config, given.names)
             return serve(config, collect_signals(), read, learn)
     except ConfigError as error:
-        print(*error.mistakes, sep="\n", file=sys.stderr)  # noqa: T201
+        prefix = journal_priority(logging.ERROR) if is_journal(sys.stderr) else ""
+        for mistake in error.mistakes:
+            print(prefix + mistake, file=sys.stderr)  # noqa: T201
         return EXIT_USAGE
     except PipeError as error:
         log.error("%s", error)

@@ -215,10 +215,13 @@ def test_readme_repeats_the_example() -> None:
 
 
 @pytest.mark.parametrize(
-    ("language", "name"), [("haproxy", "haproxy.cfg"), ("nginx", "nginx.conf")]
+    ("language", "names"),
+    [("haproxy", ["haproxy.cfg"]), ("nginx", ["nginx_one.conf", "nginx.conf"])],
 )
-def test_readme_shows_the_tested_configuration(language: str, name: str) -> None:
-    assert blocks(language) == [(ROOT / "tests" / name).read_text(encoding="utf-8")]
+def test_readme_shows_the_tested_configurations(language: str, names: list[str]) -> None:
+    """The one for a single server comes first."""
+    tested = [(ROOT / "tests" / name).read_text(encoding="utf-8") for name in names]
+    assert blocks(language) == tested
 
 
 def test_time_outs_of_the_proxies_are_above_the_longest_silence() -> None:
@@ -227,6 +230,7 @@ def test_time_outs_of_the_proxies_are_above_the_longest_silence() -> None:
     for name, (from_server, to_client) in {
         "haproxy.cfg": (r"timeout server (\d+)m ", r"timeout client (\d+)m "),
         "nginx.conf": (r"proxy_read_timeout (\d+)m;", r"send_timeout (\d+)m;"),
+        "nginx_one.conf": (r"proxy_read_timeout (\d+)m;", r"send_timeout (\d+)m;"),
     }.items():
         text = (ROOT / "tests" / name).read_text(encoding="utf-8")
         assert silence < 60 * float(re.findall(from_server, text)[0])
@@ -236,12 +240,28 @@ def test_time_outs_of_the_proxies_are_above_the_longest_silence() -> None:
 @pytest.fixture
 def unit(tmp_path: Path) -> Path:
     """README's unit, with the one thing that a machine of the tests has not: the program."""
-    (text,) = blocks("ini")
+    text, _ = blocks("ini")
+    file = tmp_path / "streampipe.service"
+    file.write_text(with_python(text), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def reloading_unit(unit: Path) -> Path:
+    """The unit with README's drop-in, which lets it reload."""
+    _, text = blocks("ini")
+    folder = unit.with_name("streampipe.service.d")
+    assert f"`/etc/systemd/system/{folder.name}/reload.conf`" in README
+    folder.mkdir()
+    (folder / "reload.conf").write_text(with_python(text), encoding="utf-8")
+    return unit
+
+
+def with_python(text: str) -> str:
+    """A unit that starts the Python of the tests."""
     python = re.search(r"^ExecStart=(\S+)", text, re.M)
     assert python
-    file = tmp_path / "streampipe.service"
-    file.write_text(text.replace(python[1], sys.executable), encoding="utf-8")
-    return file
+    return text.replace(python[1], sys.executable)
 
 
 def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -253,10 +273,37 @@ def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_unit_of_readme_is_valid(unit: Path) -> None:
-    done = analyze("verify", "--man=no", str(unit))
+@pytest.mark.parametrize("name", ["unit", "reloading_unit"])
+def test_unit_of_readme_is_valid(name: str, request: pytest.FixtureRequest) -> None:
+    file: Path = request.getfixturevalue(name)
+    done = analyze("verify", "--man=no", str(file))
     said = [line for line in done.stderr.splitlines() if "streampipe" in line]
     assert (done.returncode, said) == (0, [])
+
+
+def test_mistake_in_the_drop_in_of_readme_would_be_noticed(reloading_unit: Path) -> None:
+    file = reloading_unit.with_name("streampipe.service.d") / "reload.conf"
+    file.write_text(file.read_text(encoding="utf-8") + "ExecReloads=x\n", encoding="utf-8")
+    assert "Unknown key 'ExecReloads'" in analyze("verify", "--man=no", str(reloading_unit)).stderr
+
+
+def test_drop_in_of_readme_reads_the_file_itself_and_reloads_it() -> None:
+    unit, drop_in = blocks("ini")
+    assert "\nExecReload=/bin/kill -HUP $MAINPID\n" in drop_in
+    # Empty assignments take back what the unit says.
+    assert "\nLoadCredential=\n" in drop_in
+    assert "\nExecStart=\nExecStart=" in drop_in
+    (source,) = re.findall(r"^LoadCredential=config.yml:(.+)$", unit, re.M)
+    commands = re.findall(r"^ExecStart=(.+)$", unit + drop_in, re.M)
+    assert commands[0].replace("${CREDENTIALS_DIRECTORY}/config.yml", source) == commands[1]
+
+
+def test_unit_of_readme_starts_again_after_every_passing_fault() -> None:
+    """A file on a disk that is mounted late is a mistake (2); SIGHUP during a start ends it."""
+    unit, drop_in = blocks("ini")
+    assert "\nRestart=always\n" in unit
+    assert "\nStartLimitIntervalSec=0\n" in unit.partition("[Service]")[0]
+    assert "Prevent" not in unit + drop_in
 
 
 def test_unit_of_readme_is_hardened(unit: Path) -> None:
@@ -267,7 +314,7 @@ def test_unit_of_readme_is_hardened(unit: Path) -> None:
 
 
 def test_unit_of_readme_keeps_the_configuration_secret() -> None:
-    (text,) = blocks("ini")
+    text, _ = blocks("ini")
     assert "\nLoadCredential=config.yml:/etc/" in text
     assert " -c ${CREDENTIALS_DIRECTORY}/config.yml\n" in text
     # systemd copies credentials at a start: a reload would read the old ones again.

@@ -325,6 +325,70 @@ def test_failure_of_a_finalizer_is_a_line_of_the_log() -> None:
     assert told[-1] == "ZeroDivisionError: division by zero"
 
 
+#### Under systemd ####
+
+
+def journal(descriptor: int) -> list[str]:
+    """The start of a command whose environment says that the journal reads this stream."""
+    status = os.fstat(descriptor)
+    return ["env", f"JOURNAL_STREAM={status.st_dev}:{status.st_ino}"]
+
+
+def test_journal_gets_the_priority_of_each_line_and_adds_the_time_itself(
+    tmp_path: Path, pipe_ends: tuple[int, int]
+) -> None:
+    reader, writer = pipe_ends
+    streams = {"news": "http://127.0.0.1:1/news.m3u8"}
+    with Program(tmp_path, writer, streams=streams, prefix=journal(writer)) as program:
+        assert program.ask("/y") == 404
+        assert program.ask("/news") == 502
+        lines = Lines(reader).until("<4>warning news: ")
+        assert [line for line in lines if not re.match(r"<[3467]>(?!\d{4}-)", line)] == []
+        assert [line for line in lines if re.match("<6>info StreamPipe .* listening on ", line)]
+        assert [line for line in lines if re.match("<7>debug .*GET /y: 404$", line)]
+        program.end()
+
+
+def test_journal_gets_the_priority_of_each_line_of_a_traceback(pipe_ends: tuple[int, int]) -> None:
+    """The journal reads each line by itself: one without a priority would count as information."""
+    reader, writer = pipe_ends
+    lines = (
+        "import pipe, logging, threading",
+        "pipe.set_up_logging('info')",
+        "thread = threading.Thread(target=lambda: 1 / 0)",
+        "thread.start()",
+        "thread.join()",
+        "logging.shutdown()",
+    )
+    command = [*journal(writer), sys.executable, "-c", "\n".join(lines)]
+    subprocess.run(command, cwd=PIPE.parent, stderr=writer, check=True, timeout=TIMEOUT)
+    told = Lines(reader).until("ZeroDivisionError")
+    assert len(told) > 3
+    assert {line[:3] for line in told} == {"<3>"}
+
+
+def test_journal_gets_mistakes_as_errors(tmp_path: Path, pipe_ends: tuple[int, int]) -> None:
+    reader, writer = pipe_ends
+    command = [*journal(writer), sys.executable, str(PIPE)]
+    done = subprocess.run(command, cwd=tmp_path, stderr=writer, check=False, timeout=TIMEOUT)
+    assert done.returncode == 2
+    assert Lines(reader).until("no such file")[0].startswith("<3>config.yml: no such file; ")
+
+
+def test_stream_that_is_not_the_journal_gets_times(
+    tmp_path: Path, pipe_ends: tuple[int, int]
+) -> None:
+    """A program keeps the variable that it inherited when its stderr is redirected."""
+    reader, writer = pipe_ends
+    with open(os.devnull, "rb") as other:
+        prefix = journal(other.fileno())
+    with Program(tmp_path, writer, prefix=prefix) as program:
+        assert program.ask("/y") == 404
+        lines = Lines(reader).until("GET /y: 404$")
+        assert [line for line in lines if not LOG_LINE.fullmatch(line)] == []
+        program.end()
+
+
 #### The handler ####
 
 

@@ -28,6 +28,7 @@ from tests import media
 from tests.origin import Origin, Playlist
 from tests.server import BROWSER, Site
 from tests.test_cli import HERE, Program, get_json, wait_for_listener
+from tests.test_docs import README
 from tests.test_sharing import eventually
 
 FOLDER = Path(__file__).parent
@@ -211,24 +212,55 @@ def certificate(folder: Path) -> tuple[Path, Path]:
 @contextlib.contextmanager
 def nginx_with_tls(servers: list[Server], folder: Path) -> Iterator[tuple[int, int]]:
     """The ports of plain HTTP and of TLS."""
-    program, port, tls_port = need("nginx"), free_port(), free_port()
-    file, key = certificate(folder)
-    scratch = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    own = "".join(f" {name}_temp_path {folder / name};" for name in scratch)
+    port, tls_port = free_port(), free_port()
     replacements = {
         "listen 80;": f"listen 127.0.0.1:{port};",
-        "listen 443 ssl;": f"listen 127.0.0.1:{tls_port} ssl;",
-        "/etc/ssl/tv.example.pem": str(file),
-        "/etc/ssl/tv.example.key": str(key),
-        "\nhttp {\n": f"\nhttp {{{own}\n",
+        **tls(folder, tls_port),
+        "\nhttp {\n": f"\nhttp {{{scratch_paths(folder)}\n",
         **addresses(servers),
     }
     config = adapted("nginx.conf", replacements, folder / "nginx.conf")
+    with running_nginx(config, port):
+        yield port, tls_port
+
+
+@contextlib.contextmanager
+def nginx_for_one(server: Server, folder: Path) -> Iterator[int]:
+    """The port of TLS; the configuration is included, as those in Debian's conf.d are."""
+    port = free_port()
+    replacements = {**tls(folder, port), "127.0.0.1:8080": f"127.0.0.1:{server.port}"}
+    included = adapted("nginx_one.conf", replacements, folder / "nginx_one.conf")
+    config = folder / "nginx.conf"
+    http = f"http {{{scratch_paths(folder)} include {included}; }}"
+    config.write_text(f"events {{}}\n{http}\n", encoding="utf-8")
+    with running_nginx(config, port):
+        yield port
+
+
+def tls(folder: Path, port: int) -> dict[str, str]:
+    """What a configuration's TLS is in a test."""
+    file, key = certificate(folder)
+    return {
+        "listen 443 ssl;": f"listen 127.0.0.1:{port} ssl;",
+        "/etc/ssl/tv.example.pem": str(file),
+        "/etc/ssl/tv.example.key": str(key),
+    }
+
+
+def scratch_paths(folder: Path) -> str:
+    scratch = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    return "".join(f" {name}_temp_path {folder / name};" for name in scratch)
+
+
+@contextlib.contextmanager
+def running_nginx(config: Path, port: int) -> Iterator[None]:
+    """nginx with this configuration; it keeps its files in the folder of that."""
+    folder = config.parent
     settings = f"daemon off; pid {folder}/nginx.pid;"
     log = str(folder / "nginx.log")
-    command = [program, "-p", str(folder), "-e", log, "-c", str(config), "-g", settings]
+    command = [need("nginx"), "-p", str(folder), "-e", log, "-c", str(config), "-g", settings]
     with running(*command, port=port):
-        yield port, tls_port
+        yield
 
 
 @contextlib.contextmanager
@@ -390,15 +422,28 @@ def test_playlist_names_the_proxy(front: int) -> None:
 
 def test_nginx_adds_tls(servers: list[Server], tmp_path: Path) -> None:
     with nginx_with_tls(servers, tmp_path) as (_, port):
-        trust = ssl.create_default_context(cafile=str(tmp_path / "tv.pem"))
-        connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=TIMEOUT, context=trust)
-        with contextlib.closing(connection):
-            connection.request("GET", "/playlist.m3u")
-            text = connection.getresponse().read().decode()
-            connection.request("GET", "/channel1")
-            response = connection.getresponse()
-            assert response.read(188)[:1] == b"G"
-            response.close()
+        check_tls(port, tmp_path)
+
+
+def test_nginx_adds_tls_to_one_server(channels: Mapping[str, Playlist], tmp_path: Path) -> None:
+    streams = {name: channel.url for name, channel in channels.items()}
+    assert 'Set `host: "127.0.0.1"` and `proxies: ["127.0.0.1"]`' in README
+    server = Server(tmp_path / "one", streams, host="127.0.0.1", proxies=["127.0.0.1"])
+    with contextlib.closing(server.program), nginx_for_one(server, tmp_path) as port:
+        check_tls(port, tmp_path)
+
+
+def check_tls(port: int, folder: Path) -> None:
+    """Lists name the proxy's address with https, and channels play."""
+    trust = ssl.create_default_context(cafile=str(folder / "tv.pem"))
+    connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=TIMEOUT, context=trust)
+    with contextlib.closing(connection):
+        connection.request("GET", "/playlist.m3u")
+        text = connection.getresponse().read().decode()
+        connection.request("GET", "/channel1")
+        response = connection.getresponse()
+        assert response.read(188)[:1] == b"G"
+        response.close()
     assert text.split("\n")[2] == f"https://127.0.0.1:{port}/channel1"
 
 
@@ -467,9 +512,8 @@ def apache(servers: list[Server], folder: Path) -> Iterator[int]:
 @contextlib.contextmanager
 def bare_nginx(servers: list[Server], folder: Path) -> Iterator[int]:
     """nginx that drops the port from Host, with the server below /tv, too."""
-    program, port = need("nginx"), free_port()
-    scratch = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    own = " ".join(f"{name}_temp_path {folder / name};" for name in scratch)
+    port = free_port()
+    own = scratch_paths(folder)
     upstream = f"http://127.0.0.1:{servers[0].port}"
     headers = """proxy_set_header Host $host;
 proxy_set_header X-Forwarded-Port $server_port;
@@ -489,10 +533,7 @@ location /tv/ {{ {headers} proxy_set_header X-Forwarded-Prefix /tv; proxy_pass {
 """,
         encoding="utf-8",
     )
-    settings = f"daemon off; pid {folder}/nginx.pid;"
-    log = str(folder / "nginx.log")
-    command = [program, "-p", str(folder), "-e", log, "-c", str(config), "-g", settings]
-    with running(*command, port=port):
+    with running_nginx(config, port):
         yield port
 
 
