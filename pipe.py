@@ -777,6 +777,53 @@ class Config:
     guides: Mapping[str, str] = field(default_factory=dict)  # addresses, by the playlist's name
 
 
+def changes_between(old: Config, new: Config) -> str:
+    """What a reload changed, for the log: `2 streams added, 1 changed, token changed`.
+
+    A stream counts as changed if it is pulled otherwise: then its viewers are disconnected.  Keys
+    are named, values never: one may be a secret.
+    """
+    both = old.streams.keys() & new.streams.keys()
+    changed = {name for name in both if old.streams[name].pulled != new.streams[name].pulled}
+    updated = {name for name in both - changed if old.streams[name] != new.streams[name]}
+    for name in old.overrides.keys() | new.overrides.keys():
+        is_waiting = name not in old.streams and name not in new.streams  # for its list
+        if is_waiting and old.overrides.get(name) != new.overrides.get(name):
+            updated.add(name)
+    counts = {
+        "added": len(new.streams.keys() - both),
+        "removed": len(old.streams.keys() - both),
+        "changed": len(changed),
+        "with new details": len(updated),
+    }
+    parts = _counted("stream", counts)
+    both = old.playlists.keys() & new.playlists.keys()
+    counts = {
+        "added": len(new.playlists.keys() - both),
+        "removed": len(old.playlists.keys() - both),
+        "changed": sum(old.playlists[name] != new.playlists[name] for name in both),
+    }
+    parts += _counted("playlist", counts)
+    parts += _changed_keys(old.server, new.server)
+    parts += _changed_keys(old.options, new.options)
+    return ", ".join(parts) or "no change"
+
+
+def _counted(word: str, counts: Mapping[str, int]) -> list[str]:
+    """`2 streams added`, `1 changed`: only the first one names the thing that is counted."""
+    parts: list[str] = []
+    for what, count in counts.items():
+        if count:
+            number = str(count) if parts else _many(count, word)
+            parts.append(f"{number} {what}")
+    return parts
+
+
+def _changed_keys(old: ServerSettings | Options, new: ServerSettings | Options) -> list[str]:
+    names = [each.name for each in fields(old)]
+    return [f"{name} changed" for name in names if getattr(old, name) != getattr(new, name)]
+
+
 def load_config(path: Path, engine: EngineOptions) -> Config:
     """Read a file that may set these options of the engine; raises ConfigError for mistakes."""
     try:
@@ -5725,6 +5772,13 @@ class StreamRecord:
         with self._lock:
             self.last_error, self.troubled = reason, time.monotonic()
 
+    def forget_failures(self) -> None:
+        """The stream is pulled otherwise from now on: its failures say nothing about that."""
+        with self._lock:
+            self.failures.clear()
+            self.resolved = -math.inf
+            self.has_failed = False
+
     def start_order(self, addresses: Sequence[str]) -> list[int]:
         """These by position: as configured, those that failed lately last."""
         since = time.monotonic() - BAD_TIME
@@ -6894,9 +6948,12 @@ class Channels:
     # Main
 
     def reload(self, config: Config) -> None:
-        """Use other settings; ends the channels of streams that pull otherwise or are gone."""
+        """Use other settings; ends the channels of streams that pull otherwise or are gone.
+
+        What is known about all other streams stays.
+        """
         with self.changed:
-            self._config = config
+            old, self._config = self._config, config
             for channel in self._channels:
                 stream = config.streams.get(channel.stream.name)
                 if stream and stream.pulled == channel.stream.pulled:
@@ -6906,10 +6963,10 @@ class Channels:
             in_use = {channel.stream.name for channel in self._channels}
             for name in self._records.keys() - config.streams.keys() - in_use:
                 del self._records[name]
-            for record in self._records.values():
-                record.failures.clear()
-                record.resolved = -math.inf
-                record.has_failed = False  # as far as is known of what is configured now
+            for name, record in self._records.items():
+                before, after = old.streams.get(name), config.streams.get(name)
+                if before is None or after is None or before.pulled != after.pulled:
+                    record.forget_failures()
 
     def stop(self, timeout: float) -> bool:
         """Let all viewers go and end all threads; False where one still runs after `timeout`."""
@@ -9578,8 +9635,9 @@ def reload(server: Server, read_again: Callable[[], Config]) -> None:
         for mistake in error.mistakes:
             log.error("not reloaded: %s", mistake)
         return
+    old = server.config
     server.reload(config)
-    log.info("reloaded: %s", _many(len(server.config.streams), "stream"))
+    log.info("reloaded: %s", changes_between(old, server.config))
 
 
 def announce(config: Config, server: Server) -> None:

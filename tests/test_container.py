@@ -189,7 +189,7 @@ def test_signal_of_the_reload_command_reads_the_configuration_again(start: Start
     found = re.fullmatch(r"docker kill --signal=(\w+) streampipe", RELOAD)
     assert found
     container.process.send_signal(signal.Signals[f"SIG{found[1]}"])
-    eventually(lambda: "reloaded: 2 streams" in container.log, "it reads the file again")
+    eventually(lambda: "reloaded: 1 stream added" in container.log, "it reads the file again")
 
 
 def test_run_command_gives_what_the_file_asks_for() -> None:

@@ -703,6 +703,9 @@ def test_stream_has_failed_until_media_comes_again(origin: Origin, serve: Serve)
     assert site.get("/news").status == 502
     assert states() == ["failed", "idle"]
     site.channels.reload(site.config)
+    assert states() == ["failed", "idle"], "the file is unchanged"
+    changed = replace(site.config.streams["news"], headers={"X-Key": "new"})
+    site.channels.reload(replace(site.config, streams={**site.config.streams, "news": changed}))
     assert states() == ["idle", "idle"], "nothing is known of what is configured now"
     origin.fault(news.path, Status(503), times=1)
     assert site.get("/news").status == 502
