@@ -5258,7 +5258,7 @@ class ProcessUpstream(Upstream):
             leave_out(stream, self.left_out)
             self._prepare_tracks(stream)
             files = self._open_tracks(stream)
-            self._file = self._muxer(stream, files)
+            self._file = self._make_muxer(stream, files)
             self._files.append(self._file)
             self._file.open()
         else:
@@ -5334,8 +5334,8 @@ class ProcessUpstream(Upstream):
         self.left_out = [place for place, file in enumerate(files) if file in unused]
         leave_out(stream, self.left_out)
 
-    def _muxer(self, stream: Any, files: Sequence[Any]) -> Any:
-        """ffmpeg, told to keep the tracks' places in time to each other.
+    def _make_muxer(self, stream: Any, files: Sequence[Any]) -> Any:
+        """Prepare ffmpeg, told to keep the tracks' places in time to each other.
 
         By itself it moves the start of each to 0, wherever in its playlist it began.  -copyts does
         not, but loses sound where clocks start anew: it is for an ffmpeg that has no -isync.
@@ -5761,8 +5761,10 @@ class StreamRecord:
 
     def add_error(self, reason: str, address: str = "") -> None:
         """An upstream failed, and with it perhaps an address."""
+        now = time.monotonic()
         with self._lock:
-            self.failed[address] = time.monotonic()
+            recent = {which: at for which, at in self.failed.items() if at > now - BAD_TIME}
+            self.failed = {**recent, address: now}
             self.errors[reason.partition(";")[0]] += 1  # a label without what the origin offers
             self.has_failed = True
         self.note_trouble(reason)
@@ -5783,8 +5785,8 @@ class StreamRecord:
         """These by position: as configured, those that failed lately last."""
         since = time.monotonic() - BAD_TIME
         with self._lock:
-            self.failed = {address: at for address, at in self.failed.items() if at > since}
-            return sorted(range(len(addresses)), key=lambda n: addresses[n] in self.failed)
+            failed = {address for address, at in self.failed.items() if at > since}
+        return sorted(range(len(addresses)), key=lambda n: addresses[n] in failed)
 
     def add_received(self, size: int) -> None:
         slot = int(time.monotonic() / SLOT)
@@ -5812,13 +5814,17 @@ class StreamRecord:
         with self._lock:
             return list(dict.fromkeys(self.variants.values()))
 
-    def repeat_level(self) -> int:
-        """The level for a line that a knocking player may cause: seldom a warning, else debug."""
+    def choose_level(self) -> int:
+        """Choose the level of a line that a knocking player may cause again and again.
+
+        A warning, and then debug for REPEAT_TIME.
+        """
         now = time.monotonic()
         with self._lock:
-            is_first = now - self._warned > REPEAT_TIME
-            self._warned = now if is_first else self._warned
-        return logging.WARNING if is_first else logging.DEBUG
+            if now - self._warned <= REPEAT_TIME:
+                return logging.DEBUG
+            self._warned = now
+        return logging.WARNING
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5837,7 +5843,7 @@ class StreamRecord:
 #                                changed the stream; nobody waited any more in a pause between two
 #                                tries; all addresses failed; or the server stops    (end)
 #                                nobody waits, and its slot is needed         (_close)
-#   LIVE | PRIVATE -> CLOSED     nobody watches any more                      (is_abandoned, _close)
+#   LIVE | PRIVATE -> CLOSED     nobody watches any more                (close_if_abandoned)
 #                                the source ended, or failed for `reconnect`  (end)
 #                                a reload changed the stream, or the server   (stop, end)
 #                                stops
@@ -5900,7 +5906,7 @@ class Channel:
         self._gaps = 0  # segments lost since then
         self._bitrate = Bitrate()  # of the newest opening
         self._skipped = 0  # segments lost in a running upstream, and not logged yet
-        self._start_level = logging.NOTSET  # of its lines until media came
+        self._start_level: int | None = None  # of its lines until media came; None: no line yet
         self._stopped = threading.Event()
 
     def __repr__(self) -> str:
@@ -6030,7 +6036,8 @@ class Channel:
         is_told = failure and any(failure.reason == reason for _, reason in self._told)
         if failure and not is_told and not self.channels.is_stopping:
             what = "ended" if self._splicer else "not started"
-            log.log(self._log_level, "%s: %s: %s", self.stream.name, what, failure.reason)
+            level = self._choose_level()
+            log.log(level, "%s: %s: %s", self.stream.name, what, failure.reason)
 
     def _see_pollers_off(self, is_complete: bool) -> None:
         """Keep the playlist of a source that truly ended, so that polling clients get the rest."""
@@ -6058,9 +6065,11 @@ class Channel:
             reason = self._open_copies(timeout)
             if self._splicer:
                 return
-            if not order and reason in BUSY and self.channels.give_way(self):
-                order.append(self._address)
-                self._wait(ZAPPING_PAUSE, math.inf)
+            if not order and reason in BUSY:
+                self.channels.close_idle_on_host(self)
+                if self.channels.was_just_closed(self.host):
+                    order.append(self._address)
+                    self._wait(ZAPPING_PAUSE, math.inf)
         raise UpstreamError(reason)
 
     def _open_copies(self, timeout: float) -> str:
@@ -6121,14 +6130,16 @@ class Channel:
     def _wait(self, seconds: float, deadline: float) -> None:
         """Pause before a try; raises Stop or UpstreamError if there must be none."""
         until = min(time.monotonic() + seconds, deadline)
-        while not self.is_stopped and self.channels.has_viewers(self):
+        while True:
+            self.channels.let_pollers_go(self)
+            if self.is_stopped or not self.viewers:
+                raise Stop
             remaining = until - time.monotonic()
             if remaining <= 0 and until < deadline:
                 return
             if remaining <= 0:
                 raise UpstreamError("the origin did not come back")
             self._stopped.wait(min(remaining, FEEDER_TICK))
-        raise Stop
 
     def _note_failure(self, reason: str) -> None:
         self._close_upstream()
@@ -6146,7 +6157,8 @@ class Channel:
         self.record.note_trouble(reason)
         if (self._place, reason) not in self._told:
             self._told.add((self._place, reason))
-            log.log(self._log_level, "%s: %s: %s", self.stream.name, self._origin, reason)
+            level = self._choose_level()
+            log.log(level, "%s: %s: %s", self.stream.name, self._origin, reason)
 
     def _note_recovery(self) -> None:
         """Media comes again."""
@@ -6159,12 +6171,12 @@ class Channel:
         self.trouble, self._troubled_since, self._gaps = None, math.inf, 0
         self._told.clear()
 
-    @property
-    def _log_level(self) -> int:
-        """One for all lines of a start, which a player may cause again and again."""
+    def _choose_level(self) -> int:
+        """Choose the level of a line: one for all lines of a start, which a player may repeat."""
         if self._splicer:
             return logging.WARNING
-        self._start_level = self._start_level or self.record.repeat_level()
+        if self._start_level is None:
+            self._start_level = self.record.choose_level()
         return self._start_level
 
     @property
@@ -6250,7 +6262,10 @@ class Channel:
         """Move what comes, until it ends or fails or nobody is left to watch."""
         start: list[bytes | SegmentEvent] | None = []  # what came before the container was known
         alive = time.monotonic()
-        while not (self.is_stopped or self.channels.is_abandoned(self)):
+        while True:
+            self.channels.close_if_abandoned(self)
+            if self.is_stopped:
+                raise Stop
             items, is_all = self._read(upstream)
             if start is not None and (items or is_all):
                 start += items
@@ -6266,7 +6281,6 @@ class Channel:
             if any(isinstance(item, bytes) or item.kind is EventKind.FILTERED for item in items):
                 alive = time.monotonic()
             self._judge(upstream, alive, deadline if start is not None else math.inf)
-        raise Stop
 
     def _read(self, upstream: Upstream) -> tuple[list[bytes | SegmentEvent], bool]:
         """What has come, and whether that was all; raises UpstreamError.
@@ -6411,7 +6425,7 @@ class Channel:
     def _note_skip(self, segments: int) -> None:
         """Log segments that the playlist has not listed in any load; one line in ten seconds."""
         self._skipped += segments
-        level = self.record.repeat_level()
+        level = self.record.choose_level()
         lost = _many(self._skipped, "segment")
         log.log(level, "%s: %s lost between two loads of the playlist", self.stream.name, lost)
         if level == logging.WARNING:
@@ -6663,9 +6677,9 @@ class Channels:
             self._recall(stream, wanted)
         if channel is None and not is_private:
             channel = self._find_start(stream, wanted)
-        self._make_room(self._has_seat, viewer, "there are too many viewers")
+        self._make_seat(viewer)
         if channel is None:
-            self._make_room(self._has_slot, viewer, "there are too many upstreams")
+            self._make_slot(viewer)
             channel = self._start(stream, wanted, is_private)
         channel.viewers[viewer] = None
         channel.idle_since = math.inf
@@ -6709,7 +6723,7 @@ class Channels:
         """By name, what the newest start found, and what is running though that lacked it."""
         mine = self._channels_of(stream.name)
         running = {channel.variant: channel.variant for channel in mine if channel.is_running}
-        return {**self.record(stream.name).variants, **running}
+        return {**self.known(stream.name).variants, **running}
 
     def _recall(self, stream: StreamSettings, wanted: str) -> None:
         """Raise what a start would end with, as far as that is known without one."""
@@ -6726,13 +6740,27 @@ class Channels:
         if is_known and variants and not is_offered and wanted != stream.quality:
             raise no_quality_error(dict.fromkeys(variants.values()))
 
-    def _make_room(self, has_room: Callable[[], bool], viewer: Viewer, reason: str) -> None:
-        """Raise LimitReached where there is no room, once those who have left are let go."""
-        if has_room():
+    def _make_seat(self, viewer: Viewer) -> None:
+        """Raise LimitReached if there are too many viewers, not counting those that have left."""
+        if not self._has_seat():
+            self._let_go([viewer])
+        if not self._has_seat():
+            raise LimitReached("there are too many viewers")
+
+    def _make_slot(self, viewer: Viewer) -> None:
+        """Close the channel that has been idle longest if another upstream needs its slot.
+
+        Raises LimitReached if every channel has viewers, not counting those that have left.
+        """
+        if self._has_slot():
             return
-        self._let_go([viewer])
-        if not has_room():
-            raise LimitReached(reason)
+        idle = self._longest_idle()
+        if idle is None:
+            self._let_go([viewer])
+            idle = self._longest_idle()
+        if idle is None:
+            raise LimitReached("there are too many upstreams")
+        self._close(idle)
 
     def _let_go(self, newcomers: Collection[Viewer]) -> None:
         """Count out the viewers who have left; one that polls has where it asks for another."""
@@ -6748,20 +6776,21 @@ class Channels:
         return not most or self.viewer_count() < most
 
     def _has_slot(self) -> bool:
-        """Whether an upstream may be opened; closes one that nobody watches, where that helps."""
         most = self._config.server.max_upstreams
-        holding = [
-            channel
-            for channel in self._channels
-            if channel.state in (State.STARTING, State.LIVE, State.PRIVATE)
-            and not channel.is_stopped  # its connections are closed, whenever its thread ends
-        ]
-        if not most or len(holding) < most:
-            return True
-        idle = [channel for channel in holding if not channel.viewers]
-        if idle:
-            self._close(min(idle, key=lambda channel: channel.idle_since))
-        return bool(idle)
+        return not most or len(self._holding()) < most
+
+    def _holding(self) -> list[Channel]:
+        """The channels that hold a slot.
+
+        A stopped one does not: its connections are closed, whenever its thread ends.
+        """
+        states = (State.STARTING, State.LIVE, State.PRIVATE)
+        return [c for c in self._channels if c.state in states and not c.is_stopped]
+
+    def _longest_idle(self) -> Channel | None:
+        """The channel without viewers that has been idle longest, of those that hold a slot."""
+        idle = [channel for channel in self._holding() if not channel.viewers]
+        return min(idle, key=lambda channel: channel.idle_since, default=None)
 
     def _may_zap(self, viewer: Viewer) -> bool:
         """Whether the client's own address holds a place, which it may be about to leave."""
@@ -6897,10 +6926,10 @@ class Channels:
         for quality in (channel.wanted, *qualities):
             channel.record.failures[quality] = time.monotonic(), failure
 
-    def give_way(self, newcomer: Channel) -> bool:
-        """Whether an origin that refuses a connection may take it soon: many allow one at a time.
+    def close_idle_on_host(self, newcomer: Channel) -> None:
+        """Close the channels of the newcomer's host that have no viewers.
 
-        Closes what nobody watches of that host, and is true for a while after such a close.
+        Their connections may be why the host refuses another one.
         """
         host = newcomer.host
         with self.changed:
@@ -6908,6 +6937,13 @@ class Channels:
             for channel in tuple(self._channels):
                 if channel.is_running and not channel.viewers and host == channel.host:
                     self._close(channel)
+
+    def was_just_closed(self, host: str) -> bool:
+        """Whether an upstream of this host was closed so lately that the host may still count it.
+
+        Many panels allow one connection at a time.
+        """
+        with self.changed:
             return time.monotonic() - self._closed.get(host, -math.inf) < ZAPPING_TIME
 
     def let_pollers_go(self, channel: Channel, *, all_of_them: bool = False) -> None:
@@ -6917,19 +6953,13 @@ class Channels:
                 if all_of_them or viewer.has_left():
                     self._detach(channel, viewer)
 
-    def has_viewers(self, channel: Channel) -> bool:
-        self.let_pollers_go(channel)
+    def close_if_abandoned(self, channel: Channel) -> None:
+        """Close a channel that nobody has watched for its linger time; nobody can attach then."""
         with self.changed:
-            return bool(channel.viewers) and not self.is_stopping
-
-    def is_abandoned(self, channel: Channel) -> bool:
-        """Whether a channel's thread shall end; nobody can attach to it from then on."""
-        self.let_pollers_go(channel)
-        with self.changed:
+            self.let_pollers_go(channel)
             is_idle = time.monotonic() - channel.idle_since >= channel.linger
             if is_idle and not channel.viewers and channel.state is not State.STARTING:
                 self._close(channel)
-            return self.is_stopping or channel.state is State.CLOSED
 
     def _is_offered_by_another(self, channel: Channel) -> bool:
         """Whether another channel of the stream has this one's variant, or is to have it."""
@@ -7197,6 +7227,7 @@ class Lists:
                 each.due = time.monotonic()
                 return
             if loaded:
+                self._note_size(each, loaded)
                 reason = self._doubt(each, loaded)
             if loaded and not reason:
                 self._accept(each, loaded)
@@ -7205,12 +7236,22 @@ class Lists:
                 return
         self._publish()
 
+    def _note_size(self, each: LoadingList, loaded: ChannelList) -> None:
+        """Note when a list was first found to have lost half its channels.
+
+        The caller holds _changed.
+        """
+        before = len(each.list.entries) if each.list else 0
+        has_shrunk = not each.is_new and len(loaded.entries) * 2 < before
+        if has_shrunk and each.shrunk is None:
+            each.shrunk = time.monotonic()
+
     def _doubt(self, each: LoadingList, loaded: ChannelList) -> str:
         """Why a list is not believed yet; empty if it is.  The caller holds _changed."""
         before, now = len(each.list.entries) if each.list else 0, len(loaded.entries)
         if each.is_new or now * 2 >= before:
             return ""
-        each.shrunk = each.shrunk or time.monotonic()
+        assert each.shrunk is not None
         if time.monotonic() - each.shrunk >= SHRUNK_TIME:
             return ""
         return (
@@ -8108,7 +8149,7 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self.stream_channel(stream, quality)
         except LimitReached as refusal:
-            level = self.server.channels.record(stream.name).repeat_level()
+            level = self.server.channels.record(stream.name).choose_level()
             log.log(level, "%s: %s refused: %s", stream.name, self.address, refusal.reason)
             raise
         except WindowEnded:  # before its answer began

@@ -369,11 +369,10 @@ class Census(pipe.Channels):
         self.most_open = max(self.most_open, sum(is_open))
         return is_needed
 
-    def is_abandoned(self, channel: pipe.Channel) -> bool:
-        is_abandoned = super().is_abandoned(channel)
-        if is_abandoned:
+    def close_if_abandoned(self, channel: pipe.Channel) -> None:
+        super().close_if_abandoned(channel)
+        if channel.is_stopped:
             threading.Event().wait(0.02)
-        return is_abandoned
 
 
 #### A start that fails ####
