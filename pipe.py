@@ -391,7 +391,8 @@ _REASONS: tuple[tuple[Any, ...], ...] = (
 #
 # The YAML library's nodes are read, not the values that YAML 1.1 would make of them: a scalar is
 # taken as written, so `on:` and `007:` are names and `token: 0123` is text, and every node knows
-# its line.  No message quotes what may be a secret: an address, a token, a header, an odd key.
+# its line.  No message quotes what may be a secret: an address, a token, a header, an odd key, the
+# value of an environment variable.
 # --------------------------------------------------------------------------------------------------
 
 # What the upstream's engine offers under `streamlink:`: each option with an example of its type,
@@ -410,12 +411,51 @@ STREAM_NAMES = (
     "a stream name may only contain a-z, 0-9 and -, e.g. channel-1; use title: for what people see"
 )
 PLAYLIST_NAMES = "a playlist's name may only contain a-z, 0-9 and -, e.g. provider-1"
-KINDS = {yaml.ScalarNode: "text", yaml.SequenceNode: "a list", yaml.MappingNode: "a section"}
+
+
+class TaggedNode(yaml.Node):
+    """Stands for a node with a tag (`!secret tv`), whose value would silently lose it."""
+
+
+class NodeLoader(yaml.SafeLoader):
+    """Makes the nodes of a file; one with a tag becomes a TaggedNode, which no reader takes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        node = super().compose_node(parent, index)
+        if node is None or getattr(event, "tag", None) is None:
+            return node
+        tagged = TaggedNode("!", None, node.start_mark, node.end_mark)
+        if event.anchor is not None:
+            self.anchors[event.anchor] = tagged
+        return tagged
+
+
+KINDS = {
+    yaml.ScalarNode: "text",
+    yaml.SequenceNode: "a list",
+    yaml.MappingNode: "a section",
+    TaggedNode: "a YAML tag, which is not supported: put quotes around a text that begins with !, "
+    "or write ${NAME} for an environment variable",
+}
+
+CURLY_QUOTES = 'use straight quotes (") in place of curly ones'
+# A text without straight quotes that begins with a curly one.  After a double one, it has no other
+# or ends with it; after a single one, it ends with one.  In curly quotes, too, "Best of" TV and
+# 't Journaal are titles.
+_DOUBLE, _SINGLE = r"[\u201c-\u201e]", r"[\u2018-\u201a]"
+_IN_CURLY_QUOTES = re.compile(rf"{_DOUBLE}[^\u201c-\u201e]*{_DOUBLE}?|{_SINGLE}.*{_SINGLE}")
+
+# `$${`, `${NAME}`, and a `${` that is neither.
+_VARIABLE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)\}|\$\{")
 
 # The common slips: what the YAML library says, how the line looks (the nearest one, going back)
 # where there is something to see, and what to do there.
 YAML_SLIPS = (
     (r"'\\t'", r".*\t", "found a tab: use spaces"),
+    ("mapping values", rf".*[:,[{{-]\s*(?:{_DOUBLE}|{_SINGLE})", CURLY_QUOTES),
+    ("tag handle|URI escape|expected '>'", r".*\s!", "put quotes around a text that begins with !"),
+    (r"got '\{'", r".*\$\{", "put quotes around a value with ${ within brackets"),
     ("end of stream|'<scalar>'", r""".*[:,[{-]\s*(["'])(?:(?!\1).)*$""", "this quote never ends"),
     ("mapping values|expected ':'", r"\s*[\w.-]+:[^\s/]", "put a space after the colon"),
     ("'<scalar>'", "", "text after a closing quote: use the other kind of quotes"),
@@ -428,9 +468,50 @@ YAML_SLIPS = (
 
 def text_of(node: yaml.Node) -> str:
     """A single value as it is written; nothing for `null` or `~`."""
-    if isinstance(node, yaml.ScalarNode):
-        return "" if node.tag == NULL else str(node.value)
-    raise ValueError(f"expected a single value, got {KINDS[type(node)]}")
+    if not isinstance(node, yaml.ScalarNode):
+        raise ValueError(f"expected a single value, got {KINDS[type(node)]}")
+    if node.tag == NULL:
+        return ""
+    if node.style is None and _IN_CURLY_QUOTES.fullmatch(node.value):
+        raise ValueError(CURLY_QUOTES)
+    return str(node.value)
+
+
+def with_environment(text: str) -> str:
+    """A text with environment variables in place of `${NAME}`, and `${` in place of `$${`.
+
+    Raises ValueError for a variable that is not set.
+    """
+
+    def value_of(found: re.Match[str]) -> str:
+        name = found[1]
+        if found[0] == "$${":
+            return "${"
+        if name is None:
+            raise ValueError(
+                "expected the name of an environment variable: ${NAME}; $${ stands for ${ itself"
+            )
+        value = os.environ.get(name)
+        if value is None:
+            raise ValueError(f"the environment variable {name} is not set")
+        if not value.isprintable():
+            raise ValueError(
+                f"the environment variable {name} has a character that cannot be printed"
+            )
+        return value
+
+    return _VARIABLE.sub(value_of, text)
+
+
+def parsed(parse: Parse, node: yaml.Node) -> Any:
+    """What a parser makes of a single value."""
+    written = text_of(node)
+    text = with_environment(written)
+    try:
+        return parse(text)
+    except ValueError as error:
+        # A mistake may quote a short value, but never that of an environment variable.
+        raise ValueError(str(error).replace(f'"{text}"', f'"{written}"')) from None
 
 
 def checked(check: Callable[[str], object], message: str) -> Parse:
@@ -466,6 +547,29 @@ def true_or_false(text: str) -> bool:
     return yaml.SafeLoader.bool_values[text.lower()]
 
 
+def check_port(address: str) -> None:
+    """Raise ValueError if an address names a port that does not exist."""
+    target = re.sub(r"^([\w.+-]+://)+", "", address)
+    host = re.split(r"[/?#\s]", target)[0].rpartition("@")[2]
+    port = re.fullmatch(r"(?:\[.*\]|[^:\[]*):(.+)", host)
+    if port is None:
+        return
+    if not re.fullmatch(r"[0-9]{1,5}", port[1]) or not 1 <= int(port[1]) <= 65535:
+        raise ValueError(
+            "the address names a port that does not exist: expected one from 1 to 65535"
+        )
+
+
+def with_port(parse: Parse) -> Parse:
+    """A parser of addresses that refuses a port that does not exist."""
+
+    def parse_address(text: str) -> Any:
+        check_port(text)
+        return parse(text)
+
+    return parse_address
+
+
 def stream_address(text: str) -> str:
     """An address for the upstream to open, with any prefixes (`hls://https://...`)."""
     address = text.strip()
@@ -480,6 +584,7 @@ def stream_address(text: str) -> str:
         raise ValueError("write http:// or https:// in front of the address")
     if not address.isprintable():
         raise ValueError("the address contains a control character")
+    check_port(address)
     return address
 
 
@@ -545,9 +650,18 @@ def _is_own_interface(text: str) -> bool:
 
 # An empty token would let everybody in.
 filled_text = checked(bool, "empty value: fill it in or remove the key")
-host_address = checked(
+own_address = checked(
     re.compile(r"[\w.:%-]+").fullmatch, "expected an address of this machine, like 0.0.0.0"
 )
+
+
+def host_address(text: str) -> str:
+    """An address of this machine, which has no port."""
+    if re.fullmatch(r"[^:]*:[0-9]+", text):
+        raise ValueError("write the port under port:, and the host without it")
+    return str(own_address(text))
+
+
 network = checked(ipaddress.ip_network, "expected a network like 192.168.0.0/16")
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.1
 # What HTTP can carry (RFC 9110, 5.5).
@@ -555,13 +669,17 @@ header_value = checked(
     lambda value: value.isprintable() and value.isascii() and value.strip() == value,
     "a header value must be one line of ASCII text without surrounding blanks",
 )
-web_url = checked(
-    lambda address: _split(address)[0] in ("http", "https"),
-    "expected an address that starts with http:// or https://",
+web_url = with_port(
+    checked(
+        lambda address: _split(address)[0] in ("http", "https"),
+        "expected an address that starts with http:// or https://",
+    )
 )
-proxy_url = checked(
-    lambda address: re.fullmatch("https?|socks5h?|socks4a?", _split(address)[0]),
-    "expected an address that starts with http:// or socks5h://",
+proxy_url = with_port(
+    checked(
+        lambda address: re.fullmatch("https?|socks5h?|socks4a?", _split(address)[0]),
+        "expected an address that starts with http:// or socks5h://",
+    )
 )
 global_option = checked(
     lambda _: False, "this affects the whole process: set it under options.streamlink"
@@ -587,7 +705,7 @@ def reader_of(parse: Parse, example: Any) -> Read:
 
 
 def read_single(parse: Parse, reader: ConfigReader, node: yaml.Node) -> Any:
-    return None if node.tag == NULL else parse(text_of(node))
+    return None if node.tag == NULL else parsed(parse, node)
 
 
 def read_list(parse: Parse, reader: ConfigReader, node: yaml.Node) -> tuple[Any, ...] | None:
@@ -598,7 +716,7 @@ def read_list(parse: Parse, reader: ConfigReader, node: yaml.Node) -> tuple[Any,
     found = []
     for item in node.value:
         with reader.at(item):
-            found.append(parse(text_of(item)))
+            found.append(parsed(parse, item))
     return tuple(found)
 
 
@@ -609,7 +727,7 @@ def read_map(parse: Parse, reader: ConfigReader, node: yaml.Node) -> dict[str, A
         with reader.at(key, name):
             if not HEADER_NAME.fullmatch(name):
                 raise ValueError("not a valid header name")
-            found[name] = parse(text_of(value))
+            found[name] = parsed(parse, value)
     return found
 
 
@@ -854,7 +972,7 @@ class ConfigReader:
         """Parse and check; raises ConfigError."""
         config = Config()
         try:
-            root = yaml.compose(text, yaml.SafeLoader)
+            root = yaml.compose(text, NodeLoader)
             if root is not None and root.tag != NULL:
                 with self.at(root):
                     config = self._config(root)

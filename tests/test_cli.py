@@ -273,6 +273,24 @@ def test_token_is_told_to_be_required_and_not_told(run: Run, configure: Configur
     assert not any(SECRET in line for line in screen)
 
 
+def test_token_of_an_environment_variable_is_the_one_required(
+    run: Run, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TV_TOKEN", SECRET)
+    configure('server: {token: "${TV_TOKEN}"}')
+    program = run(*HERE, "--log-level", "debug")
+    port = program.listening_port()
+    assert "streams" in get_json(port, f"/status?token={SECRET}")
+    for wrong in ("", "?token=${TV_TOKEN}"):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
+        with contextlib.closing(connection):
+            connection.request("GET", f"/status{wrong}")
+            assert connection.getresponse().status == 401
+    program.send(signal.SIGTERM)
+    assert program.wait(EXIT_TIME) == 0
+    assert [line for line in program.errors() if SECRET in line] == []
+
+
 #### Ending ####
 
 
@@ -565,12 +583,19 @@ def wait_for_listener(port: int) -> None:
     pytest.fail("nobody listens")
 
 
+@pytest.mark.parametrize("secret", [SECRET, "${TV_SECRET}"], ids=["written", "in a variable"])
 @pytest.mark.parametrize("level", ["info", "debug"])
 def test_logs_show_no_more_of_an_address_than_its_host(
-    run: Run, configure: Configure, origin: Origin, level: str
+    run: Run,
+    configure: Configure,
+    origin: Origin,
+    monkeypatch: pytest.MonkeyPatch,
+    level: str,
+    secret: str,
 ) -> None:
-    address = f"http://user:{SECRET}@127.0.0.1:{origin.port}/{SECRET}/x.m3u8?token={SECRET}"
-    configure(f"streams: {{news: {{url: '{address}', headers: {{Cookie: {SECRET}}}}}}}")
+    monkeypatch.setenv("TV_SECRET", SECRET)
+    address = f"http://user:{secret}@127.0.0.1:{origin.port}/{secret}/x.m3u8?token={secret}"
+    configure(f"streams: {{news: {{url: '{address}', headers: {{Cookie: '{secret}'}}}}}}")
     program = run(*HERE, "--log-level", level)
     with Watch(program.listening_port(), "/news") as viewer:
         assert viewer.status == 502

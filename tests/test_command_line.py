@@ -109,6 +109,7 @@ def test_addresses_are_added_to_a_file(tmp_path: Path, origin: Origin, run: Run)
         (["news.m3u8"], "news.m3u8: write an address that starts with http:// or https://"),
         (["file:///etc/passwd"], "ADDRESS: local files are never opened"),
         (["news=/etc/passwd"], "news: write http:// or https:// in front of the address"),
+        (["http://h.example:188100/x"], "ADDRESS: the address names a port that does not exist"),
         (["News=http://h.example/"], "News: a stream name may only contain a-z, 0-9 and -"),
         (["health=http://h.example/"], "health: this name is reserved"),
         (["missing.m3u"], "ADDRESS: no such file"),

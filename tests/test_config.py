@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -475,6 +475,123 @@ def test_key_that_is_no_text_beside_a_merge() -> None:
     assert mistakes(text) == ["test.yml:3: streams.b.(a key): unknown key"]
 
 
+#### Environment variables ####
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Set variables; those of no value are taken away."""
+
+    def change(**values: str | None) -> None:
+        for name, value in values.items():
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
+
+    return change
+
+
+Environment = Callable[..., None]
+
+
+def test_environment_variables_stand_in_any_value(environment: Environment) -> None:
+    environment(TV_TOKEN="s3cret", _p1="81", HOST="h.example", EMPTY="", PROXY="10.0.0.2")
+    config = read("""
+        server:
+          token: ${TV_TOKEN}
+          port: ${_p1}
+          name: "TV${EMPTY} of ${HOST}"
+          proxies: ["${PROXY}", 10.0.0.3]
+        streams:
+          a: https://${HOST}/x?token=${TV_TOKEN}
+          b: {url: hls://u, headers: {X: "Bearer ${TV_TOKEN}"}, linger: "${_p1}"}
+        playlists:
+          p: http://${HOST}/get.php?password=${TV_TOKEN}
+        options:
+          streamlink: {http-cookies: {X: "${TV_TOKEN}"}}
+    """)
+    assert (config.server.token, config.server.port) == ("s3cret", 81)
+    assert config.server.name == "TV of h.example"
+    assert config.server.proxies == ("10.0.0.2", "10.0.0.3")
+    assert config.streams["a"].urls == ("https://h.example/x?token=s3cret",)
+    assert config.streams["b"].headers == {"X": "Bearer s3cret"}
+    assert config.streams["b"].options.linger == 81.0
+    assert config.playlists["p"].url == "http://h.example/get.php?password=s3cret"
+    assert config.options.streamlink == {"http-cookies": {"X": "s3cret"}}
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("$${A}", "${A}"),
+        ("a$${b}c$${", "a${b}c${"),
+        ("$A $ $$ {A}", "$A $ $$ {A}"),
+        ("$$${A}", "$${A}"),
+        ("${B}", "${A}"),
+    ],
+)
+def test_dollar_sign_that_stands_for_itself(
+    written: str, text: str, environment: Environment
+) -> None:
+    """What a variable holds is taken as it is."""
+    environment(A="a", B="${A}")
+    assert read(server(f"name: '{written}'")).server.name == text
+
+
+def test_keys_are_taken_as_written(environment: Environment) -> None:
+    environment(A="a")
+    (mistake,) = mistakes("streams: {'${A}': hls://u}")
+    assert mistake.endswith(NAME_RULE)
+
+
+@pytest.mark.parametrize("text", ["${TV_TOKEN}", "https://${TV_TOKEN}/x"])
+def test_environment_variable_that_is_not_set(text: str, environment: Environment) -> None:
+    environment(TV_TOKEN=None)
+    expected = "the environment variable TV_TOKEN is not set"
+    assert mistakes(f"streams: {{a: '{text}'}}") == [f"test.yml:1: streams.a: {expected}"]
+
+
+def test_environment_variable_of_a_token_that_is_empty(environment: Environment) -> None:
+    """It would let everybody in."""
+    environment(TV_TOKEN="")
+    expected = "test.yml:1: server.token: empty value: fill it in or remove the key"
+    assert mistakes(server("token: '${TV_TOKEN}'")) == [expected]
+
+
+@pytest.mark.parametrize("value", ["s3cret\n", "a\tb", "\udcff"])
+def test_environment_variable_with_odd_characters(value: str, environment: Environment) -> None:
+    environment(TV_TOKEN=value)
+    expected = "the environment variable TV_TOKEN has a character that cannot be printed"
+    assert mistakes(server("token: '${TV_TOKEN}'")) == [f"test.yml:1: server.token: {expected}"]
+
+
+@pytest.mark.parametrize("value", ["${", "${}", "${1}", "${A:-b}", "${A b}", "${A", "a ${ä}"])
+def test_what_is_no_name_of_a_variable(value: str) -> None:
+    expected = "expected the name of an environment variable: ${NAME}; $${ stands for ${ itself"
+    assert mistakes(server(f"token: '{value}'")) == [f"test.yml:1: server.token: {expected}"]
+
+
+@pytest.mark.parametrize("value", ["hunter2", "0123", "1e3", "", "x" * 30])
+def test_value_of_an_environment_variable_is_never_shown(
+    value: str, environment: Environment
+) -> None:
+    environment(TV_TOKEN=value)
+    expected = "test.yml:1: server.port: expected a whole number from 0 to 65535"
+    (mistake,) = mistakes(server("port: '9${TV_TOKEN}e'"))
+    assert mistake.removesuffix(', got "9${TV_TOKEN}e"') == expected
+    text = "options: {timeout: '${TV_TOKEN}x', streamlink: {ipv4: '${TV_TOKEN}'}}"
+    assert all(value not in found or not value for found in mistakes(text))
+
+
+@pytest.mark.parametrize(
+    "text", ["server: {token: ${A}}", "server: {trusted: [${A}, b]}", stream("title: x${A}")]
+)
+def test_variable_that_needs_quotes(text: str) -> None:
+    expected = "test.yml:1: broken YAML: put quotes around a value with ${ within brackets"
+    assert mistakes(text) == [expected]
+
+
 #### Mistakes ####
 
 
@@ -588,10 +705,95 @@ def test_streamlink_options_that_are_no_map(value: str) -> None:
     assert mistake.startswith('test.yml:1: options.streamlink: expected "key: value" lines')
 
 
-@pytest.mark.parametrize("value", ["!!bool x", "!!int ''", "!!float ''", "!!timestamp x"])
-def test_tag_that_its_value_does_not_fit(value: str) -> None:
-    (mistake,) = mistakes(engine(f"hls-live-edge: {value}"))
-    assert mistake.startswith("test.yml:1: options.streamlink.hls-live-edge: expected a whole num")
+TAG = (
+    "a YAML tag, which is not supported: put quotes around a text that begins with !, "
+    "or write ${NAME} for an environment variable"
+)
+
+
+@pytest.mark.parametrize(
+    "value", ["!!bool x", "!!int ''", "!!float ''", "!!timestamp x", "!!null 2", "!!int 2", "! 2"]
+)
+def test_tag_of_the_language_is_a_mistake(value: str) -> None:
+    path = "options.streamlink.hls-live-edge"
+    expected = [f"test.yml:1: {path}: expected a single value, got {TAG}"]
+    assert mistakes(engine(f"hls-live-edge: {value}")) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "mistake"),
+    [
+        ("server:\n  token: !secret tv", "server.token: expected a single value, got"),
+        ("server:\n  token: !hunter2", "server.token: expected a single value, got"),
+        ("server:\n  name: &x !env_var tv", "server.name: expected a single value, got"),
+        ("server:\n  port: !secret port", "server.port: expected a single value, got"),
+        ("server:\n  trusted: !secret lan", "server.trusted: expected a list like [a, b], got"),
+        ("server:\n  trusted: [!secret lan]", "server.trusted: expected a single value, got"),
+        ("streams:\n  a: !secret url", "streams.a: expected a single value, got"),
+        ("streams:\n  a: {url: !secret url}", "streams.a.url: expected a single value, got"),
+        ("streams:\n  a: [hls://u, !secret url]", "streams.a: expected a single value, got"),
+        ("playlists:\n  p: !secret url", "playlists.p: expected a single value, got"),
+        ("playlists:\n  p: {url: !secret url}", "playlists.p.url: expected a single value, got"),
+        ("streams:\n  !include a.yml", 'streams: expected "key: value" lines, got'),
+        ("options:\n  streamlink: !x {}", 'options.streamlink: expected "key: value" lines, got'),
+    ],
+)
+def test_tag_is_one_mistake_that_says_what_to_write(text: str, mistake: str) -> None:
+    assert [re.sub(r"^test.yml:[12]: ", "", found) for found in mistakes(text)] == [
+        f"{mistake} {TAG}"
+    ]
+
+
+def test_tag_is_a_mistake_wherever_an_alias_brings_it() -> None:
+    text = "server:\n  token: &x !secret tv\n  name: *x\n"
+    assert [mistake.split(": ")[1] for mistake in mistakes(text)] == ["server.token", "server.name"]
+
+
+@pytest.mark.parametrize("value", ["!a!b", "!pa%zz", "!<x"])
+def test_text_that_begins_like_a_tag_and_is_none(value: str) -> None:
+    expected = "test.yml:2: broken YAML: put quotes around a text that begins with !"
+    assert mistakes(f"server:\n  token: {value}\n") == [expected]
+
+
+CURLY = 'use straight quotes (") in place of curly ones'
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("server:\n  token: “hunter2”", "server.token"),
+        ("server:\n  token: \u2018hunter2\u2019", "server.token"),
+        ("server:\n  token: „hunter2“", "server.token"),
+        ("server:\n  token: ”hunter2” # mine", "server.token"),
+        ("server:\n  token: “hunter2 # cut off”", "server.token"),
+        ("server:\n  port: “80”", "server.port"),
+        ("streams:\n  a: “https://e.example/x”", "streams.a"),
+        ("streams:\n  a: {url: [hls://u, \u2018hls://u\u2019]}", "streams.a.url"),
+        ("streams:\n  a: {url: hls://u, quality: “720p, best”}", "streams.a.quality"),
+        ("streams:\n  a: {url: hls://u, headers: {X: “y”}}", "streams.a.headers.X"),
+    ],
+)
+def test_curly_quotes_are_a_mistake(text: str, path: str) -> None:
+    assert f"test.yml:2: {path}: {CURLY}" in mistakes(text)
+    assert "hunter2" not in "".join(mistakes(text))
+
+
+def test_colon_in_curly_quotes() -> None:
+    text = "streams:\n  a:\n    url: hls://u\n    title: “News: today”\n"
+    assert mistakes(text) == [f"test.yml:4: broken YAML: {CURLY}"]
+
+
+@pytest.mark.parametrize(
+    ("written", "title"),
+    [
+        ("“Best of” TV", "“Best of” TV"),
+        ('"“Best of”"', "“Best of”"),
+        ("\u2019t Journaal", "\u2019t Journaal"),
+        ("Kids\u2019", "Kids\u2019"),
+    ],
+)
+def test_curly_quotes_within_a_text_are_part_of_it(written: str, title: str) -> None:
+    assert read_stream(f"title: {written}").title == title
 
 
 @pytest.mark.parametrize(
@@ -610,12 +812,53 @@ def test_address_without_a_usable_scheme_or_host(keys: str, schemes: str) -> Non
 
 
 @pytest.mark.parametrize("key", ["public_url", "epg"])
-@pytest.mark.parametrize(
-    "value", ["tv.example", "ftp://tv.example", "http://", "http://tv.example:port", "'http://[x'"]
-)
+@pytest.mark.parametrize("value", ["tv.example", "ftp://tv.example", "http://", "'http://[x'"])
 def test_address_of_the_server_that_is_none(key: str, value: str) -> None:
     expected = f"server.{key}: expected an address that starts with http:// or https://"
     assert mistakes(server(f"{key}: {value}")) == [f"test.yml:1: {expected}"]
+
+
+NO_PORT = "the address names a port that does not exist: expected one from 1 to 65535"
+
+
+@pytest.mark.parametrize("port", ["188100", "65536", "0", "port", "80a"])
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("streams: {{a: 'http://h.example:{}/x'}}", "streams.a"),
+        ("streams: {{a: ['hls://u', 'hls://https://u:p@h.example:{}/x y=z']}}", "streams.a"),
+        ("streams: {{a: 'http://[::1]:{}/x'}}", "streams.a"),
+        ("streams: {{a: {{url: 'hls://u', proxy: 'socks5h://h.example:{}'}}}}", "streams.a.proxy"),
+        ("streams: {{a: {{url: 'hls://u', logo: 'http://h.example:{}/x'}}}}", "streams.a.logo"),
+        ("playlists: {{p: 'http://h.example:{}/get.php?x=y'}}", "playlists.p"),
+        ("server: {{public_url: 'http://tv.example:{}'}}", "server.public_url"),
+        ("server: {{epg: 'http://tv.example:{}/x.xml'}}", "server.epg"),
+        (
+            "options: {{streamlink: {{http-proxy: 'http://h.example:{}'}}}}",
+            "options.streamlink.http-proxy",
+        ),
+    ],
+    ids=lambda value: value if "{" not in value else "",
+)
+def test_port_of_an_address_that_does_not_exist(text: str, path: str, port: str) -> None:
+    assert mistakes(text.format(port)) == [f"test.yml:1: {path}: {NO_PORT}"]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("http://h.example:/x", "http://h.example:65535/x:188100", "http://[::1]/x"),
+        *("http://u:188100@h.example/x", "http://h.example/?x=http://h:188100", "udp://@:1234"),
+    ],
+)
+def test_address_with_a_port_that_exists_or_none(address: str) -> None:
+    assert read(f"streams: {{a: '{address}'}}").streams["a"].urls == (address,)
+
+
+@pytest.mark.parametrize("host", ["192.168.1.2:8080", "localhost:188100", ":8080"])
+def test_port_in_the_host(host: str) -> None:
+    expected = "test.yml:1: server.host: write the port under port:, and the host without it"
+    assert mistakes(server(f"host: '{host}'")) == [expected]
 
 
 NAME_RULE = (
@@ -1067,6 +1310,7 @@ WORDS = [
     *("server", "streams", "options", "url", "streamlink", "headers", "trusted", "number"),
     *("port", "token", "timeout", "hls-live-edge", "http-headers", "a", "<<", "=", "", "~"),
     *("1", "-1", "1e999", "0x1", "2020-99-99", "on", ".nan", "http://h/", "file:///x", "\n"),
+    *("${", "${A}", "$${", "${PATH}", "“", "http://h:"),
 ]
 SCALARS = st.sampled_from(WORDS) | st.text(max_size=8) | st.integers() | st.none() | st.floats()
 TREES = st.recursive(
