@@ -69,6 +69,7 @@ Where it is decided
     what is evicted, who waits       Window._make_room and _foremost_wait; its cases stand there
     who shares an upstream           Channels._find, _find_start; the states stand above State
     who is refused, who gives way    Channels._attach; the cases stand above Channels
+    who holds a slot                 Channels._holding and _room_at, for the server and each account
     that a source has ended          the table above Upstream; Channel._read and _finish
     that an upstream has failed      Channel._judge; within a segment Download._judge
     what is tried next, and when     Channel._open_first and _keep_going
@@ -275,6 +276,20 @@ class UpstreamError(StreamError):
     def __init__(self, reason: str) -> None:
         is_late = reason == TIMED_OUT
         super().__init__(HTTPStatus.GATEWAY_TIMEOUT if is_late else HTTPStatus.BAD_GATEWAY, reason)
+
+
+class LimitReached(StreamError):
+    """There is no place for another viewer, upstream or thread.
+
+    `held_by` has the addresses of the clients that hold the places.
+    """
+
+    def __init__(self, reason: str, held_by: Collection[str] = ()) -> None:
+        super().__init__(HTTPStatus.SERVICE_UNAVAILABLE, reason, retry_after=5)
+        self.held_by = held_by
+
+    def again(self) -> LimitReached:
+        return LimitReached(self.reason, self.held_by)
 
 
 class ViewerGone(PipeError):
@@ -5982,8 +5997,14 @@ class Channel:
     """The run-time object of a stream and variant, and the thread that feeds it."""
 
     def __init__(
-        self, channels: Channels, stream: StreamSettings, wanted: str, is_private: bool
+        self,
+        channels: Channels,
+        stream: StreamSettings,
+        wanted: str,
+        is_private: bool,
+        order: Sequence[int],
     ) -> None:
+        """`order` has the positions of the stream's addresses, as the start tries them."""
         self.channels = channels
         self.wanted = wanted  # the quality asked for
         self.since = time.monotonic()
@@ -5994,6 +6015,8 @@ class Channel:
         # Written under channels.changed.  The channel's own thread also reads single fields without
         # it: each has an old value or a new one, and the thread looks again in its next turn.
         self.stream = stream  # a reload replaces it
+        self.address = stream.urls[order[0]]  # of its upstream, or tried last
+        self.account: str | None = None  # the playlist whose account it takes a slot of
         self.state = State.STARTING
         self.is_private = is_private  # from the start: for one viewer, whatever it turns out to be
         self.is_fed = True  # its thread may bring more
@@ -6015,7 +6038,8 @@ class Channel:
         self._has_end = False  # its source ends by itself; known from its first media on
         self._tracks: Sequence[int] = ()  # the segments that its tracks go on with
         self._left_out: Collection[int] = ()  # the tracks that it does without until it closes
-        self._address = 0  # position of the address in use
+        self._order = order
+        self._address = order[0]  # position of the address in use
         self._copy = 0  # position of the copy of its variant in use
         self._copies = 1  # that the address offered last
         self._last_byte = self.since  # when media came last, or the start began
@@ -6172,22 +6196,36 @@ class Channel:
     def _open_first(self) -> None:
         """Try each address once, all within `timeout`, until one has media.
 
-        The last one again where we hold, or held just now, the one connection that it allows.
-        Returns where that one failed later; raises StreamError where none has any.
+        If none has, the last one that allows no more connections is tried again while it may still
+        count one that we closed.  Returns if an address failed after it had media; raises
+        StreamError if none had any.
         """
-        reason = ""
-        order = deque(self.record.start_order(self.stream.urls))
+        order = deque(self._order)
         timeout = self.stream.options.timeout / len(order)
+        reason, is_full = "", False
+        busy: int | None = None  # position of the address to try again
         while order:
             self._address, self._copy, self._copies = order.popleft(), 0, 1
-            reason = self._open_copies(timeout)
+            try:
+                reason = self._open_copies(timeout)
+                is_full = False
+            except LimitReached as refusal:
+                reason = refusal.reason
+                is_full = True
+                self._note_trouble(reason)
             if self._splicer:
                 return
-            if not order and reason in BUSY:
-                self.channels.close_idle_on_host(self)
-                if self.channels.was_just_closed(self.host):
-                    order.append(self._address)
-                    self._wait(ZAPPING_PAUSE, math.inf)
+            if reason in BUSY:
+                busy = self._address
+            if order or busy is None:
+                continue
+            address = self.stream.urls[busy]
+            self.channels.close_idle_beside(self, address)
+            if self.channels.was_just_closed(self, address):
+                order.append(busy)
+                self._wait(ZAPPING_PAUSE, math.inf)
+        if is_full:
+            raise LimitReached(reason)
         raise UpstreamError(reason)
 
     def _open_copies(self, timeout: float) -> str:
@@ -6224,6 +6262,8 @@ class Channel:
                 self._open_and_feed(max(timeout, 0.1), deadline)
             except UpstreamError as error:
                 self._note_failure(error.reason)
+            except LimitReached as refusal:
+                self._note_trouble(refusal.reason)
             if self._last_byte > began:
                 tried = {self._place}
             if self._last_byte - began > HEALTHY_TIME:
@@ -6298,13 +6338,10 @@ class Channel:
         return self._start_level
 
     @property
-    def host(self) -> str:
-        return host_of(self.stream.urls[self._address])
-
-    @property
     def _origin(self) -> str:
         """The address in use as logs may show it: `b.example, 2 of 2`."""
-        origin = f"{self.host or 'address'}, {self._address + 1} of {len(self.stream.urls)}"
+        host = host_of(self.stream.urls[self._address])
+        origin = f"{host or 'address'}, {self._address + 1} of {len(self.stream.urls)}"
         return f"{origin}, copy {self._copy + 1} of {self._copies}" if self._copies > 1 else origin
 
     def _close_upstream(self) -> None:
@@ -6323,9 +6360,11 @@ class Channel:
         """One opening, from resolving to its end, with media before the deadline.
 
         `timeout` is for each request of resolving.
-        Raises UpstreamError if it fails, SourceEnded at the end of the source, and Stop.
+        Raises UpstreamError if it fails, SourceEnded at the end of the source, LimitReached if the
+        account of the address has no free slot, and Stop.
         """
         address = self.stream.urls[self._address]
+        self.channels.take_slot(self, address)
         session = self._session = Session(self.stream.at(address), timeout)
         if self.is_stopped:
             raise Stop
@@ -6624,19 +6663,33 @@ def no_quality_error(qualities: Iterable[str]) -> StreamError:
 #   a start failed in the last 2 s            the same answer, from memory
 #   a quality that the running channel lacks  404 without asking the origin
 #   the stream's variants are being loaded    waits for them, whatever quality the viewer asked for
-#   max_viewers, max_upstreams                those who closed their connection are let go; for an
-#                                             upstream, the channel without viewers that has been
-#                                             idle longest is closed; where the client's own address
-#                                             holds the place, it is about to be free (a player that
-#                                             zaps), and is waited for ZAPPING_TIME; then 503
+#   max_viewers, max_upstreams                viewers that closed their connection are removed.  If
+#                                             the client's own address holds a place, that is about
+#                                             to be free (a player that zaps), and is waited for
+#                                             ZAPPING_TIME; then 503
+#
+# Who holds a slot under max_upstreams (_holding, _room_at).  There are two kinds of limits, the
+# server's and that of each account, and one rule:
+#   a channel that starts or runs             holds a slot of the server, and one of the account
+#                                             that its address belongs to
+#   a channel without viewers                 gives way, the one that has been idle longest first
+#   a stream with several addresses           starts at the first one whose account has a slot
+#   a channel that goes to another address    gives its slot back and takes one of that account; if
+#                                             none is free, that address counts as failed for now
+#   a channel that stays with its account     keeps its slot, also if a reload lowered the limit
 # --------------------------------------------------------------------------------------------------
 
 
-class LimitReached(StreamError):
-    """There is no place for another viewer, upstream or thread."""
+TITLES_TOLD = 3  # of the streams that use up an account
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(HTTPStatus.SERVICE_UNAVAILABLE, reason, retry_after=5)
+
+@dataclass(frozen=True)
+class Room:
+    """Whether an upstream may be opened at an address."""
+
+    closing: Sequence[Channel] = ()  # channels without viewers that have to be closed before
+    refusal: str = ""  # why it may not; empty if it may
+    held_by: Collection[str] = ()  # addresses of the clients that hold the slots
 
 
 class NoListing(StreamError):
@@ -6657,7 +6710,8 @@ class Channels:
         self._config = config
         self._channels: dict[Channel, None] = {}  # fed, watched or both, in the order they came
         self._records: dict[str, StreamRecord] = {}  # by stream
-        self._closed: dict[str, float] = {}  # when an upstream of a host was closed
+        # When an upstream was closed, by its host and by its account.
+        self._closed: dict[tuple[str, str], float] = {}
         self.is_stopping = False
 
     # Viewers' threads
@@ -6676,8 +6730,9 @@ class Channels:
                     raise ViewerGone
                 try:
                     channel = self._attach(stream.name, quality, viewer, is_private)
-                except LimitReached:
-                    if time.monotonic() - began > ZAPPING_TIME or not self._may_zap(viewer):
+                except LimitReached as refusal:
+                    may_zap = viewer.address in refusal.held_by
+                    if time.monotonic() - began > ZAPPING_TIME or not may_zap:
                         raise
                     self.changed.wait(ZAPPING_TICK)
                     continue
@@ -6797,8 +6852,8 @@ class Channels:
             channel = self._find_start(stream, wanted)
         self._make_seat(viewer)
         if channel is None:
-            self._make_slot(viewer)
-            channel = self._start(stream, wanted, is_private)
+            order = self._make_slot(stream, viewer)
+            channel = self._start(stream, wanted, is_private, order)
         channel.viewers[viewer] = None
         channel.idle_since = math.inf
         if not viewer.polls:
@@ -6811,13 +6866,17 @@ class Channels:
         """A stream's, in the order they came."""
         return [channel for channel in self._channels if channel.stream.name == name]
 
-    def _start(self, stream: StreamSettings, wanted: str, is_private: bool) -> Channel:
+    def _start(
+        self, stream: StreamSettings, wanted: str, is_private: bool, order: Sequence[int]
+    ) -> Channel:
         """A channel with a running thread, which cannot do anything here before we let go."""
-        channel = Channel(self, stream, wanted, is_private)
+        channel = Channel(self, stream, wanted, is_private, order)
+        channel.account = self._account_of(stream, channel.address)
         try:
             channel.start()
         except RuntimeError as error:
-            raise LimitReached("the system has no threads left") from error
+            reason = "the system has no threads left"
+            raise LimitReached(reason, _addresses_of(self._channels)) from error
         self._channels[channel] = None
         return channel
 
@@ -6863,22 +6922,23 @@ class Channels:
         if not self._has_seat():
             self._let_go([viewer])
         if not self._has_seat():
-            raise LimitReached("there are too many viewers")
+            raise LimitReached("there are too many viewers", _addresses_of(self._channels))
 
-    def _make_slot(self, viewer: Viewer) -> None:
-        """Close the channel that has been idle longest if another upstream needs its slot.
+    def _make_slot(self, stream: StreamSettings, viewer: Viewer) -> list[int]:
+        """Make room for a start: the positions of the addresses in the order that it tries them.
 
-        Raises LimitReached if every channel has viewers, not counting those that have left.
+        The first one has a slot; those without one are last.  Raises LimitReached if none has.
         """
-        if self._has_slot():
-            return
-        idle = self._longest_idle()
-        if idle is None:
-            self._let_go([viewer])
-            idle = self._longest_idle()
-        if idle is None:
-            raise LimitReached("there are too many upstreams")
-        self._close(idle)
+        order = self.record(stream.name).start_order(stream.urls)
+        refusal = ""
+        held_by: set[str] = set()
+        for number, position in enumerate(order):
+            room = self._make_room(stream, stream.urls[position], [viewer])
+            if not room.refusal:
+                return order[number:] + order[:number]
+            refusal = refusal or room.refusal
+            held_by.update(room.held_by)
+        raise LimitReached(refusal, held_by)
 
     def _let_go(self, newcomers: Collection[Viewer]) -> None:
         """Count out the viewers who have left; one that polls has where it asks for another."""
@@ -6893,10 +6953,6 @@ class Channels:
         most = self._config.server.max_viewers
         return not most or self.viewer_count() < most
 
-    def _has_slot(self) -> bool:
-        most = self._config.server.max_upstreams
-        return not most or len(self._holding()) < most
-
     def _holding(self) -> list[Channel]:
         """The channels that hold a slot.
 
@@ -6905,15 +6961,47 @@ class Channels:
         states = (State.STARTING, State.LIVE, State.PRIVATE)
         return [c for c in self._channels if c.state in states and not c.is_stopped]
 
-    def _longest_idle(self) -> Channel | None:
-        """The channel without viewers that has been idle longest, of those that hold a slot."""
-        idle = [channel for channel in self._holding() if not channel.viewers]
-        return min(idle, key=lambda channel: channel.idle_since, default=None)
+    def _account_of(self, stream: StreamSettings, address: str) -> str | None:
+        """The name of the playlist whose account an address uses."""
+        playlist = account_of(self._config, stream, address)
+        return playlist.name if playlist else None
 
-    def _may_zap(self, viewer: Viewer) -> bool:
-        """Whether the client's own address holds a place, which it may be about to leave."""
-        viewers = itertools.chain.from_iterable(channel.viewers for channel in self._channels)
-        return any(other.address == viewer.address for other in viewers)
+    def _room_at(self, stream: StreamSettings, address: str, mover: Channel | None = None) -> Room:
+        """Whether a start may open an upstream at an address, or a running channel move there."""
+        holders = [channel for channel in self._holding() if channel is not mover]
+        closing: list[Channel] = []
+        playlist = account_of(self._config, stream, address)
+        if playlist and not (mover and mover.account == playlist.name):
+            sharing = [channel for channel in holders if channel.account == playlist.name]
+            surplus = _surplus(sharing, playlist.max_upstreams)
+            if surplus is None:
+                refusal = _account_is_full(playlist.max_upstreams, sharing)
+                return Room(refusal=refusal, held_by=_addresses_of(sharing))
+            closing += surplus
+        if mover is None:  # it holds a slot of the server already
+            others = [channel for channel in holders if channel not in closing]
+            surplus = _surplus(others, self._config.server.max_upstreams)
+            if surplus is None:
+                refusal = "there are too many upstreams"
+                return Room(refusal=refusal, held_by=_addresses_of(holders))
+            closing += surplus
+        return Room(closing)
+
+    def _make_room(
+        self,
+        stream: StreamSettings,
+        address: str,
+        newcomers: Collection[Viewer],
+        mover: Channel | None = None,
+    ) -> Room:
+        """Like _room_at(); removes viewers that have left, and closes what gives way."""
+        room = self._room_at(stream, address, mover)
+        if room.refusal:
+            self._let_go(newcomers)
+            room = self._room_at(stream, address, mover)
+        for channel in room.closing:
+            self._close(channel)
+        return room
 
     def _await_start(self, channel: Channel, viewer: Viewer, deadline: float) -> bool:
         """Wait until the channel has media for this viewer; False if the viewer must begin again.
@@ -6982,6 +7070,18 @@ class Channels:
 
     # Channels' threads
 
+    def take_slot(self, channel: Channel, address: str) -> None:
+        """Have a channel hold a slot of the account of an address that it is about to open.
+
+        It gives back the slot that it held.  Raises LimitReached if none is free.
+        """
+        with self.changed:
+            room = self._make_room(channel.stream, address, channel.viewers, channel)
+            if room.refusal:
+                raise LimitReached(room.refusal, room.held_by)
+            channel.address = address
+            channel.account = self._account_of(channel.stream, address)
+
     def note_variants(self, channel: Channel, canonical: Mapping[str, str], variant: str) -> bool:
         """Remember what a start found; `variant` is empty if it lacks what was asked for.
 
@@ -7040,29 +7140,34 @@ class Channels:
     def _fail_start(self, channel: Channel, failure: StreamError) -> None:
         """Remember the failure for all that were asked for and would have been served."""
         channel.failure = failure
+        if isinstance(failure, LimitReached):  # the slot may be free again any moment
+            return
         qualities = {viewer.wanted for viewer in channel.viewers if channel.suits(viewer)}
         for quality in (channel.wanted, *qualities):
             channel.record.failures[quality] = time.monotonic(), failure
 
-    def close_idle_on_host(self, newcomer: Channel) -> None:
-        """Close the channels of the newcomer's host that have no viewers.
+    def close_idle_beside(self, newcomer: Channel, address: str) -> None:
+        """Close the channels without viewers of an address's host or account.
 
-        Their connections may be why the host refuses another one.
+        Their connections may be why the address refuses another one.
         """
-        host = newcomer.host
         with self.changed:
+            counted = _counted_by(address, self._account_of(newcomer.stream, address))
             self._let_go(newcomer.viewers)
             for channel in tuple(self._channels):
-                if channel.is_running and not channel.viewers and host == channel.host:
+                is_counted = not counted.isdisjoint(_counted_by(channel.address, channel.account))
+                if channel.is_running and not channel.viewers and is_counted:
                     self._close(channel)
 
-    def was_just_closed(self, host: str) -> bool:
-        """Whether an upstream of this host was closed so lately that the host may still count it.
+    def was_just_closed(self, newcomer: Channel, address: str) -> bool:
+        """Whether an address's host or account may still count a connection that was closed.
 
         Many panels allow one connection at a time.
         """
         with self.changed:
-            return time.monotonic() - self._closed.get(host, -math.inf) < ZAPPING_TIME
+            counted = _counted_by(address, self._account_of(newcomer.stream, address))
+            closed = max(self._closed.get(place, -math.inf) for place in counted)
+            return time.monotonic() - closed < ZAPPING_TIME
 
     def let_pollers_go(self, channel: Channel, *, all_of_them: bool = False) -> None:
         """Detach the polling clients that have left."""
@@ -7090,7 +7195,8 @@ class Channels:
     def _close(self, channel: Channel) -> None:
         """End a channel that nobody watches: its connections close before another one's open."""
         channel.state = State.CLOSED
-        self._closed[channel.host] = time.monotonic()
+        for place in _counted_by(channel.address, channel.account):
+            self._closed[place] = time.monotonic()
         channel.stop()
 
     # Main
@@ -7106,6 +7212,7 @@ class Channels:
                 stream = config.streams.get(channel.stream.name)
                 if stream and stream.pulled == channel.stream.pulled:
                     channel.stream = stream
+                    channel.account = self._account_of(stream, channel.address)
                 else:
                     channel.stop()
             in_use = {channel.stream.name for channel in self._channels}
@@ -7123,6 +7230,45 @@ class Channels:
             for channel in self._channels:
                 channel.stop()
             return self.changed.wait_for(lambda: not any(c.is_fed for c in self._channels), timeout)
+
+
+def _surplus(holders: Sequence[Channel], limit: int) -> list[Channel] | None:
+    """The channels without viewers that have to close so that there is a slot under a limit.
+
+    None if that is not enough.
+    """
+    count = len(holders) + 1 - limit
+    if limit == 0 or count <= 0:
+        return []
+    idle = [channel for channel in holders if not channel.viewers]
+    idle.sort(key=lambda channel: channel.idle_since)
+    return idle[:count] if count <= len(idle) else None
+
+
+def _account_is_full(limit: int, sharing: Collection[Channel]) -> str:
+    """Why a start is refused: `this account allows 1 connection: BBC One is playing`."""
+    titles = list(dict.fromkeys(channel.stream.title for channel in sharing if channel.viewers))
+    shown = titles[:TITLES_TOLD]
+    if len(titles) > len(shown):
+        shown.append(f"{len(titles) - len(shown)} more")
+    playing = shown[-1]
+    if len(shown) > 1:
+        playing = f"{', '.join(shown[:-1])} and {playing}"
+    verb = "is" if len(titles) == 1 else "are"
+    return f"this account allows {_many(limit, 'connection')}: {playing} {verb} playing"
+
+
+def _addresses_of(channels: Iterable[Channel]) -> set[str]:
+    """The addresses of the clients that watch these channels."""
+    return {viewer.address for channel in channels for viewer in channel.viewers}
+
+
+def _counted_by(address: str, account: str | None) -> set[tuple[str, str]]:
+    """The host and the account that may count a connection to an address, with others."""
+    counted = {("host", host_of(address))}
+    if account:
+        counted.add(("account", account))
+    return counted
 
 
 # --------------------------------------------------------------------------------------------------

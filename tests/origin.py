@@ -533,6 +533,7 @@ class Answer:
 
     content: Content | Endless
     path: str = ""  # that was asked for, with the query
+    asked: Mapping[str, str] = field(default_factory=dict)  # the request's headers, in lower case
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     ranges: bool = True
@@ -546,6 +547,7 @@ class Answer:
     stall_at: int | None = None  # bytes of the body
     break_at: int | None = None  # bytes of the body
     reset: bool = False  # break with a TCP reset
+    think: float = 0.0  # seconds before the status line
     byte_pause: float = 0.0  # seconds before each byte
     head_pause: float = 0.0  # the same of the head
     rate: float = 0.0  # bytes of the body a second; 0: the origin's
@@ -623,14 +625,40 @@ class Tokens:
 
 @dataclass(frozen=True)
 class OneAtATime:
-    """A panel that allows one connection: it refuses whoever comes while another is served."""
+    """A panel that allows one connection: it refuses a request while another one is served.
+
+    Only requests for `path`, exact or a pattern, count.
+    """
 
     origin: Origin
     status: int = 403
+    path: str = "*"
 
     def apply(self, answer: Answer) -> None:
-        if sum(not request.done for request in self.origin.requests) > 1:
+        open_now = [request for request in self.origin.requests if not request.done]
+        if sum(_matches(request.path, self.path) for request in open_now) > 1:
             Status(self.status).apply(answer)
+
+
+@dataclass(frozen=True)
+class Think:
+    """A panel that takes its time before it answers."""
+
+    seconds: float
+
+    def apply(self, answer: Answer) -> None:
+        answer.think = self.seconds
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A panel that refuses requests without these headers (names in lower case)."""
+
+    headers: Mapping[str, str]
+
+    def apply(self, answer: Answer) -> None:
+        if any(answer.asked.get(name) != value for name, value in self.headers.items()):
+            Status(403).apply(answer)
 
 
 @dataclass(frozen=True)
@@ -964,6 +992,9 @@ class _Handler(BaseHTTPRequestHandler):
         record, handle = self._origin._arrived(self)
         try:
             answer = self._origin._answer(self.path)
+            answer.asked = record.headers
+            for fault in self._origin._habits_of(self.path):
+                fault.apply(answer)
             for fault in handle.faults if handle else ():
                 fault.apply(answer)
             self._send(answer, record, handle)
@@ -977,7 +1008,7 @@ class _Handler(BaseHTTPRequestHandler):
         """The log is `Origin.requests`."""
 
     def _send(self, answer: Answer, record: _Record, handle: FaultHandle | None) -> None:
-        self._wait(self._origin.delay)
+        self._wait(self._origin.delay + answer.think)
         if answer.stall_headers and handle:
             self._stall(handle)
         if answer.hang_up:
@@ -1297,6 +1328,7 @@ class Origin:
         self._served: list[Served] = []
         self._files: dict[str, Content | Endless] = {}
         self._handles: list[FaultHandle] = []
+        self._habits: list[tuple[str, Fault]] = []  # with their paths
         self._records: list[_Record] = []
         self._steps = itertools.count()
         self._connection_numbers = itertools.count(1)
@@ -1404,6 +1436,14 @@ class Origin:
             self._handles.append(handle)
         return handle
 
+    def habit(self, path: str, *faults: Fault) -> None:
+        """All requests for `path`, exact or a pattern, meet these, before those of `fault`.
+
+        They last: `clear_faults` leaves them.  A habit cannot stall.
+        """
+        with self._changed:
+            self._habits += [(path, fault) for fault in faults]
+
     def clear_faults(self) -> None:
         """All is well again: no request meets a fault, and answers that stall go on."""
         with self._changed:
@@ -1497,6 +1537,10 @@ class Origin:
             self._changed.notify_all()
         return record, handle
 
+    def _habits_of(self, path: str) -> list[Fault]:
+        with self._changed:
+            return [fault for pattern, fault in self._habits if _matches(path, pattern)]
+
     def _answer(self, path: str) -> Answer:
         content = self._find(path.partition("?")[0])
         answer = Answer(content or Content(b"not found\n", "text/plain"), path)
@@ -1544,6 +1588,123 @@ def silent(port: int, addresses: Sequence[str] = SILENT) -> Iterator[None]:
             late.setblocking(False)
             late.connect_ex(listener.getsockname())
         yield
+
+
+#### Panels ####
+
+PANEL_TITLES = ("BBC One", "Sky News HD", "Arte", "RAI Uno")
+
+
+class Panel:
+    """An account at a provider's panel: its list of channels and their raw streams.
+
+      /NAME/get.php?username=...&password=...   the list
+      /NAME/live/USER/PASSWORD/NUMBER.ts        a channel; it redirects with `redirects`
+      /NAME/edge/NUMBER.ts?token=...            where to; each token is good for one request
+
+    `connections` is 1 or 0: the panel refuses a second channel with 458, or allows any number.
+    `think` is in seconds, before the list is sent.  `headers` are in the list, behind each address,
+    and without them the channels are refused.  `redirects` is also about the list.
+    """
+
+    def __init__(
+        self,
+        origin: Origin,
+        name: str,
+        titles: Sequence[str] = PANEL_TITLES,
+        *,
+        source: Callable[[], Iterable[bytes]],
+        user: str = "ada.l",
+        connections: int = 0,
+        think: float = 0.0,
+        headers: Mapping[str, str] | None = None,
+        redirects: bool = False,
+        packed: bool = False,
+    ) -> None:
+        self.origin, self.name, self.user = origin, name, user
+        self.titles = tuple(titles)
+        self._headers = dict(headers or {})
+        path = f"/{name}/get.php"
+        if redirects:
+            origin.add_file(path, b"")
+            origin.habit(path, Redirect(f"/{name}/list.m3u"))
+            path = f"/{name}/list.m3u"
+        origin.add_file(path, self.text(), content_type="audio/x-mpegurl")
+        if think:
+            origin.habit(path, Think(think))
+        if packed:
+            origin.habit(path, Gzip())
+        for number in range(len(self.titles)):
+            self._add_channel(number, source, connections, redirects)
+
+    def _add_channel(
+        self, number: int, source: Callable[[], Iterable[bytes]], connections: int, redirects: bool
+    ) -> None:
+        path = self.path(number)
+        demand = Demand({name.lower(): value for name, value in self._headers.items()})
+        if redirects:
+            target = f"/{self.name}/edge/{number}.ts"
+            tokens = Tokens(target, uses=1)
+            self.origin.add_file(path, b"")
+            self.origin.habit(path, tokens, demand)
+            self.origin.habit(target, tokens)
+            path = target
+        self.origin.add_endless(path, source, content_type="video/mp2t")
+        self.origin.habit(path, demand)
+        if connections:
+            self.origin.habit(path, OneAtATime(self.origin, 458, self.channels))
+
+    def path(self, number: int) -> str:
+        """The path of a channel, by its position in the list."""
+        return f"/{self.name}/live/{self.user}/hunter2/{number}.ts"
+
+    @property
+    def channels(self) -> str:
+        """A pattern of the requests for channels, wherever they are redirected to."""
+        return f"/{self.name}/[le]*/*.ts"
+
+    @property
+    def url(self) -> str:
+        """The address of the list."""
+        account = f"username={self.user}&password=hunter2&type=m3u_plus"
+        return f"{self.origin.url}/{self.name}/get.php?{account}"
+
+    def text(self) -> bytes:
+        """The list."""
+        lines = ["#EXTM3U"]
+        tail = "|" + "&".join(f"{name}={value}" for name, value in self._headers.items())
+        for number, title in enumerate(self.titles):
+            about = f'tvg-id="{self.name}-{number}" tvg-chno="{number + 1}" group-title="UK"'
+            lines.append(f"#EXTINF:-1 {about},{title}")
+            lines.append(f"{self.origin.url}{self.path(number)}{tail if self._headers else ''}")
+        return "\r\n".join([*lines, ""]).encode()
+
+
+# What panels do, each as a panel of its own.
+PANELS: Mapping[str, Mapping[str, Any]] = {
+    "panel-headers": {"headers": {"User-Agent": "IPTV/2.1", "X-Device": "tv"}},
+    "panel-redirects": {"redirects": True},
+    "panel-one-connection": {"connections": 1},
+    "panel-slow": {"think": 5.0},
+    "panel-gzip": {"packed": True},
+    "panel-all": {
+        "headers": {"User-Agent": "IPTV/2.1", "X-Device": "tv"},
+        "redirects": True,
+        "connections": 1,
+        "think": 5.0,
+        "packed": True,
+    },
+}
+
+
+def paced(segments: Sequence[bytes], seconds: float = 1.0, ahead: int = 3) -> Iterator[bytes]:
+    """A raw stream of segments: the first `ahead` at once, then as fast as they play."""
+    for number, segment in enumerate(itertools.cycle(segments)):
+        size = max(1, len(segment) // 20)
+        for at in range(0, len(segment), size):
+            yield segment[at : at + size]
+            if number >= ahead:
+                time.sleep(seconds * size / len(segment))
 
 
 #### By hand ####
@@ -1621,7 +1782,10 @@ def _add_channels(origin: Origin) -> list[str]:
     addresses = [origin.add(playlist).url for playlist in playlists]
     addresses += [origin.add(multivariant).url for multivariant in masters]
     addresses.append(origin.add_endless("/intra-refresh", intra_refresh))
-    return addresses + _add_odd_answers(origin, ts)
+    addresses += _add_odd_answers(origin, ts)
+    for name, habits in PANELS.items():
+        addresses.append(Panel(origin, name, source=lambda: paced(ts), **habits).url)
+    return addresses
 
 
 def _add_odd_answers(origin: Origin, ts: Sequence[bytes]) -> list[str]:

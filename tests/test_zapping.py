@@ -62,6 +62,10 @@ class Player:
             assert more, "the answer has no media"
             data += more
 
+    def read_some(self) -> None:
+        """More of it, after read_media()."""
+        assert self._sock.recv(65536), "the answer has ended"
+
     def say(self, more: bytes) -> None:
         """After its request."""
         self._sock.sendall(more)
