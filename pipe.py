@@ -45,7 +45,7 @@ Locks
     ReaderBuffer._lock       what was handed over and has not been taken
     Http._lock               the connections of one session
     DownloadingWriter._lock  the segments in line, and their downloads
-    Server._counts_lock      the answers, counted
+    Server._counts_lock      the answers, counted, and the wrong tokens of late
     Server._open_lock        the sockets of all connections
     Checker._changed         which checks of --check run
     LogHandler.lock          the lines of the log that wait; may be taken under any lock
@@ -202,6 +202,7 @@ KEY_FRAME_LIFE = 30.0  # seconds after which a key frame counts as none for a vi
 KEY_FRAME_BACK = 6.0  # seconds; libavformat wants 5 s of stream before it shows a picture
 FAILURE_MEMORY = 2.0  # seconds; VLC asks a second time at once when the first answer is an error
 REPEAT_TIME = 10.0  # seconds between two lines of one kind that a player may cause forty a second
+GUESSERS = 10_000  # addresses that are remembered for that time because they sent a wrong token
 ZAPPING_TIME = 2.0  # seconds a client that leaves one channel for another waits for the place
 ZAPPING_PAUSE = 0.5  # seconds between a start's tries while its origin may still count the last one
 ZAPPING_TICK = 0.05  # seconds between two looks whether it has left
@@ -8342,9 +8343,12 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer_error(error.status, error.reason, retry)
 
     def _route(self, path: str, query: Mapping[str, list[str]]) -> None:
-        self.has_token = self._carries_token(query)
+        offered = self._offered_tokens(query)
+        self.has_token = self._is_token_among(offered)
         trusted = self.server.config.server.trusted
         self.is_trusted = self.has_token or is_in(self.address, trusted)
+        if any(offered) and not self.is_trusted:  # also at open paths, where guesses cost nothing
+            self.server.note_wrong_token(self.address)
         if path == "/health" or (path == "/" and not self.is_person):
             self.answer_health()
         elif not self.is_trusted:
@@ -8468,11 +8472,8 @@ class Handler(BaseHTTPRequestHandler):
         prefix = self._first_of("X-Forwarded-Prefix").rstrip("/")
         return prefix if PREFIX.fullmatch(prefix) else ""
 
-    def _carries_token(self, query: Mapping[str, list[str]]) -> bool:
-        """Whether this request carries the token, or none is configured."""
-        settings = self.server.config.server
-        if not settings.token:
-            return True
+    def _offered_tokens(self, query: Mapping[str, list[str]]) -> list[str]:
+        """What this request carries in the places of a token; an empty text is no guess."""
         offered = list(query.get("token", []))
         scheme, _, credentials = self.headers.get("Authorization", "").partition(" ")
         if scheme.lower() == "bearer":  # the library decodes heads as Latin-1
@@ -8481,7 +8482,14 @@ class Handler(BaseHTTPRequestHandler):
             with contextlib.suppress(ValueError):
                 pair = base64.b64decode(credentials, validate=True).decode()
                 offered.append(pair.partition(":")[2])
-        token = settings.token.encode()
+        return offered
+
+    def _is_token_among(self, offered: Iterable[str]) -> bool:
+        """Whether the token is among these, or none is configured."""
+        configured = self.server.config.server.token
+        if not configured:
+            return True
+        token = configured.encode()
         return any(hmac.compare_digest(each.encode(), token) for each in offered)
 
     # Short answers
@@ -8954,11 +8962,12 @@ class Server(ThreadingHTTPServer):
         self._learn = learn
         self.started = time.monotonic()
         self.numbers = itertools.count(1)  # for threads' names
-        # _counts_lock guards the three below.
+        # _counts_lock guards the four below.
         self._counts_lock = threading.Lock()
         self.answers: Counter[int] = Counter()  # by status
         self.first_bytes: Counter[str] = Counter()  # by bound
         self.first_byte_sum = 0.0  # seconds
+        self._wrong_tokens: dict[str, float] = {}  # when a line told of each address, oldest first
         # _open_lock guards _open, the sockets of all connections.
         self._open_lock = threading.Lock()
         self._open: set[socket.socket] = set()
@@ -8979,6 +8988,21 @@ class Server(ThreadingHTTPServer):
     def note_answer(self, status: int) -> None:
         with self._counts_lock:
             self.answers[status] += 1
+
+    def note_wrong_token(self, address: str) -> None:
+        """Log that a client guessed, for fail2ban: at most one line in REPEAT_TIME per address."""
+        client = str(ip_of(address))
+        now = time.monotonic()
+        with self._counts_lock:
+            for each, logged in tuple(self._wrong_tokens.items()):
+                if now - logged <= REPEAT_TIME and len(self._wrong_tokens) < GUESSERS:
+                    break  # all after it are younger
+                del self._wrong_tokens[each]
+            is_first = client not in self._wrong_tokens
+            if is_first:
+                self._wrong_tokens[client] = now
+        if is_first:
+            log.warning("wrong token from %s", client)
 
     def counts(self) -> tuple[Counter[int], Counter[str], float]:
         """Answers by status, and the first bytes' histogram and sum."""

@@ -31,7 +31,7 @@ def test_every_example_is_one_that_is_run() -> None:
     fences = re.findall(r"^```(.*)$", README, re.M)
     several = {"sh": 4, "yaml": 5, "text": 3}
     once = ["console", "dockerfile", "haproxy"]
-    twice = ["ini", "nginx"]
+    twice = ["ini", "nginx", "conf"]
     assert Counter(fences[::2]) == several | dict.fromkeys(once, 1) | dict.fromkeys(twice, 2)
     assert set(fences[1::2]) == {""}
 
