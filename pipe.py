@@ -89,6 +89,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import base64
+import binascii
 import codecs
 import contextlib
 import difflib
@@ -140,7 +141,7 @@ from http.cookiejar import MozillaCookieJar
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
-from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qs, parse_qsl, quote, unquote, unquote_to_bytes, urlencode, urlsplit
 
 try:
     import requests
@@ -362,6 +363,12 @@ TEXT = "the origin sent text, not a stream"
 NOT_MEDIA = frozenset({WEB_PAGE, TEXT})
 EMPTY = "the origin's playlist is empty"
 UNREADABLE = "the origin's playlist has a key, a map or a byte range that cannot be read"
+UNSUPPORTED = "the origin refers to an unsupported kind of address"
+LOCAL_FILE = "the origin refers to a local file: refused"
+NOT_A_KEY = "the decryption key is not an AES-128 key"
+WRONG_KEY = "decryption failed: wrong key"
+NOT_WHOLE = "decryption failed: the segment is cut off"
+BAD_KEY = NOT_MEDIA | {UNSUPPORTED, LOCAL_FILE, NOT_A_KEY, UNREADABLE}  # no other try can help
 
 _NO_ROUTE = errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN
 
@@ -375,10 +382,10 @@ _REASONS: tuple[tuple[Any, ...], ...] = (
     (TIMED_OUT,
      requests.Timeout, urllib3.exceptions.ReadTimeoutError, TimeoutError),
     ("the origin's certificate is not valid", ssl.SSLCertVerificationError),
-    ("the origin refers to a local file: refused", "file:", "scheme='file'"),
+    (LOCAL_FILE, "file:", "scheme='file'"),
     ("the origin goes from https to http: configure the http:// address",
      " scheme='http'", "Disallowed redirection to http:"),
-    ("the origin refers to an unsupported kind of address",
+    (UNSUPPORTED,
      requests.exceptions.InvalidSchema, "Invalid URL", "Invalid IPv6", "Failed to parse: ",
      "insecure resource", "Disallowed redirection"),
     ("the origin redirects in a loop", requests.TooManyRedirects),
@@ -395,8 +402,6 @@ _REASONS: tuple[tuple[Any, ...], ...] = (
     ("the origin's playlist lists no stream that can be played",
      "variant playlist", "I-frames only"),
     (UNREADABLE, "Missing URI for decryption key"),
-    ("the decryption key is not an AES-128 key", "AES key length", "IV length"),
-    ("decryption failed: wrong key", "adding is incorrect", "be padded", "be unpadded"),
     ("the system has no threads left", "new thread"),
     (CLOSED, requests.ConnectionError),
 )  # fmt: skip
@@ -2549,16 +2554,119 @@ def sniff(start: bytes, is_all: bool = False, media_type: str = "") -> Container
     return MPEG_TS if _FAR_PACKETS.search(start, 0, SEARCH_LIMIT) else OTHER_MEDIA
 
 
-def is_media(start: bytes, is_all: bool = False) -> bool | None:
-    """Whether a segment begins as media or with an ID3 tag; None asks for more, as sniff() does.
+# Media, or noise: what a wrong key makes of an encrypted segment
 
-    If not, and the segment was encrypted, its key is wrong: that makes noise of all of it.  A wrong
-    IV spoils 16 bytes, and the packets after them are found.
+NOISE_LIMIT = 16 * KIB  # bytes in which media is searched for
+FEW_FRAMES = 8 * KIB  # bytes; a shorter segment of packed audio may have fewer than three frames
+# Fixed pairs of bytes appear in that much noise, on average, every fourth time.  Three of them may
+# confirm a frame that was found where it has to be; eight prove frames anywhere.
+CONFIRMING_FRAMES = 3
+PROVING_FRAMES = 8
+_FRAGMENT = re.compile(rb".{4}mo(?:of.{4}mfhd|ov.{4}mvhd)", re.DOTALL)  # boxes of fMP4
+
+
+def media_in(start: bytes, is_all: bool = False) -> bytes | None:
+    """Find the media in the first bytes of a decrypted segment.
+
+    Empty if they are noise: then the key is wrong.  None asks for more.  A wrong IV spoils the
+    first 16 bytes.  MPEG-TS keeps them, because players find the next packet; other media begins
+    with the first intact fragment or frame.
     """
     if start.startswith((b"ID3", b"WEBVTT", b"\xef\xbb\xbfWEBVTT")):
-        return True
+        return start
     container = sniff(start, is_all)
-    return None if container is None else container is not OTHER_MEDIA
+    if container is None:
+        return None
+    is_proven = container is not OTHER_MEDIA
+    if container.is_packed_audio:  # noise begins as a frame does once in 4,000 times
+        is_short = is_all and len(start) < FEW_FRAMES
+        is_proven = is_short or start.count(start[:2]) >= CONFIRMING_FRAMES
+    if is_proven:
+        return start
+    if not is_all and len(start) < NOISE_LIMIT:
+        return None
+    return _behind_spoiled_bytes(start)
+
+
+def _behind_spoiled_bytes(start: bytes) -> bytes:
+    """Media from its first intact fragment or frame on; empty if there is none."""
+    fragment = _FRAGMENT.search(start, 0, NOISE_LIMIT)
+    if fragment:
+        return start[fragment.start() :]
+    for container in PACKED_AUDIO:
+        assert container.first_bytes
+        frames: dict[bytes, list[int]] = {}  # where they begin, by their first two bytes
+        for frame in container.first_bytes.finditer(start, 0, NOISE_LIMIT):
+            frames.setdefault(frame[0][:2], []).append(frame.start())
+        for places in frames.values():
+            if len(places) >= PROVING_FRAMES:
+                return start[places[0] :]
+    return b""
+
+
+# The end of a segment: padding, or media that looks like it
+
+_BOX = re.compile(rb".{4}[a-z0-9]{4}", re.DOTALL)  # ISO/IEC 14496-12, 4.2
+
+
+def _unit_length(header: bytes) -> int | None:
+    """Bytes of the ID3 tag, ADTS frame or fMP4 box that begins like this; 0 if it is none of them.
+
+    None asks for more.
+    """
+    if len(header) < 8:
+        return None
+    if header[:3] == b"ID3":
+        return _id3_size(header) or None
+    if AAC.begins(header):  # ISO/IEC 13818-7, 6.2: aac_frame_length
+        return int.from_bytes(header[3:6], "big") >> 5 & 0x1FFF
+    if not _BOX.match(header):
+        return 0
+    length = int.from_bytes(header[:4], "big")
+    if length != 1:
+        return length
+    return int.from_bytes(header[8:16], "big") if len(header) >= 16 else None
+
+
+class UnitCounter:
+    """Counts through a segment by the lengths of its units, and so knows where the last one ends.
+
+    Units are the packets of MPEG-TS, the frames of ADTS and the boxes of fMP4.
+    """
+
+    def __init__(self) -> None:
+        self._size = 0  # bytes that came
+        self._header = b""  # the start of a unit whose length is not known yet
+        self._left = 0  # bytes of the open unit still to come
+        self._is_counted = False  # the segment began with a tag, a frame or a box
+        self._is_lost = False  # the newest unit was none
+        self._tail = b""  # the newest bytes, as many as a packet has
+
+    def feed(self, data: bytes) -> None:
+        self._size += len(data)
+        self._tail = (self._tail + data[-TS_PACKET:])[-TS_PACKET:]
+        if self._is_lost:
+            return
+        data, self._header = self._header + data, b""
+        at = self._left
+        while at < len(data):
+            length = _unit_length(data[at : at + 16])
+            if length is None:
+                self._header, at = data[at:], len(data)
+            elif length == 0:
+                self._is_lost = True
+                return
+            else:
+                self._is_counted = True
+                at += length
+        self._left = at - len(data)
+
+    @property
+    def is_between_units(self) -> bool:
+        """Whether a unit ends with the newest byte, as far as that is known."""
+        if self._is_counted:
+            return not (self._is_lost or self._header or self._left)
+        return self._size % TS_PACKET == 0 and self._tail.startswith(TS_SYNC)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3406,6 +3514,10 @@ class DownloadFailed(PipeError):
     """A body, or the rest of it, cannot be had."""
 
 
+class DecryptionFailed(PipeError):
+    """A body was fetched, but it cannot be decrypted."""
+
+
 Opened = tuple[requests.Response, bytes]  # an answer, and what was read of its body
 
 
@@ -3417,6 +3529,7 @@ class Download:
     """
 
     empty_time = 0.0  # seconds in which an empty answer is asked for again; 0: it may be empty
+    cipher_block = 1  # bytes; a body that is encrypted in blocks has a multiple of them
 
     def __init__(
         self,
@@ -3478,9 +3591,10 @@ class Download:
                 raise
             except Exception as error:  # requests', urllib3's, streamlink's and the system's
                 log.debug("a download broke off", exc_info=True)
-                if self._is_whole(error):
+                has_all = self._has_all(error)
+                if has_all and not self._is_cut_off:
                     return
-                self._judge(explain(error), pause)
+                self._judge(NOT_WHOLE if has_all else explain(error), pause)
             if self._closing.wait(pause):
                 raise DownloadFailed("closed")
 
@@ -3492,7 +3606,12 @@ class Download:
         if is_late or self.is_hopeless():
             raise DownloadFailed(reason)
 
-    def _is_whole(self, error: Exception) -> bool:
+    @property
+    def _is_cut_off(self) -> bool:
+        """Whether it ended within a block of its cipher; a byte range has the length it has."""
+        return self._size is None and self._had.size % self.cipher_block != 0
+
+    def _has_all(self, error: Exception) -> bool:
         """Whether there was nothing left to ask for: the length told was too large."""
         answer = getattr(getattr(error, "err", None), "response", None)
         if answer is None or answer.status_code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
@@ -3562,6 +3681,8 @@ class Download:
             raise DownloadFailed("it became shorter in the meantime")
         if self._had.size < (self._size or self._length):
             raise ConnectionError("the range ended early")
+        if self._is_cut_off:
+            raise PipeError(NOT_WHOLE)
         if not self._had.size and self.empty_time:
             is_late = time.monotonic() - self.began > self.empty_time
             raise (DownloadFailed if is_late else PipeError)("the origin sent an empty segment")
@@ -5023,6 +5144,8 @@ class SegmentDownload(Download):
         self.buffer = ReaderBuffer(BODY_LIMIT)
         request = functools.partial(writer.request, segment, part)
         super().__init__(request, writer.closing, writer.patience, part.byterange)
+        if writer.decrypts(part.key):
+            self.cipher_block = CIPHER_BLOCK
 
     @property
     def _others(self) -> list[SegmentDownload]:
@@ -5040,31 +5163,34 @@ class SegmentDownload(Download):
         if self.failure not in REFUSALS:
             return False
         if not writer.is_start:
-            return self.asked - self.failing_since > REFUSAL_TIME and self.is_fatal()
+            return self.asked - self.failing_since > REFUSAL_TIME and self.is_fatal(self.failure)
         # Caches list the newest segment before they have it.
         may_come = self._is_map or (self._is_newest and writer.missing < START_MISSING - 1)
         is_late = self.failure == NOT_FOUND and may_come
         return self in writer.downloads[:1] and not is_late
 
-    def is_fatal(self) -> bool:
-        """Whether more is amiss than this one, which cannot be had."""
+    def is_fatal(self, failure: str | None) -> bool:
+        """Whether more is amiss than this one, which cannot be fetched or is of no use.
+
+        `failure` is that of its newest try; None if that was answered.
+        """
         # What came meanwhile of older requests proves nothing: a server that is stopped ends those
         # before it is gone.
         others, since = self._others, self.failing_since
         is_cut_off = not any(since < other.answered < self.asked for other in others)
-        if self.failure in GONE and is_cut_off:
+        if failure in GONE and is_cut_off:
             return True
         reader = self._writer.reader
         if self._writer.is_start:  # the next one may be there
             return self._writer.missing >= START_MISSING or self._is_newest
         if not self._writer.lists(self._segment):  # a live stream that has ended meanwhile
             return False
-        if reader.worker.playlist_end is None or self.failure not in REFUSALS or not is_cut_off:
+        if reader.worker.playlist_end is None or failure not in REFUSALS or not is_cut_off:
             return False
         # What is refused alone, although its address was just resolved for it, is missing; so is
         # a track's, which cannot go on where it was.
         is_old = self._segment.num != reader.first and not reader.is_track
-        return is_old or any(other.failure == self.failure for other in others)
+        return is_old or any(other.failure == failure for other in others)
 
     def is_slow(self) -> bool:
         """Whether it comes more slowly than it plays, beside what was asked for later.
@@ -5094,9 +5220,52 @@ class SegmentDownload(Download):
                 if len(content) > BODY_LIMIT:
                     raise DownloadFailed(f"it is larger than {BODY_LIMIT // MIB} MiB")
         except DownloadFailed as error:
-            reason = f"the initialization section cannot be fetched: {self.failure or error}"
+            reason = f"the initialization section cannot be fetched: {error}"
             raise UpstreamError(reason) from error
         return content
+
+
+CIPHER_BLOCK = AES_128_KEY = 16  # bytes
+
+
+def _deciphered(cipher: Any, encrypted: Iterable[bytes]) -> Iterator[bytes]:
+    """Decrypt as the bytes come; the last block waits, for it holds the padding.
+
+    Some packagers pad a segment only if its length is not a multiple of 16, as SRS does: a last
+    block without padding is media.  So is one that looks like padding by chance, if a packet, a
+    frame or a box ends with it.
+    Raises DecryptionFailed if the bytes end within a block.
+    """
+    held = b""
+    units = UnitCounter()
+    for piece in encrypted:
+        held += piece
+        whole = max(0, len(held) - 1) // CIPHER_BLOCK * CIPHER_BLOCK
+        if whole:
+            plain = cipher.decrypt(held[:whole])
+            units.feed(plain)
+            yield plain
+            held = held[whole:]
+    if len(held) != CIPHER_BLOCK:
+        raise DecryptionFailed(NOT_WHOLE)
+    last = cipher.decrypt(held)
+    units.feed(last)
+    if not units.is_between_units:
+        with contextlib.suppress(ValueError):  # it has no padding
+            last = unpad(last, CIPHER_BLOCK, style="pkcs7")
+    yield last
+
+
+def _data_of(uri: str) -> bytes:
+    """The bytes in a data: URI (RFC 2397); raises UpstreamError if they cannot be read."""
+    head, _, text = uri.partition(",")
+    data = unquote_to_bytes(text)
+    if not head.lower().endswith(";base64"):
+        return data
+    try:
+        return base64.b64decode(data + b"==")  # some leave the padding out
+    except binascii.Error as error:
+        raise UpstreamError(NOT_A_KEY) from error
 
 
 class DownloadingWriter(HLSStreamWriter):
@@ -5231,7 +5400,7 @@ class DownloadingWriter(HLSStreamWriter):
         try:
             if init:
                 yield SegmentEvent(EventKind.INIT, segment.num, segment.discontinuity)
-                yield from self._decrypted(segment.map.key, segment.num, [init.content])
+                yield from self._init(segment, init)
                 self._forget(init)
             yield SegmentEvent(
                 EventKind.START, segment.num, segment.discontinuity, segment.duration
@@ -5244,13 +5413,22 @@ class DownloadingWriter(HLSStreamWriter):
         except UpstreamError:
             raise
         except Exception as error:
-            reason = download.failure or explain(error)
+            download.buffer.discard()  # nobody takes the rest
+            reason = explain(error)
+            is_fetched = isinstance(error, DecryptionFailed)
             self.missing += 1
-            if download.is_fatal():
+            if download.is_fatal(None if is_fetched else download.failure):
                 raise UpstreamError(reason) from error
             if not self.closing.is_set():
                 log.warning("gave up segment %d: %s", segment.num, reason)
             yield SegmentEvent(EventKind.GAP, segment.num)
+
+    def _init(self, segment: Any, init: SegmentDownload) -> Iterator[bytes]:
+        """Hand on an initialization section; raises UpstreamError: nothing plays without it."""
+        try:
+            yield from self._decrypted(segment.map.key, segment.num, [init.content])
+        except DecryptionFailed as error:
+            raise UpstreamError(explain(error)) from error
 
     def _forget(self, download: SegmentDownload) -> None:
         """It is handed on, and makes room for another."""
@@ -5267,26 +5445,39 @@ class DownloadingWriter(HLSStreamWriter):
                 pieces = self._parse_packed_audio_timestamp(start)
         return pieces
 
+    def decrypts(self, key: Any) -> bool:
+        """Whether a segment or a map with this key (streamlink's) is decrypted here."""
+        return bool(key) and key.method != "NONE" and not self.passthrough_encrypted
+
     def _decrypted(self, key: Any, number: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """AES-128-CBC, as the bytes come; the last block waits, for it holds the padding."""
-        if not key or key.method == "NONE" or self.passthrough_encrypted:
+        """Decrypt AES-128-CBC as the bytes come; raises DecryptionFailed if the key is wrong.
+
+        The first bytes wait until they show that the key is right: noise reaches no viewer.
+        """
+        if not self.decrypts(key):
             yield from pieces
             return
-        cipher, held = self._decryptor(key, number), b""
-        for piece in pieces:
-            held += piece
-            whole = max(0, len(held) - 1) // 16 * 16
-            if whole:
-                yield cipher.decrypt(held[:whole])
-                held = held[whole:]
-        try:
-            yield unpad(cipher.decrypt(held), 16, style="pkcs7")
-        except ValueError:
+        decrypted = _deciphered(self._decryptor(key, number), pieces)
+        start, media = b"", None
+        for piece in decrypted:
+            start += piece
+            media = media_in(start)
+            if media is not None:
+                break
+        if media is None:
+            media = media_in(start, is_all=True) or b""
+        if start and not media:
             self.key_uri = None  # an encoder that was started again has another key there
-            raise
+            raise DecryptionFailed(WRONG_KEY)
+        if media:
+            yield media
+        yield from decrypted
 
     def _decryptor(self, key: Any, number: int) -> Any:
-        """Without its key a stream cannot go on: it is tried for as long as a segment would be."""
+        """Without its key a stream cannot go on: it is tried for as long as a segment would be.
+
+        Raises UpstreamError; at once if no other try can help.
+        """
         is_open = key.key_format in (None, "", "identity") or self.key_uri_override
         if key.method != "AES-128" or not is_open:
             raise UpstreamError(f"the stream is DRM-protected ({key.method}) and cannot be played")
@@ -5294,14 +5485,28 @@ class DownloadingWriter(HLSStreamWriter):
         for pause in pauses(RETRY_PAUSES):
             try:
                 with cast(Http, self.session.http).within(max(0.1, self.patience() / 2)):
-                    return self.create_decryptor(key, number)
+                    return self._cipher(key, number)
             except Exception as error:
                 self.key_uri = None  # or what came in its place would be kept
                 reason = explain(error)
-                is_refused = self.is_start and reason in EXPIRED
-                if is_refused or time.monotonic() + pause > deadline or not self.wait(pause):
+                is_final = reason in BAD_KEY or (self.is_start and reason in EXPIRED)
+                if is_final or time.monotonic() + pause > deadline or not self.wait(pause):
                     raise UpstreamError(f"the key cannot be fetched: {reason}") from error
         return None
+
+    def _cipher(self, key: Any, number: int) -> Any:
+        """What streamlink makes of the key, which may end in a line break or be a data: URI."""
+        if key.uri and key.uri[:5].lower() == "data:" and not self.key_uri_override:
+            self.key_data, self.key_uri = _data_of(key.uri), key.uri
+        cipher = None
+        with contextlib.suppress(ValueError):  # AES has no key of that length
+            cipher = self.create_decryptor(key, number)
+        if cipher and len(self.key_data) == AES_128_KEY:
+            return cipher
+        if self.key_data[AES_128_KEY:] not in (b"\n", b"\r", b"\r\n"):
+            raise UpstreamError(NOT_A_KEY)  # also for 24 and 32 bytes, which other kinds of AES use
+        self.key_data = self.key_data[:AES_128_KEY]
+        return self.create_decryptor(key, number)
 
     # Any thread
 

@@ -19,6 +19,7 @@ for. Locks: each `Playlist` guards its own position; `Origin._changed` guards ev
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import fnmatch
 import gzip
@@ -133,7 +134,10 @@ class Playlist:
     Which media a number has: `vod` and `event` count from `first_sequence`; in `live`, number k is
     segments[k % len(segments)], so that two origins of one channel agree.
 
-    `named_iv` is what the playlist says in place of the true `aes_iv`.
+    `named_iv` is what the playlist says in place of the true `aes_iv`. `named_key` is served in
+    place of the true `aes_key`; a text is the key's address. Without `pads_all`, only media whose
+    length is no multiple of 16 is padded, as by SRS. With `encrypts_init`, the key is that of the
+    initialization section, too.
 
     `keep` segments that left the list can still be fetched (None: all); others are 404.
     """
@@ -151,6 +155,9 @@ class Playlist:
         aes_key: bytes | None = None,
         aes_iv: bytes | None = None,
         named_iv: bytes | None = None,
+        named_key: bytes | str | None = None,
+        pads_all: bool = True,
+        encrypts_init: bool = False,
         byte_ranges: bool = False,
         target_duration: int | None = None,
         listed: int | None = None,
@@ -158,7 +165,7 @@ class Playlist:
         clock: bool = False,
         low_latency: bool = False,
     ) -> None:
-        if byte_ranges and aes_key and not aes_iv:
+        if (byte_ranges or encrypts_init) and aes_key and not aes_iv:
             raise ValueError("one file for all segments cannot be encrypted by their numbers")
         self.name = name
         self.override: bytes | None = None  # served instead of the playlist
@@ -167,6 +174,9 @@ class Playlist:
         self._initial = len(segments) if mode == "vod" else window if listed is None else listed
         self._aes_key, self._aes_iv, self._byte_ranges = aes_key, aes_iv, byte_ranges
         self._named_iv = named_iv or aes_iv
+        self._pads_all, self._encrypts_init = pads_all, encrypts_init
+        self._key_address = named_key if isinstance(named_key, str) else "key"
+        self._served_key = named_key if isinstance(named_key, bytes) else aes_key
         self._target_duration, self._low_latency = target_duration, low_latency
         self._origin: Origin | None = None
         # Guards everything below. Reentrant: public methods use each other.
@@ -185,9 +195,10 @@ class Playlist:
         self._contents = [Content(media.data, type_) for media in self._media]
         self._files: dict[str, Content] = {}
         if init is not None:
-            self._files["init.mp4"] = Content(init, TYPES[".mp4"])
-        if self._aes_key:
-            self._files["key"] = Content(self._aes_key)
+            body = self._encrypted(init, 0) if self._encrypts_init else init
+            self._files["init.mp4"] = Content(body, TYPES[".mp4"])
+        if self._served_key:
+            self._files["key"] = Content(self._served_key)
         if self._byte_ranges:
             bodies = [self._encrypted(media.data, 0) for media in self._media]
             self._offsets = [0, *itertools.accumulate(map(len, bodies))]
@@ -363,7 +374,8 @@ class Playlist:
         if not self._aes_key:
             return data
         iv = self._aes_iv or number.to_bytes(16, "big")
-        encrypted: bytes = AES.new(self._aes_key, AES.MODE_CBC, iv).encrypt(pad(data, 16))
+        padded = pad(data, 16) if self._pads_all or len(data) % 16 else data
+        encrypted: bytes = AES.new(self._aes_key, AES.MODE_CBC, iv).encrypt(padded)
         return encrypted
 
     def _text_locked(self) -> str:
@@ -391,11 +403,14 @@ class Playlist:
         if self._low_latency:
             yield "#EXT-X-SERVER-CONTROL:CAN-BLOCK-RELOAD=YES,CAN-SKIP-UNTIL=24,PART-HOLD-BACK=1"
             yield f"#EXT-X-PART-INF:PART-TARGET={longest / PARTS:.3f}"
-        if has_map:  # before the key, which would apply to it
-            yield '#EXT-X-MAP:URI="init.mp4"'
+        section = ['#EXT-X-MAP:URI="init.mp4"'] if has_map else []
+        if not self._encrypts_init:  # before the key, which would apply to it
+            yield from section
         if self._aes_key:
             iv = f",IV=0x{self._named_iv.hex()}" if self._named_iv else ""
-            yield f'#EXT-X-KEY:METHOD=AES-128,URI="key"{iv}'
+            yield f'#EXT-X-KEY:METHOD=AES-128,URI="{self._key_address}"{iv}'
+        if self._encrypts_init:
+            yield from section
 
     def _entry_locked(self, number: int) -> Iterator[str]:
         media = self._media[self._index_locked(number)]
@@ -681,6 +696,17 @@ class Preface:
     def apply(self, answer: Answer) -> None:
         if isinstance(answer.content, Content):
             answer.content = Content(self.data + answer.content.body, answer.content.type)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The last `size` bytes are missing, and nothing tells that: the length is that of the rest."""
+
+    size: int
+
+    def apply(self, answer: Answer) -> None:
+        if isinstance(answer.content, Content):
+            answer.content = Content(answer.content.body[: -self.size], answer.content.type)
 
 
 @dataclass(frozen=True)
@@ -1732,6 +1758,7 @@ def _add_channels(origin: Origin) -> list[str]:
     ts = media.ts_segments(30)
     init, fragments = media.fmp4(30)
     key = bytes(range(16))
+    key_text = base64.b64encode(key).decode()
     aac = media.aac_segments(30)
     anew = [media.with_counters_from_zero(segment) for segment in ts]
     jumping = [Segment(data, discontinuity=n % 5 == 0) for n, data in enumerate(ts)]
@@ -1752,6 +1779,10 @@ def _add_channels(origin: Origin) -> list[str]:
         Playlist(
             "wrong-iv", ts, mode="live", aes_key=key, aes_iv=key, named_iv=key[::-1], clock=True
         ),
+        Playlist("key-line-break", ts, aes_key=key, named_key=key + b"\r\n"),
+        Playlist("key-data", ts, aes_key=key, named_key=f"data:;base64,{key_text}"),
+        Playlist("key-wrong", ts, aes_key=key, named_key=key[::-1]),
+        Playlist("unpadded", ts, aes_key=key, pads_all=False),
         Playlist("vod-byterange", ts, byte_ranges=True),
         Playlist("counters-restart", anew, mode="live", clock=True),
         with_insert(origin, "insert-fmp4", ts[:10], init, fragments[:3], mode="live", clock=True),

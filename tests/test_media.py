@@ -344,20 +344,30 @@ def test_packets_are_found_behind_noise(size: int) -> None:
     start = NOISE[:size] + media.ts_segments(4)[0][size if size < PACKET else 0 :]
     assert pipe.sniff(start) is pipe.MPEG_TS
     assert pipe.sniff(start[: pipe.SEARCH_LIMIT]) is pipe.MPEG_TS
-    assert pipe.is_media(start)
+    assert pipe.media_in(start) == start
 
 
 def test_noise_is_no_media_but_what_begins_as_media_or_with_a_tag_is() -> None:
     """Noise is what a wrong key makes of a segment."""
-    assert pipe.is_media(NOISE[: pipe.SEARCH_LIMIT - 1]) is None
+    assert pipe.media_in(NOISE[: pipe.NOISE_LIMIT - 1]) is None
+    noise = list(stepwise(NOISE, pipe.NOISE_LIMIT))
+    assert [pipe.media_in(part) for part in noise] == [b""] * len(noise)
     noise = list(stepwise(NOISE, pipe.SEARCH_LIMIT))
-    assert [pipe.is_media(part) for part in noise] == [False] * len(noise)
-    assert pipe.is_media(NOISE[:100], is_all=True) is False
-    assert pipe.is_media(TAGS["version 4"][:10]), "the rest of the tag does not matter"
-    assert pipe.is_media(b"WEBVTT\n")
+    assert [pipe.media_in(part, is_all=True) for part in noise] == [b""] * len(noise)
+    assert pipe.media_in(NOISE[:100], is_all=True) == b""
+    tag = TAGS["version 4"][:10]
+    assert pipe.media_in(tag) == tag, "the rest of the tag does not matter"
+    assert pipe.media_in(b"WEBVTT\n") == b"WEBVTT\n"
     for container, make in STARTS.values():
         if container is not pipe.OTHER_MEDIA:
-            assert pipe.is_media(make()[:ENOUGH])
+            start = make()[:ENOUGH]
+            if container.is_packed_audio:  # noise may begin like a frame, but not like several
+                start *= pipe.CONFIRMING_FRAMES
+            assert pipe.media_in(start) == start
+    frame = b"\xff\xfb\x90\x64" + NOISE
+    assert pipe.media_in(frame[:1000]) is None
+    assert pipe.media_in(frame) == b""
+    assert pipe.media_in(frame[:1000], is_all=True) == frame[:1000], "it may be the only one"
 
 
 @pytest.mark.parametrize("container", pipe.CONTAINERS)

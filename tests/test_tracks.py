@@ -199,6 +199,42 @@ def test_dash_film_whose_sound_stalls_is_whole(origin: Origin, serve: Serve) -> 
     assert times(body, "audio")[-1] == pytest.approx(times(body, "video")[-1], abs=0.1)
 
 
+#### Tracks that are encrypted, each with its key ####
+
+PICTURE_KEY, SOUND_KEY = bytes(range(16)), bytes(range(100, 116))
+
+
+def encrypted_film(origin: Origin, **sound: Any) -> Apart:
+    """A picture with its key; `sound` is what its sound has besides its own."""
+    parts = media.audio_only_segments(12)
+    return Apart(
+        origin,
+        Playlist("picture", media.video_only_segments(12), aes_key=PICTURE_KEY, pads_all=False),
+        Playlist("sound", parts, aes_key=SOUND_KEY, **sound),
+    )
+
+
+@pytest.mark.parametrize("end", [b"", b"\n"], ids=["bare", "line-break"])
+def test_each_track_is_decrypted_with_its_key(origin: Origin, serve: Serve, end: bytes) -> None:
+    apart = encrypted_film(origin, named_key=SOUND_KEY + end, pads_all=not end)
+    site = serve({"news": apart.url})
+    body, is_complete = site.watch("/news").read_all()
+    assert is_complete
+    assert count(body) == apart.sent(0, 12)
+    assert site.get("/status").json["streams"][0]["gaps"] == 0
+
+
+@pytest.mark.parametrize("key", [PICTURE_KEY, SOUND_KEY + SOUND_KEY], ids=["wrong", "aes-256"])
+def test_sound_that_cannot_be_decrypted_is_left_out(
+    origin: Origin, serve: Serve, journal: Journal, key: bytes
+) -> None:
+    apart = encrypted_film(origin, named_key=key)
+    body, is_complete = serve({"news": apart.url}).watch("/news").read_all()
+    assert is_complete
+    assert count(body) == Counter(video=12 * media.FPS)
+    journal.wait_for("news: no sound")
+
+
 #### A track that is missing at the start ####
 
 
