@@ -73,7 +73,7 @@ Where it is decided
     that a source has ended          the table above Upstream; Channel._read and _finish
     that an upstream has failed      Channel._judge; within a segment Download._judge
     what is tried next, and when     Channel._open_first and _keep_going
-    what viewers see of a seam       Splicer; its states stand above it
+    what viewers see of a seam       Splicer; its docstring has the table of its states
     what is a segment of HLS         Listing; who polls, and has left: Channels._start_polling
     how long an ended playlist stays Channel._see_pollers_off; which clients get it: Channels.poll
     an answer                        Handler._route; documents: Pages
@@ -140,7 +140,7 @@ from http import HTTPStatus
 from http.cookiejar import MozillaCookieJar
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, cast
+from typing import Any, NamedTuple, NoReturn, TextIO, cast
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, unquote_to_bytes, urlencode, urlsplit
 
 try:
@@ -5714,22 +5714,8 @@ class ProcessUpstream(Upstream):
 # --------------------------------------------------------------------------------------------------
 # Splicer: makes one stream of what several openings of an upstream bring
 #
-# State       what it does with bytes                                leaves it
-#   PASSING   hands them to the framer                               -
-#   RESUMED   a new opening: no segment or byte has come yet         at its first segment or byte
-#   COMPARING the open segment again: checks that it is the same     at the viewers' place in it
-#   SKIPPING  drops them: the open segment is other media            at the next segment
-#
-#   any       -> RESUMED    resume()
-#   RESUMED   -> PASSING    at the wanted segment, of which viewers have nothing
-#             -> COMPARING  at the wanted segment, of which viewers have the beginning
-#             -> PASSING    through a shut framer: at another segment, or at bytes without segments
-#                           (a relay)
-#             -> SKIPPING   at the wanted segment with another initialization section
-#   COMPARING -> PASSING    everything was the same; -> SKIPPING  something was not
-#   SKIPPING  -> PASSING    through a shut framer: at the next segment
-# RESUMED stays if the first segment was left out, or is missing.  A shut framer drops MPEG-TS until
-# a decoder can start; other containers pass.
+# SpliceState and Arrival say in words what their members mean.  The table in Splicer's docstring
+# says what follows from each pair of them; STEPS is that table as code.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -5801,27 +5787,103 @@ class InsertFilter:
 
 
 class SpliceState(enum.Enum):
-    PASSING = enum.auto()
-    RESUMED = enum.auto()
-    COMPARING = enum.auto()
-    SKIPPING = enum.auto()
+    PASSING = "bytes go to the framer, which may be shut"
+    BETWEEN = "a new opening; viewers have whole segments"
+    WITHIN = "a new opening; viewers have the beginning of the wanted segment"
+    LOST = "a new opening, which cannot continue what viewers have"
+    COMPARING = "the open segment arrives again: it may be the same up to the viewers' place in it"
+    SKIPPING = "the open segment is other media: its bytes are dropped"
+
+
+REOPENED = frozenset({SpliceState.BETWEEN, SpliceState.WITHIN, SpliceState.LOST})
+
+
+class Arrival(enum.Enum):
+    OPENING = "an opening; viewers have whole segments"
+    OPENING_WITHIN = "an opening; viewers have the beginning of a segment, or no segments"
+    OPENING_SHUT = "an opening; the framer is shut, so the last bytes did not reach viewers"
+    WANTED = "the wanted segment starts: the one that follows the last, or the open one again"
+    CHANGED = "the wanted segment starts, and its initialization section is new"
+    OTHER = "another segment starts"
+    BYTES = "bytes"
+    SAME = "bytes; all that viewers have of the open segment was the same"
+    DIFFERENT = "bytes; what viewers have of the open segment was different"
+    END = "the segment is complete"
+    GAP = "the rest of the wanted segment is missing, or all of it was left out"
+    OTHER_GAP = "another segment is missing, or was left out"
+
+
+class SpliceStep(NamedTuple):
+    to: SpliceState
+    is_seam: bool = False  # what follows does not continue what viewers have
+
+
+_PASSING = SpliceStep(SpliceState.PASSING)
+_BETWEEN = SpliceStep(SpliceState.BETWEEN)
+_WITHIN = SpliceStep(SpliceState.WITHIN)
+_LOST = SpliceStep(SpliceState.LOST)
+_COMPARE = SpliceStep(SpliceState.COMPARING)
+_SKIP = SpliceStep(SpliceState.SKIPPING)
+_SEAM_PASS = SpliceStep(SpliceState.PASSING, is_seam=True)
+_SEAM_SKIP = SpliceStep(SpliceState.SKIPPING, is_seam=True)
+
+# The steps for each arrival, in the order of SpliceState.  None: it cannot happen.
+_ROWS: Mapping[Arrival, Sequence[SpliceStep | None]] = {
+    #                       PASSING   BETWEEN     WITHIN      LOST        COMPARING   SKIPPING
+    Arrival.OPENING:        (_BETWEEN, _BETWEEN,   _WITHIN,    _LOST,      _WITHIN,    _LOST),
+    Arrival.OPENING_WITHIN: (_WITHIN,  _BETWEEN,   _WITHIN,    _LOST,      _WITHIN,    _LOST),
+    Arrival.OPENING_SHUT:   (_LOST,    _BETWEEN,   _WITHIN,    _LOST,      _WITHIN,    _LOST),
+    Arrival.WANTED:         (_PASSING, _PASSING,   _COMPARE,   _SEAM_PASS, _PASSING,   _PASSING),
+    Arrival.CHANGED:        (_PASSING, _PASSING,   _SEAM_SKIP, _SEAM_PASS, _PASSING,   _PASSING),
+    Arrival.OTHER:          (_PASSING, _SEAM_PASS, _SEAM_PASS, _SEAM_PASS, _PASSING,   _PASSING),
+    Arrival.BYTES:          (_PASSING, _SEAM_PASS, _SEAM_PASS, _SEAM_PASS, _COMPARE,   _SKIP),
+    Arrival.SAME:           (None,     None,       None,       None,       _PASSING,   None),
+    Arrival.DIFFERENT:      (None,     None,       None,       None,       _SEAM_SKIP, None),
+    Arrival.END:            (_PASSING, _LOST,      _LOST,      _LOST,      _SEAM_SKIP, _SKIP),
+    Arrival.GAP:            (_PASSING, _BETWEEN,   _LOST,      _LOST,      _SEAM_SKIP, _SKIP),
+    Arrival.OTHER_GAP:      (_PASSING, _LOST,      _LOST,      _LOST,      _SEAM_SKIP, _SKIP),
+}  # fmt: skip
+
+STEPS: Mapping[tuple[Arrival, SpliceState], SpliceStep] = {
+    (arrival, state): step
+    for arrival, row in _ROWS.items()
+    for state, step in zip(SpliceState, row, strict=True)
+    if step
+}
 
 
 class Splicer:
     """Carries one channel's bytes from its upstreams to its window, without a repeat at the seams.
 
-    A channel's thread owns it.
+    A channel's thread owns it.  From the state in the first line, an arrival leads to the state in
+    its own line; `*` marks a seam, `-` a pair that cannot happen:
+
+        arrival         PASSING    BETWEEN    WITHIN     LOST       COMPARING  SKIPPING
+        OPENING         BETWEEN    BETWEEN    WITHIN     LOST       WITHIN     LOST
+        OPENING_WITHIN  WITHIN     BETWEEN    WITHIN     LOST       WITHIN     LOST
+        OPENING_SHUT    LOST       BETWEEN    WITHIN     LOST       WITHIN     LOST
+        WANTED          PASSING    PASSING    COMPARING  PASSING*   PASSING    PASSING
+        CHANGED         PASSING    PASSING    SKIPPING*  PASSING*   PASSING    PASSING
+        OTHER           PASSING    PASSING*   PASSING*   PASSING*   PASSING    PASSING
+        BYTES           PASSING    PASSING*   PASSING*   PASSING*   COMPARING  SKIPPING
+        SAME            -          -          -          -          PASSING    -
+        DIFFERENT       -          -          -          -          SKIPPING*  -
+        END             PASSING    LOST       LOST       LOST       SKIPPING*  SKIPPING
+        GAP             PASSING    BETWEEN    LOST       LOST       SKIPPING*  SKIPPING
+        OTHER_GAP       PASSING    LOST       LOST       LOST       SKIPPING*  SKIPPING
+
+    A seam shuts the framer of MPEG-TS, which then drops packets until a decoder can start; other
+    containers pass.  Bytes in a new opening that brought no segment are those of a relay.
     """
 
     def __init__(self, listing: Listing, place: object) -> None:
         self.window, self._listing = listing.window, listing
         self.place = place  # that gave the numbers
-        self.number: int | None = None  # of the segment to go on with; None without segments
+        self.number: int | None = None  # of the wanted or open segment; None without segments
         self._is_clean = False  # the newest opening: see resume()
         self._framer = listing.container.framer()
         self._filter = InsertFilter(listing.container)
         self._state = SpliceState.PASSING
-        self._goes_on = True  # False: viewers have not had what came before, so nothing can
         self._passed = Fingerprint()  # what viewers have had of the open segment
         self._repeat = Repeat(self._passed)
         self._init_section = b""  # the newest that viewers have
@@ -5852,9 +5914,15 @@ class Splicer:
         """
         self.place, self._is_clean = place, is_clean
         self._filter = InsertFilter(self._listing.container)
-        if self._state is SpliceState.SKIPPING or self._framer.is_shut:
-            self._passed, self._goes_on = Fingerprint(), False
-        self._state, self._new_init_section = SpliceState.RESUMED, None
+        self._new_init_section = None
+        if self._framer.is_shut:
+            self._step(Arrival.OPENING_SHUT)
+        elif self._passed.size:
+            self._step(Arrival.OPENING_WITHIN)
+        else:
+            self._step(Arrival.OPENING)
+        if self._state is SpliceState.LOST:
+            self._passed = Fingerprint()
 
     def without_inserts(self, items: Iterable[bytes | SegmentEvent]) -> list[bytes | SegmentEvent]:
         """What of these can be passed: see InsertFilter."""
@@ -5873,25 +5941,34 @@ class Splicer:
         return max(0, lost)
 
     def pass_bytes(self, data: bytes) -> bool:
-        """Take what came; True where it brought viewers something new."""
+        """Take bytes; true if they brought viewers something new."""
         if self._new_init_section is not None:
             self._new_init_section += data
             return False
-        if self._state is SpliceState.RESUMED:  # no segment before them: this opening has none
-            self.number = None
-            self._start_seam(is_clean=self._is_clean)
-        elif self._state is SpliceState.COMPARING:
-            new = self._repeat.pass_on(data)  # once all that viewers have had was the same
-            if new is None:
-                self._skip()
-            elif self._repeat.is_over:
-                self._state = SpliceState.PASSING
-            data = new or b""
-        if self._state in (SpliceState.COMPARING, SpliceState.SKIPPING):
+        if self._state is SpliceState.COMPARING:
+            data = self._compare(data)
+        else:
+            if self._state in REOPENED:  # no segment before them: this opening has none
+                self.number = None
+            self._step(Arrival.BYTES)
+        if self._state is not SpliceState.PASSING:
             return False
         self._passed.add(data)
         self._append(self._framer.feed(data))
         return bool(data) and not self._framer.is_shut
+
+    def _compare(self, data: bytes) -> bytes:
+        """Compare bytes of the open segment with those that viewers have; returns the new ones."""
+        assert self.number is not None
+        new = self._repeat.pass_on(data)  # once all that viewers have was the same
+        if new is None:
+            self._step(Arrival.DIFFERENT)
+            self.number += 1  # the next segment is the first of use
+        elif self._repeat.is_over:
+            self._step(Arrival.SAME)
+        else:
+            self._step(Arrival.BYTES)
+        return new or b""
 
     def flush(self) -> None:
         """Hand on what was held back for more to come."""
@@ -5904,32 +5981,42 @@ class Splicer:
         if self.number is None:
             self._listing.cut_at(joins)
 
+    def _step(self, arrival: Arrival) -> None:
+        """Go to the next state, through a seam if there is one."""
+        step = STEPS[arrival, self._state]
+        if step.is_seam:
+            self._start_seam()
+        self._state = step.to
+
     def _start_segment(self, event: SegmentEvent) -> None:
         init_section, self._new_init_section = bytes(self._new_init_section or b""), None
-        is_resumed = self._state is SpliceState.RESUMED
+        is_reopened = self._state in REOPENED
+        is_known = is_reopened and init_section == self._init_section
+        is_init_new = bool(init_section) and not is_known
         is_next = event.number == self.number
-        goes_on = self._goes_on and (not is_resumed or is_next)
-        is_half = is_resumed and goes_on and self._passed.size > 0  # viewers have its beginning
-        is_changed = bool(init_section) and not (is_resumed and init_section == self._init_section)
         self.number = event.number
-        if is_half and not is_changed:  # RESUMED -> COMPARING
-            self._state, self._repeat = SpliceState.COMPARING, Repeat(self._passed)
+        if not is_next:
+            self._step(Arrival.OTHER)
+        elif is_init_new:
+            self._step(Arrival.CHANGED)
+        else:
+            self._step(Arrival.WANTED)
+        if self._state is SpliceState.COMPARING:
+            self._repeat = Repeat(self._passed)
             return
-        if is_half or not goes_on:
-            self._start_seam()
         is_apart = event.is_discontinuous or not is_next
-        self._listing.expect(event.duration, is_resumed or is_apart)
+        self._listing.expect(event.duration, is_reopened or is_apart)
         self._framer.expect_jump(is_certain=is_apart)  # or its counters may not continue
-        if is_changed:
+        if is_init_new:
             self._pass_init_section(init_section)
         self._passed = Fingerprint()
-        if is_half:  # RESUMED -> SKIPPING: other media, the segment after it is the first of use
-            self._skip()
-        else:  # SKIPPING, RESUMED -> PASSING
+        if self._state is SpliceState.SKIPPING:
+            self._start_seam()  # again, behind the initialization section
+            self.number += 1  # the next segment is the first of use
+        else:
             self._open_segment()
 
     def _open_segment(self) -> None:
-        self._state = SpliceState.PASSING
         self._append(self._framer.flush())
         self._framer.start_segment()
         self._listing.start(self._framer.position)
@@ -5941,43 +6028,40 @@ class Splicer:
 
     def _end_segment(self, event: SegmentEvent) -> None:
         """The segment is whole, or the rest of it is missing, or all of it was left out."""
-        is_resumed = self._state is SpliceState.RESUMED
-        if is_resumed and (event.number != self.number or self._passed.size):
+        was_passing = self._state is SpliceState.PASSING
+        is_whole = event.kind is EventKind.END
+        is_wanted = event.number == self.number
+        # A seam will follow, and it will tell the framer whether a jump is certain.
+        is_before_seam = self._state in REOPENED and not (is_wanted and not self._passed.size)
+        if is_whole:
+            self._step(Arrival.END)
+        elif is_wanted:
+            self._step(Arrival.GAP)
+        else:
+            self._step(Arrival.OTHER_GAP)
+        if not is_whole:
             self._framer.drop()
-            self._goes_on = False
-        elif event.kind is not EventKind.END:
-            self._framer.drop()
-            self._framer.expect_jump(is_certain=True)
-        elif self._state is SpliceState.PASSING:
+        elif was_passing:
             self._append(self._framer.flush())
-        is_passed = self._state is SpliceState.PASSING and not self._framer.is_shut
-        if event.kind is EventKind.END and is_passed:
+        if not is_whole and not is_before_seam:
+            self._framer.expect_jump(is_certain=True)
+        if is_whole and was_passing and not self._framer.is_shut:
             self._listing.finish(self._framer.position, self._framer.preamble)
         else:
             self._listing.drop()
-        if self._state is SpliceState.COMPARING:  # it ended before the place that viewers reached
-            self._skip()
         self.number, self._passed = event.number + 1, Fingerprint()
 
-    def _skip(self) -> None:
-        """The open segment is other media than before: go on with the next."""
-        self._start_seam()
-        self._state = SpliceState.SKIPPING
-        if self.number is not None:
-            self.number += 1
-
-    def _start_seam(self, is_clean: bool = False) -> None:
-        """What comes next does not continue what was: begin where a decoder can start."""
+    def _start_seam(self) -> None:
+        """What follows does not continue what viewers have: begin where a decoder can start."""
+        is_relay = self.number is None
+        is_clean = is_relay and self._is_clean
         self._framer.drop()
         self._listing.drop()
-        is_certain = is_clean or self.number is not None  # a relay may go on
-        self._framer.expect_jump(is_certain)
-        self._goes_on = True
-        if self.number is None:
+        self._framer.expect_jump(is_certain=is_clean or not is_relay)  # a relay may continue
+        if is_relay:
             self._framer.leave_segments()
         if not is_clean:
-            self._framer.shut(is_backlog=self.number is None)
-        self._state = SpliceState.PASSING
+            self._framer.shut(is_backlog=is_relay)
 
 
 # --------------------------------------------------------------------------------------------------
