@@ -74,10 +74,16 @@ Where it is decided
     that an upstream has failed      Channel._judge; within a segment Download._judge
     what is tried next, and when     Channel._open_first and _keep_going
     what viewers see of a seam       Splicer; its docstring has the table of its states
-    what is a segment of HLS         Listing; who polls, and has left: Channels._start_polling
+    what is a segment of HLS         Listing; who polls, and has left: Channels._add_poller
     how long an ended playlist stays Channel._see_pollers_off; which clients get it: Channels.poll
     an answer                        Handler._route; documents: Pages
     which thread may call            the class's docstring, or a comment above its methods
+
+What goes wrong, in four words
+    failure        why something ended, in words for people: an upstream, a download, a start
+    trouble        why something that continues has no media or no news: a channel, a playlist
+    failed         the state after a failure
+    error          an exception; /status and /metrics call failures and troubles errors, too
 
 Reading order
     Window, Channels.watch, Channel._run, Splicer, then Handler.stream_channel.  Configuration,
@@ -4027,7 +4033,7 @@ class Fetch:
             self._response = self._http.ask(arguments, headers, min(self._seconds, ANSWER_TIME))
         except Exception as error:
             log.debug("cannot fetch", exc_info=True)
-            raise self._failure(error) from error
+            raise self._upstream_error(error) from error
         return self._response
 
     def parts(self, *, is_decoded: bool = True) -> Iterator[bytes]:
@@ -4042,7 +4048,7 @@ class Fetch:
                 yield part
         except (OSError, urllib3.exceptions.HTTPError) as error:
             log.debug("cannot fetch", exc_info=True)
-            raise self._failure(error) from error
+            raise self._upstream_error(error) from error
 
     def close(self) -> None:
         """End the request.  Idempotent."""
@@ -4053,7 +4059,7 @@ class Fetch:
         self._is_late = True
         self._http.cut()
 
-    def _failure(self, error: Exception) -> UpstreamError:
+    def _upstream_error(self, error: Exception) -> UpstreamError:
         return UpstreamError(TIMED_OUT if self._is_late else explain(error))
 
 
@@ -4337,7 +4343,7 @@ def first_to_answer(
     Raises OSError if every attempt failed: the first one's, or the one that says "refused".
     """
     waiting = deque(addresses)
-    failures: list[OSError] = []
+    errors: list[OSError] = []
     due = time.monotonic()  # when the next attempt begins
     with selectors.DefaultSelector() as pending, contextlib.ExitStack() as attempts:
         while waiting or pending.get_map():
@@ -4348,7 +4354,7 @@ def first_to_answer(
                 try:
                     sock = begin_attempt(address, source, options)
                 except OSError as error:
-                    failures.append(error)
+                    errors.append(error)
                     due = now
                     continue
                 attempts.callback(sock.close)
@@ -4363,10 +4369,10 @@ def first_to_answer(
                 if number == 0:
                     return socket.socket(fileno=sock.detach()), key.data
                 sock.close()
-                failures.append(OSError(number, os.strerror(number)))
+                errors.append(OSError(number, os.strerror(number)))
                 due = now
-    refusals = [error for error in failures if isinstance(error, ConnectionRefusedError)]
-    raise (refusals + failures)[0]
+    refusals = [error for error in errors if isinstance(error, ConnectionRefusedError)]
+    raise (refusals + errors)[0]
 
 
 def begin_attempt(address: Any, source: tuple[str, int] | None, options: Any) -> socket.socket:
@@ -4594,8 +4600,11 @@ class Upstream:
     @property
     def trouble(self) -> str | None:
         """Why the newest playlist could not be loaded; None where it could."""
-        failures = (getattr(worker, "failure", None) for worker in self.workers)
-        return next(filter(None, failures), None)
+        for worker in self.workers:
+            trouble: str | None = getattr(worker, "trouble", None)
+            if trouble:
+                return trouble
+        return None
 
     @property
     def workers(self) -> list[Any]:
@@ -5036,7 +5045,7 @@ class WatchedWorker(HLSStreamWorker):
     """
 
     reader: Any
-    failure: str | None = None  # of the newest playlist
+    trouble: str | None = None  # why the newest playlist could not be loaded or used
     _is_loaded = False  # the first playlist came
     _is_empty = True  # the newest lists nothing
     _below = 0  # successive playlists that end below the last number queued
@@ -5053,11 +5062,11 @@ class WatchedWorker(HLSStreamWorker):
         try:
             self._is_empty = True
             super().reload()  # type: ignore[no-untyped-call]
-            self._is_loaded, self.failure = True, EMPTY if self._is_empty else None
+            self._is_loaded, self.trouble = True, EMPTY if self._is_empty else None
         except Exception as error:
-            self.failure = explain(error)
-            if self.failure in EXPIRED or not self._is_loaded:  # or it is tried again
-                self.reader.fail(self.failure)
+            self.trouble = explain(error)
+            if self.trouble in EXPIRED or not self._is_loaded:  # or it is tried again
+                self.reader.fail(self.trouble)
             self.reader.buffer.wake()  # the channel shows it, though the next reload may succeed
             raise
 
@@ -5078,13 +5087,13 @@ class WatchedWorker(HLSStreamWorker):
         elif last < self.sequence - 1:  # caches serve playlists a number or two old
             self._below += 1
             playlist.is_endlist = False  # of something else
-            if self._below == 3 or self.failure:
+            if self._below == 3 or self.trouble:
                 self.reader.fail("the origin restarted its numbering")
                 return
         else:
             self._below = 0
         is_skipping = 0 <= self.sequence < first
-        if is_skipping and not self.failure:  # an outage is no reason to load more often
+        if is_skipping and not self.trouble:  # an outage is no reason to load more often
             self._hurry *= 2
         has_news = last >= self.sequence
         super().process_segments(playlist)
@@ -5665,7 +5674,7 @@ class ProcessUpstream(Upstream):
             self.missing = "no subtitles"
         for file in unused:
             worker = cast(WatchedWorker, file.worker)
-            reason = file.buffer.failure or worker.failure or TIMED_OUT
+            reason = file.buffer.failure or worker.trouble or TIMED_OUT
             log.warning("%s: left out a track: %s", self.session.name, reason)
             file.abandon()
             self._files.remove(file)
@@ -6149,7 +6158,7 @@ class StreamRecord:
     def __init__(self, lock: threading.Condition) -> None:
         self._lock = lock
         self.counts: Counter[str] = Counter()  # by name: arrivals, received, sent, gaps ...
-        self.errors: Counter[str] = Counter()  # of upstreams, by reason
+        self.failures: Counter[str] = Counter()  # of upstreams, by reason
         self.drops: Counter[str] = Counter()  # of viewers, by reason
         self.peak = 0  # viewers at once
         self.last_error: str | None = None
@@ -6159,9 +6168,10 @@ class StreamRecord:
         self.has_failed = False  # an upstream, and nothing has come since
         self.variants: Mapping[str, str] = {}  # of the newest start: name to variant
         self.resolved = -math.inf  # when that was
-        self.failures: dict[str, tuple[float, StreamError]] = {}  # of starts, by wanted quality
+        # By wanted quality: when a start failed, and the error that answers its viewers.
+        self.start_errors: dict[str, tuple[float, StreamError]] = {}
         self.numberings: dict[str, Numbering] = {}  # of HLS, by variant
-        self.failed: dict[str, float] = {}  # addresses, and when each failed last
+        self.failure_times: dict[str, float] = {}  # when each address failed last
         self._slots: deque[tuple[int, int]] = deque(maxlen=SLOTS + 1)  # number and bytes of each
         self._warned = -math.inf  # when a line was logged that may repeat
 
@@ -6182,13 +6192,13 @@ class StreamRecord:
         with self._lock:
             self.drops[reason] += 1
 
-    def add_error(self, reason: str, address: str = "") -> None:
+    def add_failure(self, reason: str, address: str = "") -> None:
         """An upstream failed, and with it perhaps an address."""
         now = time.monotonic()
         with self._lock:
-            recent = {which: at for which, at in self.failed.items() if at > now - BAD_TIME}
-            self.failed = {**recent, address: now}
-            self.errors[reason.partition(";")[0]] += 1  # a label without what the origin offers
+            recent = {which: at for which, at in self.failure_times.items() if at > now - BAD_TIME}
+            self.failure_times = {**recent, address: now}
+            self.failures[reason.partition(";")[0]] += 1  # a label without what the origin offers
             self.has_failed = True
         self.note_trouble(reason)
 
@@ -6200,7 +6210,7 @@ class StreamRecord:
     def forget_failures(self) -> None:
         """The stream is pulled otherwise from now on: its failures say nothing about that."""
         with self._lock:
-            self.failures.clear()
+            self.start_errors.clear()
             self.resolved = -math.inf
             self.has_failed = False
 
@@ -6208,7 +6218,7 @@ class StreamRecord:
         """These by position: as configured, those that failed lately last."""
         since = time.monotonic() - BAD_TIME
         with self._lock:
-            failed = {address for address, at in self.failed.items() if at > since}
+            failed = {address for address, at in self.failure_times.items() if at > since}
         return sorted(range(len(addresses)), key=lambda n: addresses[n] in failed)
 
     def add_received(self, size: int) -> None:
@@ -6228,9 +6238,9 @@ class StreamRecord:
         return [slots.get(now - SLOTS + n, 0) * 8 / SLOT for n in range(SLOTS)]
 
     def reasons(self) -> tuple[Counter[str], Counter[str]]:
-        """Copies of `errors` and `drops`."""
+        """Copies of `failures` and `drops`."""
         with self._lock:
-            return self.errors.copy(), self.drops.copy()
+            return self.failures.copy(), self.drops.copy()
 
     def qualities(self) -> list[str]:
         """The variants that the newest start found, each once."""
@@ -6258,7 +6268,7 @@ class StreamRecord:
 #   LIVE      shared by everyone who asks for this variant
 #   PRIVATE   its source has an end, or nobody could join it late: it is its first viewer's alone,
 #             the others start their own
-#   CLOSED    nothing more comes.  `failure` tells why a start brought no media; viewers of a start
+#   CLOSED    nothing more comes.  `error` tells why a start brought no media; viewers of a start
 #             that ended without media and without a failure begin again
 #
 #   STARTING -> LIVE | PRIVATE   media is at hand                             (go_live)
@@ -6313,10 +6323,10 @@ class Channel:
         self.variant = ""
         self.variants: Mapping[str, str] = {}  # name to variant; empty until its start found them
         self.viewers: dict[Viewer, None] = {}  # in order of arrival
-        self.pollers: dict[tuple[str, ...], Viewer] = {}  # those of them that poll, by key
+        self.pollers: dict[tuple[str, ...], Viewer] = {}  # the polling clients of them, by key
         self.listing: Listing | None = None  # for them; None where it cannot be HLS
         self.idle_since = math.inf  # when the last viewer left
-        self.failure: StreamError | None = None
+        self.error: StreamError | None = None  # the answer to viewers of a start that failed
         self.had_media = False  # it was LIVE or PRIVATE once
         # Written by its thread alone.
         self.note: str | None = None  # what is missing of it
@@ -6446,7 +6456,7 @@ class Channel:
     # Its thread: what is tried, and when
 
     def _run(self) -> None:
-        is_complete, failure = False, None
+        is_complete, ended_by = False, None
         try:
             self._open_first()
             self._keep_going()
@@ -6455,21 +6465,21 @@ class Channel:
         except Stop:
             pass
         except StreamError as error:
-            failure = error.again()  # its traceback would hold this frame, and all of the channel
+            ended_by = error.again()  # its traceback would hold this frame, and all of the channel
         except Exception:
             log.exception("the feeder failed")
-            failure = UpstreamError("StreamPipe failed: see its log")
+            ended_by = UpstreamError("StreamPipe failed: see its log")
         finally:  # whatever fails on the way: who waits must learn of it
             try:
                 self._close_upstream()
             finally:
-                self.channels.end(self, is_complete, failure)
+                self.channels.end(self, is_complete, ended_by)
                 self._see_pollers_off(is_complete)
-        is_told = failure and any(failure.reason == reason for _, reason in self._told)
-        if failure and not is_told and not self.channels.is_stopping:
+        is_told = ended_by and any(ended_by.reason == reason for _, reason in self._told)
+        if ended_by and not is_told and not self.channels.is_stopping:
             what = "ended" if self._splicer else "not started"
             level = self._choose_level()
-            log.log(level, "%s: %s: %s", self.stream.name, what, failure.reason)
+            log.log(level, "%s: %s: %s", self.stream.name, what, ended_by.reason)
 
     def _see_pollers_off(self, is_complete: bool) -> None:
         """Keep the playlist of a source that truly ended, so that polling clients get the rest."""
@@ -6478,10 +6488,10 @@ class Channel:
             deadline = time.monotonic() + self.poll_patience
             while self.pollers and not self.is_stopped and time.monotonic() < deadline:
                 self._stopped.wait(min(FEEDER_TICK, max(0.0, deadline - time.monotonic())))
-                self.channels.let_pollers_go(self)
+                self.channels.remove_pollers(self)
         if self.listing:
             self.listing.close()
-        self.channels.let_pollers_go(self, all_of_them=True)
+        self.channels.remove_pollers(self, all_of_them=True)
 
     def _open_first(self) -> None:
         """Try each address once, all within `timeout`, until one has media.
@@ -6579,7 +6589,7 @@ class Channel:
         """Pause before a try; raises Stop or UpstreamError if there must be none."""
         until = min(time.monotonic() + seconds, deadline)
         while True:
-            self.channels.let_pollers_go(self)
+            self.channels.remove_pollers(self)
             if self.is_stopped or not self.viewers:
                 raise Stop
             remaining = until - time.monotonic()
@@ -6594,7 +6604,7 @@ class Channel:
         if self.is_stopped:  # we cut it ourselves: the address may be well
             raise Stop
         is_last = self._copy + 1 >= self._copies  # or the address may be well
-        self.record.add_error(reason, self.stream.urls[self._address] if is_last else "")
+        self.record.add_failure(reason, self.stream.urls[self._address] if is_last else "")
         self._note_trouble(reason)
 
     def _note_trouble(self, reason: str) -> None:
@@ -6758,7 +6768,7 @@ class Channel:
         is_late = now > deadline
         if is_late and self._splicer is None and not self._has_backup:
             error = no_media_error(self.stream, upstream.trouble)
-            self.record.add_error(error.reason)
+            self.record.add_failure(error.reason)
             raise error
         refused = now - max(self._troubled_since, alive) if upstream.trouble else 0.0
         if refused > 2 * upstream.target_duration and self._has_backup:
@@ -7033,27 +7043,27 @@ class Channels:
     def poll(
         self, stream: StreamSettings, quality: str | None, viewer: Viewer, *, anew: bool
     ) -> tuple[Channel, Listing, Viewer]:
-        """Like watch(), for one that asks for HLS: as the viewer it is already, or as this one.
+        """Find or start the channel for an HLS request, and the viewer that stands for its client.
 
         A client of a channel that has ended gets the end of it, while its playlist stays, unless
         it begins `anew`.  Raises StreamError also if the channel has no HLS.
         """
         with self.changed:
             channel = None
-            for candidate in self.polled(stream, quality):
+            for candidate in self.channels_to_poll(stream, quality):
                 if viewer.key in candidate.pollers and (candidate.is_fed or not anew):
                     channel = candidate
                     break
             if channel is None:
                 channel = self.watch(stream, quality, viewer)
-                self._start_polling(channel, viewer)
+                self._add_poller(channel, viewer)
             known, listing = channel.pollers[viewer.key], channel.listing
             known.moved = time.monotonic()
             assert listing
         return channel, listing, known
 
-    def _start_polling(self, channel: Channel, viewer: Viewer) -> None:
-        """A viewer that was attached stays until it has asked nothing for a while."""
+    def _add_poller(self, channel: Channel, viewer: Viewer) -> None:
+        """Keep an attached viewer as a poller until it has requested nothing for a while."""
         listing, is_known = channel.listing, viewer.key in channel.pollers
         if is_known or listing is None or not channel.is_fed:
             self._detach(channel, viewer)
@@ -7068,7 +7078,7 @@ class Channels:
         channel.record.add("arrivals")
         log.info("%s: %s started watching (HLS)", channel.stream.name, viewer.address)
 
-    def polled(self, stream: StreamSettings, quality: str | None) -> list[Channel]:
+    def channels_to_poll(self, stream: StreamSettings, quality: str | None) -> list[Channel]:
         """The running channel that a request is for, and those that ended and are still polled."""
         with self.changed:
             wanted = quality or stream.quality
@@ -7078,8 +7088,8 @@ class Channels:
             having = (c for c in ended if c.variant == variant_of(wanted, c.variants))
             return [*([running] if running else ()), *having]
 
-    def note_polled(self, channel: Channel, key: tuple[str, ...], size: int) -> None:
-        """A client has taken so many bytes of a segment."""
+    def note_poll(self, channel: Channel, key: tuple[str, ...], size: int) -> None:
+        """Count the bytes of a segment that a poller has taken."""
         with self.changed:
             viewer = channel.pollers.get(key)
             if viewer:
@@ -7195,11 +7205,11 @@ class Channels:
     def _recall(self, stream: StreamSettings, wanted: str) -> None:
         """Raise what a start would end with, as far as that is known without one."""
         record, now = self.record(stream.name), time.monotonic()
-        for quality, (at, _) in tuple(record.failures.items()):
+        for quality, (at, _) in tuple(record.start_errors.items()):
             if now - at > FAILURE_MEMORY:
-                del record.failures[quality]
-        if wanted in record.failures:
-            raise record.failures[wanted][1].again()
+                del record.start_errors[quality]
+        if wanted in record.start_errors:
+            raise record.start_errors[wanted][1].again()
         is_running = any(channel.is_running for channel in self._channels_of(stream.name))
         is_known = is_running or now - record.resolved < FAILURE_MEMORY
         variants = self._variants_of(stream)
@@ -7310,8 +7320,8 @@ class Channels:
         is_served = channel.suits(viewer) and channel.had_media
         if not is_served:
             self._detach(channel, viewer)
-        if channel.suits(viewer) and channel.failure:
-            raise channel.failure.again()
+        if channel.suits(viewer) and channel.error:
+            raise channel.error.again()
         return viewer in channel.viewers
 
     def _detach(self, channel: Channel, viewer: Viewer) -> None:
@@ -7409,15 +7419,15 @@ class Channels:
             self.changed.notify_all()
             return True
 
-    def end(self, channel: Channel, is_complete: bool, failure: StreamError | None) -> None:
+    def end(self, channel: Channel, is_complete: bool, error: StreamError | None) -> None:
         """A channel's thread ends; called once for each, with what became of it."""
         with self.changed:
             if self.is_stopping:
-                failure = stopping_error()
+                error = stopping_error()
             elif channel.is_stopped:
-                failure = None  # whatever failed was cut off by a reload
-            if channel.state is State.STARTING and failure:
-                self._fail_start(channel, failure)
+                error = None  # whatever failed was cut off by a reload
+            if channel.state is State.STARTING and error:
+                self._fail_start(channel, error)
             channel.state = State.CLOSED
             channel.is_fed = False
             # Here, so that nobody finds them there; who polls what truly ended is seen off later.
@@ -7427,14 +7437,14 @@ class Channels:
             self.changed.notify_all()
         channel.window.end(is_complete)
 
-    def _fail_start(self, channel: Channel, failure: StreamError) -> None:
-        """Remember the failure for all that were asked for and would have been served."""
-        channel.failure = failure
-        if isinstance(failure, LimitReached):  # the slot may be free again any moment
+    def _fail_start(self, channel: Channel, error: StreamError) -> None:
+        """Remember the error for all that were asked for and would have been served."""
+        channel.error = error
+        if isinstance(error, LimitReached):  # the slot may be free again any moment
             return
         qualities = {viewer.wanted for viewer in channel.viewers if channel.suits(viewer)}
         for quality in (channel.wanted, *qualities):
-            channel.record.failures[quality] = time.monotonic(), failure
+            channel.record.start_errors[quality] = time.monotonic(), error
 
     def close_idle_beside(self, newcomer: Channel, address: str) -> None:
         """Close the channels without viewers of an address's host or account.
@@ -7459,8 +7469,8 @@ class Channels:
             closed = max(self._closed.get(place, -math.inf) for place in counted)
             return time.monotonic() - closed < ZAPPING_TIME
 
-    def let_pollers_go(self, channel: Channel, *, all_of_them: bool = False) -> None:
-        """Detach the polling clients that have left."""
+    def remove_pollers(self, channel: Channel, *, all_of_them: bool = False) -> None:
+        """Detach the pollers that have left, or all of them."""
         with self.changed:
             for viewer in tuple(channel.pollers.values()):
                 if all_of_them or viewer.has_left():
@@ -7469,7 +7479,7 @@ class Channels:
     def close_if_abandoned(self, channel: Channel) -> None:
         """Close a channel that nobody has watched for its linger time; nobody can attach then."""
         with self.changed:
-            self.let_pollers_go(channel)
+            self.remove_pollers(channel)
             is_idle = time.monotonic() - channel.idle_since >= channel.linger
             if is_idle and not channel.viewers and channel.state is not State.STARTING:
                 self._close(channel)
@@ -7622,7 +7632,7 @@ class LoadingList:
         self.list: ChannelList | None = None  # the newest that was accepted
         self.loaded = -math.inf  # when that was
         self.trouble: str | None = None  # why the newest load was not accepted
-        self.failures = 0  # loads in a row that were not accepted
+        self.refusals = 0  # loads in a row that were not accepted
         self.shrunk: float | None = None  # when it was first found to have lost half its channels
         self.is_new = True  # no list has been loaded with these settings: any size is right
         self.is_over = False  # it has left the configuration, or the server ends
@@ -7820,7 +7830,7 @@ class Lists:
         level = logging.INFO if is_news else logging.DEBUG
         log.log(level, "%s: loaded the list: %s", name, summary)
         each.list, each.loaded, each.is_new = loaded, time.monotonic(), False
-        each.trouble, each.failures, each.shrunk = None, 0, None
+        each.trouble, each.refusals, each.shrunk = None, 0, None
         refresh = each.settings.refresh
         each.due = min(each.due, time.monotonic() + (refresh or math.inf))
 
@@ -7831,10 +7841,10 @@ class Lists:
         level = logging.WARNING if is_first else logging.DEBUG
         kept = "; the previous list stays" if each.list else ""
         log.log(level, "%s: the list is not used: %s%s", each.settings.name, reason, kept)
-        pause = LIST_PAUSES[min(each.failures, len(LIST_PAUSES) - 1)]
+        pause = LIST_PAUSES[min(each.refusals, len(LIST_PAUSES) - 1)]
         if each.shrunk:
             pause = max(0.0, each.shrunk + SHRUNK_TIME - time.monotonic())
-        each.failures += 1
+        each.refusals += 1
         each.due = min(each.due, time.monotonic() + pause)
 
     # Any thread
@@ -9073,7 +9083,7 @@ class Handler(BaseHTTPRequestHandler):
         self, stream: StreamSettings, quality: str | None, number: int, extension: str
     ) -> None:
         """Answer with a segment or initialization section of a running channel."""
-        for channel in self.server.channels.polled(stream, quality):
+        for channel in self.server.channels.channels_to_poll(stream, quality):
             if channel.listing and (blocks := channel.listing.find(number, extension)):
                 break
         else:
@@ -9089,7 +9099,7 @@ class Handler(BaseHTTPRequestHandler):
         except ViewerGone as gone:
             channel.record.add_drop(gone.label)
             raise
-        self.server.channels.note_polled(channel, request.key, size)
+        self.server.channels.note_poll(channel, request.key, size)
 
     # What the standard library asks of a handler
 

@@ -654,7 +654,7 @@ def test_reload_that_changes_what_has_ended_is_no_error(origin: Origin, serve: S
     ended(site)
     with site.channels.changed:
         site.server.reload(another.config)
-        assert site.channels.polled(another.config.streams["news"], None) == []
+        assert site.channels.channels_to_poll(another.config.streams["news"], None) == []
     assert newest_of(site, "/news.m3u8") > before
 
 

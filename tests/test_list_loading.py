@@ -278,7 +278,7 @@ def test_pauses_between_failed_loads_grow(
     each = site.server.lists._lists["tv"]
     found = []
     for count in range(1, 9):
-        eventually(lambda n=count: each.failures == n, "a failed load")  # type: ignore[misc]
+        eventually(lambda n=count: each.refusals == n, "a failed load")  # type: ignore[misc]
         with site.server.lists._changed:
             found.append(round(each.due - time.monotonic(), -1))
             each.due = 0.0
