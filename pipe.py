@@ -6342,7 +6342,7 @@ class Channel:
         self._address = order[0]  # position of the address in use
         self._copy = 0  # position of the copy of its variant in use
         self._copies = 1  # that the address offered last
-        self._last_byte = self.since  # when media came last, or the start began
+        self._last_byte = self.since  # when media came last, or the start began; read by status()
         self._troubled_since = math.inf
         self._told: set[tuple[Place, str]] = set()  # what failed since then, as it was logged
         self._gaps = 0  # segments lost since then
@@ -6432,11 +6432,21 @@ class Channel:
         """What /status prints of it.  Caller holds channels.changed."""
         now = time.monotonic()
         held, seconds = self.window.held()
+        state, patience = self.state.value, self.stream.options.timeout
+        if self.is_running and self.trouble:
+            state, patience = "waiting", self.stream.options.reconnect
+        waiting_seconds = gives_up_seconds = None
+        if state in ("waiting", "starting"):
+            waited = now - self._last_byte
+            waiting_seconds = round(waited, 1)
+            gives_up_seconds = round(max(0.0, patience - waited), 1)
         return {
             "variant": self.variant,
-            "state": "waiting" if self.is_running and self.trouble else self.state.value,
+            "state": state,
             "note": self.note,
             "uptime_seconds": round(now - self.since, 1),
+            "waiting_seconds": waiting_seconds,
+            "gives_up_seconds": gives_up_seconds,
             "window_bytes": held,
             "window_seconds": round(seconds, 1),
             "restarts": self.restarts,
@@ -7120,6 +7130,13 @@ class Channels:
         """A stream as it is now, as /status prints it."""
         with self.changed:
             return self._status(stream)
+
+    def active_names(self) -> set[str]:
+        """The streams that have a channel, or that failed when they were requested last."""
+        with self.changed:
+            names = {channel.stream.name for channel in self._channels}
+            failed = {name for name, record in self._records.items() if record.has_failed}
+            return names | failed
 
     def totals(self, stream: StreamSettings) -> Counter[str]:
         """A stream's counts since the server started, with those of the viewers it has now."""
@@ -7887,7 +7904,7 @@ class Site:
     url: str  # without a slash at the end
     lan_url: str  # the same as others in the network reach it
     is_trusted: bool  # the client: it may learn the token
-    reloads: bool  # the status page, by itself
+    asked: Mapping[str, Sequence[str]]  # the query of the request
 
     @property
     def streams(self) -> Collection[StreamSettings]:
@@ -7906,11 +7923,19 @@ class Site:
     def record(self, stream: StreamSettings) -> StreamRecord:
         return self.server.channels.known(stream.name)
 
+    def wants(self, name: str) -> str:
+        """A parameter of the request's query; empty if it has none."""
+        return (self.asked.get(name) or [""])[-1]
+
     def query(self, **wanted: str | None) -> str:
         """What goes behind a path of ours: what is wanted, and the token."""
         wanted["token"] = self.config.server.token if self.is_trusted else None
         query = urlencode({key: text for key, text in wanted.items() if text}, quote_via=quote)
         return f"?{query}" if query else ""
+
+    def local(self, path: str, **wanted: str) -> str:
+        """An address for the script of a page: relative, as the links are."""
+        return path + self.query(**wanted)
 
     def link(self, path: str) -> str:
         """An absolute address that the client can follow."""
@@ -8113,12 +8138,19 @@ def device_page(site: Site) -> Page:
 
 
 def status_json(site: Site) -> Page:
+    """Everything that is known; `?stream=NAME` and `?active=1` limit it."""
+    streams: Iterable[StreamSettings] = site.config.streams.values()
+    if name := site.wants("stream"):
+        streams = [stream for stream in streams if stream.name == name]
+    if site.wants("active") == "1":
+        names = site.server.channels.active_names()
+        streams = [stream for stream in streams if stream.name in names]
     return json_page({
         "name": site.config.server.name,
         "version": __version__,
         "uptime_seconds": round(site.uptime, 1),
         "playlists": site.server.lists.report(),
-        "streams": [site.status(stream) for stream in site.config.streams.values()],
+        "streams": [site.status(stream) for stream in streams],
     })  # fmt: skip
 
 
@@ -8204,78 +8236,332 @@ def _family(name: str, words: str, samples: Samples) -> str:
 
 # For people
 #
-# No script.  The status page reloads itself: browsers keep their place in it, but not the focus of
-# who goes by keyboard or screen reader.  So it does so seldom, and its first link stops it.
+# Everything works without script.  PAGE_SCRIPT makes it pleasant.  No page reloads itself, because
+# that would take the focus from a person with a remote control, a keyboard or a screen reader.
 
 HTML = "text/html; charset=utf-8"
 NO_STREAMS = "no streams are configured: add some under streams: in the file, and restart"
-REFRESH, RETRY = 30, 10  # seconds between two loads of the status page, and of one of an error
-HELP = """<p>It starts without sound: switch it on in the picture. No picture? Chrome and Edge play
-this from version 142 on, as do Safari and Android's browsers; Firefox on a desktop does not. It has
-stopped? Load the page again: it says why.</p>"""
-STATE_WORDS = {"private": "playing", "waiting": "waiting for the origin"}  # others as they are
+ALL_OPEN = 60  # streams; if there are more, only the requested group is open
+ALL_SENT = 500  # streams; if there are more, only cards that were asked for are in the page
+MOST_CARDS = 200  # in such a page
+MOST_LINES = 50  # of what needs attention
+MOST_VIEWERS = 200  # rows of the table of viewers
+UNFOLDED_LINES = 3  # of what needs attention; more are folded
+FRESH = 600.0  # seconds that a failure needs attention
+HELP = """<p>No picture? Chrome and Edge play this from version 142 on, as do Safari and Android's
+browsers. Firefox on a desktop does not. Page Up and Page Down change the channel.</p>"""
+NO_HLS = "Firefox on a desktop does not play this kind of stream (HLS). Chrome, Edge and Safari do."
 PAGE_STYLE = """
-:root{color-scheme:light dark;--bg:#f4f5f7;--card:#fff;--ink:#1b1f24;--soft:#5b6570;--line:#dfe3e8;
---live:#1a7f4b;--wait:#a85600;--bad:#c0262d;--bar:#3a76d8}
+:root{color-scheme:light dark;--bg:#f4f5f7;--card:#fff;--ink:#1b1f24;--soft:#59636e;--line:#d5dae0;
+--live:#1a7f4b;--wait:#a15200;--bad:#c0262d;--mark:#2563c9;--halo:#0007}
 @media (prefers-color-scheme:dark){:root{--bg:#14171b;--card:#1e2227;--ink:#e8eaed;--soft:#9aa4b0;
---line:#2e343b;--live:#4cc38a;--wait:#f0a04b;--bad:#ff8080;--bar:#6ea8ff}}
-*{box-sizing:border-box;overflow-wrap:anywhere}html{scroll-padding-top:64px}
-body{margin:0;padding:16px;background:var(--bg);color:var(--ink);
-font:16px/1.35 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1200px;margin:0 auto}p{margin:4px 0}a{color:inherit}
-h1{font-size:1.4rem;line-height:1.2;margin:0}h2{font-size:1rem;margin:20px 0 8px;color:var(--soft)}
-:focus-visible,.name a:focus-visible::after{outline:2px solid var(--bar);outline-offset:2px}
-nav{display:flex;flex-wrap:wrap;gap:8px;margin:12px 0}
-.groups{position:sticky;top:0;z-index:2;flex-wrap:nowrap;overflow-x:auto;margin:8px -16px 0;
-padding:6px 16px;background:var(--bg)}
-.button{flex:none;max-width:min(100%,20rem);min-height:44px;padding:9px 14px;overflow:hidden;
-text-overflow:ellipsis;white-space:nowrap;text-align:center;text-decoration:none;
-border:1px solid var(--line);border-radius:22px;background:var(--card)}.button b{color:var(--soft)}
-li:hover,.button:hover,.button[aria-current]{border-color:var(--bar)}
-.sections{display:flex;flex-wrap:wrap;gap:0 10px}
-section{--w:232px;max-width:100%;width:calc(var(--n)*(var(--w) + 10px) - 10px)}.active{--w:392px}
-ul{list-style:none;margin:0;padding:0;display:grid;gap:10px;
-grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--w)),1fr))}
-li,.watch{position:relative;display:flex;flex-wrap:wrap;gap:10px;align-items:center;min-width:0}
-li{padding:8px;background:var(--card);border:1px solid var(--line);border-radius:12px}
-.active li{padding:14px;align-content:flex-start}
-.logo{flex:none;position:relative;width:44px;height:44px;border-radius:10px;overflow:hidden;
-background:var(--line);line-height:0}
-.logo b{position:absolute;inset:0;display:grid;place-items:center;color:var(--soft);line-height:1}
-.logo img{position:relative;width:44px;min-height:44px;max-height:44px;object-fit:contain;
-background:#8a94a0}
-.name{flex:1 1 0;min-width:0}.name p{margin:0}
-.name a{font-weight:600;text-decoration:none;display:-webkit-box;-webkit-box-orient:vertical;
--webkit-line-clamp:2;overflow:hidden;line-height:1.2}
-.name a::after{content:"";position:absolute;inset:0;border-radius:12px}
-.facts,.note,.more{font-size:.875rem;color:var(--soft)}.facts>*{display:inline-block}
-.facts b{color:var(--ink)}.note::first-letter{text-transform:uppercase}
-.live,.private{color:var(--live)}.waiting,.starting,.note{color:var(--wait)}.failed{color:var(--bad)}
-.chart,li .note{order:1;flex:1 1 100%;max-width:none}
-.chart{position:relative;font-size:.75rem;color:var(--soft)}
-.chart svg{display:block;width:100%;height:36px}rect{fill:var(--bar)}line{stroke:var(--line)}
-.chart p{display:flex;justify-content:space-between;margin:0}
-.chart p:first-child{position:absolute;top:-1px;background:var(--card);padding-right:4px}
-.player{z-index:1}li .player{border:0;padding:0;width:44px;margin:0 -8px 0 -10px;font-size:0;
-background:none;color:var(--soft)}
-li .player::before{content:"\\2197\\fe0e";font-size:1.2rem;line-height:44px}
+--line:#343b43;--live:#4cc38a;--wait:#f0a04b;--bad:#ff8080;--mark:#7db2ff;--halo:#fff9}}
+*{box-sizing:border-box;overflow-wrap:anywhere}[hidden]{display:none!important}
+html{scroll-padding:1rem}@media (min-width:1600px){html{font-size:calc(8px + .9vw)}}
+body{margin:0;background:var(--bg);color:var(--ink);
+font:1rem/1.35 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{padding:1rem;max-width:80rem;margin:0 auto}p{margin:.25rem 0}a{color:inherit}
+h1{font-size:1.4rem;line-height:1.2;margin:0}h2{font-size:1rem;margin:0;color:var(--soft)}
+:focus-visible,li a:focus-visible::after{outline:3px solid var(--mark);outline-offset:2px}
+li a:focus-visible{outline:0}summary{cursor:pointer;min-height:44px;padding:.6rem 0}
+b{font-weight:600}.facts,.note,.more,td,th{font-size:.875rem;color:var(--soft)}
+.live,.private{color:var(--live)}.waiting,.starting{color:var(--wait)}.failed{color:var(--bad)}
 code{user-select:all;-webkit-user-select:all;color:var(--ink);font-size:1rem;background:var(--line);
-border-radius:6px;padding:2px 6px}.more{margin-top:20px}
-video{display:block;width:100%;max-height:max(60vh,100vh - 260px);aspect-ratio:16/9;margin:12px 0;
-background:#000;border-radius:12px}
-@media (max-width:600px){section{--w:150px;width:100%}.active{--w:100%}.quiet .player{display:none}
-.quiet .logo{zoom:.8}.zap .button{flex:1 1 40%}}
+border-radius:6px;padding:2px 6px}
+header{display:flex;flex-wrap:wrap;gap:.5rem 1.5rem;align-items:center;
+justify-content:space-between}
+form{display:flex;gap:.5rem;flex:0 1 26rem}
+input{flex:1;min-width:0}input,button,.button{font:inherit;color:inherit;min-height:44px;
+padding:.55rem .9rem;border:1px solid var(--line);border-radius:1.5rem;background:var(--card)}
+input{border-color:var(--soft)}button{cursor:pointer}
+.button{display:inline-block;max-width:min(100%,18rem);overflow:hidden;text-overflow:ellipsis;
+white-space:nowrap;text-align:center;text-decoration:none}.button b{color:var(--soft)}
+.button:hover,button:hover,li:hover{border-color:var(--mark)}
+[aria-current]{box-shadow:inset 0 0 0 1px var(--mark);border-color:var(--mark)}
+nav{display:flex;flex-wrap:wrap;gap:.5rem;margin:.75rem 0}
+.many nav{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(47%,11rem),1fr))}
+.many nav .button{white-space:normal;max-width:none;border-radius:.75rem}
+.many .group:not([open]){display:none}.many .group>summary{pointer-events:none;list-style:none}
+.group>summary::-webkit-details-marker{color:var(--soft)}.group h2{display:inline}
+ul{list-style:none;margin:0;padding:0}.group ul{display:grid;gap:.6rem;
+grid-template-columns:repeat(auto-fill,minmax(min(100%,15rem),1fr))}
+.group li{position:relative;min-width:0;padding:.5rem .75rem;background:var(--card);
+border:1px solid var(--line);border-radius:.75rem}li:target{border-color:var(--mark)}
+.group a{display:flex;align-items:center;gap:.75rem;min-height:2.75rem;font-weight:600;
+text-decoration:none;line-height:1.2}.group a::after{content:"";position:absolute;inset:0;
+border-radius:.75rem}
+.logo{flex:none;position:relative;width:4rem;height:2.25rem;border-radius:.4rem;overflow:hidden;
+background:var(--bg);color:var(--soft);line-height:0}
+.logo b{position:absolute;inset:0;display:grid;place-items:center;line-height:1}
+.logo img{position:relative;width:4rem;min-height:2.25rem;max-height:2.25rem;object-fit:contain;
+background:var(--card);filter:drop-shadow(0 0 1px var(--halo))}.js .logo img:not(.loaded){opacity:0}
+.watch .logo{background:var(--line)}.watch .logo img{background:var(--bg)}
+.name{flex:1;min-width:0;display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:3;
+overflow:hidden}.name b{color:var(--soft);margin-right:.4rem}
+.now p{margin:.2rem 0 0}.note::first-letter{text-transform:uppercase}
+.chart{margin-top:.4rem;font-size:.75rem;color:var(--soft)}.chart p{display:flex;margin:0;
+justify-content:space-between}.chart svg{display:block;width:100%;height:2.25rem;fill:var(--live);
+border:solid var(--line);border-width:1px 0}
+#Attention{margin:.75rem 0;padding:0 .75rem;background:var(--card);border:1px solid var(--line);
+border-radius:.75rem}#Attention li{padding:.35rem 0;border-top:1px solid var(--line)}
+#Attention a{display:inline-block;padding:.6rem 0;font-weight:600}
+#Attention summary{font-weight:600}table{border-collapse:collapse;width:100%}
+.wide{overflow-x:auto}td,th{text-align:left;padding:.3rem .75rem .3rem 0;overflow-wrap:normal;
+border-top:1px solid var(--line);white-space:nowrap}.more{margin-top:1.25rem}
+#List:has(li:not([hidden]))>#Nothing,#List:has(.group[open])>#Hint{display:none}
+.watch{max-width:none;padding:0;display:grid;grid-template-columns:minmax(0,1fr)}
+.watch>*{margin:.6rem 1rem}
+.watch header{justify-content:start;flex-wrap:nowrap;gap:.75rem;min-width:0}
+.watch header div{min-width:0}.watch h1{font-size:1.1rem}.watch .more{color:var(--soft)}
+.screen{position:relative;margin:0!important;background:#000}
+video{display:block;width:100%;aspect-ratio:16/9;max-height:calc(100vh - 9rem);background:#000}
+.said{padding:.5rem 1rem;max-width:60rem;margin:0}.said p{margin:.5rem 0}
+.said p::first-letter,p.said::first-letter{text-transform:uppercase}
+video:not([hidden])~.said{position:absolute;left:1rem;top:1rem;max-width:calc(100% - 2rem);
+padding:.5rem 1rem;border-radius:.75rem;background:var(--card)}
+.screen #Sound{position:absolute;right:1rem;top:1rem;background:var(--card);font-weight:600}
+@media (min-width:700px){.watch{grid-template-columns:minmax(0,auto) minmax(14rem,1fr)}
+.screen,.watch .more{grid-column:1/3}.watch header{order:1;justify-self:end}.watch .more{order:2}
+.watch nav{align-items:center}
+video{aspect-ratio:auto;height:calc(100vh - 4.2rem);max-height:none}
+.watch .button{max-width:13rem}
+.watch:not(:has(video:not([hidden]))) header{order:0;grid-column:1/3;justify-self:start}}
+.watch:not(:has(video:not([hidden]))) .screen{background:none}
+.watch:has(#Trouble) header .note{display:none}
 """
-# An image without a height that does not load takes no room (HTML, 15.4.2), so that the initials
-# behind it show.
+# A logo that does not load takes no room, so that the initials behind it show: an image without a
+# height and an alternative text represents nothing (HTML, 15.4.2).
 
+# A browser runs this script alone: its hash is in the policy.
+PAGE_SCRIPT = r"""
+"use strict"
+// The pages work without this script.  It updates states and figures, finds channels while a person
+// types, follows a remote control, and loads a video again that failed or stopped.
+const one = (selector, inside = document) => inside.querySelector(selector)
+const all = (selector, inside = document) => [...inside.querySelectorAll(selector)]
+const about = one("main").dataset, video = one("video"), search = one("[type=search]")
+let state = about.state  // of the watched stream
+
+document.documentElement.className = "js"
+const reveal = ({target}) => target.naturalWidth && target.classList.add("loaded")
+document.addEventListener("load", reveal, true)
+all("img").forEach(target => reveal({target}))
+
+// States and figures
+
+// Replaces only what has changed, so that the focus and the place stay.
+function show(place, html) {
+  if (!place || place.html === html) return
+  const {tagName, href} = document.activeElement, hadFocus = place.contains(document.activeElement)
+  place.innerHTML = place.html = html
+  place.hidden = !html
+  if (hadFocus) all(tagName, place).find(each => each.href === href)?.focus()
+}
+
+function showNews({parts, streams}) {
+  for (const id in parts) show(document.getElementById(id), parts[id])
+  const known = new Map(streams.map(stream => [stream.stream, stream]))
+  for (const card of all(".group li")) {
+    const html = known.get(card.id)?.html ?? ""
+    if (html && !one(".now", card)) card.insertAdjacentHTML("beforeend", "<div class=now></div>")
+    show(one(".now", card), html)
+  }
+  const watched = known.get(about.stream)
+  state = watched?.state ?? state
+  if (watched) show(one("header .now"), watched.html)
+}
+
+async function update() {
+  let pause = 5000  // milliseconds; longer after a long answer: 1 KB/s at most
+  try {
+    const answer = document.hidden || await fetch(about.status)
+    pause = Math.max(pause, answer.headers?.get("content-length"))
+    if (answer.ok) showNews(await answer.json())
+  } catch {}  // the server is away
+  setTimeout(update, pause)
+}
+if (about.status) update()
+
+// Remote control and keyboard
+
+const ways = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}
+const zaps = {PageUp: "next", ChannelUp: "next", PageDown: "prev", ChannelDown: "prev"}
+const box = element => (element.closest("li") ?? element).getBoundingClientRect()
+
+// Moves the focus to the nearest element in a direction.
+function move([x, y]) {
+  const from = box(document.activeElement)
+  let best, least = Infinity
+  for (const each of all("a, button, input, summary:not([tabindex]), video")) {
+    const to = box(each)
+    const ahead = x * (x > 0 ? to.left - from.right : to.right - from.left)
+      + y * (y > 0 ? to.top - from.bottom : to.bottom - from.top)
+    const aside = x ? Math.max(0, to.top - from.bottom, from.top - to.bottom)
+      : Math.max(0, to.left - from.right, from.left - to.right)
+    if (!each.offsetParent || ahead < -3 || ahead + 4 * aside >= least) continue
+    [best, least] = [each, ahead + 4 * aside]
+  }
+  best?.focus()
+  best?.scrollIntoView({block: "nearest"})
+}
+
+// Channels replace each other in the history: Back leads to the list.
+const zap = link => location.replace(link.href)
+all("a[rel]").forEach(link => link.onclick = () => zap(link) ?? false)
+
+document.onkeydown = event => {
+  if (event.ctrlKey || event.altKey || event.metaKey) return
+  const here = document.activeElement, way = ways[event.key]
+  const link = one(`a[rel~=${zaps[event.key] ?? "none"}]`)
+  if (link) zap(link)
+  else if (!way || (here === video ? event.key !== "ArrowDown" : way[0] && here.value)) return
+  else if (here !== document.body) move(way)
+  else if (video || innerWidth >= 1600) (one("nav a") ?? search)?.focus()
+  else return
+  event.preventDefault()
+}
+
+// The list of channels
+
+const fold = text => text.normalize("NFD").replace(/\p{M}/gu, "").toLowerCase()
+const textOf = card => card.text ??= fold([one(".name", card).textContent, card.id,
+  one("h2", card.closest(".group")).textContent].join(" "))
+let chosen = about.chosen  // the id of the only group that is shown
+
+function filter() {
+  const words = fold(search.value).split(/\s+/).filter(Boolean)
+  for (const group of all(".group")) {
+    const cards = all("li", group)
+    for (const card of cards) card.hidden = !words.every(word => textOf(card).includes(word))
+    group.open = words.length ? cards.some(card => !card.hidden)
+      : chosen ? group.id === chosen : !one(".many")
+    group.hidden = !group.open && !!(words.length || chosen)
+  }
+  for (const link of all("nav a"))
+    link.ariaCurrent = !words.length && link.hash.slice(1) === chosen ? "true" : null
+}
+
+async function find() {
+  const wanted = search.value, address = new URL(about.list, location)
+  address.searchParams.set("q", wanted)
+  history.replaceState(null, "", address)
+  if (about.all) return filter()
+  // Of thousands, the page has only those that the server found.
+  const text = await (await fetch(address)).text()
+  const list = one("#List", new DOMParser().parseFromString(text, "text/html"))
+  if (wanted === search.value) one("#List").replaceWith(list)
+}
+
+function choose(group) {
+  search.value = ""
+  chosen = group
+  filter()
+}
+
+if (search) {
+  let timer
+  search.oninput = () => {
+    clearTimeout(timer)
+    timer = setTimeout(find, about.all ? 0 : 250)
+  }
+  if (about.all && search.value) filter()
+  for (const link of about.all ? all("nav a") : []) link.onclick = () => {
+    choose(link.hash.slice(1))
+    history.replaceState(null, "", link.href)
+    return false
+  }
+  // A person who comes back from a channel finds the place again.
+  const card = all(".group li").find(each => each.id === sessionStorage.last)
+  sessionStorage.last = ""
+  if (card && !card.offsetParent) choose(card.closest(".group").id)
+  if (card) one("a", card).focus()
+  card?.scrollIntoView({block: "center"})
+}
+
+// The video
+
+const PAUSES = [1, 2, 5, 10, 20, 30, 60, 120, 300]  // seconds between two tries
+let tries = about.trouble ? 3 : 0, timer, time = 0, still = 0, well = 0
+
+function say(words) {
+  one("#Said").textContent = words
+  one("#Said").hidden = !words
+}
+
+function tryLater(why) {
+  const pause = PAUSES[Math.min(tries++, 8)]
+  clearTimeout(timer)
+  timer = setTimeout(tryNow, 1000 * pause)
+  say(`${why}. Trying again in ${pause} s.`)
+}
+
+// The playlist's answer tells whether the video may play.
+async function tryNow() {
+  if (document.hidden) return document.addEventListener("visibilitychange", tryNow, {once: true})
+  try {
+    const answer = await fetch(about.source)
+    if (answer.status >= 500) return tryLater((await answer.json()).error)
+    answer.body.cancel()
+    if (answer.ok) load()
+    else if (performance.now() > 10000) location.reload()  // the page says what is wrong
+  } catch {
+    tryLater("The server does not answer")
+  }
+}
+
+function load() {
+  timer = still = time = 0
+  one("#Trouble")?.remove()
+  video.hidden = false
+  video.src = about.source
+  play()
+}
+
+// With sound if the browser allows it, else silent, with a button.
+function play() {
+  one("#Sound").hidden = !(video.muted = sessionStorage.sound !== "on")
+  video.play().catch(error => {
+    if (error.name !== "NotAllowedError") return
+    video.muted = true
+    video.play().catch(() => {})
+  })
+}
+
+function look() {
+  const hasMoved = video.currentTime !== time
+  time = video.currentTime
+  still = hasMoved || video.paused || document.hidden ? 0 : still + 1
+  well = hasMoved ? well + 1 : 0
+  if (well > 2 && !timer) say("")
+  if (well > 20) tries = 0
+  if (timer || video.ended || still < (time ? 8 : 30)) return
+  if (state === "waiting") say("The source has stopped. The picture returns with it.")
+  else tryLater("The picture has stopped")
+}
+
+if (video) {
+  const sound = one("#Sound")
+  sessionStorage.last = about.stream
+  sound.onclick = () => { video.muted = false }
+  video.onvolumechange = () => {
+    sound.hidden = !video.muted
+    if (navigator.userActivation.isActive) sessionStorage.sound = video.muted ? "" : "on"
+  }
+  video.onerror = () => tryLater("The picture broke off")
+  if (about.trouble > 499) tryLater("This may pass")
+  if (!about.trouble) play()
+  setInterval(look, 1000)
+}
+"""
+_digest = hashlib.sha256(PAGE_SCRIPT.encode()).digest()
+SCRIPT_HASH = f"sha256-{base64.b64encode(_digest).decode()}"
 
 # A proxy refuses an answer whose head is larger than its buffer, often 4 KiB.
 POLICY_HOSTS = 1 * KIB  # bytes of logos' hosts in a policy; if there are more, it allows any host
 
 
 def policy_headers(config: Config) -> dict[str, str]:
-    """A browser runs nothing in our pages, and loads nothing but our media and logos."""
+    """A browser runs only our script in our pages, and loads only our media and the logos."""
     site = re.compile(r"(https?://)(?:[^/?#@]*@)?([\w.-]+(?::\d+)?)(?![^/?#])", re.ASCII | re.I)
     logos = (site.match(stream.logo or "") for stream in config.streams.values())
     hosts = " ".join(dict.fromkeys(logo[1] + logo[2] for logo in logos if logo))
@@ -8283,52 +8569,406 @@ def policy_headers(config: Config) -> dict[str, str]:
         hosts = "http: https:"
     return {
         "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
+        f"script-src '{SCRIPT_HASH}'; connect-src 'self'; "
         f"media-src 'self'; img-src data: {hosts}; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
         "Referrer-Policy": "no-referrer",
     }
 
 
-def _document(title: str, body: str, refresh: int = 0) -> Page:
-    """A page of this HTML, which is loaded again after so many seconds; 0: never."""
-    again = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
+def _document(title: str, body: str, kind: str = "", about: Mapping[str, str] = {}) -> Page:
+    """A page of this HTML.  `kind` is the class of its content, `about` what its script reads."""
+    data = "".join(f' data-{key}="{html.escape(text)}"' for key, text in about.items() if text)
     text = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width,initial-scale=1">{again}
-<link rel="icon" href="data:,"><style>{PAGE_STYLE}</style></head><body><main>
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<link rel="icon" href="data:,"><style>{PAGE_STYLE}</style></head><body>
+<main class="{kind}"{data}>
 {body}
-</main></body></html>
+</main><script>{PAGE_SCRIPT}</script></body></html>
 """
     return Page(text.encode(), HTML)
 
 
-def _button(address: str, words: str, *, is_current: bool = False) -> str:
+def _button(address: str, words: str, attributes: str = "") -> str:
     """A link.  Between our pages they are relative, so that they are right behind any proxy."""
-    current = ' aria-current="true"' if is_current else ""
-    return f'<a class="button"{current} href="{html.escape(address)}">{html.escape(words)}</a>'
+    return f'<a class="button"{attributes} href="{html.escape(address)}">{html.escape(words)}</a>'
+
+
+# The page with all streams
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a person asked the status page for: a search, a group, or nothing."""
+
+    words: Sequence[str]
+    group: str
+
+    @property
+    def is_asked(self) -> bool:
+        return bool(self.words or self.group)
+
+    def has(self, stream: StreamSettings) -> bool:
+        """Whether a stream is wanted; every one is if nothing was asked for."""
+        if self.words:
+            text = _search_text(stream)
+            return all(word in text for word in self.words)
+        return not self.group or self.group == _group_of(stream)
+
+
+def _group_of(stream: StreamSettings) -> str:
+    return stream.group or "Streams"
+
+
+@functools.lru_cache(maxsize=20_000)  # as many as a list may have channels
+def _folded(text: str) -> str:
+    """Text for a comparison in which accents and case do not count."""
+    letters = unicodedata.normalize("NFD", text)
+    return "".join(each for each in letters if unicodedata.category(each)[0] != "M").lower()
+
+
+def _search_text(stream: StreamSettings) -> str:
+    return _folded(f"{stream.number or ''} {stream.title} {stream.name} {_group_of(stream)}")
+
+
+class Board:
+    """The streams of a page as they are now.  Each method gives HTML."""
+
+    def __init__(self, site: Site, streams: Collection[StreamSettings]) -> None:
+        self.site = site
+        self.streams = streams
+        self.query = html.escape(site.query())
+        names = site.server.channels.active_names()
+        # Of all other streams there is nothing to say.
+        self.active = {
+            stream.name: site.status(stream) for stream in self.streams if stream.name in names
+        }
+        self.playing_accounts = {
+            self._account(name)
+            for name, status in self.active.items()
+            if status["state"] in ("live", "private")
+        } - {None}
+        self.scale = self._scale()
+
+    def parts(self) -> dict[str, str]:
+        """What changes outside the cards, by id."""
+        return {
+            "Summary": self._summary(),
+            "Attention": self._attention(),
+            "Viewers": self._viewers(),
+        }
+
+    def now(self, stream: StreamSettings, *, has_figures: bool = True) -> str:
+        """A stream's state, figures and chart; empty if there is nothing to report."""
+        status = self.active.get(stream.name)
+        if not status:
+            return ""
+        facts = [self._state(stream)] if status["state"] != "idle" else []
+        if status["viewers"]:
+            viewers = _many(status["viewers"], "viewer")
+            has_peak = status["peak"] > status["viewers"]
+            facts.append(f"{viewers}, peak {status['peak']}" if has_peak else viewers)
+        chart = ""
+        if status["channels"] and has_figures:
+            if status["bitrate"]:  # none in the first seconds
+                facts.append(_rate(status["bitrate"]))
+            uptime = max(channel["uptime_seconds"] for channel in status["channels"])
+            facts.append(f"{_duration(uptime)} up")
+            chart = _chart(self.site.record(stream).bitrates(), self.scale)
+        notes = "".join(f'<p class="note">{note}</p>' for note in self._notes(status))
+        return f'<p class="facts">{" · ".join(facts)}</p>{notes}{chart}'
+
+    def state(self, stream: StreamSettings) -> str:
+        status = self.active.get(stream.name)
+        return status["state"] if status else "idle"
+
+    def _notes(self, status: Mapping[str, Any]) -> list[str]:
+        """What is missing, and what went wrong."""
+        notes = [channel["note"] for channel in status["channels"] if channel["note"]]
+        if status["last_error"] and status["state"] in ("failed", "waiting"):
+            notes.append(status["last_error"])
+        elif status["last_error"] and status["channels"]:
+            age = _duration(status["last_error_seconds"])
+            notes.append(f"last error, {age} ago: {status['last_error']}")
+        return list(map(html.escape, notes))
+
+    def _state(self, stream: StreamSettings) -> str:
+        """A state in words: how old it is, and what will happen."""
+        status = self.active[stream.name]
+        state = color = words = status["state"]
+        if state == "private":
+            words = "playing"
+        elif state == "failed":
+            words = f"failed {_duration(status['last_error_seconds'])} ago"
+            if self._is_over(stream):
+                words, color = f"{words}, not tried since", "over"
+        elif state in ("waiting", "starting"):
+            channel = next(each for each in status["channels"] if each["state"] == state)
+            waited, left = channel["waiting_seconds"], channel["gives_up_seconds"]
+            words = f"{state} for {_duration(waited)}, gives up in {_duration(left)}"
+        return f'<span class="{color}">{words}</span>'
+
+    def _is_over(self, stream: StreamSettings) -> bool:
+        """Whether a failure says little about now: it is old, or its account plays again."""
+        is_old = self.active[stream.name]["last_error_seconds"] > FRESH
+        return is_old or self._account(stream.name) in self.playing_accounts
+
+    def _account(self, name: str) -> str | None:
+        """The playlist whose account a stream's first address belongs to."""
+        stream = self.site.config.streams[name]
+        account = account_of(self.site.config, stream, stream.urls[0])
+        return account.name if account else None
+
+    def _scale(self) -> float:
+        """The bits per second at the top of all charts: 1, 2 or 5 times a power of ten."""
+        highest = 1.0
+        for name, status in self.active.items():
+            if status["channels"]:
+                highest = max(highest, *self.site.server.channels.known(name).bitrates())
+        power = 10.0 ** max(5, math.floor(math.log10(highest)))
+        for factor in (1, 2, 5):
+            if factor * power >= highest:
+                return factor * power
+        return 10 * power
+
+    def _summary(self) -> str:
+        viewers = sum(status["viewers"] for status in self.active.values())
+        uptime = _duration(self.site.uptime)
+        return f"{_many(len(self.streams), 'stream')}, {_many(viewers, 'viewer')}, up {uptime}"
+
+    def _attention(self) -> str:
+        """A line for each list and each stream that needs attention."""
+        lines, counts = [], Counter[str]()
+        for report in self.site.server.lists.report():
+            if trouble := report["last_error"]:
+                counts["list failed"] += 1
+                lines.append(
+                    f"<li>List {report['playlist']}: "
+                    f'<span class="failed">{html.escape(trouble)}</span></li>'
+                )
+        for stream in self.streams:
+            state = self.state(stream)
+            if state == "waiting" or (state == "failed" and not self._is_over(stream)):
+                counts[state] += 1
+                trouble = html.escape(self.active[stream.name]["last_error"] or "")
+                title = html.escape(stream.title)
+                lines.append(
+                    f'<li><a href="{stream.name}{self.query}">{title}</a> '
+                    f"{self._state(stream)}: {trouble}</li>"
+                )
+        if not lines:
+            return ""
+        if len(lines) > MOST_LINES:
+            lines[MOST_LINES:] = [f"<li>and {len(lines) - MOST_LINES} more</li>"]
+        words = ", ".join(
+            f'<span class="{state.rpartition(" ")[2]}">{count} {state}</span>'
+            for state, count in sorted(counts.items())
+        )
+        return f"<summary>{words}</summary><ul>{''.join(lines)}</ul>"
+
+    def _viewers(self) -> str:
+        """Who is watching, for the operator."""
+        rows = []
+        for name, status in self.active.items():
+            title = self.site.config.streams[name].title
+            for channel in status["channels"]:
+                rows += [_viewer_row(title, viewer) for viewer in channel["viewers"]]
+        if not rows:
+            return ""
+        words = ("Stream", "Address", "Player", "For", "Bitrate", "Skips")
+        head = "".join(f'<th scope="col">{word}</th>' for word in words)
+        more = ""
+        if len(rows) > MOST_VIEWERS:
+            more = f"<p>and {len(rows) - MOST_VIEWERS} more</p>"
+        return (
+            f"<summary>Who is watching: {_many(len(rows), 'viewer')}</summary>"
+            f'<div class="wide" tabindex="0"><table><tr>{head}</tr>{"".join(rows[:MOST_VIEWERS])}'
+            f"</table>{more}</div>"
+        )
+
+
+def _viewer_row(title: str, viewer: Mapping[str, Any]) -> str:
+    seconds = viewer["since_seconds"]
+    cells = (
+        title,
+        viewer["address"],
+        player_of(viewer["user_agent"]),
+        _duration(seconds),
+        _rate(8 * viewer["bytes"] / max(seconds, 1.0)),
+        str(viewer["skips"]),
+    )
+    return f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
+
+
+def _chart(bitrates: Sequence[float], scale: float) -> str:
+    """The last five minutes as bars; `scale` is the bits per second at the top."""
+    bars = ""
+    for n, rate in enumerate(bitrates):
+        if rate:
+            height = max(1, round(35 * rate / scale))
+            bars += f"M{4 * n} 36v-{height}h3v{height}z"
+    top = f"{scale / 1e6:g} Mbit/s" if scale >= 1e6 else f"{scale / 1e3:g} kbit/s"
+    minutes = f"{SLOT * SLOTS // 60} minutes"
+    return (
+        f'<div class="chart" role="img" aria-label="Bitrate of the last {minutes}, on a scale to '
+        f'{top}"><p>{top}</p><svg viewBox="0 0 {4 * SLOTS} 36" preserveAspectRatio="none">'
+        f'<path d="{bars}"/></svg><p>{minutes} ago<span>now</span></p></div>'
+    )
 
 
 def status_page(site: Site) -> Page:
-    """All streams, for a phone or a wall."""
-    name = html.escape(site.config.server.name)
-    statuses = [(stream, site.status(stream)) for stream in site.streams]
-    viewers = sum(status["viewers"] for _, status in statuses)
-    uptime = _duration(site.uptime)
-    address = html.escape(site.typed("playlist.m3u"))
-    other = html.escape(site.query(refresh="0" if site.reloads else None))
-    words = "stop reloading" if site.reloads else f"reload every {REFRESH} s"
-    body = f"""<header><h1>{name}</h1>
-<p class="facts">{_many(len(statuses), "stream")}, {_many(viewers, "viewer")}, up {uptime},
-<a href="./{other}">{words}</a></p>
-<p class="facts">On a television or in a player, type <code>{address}</code></p>
-{_lists(site)}</header>
-{_groups(site, statuses)}
-{"" if statuses else f"<p>{NO_STREAMS.capitalize()}.</p>"}"""
-    return _document(name, body, REFRESH if site.reloads else 0)
+    """All streams, for a phone, a desktop or a television."""
+    name, words = html.escape(site.config.server.name), site.wants("q")
+    board = Board(site, site.streams)
+    choice = Choice(_folded(words).split(), site.wants("group"))
+    count, parts = len(board.streams), board.parts()
+    is_unfolded = parts["Attention"].count("<li>") <= UNFOLDED_LINES
+    about = {
+        "status": site.local("status", active="1", html="1"),
+        "list": site.local("./"),
+        "chosen": "" if choice.words else _anchor(choice.group),
+        "all": "1" if count <= ALL_SENT else "",
+    }
+    body = f"""<header><div><h1>{name}</h1>
+<p class="facts" id="Summary">{parts["Summary"]}</p></div>
+{_search_form(site, words) if count else ""}</header>
+<details id="Attention"{_flag("open", is_unfolded)}{_flag("hidden", not parts["Attention"])}>\
+{parts["Attention"]}</details>
+{_group_links(site, choice)}
+<div id="List">{_groups(board, choice)}</div>
+{"" if count else f"<p>{NO_STREAMS.capitalize()}.</p>"}
+<div class="more"><details id="Viewers"{_flag("hidden", not parts["Viewers"])}>\
+{parts["Viewers"]}</details>
+<p>For TVs and players, enter <code>{html.escape(site.typed("playlist.m3u"))}</code></p>
+{_lists(site)}</div>"""
+    return _document(name, body, "many" if count > ALL_OPEN else "", about)
+
+
+def _flag(name: str, is_set: bool) -> str:
+    """An attribute without a value."""
+    return f" {name}" if is_set else ""
+
+
+def _search_form(site: Site, words: str) -> str:
+    token = site.config.server.token if site.is_trusted else None
+    field = f'<input type="hidden" name="token" value="{html.escape(token)}">' if token else ""
+    return (
+        '<form role="search" action="./"><input type="search" name="q" autocomplete="off" '
+        f'aria-label="Channel" placeholder="Title, group or number" value="{html.escape(words)}">'
+        f"{field}<button>Search</button></form>"
+    )
+
+
+def _anchor(group: str) -> str:
+    """The id of a group's cards; no stream's name has a colon."""
+    return f":{quote(group, safe='')}" if group else ""
+
+
+def _group_links(site: Site, choice: Choice) -> str:
+    counts = Counter(_group_of(stream) for stream in site.streams)
+    if len(counts) < 2:
+        return ""
+    links = []
+    everything = [("", counts.total())] if counts.total() <= ALL_OPEN else []
+    for group, count in [*everything, *counts.items()]:
+        address = f"./{site.query(group=group)}#{_anchor(group)}"
+        current = ' aria-current="true"' if group == choice.group and not choice.words else ""
+        links.append(
+            f'<a class="button"{current} href="{html.escape(address)}">'
+            f"{html.escape(group or 'All')} <b>{count}</b></a>"
+        )
+    return f'<nav aria-label="Groups">{"".join(links)}</nav>'
+
+
+def _groups(board: Board, choice: Choice) -> str:
+    """The cards in their groups, each in the order of the file."""
+    is_asked, has_all = choice.is_asked, len(board.streams) <= ALL_SENT
+    wanted = [stream for stream in board.streams if choice.has(stream)]
+    hint = "" if len(board.streams) <= ALL_OPEN else '<p id="Hint">Choose a group, or search.</p>'
+    if not (is_asked or has_all):
+        return hint
+    groups: dict[str, list[StreamSettings]] = {}
+    for stream in board.streams if has_all else wanted[:MOST_CARDS]:
+        groups.setdefault(_group_of(stream), []).append(stream)
+    names = {stream.name for stream in wanted}
+    is_many = len(board.streams) > ALL_OPEN
+    text = ""
+    for group, streams in groups.items():
+        cards = ""
+        for stream in streams:
+            is_hidden = bool(choice.words) and stream.name not in names
+            cards += _card(board, stream, is_hidden=is_hidden)
+        is_wanted = any(stream.name in names for stream in streams)
+        is_open = is_wanted and (is_asked or not is_many)
+        # Among many, closed groups do not show, so that no person may close one by its heading.
+        fixed = ' tabindex="-1"' if is_many else ""
+        text += (
+            f'<details class="group" id="{_anchor(group)}"{_flag("open", is_open)}'
+            f"{_flag('hidden', not is_wanted)}><summary{fixed}><h2>{html.escape(group)}</h2>"
+            f"</summary><ul>{cards}</ul></details>\n"
+        )
+    if len(wanted) > MOST_CARDS and not has_all:
+        text += f"<p>{len(wanted) - MOST_CARDS} more: search for them.</p>"
+    return f'{text}{hint}<p id="Nothing">No channel matches.</p>'
+
+
+def _card(board: Board, stream: StreamSettings, *, is_hidden: bool) -> str:
+    """A stream that opens its watch page wherever it is touched."""
+    number = f"<b>{stream.number}</b>" if stream.number else ""
+    now = board.now(stream)
+    shown = f'<div class="now">{now}</div>' if now else ""
+    return (
+        f'<li id="{stream.name}"{_flag("hidden", is_hidden)}><a href="{stream.name}{board.query}">'
+        f'{_logo(stream)}<span class="name">{number}{html.escape(stream.title)}</span></a>'
+        f"{shown}</li>"
+    )
+
+
+def _logo(stream: StreamSettings) -> str:
+    """The logo, over initials that show until it has loaded."""
+    initials = "".join(word[0] for word in stream.title.split()[:2]).upper()
+    image = ""
+    if stream.logo:
+        address = html.escape(stream.logo)
+        image = f'<img src="{address}" alt="" loading="lazy" referrerpolicy="no-referrer">'
+    return f'<span class="logo" aria-hidden="true"><b>{html.escape(initials)}</b>{image}</span>'
+
+
+def update_page(site: Site) -> Page:
+    """What the script of an open page shows instead of what it has."""
+    name = site.wants("stream")
+    if name:
+        watched = site.config.streams.get(name)
+        board = Board(site, [watched] if watched else [])
+        shown = board.streams
+    else:
+        board = Board(site, site.streams)
+        shown = [stream for stream in board.streams if stream.name in board.active]
+    streams = [
+        {
+            "stream": stream.name,
+            "state": board.state(stream),
+            "html": board.now(stream, has_figures=not name),
+        }
+        for stream in shown
+    ]
+    return json_page({"parts": {} if name else board.parts(), "streams": streams}, indent=None)
+
+
+def player_of(agent: str) -> str:
+    """A player's or browser's name and version, from its User-Agent."""
+    for name in ("Edg", "OPR", "Firefox", "CriOS", "FxiOS", "Chrome"):
+        if found := re.search(rf"\b{name}/(\d+)", agent):
+            shown = {"Edg": "Edge", "OPR": "Opera", "CriOS": "Chrome", "FxiOS": "Firefox"}
+            return f"{shown.get(name, name)} {found[1]}"
+    if agent.startswith("Mozilla/") and "Safari/" in agent:
+        return "Safari"
+    return agent.partition(" ")[0][:40] or "unknown"
 
 
 def _lists(site: Site) -> str:
-    """A line for each channel list: how many channels it has, how old it is, and its trouble."""
+    """A line for each channel list: how many channels it has, and how old it is."""
     lines = []
     for report in site.server.lists.report():
         words = "not loaded yet"
@@ -8338,127 +8978,103 @@ def _lists(site: Site) -> str:
         if report["omitted"]:
             words += f"; left out: {_counts(report['omitted'])}"
         line = f"List {report['playlist']}: {words}"
-        trouble = html.escape(report["last_error"] or "")
-        note = f'<p class="note">{trouble}</p>' if trouble else ""
-        lines.append(f'<p class="facts">{html.escape(line)}</p>{note}')
+        lines.append(f'<p class="facts">{html.escape(line)}</p>')
     return "\n".join(lines)
 
 
-def _groups(site: Site, statuses: Iterable[tuple[StreamSettings, Mapping[str, Any]]]) -> str:
-    """Links to the groups, and their cards: what failed, what plays, the others as in the file."""
-    groups: dict[tuple[int, str], list[str]] = {}
-    for stream, status in statuses:
-        group = (2, stream.group or "Streams")
-        key = {"failed": (0, "Failed"), "idle": group}.get(status["state"], (1, "Playing"))
-        groups.setdefault(key, []).append(_card(site, stream, status))
-    links = sections = ""
-    for (rank, name), cards in sorted(groups.items(), key=lambda group: group[0][0]):
-        title, anchor = html.escape(name), f"{rank}:{quote(name, safe='')}"  # no stream's id
-        links += f'<a class="button" href="#{anchor}">{title} <b>{len(cards)}</b></a>'
-        sections += (
-            f'<section id="{anchor}" class="{"quiet" if rank == 2 else "active"}" '
-            f'style="--n:{len(cards)}"><h2>{title}</h2><ul>{"".join(cards)}</ul></section>\n'
-        )
-    jumps = f'<nav class="groups" aria-label="Groups">{links}</nav>' if len(groups) > 1 else ""
-    return f'{jumps}<div class="sections">{sections}</div>'
+# The page that plays a stream
 
 
-def _card(site: Site, stream: StreamSettings, status: Mapping[str, Any]) -> str:
-    """A stream that opens its watch page wherever it is touched."""
-    title = html.escape(stream.title)
-    chart = _chart(site.record(stream).bitrates()) if status["channels"] else ""
-    return (
-        f'<li id="{stream.name}">{_logo(stream)}<div class="name">'
-        f'<a title="{title}" href="{stream.name}{html.escape(site.query())}">{title}</a>'
-        f"{_facts(stream, status)}</div>{chart}"
-        f"{_notes(status)}{_player_link(site, stream)}</li>"
-    )
+@dataclass(frozen=True)
+class Watched:
+    """What a watch page is to show: a stream in a quality, or why it does not play."""
+
+    quality: str | None  # asked for
+    variant: str = ""  # that plays
+    path: str = ""  # of the media; empty if no browser plays this kind
+    has_hls: bool = True  # or the browser plays the stream itself
+    trouble: StreamError | None = None
 
 
-def _notes(status: Mapping[str, Any]) -> str:
-    """What is missing, and what went wrong."""
-    error, state = status["last_error"], status["state"]
-    notes = [channel["note"] for channel in status["channels"] if channel["note"]]
-    if error and state != "idle":
-        age = _duration(status["last_error_seconds"])
-        notes.append(error if state == "failed" else f"last error, {age} ago: {error}")
-    return "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
+def watch_page(site: Site, stream: StreamSettings, watched: Watched, agent: str) -> Page:
+    """Plays a stream, or says why it does not; `agent` is the browser's.
 
-
-def _logo(stream: StreamSettings) -> str:
-    """The logo, over initials that show where there is none or it does not load."""
-    initials = "".join(word[0] for word in stream.title.split()[:2]).upper()
-    image = f'<img src="{html.escape(stream.logo)}" alt="" loading="lazy" ' if stream.logo else ""
-    image += 'referrerpolicy="no-referrer">' if stream.logo else ""
-    return f'<span class="logo" aria-hidden="true"><b>{html.escape(initials)}</b>{image}</span>'
-
-
-def _facts(stream: StreamSettings, status: Mapping[str, Any], *, has_figures: bool = True) -> str:
-    state = status["state"]
-    facts = [f"<b>{stream.number}</b>"] if stream.number else []
-    facts.append(f'<span class="{state}">{STATE_WORDS.get(state, state)}</span>')
-    if status["viewers"]:
-        facts.append(_many(status["viewers"], "viewer"))
-    if status["channels"] and has_figures:
-        uptime = max(channel["uptime_seconds"] for channel in status["channels"])
-        facts += [_rate(status["bitrate"])] * bool(status["bitrate"])  # none in the first seconds
-        facts.append(f"{_duration(uptime)} up")
-    return f'<p class="facts">{" · ".join(f"<span>{fact}</span>" for fact in facts)}</p>'
-
-
-def _player_link(site: Site, stream: StreamSettings) -> str:
-    title, playlist = html.escape(stream.title), f"{stream.name}.m3u"
-    return (
-        f'<a class="button player" aria-label="Open in a player: {title}" title="Open in a player" '
-        f'download="{playlist}" href="{playlist}{html.escape(site.query())}">Open in a player</a>'
-    )
-
-
-def _chart(bitrates: Sequence[float]) -> str:
-    """The last five minutes as bars, scaled to the highest."""
-    most = max(*bitrates, 1.0)
-    bars = "".join(
-        f'<rect x="{4 * n}" y="{36 - height:.1f}" width="3" height="{height:.1f}"/>'
-        for n, height in enumerate(35 * rate / most for rate in bitrates)
-        if height
-    )
-    lines = "".join(f'<line y1="{y}" y2="{y}" x2="{4 * SLOTS}"/>' for y in (0.5, 35.5))
-    minutes = f"{SLOT * SLOTS // 60} minutes"
-    return (
-        f'<div class="chart" role="img" aria-label="Bitrate of the last {minutes}, at most '
-        f'{_rate(most)}"><p>{_rate(most)}</p><svg viewBox="0 0 {4 * SLOTS} 36" '
-        f'preserveAspectRatio="none">{lines}{bars}</svg><p>{minutes} ago<span>now</span></p></div>'
-    )
-
-
-def watch_page(
-    site: Site, stream: StreamSettings, quality: str | None, variant: str, path: str
-) -> Page:
-    """Plays what is at `path`, this variant; nothing where that is empty, for no browser would.
-
-    Raises StreamError where a reload has just taken it out of the file.
+    Raises StreamError if a reload has just removed the stream.
     """
     if stream.name not in site.config.streams:
         raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
     stream = site.config.streams[stream.name]
-    status, title = site.status(stream), html.escape(stream.title)
-    source = html.escape(path + site.query(quality=quality))
-    address = html.escape(site.typed(stream.name, quality=quality))
-    codecs = " and ".join(site.record(stream).unplayed)
-    what = f"It has {codecs}, which" if codecs else "What has an end comes in a form that"
-    note = f'<p class="note">{what} browsers do not play here: open it in a player.</p>'
-    poster = f' poster="{html.escape(stream.logo)}"' if stream.logo else ""  # all of a radio
-    video = f'<video controls autoplay muted playsinline{poster} src="{source}"></video>'
-    # Without figures: at a start there are none yet, and the page is not loaded again.
-    body = f"""<div class="watch">{_logo(stream)}<div class="name"><h1>{title}</h1>
-{_facts(stream, status, has_figures=False)}</div></div>
-{video if path else ""}{note if codecs or not path else ""}{_notes(status)}
-<nav class="zap" aria-label="Streams">{_zap_links(site, stream)}
-{_qualities(site, stream, variant)}
+    board, title = Board(site, [stream]), html.escape(stream.title)
+    source = watched.path + site.query(quality=watched.quality) if watched.path else ""
+    address = html.escape(site.typed(stream.name, quality=watched.quality))
+    trouble = watched.trouble
+    about = {
+        "status": site.local("status", active="1", html="1", stream=stream.name),
+        "stream": stream.name,
+        "state": board.state(stream),
+        "source": source,
+        "trouble": str(int(trouble.status)) if trouble else "",
+    }
+    body = f"""<header>{_logo(stream)}<div><h1>{title}</h1>
+<div class="now">{board.now(stream, has_figures=False)}</div></div></header>
+<div class="screen">{_screen(site, stream, watched, source, agent)}</div>
+<nav aria-label="Streams">{_zap_links(site, stream)}
+{_qualities(site, stream, watched.variant)}
 {_player_link(site, stream)}</nav>
-<div class="more"><p>On a television or in a player, type <code>{address}</code></p>
-{HELP if path else ""}</div>"""
-    return _document(f"{title} - {html.escape(site.config.server.name)}", body)
+<div class="more">{_unplayed(site, stream)}
+<p>For TVs and players, enter <code>{address}</code></p>
+{HELP if source else ""}</div>"""
+    return _document(f"{title} - {html.escape(site.config.server.name)}", body, "watch", about)
+
+
+def _screen(site: Site, stream: StreamSettings, watched: Watched, source: str, agent: str) -> str:
+    """The video, or what a person can do in place of it."""
+    if watched.trouble and watched.trouble.status == HTTPStatus.NOT_FOUND:
+        return _trouble(site, stream, watched)
+    if not source:
+        words = "Browsers cannot play this recording here: open it in a player."
+        return f'<div class="said"><p>{words}</p>{_player_link(site, stream)}</div>'
+    if watched.has_hls and not plays_hls(agent):
+        return f'<div class="said"><p>{NO_HLS}</p>{_player_link(site, stream)}</div>'
+    poster = f' poster="{html.escape(stream.logo)}"' if stream.logo else ""  # all of a radio
+    loads = "hidden" if watched.trouble else f'src="{html.escape(source)}"'
+    return (
+        f"<video controls autoplay muted playsinline{poster} {loads}></video>"
+        f"{_trouble(site, stream, watched) if watched.trouble else ''}"
+        '<p class="said" id="Said" role="status" hidden></p>'
+        '<button id="Sound" hidden>Switch the sound on</button>'
+    )
+
+
+def _trouble(site: Site, stream: StreamSettings, watched: Watched) -> str:
+    """Why a stream does not play, and what to do about it."""
+    assert watched.trouble
+    reason = watched.trouble.reason
+    advice = _marked(advice_for(reason))
+    again = stream.name + site.query(quality=watched.quality)
+    return (
+        f'<div class="said" id="Trouble"><p class="failed"><b>{html.escape(reason)}</b></p>'
+        f"<p>{advice}</p>{_button(again, 'Try now')}</div>"
+    )
+
+
+def _marked(advice: str) -> str:
+    """HTML for a text in which addresses and settings stand between backquotes."""
+    return re.sub("`(.+?)`", r"<code>\1</code>", html.escape(advice, quote=False))
+
+
+def plays_hls(agent: str) -> bool:
+    """Whether a browser with this User-Agent plays HLS: all do but Firefox on a desktop."""
+    return "Firefox/" not in agent or "Android" in agent
+
+
+def _unplayed(site: Site, stream: StreamSettings) -> str:
+    """The codecs of a stream that no browser plays."""
+    codecs = " and ".join(site.record(stream).unplayed)
+    if not codecs:
+        return ""
+    words = f"It has {codecs}, which browsers do not play here: open it in a player."
+    return f'<p class="note">{words}</p>'
 
 
 def _zap_links(site: Site, stream: StreamSettings) -> str:
@@ -8467,34 +9083,183 @@ def _zap_links(site: Site, stream: StreamSettings) -> str:
     streams = [each for each in site.config.streams.values() if each == stream or not each.hide]
     at = streams.index(stream)
     before, after = streams[at - 1], streams[(at + 1) % len(streams)]
-    links = [(f"./{query}#{stream.name}", "All streams")]
-    if after != stream:
-        links.insert(0, (f"{after.name}{query}", f"{after.title} \u203a"))
+    links = ""
     if before != after:
-        links.insert(0, (f"{before.name}{query}", f"\u2039 {before.title}"))
-    return "".join(itertools.starmap(_button, links))
+        links += _button(f"{before.name}{query}", f"\u2039 {before.title}", ' rel="prev"')
+    if after != stream:
+        roles = "next" if before != after else "prev next"
+        links += _button(f"{after.name}{query}", f"{after.title} \u203a", f' rel="{roles}"')
+    return links + _button(
+        f"./{site.query(group=_list_group(site, stream))}#{stream.name}", "All streams"
+    )
+
+
+def _list_group(site: Site, stream: StreamSettings) -> str | None:
+    """The group that the status page has to open for a stream's card to show."""
+    return _group_of(stream) if len(site.streams) > ALL_OPEN else None
 
 
 def _qualities(site: Site, stream: StreamSettings, variant: str) -> str:
     """Links to all that the stream comes in."""
     qualities = site.record(stream).qualities()
-    return "".join(
-        _button(stream.name + site.query(quality=quality), quality, is_current=quality == variant)
-        for quality in (qualities if len(qualities) > 1 else ())
+    links = ""
+    for quality in qualities if len(qualities) > 1 else ():
+        current = ' aria-current="true"' if quality == variant else ""
+        links += _button(stream.name + site.query(quality=quality), quality, current)
+    return links
+
+
+def _player_link(site: Site, stream: StreamSettings) -> str:
+    playlist = f"{stream.name}.m3u"
+    return (
+        f'<a class="button player" download="{playlist}" '
+        f'href="{playlist}{html.escape(site.query())}">Open in a player</a>'
     )
 
 
-def error_page(site: Site, status: HTTPStatus, reason: str, name: str) -> Page:
-    """What a person sees in place of a stream's page; a fault that may pass is looked at again."""
+def error_page(site: Site, status: HTTPStatus, reason: str, name: str, agent: str) -> Page:
+    """What a person sees in place of a stream's page or of another one."""
     stream = site.config.streams.get(name)
-    may_pass = status >= HTTPStatus.INTERNAL_SERVER_ERROR
-    title = "Not playing now" if may_pass else status.phrase
-    if stream and site.is_trusted:
-        title = f"{html.escape(stream.title)}: {title.lower()}"
+    if stream and site.is_trusted and status != HTTPStatus.METHOD_NOT_ALLOWED:
+        trouble = StreamError(status, reason)
+        watched = Watched(site.wants("quality") or None, "", f"{name}.m3u8", trouble=trouble)
+        return watch_page(site, stream, watched, agent)
+    title = "Not playing now" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else status.phrase
     body = f"""<h1>{title}</h1><p class="note">{html.escape(reason)}</p>
-{"<p>This page tries again in a moment.</p>" if may_pass else ""}
 <nav>{_button(f"./{site.query()}", "All streams") if site.is_trusted else ""}</nav>"""
-    return _document(title, body, RETRY if may_pass else 0)
+    return _document(title, body)
+
+
+# What to do about a failure, as README says it, by a part of its reason.
+ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        (
+            "the origin answered 401",
+            "the origin answered 403",
+            "the origin answered 404",
+            "the origin answered 410",
+        ),
+        "the address has expired or is wrong: get a new one. Some sites want `headers: "
+        '{Referer: "https://..."}`, a browser\'s `user_agent`, or a `proxy` in their '
+        "country",
+    ),
+    (
+        (
+            "the origin answered 429",
+            "the origin answered 458",
+            "the origin answered 503",
+            "the origin answered 509",
+        ),
+        "your account has no connection left: close other players, or lower "
+        "`max_upstreams` to what it allows",
+    ),
+    (
+        (
+            "the origin sent a web page, not a stream",
+            "the origin sent text, not a stream",
+        ),
+        "often a login page, an error message or a list of links: open the address in a "
+        "browser and look",
+    ),
+    (
+        ("that is a list of channels: put it under playlists:, not under streams:",),
+        "write its address under `playlists:`",
+    ),
+    (
+        ("the origin's host name is unknown",),
+        "look for a typing mistake; check the server's network",
+    ),
+    (
+        (
+            "the origin did not answer in time",
+            "the origin refuses connections",
+            "the origin closed the connection",
+        ),
+        "it is down, or blocks you: try its address elsewhere",
+    ),
+    (
+        ("the stream is DRM-protected",),
+        "it cannot be played",
+    ),
+    (
+        ("the configured quality does not exist",),
+        "choose one of those",
+    ),
+    (
+        (":// is not supported: use http:// or https://",),
+        "a typing mistake, or what neither HTTP nor a plugin of streamlink brings (`rtsp`, `udp`)",
+    ),
+    (
+        (
+            "the origin goes from https to http",
+            "the origin refuses a secure connection",
+        ),
+        "write `http://` in front of the address",
+    ),
+    (
+        (
+            "the origin sent something that is not an HLS playlist",
+            "the origin does not speak HTTP",
+        ),
+        "the address is not that of a stream: look for a typing mistake, also in the port",
+    ),
+    (
+        (
+            "the origin refers to an unsupported kind of address",
+            "the origin's playlist has a key, a map or a byte range that cannot be read",
+        ),
+        "its playlist is broken: try another address of the stream",
+    ),
+    (
+        (
+            "the origin's playlist is empty",
+            "the origin's playlist lists no stream that can be played",
+        ),
+        "nothing is broadcast there now: try later, or another address",
+    ),
+    (
+        ("the origin redirects in a loop",),
+        "often a login: open the address in a browser and look",
+    ),
+    (
+        ("there is no network route to the origin",),
+        "the server has no network, or none of that kind (IPv6): check it",
+    ),
+    (
+        ("the proxy does not answer",),
+        "check the `proxy` of the stream",
+    ),
+    (
+        (
+            "the decryption key is not an AES-128 key",
+            "decryption failed: wrong key",
+        ),
+        "often the origin wants `headers` for its key, or the address has expired",
+    ),
+    (
+        ("the origin's certificate is not valid",),
+        "check the server's clock; if you trust the origin: `streamlink: {http-ssl-verify: false}`",
+    ),
+    (
+        ("the origin refers to a local file: refused",),
+        "it tries to read a file of your server: do not use it",
+    ),
+    (
+        (
+            "the system has no files left: raise the limit of open files",
+            "the system has no threads left",
+        ),
+        "raise the limits of the service (`LimitNOFILE`, `TasksMax`)",
+    ),
+)
+
+
+def advice_for(reason: str) -> str:
+    """What a person can do about a failure; empty if there is nothing to say."""
+    for parts, advice in ADVICE:
+        if any(part in reason for part in parts):
+            return advice
+    return ""
 
 
 def _rate(bitrate: float) -> str:
@@ -8516,7 +9281,7 @@ M3U_LISTS = ("/playlist.m3u", "/playlist.m3u8", "/lineup.m3u")
 # By path; a playlist of one stream is at its name.
 PAGES: Mapping[str, Callable[[Site], Page]] = {
     "/": status_page,
-    "/status": status_json,
+    "/status": lambda site: update_page(site) if site.wants("html") else status_json(site),
     "/metrics": metrics_page,
     **dict.fromkeys(M3U_LISTS, lambda site: playlist_page(site, site.streams)),
     "/discover.json": discover_page,
@@ -8570,6 +9335,7 @@ class Handler(BaseHTTPRequestHandler):
     is_for_players = False  # the path is that of media, HLS or an M3U list
     has_token = False  # the request carries the token, or none is configured
     is_trusted = False  # the client has the token, or needs none
+    asked: Mapping[str, Sequence[str]] = {}  # the query; empty until it could be read
 
     def handle(self) -> None:
         self.address = self.client_address[0]
@@ -8621,7 +9387,8 @@ class Handler(BaseHTTPRequestHandler):
         query: dict[str, list[str]] = {}
         try:
             target = urlsplit(self.path)
-            path, query = unquote(target.path, errors="strict"), parse_qs(target.query)
+            path = unquote(target.path, errors="strict")
+            self.asked = query = parse_qs(target.query, keep_blank_values=True)
         except ValueError:
             path = ""  # no stream's, no page's
         self.is_for_players = is_for_players(path)
@@ -8648,7 +9415,9 @@ class Handler(BaseHTTPRequestHandler):
         self.is_trusted = self.has_token or is_in(self.address, trusted)
         if any(offered) and not self.is_trusted:  # also at open paths, where guesses cost nothing
             self.server.note_wrong_token(self.address)
-        if path == "/health" or (path == "/" and not self.is_person):
+        # A page's script searches as the page's form does.
+        is_page = self.is_person or "q" in query
+        if path == "/health" or (path == "/" and not is_page):
             self.answer_health()
         elif not self.is_trusted:
             headers = {"WWW-Authenticate": 'Basic realm="StreamPipe", charset="UTF-8"'}
@@ -8743,8 +9512,7 @@ class Handler(BaseHTTPRequestHandler):
             url = lan_url = public.rstrip("/")
         elif server.configured[0] in EVERYWHERE:  # `localhost` leads others to themselves
             lan_url = THIS_MACHINE.sub(lambda _: lan_host(server.configured[0]), url)
-        reloads = "refresh=0" not in self.path
-        return Site(server, config, url, lan_url, self.is_trusted, reloads)
+        return Site(server, config, url, lan_url, self.is_trusted, self.asked)
 
     def _first_of(self, name: str) -> str:
         """A header's first element, which the proxy next to the client wrote."""
@@ -8815,7 +9583,8 @@ class Handler(BaseHTTPRequestHandler):
     ) -> None:
         page = json_page({"error": reason}, indent=None)
         if self.is_person:
-            page = error_page(self.site(), status, reason, self.path.partition("?")[0][1:])
+            name, agent = self.path.partition("?")[0][1:], self.headers.get("User-Agent", "")
+            page = error_page(self.site(), status, reason, name, agent)
         self.answer(page, status, headers)
 
     def answer_health(self) -> None:
@@ -8830,15 +9599,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_watch_page(self, stream: StreamSettings, quality: str | None) -> None:
         """Answer with the page that plays it; raises StreamError where nothing would."""
-        channels, source, variant = self.server.channels, f"{stream.name}.m3u8", ""
+        channels = self.server.channels
         try:
             viewer = self._viewer(stream, polls=True)
             channel, _, viewer = channels.poll(stream, quality, viewer, anew=True)
-            viewer.listed, variant = 0, channel.variant  # the page begins anew
+            viewer.listed = 0  # the page begins anew
+            watched = Watched(quality, channel.variant, f"{stream.name}.m3u8")
         except NoListing:
             is_played = channels.known(stream.name).container.plays_bare
-            source = stream.name if is_played else ""
-        self.answer(watch_page(self.site(), stream, quality, variant, source))
+            watched = Watched(quality, path=stream.name if is_played else "", has_hls=False)
+        agent = self.headers.get("User-Agent", "")
+        self.answer(watch_page(self.site(), stream, watched, agent))
 
     def answer_head(self, stream: StreamSettings, kind: str | None) -> None:
         """HEAD of a stream costs nothing: Kodi and Jellyfin probe with it before they play."""

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, Request, Response, sync_playwright
 
 from tests import media
 from tests.origin import Origin, Playlist, Status
 from tests.server import Site
-from tests.test_sharing import eventually
 
 CHROMIUM = "/usr/bin/chromium"
 ARGUMENTS = [
@@ -54,15 +54,28 @@ class Visit:
     def __init__(self, page: Page, address: str) -> None:
         self.page = page
         self.asked: list[str] = []
+        self.fetched: list[str] = []  # by its script
         self.said: list[str] = []
-        page.on("request", lambda request: self.asked.append(request.url))
+        page.on("request", self._note)
         page.on("console", lambda message: self.said.append(message.text))
         page.on("pageerror", lambda error: self.said.append(str(error)))
         page.on("requestfailed", lambda r: self.said.append(f"failed: {r.url} {r.failure}"))
         page.goto(address)
 
+    def _note(self, request: Request) -> None:
+        self.asked.append(request.url)
+        if request.resource_type == "fetch":
+            self.fetched.append(request.url)
+
     def measure(self, script: str) -> Any:
         return self.page.evaluate(script)
+
+    def until(self, condition: Callable[[], bool], what: str, timeout: float = 60.0) -> None:
+        """Let the browser work until `condition` holds."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
+            self.page.wait_for_timeout(50)
 
 
 Scheme = Literal["light", "dark"]
@@ -74,10 +87,21 @@ def look(browser: Browser) -> Iterator[Look]:
     """Open an address: `look(site.url, width=390, scheme="dark")`."""
     contexts = []
 
-    def start(address: str, width: int = 1280, scheme: Scheme = "light") -> Visit:
-        size: Any = {"width": width, "height": 900}
-        contexts.append(browser.new_context(viewport=size, color_scheme=scheme))
-        return Visit(contexts[-1].new_page(), address)
+    def start(
+        address: str,
+        width: int = 1280,
+        scheme: Scheme = "light",
+        *,
+        height: int = 900,
+        has_script: bool = True,
+        agent: str | None = None,
+    ) -> Visit:
+        size: Any = {"width": width, "height": height}
+        context = browser.new_context(
+            viewport=size, color_scheme=scheme, java_script_enabled=has_script, user_agent=agent
+        )
+        contexts.append(context)
+        return Visit(context.new_page(), address)
 
     yield start
     for context in contexts:
@@ -125,15 +149,15 @@ def busy(request: pytest.FixtureRequest, origin: Origin, serve: Serve) -> Site:
 def test_page_is_readable(busy: Site, look: Look, width: int, scheme: Scheme) -> None:
     visit = look(busy.url, width, scheme)
     assert visit.measure("document.documentElement.scrollWidth") <= width
-    cards = visit.page.locator("li")
+    cards = visit.page.locator(".group li")
     assert cards.count() == len(busy.config.streams)
     for box in filter(None, (cards.nth(n).bounding_box() for n in range(min(cards.count(), 12)))):
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= width
-    for color in ("h1", "h2", ".name a", ".live", ".facts", ".player", "code", ".logo b"):
+    for color in ("h1", "h2", ".name", ".live", ".facts", "code", ".logo b", "#Viewers summary"):
         assert contrast(visit, color) >= 4.5, color
     if cards.count() > 1:
-        for color in (".failed", ".note", ".groups a", ".groups b", ".quiet .name a"):
+        for color in (".failed", ".note", "nav a", "nav b", "#Attention summary"):
             assert contrast(visit, color) >= 4.5, color
     folder = os.environ.get("SCREENSHOTS")
     if folder:
@@ -167,10 +191,11 @@ def contrast(visit: Visit, selector: str) -> float:
 @pytest.mark.parametrize("busy", [12], indirect=True)
 @pytest.mark.parametrize("width", [390, 1280])
 def test_links_are_large_enough_for_fingers(busy: Site, look: Look, width: int) -> None:
-    touched = look(busy.url, width).page.locator("a.button:visible, li")
+    kinds = "a.button:visible, .group li, input:visible, button:visible, summary:visible"
+    touched = look(busy.url, width).page.locator(kinds)
     boxes = [touched.nth(n).bounding_box() for n in range(touched.count())]
     assert len(boxes) >= 12 + 3
-    assert all(box and min(box["width"], box["height"]) >= 40 for box in boxes)
+    assert all(box and min(box["width"], box["height"]) >= 44 for box in boxes)
 
 
 @pytest.mark.parametrize("busy", [12], indirect=True)
@@ -179,57 +204,82 @@ def test_nothing_leaves_the_server_and_nothing_is_complained_about(
 ) -> None:
     before = len([r for r in origin.requests if not r.path.startswith("/news/")])
     visit = look(busy.url)
-    with visit.page.expect_navigation(timeout=60_000):  # the page's own refresh
-        pass
-    assert len(visit.asked) >= 2
-    assert {url.rstrip("/") for url in visit.asked} == {busy.url}
+    updates = f"{busy.url}/status?active=1&html=1"
+    visit.until(lambda: visit.asked.count(updates) >= 2, "the page asks for news")
+    assert {url.rstrip("/") for url in visit.asked} == {busy.url, updates}
     assert visit.said == []
     assert len([r for r in origin.requests if not r.path.startswith("/news/")]) == before
 
 
-def test_chart_shows_a_viewers_traffic_after_a_refresh(
+def test_states_and_figures_are_kept_current(origin: Origin, serve: Serve, look: Look) -> None:
+    """In place: the focus and the place in the page stay, and nothing is loaded again."""
+    streams = {f"s{n}": NOWHERE for n in range(50)}
+    bad = {"url": f"{origin.url}/bad.m3u8", "title": "Broken"}
+    site = serve({**streams, "news": live(origin), "bad": bad})
+    visit = look(site.url, 390)
+    visit.page.locator("#news a").focus()
+    place = visit.measure("scrollY")
+    assert place > 100
+    assert visit.page.locator("#news").inner_text().strip() == "N\nnews"
+    assert visit.page.locator("#Attention").is_hidden()
+    site.watch("/news").read(188)
+    origin.fault("/bad*", Status(404), times=None)
+    assert site.get("/bad").status == 502
+    visit.page.locator("#news .live").wait_for()
+    visit.page.locator("#Attention a", has_text="Broken").wait_for(state="attached")
+    assert "1 failed" in visit.page.locator("#Attention summary").inner_text()
+    text = visit.page.locator("#news").inner_text()
+    assert "1 viewer" in text
+    visit.page.locator("#news path").wait_for(state="attached")
+    assert "52 streams, 1 viewer" in visit.page.locator("#Summary").inner_text()
+    assert "127.0.0.1" in (visit.page.locator("#Viewers").text_content() or "")
+    assert visit.measure("document.activeElement.closest('li').id") == "news"
+    assert visit.measure("document.querySelector('#news').getBoundingClientRect().top") > 0
+    assert [url for url in visit.asked if "/status?" not in url] == [f"{site.url}/"]
+    assert visit.said == []
+
+
+def test_open_page_costs_less_than_a_kilobyte_a_second(
     origin: Origin, serve: Serve, look: Look
 ) -> None:
-    site = serve({"news": live(origin)})
+    url = live(origin)
+    site = serve({f"s{n}": url for n in range(60)})
+    for n in range(60):
+        site.watch(f"/s{n}").read(188)
     visit = look(site.url)
-    bars = visit.page.locator("#news svg rect")
-    assert bars.count() == 0
-    assert "idle" in visit.page.locator("#news").inner_text()
-    site.watch("/news").read(188)
+    sizes: list[int] = []
+    times: list[float] = []
 
-    def has_bar() -> bool:
-        visit.page.reload()
-        return bars.count() > 0
+    def note(response: Response) -> None:
+        if "/status?" in response.url:
+            sizes.append(int(response.headers["content-length"]))
+            times.append(time.monotonic())
 
-    eventually(has_bar, "the chart has a bar")
-    box = bars.first.bounding_box()
-    assert box
-    assert box["height"] >= 10
-    text = visit.page.locator("#news").inner_text()
-    assert "live" in text
-    rate = re.search(r"(\d+(?:\.\d)?) [kM]bit/s", text)
-    assert rate
-    assert float(rate[1]) > 0
+    visit.page.on("response", note)
+    visit.until(lambda: len(times) >= 2, "two answers")
+    assert sizes[0] / (times[1] - times[0]) < 1000
 
 
 @pytest.mark.parametrize("token", [None, "a b&c"], ids=["open", "with token"])
 def test_links_work(origin: Origin, serve: Serve, look: Look, token: str | None) -> None:
     site = serve({"news": live(origin)}, server={"token": token})
     visit = look(f"{site.url}/?token=a+b%26c")
-    playlist = visit.page.locator("#news .player")
-    with visit.page.expect_download(timeout=5000) as download:
-        playlist.click()
-    text = Path(download.value.path()).read_text(encoding="utf-8")
-    address = text.split("\n")[2]
-    assert site.watch(address.removeprefix(site.url)).read(188)[:1] == b"G"
     card = visit.page.locator("#news").bounding_box()
     assert card
     visit.page.mouse.click(card["x"] + card["width"] / 2, card["y"] + 3)  # the whole card
-    visit.page.wait_for_url(address)
+    visit.page.wait_for_url(re.compile("/news"))
     assert visit.page.title() == "news - StreamPipe"
+    with visit.page.expect_download(timeout=5000) as download:
+        visit.page.locator(".player").click()
+    text = Path(download.value.path()).read_text(encoding="utf-8")
+    address = text.split("\n")[2]
+    assert visit.page.url == address
+    assert site.watch(address.removeprefix(site.url)).read(188)[:1] == b"G"
     visit.page.get_by_text("All streams").click()
     visit.page.wait_for_url(re.compile("#news$"))
     assert visit.page.locator("li").count() == 1
+    visit.until(lambda: any("/status?" in url for url in visit.asked), "news")
+    assert not any("401" in words for words in visit.said)
 
 
 def address_shown(visit: Visit) -> Any:
@@ -251,41 +301,83 @@ def test_sixty_streams_are_not_far_away_on_a_phone(
     origin: Origin, serve: Serve, look: Look
 ) -> None:
     visit = look(serve(many_streams(origin, 60)).url, 390)
-    assert visit.measure("document.documentElement.scrollHeight") < 5000
+    assert visit.measure("document.documentElement.scrollHeight") < 6000
+    assert shown_cards(visit) == 60
     for name in ("Films and series", "News"):
-        visit.page.locator(".groups a", has_text=name).click()
-        heading = visit.page.locator("h2", has_text=name).bounding_box()
-        links = visit.page.locator(".groups").bounding_box()
-        assert heading
-        assert links
-        assert 0 <= links["y"] < 10, "they stay on top"
-        assert links["y"] + links["height"] <= heading["y"] < 450
+        visit.page.locator("nav a", has_text=name).click()
+        heading = visit.page.locator("h2:visible")
+        assert heading.all_inner_texts() == [name]
+        assert 0 < shown_cards(visit) < 30
+    visit.page.locator("nav a", has_text="All").click()
+    assert shown_cards(visit) == 60
 
 
-def test_small_groups_share_a_row(serve: Serve, look: Look) -> None:
-    streams = {name: {"url": NOWHERE, "group": name} for name in "abcde"}
-    sections = look(serve(streams).url).page.locator("section")
-    boxes = [sections.nth(n).bounding_box() for n in range(5)]
-    assert len({box["y"] for box in boxes if box}) == 1
-    assert len({box["x"] for box in boxes if box}) == 5
+def shown_cards(visit: Visit) -> int:
+    return visit.page.locator(".group li:visible").count()
+
+
+def three_hundred() -> dict[str, object]:
+    """As many streams, in twelve groups."""
+    return {
+        f"s{n}": {
+            "url": NOWHERE,
+            "title": f"Kanal {n} Zürich" if n == 217 else f"Channel {n}",
+            "number": n,
+            "group": f"Group {(n - 1) // 25}",
+        }
+        for n in range(1, 301)
+    }
+
+
+@pytest.fixture(params=[True, False], ids=["with script", "without"])
+def has_script(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_refresh_keeps_the_place_and_can_be_stopped_at_once(
-    serve: Serve, look: Look, width: int
+def test_any_of_three_hundred_channels_is_two_steps_away(
+    serve: Serve, look: Look, width: int, has_script: bool
 ) -> None:
-    streams = {f"s{n}": {"url": NOWHERE, "group": f"Group {n // 5}"} for n in range(60)}
-    visit = look(serve(streams).url, width)
-    visit.page.locator(".groups a", has_text="Group 5").click()
-    place = visit.measure("scrollY")
-    assert place > 100
-    with visit.page.expect_navigation(timeout=60_000):
-        pass
-    assert visit.measure("scrollY") == place
-    visit.page.keyboard.press("Tab")
-    visit.page.keyboard.press("Enter")
-    visit.page.wait_for_url(re.compile(r"\?refresh=0$"))
-    assert visit.page.locator("meta[http-equiv]").count() == 0
+    site = serve(three_hundred())
+    visit = look(site.url, width, has_script=has_script)
+    assert shown_cards(visit) == 0
+    assert visit.measure("document.documentElement.scrollHeight") <= 1000
+    visit.page.locator("nav a", has_text="Group 8").click()
+    visit.page.wait_for_url(re.compile("group=Group%208"))
+    assert shown_cards(visit) == 25
+    assert visit.page.locator("#s217").is_visible()
+    visit.page.locator("nav a", has_text="Group 9").click()
+    visit.page.wait_for_url(re.compile("group=Group%209"))
+    assert shown_cards(visit) == 25
+    assert visit.page.locator("#s217").is_hidden()
+    visit.page.locator("[type=search]").fill("zurich 217")
+    if not has_script:
+        visit.page.keyboard.press("Enter")
+    visit.page.wait_for_url(re.compile("q=zurich"))
+    assert shown_cards(visit) == 1
+    visit.page.locator("[type=search]").fill("nobody")
+    if not has_script:
+        visit.page.keyboard.press("Enter")
+        visit.page.wait_for_url(re.compile("q=nobody"))
+    visit.page.locator("#Nothing").wait_for()
+    assert shown_cards(visit) == 0
+    assert visit.said == []
+
+
+def test_search_finds_any_of_thousands(serve: Serve, look: Look, has_script: bool) -> None:
+    """The page has the cards that were asked for alone."""
+    streams = {f"s{n}": {"url": NOWHERE, "group": f"Group {n % 7}"} for n in range(2000)}
+    visit = look(serve(streams).url, has_script=has_script)
+    assert visit.page.locator(".group li").count() == 0
+    visit.page.locator("[type=search]").fill("S1234")
+    if not has_script:
+        visit.page.keyboard.press("Enter")
+    visit.page.locator("#s1234").wait_for()
+    assert visit.page.locator(".group li").count() == 1
+    visit.page.locator("nav a", has_text="Group 3").click()
+    visit.page.wait_for_url(re.compile("group=Group%203"))
+    assert visit.page.locator(".group li").count() == 200
+    assert "86 more" in visit.page.locator("#List").inner_text()
 
 
 #### Logos ####
@@ -308,7 +400,7 @@ def test_logo_lies_over_initials_that_show_where_it_does_not_load(
     }
     visit = look(serve(streams).url)
     visit.page.wait_for_load_state("networkidle")
-    assert logo_box(visit, "good") == (44, 90)
+    assert logo_box(visit, "good") == (64, 90)
     assert logo_box(visit, "missing") == (0, 0), "it hides nothing"
     assert visit.page.locator("#missing .logo").inner_text() == "MC"
     assert [line for line in visit.said if "404" not in line and "none.svg" not in line] == []
@@ -328,10 +420,10 @@ def test_watch_page_is_readable(busy: Site, look: Look, width: int, scheme: Sche
     for color in ("h1", ".live", ".facts", ".button", "code", ".more"):
         assert contrast(visit, color) >= 4.5, color
     video = visit.page.locator("video").bounding_box()
-    links = visit.page.locator(".zap").bounding_box()
+    links = visit.page.locator("nav").bounding_box()
     assert video
     assert links
-    assert video["width"] == pytest.approx(min(width - 32, 1200))
+    assert video["width"] == width
     assert links["y"] + links["height"] <= 900, "one need not scroll for them"
 
 

@@ -450,3 +450,28 @@ def test_each_top_level_name_is_given_once() -> None:
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             counts[node.target.id] += 1
     assert [name for name, count in counts.items() if count > 1] == []
+
+
+def advice_rows() -> list[tuple[list[str], str]]:
+    """The reasons of each row of README's tables of reasons, and what README says to do."""
+    rows = []
+    tables = re.findall(
+        r"^\| [^|\n]*reason[^|\n]* \| what to do[^\n]*\n\|---.*\n((?:\|.*\n)+)", README, re.M
+    )
+    assert len(tables) == 2
+    for line in "".join(tables).splitlines():
+        reasons, advice = line.strip("| ").split(" | ")
+        rows.append((re.findall("`([^`]+)`", reasons), advice))
+    return rows
+
+
+def test_pages_advise_what_readme_does() -> None:
+    rows = advice_rows()
+    assert len(rows) == len(pipe.ADVICE) >= 20
+    for reasons, advice in rows:
+        for reason in reasons:
+            assert pipe.advice_for(reason) == advice, reason
+    assert pipe.advice_for("the origin answered 458") == pipe.advice_for("the origin answered 429")
+    assert pipe.advice_for("no media within 20 s: the origin answered 410").startswith(
+        "the address"
+    )

@@ -5,17 +5,20 @@ Where Chromium is missing the tests are skipped, but not with CI in the environm
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import sync_playwright
 
 from tests import media, test_browser
-from tests.origin import Origin, Playlist, Segment, master
+from tests.origin import Origin, Playlist, Segment, Status, master
 from tests.program import Service
 from tests.server import Site
 from tests.test_browser import Look, Visit
@@ -81,23 +84,29 @@ CHANNELS = [ts, long_ts, fmp4, encrypted, qualities, discontinuous]
 #### Chromium ####
 
 
-# A page's own script could not wait like this: its policy allows none.
-WATCH = """time => new Promise(done => {
+# Waits until the video has played for so long since now, whatever the page's script has to load
+# again meanwhile.
+WATCH = """([seconds, limit]) => new Promise(done => {
     const video = document.querySelector("video")
-    const look = () => {
-        if (video.error) done(video.error.message || "an error")
-        else if (video.currentTime > time) done("")
-    }
-    video.addEventListener("timeupdate", look)
-    video.addEventListener("error", look)
-    setTimeout(() => done(`only ${video.currentTime} of ${time} s`), 60000)
-    look()
+    let played = 0, last = video.currentTime
+    video.addEventListener("timeupdate", () => {
+        const step = video.currentTime - last
+        if (step > 0 && step < 2) played += step
+        last = video.currentTime
+        if (played > seconds) done("")
+    })
+    const error = () => video.error?.message ?? "no error"
+    setTimeout(() => done(`only ${played} of ${seconds} s, ${error()}`), 1000 * limit)
 })"""
 
 
-def play_on(visit: Visit, seconds: float = PLAYED) -> None:
-    now = visit.measure("document.querySelector('video').currentTime")
-    assert visit.page.evaluate(WATCH, now + seconds) == "", reasons(visit)
+def play_on(visit: Visit, seconds: float = PLAYED, limit: float = 60.0) -> None:
+    assert visit.page.evaluate(WATCH, [seconds, limit]) == "", reasons(visit)
+
+
+def tries(visit: Visit) -> int:
+    """How often the page's script has asked whether it can load the video again."""
+    return sum(address.partition("?")[0].endswith(".m3u8") for address in visit.fetched)
 
 
 def reasons(visit: Visit) -> list[str]:
@@ -110,10 +119,15 @@ def reasons(visit: Visit) -> list[str]:
 
 
 def assert_plays(visit: Visit, seconds: float = PLAYED) -> None:
-    """It plays from its start for so long, looks as it shall, and says and asks nothing else."""
-    assert visit.page.evaluate(WATCH, seconds) == "", reasons(visit)
+    """It plays from its start for so long, looks as it shall, and says and asks nothing else.
+
+    Chromium fails now and then at the start of a channel (DEMUXER_ERROR_COULD_NOT_PARSE) while the
+    machine is busy; the page's script then loads the video again, once.
+    """
+    play_on(visit, seconds)
+    assert tries(visit) <= 1, reasons(visit)
     assert visit.measure("document.querySelector('video').videoWidth") == media.WIDTH
-    assert visit.measure("document.scripts.length") == 0
+    assert visit.measure("document.scripts.length") == 1
     aborted = re.compile("failed: .*ERR_ABORTED")  # Chromium looks into a segment, and leaves it
     assert [words for words in visit.said if not aborted.match(words)] == []
     server = visit.page.url.rpartition("/")[0]
@@ -176,6 +190,64 @@ def test_page_plays_on_after_an_outage_of_the_origin(
     play_on(visit)
 
 
+def test_page_plays_on_after_an_outage_longer_than_reconnect(
+    origin: Origin, serve: Serve, look: Look
+) -> None:
+    """Chromium itself stops for good; the page's script says so and tries again."""
+    site = serve({"news": ts(origin, "news")})
+    visit = look(f"{site.url}/news")
+    assert_plays(visit, 3)
+    origin.stop()
+    said = visit.page.locator("#Said")
+    said.filter(has_text="The source has stopped").wait_for(timeout=60_000)
+    visit.page.locator("header .waiting", has_text="gives up in").wait_for()
+    said.filter(has_text="Trying again in").wait_for(timeout=90_000)
+    visit.page.wait_for_timeout(30_000)
+    origin.start()
+    play_on(visit, limit=120)
+    assert said.is_hidden()
+    assert visit.page.locator("header .live").is_visible()
+
+
+def processes_of(mark: str) -> list[int]:
+    """The browser that has this mark in its command line, and all processes under it."""
+    parents: dict[int, int] = {}
+    found: list[int] = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            number, stat = int(folder.name), (folder / "stat").read_text()
+            parents[number] = int(stat.rpartition(")")[2].split()[1])
+            if mark in (folder / "cmdline").read_text():
+                found.append(number)
+    for number in sorted(parents):
+        if parents[number] in found and number not in found:
+            found.append(number)
+    return found
+
+
+def test_page_plays_on_after_its_machine_slept(origin: Origin, serve: Serve) -> None:
+    """For two minutes the browser does nothing, and the server goes on."""
+    site = serve({"news": ts(origin, "news")})
+    mark = f"--marked-by-a-test={os.getpid()}-{site.port}"
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=test_browser.CHROMIUM, args=[*test_browser.ARGUMENTS, mark]
+        )
+        visit = Visit(started.new_page(), f"{site.url}/news")
+        assert_plays(visit, 3)
+        numbers = processes_of(mark)
+        assert len(numbers) >= 3
+        for number in numbers:
+            os.kill(number, signal.SIGSTOP)
+        try:
+            threading.Event().wait(120)
+        finally:
+            for number in numbers:
+                os.kill(number, signal.SIGCONT)
+        play_on(visit, limit=120)
+        started.close()
+
+
 def test_page_plays_on_after_a_restart_of_the_program(
     origin: Origin, service: Service, tmp_path: Path, look: Look
 ) -> None:
@@ -184,6 +256,40 @@ def test_page_plays_on_after_a_restart_of_the_program(
         assert_plays(visit, 3)
     with Service(tmp_path, {"news": f"{origin.url}/news/index.m3u8"}, port=service.port):
         play_on(visit)
+
+
+def test_page_plays_on_after_a_program_that_was_away_for_long(
+    origin: Origin, service: Service, tmp_path: Path, look: Look
+) -> None:
+    with service:
+        visit = look(address_of(service))
+        assert_plays(visit, 3)
+    visit.page.locator("#Said", has_text="The server does not answer").wait_for(timeout=90_000)
+    with Service(tmp_path, {"news": f"{origin.url}/news/index.m3u8"}, port=service.port):
+        play_on(visit, limit=120)
+
+
+def test_page_of_a_stream_that_fails_plays_once_it_is_back(
+    origin: Origin, serve: Serve, look: Look
+) -> None:
+    """It asks at growing intervals, from 10 s on, and says when."""
+    address = ts(origin, "news")
+    failing = origin.fault("/news/*", Status(503), times=None)
+    site = serve({"news": {"url": address, "title": "The News"}, "other": "http://h.example/x"})
+    visit = look(f"{site.url}/news")
+    assert visit.page.locator("h1").inner_text() == "The News"
+    assert "The origin answered 503" in visit.page.locator("#Trouble").inner_text()
+    assert visit.page.locator("#Trouble a", has_text="Try now").is_visible()
+    assert visit.page.locator("nav a", has_text="other").is_visible()
+    assert visit.page.locator("video").is_hidden()
+    said = visit.page.locator("#Said")
+    said.filter(has_text="in 10 s").wait_for()
+    said.filter(has_text="the origin answered 503. Trying again in 20 s").wait_for()
+    failing.clear()
+    visit.page.locator("video").wait_for()
+    play_on(visit)
+    assert visit.page.locator("#Trouble").count() == 0
+    assert said.is_hidden()
 
 
 ENDED = """new Promise(done => {

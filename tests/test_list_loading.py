@@ -259,7 +259,7 @@ def test_list_that_fails_leaves_the_previous_one(
     assert status(site)["channels"] == 2
     assert paths(site) == ["one", "two"]
     shown = page(site)
-    assert f'<p class="note">{html.escape(reason)}</p>' in shown
+    assert f'<li>List tv: <span class="failed">{html.escape(reason)}</span></li>' in shown
     failing.clear()
     eventually(lambda: status(site)["last_error"] is None, "the list again")
     failures = [line for line in caplog.messages if "is not used" in line]
