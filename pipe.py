@@ -8375,7 +8375,7 @@ async function update() {
   let pause = 5000  // milliseconds; longer after a long answer: 1 KB/s at most
   try {
     const answer = document.hidden || await fetch(about.status)
-    pause = Math.max(pause, answer.headers?.get("content-length"))
+    pause = Math.max(pause, answer.headers?.get("content-length") ?? 0)
     if (answer.ok) showNews(await answer.json())
   } catch {}  // the server is away
   setTimeout(update, pause)
@@ -8503,7 +8503,7 @@ async function tryNow() {
     if (answer.status >= 500) return tryLater((await answer.json()).error)
     answer.body.cancel()
     if (answer.ok) load()
-    else if (performance.now() > 10000) location.reload()  // the page says what is wrong
+    else location.reload()  // the page says what is wrong
   } catch {
     tryLater("The server does not answer")
   }
@@ -9230,10 +9230,7 @@ ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
         "check the `proxy` of the stream",
     ),
     (
-        (
-            "the decryption key is not an AES-128 key",
-            "decryption failed: wrong key",
-        ),
+        ("the decryption key is not an AES-128 key", "decryption failed"),
         "often the origin wants `headers` for its key, or the address has expired",
     ),
     (

@@ -239,6 +239,22 @@ def test_states_and_figures_are_kept_current(origin: Origin, serve: Serve, look:
     assert visit.said == []
 
 
+def test_hidden_page_asks_for_nothing(serve: Serve, look: Look) -> None:
+    """A tab in the background, a locked telephone."""
+    visit = look(serve({"news": NOWHERE}).url)
+    visit.measure("""() => {
+        Object.defineProperty(document, "hidden", {get: () => true})
+        const real = setTimeout
+        window.timers = 0
+        window.setTimeout = (...given) => { window.timers++; return real(...given) }
+    }""")
+    asked = len(visit.asked)
+    visit.until(lambda: visit.measure("timers") >= 2, "it looks again")
+    visit.page.wait_for_timeout(1000)
+    assert visit.measure("timers") <= 3
+    assert len(visit.asked) == asked
+
+
 def test_open_page_costs_less_than_a_kilobyte_a_second(
     origin: Origin, serve: Serve, look: Look
 ) -> None:

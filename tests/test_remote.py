@@ -1,0 +1,210 @@
+"""A person in front of a television or a phone, in headless Chromium; server and origin are real.
+
+A remote control has arrow keys, Enter, Back and perhaps keys for the channels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+from playwright.sync_api import Page
+
+from tests import media, test_browser
+from tests.origin import Origin, Playlist, Status
+from tests.server import Site
+from tests.test_browser import Look, Visit
+
+# Fixtures.
+browser, look = test_browser.browser, test_browser.look
+browser_before_each_test = test_browser._browser_before_each_test
+
+Serve = Callable[..., Site]
+TELEVISION = {"width": 1920, "height": 1080}
+FIREFOX = "Mozilla/5.0 (X11; Linux x86_64; rv:144.0) Gecko/20100101 Firefox/144.0"
+FIREFOX_ON_ANDROID = "Mozilla/5.0 (Android 15; Mobile; rv:144.0) Gecko/144.0 Firefox/144.0"
+
+pytestmark = pytest.mark.long
+
+
+def live(origin: Origin) -> str:
+    made = Playlist("news", media.ts_segments(60), mode="live", window=6, clock=True)
+    return origin.add(made).url
+
+
+@pytest.fixture
+def site(origin: Origin, serve: Serve) -> Site:
+    """300 channels in twelve groups, all of which play."""
+    url = live(origin)
+    streams: dict[str, object] = {}
+    for n in range(1, 301):
+        group = f"Group {(n - 1) // 25}"
+        streams[f"s{n}"] = {"url": url, "title": f"Channel {n}", "number": n, "group": group}
+    return serve(streams)
+
+
+def focused(page: Page) -> str:
+    """The text of the element that has the focus; empty if none has."""
+    words = page.evaluate(
+        "document.activeElement === document.body ? '' : document.activeElement.innerText"
+    )
+    return " ".join(str(words).split())
+
+
+PLACE = """element => {
+    const {left, top, width, height} = element.getBoundingClientRect()
+    return [left + width / 2, top + height / 2]
+}"""
+
+
+def go_to(page: Page, selector: str) -> int:
+    """Press arrow keys as a person does who looks at the target; returns how many."""
+    target = page.locator(selector)
+    for count in range(60):
+        if target.evaluate("element => element === document.activeElement"):
+            return count
+        x, y = target.evaluate(PLACE)
+        at_x, at_y = page.evaluate(f"({PLACE})(document.activeElement)")
+        if focused(page) == "" or abs(y - at_y) > 12:
+            key = "ArrowUp" if y < at_y and focused(page) else "ArrowDown"
+        else:
+            key = "ArrowRight" if x > at_x else "ArrowLeft"
+        page.keyboard.press(key)
+    raise AssertionError(f"{selector} cannot be reached; the focus is on {focused(page)!r}")
+
+
+def test_a_person_with_a_remote_control_finds_a_channel_and_zaps(site: Site, look: Look) -> None:
+    visit = look(site.url, **TELEVISION)
+    page = visit.page
+    presses = go_to(page, "nav a:has-text('Group 8')")
+    page.keyboard.press("Enter")
+    presses += go_to(page, "#s217 a")
+    assert presses < 30
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile("/s217"))
+    page.keyboard.press("ArrowDown")
+    assert focused(page) == "\u2039 Channel 216", "the channels beside it are the first to reach"
+    page.keyboard.press("ArrowRight")
+    assert focused(page) == "Channel 218 \u203a"
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile("/s218"))
+    for number in (219, 220, 221):
+        page.keyboard.press("PageUp")
+        page.wait_for_url(re.compile(f"/s{number}"))
+    page.keyboard.press("PageDown")
+    page.wait_for_url(re.compile("/s220"))
+    page.go_back()
+    page.wait_for_url(re.compile("group=Group%208"))
+    visit.until(lambda: "Channel 220" in focused(page), "the focus is on the channel")
+    box = page.locator("#s220").bounding_box()
+    assert box
+    assert 0 < box["y"] < 1000
+
+
+@pytest.mark.parametrize(("key", "name"), [("ChannelUp", "s3"), ("ChannelDown", "s1")])
+def test_channel_keys_zap(site: Site, look: Look, key: str, name: str) -> None:
+    page = look(f"{site.url}/s2").page
+    page.evaluate(f"document.dispatchEvent(new KeyboardEvent('keydown', {{key: '{key}'}}))")
+    page.wait_for_url(re.compile(f"/{name}$"))
+
+
+def test_page_fills_a_television_with_large_text(site: Site, look: Look) -> None:
+    visit = look(f"{site.url}/?group=Group+2", **TELEVISION)
+    size = "parseFloat(getComputedStyle(document.querySelector('.name')).fontSize)"
+    assert visit.measure(size) >= 24
+    assert visit.measure("document.querySelector('main').offsetWidth") == 1920
+    cards = visit.page.locator(".group li:visible")
+    last = cards.nth(3).bounding_box()
+    assert last
+    assert last["x"] + last["width"] > 1850
+    smaller = look(site.url, 1280)
+    assert smaller.measure(size) == 16
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "share"), [(1920, 1080, 0.8), (1280, 720, 0.75), (390, 844, 0.25)]
+)
+def test_video_is_as_large_as_the_window_allows(
+    site: Site, look: Look, width: int, height: int, share: float
+) -> None:
+    visit = look(f"{site.url}/s2", width, height=height)
+    box = visit.page.locator("video").bounding_box()
+    assert box
+    picture = min(box["width"], box["height"] * 16 / 9)
+    assert picture * picture * 9 / 16 >= share * width * height
+    links = visit.page.locator("nav").bounding_box()
+    assert links
+    assert links["y"] >= box["y"] + box["height"]
+    assert links["y"] + links["height"] <= height
+
+
+def await_picture(visit: Visit) -> None:
+    playing = "document.querySelector('video')?.currentTime > 0"
+    visit.until(lambda: bool(visit.measure(playing)), "the picture moves")
+
+
+def test_sound_stays_on_from_channel_to_channel(site: Site, look: Look) -> None:
+    visit = look(f"{site.url}/s2")
+    page = visit.page
+    sound = page.locator("#Sound")
+    sound.wait_for()
+    muted = "document.querySelector('video').muted"
+    assert page.evaluate(muted)
+    sound.click()
+    sound.wait_for(state="hidden")
+    assert not page.evaluate(muted)
+    for name in ("s3", "s4"):
+        page.keyboard.press("PageUp")
+        page.wait_for_url(re.compile(f"/{name}$"))
+        await_picture(visit)
+        assert not page.evaluate(muted)
+        assert sound.is_hidden()
+
+
+def test_sound_that_the_browser_forbids_has_a_button(site: Site, look: Look) -> None:
+    """As at the first visit of a person who had the sound on, before anything was touched."""
+    visit = look(f"{site.url}/s2")
+    visit.page.evaluate("sessionStorage.sound = 'on'")
+    visit.page.reload()
+    await_picture(visit)
+    assert visit.page.locator("#Sound").is_visible()
+    assert visit.measure("document.querySelector('video').muted")
+    assert visit.said == [] or not any("Error" in words for words in visit.said)
+
+
+@pytest.mark.parametrize(
+    ("agent", "has_video"), [(FIREFOX, False), (FIREFOX_ON_ANDROID, True)], ids=["desktop", "phone"]
+)
+@pytest.mark.parametrize("has_script", [True, False], ids=["with script", "without"])
+def test_firefox_on_a_desktop_gets_a_player_and_the_reason(
+    site: Site, look: Look, agent: str, has_video: bool, has_script: bool
+) -> None:
+    page = look(f"{site.url}/s2", agent=agent, has_script=has_script).page
+    assert page.locator("video").count() == has_video
+    screen = page.locator(".screen")
+    if not has_video:
+        assert "Firefox on a desktop does not play" in screen.inner_text()
+        assert screen.locator("a[download='s2.m3u']").is_visible()
+
+
+def test_page_in_trouble_works_without_script(origin: Origin, serve: Serve, look: Look) -> None:
+    failing = origin.fault("/news/*", Status(404), times=None)
+    site = serve({"news": live(origin), "other": live(origin)})
+    visit = look(f"{site.url}/news", has_script=False)
+    trouble = visit.page.locator("#Trouble")
+    assert "The origin answered 404" in trouble.inner_text()
+    assert "get a new one" in trouble.inner_text()
+    failing.clear()
+    visit.page.wait_for_timeout(2500)  # a failure is remembered for two seconds
+    trouble.locator("a").click()
+    visit.page.locator("video").wait_for()
+    assert visit.page.locator("#Trouble").count() == 0
+
+
+def test_every_card_is_one_tab_stop(site: Site, look: Look) -> None:
+    visit = look(f"{site.url}/?group=Group+2")
+    visit.page.locator("#s51 a").focus()
+    for number in (52, 53):
+        visit.page.keyboard.press("Tab")
+        assert focused(visit.page).endswith(f"Channel {number}")
