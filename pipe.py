@@ -3527,6 +3527,33 @@ class DecryptionFailed(PipeError):
 Opened = tuple[requests.Response, bytes]  # an answer, and what was read of its body
 
 
+class Tries(NamedTuple):
+    """How the tries of a download went: times of time.monotonic(), 0 before there is one."""
+
+    began: float = 0.0  # when the first try began
+    asked: float = 0.0  # when the newest try began
+    answered: float = 0.0  # when the newest try began that was answered with media
+    failure: str | None = None  # why the newest try failed; None: it did not, or not yet
+    failing_since: float = 0.0  # when the first of the tries began that failed like this
+    failed: float = 0.0  # when that first try was seen to have failed
+
+    def ask(self) -> Tries:
+        """Another try begins."""
+        now = time.monotonic()
+        return self._replace(began=self.began or now, asked=now)
+
+    def answer(self) -> Tries:
+        """The newest try was answered with media."""
+        return self._replace(answered=self.asked, failure=None)
+
+    def fail(self, reason: str) -> Tries:
+        """The newest try failed; if it was answered before it broke off, that counts."""
+        if self.answered == self.asked or self.failure == reason:
+            return self
+        now = time.monotonic()
+        return self._replace(failure=reason, failing_since=self.asked, failed=now)
+
+
 class Download:
     """A body, tried for until it is whole; what was had of it is not passed on again.
 
@@ -3552,10 +3579,9 @@ class Download:
         self._opened = opened  # the first answer, where it is there already
         self._had = Fingerprint()
         self._moved = 0.0  # when the newest byte was passed on, or the first try began
-        self.began = self.asked = 0.0  # when the first try began, and the newest
-        self.answered = 0.0  # when the newest try began that was answered with media
-        self.failure: str | None = None  # of the newest try; None where it was answered
-        self.failing_since = 0.0  # when the first of the tries began that failed like this
+        # Its own thread replaces this value. Other threads read it once for each question, so that
+        # none sees half of a change.
+        self.tries = Tries()
         self._came = 0  # bytes of the newest try, new or not
         self._waited = 0.0  # seconds in which it waited for them
         self._slow_time = SLOW_TIME  # seconds after which a try that is slow is ended
@@ -3563,7 +3589,7 @@ class Download:
         self._length = 0  # bytes of the whole, where an answer with a part of it told
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self.size} bytes came, {self.failure}>"
+        return f"<{type(self).__name__}: {self.size} bytes came, {self.tries.failure}>"
 
     @property
     def size(self) -> int:
@@ -3585,9 +3611,9 @@ class Download:
 
     def parts(self) -> Generator[bytes, None, None]:
         """The bytes as they come; raises DownloadFailed where the rest cannot be had."""
-        self.began = self._moved = time.monotonic()
+        self._moved = time.monotonic()
         for pause in pauses(RETRY_PAUSES):
-            self.asked = time.monotonic()
+            self.tries = self.tries.ask()
             try:
                 response, start = self._open()
                 with contextlib.closing(response):
@@ -3606,8 +3632,7 @@ class Download:
 
     def _judge(self, reason: str, pause: float) -> None:
         """Raise DownloadFailed where another try after this pause is of no use."""
-        if self.answered < self.asked and self.failure != reason:
-            self.failure, self.failing_since = reason, self.asked
+        self.tries = self.tries.fail(reason)
         is_late = time.monotonic() + pause - self._moved > self._patience()
         if is_late or self.is_hopeless():
             raise DownloadFailed(reason)
@@ -3674,7 +3699,8 @@ class Download:
         self._came, self._waited = 0, 0.0
         while self._had.size != self._size and (part := self._wait_for(parts)):
             # A page or a text is no answer, so only media counts as one.
-            self.answered, self.failure = self.asked, None
+            if self.tries.answered != self.tries.asked:
+                self.tries = self.tries.answer()
             part, before = part[before:], max(0, before - len(part))
             new = repeat.pass_on(part)
             if new is None:
@@ -3690,7 +3716,7 @@ class Download:
         if self._is_cut_off:
             raise PipeError(NOT_WHOLE)
         if not self._had.size and self.empty_time:
-            is_late = time.monotonic() - self.began > self.empty_time
+            is_late = time.monotonic() - self.tries.began > self.empty_time
             raise (DownloadFailed if is_late else PipeError)("the origin sent an empty segment")
 
     def _wait_for(self, parts: Iterator[bytes]) -> bytes:
@@ -5142,7 +5168,10 @@ class SegmentDownload(Download):
       it is an initialization section                       ends
       nobody is there, and nothing else was answered        ends
       at a start, the third one or the newest               ends
-      refused in a film, and nothing else was answered      ends: the address has expired
+      in a film, a connection failed                        ends, once for this segment
+      in a film, nothing else was answered, others fail     ends
+      refused in a film, and nothing else was answered      ends, once for this segment
+      in a film, nothing else was answered, others wait     ends, once for this segment
       otherwise                                             goes on after a gap
     """
 
@@ -5169,13 +5198,15 @@ class SegmentDownload(Download):
         writer = self._writer
         if not writer.lists(self._segment):
             return True
-        if self.failure not in REFUSALS:
+        tries = self.tries
+        if tries.failure not in REFUSALS:
             return False
         if not writer.is_start:
-            return self.asked - self.failing_since > REFUSAL_TIME and self.is_fatal(self.failure)
+            is_lasting = tries.asked - tries.failing_since > REFUSAL_TIME
+            return is_lasting and self.is_fatal(tries.failure)
         # Caches list the newest segment before they have it.
         may_come = self._is_map or (self._is_newest and writer.missing < START_MISSING - 1)
-        is_late = self.failure == NOT_FOUND and may_come
+        is_late = tries.failure == NOT_FOUND and may_come
         return self in writer.downloads[:1] and not is_late
 
     def is_fatal(self, failure: str | None) -> bool:
@@ -5183,23 +5214,47 @@ class SegmentDownload(Download):
 
         `failure` is that of its newest try; None if that was answered.
         """
-        # What came meanwhile of older requests proves nothing: a server that is stopped ends those
-        # before it is gone.
-        others, since = self._others, self.failing_since
-        is_cut_off = not any(since < other.answered < self.asked for other in others)
-        if failure in GONE and is_cut_off:
+        tries, reader = self.tries, self._writer.reader
+        nothing_else_answers = self._nothing_else_answers(tries)
+        if failure in GONE and nothing_else_answers:
             return True
-        reader = self._writer.reader
         if self._writer.is_start:  # the next one may be there
             return self._writer.missing >= START_MISSING or self._is_newest
         if not self._writer.lists(self._segment):  # a live stream that has ended meanwhile
             return False
-        if reader.worker.playlist_end is None or failure not in REFUSALS or not is_cut_off:
+        if reader.worker.playlist_end is None:
             return False
+        # A server that stops may still answer on open connections while it refuses new ones.
+        if failure in GONE and self._is_old:
+            return True
+        if failure is None or not nothing_else_answers:
+            return False
+        others = [other.tries for other in self._others]
+        if any(other.failure == failure for other in others):
+            return True
         # What is refused alone, although its address was just resolved for it, is missing; so is
-        # a track's, which cannot go on where it was.
-        is_old = self._segment.num != reader.first and not reader.is_track
-        return is_old or any(other.failure == failure for other in others)
+        # a track's, which cannot go on where it was. Another error may concern more than this
+        # segment if another one waited until this one was given up.
+        has_waited = any(not 0 < other.began < tries.asked for other in others)
+        return self._is_old and (failure in REFUSALS or has_waited)
+
+    @property
+    def _is_old(self) -> bool:
+        """Whether resolving its address anew may help."""
+        reader = self._writer.reader
+        return bool(self._segment.num != reader.first and not reader.is_track)
+
+    def _nothing_else_answers(self, tries: Tries) -> bool:
+        """Whether nothing else was answered that was requested while this one failed.
+
+        An older request proves nothing: a server that stops ends its running transfers first. On a
+        busy machine, much time may pass between the beginning of a try and its connection, so a
+        request counts only if it began once this one was seen to fail. After a reopening for this
+        segment, and at a start, all begin at once, and the others may be over by then.
+        """
+        is_late = self._is_old and not self._writer.is_start
+        since = tries.failed if is_late else tries.failing_since
+        return not any(since < other.tries.answered < tries.asked for other in self._others)
 
     def is_slow(self) -> bool:
         """Whether it comes more slowly than it plays, beside what was asked for later.
@@ -5207,8 +5262,9 @@ class SegmentDownload(Download):
         The others tell how large a segment is, for its own length may be unknown.
         """
         size = self._segment.duration * self.rate  # bytes that come while it plays
+        began = self.tries.began
         return any(
-            other.asked > self.began and other.size > size and other.rate > 2 * self.rate
+            other.tries.asked > began and other.size > size and other.rate > 2 * self.rate
             for other in self._others
         )
 
@@ -5426,7 +5482,7 @@ class DownloadingWriter(HLSStreamWriter):
             reason = explain(error)
             is_fetched = isinstance(error, DecryptionFailed)
             self.missing += 1
-            if download.is_fatal(None if is_fetched else download.failure):
+            if download.is_fatal(None if is_fetched else download.tries.failure):
                 raise UpstreamError(reason) from error
             if not self.closing.is_set():
                 log.warning("gave up segment %d: %s", segment.num, reason)

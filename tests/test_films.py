@@ -10,15 +10,19 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import os
+import subprocess
+import sys
 import tracemalloc
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 import pipe
 from tests import media
 from tests.origin import Break, Close, Origin, Playlist, Status
+from tests.program import eventually
 from tests.server import Site, Watch
 from tests.test_download import Outcome, download, opened
 from tests.threads import Task
@@ -39,6 +43,16 @@ def film(*sizes: int) -> Playlist:
 def assert_whole(site: Site, viewer: Watch, expected: bytes) -> None:
     assert viewer.read_all() == (expected, True)
     assert site.channels.record("film").counts["gaps"] == 0
+
+
+def wait_until_given_up(site: Site) -> None:
+    """Returns once the source of the film, or a segment of it, was given up."""
+
+    def is_given_up() -> bool:
+        gaps = site.channels.record("film").counts["gaps"]
+        return gaps > 0 or site.get("/status").json["streams"][0]["state"] == "waiting"
+
+    eventually(is_given_up, "it is given up")
 
 
 #### The origin goes away ####
@@ -63,6 +77,67 @@ def test_graceful_stop_of_the_origin_costs_nothing(origin: Origin, serve: Serve)
 
     origin.wait_until(lambda: sent_of_segment_2() >= 330_000, "3.3 s")
     origin.start()
+    assert playing.result() == (playlist.plain(0, SEGMENTS), True)
+    assert site.channels.record("film").counts["gaps"] == 0
+
+
+BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"
+
+
+@pytest.fixture
+def busy_machine() -> Iterator[None]:
+    """Another process that always computes."""
+    with subprocess.Popen([sys.executable, "-c", BUSY, str(os.getpid())]) as process:
+        yield
+        process.kill()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("run", range(20))
+@pytest.mark.usefixtures("busy_machine")
+def test_graceful_stop_on_a_busy_machine_costs_nothing(
+    origin: Origin, serve: Serve, run: int
+) -> None:
+    """The origin stops while segments are requested all the time, at another moment in each run."""
+    playlist = origin.add(film(60_000, 30_000, 90_000, 20_000))
+    origin.rate = 100_000
+    site = serve({"film": playlist.url}, timeout=0.7, threads=3)
+    playing = Task(site.watch("/film").read_all)
+    origin.wait_for(playlist.segment_path(2 + run % 5))
+    origin.drain()
+    wait_until_given_up(site)
+    origin.start()
+    assert playing.result() == (playlist.plain(0, SEGMENTS), True)
+    assert site.channels.record("film").counts["gaps"] == 0
+
+
+def test_request_on_an_open_connection_proves_nothing(origin: Origin, serve: Serve) -> None:
+    """A server that stops may still answer on its open connections, and refuse all new ones.
+
+    Here the connections of one segment fail for as long as others are answered.
+    """
+    playlist = origin.add(film(30_000))
+    down = origin.fault(playlist.segment_path(3), Close(), times=None)
+    site = serve({"film": playlist.url}, timeout=0.7)
+    playing = Task(site.watch("/film").read_all)
+    wait_until_given_up(site)
+    down.clear()
+    assert playing.result() == (playlist.plain(0, SEGMENTS), True)
+    assert site.channels.record("film").counts["gaps"] == 0
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_film_whose_origin_fails_for_long_costs_nothing(
+    origin: Origin, serve: Serve, threads: int
+) -> None:
+    """Its playlist is there, and all segments answer 503 for longer than each is tried."""
+    playlist = origin.add(film(30_000))
+    site = serve({"film": playlist.url}, timeout=0.7, threads=threads)
+    down = [origin.fault(playlist.segment_path(n), Status(503), times=None) for n in range(3, 10)]
+    playing = Task(site.watch("/film").read_all)
+    wait_until_given_up(site)
+    for fault in down:
+        fault.clear()
     assert playing.result() == (playlist.plain(0, SEGMENTS), True)
     assert site.channels.record("film").counts["gaps"] == 0
 
