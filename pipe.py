@@ -45,7 +45,7 @@ Locks
     ReaderBuffer._lock       what was handed over and has not been taken
     Http._lock               the connections of one session
     DownloadingWriter._lock  the segments in line, and their downloads
-    Server._counts_lock      the answers, counted, and the wrong tokens of late
+    Server._counts_lock      answers and refusals, counted, and the wrong tokens of late
     Server._open_lock        the sockets of all connections
     Checker._changed         which checks of --check run
     LogHandler.lock          the lines of the log that wait; may be taken under any lock
@@ -243,6 +243,7 @@ LOG_TIME = 1.0  # seconds that the process waits at its end for lines that are n
 STREAM_NAME = re.compile(r"[a-z0-9-]+")
 LEAST_SECRET = 4  # characters; shorter ones stand in every other word
 NO_MEDIA = "the origin sent no media"
+NOT_BACK = "the origin did not come back"
 STATES_SHOWN = ("live", "private", "waiting", "starting")  # the best of a stream's is shown
 RESERVED_NAMES = frozenset({"health", "status", "metrics", "playlist"})
 
@@ -286,18 +287,23 @@ class UpstreamError(StreamError):
         super().__init__(HTTPStatus.GATEWAY_TIMEOUT if is_late else HTTPStatus.BAD_GATEWAY, reason)
 
 
+# The limits, in the metric's words.  `account` is the `max_upstreams` of a playlist.
+LIMITS = ("max_viewers", "max_upstreams", "account", "connections", "threads")
+
+
 class LimitReached(StreamError):
-    """There is no place for another viewer, upstream or thread.
+    """There is no place for another viewer, upstream or thread; `limit` is one of LIMITS.
 
     `held_by` has the addresses of the clients that hold the places.
     """
 
-    def __init__(self, reason: str, held_by: Collection[str] = ()) -> None:
+    def __init__(self, reason: str, limit: str, held_by: Collection[str] = ()) -> None:
         super().__init__(HTTPStatus.SERVICE_UNAVAILABLE, reason, retry_after=5)
+        self.limit = limit
         self.held_by = held_by
 
     def again(self) -> LimitReached:
-        return LimitReached(self.reason, self.held_by)
+        return LimitReached(self.reason, self.limit, self.held_by)
 
 
 class ViewerGone(PipeError):
@@ -6219,6 +6225,7 @@ class StreamRecord:
         self.peak = 0  # viewers at once
         self.last_error: str | None = None
         self.troubled = -math.inf  # when that was
+        self.trouble_time: float | None = None  # the same as a Unix time
         self.container = MPEG_TS  # the newest
         self.unplayed: Sequence[str] = ()  # codecs in it that no browser plays
         self.has_failed = False  # an upstream, and nothing has come since
@@ -6262,6 +6269,7 @@ class StreamRecord:
         """Something failed that may not end an upstream."""
         with self._lock:
             self.last_error, self.troubled = reason, time.monotonic()
+            self.trouble_time = time.time()
 
     def forget_failures(self) -> None:
         """The stream is pulled otherwise from now on: its failures say nothing about that."""
@@ -6387,6 +6395,7 @@ class Channel:
         # Written by its thread alone.
         self.note: str | None = None  # what is missing of it
         self.restarts = 0  # upstreams opened again
+        self.gave_up = False  # its upstream failed for `reconnect` seconds
         self.trouble: str | None = None  # why it waits for media, from the first failed request on
         self._session: Session | None = None
         self._upstream: Upstream | None = None
@@ -6532,6 +6541,7 @@ class Channel:
             pass
         except StreamError as error:
             ended_by = error.again()  # its traceback would hold this frame, and all of the channel
+            self.gave_up = error.reason == NOT_BACK
         except Exception:
             log.exception("the feeder failed")
             ended_by = UpstreamError("StreamPipe failed: see its log")
@@ -6568,7 +6578,7 @@ class Channel:
         """
         order = deque(self._order)
         timeout = self.stream.options.timeout / len(order)
-        reason, is_full = "", False
+        reason, is_full, limit = "", False, ""
         busy: int | None = None  # position of the address to try again
         while order:
             self._address, self._copy, self._copies = order.popleft(), 0, 1
@@ -6576,7 +6586,7 @@ class Channel:
                 reason = self._open_copies(timeout)
                 is_full = False
             except LimitReached as refusal:
-                reason = refusal.reason
+                reason, limit = refusal.reason, refusal.limit
                 is_full = True
                 self._note_trouble(reason)
             if self._splicer:
@@ -6591,7 +6601,7 @@ class Channel:
                 order.append(busy)
                 self._wait(ZAPPING_PAUSE, math.inf)
         if is_full:
-            raise LimitReached(reason)
+            raise LimitReached(reason, limit)
         raise UpstreamError(reason)
 
     def _open_copies(self, timeout: float) -> str:
@@ -6662,7 +6672,7 @@ class Channel:
             if remaining <= 0 and until < deadline:
                 return
             if remaining <= 0:
-                raise UpstreamError("the origin did not come back")
+                raise UpstreamError(NOT_BACK)
             self._stopped.wait(min(remaining, FEEDER_TICK))
 
     def _note_failure(self, reason: str) -> None:
@@ -7055,6 +7065,7 @@ class Room:
 
     closing: Sequence[Channel] = ()  # channels without viewers that have to be closed before
     refusal: str = ""  # why it may not; empty if it may
+    limit: str = ""  # which one of LIMITS that is
     held_by: Collection[str] = ()  # addresses of the clients that hold the slots
 
 
@@ -7204,9 +7215,28 @@ class Channels:
                     counts["skips"] += viewer.skips
             return counts
 
+    def requested(self) -> set[str]:
+        """The names of the streams that anybody has requested since the start."""
+        with self.changed:
+            return set(self._records)
+
     def viewer_count(self) -> int:
         with self.changed:
             return sum(len(channel.viewers) for channel in self._channels)
+
+    def slot_count(self) -> int:
+        """The slots of `max_upstreams` that are in use."""
+        with self.changed:
+            return len(self._holding())
+
+    def drop_reason(self, channel: Channel) -> str:
+        """Why a channel that broke off disconnects its viewers, in the metric's words."""
+        with self.changed:  # a reload holds it until the whole channel is stopped
+            if self.is_stopping:
+                return "shutdown"
+            if channel.is_stopped:
+                return "reload"
+            return "reconnect" if channel.gave_up else "failed"
 
     def _attach(self, name: str, quality: str | None, viewer: Viewer, is_private: bool) -> Channel:
         """Put the viewer into a running channel or a new one; the cases stand above."""
@@ -7249,7 +7279,7 @@ class Channels:
             channel.start()
         except RuntimeError as error:
             reason = "the system has no threads left"
-            raise LimitReached(reason, _addresses_of(self._channels)) from error
+            raise LimitReached(reason, "threads", _addresses_of(self._channels)) from error
         self._channels[channel] = None
         return channel
 
@@ -7295,7 +7325,8 @@ class Channels:
         if not self._has_seat():
             self._let_go([viewer])
         if not self._has_seat():
-            raise LimitReached("there are too many viewers", _addresses_of(self._channels))
+            reason = "there are too many viewers"
+            raise LimitReached(reason, "max_viewers", _addresses_of(self._channels))
 
     def _make_slot(self, stream: StreamSettings, viewer: Viewer) -> list[int]:
         """Make room for a start: the positions of the addresses in the order that it tries them.
@@ -7303,15 +7334,15 @@ class Channels:
         The first one has a slot; those without one are last.  Raises LimitReached if none has.
         """
         order = self.record(stream.name).start_order(stream.urls)
-        refusal = ""
+        refusal = limit = ""
         held_by: set[str] = set()
         for number, position in enumerate(order):
             room = self._make_room(stream, stream.urls[position], [viewer])
             if not room.refusal:
                 return order[number:] + order[:number]
-            refusal = refusal or room.refusal
+            refusal, limit = refusal or room.refusal, limit or room.limit
             held_by.update(room.held_by)
-        raise LimitReached(refusal, held_by)
+        raise LimitReached(refusal, limit, held_by)
 
     def _let_go(self, newcomers: Collection[Viewer]) -> None:
         """Count out the viewers who have left; one that polls has where it asks for another."""
@@ -7349,14 +7380,14 @@ class Channels:
             surplus = _surplus(sharing, playlist.max_upstreams)
             if surplus is None:
                 refusal = _account_is_full(playlist.max_upstreams, sharing)
-                return Room(refusal=refusal, held_by=_addresses_of(sharing))
+                return Room((), refusal, "account", _addresses_of(sharing))
             closing += surplus
         if mover is None:  # it holds a slot of the server already
             others = [channel for channel in holders if channel not in closing]
             surplus = _surplus(others, self._config.server.max_upstreams)
             if surplus is None:
                 refusal = "there are too many upstreams"
-                return Room(refusal=refusal, held_by=_addresses_of(holders))
+                return Room((), refusal, "max_upstreams", _addresses_of(holders))
             closing += surplus
         return Room(closing)
 
@@ -7451,7 +7482,7 @@ class Channels:
         with self.changed:
             room = self._make_room(channel.stream, address, channel.viewers, channel)
             if room.refusal:
-                raise LimitReached(room.refusal, room.held_by)
+                raise LimitReached(room.refusal, room.limit, room.held_by)
             channel.address = address
             channel.account = self._account_of(channel.stream, address)
 
@@ -7504,8 +7535,10 @@ class Channels:
             channel.state = State.CLOSED
             channel.is_fed = False
             # Here, so that nobody finds them there; who polls what truly ended is seen off later.
-            for viewer in () if is_complete else tuple(channel.pollers.values()):
-                self._detach(channel, viewer)
+            if not is_complete:
+                for viewer in tuple(channel.pollers.values()):
+                    channel.record.add_drop(self.drop_reason(channel))
+                    self._detach(channel, viewer)
             self._forget_if_over(channel)
             self.changed.notify_all()
         channel.window.end(is_complete)
@@ -7577,7 +7610,7 @@ class Channels:
     def reload(self, config: Config) -> None:
         """Use other settings; ends the channels of streams that pull otherwise or are gone.
 
-        What is known about all other streams stays.
+        The failures and totals of all other streams stay.
         """
         with self.changed:
             old, self._config = self._config, config
@@ -8215,17 +8248,27 @@ Samples = Mapping[str, float]  # by what follows a metric's name: labels, or "_s
 
 def metrics_page(site: Site) -> Page:
     """Prometheus' text format, version 0.0.4."""
-    answers, first_bytes, first_byte_sum = site.server.counts()
+    answers, refusals, first_bytes, first_byte_sum = site.server.counts()
     buckets = {f"_bucket{_labels(le=bound)}": first_bytes[bound] for bound in FIRST_BYTE_BOUNDS}
     histogram = {**buckets, "_sum": first_byte_sum, "_count": first_bytes["+Inf"]}
     requests = {_labels(code=code): count for code, count in sorted(answers.items())}
+    # From zero on: Prometheus sees no increase in a counter that begins with one.
+    refused = {_labels(reason=limit): refusals[limit] for limit in LIMITS}
+    limits, last_reload = site.config.server, site.server.last_reload
     families = [
         _family("build_info", "StreamPipe's version.", {_labels(version=__version__): 1}),
         _family("start_time_seconds", "When it started.", {"": time.time() - site.uptime}),
+        _family("last_reload_successful", LAST_RELOAD, {"": int(last_reload.is_successful)}),
+        _family("last_reload_timestamp_seconds", "When that was.", {"": last_reload.at}),
         _family("http_requests_total", "Answers by status.", requests),
+        _family("refusals_total", "Requests refused at a limit, by reason.", refused),
+        _family("max_viewers", "Viewers allowed at once; 0: no limit.", {"": limits.max_viewers}),
+        _family("max_upstreams", "Slots for upstreams; 0: no limit.", {"": limits.max_upstreams}),
+        _family("upstream_slots", "Slots in use.", {"": site.server.channels.slot_count()}),
         _family("first_byte_seconds", "From a request to its first media byte.", histogram),
     ]
-    streams = site.config.streams.values()
+    requested = site.server.channels.requested()
+    streams = [stream for name, stream in site.config.streams.items() if name in requested]
     stream_samples = [_stream_samples(site, stream) for stream in streams]
     for name, words in STREAM_METRICS.items():
         samples: dict[str, float] = {}
@@ -8235,9 +8278,19 @@ def metrics_page(site: Site) -> Page:
     return Page("".join(families).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
+LAST_RELOAD = "1 if the last reload succeeded, or there was none; 0 if the file has mistakes."
+STATE_METRICS = {  # the state of a stream by its name in /status
+    "live": "live",
+    "private": "live",
+    "waiting": "waiting",
+    "starting": "waiting",
+    "failed": "failed",
+    "idle": "idle",
+}
 STREAM_METRICS = {
+    "stream_state": "1 for the state that a stream is in: live, waiting, failed or idle.",
     "viewers": "Viewers now.",
-    "upstreams": "Open now.",
+    "upstreams": "Upstreams that work: open, and not in trouble.",
     "window_bytes": "Bytes in windows.",
     "viewer_connections_total": "Viewers that arrived.",
     "sent_bytes_total": "Media sent to viewers.",
@@ -8246,17 +8299,18 @@ STREAM_METRICS = {
     "segment_gaps_total": "Segments given up.",
     "upstream_restarts_total": "Upstreams reopened.",
     "upstream_errors_total": "Upstream failures, by reason.",
-    "viewer_drops_total": "Viewers that were dropped, by reason.",
+    "last_error_timestamp_seconds": "When an origin failed last, if it did.",
+    "viewer_drops_total": "Viewers that StreamPipe disconnected, by reason.",
 }
 
 
 def _stream_samples(site: Site, stream: StreamSettings) -> Mapping[str, Samples]:
-    """A stream's samples of each metric: one number, or one for each reason."""
+    """A stream's samples of each metric: one number, or one for each state or reason."""
     status, totals = site.status(stream), site.server.channels.totals(stream)
     channels = status["channels"]
     numbers = {
         "viewers": status["viewers"],
-        "upstreams": sum(channel["state"] in STATES_SHOWN for channel in channels),
+        "upstreams": sum(channel["state"] in ("live", "private") for channel in channels),
         "window_bytes": sum(channel["window_bytes"] for channel in channels),
         "viewer_connections_total": totals["arrivals"],
         "sent_bytes_total": totals["sent"],
@@ -8268,7 +8322,17 @@ def _stream_samples(site: Site, stream: StreamSettings) -> Mapping[str, Samples]
     samples: dict[str, Samples] = {
         name: {_labels(stream=stream.name): number} for name, number in numbers.items()
     }
-    errors, drops = site.record(stream).reasons()
+    state = STATE_METRICS[status["state"]]
+    samples["stream_state"] = {
+        _labels(stream=stream.name, state=each): int(each == state)
+        for each in ("live", "waiting", "failed", "idle")
+    }
+    record = site.record(stream)
+    failed_at = record.trouble_time
+    samples["last_error_timestamp_seconds"] = {}
+    if failed_at is not None:
+        samples["last_error_timestamp_seconds"] = {_labels(stream=stream.name): failed_at}
+    errors, drops = record.reasons()
     for name, counts in (("upstream_errors_total", errors), ("viewer_drops_total", drops)):
         samples[name] = {
             _labels(stream=stream.name, reason=reason): number
@@ -9538,6 +9602,7 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self.stream_channel(stream, quality)
         except LimitReached as refusal:
+            self.server.note_refusal(refusal.limit)
             level = self.server.channels.record(stream.name).choose_level()
             log.log(level, "%s: %s refused: %s", stream.name, self.address, refusal.reason)
             raise
@@ -9593,7 +9658,7 @@ class Handler(BaseHTTPRequestHandler):
         return prefix if PREFIX.fullmatch(prefix) else ""
 
     def _offered_tokens(self, query: Mapping[str, list[str]]) -> list[str]:
-        """What this request carries in the places of a token; an empty text is no guess."""
+        """The texts that this request offers as a token; an empty one is no guess."""
         offered = list(query.get("token", []))
         scheme, _, credentials = self.headers.get("Authorization", "").partition(" ")
         if scheme.lower() == "bearer":  # the library decodes heads as Latin-1
@@ -9801,6 +9866,7 @@ class Handler(BaseHTTPRequestHandler):
             ending = "got everything"
         except WindowEnded:
             ending = "disconnected by the server"
+            channel.record.add_drop(self.server.channels.drop_reason(channel))
         except ViewerGone as gone:
             ending = gone.reason
             if gone.label:
@@ -10064,6 +10130,14 @@ def send_some(sock: socket.socket, pieces: Sequence[Block]) -> int:
 # --------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Reload:
+    """How the newest reload went."""
+
+    is_successful: bool
+    at: float = field(default_factory=time.time)  # a Unix time
+
+
 class Server(ThreadingHTTPServer):
     """Accepts connections, each with a thread of its own.  Used by main and the listener."""
 
@@ -10080,14 +10154,16 @@ class Server(ThreadingHTTPServer):
         `learn` is called with each configuration before it is used.
         """
         self.config = config  # replaced whole by a reload
+        self.last_reload = Reload(is_successful=True)  # replaced whole by main; the start counts
         self.channels = channels
         self.lists = Lists(config, self.use)
         self._learn = learn
         self.started = time.monotonic()
         self.numbers = itertools.count(1)  # for threads' names
-        # _counts_lock guards the four below.
+        # _counts_lock guards the five below.
         self._counts_lock = threading.Lock()
         self.answers: Counter[int] = Counter()  # by status
+        self.refusals: Counter[str] = Counter()  # by limit
         self.first_bytes: Counter[str] = Counter()  # by bound
         self.first_byte_sum = 0.0  # seconds
         self._wrong_tokens: dict[str, float] = {}  # when a line told of each address, oldest first
@@ -10127,10 +10203,16 @@ class Server(ThreadingHTTPServer):
         if is_first:
             log.warning("wrong token from %s", client)
 
-    def counts(self) -> tuple[Counter[int], Counter[str], float]:
-        """Answers by status, and the first bytes' histogram and sum."""
+    def note_refusal(self, limit: str) -> None:
+        """Count a request that was refused at one of LIMITS."""
         with self._counts_lock:
-            return self.answers.copy(), self.first_bytes.copy(), self.first_byte_sum
+            self.refusals[limit] += 1
+
+    def counts(self) -> tuple[Counter[int], Counter[str], Counter[str], float]:
+        """Answers by status, refusals by limit, and the first bytes' histogram and sum."""
+        with self._counts_lock:
+            first_bytes = self.first_bytes.copy()
+            return self.answers.copy(), self.refusals.copy(), first_bytes, self.first_byte_sum
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
@@ -10155,12 +10237,14 @@ class Server(ThreadingHTTPServer):
             name=f"viewer-{next(self.numbers)}",
             daemon=True,
         )
+        limit = "connections"
         try:
             if not is_full:
                 thread.start()
         except RuntimeError:  # the system has no threads left
-            is_full = True
+            is_full, limit = True, "threads"
         if is_full:
+            self.note_refusal(limit)
             self._refuse(request)
 
     def _refuse(self, request: socket.socket) -> None:
@@ -11086,9 +11170,11 @@ def reload(server: Server, read_again: Callable[[], Config]) -> None:
     except ConfigError as error:
         for mistake in error.mistakes:
             log.error("not reloaded: %s", mistake)
+        server.last_reload = Reload(is_successful=False)
         return
     old = server.config
     server.reload(config)
+    server.last_reload = Reload(is_successful=True)
     log.info("reloaded: %s", changes_between(old, server.config))
 
 

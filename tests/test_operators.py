@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import base64
 import copy
+import json
 import logging
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+import yaml
 
 import pipe
 from tests import media
-from tests.origin import Origin, Playlist, Status
+from tests.origin import Origin, Playlist, StallHeaders, Status
 from tests.program import Service, eventually
 from tests.server import BROWSER, TIMEOUT, Site, Watch
-from tests.test_docs import section
+from tests.test_docs import blocks, section
+from tests.test_pages import Key, metric, metrics
+from tests.test_readme import promtool
+from tests.threads import Task
 
 Serve = Callable[..., Site]
 SEGMENTS = 30  # of one timeline, a second each
@@ -81,19 +88,21 @@ def test_reload_forgets_the_failures_of_a_changed_stream_alone(
     assert states(site) == {"same": "failed", "other": "idle"}
 
 
+def add_list(origin: Origin, **urls: str) -> str:
+    """Serve a channel list of these; returns its address."""
+    text = "#EXTM3U\n" + "".join(f"#EXTINF:-1,{name}\n{url}\n" for name, url in urls.items())
+    return origin.add_file("/list.m3u", text.encode(), content_type="audio/x-mpegurl")
+
+
 def test_new_channel_list_keeps_the_failures_of_unchanged_streams(
     origin: Origin, serve: Serve
 ) -> None:
-    def add_list(*names: str) -> str:
-        lines = [f"#EXTINF:-1,{name}\n{origin.url}/{name}.m3u8\n" for name in names]
-        text = "#EXTM3U\n" + "".join(lines)
-        return origin.add_file("/list.m3u", text.encode(), content_type="audio/x-mpegurl")
-
+    one, two = f"{origin.url}/one.m3u8", f"{origin.url}/two.m3u8"
     origin.fault("/one.m3u8", Status(503), times=None)
-    site = serve({}, playlists={"tv": add_list("one")})
+    site = serve({}, playlists={"tv": add_list(origin, one=one)})
     eventually(lambda: states(site) == {"one": "idle"}, "the list is loaded")
     assert site.get("/one").status == 502
-    add_list("one", "two")
+    add_list(origin, one=one, two=two)
     reload(site, site.config)
     eventually(lambda: "two" in states(site), "the new list is loaded")
     assert states(site) == {"one": "failed", "two": "idle"}
@@ -293,3 +302,321 @@ def test_fail2ban_finds_wrong_tokens_with_the_filter_of_readme(tmp_path: Path) -
     entries = [re.sub(r"^([\d-]+ [\d:,]+) ", r"\1 tv python[77]: ", line) for line in lines]
     log.write_text("\n".join([*entries, ""]), encoding="utf-8")
     assert banned(log, rules) == guessed
+
+
+#### Metrics of an outage ####
+
+
+def state(site: Site, stream: str = "news") -> str:
+    """The one state that a stream is in, as /metrics has it."""
+    samples = metrics(site)
+    found = {
+        dict(labels)["state"]: value
+        for (name, labels), value in samples.items()
+        if name == "streampipe_stream_state" and dict(labels)["stream"] == stream
+    }
+    assert set(found) == {"live", "waiting", "failed", "idle"}
+    assert sorted(found.values()) == [0, 0, 0, 1]
+    return max(found, key=lambda name: found[name])
+
+
+def wait_for_state(site: Site, stream: str, name: str) -> None:
+    eventually(lambda: state(site, stream) == name, f"{stream} is {name}")
+
+
+def drops(site: Site, stream: str = "news") -> dict[str, float]:
+    """Viewers of a stream that were disconnected, by reason."""
+    return {
+        dict(labels)["reason"]: value
+        for (name, labels), value in metrics(site).items()
+        if name == "streampipe_viewer_drops_total" and dict(labels)["stream"] == stream
+    }
+
+
+def test_stream_that_nobody_requested_has_no_samples(origin: Origin, serve: Serve) -> None:
+    site = serve({"news": live(origin).url, "idle": NEWS})
+    assert not any("stream" in dict(labels) for _, labels in metrics(site))
+    with site.watch("/news") as viewer:
+        assert viewer.read(media.PACKET)
+        streams = {dict(labels).get("stream", "news") for _, labels in metrics(site)}
+        assert streams == {"news"}
+
+
+def test_every_state_of_a_stream_is_a_metric(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipe, "REOPEN_PAUSES", (0.1, 0.2))
+    news = live(origin, target_duration=1)
+    held = origin.fault(news.path, StallHeaders())
+    site = serve({"news": news.url}, timeout=5, linger=0, reconnect=2)
+    viewer = Task(lambda: site.watch("/news"))
+    held.wait_held()
+    assert (state(site), metric(site, "upstreams", stream="news")) == ("waiting", 0)
+    held.release()
+    with viewer.result() as watch:
+        assert watch.read(len(news.plain(2, 5))) == news.plain(2, 5)
+        assert (state(site), metric(site, "upstreams", stream="news")) == ("live", 1)
+        assert metric(site, "upstream_slots") == 1
+        origin.stop()
+        eventually(lambda: state(site) == "waiting", "the outage shows")
+        assert metric(site, "upstreams", stream="news") == 0, "it is in trouble"
+        assert metric(site, "upstream_slots") == 1, "it holds its slot"
+        assert watch.read_all()[1] is False
+    eventually(lambda: state(site) == "failed", "it is given up")
+    assert metric(site, "upstream_slots") == 0
+    assert drops(site) == {"reconnect": 1}
+
+
+def test_private_stream_is_live_and_then_idle(origin: Origin, serve: Serve) -> None:
+    large = [media.padded(segment, 400_000) for segment in media.ts_segments(8)]
+    film = origin.add(Playlist("film", large))
+    site = serve({"film": film.url})
+    with site.watch("/film") as viewer:
+        assert viewer.read(media.PACKET)
+        assert (state(site, "film"), metric(site, "upstreams", stream="film")) == ("live", 1)
+    eventually(lambda: state(site, "film") == "idle", "the film is closed")
+    assert drops(site, "film") == {}
+
+
+def test_polling_client_that_an_outage_disconnects_is_counted(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipe, "REOPEN_PAUSES", (0.1, 0.2))
+    news = live(origin, target_duration=1)
+    site = serve({"news": news.url}, timeout=3, reconnect=1)
+    assert site.get("/news.m3u8").status == 200
+    origin.stop()
+    eventually(lambda: drops(site) == {"reconnect": 1}, "it is counted")
+
+
+def test_viewers_of_a_changed_stream_are_counted(origin: Origin, serve: Serve) -> None:
+    news = live(origin)
+    site = serve({"news": news.url})
+    assert site.get("/news.m3u8").status == 200
+    with site.watch("/news") as viewer:
+        assert viewer.read(media.PACKET)
+        changed = replace(site.config.streams["news"], headers={"X-Key": "new"})
+        reload(site, replace(site.config, streams={"news": changed}))
+        assert viewer.read_all()[1] is False
+    eventually(lambda: drops(site) == {"reload": 2}, "both are counted")
+
+
+def test_viewer_of_a_source_that_cannot_be_resumed_is_counted(origin: Origin, serve: Serve) -> None:
+    """fMP4 without segments or a length: nobody knows where it would continue."""
+    init, segments = media.fmp4(2)
+    data = b"".join([init, *segments])
+    address = origin.add_endless("/film", lambda: [data])
+    site = serve({"film": f"httpstream://{address}"})
+    with site.watch("/film") as viewer:
+        assert viewer.read_all() == (data, False)
+    eventually(lambda: drops(site, "film") == {"failed": 1}, "it is counted")
+
+
+def test_viewers_that_a_shutdown_disconnects_are_counted(origin: Origin, serve: Serve) -> None:
+    news = live(origin)
+    site = serve({"news": news.url})
+    with site.watch("/news") as viewer:
+        assert viewer.read(media.PACKET)
+        assert site.channels.stop(TIMEOUT)
+        assert viewer.read_all()[1] is False
+        eventually(lambda: drops(site) == {"shutdown": 1}, "it is counted")
+
+
+def test_viewer_that_leaves_is_not_counted(origin: Origin, serve: Serve) -> None:
+    site = serve({"news": live(origin).url}, linger=0)
+    with site.watch("/news") as viewer:
+        assert viewer.read(media.PACKET)
+    eventually(lambda: state(site) == "idle", "the channel closes")
+    assert drops(site) == {}
+
+
+def test_limits_and_refusals_are_metrics(origin: Origin, serve: Serve) -> None:
+    urls = {name: live(origin, name).url for name in ("one", "two", "three")}
+    site = serve(urls, server={"max_viewers": 2, "max_upstreams": 1})
+    assert (metric(site, "max_viewers"), metric(site, "max_upstreams")) == (2, 1)
+    for limit in pipe.LIMITS:
+        assert metric(site, "refusals_total", reason=limit) == 0
+    with site.watch("/one") as viewer:
+        assert viewer.read(media.PACKET)
+        assert site.get("/two").status == 503
+        assert metric(site, "refusals_total", reason="max_upstreams") == 1
+        with site.watch("/one") as second:
+            assert second.read(media.PACKET)
+            assert site.get("/one").status == 503
+            assert metric(site, "refusals_total", reason="max_viewers") == 1
+
+
+def test_refusals_of_an_account_are_a_metric(origin: Origin, serve: Serve) -> None:
+    urls = {name: live(origin, name).url for name in ("one", "two")}
+    site = serve({}, playlists={"tv": {"url": add_list(origin, **urls), "max_upstreams": 1}})
+    eventually(lambda: set(states(site)) == set(urls), "the list is loaded")
+    with site.watch("/one") as viewer:
+        assert viewer.read(media.PACKET)
+        assert site.get("/two").status == 503
+    assert metric(site, "refusals_total", reason="account") == 1
+    assert metric(site, "refusals_total", reason="max_upstreams") == 0
+
+
+def test_refused_connections_are_counted(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipe, "SPARE_CONNECTIONS", 0)
+    site = serve({}, server={"max_viewers": 1})
+    with socket.create_connection(("127.0.0.1", site.port), TIMEOUT) as silent:
+        silent.sendall(b"GET")
+        assert b" 503 " in site.raw(b"GET /health HTTP/1.1\r\n\r\n")
+
+    def count() -> int:
+        """The refused connections, once the page itself is not refused."""
+        page = site.get("/metrics").body.decode()
+        found = re.search(r'^streampipe_refusals_total\{reason="connections"\} (\d+)', page, re.M)
+        return int(found[1]) if found else 0
+
+    eventually(lambda: count() >= 1, "it is counted")
+
+
+def broken_file() -> NoReturn:
+    raise pipe.ConfigError(["config.yml:1: streams: found a tab: use spaces"])
+
+
+def test_last_reload_is_a_metric(serve: Serve) -> None:
+    site = serve({"news": NEWS})
+
+    def last() -> tuple[float, float]:
+        found = metrics(site)
+        name = "streampipe_last_reload"
+        result = found[f"{name}_successful", frozenset()]
+        return result, found[f"{name}_timestamp_seconds", frozenset()]
+
+    begun = last()
+    assert begun[0] == 1, "the start counts"
+    assert begun[1] == pytest.approx(time.time(), abs=TIMEOUT)
+    pipe.reload(site.server, broken_file)
+    failed = last()
+    assert failed[0] == 0
+    assert failed[1] > begun[1]
+    reload(site, site.config)
+    assert last()[0] == 1
+    assert last()[1] > failed[1]
+
+
+#### README's alerts ####
+
+STEP = 15  # seconds between two scrapes; the pages are real, the time between them is not
+INSTANCE = {"instance": "tv:8080", "job": "streampipe"}
+
+
+class Scrapes:
+    """Real pages of /metrics, as the series that promtool takes for its tests of rules."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._pages: list[dict[Key, float]] = []
+
+    def take(self, count: int = 1) -> None:
+        """Read the page once; nothing changes until so many scrapes have passed.
+
+        What is a time becomes one of promtool's, which begins at 0.
+        """
+        page = metrics(self._site)
+        shift = STEP * len(self._pages) - time.time()
+        for key in page:
+            if key[0].endswith("_timestamp_seconds"):
+                page[key] += shift
+        self._pages += count * [page]
+
+    def time(self, back: int = 0) -> str:
+        """The time of the newest scrape, or of the one that is so many before it."""
+        return f"{STEP * (len(self._pages) - 1 - back)}s"
+
+    @property
+    def names(self) -> set[str]:
+        return {name for page in self._pages for name, _ in page}
+
+    def series(self) -> list[dict[str, str]]:
+        keys = {key: None for page in self._pages for key in page}
+        return [
+            {
+                "series": f"{name}{{{self._labels(dict(labels))}}}",
+                "values": " ".join(self._value(page.get((name, labels))) for page in self._pages),
+            }
+            for name, labels in keys
+        ]
+
+    @staticmethod
+    def _labels(labels: dict[str, str]) -> str:
+        return ",".join(
+            f"{name}={json.dumps(text)}" for name, text in {**labels, **INSTANCE}.items()
+        )
+
+    @staticmethod
+    def _value(value: float | None) -> str:
+        return "_" if value is None else f"{value:f}"
+
+
+def alert(rules: Any, time: str, name: str, *found: dict[str, str]) -> dict[str, Any]:
+    """What promtool expects: at this time, this alert fires with these labels, or not at all."""
+    (rule,) = [rule for rule in rules["groups"][0]["rules"] if rule["alert"] == name]
+    expected = []
+    for labels in found:
+        summary = rule["annotations"]["summary"]
+        for label, text in labels.items():
+            summary = summary.replace(f"{{{{ $labels.{label} }}}}", text)
+        expected.append({"exp_labels": labels, "exp_annotations": {"summary": summary}})
+    return {"eval_time": time, "alertname": name, "exp_alerts": expected}
+
+
+@pytest.mark.long
+def test_alerts_of_readme_fire_in_an_outage(
+    origin: Origin, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipe, "REOPEN_PAUSES", (0.1, 0.2))
+    (text,) = [text for text in blocks("yaml") if "- alert: " in text]
+    rules = yaml.safe_load(text)
+    news, frozen = live(origin), live(origin, "frozen")
+    urls = {"news": news.url, "frozen": frozen.url, "idle": NEWS}
+    site = serve(urls, server={"max_viewers": 2}, timeout=12, reconnect=3)
+    scrapes = Scrapes(site)
+    waits, no_bytes = "StreamPipeViewersWait", "StreamPipeNoBytes"
+    limit, failed = "StreamPipeLimitReached", "StreamPipeReloadFailed"
+    tests: list[dict[str, Any]] = []
+    two = [{"instance": "tv:8080", "stream": stream} for stream in ("news", "frozen")]
+
+    viewer, other = site.watch("/news"), site.watch("/frozen")
+    assert viewer.read(len(news.plain(2, 5))) == news.plain(2, 5)
+    assert other.read(len(frozen.plain(2, 5))) == frozen.plain(2, 5)
+    for number in range(5, 15):  # the other playlist stays as it is, which is no failure yet
+        news.advance()
+        assert viewer.read(len(news.plain(number, number + 1))) == news.plain(number, number + 1)
+        scrapes.take()
+    tests.append(alert(rules, scrapes.time(), no_bytes, {**INSTANCE, "stream": "frozen"}))
+    tests += [alert(rules, scrapes.time(), name) for name in (waits, limit, failed)]
+
+    assert site.get("/news").status == 503
+    origin.stop()
+    for stream in ("news", "frozen"):
+        wait_for_state(site, stream, "waiting")
+    scrapes.take(4)
+    tests.append(alert(rules, scrapes.time(), waits, *two))
+    tests.append(alert(rules, scrapes.time(), limit, {**INSTANCE, "reason": "max_viewers"}))
+    tests.append(alert(rules, scrapes.time(), failed))
+
+    for watch in (viewer, other):
+        assert watch.read_all()[1] is False
+    for stream in ("news", "frozen"):
+        wait_for_state(site, stream, "failed")
+    pipe.reload(site.server, broken_file)
+    scrapes.take(24)
+    tests.append(alert(rules, scrapes.time(20), waits, *two))
+    tests.append(alert(rules, scrapes.time(), waits))  # nobody has asked for five minutes
+    tests.append(alert(rules, scrapes.time(), no_bytes))
+    tests.append(alert(rules, scrapes.time(), failed, INSTANCE))
+
+    used = set(
+        re.findall(r"streampipe_\w+", " ".join(r["expr"] for r in rules["groups"][0]["rules"]))
+    )
+    assert len(used) == 6
+    assert used <= scrapes.names
+    (tmp_path / "rules.yml").write_text(text, encoding="utf-8")
+    case = {"interval": f"{STEP}s", "input_series": scrapes.series(), "alert_rule_test": tests}
+    content = {"rule_files": ["rules.yml"], "evaluation_interval": f"{STEP}s", "tests": [case]}
+    (tmp_path / "tests.yml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    promtool("test", "rules", str(tmp_path / "tests.yml"))

@@ -29,7 +29,7 @@ ADDRESS = "http://localhost:8080"
 
 def test_every_example_is_one_that_is_run() -> None:
     fences = re.findall(r"^```(.*)$", README, re.M)
-    several = {"sh": 4, "yaml": 5, "text": 3}
+    several = {"sh": 4, "yaml": 6, "text": 3}
     once = ["console", "dockerfile", "haproxy"]
     twice = ["ini", "nginx", "conf"]
     assert Counter(fences[::2]) == several | dict.fromkeys(once, 1) | dict.fromkeys(twice, 2)
@@ -65,18 +65,32 @@ def test_options_of_the_text_exist() -> None:
         assert read(yaml.safe_dump({"streams": {"news": settings}}))
 
 
-def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
+def promtool(*arguments: str) -> None:
     if not shutil.which("promtool"):
         assert "CI" not in os.environ, "promtool must be there"
         pytest.skip("needs promtool")
+    command = ["promtool", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_prometheus_takes_its_rules(tmp_path: Path) -> None:
+    """When they fire is tested in test_operators.py, in a real outage."""
+    (text,) = [text for text in blocks("yaml") if "- alert: " in text]
+    assert text.count("- alert: ") == 4
+    file = tmp_path / "rules.yml"
+    file.write_text(text, encoding="utf-8")
+    promtool("check", "rules", "--lint-fatal", str(file))
+
+
+def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
     (text,) = [text for text in blocks("yaml") if "scrape_configs:" in text]
     secured = text.replace("streampipe\n", "streampipe\n    authorization: {credentials: s3cret}\n")
     assert "`authorization: {credentials: s3cret}` beside `job_name`" in README
     for number, content in enumerate((text, secured)):
         file = tmp_path / f"{number}.yml"
         file.write_text(content, encoding="utf-8")
-        command = ["promtool", "check", "config", str(file)]
-        subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT)
+        promtool("check", "config", str(file))
 
 
 def without_numbers(text: str) -> str:
