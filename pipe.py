@@ -2935,6 +2935,11 @@ class Viewer:
         return f"<Viewer {self.address} next={self.next} sent={self.sent} skips={self.skips}>"
 
 
+def viewer_label(address: str) -> str:
+    """A viewer at this address as the log shows it, also one that is refused."""
+    return f"viewer {address}"
+
+
 class Window:
     """A channel's newest blocks; the feeder appends, each viewer takes from its own place.
 
@@ -6715,10 +6720,14 @@ class Channel:
 
     @property
     def _origin(self) -> str:
-        """The address in use as logs may show it: `b.example, 2 of 2`."""
+        """The address in use as logs may show it: `address 2 of 2 (b.example)`."""
+        label = f"address {self._address + 1} of {len(self.stream.urls)}"
         host = host_of(self.stream.urls[self._address])
-        origin = f"{host or 'address'}, {self._address + 1} of {len(self.stream.urls)}"
-        return f"{origin}, copy {self._copy + 1} of {self._copies}" if self._copies > 1 else origin
+        if host:
+            label += f" ({host})"
+        if self._copies > 1:
+            label += f", copy {self._copy + 1} of {self._copies}"
+        return label
 
     def _close_upstream(self) -> None:
         self._bitrate = Bitrate()
@@ -7153,7 +7162,8 @@ class Channels:
         viewer.has_left = lambda: time.monotonic() - viewer.moved > channel.poll_patience
         channel.pollers[viewer.key] = viewer
         channel.record.add("arrivals")
-        log.info("%s: %s started watching (HLS)", channel.stream.name, viewer.address)
+        label = viewer_label(viewer.address)
+        log.info("%s: %s started watching (HLS)", channel.stream.name, label)
 
     def channels_to_poll(self, stream: StreamSettings, quality: str | None) -> list[Channel]:
         """The running channel that a request is for, and those that ended and are still polled."""
@@ -7432,7 +7442,8 @@ class Channels:
         if channel.pollers.get(viewer.key) is viewer:
             del channel.pollers[viewer.key]
             log.info("%s: %s left: %d bytes in %.1f s (HLS)", channel.stream.name,
-                     viewer.address, viewer.sent, time.monotonic() - viewer.since)  # fmt: skip
+                     viewer_label(viewer.address), viewer.sent,
+                     time.monotonic() - viewer.since)  # fmt: skip
         if viewer in channel.viewers:
             del channel.viewers[viewer]
             channel.record.add("sent", viewer.sent)
@@ -9441,6 +9452,11 @@ MEDIA_HEADERS = {
 }
 
 
+def client_label(address: str) -> str:
+    """A client at this address as the log shows it, whatever it requests."""
+    return f"client {address}"
+
+
 class Handler(BaseHTTPRequestHandler):
     """One connection: reads a request head, answers, closes."""
 
@@ -9464,7 +9480,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.address = self._viewers_address()
                 self._answer_request()
         except (ViewerGone, OSError):
-            log.debug("%s left", self.address)
+            log.debug("%s left", client_label(self.address))
 
     def _receive_head(self) -> bytes:
         """The bytes up to the empty line; raises ViewerGone where they do not come in time."""
@@ -9604,7 +9620,8 @@ class Handler(BaseHTTPRequestHandler):
         except LimitReached as refusal:
             self.server.note_refusal(refusal.limit)
             level = self.server.channels.record(stream.name).choose_level()
-            log.log(level, "%s: %s refused: %s", stream.name, self.address, refusal.reason)
+            viewer = viewer_label(self.address)
+            log.log(level, "%s: %s refused: %s", stream.name, viewer, refusal.reason)
             raise
         except WindowEnded:  # before its answer began
             is_stopping = self.server.channels.is_stopping
@@ -9859,7 +9876,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.note_first_byte(time.monotonic() - viewer.since)
         name = channel.stream.name
         threading.current_thread().name = f"viewer-{name}-{next(self.server.numbers)}"
-        log.info("%s: %s started watching", name, viewer.address)
+        log.info("%s: %s started watching", name, viewer_label(viewer.address))
         ending = "left"
         try:
             self._send_body(channel, viewer, first)
@@ -9875,7 +9892,8 @@ class Handler(BaseHTTPRequestHandler):
             pass
         finally:
             seconds = time.monotonic() - viewer.since
-            log.info("%s: %s %s: %d bytes in %.1f s, %d skips", name, viewer.address, ending,
+            label = viewer_label(viewer.address)
+            log.info("%s: %s %s: %d bytes in %.1f s, %d skips", name, label, ending,
                      viewer.sent, seconds, viewer.skips)  # fmt: skip
 
     def _first_blocks(self, channel: Channel, viewer: Viewer) -> list[Block]:
@@ -10007,7 +10025,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.note_answer(int(code))
         path = self.path.partition("?")[0]  # a query may hold the token
         # As a number: Python 3.10 would write "HTTPStatus.OK".
-        log.debug("%s: %s %s: %d", self.address, self.command, path, int(code))
+        client = client_label(self.address)
+        log.debug("%s: %s %s: %d", client, self.command, path, int(code))
 
 
 def is_for_players(path: str) -> bool:
@@ -10263,7 +10282,8 @@ class Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.error("a request from %s failed:\n%s", client_address[0], traceback.format_exc())
+        client = client_label(client_address[0])
+        log.error("a request from %s failed:\n%s", client, traceback.format_exc())
 
     def reload(self, config: Config) -> None:
         """Use another file from now on, and load its lists; where it listens stays."""

@@ -555,8 +555,8 @@ def test_viewers_arrival_and_departure_are_logged(run: Run) -> None:
     program = run("--demo", *HERE)
     with Watch(program.listening_port(), "/test-card") as viewer:
         viewer.read(188)
-        program.wait_for(r" test-card: 127\.0\.0\.1 started watching$")
-    program.wait_for(r" test-card: 127\.0\.0\.1 left: \d+ bytes in \d+\.\d s, 0 skips$")
+        program.wait_for(r" test-card: viewer 127\.0\.0\.1 started watching$")
+    program.wait_for(r" test-card: viewer 127\.0\.0\.1 left: \d+ bytes in \d+\.\d s, 0 skips$")
 
 
 def test_log_level_error_is_silent(run: Run) -> None:
@@ -602,5 +602,5 @@ def test_logs_show_no_more_of_an_address_than_its_host(
         assert viewer.read_all() == (b'{"error": "the origin answered 404"}\n', True)
     program.send(signal.SIGTERM)
     assert program.wait(EXIT_TIME) == 0
-    assert any("127.0.0.1, 1 of 1" in line for line in program.errors())
+    assert any("news: address 1 of 1 (127.0.0.1): " in line for line in program.errors())
     assert [line for line in program.errors() if SECRET in line] == []

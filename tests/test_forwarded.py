@@ -110,8 +110,8 @@ def test_log_names_the_viewer(
     header: dict[str, Any] = {"X-Forwarded-For": "203.0.113.7"}
     site.watch("/news", **header).read(188)
     assert site.ask("GET", "/health", **header).status == 200
-    eventually(lambda: "news: 203.0.113.7 started watching" in caplog.text, "it arrives")
-    eventually(lambda: "203.0.113.7: GET /health: 200" in caplog.text, "it asks")
+    eventually(lambda: "news: viewer 203.0.113.7 started watching" in caplog.text, "it arrives")
+    eventually(lambda: "client 203.0.113.7: GET /health: 200" in caplog.text, "it asks")
     assert "127.0.0.1" not in caplog.text
 
 

@@ -763,6 +763,8 @@ def test_who_polls_is_one_viewer(
 
     eventually(lambda: told(" left: ") == 2, "their departures are logged")
     assert told("started watching") == 2
+    assert told("news: viewer 127.0.0.1 started watching (HLS)") == 2
+    assert told("news: viewer 127.0.0.1 left: ") == 2
     metrics = site.get("/metrics").body.decode()
     assert f'streampipe_sent_bytes_total{{stream="news"}} {taken}' in metrics
     assert 'streampipe_viewer_connections_total{stream="news"} 2' in metrics

@@ -136,7 +136,7 @@ def test_copy_of_a_variant_takes_over_later(
     first.advance()
     second.advance()
     assert viewer.read(len(first.plain(18, 19))) == first.plain(18, 19)
-    assert "1 of 1, copy 1 of 2: the origin answered 404" in caplog.text
+    assert "address 1 of 1 (127.0.0.1), copy 1 of 2: the origin answered 404" in caplog.text
 
 
 def test_copies_fail_before_the_next_address(origin: Origin, serve: Serve) -> None:

@@ -162,7 +162,7 @@ def test_failed_reload_shows_at_once(
     assert "waiting for the origin" in site.get("/", Accept=BROWSER).body.decode()
     assert status(site)["viewers"] == 1
     eventually(lambda: origin.count(news.path) >= 4, "it is tried again")
-    assert lines(r"1 of 1: ") == ["news: 127.0.0.1, 1 of 1: the origin answered 503"]
+    assert lines(r"1 of 1 ") == ["news: address 1 of 1 (127.0.0.1): the origin answered 503"]
 
 
 def test_failed_start_is_one_line(
@@ -175,7 +175,7 @@ def test_failed_start_is_one_line(
     assert site.get("/bad").status == 502
     assert site.get("/two?quality=4k").status == 404
     eventually(lambda: not any(t.name.startswith("feed-") for t in threading.enumerate()), "over")
-    assert lines("^bad: ") == ["bad: 127.0.0.1, 1 of 1: the origin answered 503"]
+    assert lines("^bad: ") == ["bad: address 1 of 1 (127.0.0.1): the origin answered 503"]
     assert lines("^two: ") == ["two: not started: no such quality; available: 480p"]
 
 
@@ -197,7 +197,7 @@ def test_short_outage_is_two_lines_that_tell_what_was_lost(
         if "started watching" not in line and "video/mp2t" not in line
     ]
     assert len(told) == 2, told
-    assert re.fullmatch(r"news: 127\.0\.0\.1, 1 of 1: .+", told[0])
+    assert re.fullmatch(r"news: address 1 of 1 \(127\.0\.0\.1\): .+", told[0])
     assert re.fullmatch(r"news: goes on after \d+\.\d s, 3 segments lost", told[1])
     assert status(site)["gaps"] == 3
     assert status(site)["last_error"]
@@ -218,9 +218,9 @@ def test_single_failed_reload_shows_and_clears(
         news.advance()
         assert viewer.read(len(segments(number, number + 1))) == segments(number, number + 1)
         eventually(lambda: status(site)["state"] == "live", "it clears")
-    told = [re.sub(r"[\d.]+ s", "N s", line) for line in lines("1 of 1: |goes on")]
+    told = [re.sub(r"[\d.]+ s", "N s", line) for line in lines("1 of 1 |goes on")]
     assert told == 2 * [
-        "news: 127.0.0.1, 1 of 1: the origin answered 503",
+        "news: address 1 of 1 (127.0.0.1): the origin answered 503",
         "news: goes on after N s",
     ]
 

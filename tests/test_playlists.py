@@ -580,7 +580,9 @@ def test_engine_tells_of_playlists_at_debug_only(
     words = "Reloading failed|Sequence gap|attributes list|pool"
     told = [line for line in lines if re.search(words, line)]
     assert bool(told) == (level == "debug"), told
-    assert any("news: 127.0.0.1, 1 of 1: the origin answered 503" in line for line in lines)
+    assert any(
+        "news: address 1 of 1 (127.0.0.1): the origin answered 503" in line for line in lines
+    )
 
 
 #### Names ####

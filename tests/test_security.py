@@ -450,7 +450,8 @@ def test_local_file_is_never_read(
     assert answer.status == 502
     assert SECRET.encode() not in answer.body
     assert re.search(
-        r"news: 127\.0\.0\.1, 1 of 1: .*(local file|unsupported kind of address)", caplog.text
+        r"news: address 1 of 1 \(127\.0\.0\.1\): .*(local file|unsupported kind of address)",
+        caplog.text,
     )
 
 
@@ -486,9 +487,11 @@ def test_log_is_one_tagged_line_for_an_event(origin: Origin, tmp_path: Path) -> 
             with Watch(service.port, f"/{name}") as viewer:
                 viewer.read(PACKET)
             service.wait_for(
-                rf" info {name}: 127\.0\.0\.1 started watching$".replace("info", "(?i:info)")
+                rf" info {name}: viewer 127\.0\.0\.1 started watching$".replace("info", "(?i:info)")
             )
-            service.wait_for(rf" {name}: 127\.0\.0\.1 left: \d+ bytes in \d+\.\d s, 0 skips$")
+            service.wait_for(
+                rf" {name}: viewer 127\.0\.0\.1 left: \d+ bytes in \d+\.\d s, 0 skips$"
+            )
         service.send(signal.SIGTERM)
         assert service.wait(EXIT_TIME) == 0
         assert [line for line in service.errors() if not LOG_LINE.fullmatch(line)] == []
@@ -539,7 +542,7 @@ def test_refusals_of_a_stream_are_one_line(origin: Origin, tmp_path: Path) -> No
         assert service.wait(EXIT_TIME) == 0
         refusals = [line for line in service.errors() if " refused: " in line]
     told = [re.sub(r".* (?i:warning) ", "", line) for line in refusals]
-    wanted = "{}: 127.0.0.1 refused: there are too many viewers"
+    wanted = "{}: viewer 127.0.0.1 refused: there are too many viewers"
     assert told == [wanted.format(name) for name in streams]
 
 
@@ -556,7 +559,7 @@ def test_failed_starts_of_a_stream_are_logged_once(origin: Origin, tmp_path: Pat
                 assert failed.status == 502
         service.send(signal.SIGTERM)
         assert service.wait(EXIT_TIME) == 0
-        assert sum("1 of 1: " in line for line in service.errors()) == 1
+        assert sum("address 1 of 1 (127.0.0.1): " in line for line in service.errors()) == 1
 
 
 def test_monitoring_is_logged_at_debug_only(origin: Origin, tmp_path: Path) -> None:
@@ -572,7 +575,7 @@ def test_monitoring_is_logged_at_debug_only(origin: Origin, tmp_path: Path) -> N
     with Service(tmp_path, {"news": live(origin).url}, level="debug") as service:
         for path in paths:
             Watch(service.port, path).close()
-            service.wait_for(rf" GET {re.escape(path)}: 200$")
+            service.wait_for(rf" client 127\.0\.0\.1: GET {re.escape(path)}: 200$")
 
 
 #### Reload ####

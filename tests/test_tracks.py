@@ -481,7 +481,7 @@ def test_film_goes_on_at_its_segment(
     stall.wait_held(2 if tracks == "*" else 1)
     stall.clear()
     origin.stop()
-    journal.wait_for("1 of 1: (?!goes on)")
+    journal.wait_for(r"address 1 of 1 \(\S+\): (?!goes on)")
     origin.start()
     body, is_complete = viewer.read_all()
     assert is_complete
@@ -496,7 +496,7 @@ def test_live_channel_goes_on_at_its_segment(
     apart = live(origin, 20, 1.0, listed=8)
     viewer = serve({"news": apart.url}, streamlink={"hls-live-edge": 8}).watch("/news")
     away = [origin.fault(p.path, Status(404), times=None) for p in (apart.picture, apart.sound)]
-    journal.wait_for("1 of 1: (?!goes on)")
+    journal.wait_for(r"address 1 of 1 \(\S+\): (?!goes on)")
     for playlist in (apart.picture, apart.sound):
         playlist.advance(12)
         playlist.end()
@@ -520,7 +520,7 @@ def test_ffmpeg_that_dies_is_no_end(origin: Origin, serve: Serve, journal: Journ
     origin.wait_for("/sound/11.ts")
     (ffmpeg,) = children()
     os.kill(ffmpeg, signal.SIGKILL)
-    journal.wait_for("1 of 1: ffmpeg failed")
+    journal.wait_for(r"address 1 of 1 \(\S+\): ffmpeg failed")
     _, is_complete = viewer.read_all()
     assert is_complete
 
