@@ -77,6 +77,7 @@ Where it is decided
     what is a segment of HLS         Listing; who polls, and has left: Channels._add_poller
     how long an ended playlist stays Channel._see_pollers_off; which clients get it: Channels.poll
     an answer                        Handler._route; documents: Pages
+    what an open page shows next     update_page; in the browser, PAGE_SCRIPT
     which thread may call            the class's docstring, or a comment above its methods
 
 What goes wrong, in four words
@@ -8395,7 +8396,7 @@ main{padding:1rem;max-width:80rem;margin:0 auto}p{margin:.25rem 0}a{color:inheri
 h1{font-size:1.4rem;line-height:1.2;margin:0}h2{font-size:1rem;margin:0;color:var(--soft)}
 :focus-visible,li a:focus-visible::after{outline:3px solid var(--mark);outline-offset:2px}
 li a:focus-visible{outline:0}summary{cursor:pointer;min-height:44px;padding:.6rem 0}
-b{font-weight:600}.facts,.note,.more,td,th{font-size:.875rem;color:var(--soft)}
+b{font-weight:600}.facts>span{display:inline-block}.facts,.note,.more,td,th{font-size:.875rem;color:var(--soft)}
 .live,.private{color:var(--live)}.waiting,.starting{color:var(--wait)}.failed{color:var(--bad)}
 code{user-select:all;-webkit-user-select:all;color:var(--ink);font-size:1rem;background:var(--line);
 border-radius:6px;padding:2px 6px}
@@ -8426,7 +8427,7 @@ background:var(--bg);color:var(--soft);line-height:0}
 .logo b{position:absolute;inset:0;display:grid;place-items:center;line-height:1}
 .logo img{position:relative;width:4rem;min-height:2.25rem;max-height:2.25rem;object-fit:contain;
 background:var(--card);filter:drop-shadow(0 0 1px var(--halo))}.js .logo img:not(.loaded){opacity:0}
-.watch .logo{background:var(--line)}.watch .logo img{background:var(--bg)}
+.watch .logo{background:var(--card)}.watch .logo img{background:var(--bg)}
 .name{flex:1;min-width:0;display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:3;
 overflow:hidden}.name b{color:var(--soft);margin-right:.4rem}
 .now p{margin:.2rem 0 0}.note::first-letter{text-transform:uppercase}
@@ -8455,8 +8456,9 @@ padding:.5rem 1rem;border-radius:.75rem;background:var(--card)}
 .screen,.watch .more{grid-column:1/3}.watch header{order:1;justify-self:end}.watch .more{order:2}
 .watch nav{align-items:center}
 video{aspect-ratio:auto;height:calc(100vh - 4.2rem);max-height:none}
-.watch .button{max-width:13rem}
+.watch .button{max-width:13rem}.watch:has(header .note) video{height:calc(100vh - 5.7rem)}
 .watch:not(:has(video:not([hidden]))) header{order:0;grid-column:1/3;justify-self:start}}
+@media (max-width:600px){.many:has([type=search]:not(:placeholder-shown)) nav{display:none}}
 .watch:not(:has(video:not([hidden]))) .screen{background:none}
 .watch:has(#Trouble) header .note{display:none}
 """
@@ -8808,7 +8810,8 @@ class Board:
             facts.append(f"{_duration(uptime)} up")
             chart = _chart(self.site.record(stream).bitrates(), self.scale)
         notes = "".join(f'<p class="note">{note}</p>' for note in self._notes(status))
-        return f'<p class="facts">{" · ".join(facts)}</p>{notes}{chart}'
+        shown = " · ".join(f"<span>{fact}</span>" for fact in facts)
+        return f'<p class="facts">{shown}</p>{notes}{chart}'
 
     def state(self, stream: StreamSettings) -> str:
         status = self.active.get(stream.name)
@@ -8963,7 +8966,7 @@ def status_page(site: Site) -> Page:
     }
     body = f"""<header><div><h1>{name}</h1>
 <p class="facts" id="Summary">{parts["Summary"]}</p></div>
-{_search_form(site, words) if count else ""}</header>
+{_search_form(site, words) if count > 1 else ""}</header>
 <details id="Attention"{_flag("open", is_unfolded)}{_flag("hidden", not parts["Attention"])}>\
 {parts["Attention"]}</details>
 {_group_links(site, choice)}
@@ -9146,15 +9149,16 @@ def watch_page(site: Site, stream: StreamSettings, watched: Watched, agent: str)
         "source": source,
         "trouble": str(int(trouble.status)) if trouble else "",
     }
+    screen = _screen(site, stream, watched, source, agent)
     body = f"""<header>{_logo(stream)}<div><h1>{title}</h1>
 <div class="now">{board.now(stream, has_figures=False)}</div></div></header>
-<div class="screen">{_screen(site, stream, watched, source, agent)}</div>
+<div class="screen">{screen}</div>
 <nav aria-label="Streams">{_zap_links(site, stream)}
 {_qualities(site, stream, watched.variant)}
 {_player_link(site, stream)}</nav>
 <div class="more">{_unplayed(site, stream)}
 <p>For TVs and players, enter <code>{address}</code></p>
-{HELP if source else ""}</div>"""
+{HELP if "<video" in screen and not trouble else ""}</div>"""
     return _document(f"{title} - {html.escape(site.config.server.name)}", body, "watch", about)
 
 
@@ -9255,7 +9259,8 @@ def error_page(site: Site, status: HTTPStatus, reason: str, name: str, agent: st
         trouble = StreamError(status, reason)
         watched = Watched(site.wants("quality") or None, "", f"{name}.m3u8", trouble=trouble)
         return watch_page(site, stream, watched, agent)
-    title = "Not playing now" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else status.phrase
+    may_pass = status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    title = "Not playing now" if may_pass else status.phrase.capitalize()
     body = f"""<h1>{title}</h1><p class="note">{html.escape(reason)}</p>
 <nav>{_button(f"./{site.query()}", "All streams") if site.is_trusted else ""}</nav>"""
     return _document(title, body)

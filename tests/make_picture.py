@@ -1,10 +1,12 @@
-"""Makes the picture at the top of README: the page with all channels beside a channel that plays.
+"""Makes the picture at the top of README, and screenshots of every page for a designer's eye.
 
     python -m tests.make_picture [FILE]       default: .github/picture.png; takes a minute
+    python -m tests.make_picture --pages FOLDER       takes a few minutes
 
-An origin of its own serves the channels, a real `pipe.py` relays them to some viewers, and headless
-Chromium (/usr/bin/chromium) looks at both pages. ffmpeg encodes what is on television, and leaves
-the picture the 256 colors that keep it small.
+The picture shows the page with all channels beside a channel that plays.  An origin of its own
+serves the channels, a real `pipe.py` relays them to some viewers, and headless Chromium
+(/usr/bin/chromium) looks at the pages.  ffmpeg encodes the television programme, and leaves the
+picture the 256 colors that keep it small.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ if __name__ == "__main__":
     # Run as a script, Python looks for modules in this folder instead of the one above.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from tests.origin import Origin, Playlist, Segment
+from tests.origin import Origin, Playlist, Segment, Status
 from tests.program import Service, eventually
 from tests.server import Watch
 from tests.test_browser import ARGUMENTS, CHROMIUM
@@ -109,9 +111,8 @@ def streams(origin: Origin, media: list[Segment]) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def watched(port: int) -> Iterator[None]:
-    """Viewers of the channels, who throw away what they get."""
-    names = [name for name, (*_, viewers) in CHANNELS.items() for _ in range(viewers)]
+def viewing(port: int, names: Sequence[str]) -> Iterator[None]:
+    """A viewer for each of these names, who throws the media away."""
     threads = [threading.Thread(target=watch, args=(port, f"/{name}")) for name in names]
     for thread in threads:
         thread.start()
@@ -134,8 +135,8 @@ def watch(port: int, path: str) -> None:
 #### What the browser sees ####
 
 
-def look(browser: Browser, width: int, scheme: str) -> Page:
-    size = {"width": width, "height": HEIGHT}
+def look(browser: Browser, width: int, scheme: str, height: int = HEIGHT) -> Page:
+    size = {"width": width, "height": height}
     return browser.new_page(viewport=size, color_scheme=scheme)  # type: ignore[arg-type]
 
 
@@ -177,7 +178,8 @@ def make_picture(target: Path) -> None:
         browser = player.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         shown = {"name": "Living room", "public_url": "http://192.168.1.20:8080"}
         service = Service(folder, streams(origin, segments(browser, folder)), **shown)
-        with watched(service.port), service:
+        names = [name for name, (*_, viewers) in CHANNELS.items() for _ in range(viewers)]
+        with viewing(service.port, names), service:
             threading.Event().wait(SECONDS)
             pictures = shots(browser, f"http://127.0.0.1:{service.port}")
         whole = folder / "whole.png"
@@ -186,10 +188,119 @@ def make_picture(target: Path) -> None:
         reduce_colors(whole, target)
 
 
+#### Every page ####
+
+GROUPS = [
+    *("News", "Sport", "Films and series", "Kids", "Music", "Documentaries", "Regional"),
+    *("Deutschland", "France", "España", "Shopping", "Radio"),
+]
+SHAPES = [(90, 30), (64, 64), (30, 60)]  # pixels of logos: wide, square, high
+PLAYING, FAILING, WAITING = (1, 4, 5), (3, 6, 8, 9), 2  # streams, by number
+LONG = "The very long title of channel {}, Donaudampfschifffahrtsgesellschaft live and in color"
+FIREFOX = "Mozilla/5.0 (X11; Linux x86_64; rv:144.0) Gecko/20100101 Firefox/144.0"
+# Streams, width, height.
+SIZES = [
+    *((count, width, height) for count in (1, 300) for width, height in ((390, 844), (1280, 720))),
+    *((1, 1920, 1080), (300, 1920, 1080), (12, 1280, 720), (60, 1280, 720)),
+]
+
+
+def household(origin: Origin, media: list[Segment], count: int) -> dict[str, object]:
+    """So many streams in groups: a third has a logo, and a third one that does not load."""
+    configured: dict[str, object] = {}
+    for n in range(1, count + 1):
+        stream: dict[str, object] = {
+            "url": f"{origin.url}/c{n}/index.m3u8",
+            "title": f"Channel {n}" if n % 7 else LONG.format(n),
+            "number": n,
+            "group": GROUPS[(n - 1) * len(GROUPS) // max(count, 4 * len(GROUPS))],
+        }
+        if n % 3 == 0:
+            width, height = SHAPES[n % 9 // 3]
+            color = f"hsl({n * 37 % 360},60%,45%)"
+            drawn = (
+                f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">'
+                f'<rect width="100%" height="100%" rx="6" fill="{color}"/></svg>'
+            )
+            address = f"/logo{n}.svg"
+            origin.add_file(address, drawn.encode(), content_type="image/svg+xml")
+            stream["logo"] = origin.url + address
+        elif n % 3 == 1:
+            stream["logo"] = f"{origin.url}/none{n}.svg"
+        if n in PLAYING or n == WAITING:
+            origin.add(Playlist(f"c{n}", media, mode="live", window=6, clock=True))
+        configured[f"s{n}"] = stream
+    return configured
+
+
+def pages_of(count: int, *, is_well: bool) -> dict[str, str]:
+    """The pages to look at, by a name for the file."""
+    if is_well:
+        pages = {"list": "/", "watch": "/s1"}
+        if count > 60:
+            pages |= {"group": "/?group=Sport", "search": "/?q=channel+21"}
+        return pages
+    pages = {"list": "/", "nobody": "/nobody"}
+    if count > 1:
+        pages |= {"watch": f"/s{FAILING[0]}", "waiting": f"/s{WAITING}"}
+    return pages
+
+
+def take_shots(
+    browser: Browser, port: int, folder: Path, size: tuple[int, int, int], *, is_well: bool
+) -> None:
+    count, width, height = size
+    for scheme in ("light", "dark"):
+        for name, path in pages_of(count, is_well=is_well).items():
+            page = look(browser, width, scheme, height)
+            page.goto(f"http://127.0.0.1:{port}{path}")
+            page.wait_for_timeout(3000)
+            state = "well" if is_well else "trouble"
+            page.screenshot(path=folder / f"{count}-{width}-{name}-{state}-{scheme}.png")
+            page.close()
+    if is_well and count == 12:
+        context = browser.new_context(user_agent=FIREFOX)
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{port}/s1")
+        page.screenshot(path=folder / "firefox.png")
+        context.close()
+
+
+def look_at_all(folder: Path) -> None:
+    """Take a screenshot of each page, with few and many streams, well and in trouble."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as name, sync_playwright() as player:
+        browser = player.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        media = segments(browser, Path(name))
+        for count in sorted({size[0] for size in SIZES}):
+            with Origin() as origin:
+                streams = household(origin, media, count)
+                service = Service(Path(name), streams, name="Living room")
+                numbers = [n for n in (*PLAYING, WAITING) if n <= count]
+                with viewing(service.port, [f"s{n}" for n in numbers]), service:
+                    threading.Event().wait(15)
+                    sizes = [size for size in SIZES if size[0] == count]
+                    for size in sizes:
+                        take_shots(browser, service.port, folder, size, is_well=True)
+                    origin.fault(f"/c{WAITING if count > 1 else 1}/*", Status(503), times=None)
+                    for n in FAILING:
+                        with Watch(service.port, f"/s{n}"):
+                            pass
+                    threading.Event().wait(6)
+                    for size in sizes:
+                        take_shots(browser, service.port, folder, size, is_well=False)
+        browser.close()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Make the picture at the top of README.")
     parser.add_argument("file", nargs="?", type=Path, default=PICTURE)
-    target: Path = parser.parse_args().file
+    parser.add_argument("--pages", type=Path, metavar="FOLDER", help="screenshots of every page")
+    arguments = parser.parse_args()
+    if arguments.pages:
+        look_at_all(arguments.pages)
+        return 0
+    target: Path = arguments.file
     make_picture(target)
     size = target.stat().st_size
     sys.stdout.write(f"{target}: {size} bytes\n")

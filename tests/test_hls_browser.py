@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser
 
 from tests import media, test_browser
 from tests.origin import Origin, Playlist, Segment, Status, master
@@ -225,27 +225,28 @@ def processes_of(mark: str) -> list[int]:
     return found
 
 
-def test_page_plays_on_after_its_machine_slept(origin: Origin, serve: Serve) -> None:
+def test_page_plays_on_after_its_machine_slept(
+    origin: Origin, serve: Serve, browser: Browser
+) -> None:
     """For two minutes the browser does nothing, and the server goes on."""
     site = serve({"news": ts(origin, "news")})
     mark = f"--marked-by-a-test={os.getpid()}-{site.port}"
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(
-            executable_path=test_browser.CHROMIUM, args=[*test_browser.ARGUMENTS, mark]
-        )
-        visit = Visit(started.new_page(), f"{site.url}/news")
-        assert_plays(visit, 3)
-        numbers = processes_of(mark)
-        assert len(numbers) >= 3
+    another = browser.browser_type.launch(
+        executable_path=test_browser.CHROMIUM, args=[*test_browser.ARGUMENTS, mark]
+    )
+    visit = Visit(another.new_page(), f"{site.url}/news")
+    assert_plays(visit, 3)
+    numbers = processes_of(mark)
+    assert len(numbers) >= 3
+    for number in numbers:
+        os.kill(number, signal.SIGSTOP)
+    try:
+        threading.Event().wait(120)
+    finally:
         for number in numbers:
-            os.kill(number, signal.SIGSTOP)
-        try:
-            threading.Event().wait(120)
-        finally:
-            for number in numbers:
-                os.kill(number, signal.SIGCONT)
-        play_on(visit, limit=120)
-        started.close()
+            os.kill(number, signal.SIGCONT)
+    play_on(visit, limit=120)
+    another.close()
 
 
 def test_page_plays_on_after_a_restart_of_the_program(

@@ -1254,6 +1254,26 @@ def test_three_hundred_streams_weigh_little(serve: Serve) -> None:
     assert time.thread_time() - began < 10 * 0.06
 
 
+@pytest.mark.parametrize("query", [{}, {"group": ["Group 3"]}, {"q": ["77"]}], ids=str)
+def test_pages_of_thousands_of_streams_take_little_time(
+    serve: Serve, query: dict[str, list[str]]
+) -> None:
+    site = serve({"s1": NOWHERE})
+    streams = {}
+    for n in range(8000):
+        logo, group = f"https://logo.example/{n}.png", f"Group {n % 20}"
+        streams[f"s{n}"] = pipe.StreamSettings(f"s{n}", (NOWHERE,), logo=logo, group=group)
+    config = replace(site.config, streams=streams)
+    shown = pipe.Site(site.server, config, site.url, site.url, True, query)
+    began = time.thread_time()
+    found = pipe.status_page(shown)
+    updates = pipe.update_page(shown)
+    pipe.status_json(shown)
+    assert time.thread_time() - began < 3 * 0.3
+    assert len(gzip.compress(found.body)) < 20_000
+    assert len(updates.body) < 1000
+
+
 def test_status_can_be_limited(origin: Origin, serve: Serve) -> None:
     site = serve({"news": live(origin).url, "idle": NOWHERE, "other": NOWHERE})
     site.watch("/news").read(188)

@@ -31,7 +31,7 @@ browser_before_each_test = test_browser._browser_before_each_test
 Serve = Callable[..., Site]
 
 TESTS = Path(__file__).parent
-INSTALL_TIME = 300.0  # seconds that npm may need for the four packages
+INSTALL_TIME = 300.0  # seconds that npm may need for the packages
 OUTAGE = 8000  # milliseconds without the origin
 PLAYED = 6.0  # seconds that each player plays before and after something happens
 
@@ -111,7 +111,7 @@ PLAYERS = {
 
 @pytest.fixture(scope="session")
 def packages(request: pytest.FixtureRequest) -> Path:
-    """The folder that holds the players; installed once, and kept in pytest's cache."""
+    """The folder that holds the packages; installed once, and kept in pytest's cache."""
     if not shutil.which("npm"):
         assert "CI" not in os.environ, "npm must be there"
         pytest.skip("needs npm")
