@@ -14,9 +14,9 @@ Data flow
     A ReaderBuffer is where one thread hands bytes and segment events (a segment starts here, ends
     here, is missing) to another.  The Splicer makes one stream of what several openings of the
     upstream bring, without a repeat at the seams.  The framer cuts MPEG-TS into whole packets,
-    removes ID3 tags and finds the join points.  The Window keeps the newest bytes of a live
-    channel, and knows where each Viewer is in them.
-    A Listing numbers the segments in it, for who polls them (HLS) instead of streaming.
+    removes ID3 tags and marks the join points.  The Window keeps the newest blocks and segments of
+    a live channel, knows where each Viewer is in them, and lists the segments for clients that poll
+    them (HLS) instead of streaming.
     What has an end takes the same road, one upstream and window for each viewer, and the window
     then waits for its viewer instead of moving on.
 
@@ -40,8 +40,7 @@ Locks
     Lists._applying          makes and applies one configuration at a time
     Lists._changed           the channel lists that are known, and when each is loaded
     Channels.changed         the set of channels, what each says of itself, the records of streams
-    Window._lock             blocks, join points and viewers of one window
-    Listing._changed         the segments that HLS lists
+    Window._lock             blocks, join points, segments and viewers of one window
     ReaderBuffer._lock       what was handed over and has not been taken
     Http._lock               the connections of one session
     DownloadingWriter._lock  the segments in line, and their downloads
@@ -51,10 +50,10 @@ Locks
     LogHandler.lock          the lines of the log that wait; may be taken under any lock
     _answered_lock           the address of each origin's host that answered last
     A thread that holds the first lock of a line may take one of the others:
-    Lists._applying > Lists._changed, Channels.changed, Window._lock, Listing._changed
+    Lists._applying > Lists._changed, Channels.changed, Window._lock
     Lists._applying > ReaderBuffer._lock, Http._lock
     Lists._changed > Http._lock
-    Channels.changed > Window._lock, Listing._changed, ReaderBuffer._lock, Http._lock
+    Channels.changed > Window._lock, ReaderBuffer._lock, Http._lock
     DownloadingWriter._lock > ReaderBuffer._lock
     No other locks are held together, except that Lists._applying is also held around the pairs
     of Lists._changed and Channels.changed.  None is held across a socket write,
@@ -65,8 +64,9 @@ Where it is decided
     what a key of the file means     Configuration: the dataclasses, with each key's parser
     what an entry of a list becomes  Channel lists: ListParser, name_entries, with_lists
     when a list is loaded and used   Lists._accept, _refuse, _doubt
-    where a viewer starts            Window._join_point; what a join point is: Media
+    where a viewer starts            Window._join; what a join point is: Join, TsFramer._join_at
     what is evicted, who waits       Window._make_room and _foremost_wait; its cases stand there
+    what is kept for late viewers    Window._update_needed
     who shares an upstream           Channels._find, _find_start; the states stand above State
     who is refused, who gives way    Channels._attach; the cases stand above Channels
     who holds a slot                 Channels._holding and _room_at, for the server and each account
@@ -74,7 +74,9 @@ Where it is decided
     that an upstream has failed      Channel._judge; within a segment Download._judge
     what is tried next, and when     Channel._open_first and _keep_going
     what viewers see of a seam       Splicer; its docstring has the table of its states
-    what is a segment of HLS         Listing; who polls, and has left: Channels._add_poller
+    what is a segment of HLS         Window.begin and finish; without segments: Window._cut_at
+    what a playlist lists            Window._trim_list; its text: media_playlist
+    who polls, and has left          Channels._add_poller
     how long an ended playlist stays Channel._see_pollers_off; which clients get it: Channels.poll
     an answer                        Handler._route; documents: Pages
     what an open page shows next     update_page; in the browser, PAGE_SCRIPT
@@ -1811,7 +1813,8 @@ def overridden(stream: StreamSettings, given: Mapping[str, Any]) -> StreamSettin
 #
 # A framer gets an upstream's bytes in order and hands all of them on, except ID3 tags, in blocks.
 # A block of MPEG-TS ends where a packet ends, so that a viewer that moves from one block to another
-# never gets half a packet.  A framer reports the places where a decoder can start.
+# never gets half a packet.  A mark (Join) stands between two blocks wherever a decoder can start,
+# so no block is ever cut for a viewer.
 # --------------------------------------------------------------------------------------------------
 
 Block = bytes | memoryview  # bytes appended to a window at once
@@ -1825,61 +1828,56 @@ NEWEST_LIMIT = 256 * KIB  # bytes of packets kept to know each PID's counter: so
 VIDEO_PATIENCE = 3 * 90_000  # ticks of sound without the video that the PMT names
 
 
-class JoinKind(enum.IntEnum):
-    """How good a place to start is; a window offers its best kind."""
+@dataclass(eq=False)
+class Join:
+    """A mark between blocks: a decoder can start with the next one."""
 
-    ANY = 0  # a PES packet starts here; packed audio can be joined anywhere
-    KEY_FRAME = 1
-    SEGMENT = 2
-
-
-@dataclass(frozen=True)
-class JoinPoint:
-    """A decoder can start at `position` (bytes since the channel began) after `preamble`."""
-
-    position: int
-    preamble: bytes  # PAT and PMT, or an initialization section; empty where the stream has them
-    kind: JoinKind
+    preamble: bytes = b""  # goes in front: PAT and PMT, an initialization section, or nothing
+    is_key_frame: bool = False  # a picture that needs no other
+    dts: int | None = None  # of a transport stream, in ticks
+    at_start: bool = False  # a decoder can start with the first block of the open segment already
+    is_makeshift: bool = False  # a picture that needs others: for a segment without a key frame
     time: float = field(default_factory=time.monotonic)
-    dts: int | None = None  # of a transport stream's key frame, in ticks
+    block: int = -1  # number of the block to start with; the window sets it
+
+
+Framed = Block | Join  # what a framer hands on: blocks, and marks between them
 
 
 class Framer:
-    """Base of the framers, and the one for what can only be joined where a segment starts.
+    """Base of the framers, and the one for media that viewers can only join at a segment's start.
 
-    Not thread-safe: a feeder owns it.  `joins` collects the points found since they were last
-    taken away.
+    Not thread-safe: a feeder owns it.
     """
 
     def __init__(self) -> None:
-        self.position = 0  # bytes handed on
-        self.joins: list[JoinPoint] = []
         self.preamble = b""  # what a decoder needs in front of a segment that does not bring it
         self.unplayed: Sequence[str] = ()  # codecs in it that no browser plays, once they are known
+        self._handed_on = 0  # bytes
         self._carry = b""  # the start of a packet, or of an ID3 tag
         self._in_segments = False
         self.last_dts: int | None = None  # of a picture, or of sound where there is none
 
-    def feed_init_section(self, data: bytes) -> list[Block]:
+    def feed_init_section(self, data: bytes) -> list[Framed]:
         """Take a whole initialization section, for all segments until the next one comes."""
         self.preamble = data
         return self.feed(data)
 
-    def start_segment(self) -> None:
+    def start_segment(self) -> list[Framed]:
         """A segment starts with the next byte; what is held back belongs to none."""
         self.drop()
         self._in_segments = True
-        self.joins.append(JoinPoint(self.position, self.preamble, JoinKind.SEGMENT))
+        return [Join(self.preamble, at_start=True)]
 
     def leave_segments(self) -> None:
         """What comes next, behind a seam, has no segments."""
         self._in_segments = False
 
-    def feed(self, data: bytes) -> list[Block]:
+    def feed(self, data: bytes) -> list[Framed]:
         """Take any bytes and return blocks; the start of a packet or a tag waits for more."""
         return self._hand_on(data, 0, len(data))
 
-    def flush(self) -> list[Block]:
+    def flush(self) -> list[Framed]:
         """What is held back; called where no more will come that belongs to it."""
         carry, self._carry = self._carry, b""
         return self._hand_on(carry, 0, len(carry))
@@ -1902,12 +1900,12 @@ class Framer:
         """Whether what comes is dropped, because no decoder could start with it."""
         return False
 
-    def _hand_on(self, data: bytes, start: int, end: int, unit: int = 1) -> list[Block]:
+    def _hand_on(self, data: bytes, start: int, end: int, unit: int = 1) -> list[Framed]:
         """A part of the data as blocks of at most BLOCK_LIMIT, cut at multiples of `unit` bytes.
 
         They are views of it, which saves copying every byte of every stream.
         """
-        self.position += end - start
+        self._handed_on += end - start
         size = BLOCK_LIMIT - BLOCK_LIMIT % unit
         view = memoryview(data)
         return [view[at : min(at + size, end)] for at in range(start, end, size)]
@@ -2115,32 +2113,31 @@ class TsFramer(Framer):
         self.tables = ProgramTables()
         self._sounds: dict[int, int] = {}  # by PID: the first DTS since a picture came
         self._key_frame_time: float | None = None  # when the newest key frame came
-        self._segment: int | None = None  # where the segment began that has no join point yet
-        self._first_unit: int | None = None  # its first PES packet that starts a unit
+        self._awaits_start = False  # the segment has no join point yet
+        self._has_unit = False  # a PES packet that starts a unit came in it
         self._has_tables = False  # PAT and PMT came in it
+        self._has_join = False  # a join point came in this turn
         self._newest: deque[Block] = deque()  # the newest packets handed on; empty after a jump
         # Since the newest place where the stream may jump:
         self._may_jump = False
         self._is_jump = False  # it does
         self._before: Sequence[Block] = ()  # the packets before that place, the newest last
         self._seen: set[int] = set()  # PIDs that have come
-        self._search_end = 0  # position until which their first packets are looked for
+        self._search_end = 0  # bytes handed on until which their first packets are looked for
         self._is_shut = False
         self._shown = self.tables  # shut: those that viewers have
         self._patience_end = 0.0  # when any unit that starts opens it
         self._had: int | None = None  # the last DTS of what may be sent again; None: nothing may
         self._dropped_dts: int | None = None  # the newest since it was shut
 
-    def start_segment(self) -> None:
-        if self._segment is not None and self._first_unit is not None and self.preamble:
-            # No key frame in the whole last segment: its first picture has to do.
-            self.joins.append(JoinPoint(self._first_unit, self.preamble, JoinKind.SEGMENT))
-        self._in_segments = True
-        self._segment, self._first_unit, self._has_tables = self.position, None, False
+    def start_segment(self) -> list[Framed]:
+        self._in_segments = self._awaits_start = True
+        self._has_unit = self._has_tables = False
+        return []
 
     def leave_segments(self) -> None:
         super().leave_segments()
-        self._segment, self._key_frame_time = None, None
+        self._awaits_start, self._key_frame_time = False, None
 
     def expect_jump(self, is_certain: bool) -> None:
         """The next bytes may not continue the last ones.
@@ -2151,11 +2148,11 @@ class TsFramer(Framer):
         """
         if is_certain:
             self._newest.clear()
-        if self.position:
+        if self._handed_on:
             tables = self._shown if self._is_shut else self.tables
             self._may_jump, self._is_jump = True, not self._newest
             self._before = () if self._is_jump else (tables.packets, *self._newest)
-            self._seen, self._search_end = {NULL_PID}, self.position + JUMP_SEARCH
+            self._seen, self._search_end = {NULL_PID}, self._handed_on + JUMP_SEARCH
 
     def shut(self, is_backlog: bool) -> None:
         self.drop()
@@ -2171,7 +2168,8 @@ class TsFramer(Framer):
     def is_shut(self) -> bool:
         return self._is_shut
 
-    def feed(self, data: bytes) -> list[Block]:
+    def feed(self, data: bytes) -> list[Framed]:
+        self._has_join = False
         carry, self._carry = self._carry, b""
         missing = TS_PACKET - len(carry)
         if carry[:1] == TS_SYNC and len(data) >= missing:
@@ -2179,8 +2177,8 @@ class TsFramer(Framer):
             return self._cut(carry + data[:missing], 0) + self._cut(data, missing)
         return self._cut(carry + data, 0)
 
-    def _cut(self, data: bytes, at: int) -> list[Block]:
-        blocks = []
+    def _cut(self, data: bytes, at: int) -> list[Framed]:
+        blocks: list[Framed] = []
         while len(data) - at >= TS_PACKET:
             whole = (len(data) - at) // TS_PACKET
             first_bytes = data[at : at + whole * TS_PACKET : TS_PACKET]
@@ -2197,10 +2195,10 @@ class TsFramer(Framer):
         self._carry = data[at:]
         return blocks
 
-    def _hand_on(self, data: bytes, start: int, end: int, unit: int = 1) -> list[Block]:
+    def _hand_on(self, data: bytes, start: int, end: int, unit: int = 1) -> list[Framed]:
         return [] if self._is_shut else super()._hand_on(data, start, end, unit)
 
-    def _pass_if_opened(self, data: bytes, start: int, end: int) -> list[Block]:
+    def _pass_if_opened(self, data: bytes, start: int, end: int) -> list[Framed]:
         """Drop these packets up to the first that a decoder can start with, if there is one."""
         flags = data[start + 1 : end : TS_PACKET]
         index = 0
@@ -2217,7 +2215,7 @@ class TsFramer(Framer):
             return self._open(data[start:end])  # without tables, here as well as later
         return []
 
-    def _open(self, data: bytes) -> list[Block]:
+    def _open(self, data: bytes) -> list[Framed]:
         """Hand these packets on, and all that follow them."""
         self._is_shut, self.tables = False, self._shown
         return self._pass(data, 0, len(data))
@@ -2241,9 +2239,9 @@ class TsFramer(Framer):
         ahead = (self._dropped_dts - self._had) % TIMESTAMP_MODULUS
         return 0 < ahead < TIMESTAMP_MODULUS - NEW_CLOCK_TICKS
 
-    def _pass(self, data: bytes, start: int, end: int) -> list[Block]:
+    def _pass(self, data: bytes, start: int, end: int) -> list[Framed]:
         """Look at each packet that starts a section or a PES packet; one in fifty does."""
-        blocks: list[Block] = []
+        blocks: list[Framed] = []
         flags = data[start + 1 : end : TS_PACKET]
         first, index = start, 0
         firsts = self._first_places(data, start, end)
@@ -2261,7 +2259,12 @@ class TsFramer(Framer):
                 self.preamble, self.unplayed = self.tables.packets, self.tables.unplayed
                 firsts = self._first_places(data, first, end)  # of other PIDs, perhaps
             elif packet[1] & 0x40 and pid in self.tables.streams:
-                self._see_unit(pid, packet, self.position + at - start)
+                join = self._see_unit(pid, packet)
+                if join and not join.at_start:
+                    blocks += self._hand_on(data, start, at, TS_PACKET)
+                    start = at
+                if join:
+                    blocks.append(join)
             index += 1
         blocks += self._hand_on(data, start, end, TS_PACKET)
         self._remember(memoryview(data)[first:end])
@@ -2289,7 +2292,7 @@ class TsFramer(Framer):
         """The numbers of the packets that are the first of their PIDs since the stream may jump."""
         if not self._may_jump:
             return []
-        if self.position >= self._search_end:
+        if self._handed_on >= self._search_end:
             self._may_jump = self._is_jump  # the rest of the PIDs is not known to jump
             return []
         pids = data[start + 2 : end : TS_PACKET]  # their lower halves
@@ -2330,28 +2333,41 @@ class TsFramer(Framer):
                 return found
         return _newest_counter(self._before, pid)
 
-    def _see_unit(self, pid: int, packet: bytes, position: int) -> None:
+    def _see_unit(self, pid: int, packet: bytes) -> Join | None:
+        """Look at a PES packet that starts a unit; returns a mark if a decoder can start there."""
         dts = self._dts_of(pid, packet)
         if dts is not None:
             self.last_dts = dts
-        tables = self.tables
-        has_video = tables.video_pid >= 0
-        is_key_frame = pid == tables.video_pid and self._is_key_frame(packet)
-        waits_for_key_frame = self._in_segments or (has_video and self._has_key_frame)
-        if self._segment is not None and (is_key_frame or not has_video):
-            # Here where pictures that need others came first, else at the segment's start.
-            is_whole = self._first_unit is None
-            preamble = b"" if is_whole and self._has_tables else self.preamble
-            at = self._segment if is_whole else position
-            self.joins.append(JoinPoint(at, preamble, JoinKind.SEGMENT, dts=self.last_dts))
-            self._segment = None
-        elif is_key_frame or not (waits_for_key_frame or self.joins):  # of others, one a turn
-            kind = JoinKind.KEY_FRAME if is_key_frame else JoinKind.ANY
-            self.joins.append(JoinPoint(position, self.preamble, kind, dts=self.last_dts))
-        if self._first_unit is None and (pid == tables.video_pid or not has_video):
-            self._first_unit = position
+        has_video = self.tables.video_pid >= 0
+        is_key_frame = pid == self.tables.video_pid and self._is_key_frame(packet)
+        join = self._join_at(pid, is_key_frame)
+        if join:
+            self._has_join = True
+        if pid == self.tables.video_pid or not has_video:
+            self._has_unit = True
         if is_key_frame:
             self._key_frame_time = time.monotonic()
+        return join
+
+    def _join_at(self, pid: int, is_key_frame: bool) -> Join | None:
+        """The mark for a unit that starts here, if it deserves one."""
+        has_video = self.tables.video_pid >= 0
+        if self._awaits_start and (is_key_frame or not has_video):
+            # Here if pictures that need others came first, else already at the segment's start.
+            self._awaits_start = False
+            is_whole = not self._has_unit
+            preamble = b"" if is_whole and self._has_tables else self.preamble
+            return Join(preamble, is_key_frame, self.last_dts, at_start=is_whole)
+        if is_key_frame:
+            return Join(self.preamble, is_key_frame, self.last_dts)
+        if self._in_segments:
+            is_first_picture = pid == self.tables.video_pid and not self._has_unit
+            is_makeshift = self._awaits_start and is_first_picture and bool(self.preamble)
+            return Join(self.preamble, is_makeshift=True) if is_makeshift else None
+        waits_for_key_frame = has_video and self._has_key_frame
+        if waits_for_key_frame or self._has_join:  # one in each turn is enough
+            return None
+        return Join(self.preamble, dts=self.last_dts)
 
     @property
     def _has_key_frame(self) -> bool:
@@ -2418,24 +2434,23 @@ class AudioFramer(Framer):
         self._may_be_tag = True  # nothing but tags has come since the start, a segment's or a seam
         self._tag_left = 0  # bytes of an open tag still to come
 
-    def start_segment(self) -> None:
+    def start_segment(self) -> list[Framed]:
         self.preamble = b""
-        super().start_segment()
+        return super().start_segment()
 
     def drop(self) -> None:
         super().drop()
         self._may_be_tag, self._tag_left = True, 0
 
-    def feed(self, data: bytes) -> list[Block]:
+    def feed(self, data: bytes) -> list[Framed]:
         start = 0
         if self._may_be_tag:
             data, self._carry = self._carry + data, b""
             start = self._tags_end(data)
         if start == len(data):
             return []
-        if not (self._in_segments or self.joins):  # one join point in each turn is enough
-            self.joins.append(JoinPoint(self.position, b"", JoinKind.ANY))
-        return self._hand_on(data, start, len(data))
+        blocks = self._hand_on(data, start, len(data))
+        return blocks if self._in_segments else [Join(), *blocks]  # one in each turn is enough
 
     def _tags_end(self, data: bytes) -> int:
         """Where the media begins behind tags: the end of the data if that is not known yet."""
@@ -2890,7 +2905,7 @@ def fill(buffer: Any, items: Items) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Window: the newest bytes of a channel, and where its viewers are in them
+# Window: the newest blocks and segments of a channel, and where its viewers are in them
 #
 # Each viewer's thread takes blocks from here and sends them with a call that blocks.  Tried or
 # weighed, and not done:
@@ -2941,11 +2956,94 @@ def viewer_label(address: str) -> str:
     return f"viewer {address}"
 
 
-class Window:
-    """A channel's newest blocks; the feeder appends, each viewer takes from its own place.
+# HLS: a window's newest complete segments, for clients that poll (RFC 8216)
 
-    Blocks are numbered from 0 and positions counted in bytes since the channel began, so eviction
-    moves nobody: a viewer whose next block is older than the oldest one has fallen behind.
+MAP_EXTENSION = "mp4"
+PLAYLIST_TYPE = "application/vnd.apple.mpegurl"
+LEAST_LISTED, MOST_LISTED = 3, 8  # segments; Chromium gives up on a first playlist with two
+LISTED_SECONDS = 24.0  # that a playlist lasts at least, if MOST_LISTED segments last as long
+EPOCH = 1_735_689_600  # 2025-01-01, in Unix time
+# Seconds of a segment of a source without segments.  If more passed, the clock was set anew: listed
+# as it is, that time would make a target duration, which never falls again, and by which clients
+# would reload the playlist too seldom.
+SHORTEST_CUT, LONGEST_CUT = 2.0, 12.0
+
+
+def _seconds_since_epoch() -> int:
+    """A machine without a clock of its own starts long before it."""
+    return max(0, int(time.time() - EPOCH))
+
+
+@dataclass
+class Numbering:
+    """What the next segment of a variant has: more than all before it, whatever was closed since.
+
+    They begin with the time, so that a server that was started again repeats nothing; in tenths of
+    seconds, for what comes at a start comes faster than time; since EPOCH, for GStreamer and older
+    televisions take no number above 2^31 (in 2031).
+    """
+
+    number: int = field(default_factory=lambda: 10 * _seconds_since_epoch() + 1)
+    discontinuities: int = field(default_factory=_seconds_since_epoch)
+
+
+def timestamp_tag(seconds: float) -> bytes:
+    """The ID3 tag that tells the time of packed audio (3.4)."""
+    ticks = round(seconds * 90_000) % TIMESTAMP_MODULUS
+    content = b"com.apple.streaming.transportStreamTimestamp\0" + struct.pack(">Q", ticks)
+    frame = b"PRIV" + struct.pack(">IH", len(content), 0) + content
+    return b"ID3\4\0\0" + struct.pack(">I", len(frame)) + frame  # all sizes are below 128
+
+
+@dataclass(eq=False)
+class Segment:
+    """A run of blocks: a segment of the origin's, or one that the window cuts at key frames.
+
+    The window's lock guards it.  What a playlist tells of it, from `preamble` to `clock`, does not
+    change any more once it is listed, so that a reader of the playlist needs no lock.
+    """
+
+    first: int  # number of its first block
+    duration: float = 0.0  # seconds; 0: the origin does not say
+    is_own: bool = False  # the window cut it, because the source has no segments
+    start: Join | None = None  # the first place in it where a decoder can start; None: unknown
+    makeshift: Join | None = None  # its first picture, which needs others
+    # Set once it is complete and numbered:
+    end: int = -1  # number of the block behind its last one
+    size: int = 0  # bytes
+    preamble: bytes = b""  # what a decoder needs in front of it
+    number: int = -1  # in HLS
+    map_number: int = -1  # of the first segment with the same initialization section
+    discontinuities: int = 0  # up to this segment, its own counted
+    is_apart: bool = False  # it does not continue the one before it
+    clock: float = 0.0  # seconds of all segments before it
+    is_listed: bool = False
+    kept_until: float = -math.inf  # after it has left the playlist
+
+    @property
+    def is_numbered(self) -> bool:
+        return self.number >= 0
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The content of a playlist."""
+
+    segments: Sequence[Segment]
+    container: Container
+    target: int  # seconds
+    is_over: bool  # the source truly ended with the newest of them
+
+
+class Window:
+    """A channel's newest blocks and segments: the feeder appends, viewers take, HLS lists.
+
+    Blocks are numbered from 0 since the channel began, so eviction moves nobody: a viewer whose
+    next block is older than the oldest one has fallen behind.
+
+    One rule says what is kept: the newest `limit` bytes; beyond them the segments that late viewers
+    need and, while a client polls, those that it may request, as long as all of it fits into
+    `growth` times `limit`.
     """
 
     def __init__(
@@ -2961,66 +3059,275 @@ class Window:
         self._lock = threading.Lock()
         self._grown = threading.Condition(self._lock)  # viewers wait; append() and end() notify
         self._taken = threading.Condition(self._lock)  # the feeder waits; viewers notify
+        self._told = threading.Condition(self._lock)  # polling clients wait for a segment or an end
         self._feeder_waits = False
         self._blocks: deque[Block] = deque()
         self._first = 0  # number of the oldest block
-        self._tail = 0  # its position
-        self._head = 0  # position behind the newest block
-        self._joins: deque[JoinPoint] = deque()
+        self._size = 0  # bytes
+        self._joins: deque[Join] = deque()  # the places where a decoder can start
+        self._ahead: list[Join] = []  # places in front of the next block
+        self._segments: deque[Segment] = deque()
+        self._open: Segment | None = None  # the newest segment, while it is not complete
+        self._has_segments = False  # False: the source has none, they are cut at key frames
+        self._needed: int | None = None  # number of the oldest block to keep beyond `limit`, if any
         self._viewers: dict[Viewer, None] = {}  # in the order they came
         self._is_complete: bool | None = None  # None: more will come; else whether this was all
         self._is_cut = False  # viewers leave at once, whatever they have not taken
+        # HLS:
+        self._numbering: Numbering | None = None  # None: no segment is listed (any more)
+        self._container = MPEG_TS
+        self._target = 1  # seconds; it only grows
+        self._asked: float | None = None  # when a client polled last
+        self._is_apart = True  # the next segment does not continue the one before it
+        self._newest_map: tuple[bytes, int] | None = None  # and the number of its first segment
+        self._clock = 0.0  # seconds of all numbered segments
+        self._lacks_room = False  # see lacks_room
 
     def __repr__(self) -> str:
-        held = f"{self._first}+{len(self._blocks)} blocks, {self._head - self._tail} bytes"
+        held = f"{self._first}+{len(self._blocks)} blocks, {self._size} bytes"
         end = {None: "open", True: "complete", False: "broken off"}[self._is_complete]
-        return f"<Window {held}, {len(self._joins)} joins, {len(self._viewers)} viewers, {end}>"
+        segments = f"{len(self._segments)} segments, {len(self._viewers)} viewers"
+        return f"<Window {held}, {segments}, {end}>"
 
     # Feeder
 
-    def append(self, blocks: Iterable[Block], joins: Iterable[JoinPoint] = ()) -> None:
-        """Add blocks and join points, evicting the oldest.
+    def offer_hls(self, container: Container, numbering: Numbering, target: float) -> None:
+        """Number and list complete segments from now on.
 
-        Blocks while the foremost viewer has not taken what would have to go.
+        `numbering` is used by no other window that is still fed.  `target` is the least target
+        duration in seconds.
         """
         with self._lock:
-            new = deque(joins)
-            for block in blocks:
-                self._make_room(len(block))
+            if not self._is_cut:
+                self._container, self._numbering = container, numbering
+                self._target = max(1, round(target))
+
+    def begin(self, duration: float = 0.0, *, is_apart: bool = False) -> None:
+        """A segment of the origin's begins with the next block."""
+        with self._lock:
+            if self._open:
+                self._break_off()
+            self._use_makeshift()
+            self._has_segments = True
+            self._is_apart = self._is_apart or is_apart
+            self._ahead.clear()
+            self._open = Segment(self._end, duration)
+            self._segments.append(self._open)
+            self._update_needed()
+
+    def append(self, items: Iterable[Framed]) -> None:
+        """Add blocks and the places between them where a decoder can start, evicting the oldest.
+
+        Waits while the foremost viewer has not taken the block that would have to go.
+        """
+        with self._lock:
+            for item in items:
+                if isinstance(item, Join):
+                    self._add_join(item)
+                    continue
+                self._make_room(len(item))
                 if self._is_cut:
                     return
-                self._blocks.append(block)
-                self._head += len(block)
-                while new and new[0].position < self._head:  # viewers may need it meanwhile
-                    self._add_join(new.popleft())
-            for join in new:
-                self._add_join(join)
+                self._blocks.append(item)
+                self._size += len(item)
+                for join in self._ahead:
+                    self._note(join, self._end - 1)
+                self._ahead.clear()
             self._grown.notify_all()
 
+    def finish(self, preamble: bytes) -> None:
+        """The open segment is complete; `preamble` is what a decoder needs in front of it."""
+        with self._lock:
+            segment = self._open
+            if segment:
+                seconds = segment.duration or float(self._target)
+                self._complete(segment, self._end, seconds, preamble)
+
+    def break_off(self) -> None:
+        """The open segment will not be complete; the next one does not continue what came."""
+        with self._lock:
+            self._break_off()
+
+    def leave_segments(self) -> None:
+        """The next bytes, behind a seam, have no segments: viewers start at key frames."""
+        with self._lock:
+            self._break_off()
+            self._has_segments = False
+            for segment in self._segments:
+                segment.start = segment.makeshift = None
+            self._update_needed()
+
+    def finish_cut(self, dts: int | None) -> None:
+        """A source without segments ended: list the rest of it.  `dts` is its newest."""
+        with self._lock:
+            segment = self._open
+            if segment and segment.is_own:
+                seconds = self._seconds_to(dts)
+                if seconds is not None and 0 < seconds < LONGEST_CUT:
+                    self._complete_cut(segment, self._end, seconds)
+
     def end(self, is_complete: bool) -> None:
-        """No more will come: viewers take the rest, then take() raises WindowEnded.  Idempotent."""
+        """No more will come: viewers take the rest, then take() raises WindowEnded.  Idempotent.
+
+        What is listed stays until close_hls().
+        """
         with self._lock:
             if self._is_complete is None:
                 self._is_complete = is_complete
             self._drop_if_over()
             self._grown.notify_all()
+            self._told.notify_all()
+
+    def close_hls(self) -> None:
+        """No more is listed or numbered: await_listed() and listed() raise WindowEnded."""
+        with self._lock:
+            self._numbering = None
+            self._drop_if_over()
+            self._told.notify_all()
 
     def cut(self) -> None:
-        """Like end(), at once and from any thread: nobody gets the rest."""
+        """Like end() and close_hls(), at once and from any thread: nobody gets the rest."""
         with self._lock:
-            self._is_cut, self._is_complete = True, False
+            self._is_cut, self._is_complete, self._numbering = True, False, None
             self._drop_if_over()
             self._grown.notify_all()
             self._taken.notify_all()
+            self._told.notify_all()
 
-    def _add_join(self, join: JoinPoint) -> None:
-        if join.position >= self._tail:
+    @property
+    def _end(self) -> int:
+        """The number of the next block."""
+        return self._first + len(self._blocks)
+
+    def _add_join(self, join: Join) -> None:
+        """Take a place in front of the next block, or at the start of the open segment.
+
+        It is of use once the block to start with is there.
+        """
+        if join.at_start and self._open and self._open.first < self._end:
+            self._note(join, self._open.first)
+        else:
+            self._ahead.append(join)
+
+    def _note(self, join: Join, block: int) -> None:
+        """Remember that a decoder can start with this block."""
+        segment = self._open
+        join.block = block
+        if join.block < self._first:
+            return  # it has left the window
+        if join.is_makeshift:
+            if segment and not segment.makeshift:
+                segment.makeshift = join
+            return
+        self._joins.append(join)
+        if not self._has_segments:
+            self._cut_at(join)
+        elif segment and not segment.start:
+            segment.start = join
+            self._update_needed()
+
+    def _use_makeshift(self) -> None:
+        """No key frame came in all of the newest segment: its first picture has to do."""
+        segment = self._segments[-1] if self._segments else None
+        join = segment.makeshift if segment else None
+        if segment and join and not segment.start and join.block >= self._first:
+            segment.start = join
             self._joins.append(join)
+
+    def _break_off(self) -> None:
+        self._ahead.clear()
+        self._open, self._is_apart = None, True
+        self._update_needed()
+
+    # Segments that the window cuts: where a decoder can start, and where its clock tells when
+
+    def _cut_at(self, join: Join) -> None:
+        if join.dts is None or not self._numbering:
+            return
+        seconds = self._seconds_to(join.dts)
+        segment = self._open
+        is_like = segment and segment.start and segment.start.is_key_frame is join.is_key_frame
+        if segment and seconds is not None and is_like and seconds < LONGEST_CUT:
+            if seconds < SHORTEST_CUT:
+                return
+            self._complete_cut(segment, join.block, seconds)
+        else:
+            self._is_apart = True
+        self._open = Segment(join.block, is_own=True, start=join)
+        self._segments.append(self._open)
+        self._update_needed()
+
+    def _complete_cut(self, segment: Segment, end: int, seconds: float) -> None:
+        self._complete(segment, end, seconds, segment.start.preamble if segment.start else b"")
+
+    def _seconds_to(self, dts: int | None) -> float | None:
+        """From the start of the open segment; None if its clock does not tell."""
+        begun = self._open.start.dts if self._open and self._open.start else None
+        if begun is None or dts is None:
+            return None
+        return (dts - begun) % TIMESTAMP_MODULUS / 90_000
+
+    # The list of HLS
+
+    def _complete(self, segment: Segment, end: int, seconds: float, preamble: bytes) -> None:
+        """The open segment ends in front of block `end`: list it if all of it is still there."""
+        self._open = None
+        is_whole = segment.first >= self._first
+        if self._numbering and is_whole and segment.first < end:
+            segment.end, segment.duration, segment.preamble = end, seconds, preamble
+            segment.size = sum(map(len, self._blocks_between(segment.first, segment.end)))
+            self._number(segment, self._numbering)
+            self._trim_list()
+            self._is_apart = False
+            self._told.notify_all()
+        else:
+            self._is_apart = True
+        if not is_whole:
+            self._lacks_room = True
+        elif len(self._listed()) >= LEAST_LISTED:
+            self._lacks_room = False
+        self._update_needed()
+
+    def _number(self, segment: Segment, numbering: Numbering) -> None:
+        numbering.discontinuities += self._is_apart
+        segment.is_apart, segment.discontinuities = self._is_apart, numbering.discontinuities
+        segment.number, segment.clock = numbering.number, self._clock
+        if self._newest_map is None or self._newest_map[0] != segment.preamble:
+            self._newest_map = segment.preamble, segment.number
+        segment.map_number = self._newest_map[1]
+        segment.is_listed = True
+        numbering.number += 1
+        self._clock += segment.duration
+        self._target = max(self._target, int(segment.duration + 0.5))
+
+    def _trim_list(self) -> None:
+        """Take the oldest off the playlist; each is kept for as long again (6.2.2)."""
+        listed = deque(self._listed())
+        while len(listed) > LEAST_LISTED and self._is_long(listed):
+            seconds = sum(segment.duration for segment in listed)
+            oldest = listed.popleft()
+            oldest.is_listed, oldest.kept_until = False, time.monotonic() + seconds
+
+    def _is_long(self, listed: Sequence[Segment]) -> bool:
+        """Whether a playlist is long enough without its oldest segment, or too large with it.
+
+        It is too large if there is no room for as many segments again and one that is written.
+        """
+        seconds = sum(segment.duration for segment in listed) - listed[0].duration
+        size = 2 * sum(segment.size for segment in listed) + listed[-1].size
+        is_too_large = size > self.growth * self.limit
+        return len(listed) > MOST_LISTED or seconds >= LISTED_SECONDS or is_too_large
+
+    def _listed(self) -> list[Segment]:
+        return [segment for segment in self._segments if segment.is_listed]
+
+    # Eviction
 
     def _make_room(self, size: int) -> None:
         """Evict the oldest blocks until `size` more bytes fit, waiting for the foremost viewer."""
-        while self._blocks and self._head - self._tail + size > self.limit and not self._is_cut:
-            if self._head - self._tail + size <= self._grown_limit(size):
+        while self._blocks and self._size + size > self.limit and not self._is_cut:
+            is_needed = self._needed is not None and self._first >= self._needed
+            if is_needed and self._size + size <= self.growth * self.limit:
                 return
             wait = self._foremost_wait()
             if wait <= 0:
@@ -3031,22 +3338,43 @@ class Window:
                 self._taken.wait(min(wait, FEEDER_TICK))
                 self._feeder_waits = False
 
-    def _grown_limit(self, size: int) -> int:
-        """Bytes that may be held so that a late viewer finds the segment it should start with."""
-        starts = self._segment_starts()
-        if self.growth == 1 or not starts:
-            return self.limit
-        is_enough = len(starts) >= self.kept_segments
-        oldest = starts[-self.kept_segments] if is_enough else self._tail
-        return max(self.limit, min(self._head + size - oldest, self.growth * self.limit))
+    def _update_needed(self) -> None:
+        """Decide which blocks are kept beyond `limit`.
+
+        They are the segments that a new viewer gets at once, one before these and one after them.
+        While a client polls, they are also the listed segments, those that have left the playlist
+        for no longer than it lasted, and the open one.
+        """
+        starts = [join.block for join in self._starts()]
+        count = self.live_edge + 2
+        needed = []
+        if starts:  # with fewer starts than that, all that fits is kept
+            needed.append(starts[-count] if len(starts) >= count else 0)
+        if self._numbering and self._is_polled:
+            now = time.monotonic()
+            wanted = [
+                segment.first
+                for segment in self._segments
+                if segment.first >= self._first
+                and (segment.is_listed or segment.kept_until > now or segment is self._open)
+            ]
+            needed += wanted[:1]
+        self._needed = min(needed, default=None)
+
+    def _starts(self) -> list[Join]:
+        """The places where viewers start in the origin's segments, as far as they are left."""
+        starts = []
+        for segment in self._segments:
+            join = segment.start
+            if join and not segment.is_own and join.block >= self._first:
+                starts.append(join)
+        return starts
 
     @property
-    def kept_segments(self) -> int:
-        """Those that a new viewer gets at once, the one before them, and the one that comes."""
-        return self.live_edge + 2
-
-    def _segment_starts(self) -> list[int]:
-        return [join.position for join in self._joins if join.kind is JoinKind.SEGMENT]
+    def _is_polled(self) -> bool:
+        """Whether a client asked within the longest time that a segment is listed and kept."""
+        seconds = 2.0 * MOST_LISTED * self._target
+        return self._asked is not None and time.monotonic() - self._asked <= seconds
 
     def _foremost_wait(self) -> float:
         """Seconds to wait for somebody to take the oldest block; 0 or less: evict it.
@@ -3074,10 +3402,27 @@ class Window:
         return self.patience if foremost.is_waiting else foremost.moved + self.patience - now
 
     def _evict(self) -> None:
-        self._tail += len(self._blocks.popleft())
+        self._size -= len(self._blocks.popleft())
         self._first += 1
-        while self._joins and self._joins[0].position < self._tail:
+        while self._joins and self._joins[0].block < self._first:
             self._joins.popleft()
+        for segment in self._segments:
+            if segment.first >= self._first:
+                break
+            if segment.is_listed:
+                segment.is_listed = False
+                few = len(self._listed()) < LEAST_LISTED
+                self._lacks_room = self._lacks_room or (few and self._is_polled)
+        while self._segments and self._is_gone(self._segments[0]):
+            self._segments.popleft()
+        if self._needed is not None and self._needed < self._first:
+            self._update_needed()
+
+    def _is_gone(self, segment: Segment) -> bool:
+        """Whether nothing can begin in it any more."""
+        if segment is self._open or segment.first >= self._first:
+            return False
+        return segment.start is None or segment.start.block < self._first
 
     # Viewers
 
@@ -3087,7 +3432,7 @@ class Window:
             viewer.next, viewer.pending, viewer.has_caught_up = 0, [], False
             viewer.is_waiting, viewer.moved = True, time.monotonic()
             self._viewers[viewer] = None
-            if self._head:
+            if self._end:
                 self._seek(viewer)
 
     def leave(self, viewer: Viewer) -> None:
@@ -3129,14 +3474,14 @@ class Window:
 
     def _has_more(self, viewer: Viewer) -> bool:
         if viewer.next is None:
-            return self._join_point() is not None
-        return bool(viewer.pending) or viewer.next < self._first + len(self._blocks)
+            return self._join() is not None
+        return bool(viewer.pending) or viewer.next < self._end
 
     def _gather(self, viewer: Viewer) -> list[Block]:
         viewer.moved = time.monotonic()
         taken, viewer.pending = viewer.pending, []
         size = sum(map(len, taken))
-        end = self._first + len(self._blocks)
+        end = self._end
         while viewer.next is not None and viewer.next < end and len(taken) < SEND_BLOCKS:
             block = self._blocks[viewer.next - self._first]
             if taken and size + len(block) > SEND_LIMIT:
@@ -3150,332 +3495,152 @@ class Window:
         return taken
 
     def _seek(self, viewer: Viewer) -> None:
-        """Move to the join point a new viewer gets, or to waiting for the next."""
-        join = self._join_point()
-        if join is None:
-            viewer.next, viewer.pending = None, []
-            return
-        at, number = self._tail, self._first
-        for block in self._blocks:
-            if at + len(block) > join.position:
-                break
-            at, number = at + len(block), number + 1
-        viewer.next, viewer.pending = number, [join.preamble] if join.preamble else []
-        if join.position > at:
-            viewer.pending.append(self._blocks[number - self._first][join.position - at :])
-            viewer.next += 1
+        """Move to the place where a new viewer starts, or to waiting for one."""
+        join = self._join()
+        viewer.next = join.block if join else None
+        viewer.pending = [join.preamble] if join and join.preamble else []
 
-    def _join_point(self) -> JoinPoint | None:
-        """Where a new viewer starts: at the best kind of join points that there is."""
+    def _join(self) -> Join | None:
+        """Where a new viewer starts: `live_edge` segments back, or at a key frame, or anywhere."""
+        starts = self._starts()
+        if starts:
+            return starts[-self.live_edge :][0]
         now = time.monotonic()
-        usable = [
-            join
-            for join in self._joins
-            if join.kind is not JoinKind.KEY_FRAME or now - join.time < KEY_FRAME_LIFE
+        joins = [
+            join for join in self._joins if join.is_key_frame and now - join.time < KEY_FRAME_LIFE
         ]
-        best = max((join.kind for join in usable), default=None)
-        joins = [join for join in usable if join.kind is best]
-        if best is JoinKind.SEGMENT:
-            return joins[-self.live_edge :][0]
+        if not joins:
+            joins = [join for join in self._joins if not join.is_key_frame]
         back = now - KEY_FRAME_BACK
         old_enough = [join for join in joins if join.time <= back]
         return next(iter(old_enough[-1:] or joins), None)
 
     def _drop_if_over(self) -> None:
         """Give the memory back once nobody will take from it, not when a collector comes by."""
-        if self._is_cut or (self._is_complete is not None and not self._viewers):
+        is_over = self._is_complete is not None and not self._viewers and not self._numbering
+        if self._is_cut or is_over:
+            self._first, self._size = self._end, 0
             self._blocks.clear()
             self._joins.clear()
+            self._segments.clear()
 
-    # Anybody
+    # Clients that poll HLS
+
+    def await_listed(self, had: int, timeout: float) -> bool:
+        """Wait until there is a playlist with more than segment `had`, for `timeout` seconds.
+
+        Returns whether there is one.  Raises WindowEnded if no more will be listed.
+        """
+        with self._lock:
+            self._note_poll()
+            self._told.wait_for(lambda: not self._numbering or self._has_newer(had), timeout)
+            if not self._numbering:
+                raise WindowEnded(complete=False)
+            return self._has_newer(had)
+
+    def _has_newer(self, had: int) -> bool:
+        if self._is_complete:
+            return True
+        listed = self._listed()
+        return len(listed) >= LEAST_LISTED and listed[-1].number > had
+
+    def listed(self) -> Listed:
+        """The segments of the playlist; raises WindowEnded if there are none any more."""
+        with self._lock:
+            self._note_poll()
+            segments = self._listed() if self._numbering else []
+            if not segments:
+                raise WindowEnded(complete=False)
+            return Listed(segments, self._container, self._target, bool(self._is_complete))
+
+    def find(self, number: int, extension: str) -> list[Block]:
+        """A segment or an initialization section; empty if there is none."""
+        with self._lock:
+            self._note_poll()
+            for segment in self._segments:
+                if not (self._numbering and segment.is_numbered and segment.first >= self._first):
+                    continue
+                if (segment.number, self._container.extension) == (number, extension):
+                    return self._media_of(segment)
+                is_map = self._container.has_map and extension == MAP_EXTENSION
+                if is_map and segment.map_number == number:
+                    return [segment.preamble]
+        return []
+
+    def _note_poll(self) -> None:
+        is_first = not self._is_polled
+        self._asked = time.monotonic()
+        if is_first:
+            self._update_needed()
+
+    def _media_of(self, segment: Segment) -> list[Block]:
+        """A segment's blocks, with what a decoder needs in front of them."""
+        blocks = self._blocks_between(segment.first, segment.end)
+        if self._container.has_map:
+            return blocks
+        if self._container.is_packed_audio:
+            has_tag = 0 < len(segment.preamble) < TAG_LIMIT
+            return [segment.preamble if has_tag else timestamp_tag(segment.clock), *blocks]
+        has_tables = pid_of(bytes(blocks[0][:3]).ljust(3, b"\xff")) == 0
+        return blocks if has_tables else [segment.preamble, *blocks]
+
+    def _blocks_between(self, first: int, end: int) -> list[Block]:
+        return list(itertools.islice(self._blocks, first - self._first, end - self._first))
 
     @property
-    def tail(self) -> int:
-        """Position of the oldest byte."""
-        return self._tail
-
-    def between(self, start: int, end: int) -> list[Block]:
-        """What was appended between two positions; nothing where some of it was evicted."""
+    def target(self) -> int:
+        """The playlist's target duration in seconds."""
         with self._lock:
-            at, pieces = self._head, deque[Block]()
-            for block in reversed(self._blocks if start >= self._tail else ()):
-                at -= len(block)
-                if at < end:
-                    pieces.appendleft(block[max(0, start - at) : end - at])
-                if at <= start:
-                    break
-            return list(pieces)
+            return self._target
+
+    @property
+    def lacks_room(self) -> bool:
+        """Whether a segment was larger than the window, or three are."""
+        with self._lock:
+            return self._lacks_room
+
+    # Anybody
 
     def held(self) -> tuple[int, float]:
         """Bytes in the window, and about how many seconds ago the oldest came."""
         with self._lock:
             oldest = self._joins[0].time if self._joins else time.monotonic()
-            return sum(map(len, self._blocks)), time.monotonic() - oldest
+            return self._size, time.monotonic() - oldest
 
 
-# --------------------------------------------------------------------------------------------------
-# HLS: the newest segments of a channel's window, for who polls (RFC 8216)
-# --------------------------------------------------------------------------------------------------
+def media_playlist(window: Window, name: str, tail: str, had: int = 0) -> tuple[int, str]:
+    """The newest number and the media playlist; `tail` is the query of all addresses in it.
 
-MAP_EXTENSION = "mp4"
-PLAYLIST_TYPE = "application/vnd.apple.mpegurl"
-LEAST_LISTED, MOST_LISTED = 3, 8  # segments; Chromium gives up on a first playlist with two
-LISTED_BYTES = 64 * MIB  # beyond LEAST_LISTED; as many that have left the playlist are kept as well
-EPOCH = 1_735_689_600  # 2025-01-01, in Unix time
-# Seconds of what has no segments; longer: another clock.  Listed as it is, it would make a target
-# duration, which never falls again, after which eight of the usual ones are gone before a reload.
-SHORTEST_CUT, LONGEST_CUT = 2.0, 12.0
-
-
-@dataclass(frozen=True)
-class ListedSegment:
-    number: int
-    start: int  # its position in the window
-    blocks: Sequence[Block]
-    init_section: bytes  # of fMP4
-    map_number: int  # of the first segment that had this one; -1: it has none
-    duration: float  # seconds
-    discontinuities: int  # up to this segment, its own counted
-    is_apart: bool  # it does not continue the one before it
-
-
-def _seconds_since_epoch() -> int:
-    """A machine without a clock of its own starts long before it."""
-    return max(0, int(time.time() - EPOCH))
-
-
-@dataclass
-class Numbering:
-    """What the next segment of a variant has: more than all before it, whatever was closed since.
-
-    They begin with the time, so that a server that was started again repeats nothing; in tenths of
-    seconds, for what comes at a start comes faster than time; since EPOCH, for GStreamer and older
-    televisions take no number above 2^31 (in 2031).
+    They are relative: whatever proxy there is, they lead to where this one came from.
+    A client that has had a playlist up to number `had` is told of three more at most: of many, as
+    they come after an outage, Chromium takes the last three, and then fails at the gap before them.
+    Raises WindowEnded if nothing is listed any more.
     """
-
-    number: int = field(default_factory=lambda: 10 * _seconds_since_epoch() + 1)
-    discontinuities: int = field(default_factory=_seconds_since_epoch)
-
-
-class Listing:
-    """A live channel's newest complete segments, numbered.
-
-    Those that have left the playlist can be fetched for as long again (6.2.2).  While nobody asks,
-    only what the window holds anyway is kept.  The channel's thread adds, requests read.
-    """
-
-    def __init__(
-        self, window: Window, container: Container, target: float, numbering: Numbering
-    ) -> None:
-        """`target` is the least target duration in seconds."""
-        self.window, self.container = window, container
-        self.numbering = numbering  # no other's that goes on
-        self.asked = -math.inf  # when somebody did last
-        # The channel's thread alone.
-        self._start: JoinPoint | None = None  # of the open segment
-        self._duration = 0.0  # seconds, as the origin says
-        self._is_apart = True  # it does not continue the one before it
-        self._clock = 0.0  # seconds of all segments
-        # _changed guards everything below.  Notified when a segment comes and at the end.
-        self._changed = threading.Condition()
-        self._listed: deque[ListedSegment] = deque()
-        self._left: deque[tuple[float, ListedSegment]] = deque()  # no more listed; until when kept
-        self._is_over = False  # the source truly ended with the newest listed segment
-        self._is_closed = False
-        self.lacks_room = False  # the newest segment was larger than the window
-        self.target = max(1, round(target))  # seconds
-
-    # The channel's thread
-
-    def expect(self, duration: float, is_apart: bool) -> None:
-        """A segment of the origin's comes next, which may have to wait for a place to start."""
-        self._duration, self._is_apart = duration, self._is_apart or is_apart
-
-    def start(self, position: int) -> None:
-        """It starts here."""
-        self._start = JoinPoint(position, b"", JoinKind.SEGMENT)
-
-    def finish(self, position: int, preamble: bytes) -> None:
-        """It is complete; `preamble` is what a decoder needs before it."""
-        if self._start:
-            self._add(self._start, position, self._duration or float(self.target), preamble)
-        self._start = None
-
-    def drop(self) -> None:
-        """The rest of it will not come; what comes next does not continue what came."""
-        self._start, self._is_apart = None, True
-
-    def end(self) -> None:
-        """The source truly ended: what is listed now is all, and stays until close()."""
-        with self._changed:
-            self._is_over = True
-            self._changed.notify_all()
-
-    def cut_at(self, joins: Iterable[JoinPoint]) -> None:
-        """Cut what has no segments where decoders can start, and where its clock tells when."""
-        for join in joins:
-            if join.dts is None:
-                continue
-            start, seconds = self._start, self._seconds_to(join.dts)
-            if start and start.kind is not join.kind:
-                seconds = math.inf
-            if start and SHORTEST_CUT <= seconds < LONGEST_CUT:
-                self._add(start, join.position, seconds, start.preamble)
-            elif seconds < SHORTEST_CUT:
-                continue
-            else:
-                self._is_apart = True
-            self._start = join
-
-    def cut_rest(self, position: int, dts: int | None) -> None:
-        """What has no segments ends here; `dts` is its newest."""
-        seconds = self._seconds_to(dts)
-        if self._start and 0 < seconds < LONGEST_CUT:
-            self._add(self._start, position, seconds, self._start.preamble)
-
-    def _seconds_to(self, dts: int | None) -> float:
-        """From the start of what is open; infinite where its clock does not tell."""
-        begun = self._start.dts if self._start else None
-        if begun is None or dts is None:
-            return math.inf
-        return (dts - begun) % TIMESTAMP_MODULUS / 90_000
-
-    def _add(self, start: JoinPoint, end: int, duration: float, preamble: bytes) -> None:
-        blocks = self.window.between(start.position, end)
-        with self._changed:
-            self.lacks_room = not blocks
-            is_usable = any(map(len, blocks)) and not self._is_closed
-            if is_usable:
-                self.numbering.discontinuities += self._is_apart
-                self._listed.append(self._segment(start, blocks, duration, preamble))
-                self.numbering.number += 1
-                self._clock += duration
-                self.target = max(self.target, int(duration + 0.5))
-                self._trim()
-                self._changed.notify_all()
-            self._is_apart = not is_usable
-
-    def _segment(
-        self, start: JoinPoint, blocks: list[Block], duration: float, preamble: bytes
-    ) -> ListedSegment:
-        number, init_section, map_number = self.numbering.number, b"", -1
-        if self.container.has_map:
-            last = self._listed[-1] if self._listed else None
-            is_same = last is not None and last.init_section == preamble
-            init_section, map_number = preamble, last.map_number if last and is_same else number
-        elif self.container.is_packed_audio:
-            is_whole = 0 < len(preamble) < TAG_LIMIT
-            blocks = [preamble if is_whole else timestamp_tag(self._clock), *blocks]
-        elif pid_of(bytes(blocks[0][:3]).ljust(3, b"\xff")) != 0:
-            blocks = [preamble, *blocks]
-        return ListedSegment(
-            number, start.position, blocks, init_section, map_number, duration,
-            self.numbering.discontinuities, self._is_apart,
-        )  # fmt: skip
-
-    def _trim(self) -> None:
-        """Take the oldest off the playlist, and forget what left it as long ago as it was there."""
-        now = time.monotonic()
-        if now - self.asked > self.kept_time:
-            self._left.clear()
-            while self._listed[0].start < self.window.tail:
-                self._listed.popleft()
-        while len(self._listed) > MOST_LISTED or _are_large(self._listed):
-            seconds = sum(segment.duration for segment in self._listed)
-            self._left.append((now + seconds, self._listed.popleft()))
-        while self._left and (
-            self._left[0][0] <= now or _are_large([segment for _, segment in self._left])
-        ):
-            self._left.popleft()
-
-    # Any thread
-
-    @property
-    def kept_time(self) -> float:
-        """Seconds that a segment is listed and then kept, at most."""
-        return 2.0 * MOST_LISTED * self.target
-
-    @property
-    def patience(self) -> float:
-        """Seconds in which every polling client has asked again."""
-        return 3.0 * self.target
-
-    def close(self) -> None:
-        """No more will come; gives the memory back."""
-        with self._changed:
-            self._is_closed = True
-            self._listed.clear()
-            self._left.clear()
-            self._changed.notify_all()
-
-    def wait(self, listed: int, timeout: float) -> bool:
-        """Whether a playlist has more than that number, within so many seconds.
-
-        Raises WindowEnded where none comes any more.
-        """
-        self.asked = time.monotonic()
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self._has_news(listed), timeout)
-            if self._is_closed:
-                raise WindowEnded(complete=False)
-            return self._has_news(listed)
-
-    def _has_news(self, listed: int) -> bool:
-        has_newer = self.numbering.number - 1 > listed and len(self._listed) >= LEAST_LISTED
-        return self._is_over or has_newer
-
-    def find(self, number: int, extension: str) -> Sequence[Block]:
-        """A segment or an initialization section; empty where there is none."""
-        self.asked = time.monotonic()
-        with self._changed:
-            for segment in (*(segment for _, segment in self._left), *self._listed):
-                if (segment.number, self.container.extension) == (number, extension):
-                    return segment.blocks
-                if (segment.map_number, MAP_EXTENSION) == (number, extension):
-                    return [segment.init_section]
-        return ()
-
-    def playlist(self, name: str, tail: str, had: int = 0) -> tuple[int, str]:
-        """The newest number and the media playlist; `tail` is the query of all addresses in it.
-
-        They are relative: whatever proxy there is, they lead to where this one came from.
-        Who had a playlist up to number `had` is told of three more at most: of many, as they come
-        after an outage, Chromium takes the last three, and then fails at the gap before them.
-        """
-        self.asked = time.monotonic()
-        with self._changed:
-            listed, target, is_over = list(self._listed), self.target, self._is_over
-        if not listed:
-            raise WindowEnded(complete=False)
-        if had >= listed[0].number - 1:
-            is_over = is_over and listed[-1].number <= had + LEAST_LISTED
-            listed = [segment for segment in listed if segment.number <= had + LEAST_LISTED]
-        version = 6 if self.container.has_map else 3
-        text = f"#EXTM3U\n#EXT-X-VERSION:{version}\n#EXT-X-TARGETDURATION:{target}\n"
-        text += f"#EXT-X-MEDIA-SEQUENCE:{listed[0].number}\n"
-        before = listed[0].discontinuities - listed[0].is_apart
-        text += f"#EXT-X-DISCONTINUITY-SEQUENCE:{before}\n"
-        map_number, extension = -1, self.container.extension
-        for segment in listed:
-            text += "#EXT-X-DISCONTINUITY\n" if segment.is_apart else ""
-            if segment.map_number != map_number:
-                map_number = segment.map_number
-                text += f'#EXT-X-MAP:URI="{name}/{map_number}.{MAP_EXTENSION}{tail}"\n'
-            text += f"#EXTINF:{segment.duration:.3f},\n{name}/{segment.number}.{extension}{tail}\n"
-        return listed[-1].number, text + "#EXT-X-ENDLIST\n" * is_over
-
-
-def _are_large(segments: Collection[ListedSegment]) -> bool:
-    size = sum(len(block) for segment in segments for block in segment.blocks)
-    return len(segments) > LEAST_LISTED and size > LISTED_BYTES
-
-
-def timestamp_tag(seconds: float) -> bytes:
-    """The ID3 tag that tells the time of packed audio (3.4)."""
-    ticks = round(seconds * 90_000) % TIMESTAMP_MODULUS
-    content = b"com.apple.streaming.transportStreamTimestamp\0" + struct.pack(">Q", ticks)
-    frame = b"PRIV" + struct.pack(">IH", len(content), 0) + content
-    return b"ID3\4\0\0" + struct.pack(">I", len(frame)) + frame  # all sizes are below 128
+    listed = window.listed()
+    segments, is_over = listed.segments, listed.is_over
+    if had >= segments[0].number - 1:
+        is_over = is_over and segments[-1].number <= had + LEAST_LISTED
+        segments = [segment for segment in segments if segment.number <= had + LEAST_LISTED]
+    first, container = segments[0], listed.container
+    lines = [
+        "#EXTM3U",
+        f"#EXT-X-VERSION:{6 if container.has_map else 3}",
+        f"#EXT-X-TARGETDURATION:{listed.target}",
+        f"#EXT-X-MEDIA-SEQUENCE:{first.number}",
+        f"#EXT-X-DISCONTINUITY-SEQUENCE:{first.discontinuities - first.is_apart}",
+    ]
+    map_number = -1
+    for segment in segments:
+        if segment.is_apart:
+            lines.append("#EXT-X-DISCONTINUITY")
+        if container.has_map and segment.map_number != map_number:
+            map_number = segment.map_number
+            lines.append(f'#EXT-X-MAP:URI="{name}/{map_number}.{MAP_EXTENSION}{tail}"')
+        lines.append(f"#EXTINF:{segment.duration:.3f},")
+        lines.append(f"{name}/{segment.number}.{container.extension}{tail}")
+    if is_over:
+        lines.append("#EXT-X-ENDLIST")
+    return segments[-1].number, "\n".join([*lines, ""])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5953,13 +6118,13 @@ class Splicer:
     containers pass.  Bytes in a new opening that brought no segment are those of a relay.
     """
 
-    def __init__(self, listing: Listing, place: object) -> None:
-        self.window, self._listing = listing.window, listing
+    def __init__(self, window: Window, container: Container, place: object) -> None:
+        self._window, self._container = window, container
         self.place = place  # that gave the numbers
         self.number: int | None = None  # of the wanted or open segment; None without segments
         self._is_clean = False  # the newest opening: see resume()
-        self._framer = listing.container.framer()
-        self._filter = InsertFilter(listing.container)
+        self._framer = container.framer()
+        self._filter = InsertFilter(container)
         self._state = SpliceState.PASSING
         self._passed = Fingerprint()  # what viewers have had of the open segment
         self._repeat = Repeat(self._passed)
@@ -5990,7 +6155,7 @@ class Splicer:
         cannot tell what viewers have had.
         """
         self.place, self._is_clean = place, is_clean
-        self._filter = InsertFilter(self._listing.container)
+        self._filter = InsertFilter(self._container)
         self._new_init_section = None
         if self._framer.is_shut:
             self._step(Arrival.OPENING_SHUT)
@@ -6031,7 +6196,7 @@ class Splicer:
         if self._state is not SpliceState.PASSING:
             return False
         self._passed.add(data)
-        self._append(self._framer.feed(data))
+        self._window.append(self._framer.feed(data))
         return bool(data) and not self._framer.is_shut
 
     def _compare(self, data: bytes) -> bytes:
@@ -6049,14 +6214,8 @@ class Splicer:
 
     def flush(self) -> None:
         """Hand on what was held back for more to come."""
-        self._append(self._framer.flush())
-        self._listing.cut_rest(self._framer.position, self._framer.last_dts)
-
-    def _append(self, blocks: list[Block]) -> None:
-        joins, self._framer.joins = self._framer.joins, []
-        self.window.append(blocks, joins)
-        if self.number is None:
-            self._listing.cut_at(joins)
+        self._window.append(self._framer.flush())
+        self._window.finish_cut(self._framer.last_dts)
 
     def _step(self, arrival: Arrival) -> None:
         """Go to the next state, through a seam if there is one."""
@@ -6082,7 +6241,6 @@ class Splicer:
             self._repeat = Repeat(self._passed)
             return
         is_apart = event.is_discontinuous or not is_next
-        self._listing.expect(event.duration, is_reopened or is_apart)
         self._framer.expect_jump(is_certain=is_apart)  # or its counters may not continue
         if is_init_new:
             self._pass_init_section(init_section)
@@ -6091,17 +6249,17 @@ class Splicer:
             self._start_seam()  # again, behind the initialization section
             self.number += 1  # the next segment is the first of use
         else:
-            self._open_segment()
+            self._open_segment(event.duration, is_reopened or is_apart)
 
-    def _open_segment(self) -> None:
-        self._append(self._framer.flush())
-        self._framer.start_segment()
-        self._listing.start(self._framer.position)
+    def _open_segment(self, duration: float, is_apart: bool) -> None:
+        self._window.append(self._framer.flush())
+        self._window.begin(duration, is_apart=is_apart)
+        self._window.append(self._framer.start_segment())
 
     def _pass_init_section(self, init_section: bytes) -> None:
         self._init_section = init_section
-        self._append(self._framer.flush())
-        self._append(self._framer.feed_init_section(init_section))
+        self._window.append(self._framer.flush())
+        self._window.append(self._framer.feed_init_section(init_section))
 
     def _end_segment(self, event: SegmentEvent) -> None:
         """The segment is whole, or the rest of it is missing, or all of it was left out."""
@@ -6119,13 +6277,13 @@ class Splicer:
         if not is_whole:
             self._framer.drop()
         elif was_passing:
-            self._append(self._framer.flush())
+            self._window.append(self._framer.flush())
         if not is_whole and not is_before_seam:
             self._framer.expect_jump(is_certain=True)
         if is_whole and was_passing and not self._framer.is_shut:
-            self._listing.finish(self._framer.position, self._framer.preamble)
+            self._window.finish(self._framer.preamble)
         else:
-            self._listing.drop()
+            self._window.break_off()
         self.number, self._passed = event.number + 1, Fingerprint()
 
     def _start_seam(self) -> None:
@@ -6133,10 +6291,11 @@ class Splicer:
         is_relay = self.number is None
         is_clean = is_relay and self._is_clean
         self._framer.drop()
-        self._listing.drop()
+        self._window.break_off()
         self._framer.expect_jump(is_certain=is_clean or not is_relay)  # a relay may continue
         if is_relay:
             self._framer.leave_segments()
+            self._window.leave_segments()
         if not is_clean:
             self._framer.shut(is_backlog=is_relay)
 
@@ -6394,7 +6553,7 @@ class Channel:
         self.variants: Mapping[str, str] = {}  # name to variant; empty until its start found them
         self.viewers: dict[Viewer, None] = {}  # in order of arrival
         self.pollers: dict[tuple[str, ...], Viewer] = {}  # the polling clients of them, by key
-        self.listing: Listing | None = None  # for them; None where it cannot be HLS
+        self.has_hls = False  # they can poll it
         self.idle_since = math.inf  # when the last viewer left
         self.error: StreamError | None = None  # the answer to viewers of a start that failed
         self.had_media = False  # it was LIVE or PRIVATE once
@@ -6440,9 +6599,7 @@ class Channel:
         Idempotent.  A session that is made at the same moment is not found here, but its maker
         looks at `_stopped` once it can be found.
         """
-        self.window.cut()
-        if self.listing:  # before another one has its numbers
-            self.listing.close()
+        self.window.cut()  # before another one has its numbers
         self._stopped.set()
         session = self._session
         if session:
@@ -6491,7 +6648,7 @@ class Channel:
 
         The playlist of a source that has ended stays for as long.
         """
-        target_durations = self.listing.patience if self.listing else 0.0
+        target_durations = 3.0 * self.window.target if self.has_hls else 0.0
         return max(target_durations, self.linger)
 
     @property
@@ -6565,14 +6722,12 @@ class Channel:
 
     def _see_pollers_off(self, is_complete: bool) -> None:
         """Keep the playlist of a source that truly ended, so that polling clients get the rest."""
-        if self.listing and is_complete:
-            self.listing.end()
+        if self.has_hls and is_complete:
             deadline = time.monotonic() + self.poll_patience
             while self.pollers and not self.is_stopped and time.monotonic() < deadline:
                 self._stopped.wait(min(FEEDER_TICK, max(0.0, deadline - time.monotonic())))
                 self.channels.remove_pollers(self)
-        if self.listing:
-            self.listing.close()
+        self.window.close_hls()
         self.channels.remove_pollers(self, all_of_them=True)
 
     def _open_first(self) -> None:
@@ -6901,14 +7056,13 @@ class Channel:
         if is_private:
             window.limit = min(PRIVATE_WINDOW, window.limit)
             window.growth, window.patience = 1, math.inf
-        numbering = self.record.numbering(self.variant)
-        listing = Listing(window, container, upstream.target_duration, numbering)
         is_cut = has_segments or container.is_cut_for_hls
         has_hls = not is_private and is_cut and bool(container.extension)
-        if not has_hls:
-            listing.close()  # it lists nothing, and keeps nothing
-        self._splicer = Splicer(listing, self._place)
-        if not self.channels.go_live(self, container, listing if has_hls else None, is_private):
+        if has_hls:
+            numbering = self.record.numbering(self.variant)
+            window.offer_hls(container, numbering, upstream.target_duration)
+        self._splicer = Splicer(window, container, self._place)
+        if not self.channels.go_live(self, container, has_hls, is_private):
             raise Stop
         kind = "has an end" if self._has_end else "for one viewer" if is_private else "live"
         what = dict.fromkeys((kind, self.variant, container.media_type))  # a variant may be "live"
@@ -7079,7 +7233,7 @@ class Room:
     held_by: Collection[str] = ()  # addresses of the clients that hold the slots
 
 
-class NoListing(StreamError):
+class NoHls(StreamError):
     """What has an end, or no segments, has no HLS."""
 
     def __init__(self, stream: StreamSettings) -> None:
@@ -7129,7 +7283,7 @@ class Channels:
 
     def poll(
         self, stream: StreamSettings, quality: str | None, viewer: Viewer, *, anew: bool
-    ) -> tuple[Channel, Listing, Viewer]:
+    ) -> tuple[Channel, Viewer]:
         """Find or start the channel for an HLS request, and the viewer that stands for its client.
 
         A client of a channel that has ended gets the end of it, while its playlist stays, unless
@@ -7144,20 +7298,19 @@ class Channels:
             if channel is None:
                 channel = self.watch(stream, quality, viewer)
                 self._add_poller(channel, viewer)
-            known, listing = channel.pollers[viewer.key], channel.listing
+            known = channel.pollers[viewer.key]
             known.moved = time.monotonic()
-            assert listing
-        return channel, listing, known
+        return channel, known
 
     def _add_poller(self, channel: Channel, viewer: Viewer) -> None:
         """Keep an attached viewer as a poller until it has requested nothing for a while."""
-        listing, is_known = channel.listing, viewer.key in channel.pollers
-        if is_known or listing is None or not channel.is_fed:
+        is_known = viewer.key in channel.pollers
+        if is_known or not channel.has_hls or not channel.is_fed:
             self._detach(channel, viewer)
             if not channel.is_fed:  # it ended before we came to wait for it
                 raise UpstreamError(JUST_ENDED)
-            if listing is None:
-                raise NoListing(channel.stream)
+            if not channel.has_hls:
+                raise NoHls(channel.stream)
             return  # a request beside this was faster
         # The patience is read each time: the target duration of a raw source grows.
         viewer.has_left = lambda: time.monotonic() - viewer.moved > channel.poll_patience
@@ -7513,7 +7666,7 @@ class Channels:
             return not is_redundant
 
     def go_live(
-        self, channel: Channel, container: Container, listing: Listing | None, is_private: bool
+        self, channel: Channel, container: Container, has_hls: bool, is_private: bool
     ) -> bool:
         """Make a channel with media at hand LIVE or PRIVATE.
 
@@ -7525,9 +7678,7 @@ class Channels:
             if channel.is_stopped or (not is_private and self._is_offered_by_another(channel)):
                 return False
             channel.state = State.PRIVATE if is_private else State.LIVE
-            channel.had_media = True
-            if listing:
-                channel.listing = listing
+            channel.had_media, channel.has_hls = True, has_hls
             if is_private:
                 suited = [viewer for viewer in channel.viewers if channel.suits(viewer)]
                 for viewer in suited[1:]:
@@ -9742,10 +9893,10 @@ class Handler(BaseHTTPRequestHandler):
         channels = self.server.channels
         try:
             viewer = self._viewer(stream, polls=True)
-            channel, _, viewer = channels.poll(stream, quality, viewer, anew=True)
+            channel, viewer = channels.poll(stream, quality, viewer, anew=True)
             viewer.listed = 0  # the page begins anew
             watched = Watched(quality, channel.variant, f"{stream.name}.m3u8")
-        except NoListing:
+        except NoHls:
             is_played = channels.known(stream.name).container.plays_bare
             watched = Watched(quality, path=stream.name if is_played else "", has_hls=False)
         agent = self.headers.get("User-Agent", "")
@@ -9968,26 +10119,27 @@ class Handler(BaseHTTPRequestHandler):
     def answer_playlist(self, stream: StreamSettings, quality: str | None) -> None:
         """Answer with the media playlist; raises StreamError where there is none in `timeout`."""
         viewer = self._viewer(stream, polls=True)
-        channel, listing, viewer = self.server.channels.poll(stream, quality, viewer, anew=False)
-        self._await_news(channel, listing, viewer)
+        channel, viewer = self.server.channels.poll(stream, quality, viewer, anew=False)
+        self._await_news(channel, viewer)
         tail = self.site().query(quality=quality)
-        viewer.listed, text = listing.playlist(stream.name, tail, viewer.listed)
+        viewer.listed, text = media_playlist(channel.window, stream.name, tail, viewer.listed)
         self.answer(Page(text.encode(), PLAYLIST_TYPE), headers=HLS_HEADERS)
 
-    def _await_news(self, channel: Channel, listing: Listing, viewer: Viewer) -> None:
+    def _await_news(self, channel: Channel, viewer: Viewer) -> None:
         """Wait for a first playlist, or a little for one that the client has not had.
 
         Chromium loads all that is listed before it starts to play, asks again at once, and gives up
         where it learns nothing new.
         """
+        window = channel.window
         if viewer.listed:
-            listing.wait(viewer.listed, min(RELOAD_WAIT, listing.target))
+            window.await_listed(viewer.listed, min(RELOAD_WAIT, window.target))
             return
         deadline = time.monotonic() + channel.stream.options.timeout
-        while not listing.wait(0, max(0.0, min(START_TICK, deadline - time.monotonic()))):
+        while not window.await_listed(0, max(0.0, min(START_TICK, deadline - time.monotonic()))):
             viewer.moved = time.monotonic()
             if viewer.moved >= deadline:
-                trouble = TOO_LARGE if listing.lacks_room else channel.trouble
+                trouble = TOO_LARGE if window.lacks_room else channel.trouble
                 raise no_media_error(channel.stream, trouble)
             if has_left(self.connection):
                 raise ViewerGone
@@ -9997,7 +10149,7 @@ class Handler(BaseHTTPRequestHandler):
     ) -> None:
         """Answer with a segment or initialization section of a running channel."""
         for channel in self.server.channels.channels_to_poll(stream, quality):
-            if channel.listing and (blocks := channel.listing.find(number, extension)):
+            if blocks := channel.window.find(number, extension):
                 break
         else:
             raise StreamError(HTTPStatus.NOT_FOUND, "there is no such segment")

@@ -309,8 +309,8 @@ def rest_after(*media_of: bytes, is_certain: bool = True, size: int = 1 << 20) -
     framer = pipe.TsFramer()
     for data in media_of:
         framer.expect_jump(is_certain)
-        out = [block for at in range(0, len(data), size) for block in framer.feed(data[at:][:size])]
-    return b"".join(out)
+        out = [item for at in range(0, len(data), size) for item in framer.feed(data[at:][:size])]
+    return b"".join(item for item in out if not isinstance(item, pipe.Join))
 
 
 def packet(pid: int, counter: int, body: bytes = b"", *, starts: bool = False) -> bytes:

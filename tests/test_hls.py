@@ -151,18 +151,19 @@ SIXTEEN = media.ts_segments(16)
 
 
 class Feed:
-    """A channel's thread without its origin: splicer, window and listing as in the program."""
+    """A channel's thread without its origin: splicer and window as in the program."""
 
-    def __init__(self, container: pipe.Container) -> None:
+    def __init__(self, container: pipe.Container, limit: int = 1 << 20) -> None:
         self.container = container
+        self.limit = limit  # bytes of the window
         self.numbering = pipe.Numbering()
         self.numbers = itertools.count(100)
         self.open()
 
     def open(self) -> None:
-        window = pipe.Window(1 << 20, growth=8)
-        self.listing = pipe.Listing(window, self.container, 2.0, self.numbering)
-        self.splicer = pipe.Splicer(self.listing, 0)
+        self.window = pipe.Window(self.limit, growth=8)
+        self.window.offer_hls(self.container, self.numbering, 2.0)
+        self.splicer = pipe.Splicer(self.window, self.container, 0)
         if self.container is pipe.FMP4:
             self.pass_init()
 
@@ -170,14 +171,32 @@ class Feed:
         self.splicer.pass_event(pipe.SegmentEvent(pipe.EventKind.INIT, 0))
         self.splicer.pass_bytes(INIT)
 
-    def segment(self, duration: float, end: pipe.EventKind, is_discontinuous: bool = False) -> None:
-        number = next(self.numbers)
-        start = pipe.SegmentEvent(pipe.EventKind.START, number, is_discontinuous, duration)
-        bodies = SEGMENTS if self.container is pipe.MPEG_TS else FRAGMENTS
-        body = bodies[number % len(bodies)]
+    def start_segment(self, duration: float, is_discontinuous: bool = False) -> None:
+        self.number = next(self.numbers)
+        start = pipe.SegmentEvent(pipe.EventKind.START, self.number, is_discontinuous, duration)
         self.splicer.pass_event(start)
-        self.splicer.pass_bytes(body if end is pipe.EventKind.END else body[: 10 * media.PACKET])
-        self.splicer.pass_event(pipe.SegmentEvent(end, number))
+
+    @property
+    def body(self) -> bytes:
+        """Of the open segment."""
+        bodies = SEGMENTS if self.container is pipe.MPEG_TS else FRAGMENTS
+        return bodies[self.number % len(bodies)]
+
+    def pass_half(self) -> None:
+        """The beginning of the open segment."""
+        self.splicer.pass_bytes(self.body[: 10 * media.PACKET])
+
+    def end_segment(self) -> None:
+        self.splicer.pass_bytes(self.body)
+        self.splicer.pass_event(pipe.SegmentEvent(pipe.EventKind.END, self.number))
+
+    def segment(self, duration: float, end: pipe.EventKind, is_discontinuous: bool = False) -> None:
+        self.start_segment(duration, is_discontinuous)
+        if end is pipe.EventKind.END:
+            self.end_segment()
+        else:
+            self.pass_half()
+            self.splicer.pass_event(pipe.SegmentEvent(end, self.number))
 
     def act(self, action: str, duration: float) -> None:
         if action == "seam":
@@ -191,9 +210,12 @@ class Feed:
             end = pipe.EventKind.GAP if action == "gap" else pipe.EventKind.END
             self.segment(duration, end, is_discontinuous=action == "jump")
 
+    def playlist(self) -> str:
+        return pipe.media_playlist(self.window, "news", "")[1]
+
     def fetch(self, address: str) -> bytes | None:
         number, extension = re.findall(r"^news/(\d+)\.(\w+)$", address)[0]
-        return b"".join(self.listing.find(int(number), extension)) or None
+        return b"".join(self.window.find(int(number), extension)) or None
 
 
 ACTIONS = st.lists(
@@ -217,8 +239,8 @@ def test_playlists_keep_the_rules(
     client = Follower(feed.fetch)
     for action in after:
         feed.act(*action)
-        if feed.listing.wait(0, 0):
-            client.follow(feed.listing.playlist("news", "")[1])
+        if feed.window.await_listed(0, 0):
+            client.follow(feed.playlist())
     whole = SEGMENTS if container is pipe.MPEG_TS else FRAGMENTS
     bodies = list(client.bodies.values())
     if container is pipe.MPEG_TS:
@@ -236,7 +258,7 @@ def test_numbers_never_repeat_over_openings(counts: list[int]) -> None:
         feed.act("reopen", 0)
         for _ in range(count):
             feed.act("segment", 1.0)
-        listed = listed_in(feed.listing.playlist("news", "")[1])
+        listed = listed_in(feed.playlist())
         assert listed[0].number > newest
         assert listed[0].discontinuities > discontinuities
         newest, discontinuities = listed[-1].number, listed[-1].discontinuities
@@ -246,23 +268,152 @@ def test_discontinuities_are_where_it_does_not_go_on() -> None:
     feed = Feed(pipe.MPEG_TS)
     for action in ("segment", "segment", "jump", "segment", "gap", "segment", "seam", "segment"):
         feed.act(action, 1.0)
-    listed = listed_in(feed.listing.playlist("news", "")[1])
+    listed = listed_in(feed.playlist())
     first = listed[0].discontinuities
     assert [segment.discontinuities - first for segment in listed] == [0, 0, 1, 1, 2, 3]
 
 
-def test_large_segments_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three are listed whatever they weigh, and three kept that have left."""
-    monkeypatch.setattr(pipe, "LISTED_BYTES", 5 * len(SEGMENTS[0]) // 2)
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(1, 8), (2, 8), (3, 8), (4, 6), (5, 5), (6, 4), (8, 3), (12, 3)]
+)
+def test_playlist_lasts_24_seconds_but_has_three_to_eight_segments(
+    seconds: int, expected: int
+) -> None:
     feed = Feed(pipe.MPEG_TS)
+    for count in range(1, 20):
+        feed.act("segment", float(seconds))
+        if count >= LEAST:
+            assert len(listed_in(feed.playlist())) == min(count, expected)
+
+
+def room_for(segments: float) -> int:
+    """The limit of a window that grows to hold so many segments."""
+    return int(segments * max(map(len, SEGMENTS)) / 8)
+
+
+def fetchable(feed: Feed, newest: int) -> list[int]:
+    return [n for n in range(newest - 40, newest + 1) if feed.fetch(f"news/{n}.ts")]
+
+
+@pytest.mark.parametrize(("room", "listed", "kept"), [(7.2, 3, 3), (9.2, 4, 4), (6.2, 3, 2)])
+def test_playlist_of_large_segments_shrinks_to_three(room: float, listed: int, kept: int) -> None:
+    """As many again are kept, and fewer only if three are listed; the window has its bounds."""
+    feed = Feed(pipe.MPEG_TS, room_for(room))
     for _ in range(20):
         feed.act("segment", 1.0)
         feed.fetch("news/0.ts")  # somebody asks
-    listed = listed_in(feed.listing.playlist("news", "")[1])
-    assert len(listed) == LEAST
-    newest = listed[-1].number
-    kept = [n for n in range(newest - 20, newest + 1) if feed.fetch(f"news/{n}.ts")]
-    assert kept == list(range(newest - 2 * LEAST + 1, newest + 1))
+        assert feed.window.held()[0] <= 8 * feed.limit
+    told = listed_in(feed.playlist())
+    assert len(told) == listed
+    newest = told[-1].number
+    feed.start_segment(1.0)
+    feed.splicer.pass_bytes(feed.body)  # all of it has arrived but its end
+    assert fetchable(feed, newest) == list(range(newest - listed - kept + 1, newest + 1))
+    assert feed.window.held()[0] <= 8 * feed.limit
+
+
+def test_segments_stay_only_while_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later the window is as small as without HLS."""
+    clock = Clock()
+    monkeypatch.setattr(pipe, "time", clock)
+    feed = Feed(pipe.MPEG_TS, room_for(30))
+    size = max(map(len, SEGMENTS))
+    for _ in range(25):
+        feed.act("segment", 1.0)
+        clock.pass_by(1.0)
+    few = 6 * size  # those of a new viewer, hls-live-edge and two more, and one that has to go next
+    assert feed.window.held()[0] <= few
+    for _ in range(25):
+        feed.playlist()
+        feed.act("segment", 1.0)
+        clock.pass_by(1.0)
+    newest = listed_in(feed.playlist())[-1].number
+    assert len(fetchable(feed, newest)) in (2 * MOST, 2 * MOST + 1)
+    assert feed.window.held()[0] <= (2 * MOST + 2) * size
+    for _ in range(40):
+        feed.act("segment", 1.0)
+        clock.pass_by(1.0)
+    assert feed.window.held()[0] <= few
+
+
+class Clock:
+    """The time as the program reads it; it can be moved on."""
+
+    def __init__(self) -> None:
+        self._passed = 0.0
+
+    def pass_by(self, seconds: float) -> None:
+        self._passed += seconds
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self._passed
+
+    def time(self) -> float:
+        return time.time() + self._passed
+
+
+def test_ended_playlist_and_its_segments_stay_without_viewers_until_hls_closes() -> None:
+    feed = Feed(pipe.MPEG_TS)
+    viewer = pipe.Viewer()
+    feed.window.enter(viewer)
+    for _ in range(4):
+        feed.act("segment", 1.0)
+    feed.window.end(True)
+    feed.window.leave(viewer)
+    text = feed.playlist()
+    assert text.endswith("#EXT-X-ENDLIST\n")
+    Follower(feed.fetch).follow(text)
+    feed.window.close_hls()
+    assert feed.window.held()[0] == 0
+    assert not any(feed.fetch(segment.address) for segment in listed_in(text))
+    with pytest.raises(pipe.WindowEnded):
+        feed.playlist()
+
+
+@pytest.mark.parametrize("ends_first", [True, False])
+def test_viewers_of_an_ended_channel_get_the_rest_when_hls_has_closed(ends_first: bool) -> None:
+    feed = Feed(pipe.MPEG_TS)
+    viewer = pipe.Viewer()
+    feed.window.enter(viewer)
+    for _ in range(3):
+        feed.act("segment", 1.0)
+    for step in (feed.window.close_hls, lambda: feed.window.end(True))[:: -1 if ends_first else 1]:
+        step()
+    assert media.without_notices(b"".join(feed.window.take(viewer, 0)))
+    with pytest.raises(pipe.WindowEnded):
+        feed.window.take(viewer, None)
+    feed.window.leave(viewer)
+    assert feed.window.held()[0] == 0
+
+
+@pytest.mark.parametrize("piece", [1_000, 1 << 20])
+def test_rest_of_a_source_without_segments_is_listed_at_its_end(piece: int) -> None:
+    """As ffmpeg's output is, of a channel with separate sound."""
+    feed = Feed(pipe.MPEG_TS)
+    stream = b"".join(SIXTEEN[:9])
+    for at in range(0, len(stream), piece):
+        feed.splicer.pass_bytes(stream[at : at + piece])
+    before = listed_in(feed.playlist())
+    feed.splicer.flush()
+    feed.window.end(True)
+    text = feed.playlist()
+    listed = listed_in(text)
+    assert [segment.duration for segment in before] == [2.0] * 4
+    assert [segment.duration for segment in listed] == [2.0] * 4 + [pytest.approx(1.0, abs=0.1)]
+    assert text.endswith("#EXT-X-ENDLIST\n")
+    bodies = b"".join(feed.fetch(segment.address) or b"" for segment in listed)
+    assert without_tables(bodies) == without_tables(stream)
+
+
+def test_nothing_is_numbered_any_more_once_a_window_is_cut() -> None:
+    """Another channel has its numbers then."""
+    feed = Feed(pipe.MPEG_TS)
+    feed.act("segment", 1.0)
+    before = feed.numbering.number
+    feed.start_segment(1.0)
+    feed.window.cut()
+    feed.end_segment()
+    assert feed.numbering.number == before
 
 
 #### What a client gets ####
@@ -847,15 +998,17 @@ def test_nobody_waits_for_who_polls(origin: Origin, serve: Serve) -> None:
 def test_who_waits_for_a_first_playlist_gets_three_large_segments(
     origin: Origin, serve: Serve
 ) -> None:
-    """However few the window holds: two of these."""
-    segments = [media.padded(segment, 3 * 262_144) for segment in media.ts_segments()]
+    """However few the window holds without a polling client: two of these."""
+    segments = [media.padded(segment, 480_000) for segment in media.ts_segments()]
     playlist = live(origin, segments=segments, window=4, clock=True)
-    site = serve({"news": playlist.url}, ringbuffer_size=262_144, timeout=8)
+    options = {"ringbuffer_size": 262_144, "timeout": 8, "streamlink": {"hls-live-edge": 1}}
+    site = serve({"news": playlist.url}, **options)
     follow(site, "/news.m3u8", client_of(site, "/news.m3u8"))
 
 
-def test_segments_larger_than_the_window_are_told(origin: Origin, serve: Serve) -> None:
-    segments = [media.padded(segment, 9 * 262_144) for segment in media.ts_segments()]
+@pytest.mark.parametrize("size", [3, 9], ids=["three", "one"])
+def test_segments_larger_than_the_window_are_told(origin: Origin, serve: Serve, size: int) -> None:
+    segments = [media.padded(segment, size * 262_144) for segment in media.ts_segments()]
     playlist = live(origin, segments=segments)
     site = serve({"news": playlist.url}, ringbuffer_size=262_144, timeout=3)
     answer = site.get("/news.m3u8")

@@ -19,14 +19,65 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import pipe
-from pipe import Container, JoinKind
+from pipe import Container
 from tests import make_test_card, media
 
 PACKET = media.PACKET
 SIZES = (1, 7, 187, 188, 189, 4096, 1 << 20)  # bytes fed at a time
 SPLITS = st.lists(st.integers(0, 1 << 20), max_size=10)  # places to cut at, modulo the length
 
-Join = tuple[int, bytes, JoinKind]
+# Kinds of marks: a decoder can start with the segment's first byte, at a picture that needs none
+# before it, at any unit, or at a picture that needs others and has to do.
+START, KEY_FRAME, UNIT, MAKESHIFT = "start", "key frame", "unit", "makeshift"
+
+Join = tuple[int, bytes, str]  # position, preamble, kind
+
+
+class Fed:
+    """A framer, with how much it has handed on and the places that it has marked."""
+
+    def __init__(self, framer: pipe.Framer) -> None:
+        self.framer = framer
+        self.position = 0
+        self.joins: list[Join] = []
+        self._start = 0  # of the segment
+
+    def start_segment(self) -> None:
+        self._start = self.position
+        assert self._take(self.framer.start_segment()) == []
+
+    def feed(self, data: bytes) -> list[pipe.Block]:
+        return self._take(self.framer.feed(data))
+
+    def feed_init_section(self, data: bytes) -> list[pipe.Block]:
+        return self._take(self.framer.feed_init_section(data))
+
+    def flush(self) -> list[pipe.Block]:
+        return self._take(self.framer.flush())
+
+    def _take(self, items: Iterable[pipe.Framed]) -> list[pipe.Block]:
+        blocks: list[pipe.Block] = []
+        for item in items:
+            if isinstance(item, pipe.Join):
+                position = self._start if item.at_start else self.position
+                self.joins.append((position, item.preamble, kind_of(item)))
+            else:
+                blocks.append(item)
+                self.position += len(item)
+        return blocks
+
+
+def tables_of(fed: Fed) -> pipe.ProgramTables:
+    assert isinstance(fed.framer, pipe.TsFramer)
+    return fed.framer.tables
+
+
+def kind_of(join: pipe.Join) -> str:
+    if join.is_makeshift:
+        return MAKESHIFT
+    if join.at_start:
+        return START
+    return KEY_FRAME if join.is_key_frame else UNIT
 
 
 def stepwise(data: bytes, size: int) -> Iterator[bytes]:
@@ -38,18 +89,13 @@ def cut(data: bytes, places: Iterable[int]) -> Iterator[bytes]:
     return (data[start:stop] for start, stop in itertools.pairwise(edges))
 
 
-def joins_of(framer: pipe.Framer) -> list[Join]:
-    """The join points found so far, without the moments they were found at."""
-    return [(join.position, join.preamble, join.kind) for join in framer.joins]
-
-
-def feed(framer: pipe.Framer, parts: Iterable[bytes]) -> list[bytes]:
+def feed(framer: Fed, parts: Iterable[bytes]) -> list[bytes]:
     """All that a framer makes of a whole stream."""
     blocks = [block for part in parts for block in framer.feed(part)]
     return list(map(bytes, blocks + framer.flush()))
 
 
-def feed_segments(framer: pipe.Framer, segments: Iterable[bytes], size: int = 4096) -> list[bytes]:
+def feed_segments(framer: Fed, segments: Iterable[bytes], size: int = 4096) -> list[bytes]:
     """The same for a stream in segments, called as a feeder does."""
     blocks: list[pipe.Block] = []
     for segment in segments:
@@ -145,8 +191,8 @@ def frames_of(audio: str) -> list[bytes]:
     return list(AUDIO[audio][1]())
 
 
-def audio_framer(audio: str = "aac") -> pipe.Framer:
-    return AUDIO[audio][0].framer()
+def audio_framer(audio: str = "aac") -> Fed:
+    return Fed(AUDIO[audio][0].framer())
 
 
 STREAMS: dict[str, tuple[Container, Callable[[], bytes]]] = {
@@ -384,7 +430,7 @@ def test_only_packets_and_audio_have_join_points_of_their_own(container: Contain
 def test_stream_fed_in_equal_parts_is_unaltered(name: str, size: int) -> None:
     container, stream = stream_of(name)
     stream = stream[:40_000] if size == 1 else stream
-    framer = container.framer()
+    framer = Fed(container.framer())
     assert b"".join(feed(framer, stepwise(stream, size))) == stream
     assert framer.position == len(stream)
 
@@ -394,12 +440,12 @@ def test_stream_fed_in_equal_parts_is_unaltered(name: str, size: int) -> None:
 @given(places=SPLITS)
 def test_any_split_gives_the_same_bytes_and_join_points(name: str, places: list[int]) -> None:
     container, stream = stream_of(name)
-    whole, split = container.framer(), container.framer()
+    whole, split = Fed(container.framer()), Fed(container.framer())
     assert b"".join(feed(split, cut(stream, places))) == stream
     feed(whole, [stream])
     # One kind is reported once for each feed(): it says no more than that a unit starts here.
-    assert [join for join in joins_of(split) if join[2] > JoinKind.ANY] == [
-        join for join in joins_of(whole) if join[2] > JoinKind.ANY
+    assert [join for join in split.joins if join[2] is not UNIT] == [
+        join for join in whole.joins if join[2] is not UNIT
     ]
 
 
@@ -411,7 +457,7 @@ def test_any_split_of_segments_gives_the_same_bytes_and_join_points(
 ) -> None:
     container, stream = stream_of(name)
     thirds = stepwise(stream, len(stream) // 3 + 1)  # a segment need not begin with a unit
-    whole, split = container.framer(), container.framer()
+    whole, split = Fed(container.framer()), Fed(container.framer())
     out = []
     for third, cuts in zip(thirds, places, strict=True):
         for framer, parts in ((whole, [third]), (split, cut(third, cuts))):
@@ -419,8 +465,8 @@ def test_any_split_of_segments_gives_the_same_bytes_and_join_points(
             blocks = feed(framer, parts)
             out += blocks if framer is split else []
     assert b"".join(out) == stream
-    assert [join for join in joins_of(split) if join[2] > JoinKind.ANY] == [
-        join for join in joins_of(whole) if join[2] > JoinKind.ANY
+    assert [join for join in split.joins if join[2] is not UNIT] == [
+        join for join in whole.joins if join[2] is not UNIT
     ]
 
 
@@ -460,7 +506,7 @@ def test_garbage_passes_unaltered(
     is_prefixed: bool,
 ) -> None:
     assume(not container.is_packed_audio or b"ID3" not in garbage)
-    framer = container.framer()
+    framer = Fed(container.framer())
     out = []
     for number, part in enumerate(cut(garbage, places)):
         if is_prefixed and not number:
@@ -473,7 +519,7 @@ def test_garbage_passes_unaltered(
     out += framer.flush()
     assert b"".join(out) == garbage
     assert framer.position == len(garbage)
-    assert all(0 <= join.position <= len(garbage) for join in framer.joins)
+    assert all(0 <= join[0] <= len(garbage) for join in framer.joins)
 
 
 #### Blocks ####
@@ -483,7 +529,7 @@ def test_garbage_passes_unaltered(
 @pytest.mark.parametrize("size", [5_000, 1 << 24])
 def test_blocks_are_bounded(name: str, size: int) -> None:
     container, stream = stream_of(name)
-    blocks = feed(container.framer(), stepwise(stream * 4, size))
+    blocks = feed(Fed(container.framer()), stepwise(stream * 4, size))
     assert all(0 < len(block) <= pipe.BLOCK_LIMIT for block in blocks)
     assert max(map(len, blocks)) > min(size, 25_000) * 0.9, "and not cut for nothing"
 
@@ -491,7 +537,7 @@ def test_blocks_are_bounded(name: str, size: int) -> None:
 @pytest.mark.parametrize("size", [4_999, 1 << 24])
 def test_blocks_end_where_packets_end(size: int) -> None:
     packets = list(media.packets(stream_of("ts")[1])) * 6
-    blocks = feed(pipe.TsFramer(), stepwise(b"".join(packets), size))
+    blocks = feed(Fed(pipe.TsFramer()), stepwise(b"".join(packets), size))
     assert edges_of(blocks) <= edges_of(packets)
 
 
@@ -499,7 +545,7 @@ def test_blocks_end_where_packets_end(size: int) -> None:
 def test_blocks_are_views_of_what_came(name: str) -> None:
     """Copying each byte once more would cost as much as receiving it."""
     container, stream = stream_of(name)
-    framer = container.framer()
+    framer = Fed(container.framer())
     parts = list(cut(stream, [len(stream) // 2 + 1]))
     views = [memoryview(block) for part in parts for block in framer.feed(part)]
     copied = [bytes(view) for view in views if not any(view.obj is part for part in parts)]
@@ -509,22 +555,22 @@ def test_blocks_are_views_of_what_came(name: str) -> None:
 def test_dropped_rest_of_a_packet_is_not_handed_on() -> None:
     """What follows a gap starts anew."""
     stream = stream_of("ts")[1]
-    framer = pipe.TsFramer()
+    framer = Fed(pipe.TsFramer())
     framer.start_segment()
     out = framer.feed(stream[: PACKET + 100])
-    framer.drop()
+    framer.framer.drop()
     assert framer.flush() == []
     framer.start_segment()
     out += framer.feed(stream) + framer.flush()
     assert b"".join(out) == stream[:PACKET] + stream
-    assert framer.joins[-1].kind in (JoinKind.SEGMENT, JoinKind.KEY_FRAME)
-    assert PACKET in {join.position for join in framer.joins}
+    assert framer.joins[-1][2] in (START, KEY_FRAME)
+    assert PACKET in {position for position, _, _ in framer.joins}
 
 
 def test_drop_forgets_nothing_where_all_was_handed_on() -> None:
-    framer = pipe.Framer()
+    framer = Fed(pipe.Framer())
     out = framer.feed(b"data")
-    framer.drop()
+    framer.framer.drop()
     assert out + framer.flush() == [b"data"]
 
 
@@ -540,10 +586,10 @@ def test_segment_that_opens_with_its_tables_joins_at_its_first_byte(
 ) -> None:
     segments = make(4)
     starts = itertools.accumulate(map(len, segments[:-1]), initial=0)
-    framer = pipe.TsFramer()
+    framer = Fed(pipe.TsFramer())
     feed_segments(framer, segments, size)
-    expected = [(start, b"", JoinKind.SEGMENT) for start in starts]
-    assert joins_of(framer) == expected
+    expected = [(start, b"", START) for start in starts]
+    assert framer.joins == expected
     for join in expected:
         decodes_from(join, b"".join(segments))
 
@@ -554,14 +600,14 @@ def test_segment_without_tables_gets_them_put_before_it(
 ) -> None:
     first, *rest = make(3)
     segments = [first, *map(without_tables, rest)]
-    framer = pipe.TsFramer()
+    framer = Fed(pipe.TsFramer())
     feed_segments(framer, segments)
     starts = itertools.accumulate(map(len, segments[:-1]), initial=0)
     preambles = [b"", first[: 2 * PACKET], first[: 2 * PACKET]]
-    assert joins_of(framer) == [
-        (start, tables, JoinKind.SEGMENT) for start, tables in zip(starts, preambles, strict=True)
+    assert framer.joins == [
+        (start, tables, START) for start, tables in zip(starts, preambles, strict=True)
     ]
-    for join in joins_of(framer):
+    for join in framer.joins:
         decoded = decodes_from(join, b"".join(segments))
         assert decoded.starts_with_key is (make is media.ts_segments)
 
@@ -571,12 +617,16 @@ def test_segment_that_opens_with_other_pictures_joins_at_its_key_frame() -> None
     keys = key_frames(stream)
     early = [min(at for at in pictures(stream) if at > key) for key in keys[:-1]]
     segments = list(cut(stream, early))  # each opens with the second picture of a group
-    framer = pipe.TsFramer()
+    framer = Fed(pipe.TsFramer())
     feed_segments(framer, segments)
-    first, *others = joins_of(framer)
-    assert first == (0, b"", JoinKind.SEGMENT)
-    assert others == [(key, newest_tables(stream, key), JoinKind.SEGMENT) for key in keys[1:]]
-    for number, join in enumerate(others, 1):
+    first, *others = framer.joins
+    assert first == (0, b"", START)
+    expected = []
+    for place, key in zip(early, keys[1:], strict=True):
+        expected.append((place, newest_tables(stream, place), MAKESHIFT))
+        expected.append((key, newest_tables(stream, key), KEY_FRAME))
+    assert others == expected
+    for number, join in enumerate(others[1::2], 1):
         decoded = decodes_from(join, stream)
         assert decoded.starts_with_key
         assert decoded.video_frames == (4 - number) * media.FPS
@@ -586,58 +636,56 @@ def test_segment_without_key_frame_joins_at_its_first_picture() -> None:
     first, second, *_ = media.ts_segments(4)
     middle = pictures(first)[12]
     segments = [first[:middle], first[middle:], second]
-    framer = pipe.TsFramer()
+    framer = Fed(pipe.TsFramer())
     feed_segments(framer, segments)
-    assert joins_of(framer) == [
-        (0, b"", JoinKind.SEGMENT),
-        (middle, newest_tables(first, middle), JoinKind.SEGMENT),
-        (len(first), b"", JoinKind.SEGMENT),
+    assert framer.joins == [
+        (0, b"", START),
+        (middle, newest_tables(first, middle), MAKESHIFT),
+        (len(first), b"", START),
     ]
 
 
 def test_further_key_frames_of_a_segment_are_join_points_of_less_worth() -> None:
     segments = media.ts_segments(4)
     stream = b"".join(segments)
-    framer = pipe.TsFramer()
+    framer = Fed(pipe.TsFramer())
     feed_segments(framer, [stream])
     first, *others = key_frames(stream)
     assert first == 2 * PACKET
-    assert joins_of(framer) == [
-        (0, b"", JoinKind.SEGMENT),
-        *((key, newest_tables(stream, key), JoinKind.KEY_FRAME) for key in others),
+    assert framer.joins == [
+        (0, b"", START),
+        *((key, newest_tables(stream, key), KEY_FRAME) for key in others),
     ]
 
 
 @pytest.mark.parametrize("offset", [0, 1, 100, 187])
 def test_stream_without_segments_joins_at_its_key_frames(offset: int) -> None:
     stream = b"".join(media.ts_segments(4))
-    framer = pipe.TsFramer()
+    framer = Fed(pipe.TsFramer())
     feed(framer, stepwise(stream[offset:], 1000))
-    found = [join for join in joins_of(framer) if join[2] is not JoinKind.ANY]
+    found = [join for join in framer.joins if join[2] is not UNIT]
     keys = key_frames(stream)[1 if offset else 0 :]  # without the first PAT nothing is known
-    assert found == [(key - offset, newest_tables(stream, key), JoinKind.KEY_FRAME) for key in keys]
+    assert found == [(key - offset, newest_tables(stream, key), KEY_FRAME) for key in keys]
     for join in found:
         assert decodes_from(join, stream[offset:]).starts_with_key
 
 
-def joins_by_turns(framer: pipe.Framer, stream: bytes) -> list[Join]:
-    """All join points, taken away after each turn, as a feeder does."""
-    found = []
+def joins_by_turns(framer: Fed, stream: bytes) -> list[Join]:
+    """The join points of a stream that is fed in turns."""
+    known = len(framer.joins)
     for part in stepwise(stream, 1000):
         framer.feed(part)
-        found += joins_of(framer)
-        framer.joins.clear()
-    return found
+    return framer.joins[known:]
 
 
 def test_units_are_no_join_points_any_more_once_a_key_frame_came() -> None:
     first, *others = media.ts_segments(4)
     early = pictures(first)[1]
     stream = first[: 2 * PACKET] + first[early:] + b"".join(others)
-    found = joins_by_turns(pipe.TsFramer(), stream)
+    found = joins_by_turns(Fed(pipe.TsFramer()), stream)
     kinds = [kind for _, _, kind in found]
-    assert kinds == [JoinKind.ANY] * kinds.count(JoinKind.ANY) + [JoinKind.KEY_FRAME] * 3
-    assert kinds.count(JoinKind.ANY) > 3
+    assert kinds == [UNIT] * kinds.count(UNIT) + [KEY_FRAME] * 3
+    assert kinds.count(UNIT) > 3
 
 
 def without_indicator(packet: bytes) -> bytes:
@@ -660,9 +708,9 @@ def test_key_frame_is_told_by_its_indicator_or_by_its_units(
     stream = b"".join(media.ts_segments(4))
     changed = b"".join(map(change, media.packets(stream)))
     assert changed != stream
-    framer = pipe.TsFramer()
+    framer = Fed(pipe.TsFramer())
     feed(framer, [changed])
-    found = [position for position, _, kind in joins_of(framer) if kind is JoinKind.KEY_FRAME]
+    found = [position for position, _, kind in framer.joins if kind is KEY_FRAME]
     assert found == key_frames(stream)
 
 
@@ -689,17 +737,17 @@ def test_units_of_key_frames_are_known(kind: int, key: bytes, other: bytes) -> N
         if unit is key:
             expected.append(len(writer.stream))
         writer.write(card.VIDEO_PID, card.pes(card.VIDEO_STREAM_ID, number * 3600, unit))
-    framer = pipe.TsFramer()
+    framer = Fed(pipe.TsFramer())
     feed(framer, [bytes(writer.stream)])
-    found = [position for position, _, kind in joins_of(framer) if kind is JoinKind.KEY_FRAME]
+    found = [position for position, _, kind in framer.joins if kind is KEY_FRAME]
     assert found == expected
 
 
 def test_stream_of_sound_joins_where_a_frame_starts() -> None:
     stream = b"".join(media.audio_only_segments(4))
-    found = joins_by_turns(pipe.TsFramer(), stream)
+    found = joins_by_turns(Fed(pipe.TsFramer()), stream)
     assert len(found) >= 10
-    assert {kind for _, _, kind in found} == {JoinKind.ANY}
+    assert {kind for _, _, kind in found} == {UNIT}
     for join in found[:-2:4]:  # of less than that the demuxer makes nothing
         assert join[1] == newest_tables(stream, join[0])
         packet = stream[join[0] : join[0] + PACKET]
@@ -722,11 +770,11 @@ def sound_starts(stream: bytes) -> list[int]:
 
 def test_segments_whose_video_never_comes_join_all_the_same() -> None:
     segments = list(map(without_video, media.ts_segments(8)))
-    framer = pipe.TsFramer()
+    framer = Fed(pipe.TsFramer())
     feed_segments(framer, segments)
     starts = list(itertools.accumulate(map(len, segments[:-1]), initial=0))
-    expected = [(start, b"", JoinKind.SEGMENT) for start in starts]
-    assert joins_of(framer) == expected[-len(framer.joins) :]
+    expected = [(start, b"", START) for start in starts]
+    assert framer.joins == expected[-len(framer.joins) :]
     assert len(framer.joins) >= 4, "a few seconds are enough to see that it does not come"
     for join in expected[:-1]:
         assert decodes_from(join, b"".join(segments)).audio_frames > 0
@@ -738,22 +786,22 @@ def test_video_that_comes_later_is_joined_at_its_key_frames(before: int) -> None
     segments[:before] = map(without_video, segments[:before])
     late = pictures(segments[before])[3]  # of the segment that opens with other pictures
     segments[before] = segments[before][: 2 * PACKET] + segments[before][late:]
-    framer = pipe.TsFramer()
+    framer = Fed(pipe.TsFramer())
     feed_segments(framer, segments)
     starts = list(itertools.accumulate(map(len, segments[:-1]), initial=0))
-    found = [join for join in joins_of(framer) if join[0] > starts[before] + 2 * PACKET]
-    assert found == [(start, b"", JoinKind.SEGMENT) for start in starts[before + 1 :]]
-    assert framer.tables.video_pid == 0x100
+    found = [join for join in framer.joins if join[0] > starts[before] + 2 * PACKET]
+    assert found == [(start, b"", START) for start in starts[before + 1 :]]
+    assert tables_of(framer).video_pid == 0x100
 
 
 def test_stream_whose_video_never_comes_joins_where_a_frame_starts() -> None:
     stream = without_video(b"".join(media.ts_segments(8)))
-    framer = pipe.TsFramer()
+    framer = Fed(pipe.TsFramer())
     found = joins_by_turns(framer, stream)
-    assert {kind for _, _, kind in found} == {JoinKind.ANY}
+    assert {kind for _, _, kind in found} == {UNIT}
     assert {position for position, _, _ in found} <= set(sound_starts(stream))
     last = sound_starts(stream)[-1]
-    assert framer.last_dts == pipe.read_timestamp(
+    assert framer.framer.last_dts == pipe.read_timestamp(
         stream, last + next(pipe.timestamp_positions(stream[last : last + PACKET]))
     ), "its clock is that of the sound"
 
@@ -761,38 +809,36 @@ def test_stream_whose_video_never_comes_joins_where_a_frame_starts() -> None:
 def test_stream_that_loses_its_video_joins_where_a_frame_starts() -> None:
     with_video = b"".join(media.ts_segments(4))
     stream = with_video + without_video(b"".join(media.ts_segments(8)[4:]))
-    found = joins_by_turns(pipe.TsFramer(), stream)
-    assert [position for position, _, kind in found if kind is JoinKind.KEY_FRAME] == key_frames(
-        with_video
-    )
-    assert found[-1][2] is JoinKind.ANY
+    found = joins_by_turns(Fed(pipe.TsFramer()), stream)
+    assert [position for position, _, kind in found if kind is KEY_FRAME] == key_frames(with_video)
+    assert found[-1][2] is UNIT
     other = b"".join(media.audio_only_segments(4))  # whose PMT names none
-    found = joins_by_turns(pipe.TsFramer(), with_video + other)
+    found = joins_by_turns(Fed(pipe.TsFramer()), with_video + other)
     assert found[-1][0] > len(with_video)
-    assert found[-1][2] is JoinKind.ANY
+    assert found[-1][2] is UNIT
 
 
 def test_clock_that_goes_back_takes_no_video_away() -> None:
     first, *_, last = media.ts_segments(8)
-    framer = pipe.TsFramer()
+    framer = Fed(pipe.TsFramer())
     feed(framer, [last, without_video(first)])  # sound comes first, as it may
-    assert framer.tables.video_pid == 0x100
+    assert tables_of(framer).video_pid == 0x100
 
 
 def test_segments_do_not_outlive_a_seam_to_a_stream_without_them() -> None:
     first, *others = media.ts_segments(4)
-    framer = pipe.TsFramer()
+    framer = Fed(pipe.TsFramer())
     feed_segments(framer, [first])
-    framer.drop()
-    framer.leave_segments()
+    framer.framer.drop()
+    framer.framer.leave_segments()
     framer.joins.clear()
     early = pictures(others[0])[1]  # no key frame has come yet, and none may come
     found = joins_by_turns(framer, others[0][: 2 * PACKET] + others[0][early:])
     assert len(found) > 3
-    assert {kind for _, _, kind in found} == {JoinKind.ANY}
+    assert {kind for _, _, kind in found} == {UNIT}
     found = joins_by_turns(framer, others[1])
-    assert JoinKind.KEY_FRAME in {kind for _, _, kind in found}
-    assert JoinKind.SEGMENT not in {kind for _, _, kind in found}
+    assert KEY_FRAME in {kind for _, _, kind in found}
+    assert {START, MAKESHIFT}.isdisjoint(kind for _, _, kind in found)
 
 
 def long_section(pid: int, table_id: int, body: bytes) -> bytes:
@@ -838,13 +884,13 @@ def test_tables_may_be_split_over_packets(which: str, size: int, apart: bool) ->
     segments = [head + without_tables(segment) for segment in media.ts_segments(4)[:2]]
     segments.append(without_tables(media.ts_segments(4)[2]))
     stream = b"".join(segments)
-    framer = pipe.TsFramer()
+    framer = Fed(pipe.TsFramer())
     assert b"".join(feed_segments(framer, segments, size)) == stream
     first, second = len(segments[0]), len(segments[0] + segments[1])
-    assert joins_of(framer) == [
-        (0, b"", JoinKind.SEGMENT),
-        (first, b"", JoinKind.SEGMENT),
-        (second, pat + pmt, JoinKind.SEGMENT),
+    assert framer.joins == [
+        (0, b"", START),
+        (first, b"", START),
+        (second, pat + pmt, START),
     ]
     # Their counters do not go on, which is no matter where a decoder starts.
     assert media.decode(pat + pmt + stream[second:], strict=False).video_frames == media.FPS
@@ -860,19 +906,19 @@ def test_alignment_is_found_again_behind_garbage(garbage: bytes, places: list[in
     assert not garbage.startswith(b"\xff" * PACKET)
     stream = segments[0] + garbage + segments[1] + segments[2]
     last = len(segments[0] + garbage + segments[1])
-    framer = pipe.TsFramer()
+    framer = Fed(pipe.TsFramer())
     assert b"".join(feed(framer, cut(stream, places))) == stream
-    position, preamble, kind = joins_of(framer)[-1]
-    assert (position, kind) == (last + 2 * PACKET, JoinKind.KEY_FRAME)
+    position, preamble, kind = framer.joins[-1]
+    assert (position, kind) == (last + 2 * PACKET, KEY_FRAME)
     assert len(preamble) % PACKET == 0
 
 
 def test_garbage_of_one_segment_does_not_reach_the_next() -> None:
     segments = [data[:-100] for data in media.ts_segments(4)]  # each ends in half a packet
-    framer = pipe.TsFramer()
+    framer = Fed(pipe.TsFramer())
     assert b"".join(feed_segments(framer, segments)) == b"".join(segments)
     starts = itertools.accumulate(map(len, segments[:-1]), initial=0)
-    assert joins_of(framer) == [(start, b"", JoinKind.SEGMENT) for start in starts]
+    assert framer.joins == [(start, b"", START) for start in starts]
 
 
 #### fMP4 ####
@@ -881,14 +927,14 @@ def test_garbage_of_one_segment_does_not_reach_the_next() -> None:
 @pytest.mark.parametrize("size", [1, 1000, 1 << 20])
 def test_fragments_of_segments_follow_the_initialization_section(size: int) -> None:
     init, segments = media.fmp4(4)
-    framer = pipe.FMP4.framer()
+    framer = Fed(pipe.FMP4.framer())
     out = list(map(bytes, framer.feed_init_section(init)))
     out += feed_segments(framer, segments, size)
     stream = init + b"".join(segments)
     assert b"".join(out) == stream
     starts = itertools.accumulate(map(len, segments[:-1]), initial=len(init))
-    assert joins_of(framer) == [(start, init, JoinKind.SEGMENT) for start in starts]
-    for number, join in enumerate(joins_of(framer)):
+    assert framer.joins == [(start, init, START) for start in starts]
+    for number, join in enumerate(framer.joins):
         decoded = decodes_from(join, stream)
         assert decoded.starts_with_key
         assert decoded.video_frames == (4 - number) * media.FPS
@@ -896,30 +942,30 @@ def test_fragments_of_segments_follow_the_initialization_section(size: int) -> N
 
 def test_stream_without_segments_has_no_join_points() -> None:
     """Nobody could join it late: its viewers have an upstream each."""
-    framer = pipe.FMP4.framer()
+    framer = Fed(pipe.FMP4.framer())
     feed(framer, [stream_of("fmp4")[1]])
-    assert joins_of(framer) == []
+    assert framer.joins == []
 
 
 def test_initialization_section_is_not_copied_for_each_join_point() -> None:
     init, fragments = media.fmp4(4)
-    framer = pipe.FMP4.framer()
+    framer = Fed(pipe.FMP4.framer())
     framer.feed_init_section(init)
     feed_segments(framer, fragments)
-    assert len({id(join.preamble) for join in framer.joins}) == 1
+    assert len({id(preamble) for _, preamble, _ in framer.joins}) == 1
 
 
 def test_announced_initialization_section_replaces_the_old_one() -> None:
     init, fragments = media.fmp4(4)
     other = init + b"\0\0\0\x10free another"
-    framer = pipe.FMP4.framer()
+    framer = Fed(pipe.FMP4.framer())
     for head, fragment in ((init, fragments[0]), (other, fragments[1])):
         framer.flush()
         framer.feed_init_section(head)
         feed_segments(framer, [fragment])
-    assert joins_of(framer) == [
-        (len(init), init, JoinKind.SEGMENT),
-        (len(init + fragments[0] + other), other, JoinKind.SEGMENT),
+    assert framer.joins == [
+        (len(init), init, START),
+        (len(init + fragments[0] + other), other, START),
     ]
 
 
@@ -940,8 +986,8 @@ def test_segments_of_audio_join_at_their_starts(audio: str, size: int) -> None:
     out = feed_segments(framer, [TAGS["version 4"] + segment for segment in segments], size)
     assert b"".join(out) == b"".join(segments)
     starts = itertools.accumulate(map(len, segments[:-1]), initial=0)
-    assert joins_of(framer) == [(start, b"", JoinKind.SEGMENT) for start in starts]
-    for join in joins_of(framer):
+    assert framer.joins == [(start, b"", START) for start in starts]
+    for join in framer.joins:
         assert decodes_from(join, b"".join(segments)).audio_frames > 0
 
 
@@ -953,8 +999,8 @@ def test_id3_tag_in_front_of_a_segment_is_removed(tag: bytes, size: int) -> None
     out = feed_segments(framer, [tag + segment for segment in segments], size)
     assert b"".join(out) == b"".join(segments)
     starts = itertools.accumulate(map(len, segments[:-1]), initial=0)
-    assert joins_of(framer) == [(start, b"", JoinKind.SEGMENT) for start in starts]
-    assert framer.preamble == tag, "HLS needs it"
+    assert framer.joins == [(start, b"", START) for start in starts]
+    assert framer.framer.preamble == tag, "HLS needs it"
 
 
 @settings(deadline=None, max_examples=100)
@@ -1009,7 +1055,7 @@ def test_audio_without_segments_is_joined_anywhere(size: int) -> None:
     framer = audio_framer()
     for at, part in zip(range(0, len(stream), size), stepwise(stream, size), strict=True):
         assert b"".join(framer.feed(part)) == part, "nothing waits"
-        assert joins_of(framer) == [(at, b"", JoinKind.ANY)], "one for each turn"
+        assert framer.joins == [(at, b"", UNIT)], "one for each turn"
         framer.joins.clear()
     for at in (0, 1000, len(stream) // 2):
         assert media.decode(stream[at:], strict=False).audio_frames > 0
@@ -1020,11 +1066,11 @@ def test_segments_of_audio_do_not_outlive_a_seam_to_a_stream_without_them() -> N
     framer = audio_framer()
     feed_segments(framer, [b"".join(frames[:40])])
     start = framer.position
-    framer.drop()
-    framer.leave_segments()
+    framer.framer.drop()
+    framer.framer.leave_segments()
     framer.joins.clear()
     found = joins_by_turns(framer, TAGS["version 3"] + b"".join(frames))
-    assert {kind for _, _, kind in found} == {JoinKind.ANY}
+    assert {kind for _, _, kind in found} == {UNIT}
     assert found[0][0] == start
     assert framer.position == start + len(b"".join(frames)), "without the tag"
 
@@ -1033,12 +1079,12 @@ def test_segments_of_audio_do_not_outlive_a_seam_to_a_stream_without_them() -> N
 
 
 def test_unknown_container_joins_at_its_segments_behind_its_initialization_section() -> None:
-    framer = pipe.Framer()
+    framer = Fed(pipe.Framer())
     framer.feed_init_section(b"head")
     assert b"".join(feed_segments(framer, [b"one", b"two"])) == b"onetwo"
-    assert joins_of(framer) == [
-        (4, b"head", JoinKind.SEGMENT),
-        (7, b"head", JoinKind.SEGMENT),
+    assert framer.joins == [
+        (4, b"head", START),
+        (7, b"head", START),
     ]
 
 
@@ -1162,10 +1208,10 @@ def test_each_loop_of_the_test_card_starts_with_its_tables() -> None:
         pat, pmt, picture = itertools.islice(media.packets(pipe.test_card_segment(number)), 3)
         assert [media.pid(pat), media.pid(pmt)] == [0, make_test_card.PMT_PID]
         assert media.pid(picture) == make_test_card.VIDEO_PID
-    framer = pipe.TsFramer()
+    framer = Fed(pipe.TsFramer())
     feed_segments(framer, [pipe.test_card_segment(number) for number in range(3)])
     size = len(pipe.test_card_segment(0))
-    assert joins_of(framer) == [(n * size, b"", JoinKind.SEGMENT) for n in range(3)]
+    assert framer.joins == [(n * size, b"", START) for n in range(3)]
 
 
 @pytest.mark.long

@@ -42,8 +42,7 @@ class Spliced:
     """A splicer of MPEG-TS, driven by what arrives."""
 
     def __init__(self) -> None:
-        listing = pipe.Listing(pipe.Window(1 << 24), pipe.MPEG_TS, 2.0, pipe.Numbering())
-        self.splicer = pipe.Splicer(listing, 0)
+        self.splicer = pipe.Splicer(pipe.Window(1 << 24), pipe.MPEG_TS, 0)
 
     @property
     def state(self) -> SpliceState:

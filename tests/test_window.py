@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import random
 import re
@@ -17,12 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipe
-from pipe import JoinKind, JoinPoint, Viewer, ViewerGone, Window, WindowEnded
-from tests.threads import TIMEOUT, Observed, Task
+from pipe import Join, Viewer, ViewerGone, Window, WindowEnded
+from tests.threads import TIMEOUT, Task, Waits
 
 SIZE = 10  # bytes of the blocks below
 LONG = 1000.0  # seconds; no test waits as long
-SEGMENT, KEY_FRAME, ANY = JoinKind.SEGMENT, JoinKind.KEY_FRAME, JoinKind.ANY
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +38,26 @@ def blocks(first: int, stop: int) -> list[bytes]:
     return [block(number) for number in range(first, stop)]
 
 
-def join(number: int, kind: JoinKind = SEGMENT, ago: float = 0.0) -> JoinPoint:
-    """A join point where block `number` starts, `ago` seconds old, with a preamble of its own."""
-    return JoinPoint(number * SIZE, b"<%d>" % number, kind, time.monotonic() - ago)
+@dataclass(frozen=True)
+class At:
+    """A place in front of a block where a decoder can start."""
+
+    number: int
+    join: Join
+
+
+def preamble(number: int) -> bytes:
+    return b"<%d>" % number
+
+
+def key_frame(number: int, ago: float = 0.0) -> At:
+    """A place at a key frame, `ago` seconds old, with a preamble of its own."""
+    return At(number, Join(preamble(number), is_key_frame=True, time=time.monotonic() - ago))
+
+
+def unit(number: int, ago: float = 0.0) -> At:
+    """The same where any unit starts."""
+    return At(number, Join(preamble(number), time=time.monotonic() - ago))
 
 
 def enter(window: Window) -> Viewer:
@@ -51,22 +66,49 @@ def enter(window: Window) -> Viewer:
     return viewer
 
 
-def observed(window: Window) -> tuple[Observed, Observed]:
-    """The conditions that viewers and the feeder wait for."""
-    grown, taken = Observed(window._lock), Observed(window._lock)
-    window._grown, window._taken = grown, taken
-    return grown, taken
+def observed(
+    limit: int, patience: float = pipe.FOREMOST_PATIENCE, **options: int
+) -> tuple[Window, Waits]:
+    """A window, and which threads wait for it."""
+    waits = Waits()
+    with waits.observing():
+        window = Window(limit, patience, **options)
+    return window, waits
 
 
-def append(window: Window, first: int, stop: int, *joins: JoinPoint) -> None:
+def items(first: int, stop: int, *places: At) -> list[pipe.Framed]:
+    """Blocks `first` to `stop`, with these places in front of them."""
+    found: list[pipe.Framed] = []
+    for number in range(first, stop + 1):
+        found += [place.join for place in places if place.number == number]
+        if number < stop:
+            found.append(block(number))
+    return found
+
+
+def append(window: Window, first: int, stop: int, *places: At) -> None:
     """Blocks `first` to `stop`; fails where the window waits for a viewer."""
-    Task(functools.partial(window.append, blocks(first, stop), joins)).result()
+    Task(functools.partial(window.append, items(first, stop, *places))).result()
+
+
+def begin(window: Window, number: int) -> None:
+    """A segment of the origin's begins with block `number`, and a decoder can start there."""
+    window.begin(1.0)
+    window.append([Join(preamble(number), at_start=True)])
+
+
+def feed(window: Window, first: int, stop: int, length: int = 2) -> None:
+    """Blocks `first` to `stop`, of which each `length` make a segment."""
+    for number in range(first, stop):
+        if number % length == 0:
+            window.finish(b"")
+            begin(window, number)
+        window.append([block(number)])
 
 
 def segments(window: Window, first: int, stop: int, length: int = 2) -> None:
-    """Blocks `first` to `stop`, of which each `length` make a segment."""
-    for number in range(first, stop):
-        append(window, number, number + 1, *([join(number)] if number % length == 0 else []))
+    """The same; fails where the window waits for a viewer."""
+    Task(functools.partial(feed, window, first, stop, length)).result()
 
 
 def pause(viewer: Viewer) -> None:
@@ -92,11 +134,10 @@ def text(first: int, stop: int) -> bytes:
 
 
 def test_reader_waits_until_a_block_arrives() -> None:
-    window = Window(1000)
-    grown, _ = observed(window)
+    window, waits = observed(1000)
     viewer = enter(window)
     reader = Task(functools.partial(window.take, viewer, None))
-    assert grown.saw_wait()
+    assert waits.saw(reader)
     append(window, 0, 1)
     assert reader.result() == [block(0)]
 
@@ -143,7 +184,8 @@ def test_one_take_is_bounded() -> None:
 def test_preamble_counts_for_the_bound_of_a_take() -> None:
     window = Window(100 * pipe.SEND_LIMIT)
     given = [bytes([n]) * pipe.BLOCK_LIMIT for n in range(40)]
-    window.append(given, [JoinPoint(0, b"preamble", SEGMENT)])
+    window.begin()
+    window.append([Join(b"preamble", at_start=True), *given])
     viewer = enter(window)
     taken = window.take(viewer, 0)
     assert taken[0] == b"preamble"
@@ -184,26 +226,90 @@ def test_viewer_joins_at_the_oldest_segment_where_there_are_few() -> None:
     assert take(window, enter(window)) == b"<0>" + text(0, 3)
 
 
-def test_join_point_may_be_inside_a_block() -> None:
+def test_join_point_may_be_within_a_segment() -> None:
+    """At its key frame, behind pictures that need those of the segment before it."""
     window = Window(1000)
-    append(window, 0, 4, JoinPoint(14, b"<>", SEGMENT))
+    window.begin()
+    append(window, 0, 4, key_frame(2))
     viewer = enter(window)
-    assert take(window, viewer) == b"<>" + text(0, 4)[14:]
+    assert take(window, viewer) == b"<2>" + text(2, 4)
     append(window, 4, 5)
     assert take(window, viewer) == block(4)
 
 
+def test_first_key_frame_of_a_segment_is_its_start() -> None:
+    window = Window(1000, live_edge=2)
+    for first in (0, 4):
+        window.begin()
+        append(window, first, first + 4, key_frame(first + 1), key_frame(first + 3))
+    assert take(window, enter(window)) == b"<1>" + text(1, 8)
+
+
+def test_decoder_may_start_with_blocks_that_came_before_this_was_known() -> None:
+    """A segment's tables come in one turn, its key frame in the next one."""
+    window = Window(1000)
+    append(window, 0, 2)
+    window.begin()
+    append(window, 2, 4)
+    viewer = enter(window)
+    assert take(window, viewer) == b""
+    window.append([Join(at_start=True), block(4)])
+    assert take(window, viewer) == text(2, 5)
+
+
+def makeshift(number: int) -> At:
+    return At(number, Join(preamble(number), is_makeshift=True))
+
+
+@pytest.mark.parametrize("ending", ["complete", "broken off", "not told"])
+def test_picture_that_needs_others_has_to_do_for_a_segment_without_key_frame(ending: str) -> None:
+    window = Window(1000)
+    window.begin()
+    append(window, 0, 4, makeshift(1), makeshift(2))
+    assert take(window, enter(window)) == b"", "a key frame may still come"
+    if ending == "complete":
+        window.finish(b"")
+    elif ending == "broken off":
+        window.break_off()
+    window.begin()
+    append(window, 4, 5)
+    assert take(window, enter(window)) == b"<1>" + text(1, 5)
+
+
+def test_picture_that_needs_others_counts_for_nothing_beside_a_key_frame() -> None:
+    window = Window(1000)
+    window.begin()
+    append(window, 0, 4, makeshift(0), key_frame(2))
+    window.finish(b"")
+    assert take(window, enter(window)) == b"<2>" + text(2, 4)
+
+
 def test_join_point_may_be_behind_the_newest_block() -> None:
     window = Window(1000)
-    append(window, 0, 2, join(2))
+    append(window, 0, 2)
+    begin(window, 2)
     viewer = enter(window)
+    assert take(window, viewer) == b"", "nothing but a preamble is no media"
     append(window, 2, 4)
-    assert take_all(window, viewer) == b"<2>" + text(2, 4)
+    assert take(window, viewer) == b"<2>" + text(2, 4)
+
+
+def test_segment_of_which_nothing_came_is_no_place_to_start() -> None:
+    window = Window(1000, live_edge=2)
+    segments(window, 0, 4)
+    window.begin()
+    window.append([Join(b"another", at_start=True)])
+    window.break_off()
+    begin(window, 4)
+    append(window, 4, 5)
+    assert take(window, enter(window)) == b"<2>" + text(2, 5)
 
 
 def test_join_point_without_preamble_adds_nothing() -> None:
     window = Window(1000)
-    append(window, 0, 2, JoinPoint(SIZE, b"", SEGMENT))
+    append(window, 0, 1)
+    window.begin()
+    window.append([Join(at_start=True), block(1)])
     assert window.take(enter(window), 0) == [block(1)]
 
 
@@ -231,64 +337,80 @@ def test_without_segments_viewer_joins_at_a_key_frame_some_seconds_back(
 ) -> None:
     window = Window(1000)
     for number, ago in enumerate(ages):
-        append(window, number, number + 1, join(number, KEY_FRAME, ago))
+        append(window, number, number + 1, key_frame(number, ago))
     first = b"<%d>" % chosen
     assert take(window, enter(window)) == first + text(chosen, len(ages))
 
 
 def test_key_frames_count_for_nothing_beside_segments() -> None:
     window = Window(1000)
-    append(window, 0, 1, join(0, SEGMENT, ago=20))
-    append(window, 1, 2, join(1, KEY_FRAME, ago=10))
+    window.begin()
+    append(window, 0, 2, key_frame(0, ago=20), key_frame(1, ago=10))
     assert take(window, enter(window)) == b"<0>" + text(0, 2)
 
 
 def test_key_frame_of_half_a_minute_ago_counts_as_none() -> None:
     """Intra refresh: the only key frame is the stream's first picture."""
     window = Window(1000)
-    append(window, 0, 5, join(0, KEY_FRAME, ago=31), join(3, ANY, ago=8))
+    append(window, 0, 5, key_frame(0, ago=31), unit(3, ago=8))
     assert take(window, enter(window)) == b"<3>" + text(3, 5)
-    append(window, 5, 6, join(5, KEY_FRAME))
+    append(window, 5, 6, key_frame(5))
     assert take(window, enter(window)) == b"<5>" + text(5, 6)
 
 
 def test_key_frame_has_to_do_where_no_segment_start_is_left() -> None:
     window = Window(4 * SIZE)
-    append(window, 0, 1, join(0))
-    append(window, 1, 6, join(4, KEY_FRAME))
+    begin(window, 0)
+    append(window, 0, 6, key_frame(4))
     assert take(window, enter(window)) == b"<4>" + text(4, 6)
 
 
 def test_any_unit_is_a_join_point_where_no_key_frame_was_seen() -> None:
     window = Window(1000)
-    append(window, 0, 3, join(0, ANY, ago=20), join(1, ANY, ago=10), join(2, ANY))
+    append(window, 0, 3, unit(0, ago=20), unit(1, ago=10), unit(2))
     assert take(window, enter(window)) == b"<1>" + text(1, 3)
 
 
 def test_other_units_count_for_nothing_beside_key_frames() -> None:
     window = Window(1000)
-    append(window, 0, 5, join(0, KEY_FRAME, ago=10), join(3, ANY, ago=8))
+    append(window, 0, 5, key_frame(0, ago=10), unit(3, ago=8))
     assert take(window, enter(window)) == b"<0>" + text(0, 5)
 
 
 def test_any_unit_has_to_do_where_no_better_one_is_left() -> None:
     """A source with segments or pictures gave way to one without (a relay of a radio)."""
     window = Window(3 * SIZE)
-    append(window, 0, 1, join(0))
-    append(window, 1, 6, join(4, ANY))
+    segments(window, 0, 1)
+    window.leave_segments()
+    append(window, 1, 6, unit(4))
     assert take(window, enter(window)) == b"<4>" + text(4, 6)
 
 
-def test_viewer_waits_for_a_join_point_where_there_is_none() -> None:
+def test_segments_count_for_nothing_once_a_source_without_them_took_over() -> None:
+    """Its viewers start at the newest key frame that is some seconds old, of whichever source."""
     window = Window(1000)
-    grown, _ = observed(window)
+    window.begin()
+    append(window, 0, 3, key_frame(0, ago=30), key_frame(2, ago=20))
+    window.begin()
+    append(window, 3, 5, key_frame(3, ago=15))
+    window.leave_segments()
+    assert take(window, enter(window)) == b"<3>" + text(3, 5)
+    append(window, 5, 8, key_frame(5, ago=8), key_frame(7, ago=1))
+    assert take(window, enter(window)) == b"<5>" + text(5, 8)
+    begin(window, 8)
+    append(window, 8, 9)
+    assert take(window, enter(window)) == b"<8>" + block(8), "segments again"
+
+
+def test_viewer_waits_for_a_join_point_where_there_is_none() -> None:
+    window, waits = observed(1000)
     append(window, 0, 2)
     viewer = enter(window)
     reader = Task(functools.partial(window.take, viewer, None))
-    assert grown.saw_wait()
+    assert waits.saw(reader)
     append(window, 2, 4)
-    assert grown.saw_wait(), "blocks alone are not enough"
-    append(window, 4, 6, join(5))
+    assert waits.saw(reader), "blocks alone are not enough"
+    append(window, 4, 6, key_frame(5))
     assert b"".join(reader.result()) == b"<5>" + block(5)
     assert viewer.skips == 0
 
@@ -327,8 +449,7 @@ def test_slow_viewer_is_not_waited_for_where_another_is_ahead() -> None:
 
 
 def test_feeder_waits_for_the_foremost_viewer_while_it_takes() -> None:
-    window = Window(3 * SIZE, patience=LONG)
-    _, taken = observed(window)
+    window, waits = observed(3 * SIZE, patience=LONG)
     viewer = enter(window)
     feeder = Task(functools.partial(window.append, blocks(0, 30)))
     got = b""
@@ -336,48 +457,45 @@ def test_feeder_waits_for_the_foremost_viewer_while_it_takes() -> None:
         got += b"".join(window.take(viewer, TIMEOUT))
         viewer.moved = time.monotonic()
     feeder.result()
-    assert taken.saw_wait(0), "the feeder had to wait"
+    assert waits.saw(feeder, 0), "the feeder had to wait"
     assert got == text(0, 30)
     assert viewer.skips == 0
 
 
 def test_waiting_viewer_gets_the_blocks_of_a_turn_that_waits_for_it() -> None:
-    window = Window(3 * SIZE, patience=LONG)
-    grown, _ = observed(window)
+    window, waits = observed(3 * SIZE, patience=LONG)
     viewer = enter(window)
     reader = Task(functools.partial(window.take, viewer, None))
-    assert grown.saw_wait()
+    assert waits.saw(reader)
     feeder = Task(functools.partial(window.append, blocks(0, 4)))
     assert b"".join(reader.result()) == text(0, 3)
     feeder.result()
 
 
 def test_feeder_waits_while_the_foremost_viewer_sends() -> None:
-    window = Window(2 * SIZE, patience=LONG)
-    _, taken = observed(window)
+    window, waits = observed(2 * SIZE, patience=LONG)
     viewer = enter(window)
     append(window, 0, 2)
     assert window.take(viewer, 0) == blocks(0, 2)
     viewer.moved = time.monotonic()
     append(window, 2, 4)
     feeder = Task(functools.partial(window.append, blocks(4, 5)))
-    assert taken.saw_wait()
+    assert waits.saw(feeder)
     assert take(window, viewer) == text(2, 4)
     feeder.result()
 
 
 def test_viewer_that_had_nothing_to_take_is_not_a_paused_one() -> None:
     """After a long silence the next blocks may come faster than the first of them is sent."""
-    window = Window(2 * SIZE, patience=LONG)
-    grown, taken = observed(window)
+    window, waits = observed(2 * SIZE, patience=LONG)
     viewer = enter(window)
     viewer.moved = time.monotonic() - 10 * LONG  # before the silence
     reader = Task(functools.partial(window.take, viewer, None))
-    assert grown.saw_wait()
+    assert waits.saw(reader)
     append(window, 0, 1)
     assert reader.result() == [block(0)]
     feeder = Task(functools.partial(window.append, blocks(1, 6)))
-    is_waited_for = taken.saw_wait(1)
+    is_waited_for = waits.saw(feeder, 1)
     got = b""
     while feeder.is_running:
         got += take(window, viewer)
@@ -399,15 +517,15 @@ def test_paused_viewer_is_not_waited_for() -> None:
 
 
 def test_viewer_that_stops_taking_is_waited_for_no_longer_than_patience() -> None:
-    window = Window(2 * SIZE, patience=0.05)
-    _, taken = observed(window)
+    window, waits = observed(2 * SIZE, patience=0.05)
     viewer = enter(window)
     segments(window, 0, 2)
     assert take(window, viewer) == text(0, 2)
     viewer.moved = time.monotonic()
     began = time.monotonic()
-    segments(window, 2, 9)
-    assert taken.saw_wait(0)
+    feeder = Task(functools.partial(feed, window, 2, 9))
+    feeder.result()
+    assert waits.saw(feeder, 0)
     assert time.monotonic() - began >= 0.04
     assert take(window, viewer) == b"<8>" + block(8)
 
@@ -421,26 +539,24 @@ def test_viewer_that_waits_for_a_join_point_holds_nothing_up() -> None:
 
 
 def test_leaving_frees_a_waiting_feeder() -> None:
-    window = Window(2 * SIZE, patience=LONG)
-    _, taken = observed(window)
+    window, waits = observed(2 * SIZE, patience=LONG)
     viewer = enter(window)
     feeder = Task(functools.partial(window.append, blocks(0, 20)))
-    assert taken.saw_wait()
+    assert waits.saw(feeder)
     window.leave(viewer)
     feeder.result()
 
 
 def test_another_viewer_does_not_make_the_foremost_one_lose_bytes() -> None:
     """Join points of a turn can be used as soon as their blocks are there."""
-    window = Window(4 * SIZE, patience=LONG)
-    _, taken = observed(window)
+    window, waits = observed(4 * SIZE, patience=LONG)
     first = enter(window)
-    joins = [join(number) for number in range(0, 8, 2)]
-    feeder = Task(functools.partial(window.append, blocks(0, 8), joins))
-    assert taken.saw_wait()
+    places = [key_frame(number) for number in range(0, 8, 2)]
+    feeder = Task(functools.partial(window.append, items(0, 8, *places)))
+    assert waits.saw(feeder)
     second = enter(window)
     window.leave(Viewer())  # somebody else's leaving makes the feeder look again
-    assert taken.saw_wait(1), "it waits for the first viewer"
+    assert waits.saw(feeder, 1), "it waits for the first viewer"
     got = {first: b"", second: b""}
     while feeder.is_running:
         for viewer in got:
@@ -458,13 +574,12 @@ def test_another_viewer_does_not_make_the_foremost_one_lose_bytes() -> None:
 
 
 def test_private_window_keeps_what_its_viewer_has_not_taken() -> None:
-    window = Window(2 * SIZE, patience=math.inf)
-    _, taken = observed(window)
+    window, waits = observed(2 * SIZE, patience=math.inf)
     viewer = enter(window)
     feeder = Task(functools.partial(window.append, blocks(0, 10)))
     got = b""
     while len(got) < 8 * SIZE:  # the last two blocks need no more room
-        assert taken.saw_wait()
+        assert waits.saw(feeder)
         pause(viewer)
         got += take(window, viewer)
     feeder.result()
@@ -474,11 +589,10 @@ def test_private_window_keeps_what_its_viewer_has_not_taken() -> None:
 
 
 def test_private_window_without_viewer_holds_up_nobody() -> None:
-    window = Window(2 * SIZE, patience=math.inf)
-    _, taken = observed(window)
+    window, waits = observed(2 * SIZE, patience=math.inf)
     viewer = enter(window)
     feeder = Task(functools.partial(window.append, blocks(0, 10)))
-    assert taken.saw_wait()
+    assert waits.saw(feeder)
     window.leave(viewer)
     try:
         feeder.result(2)
@@ -523,23 +637,24 @@ def test_each_fall_is_counted() -> None:
 
 
 def test_skipped_bytes_are_those_the_viewer_does_not_get() -> None:
-    """Also where the join point is inside a block."""
+    """Also where the join point is within a segment."""
     window = Window(3 * SIZE, patience=0)
     viewer = enter(window)
     append(window, 0, 2)
     assert take(window, viewer) == text(0, 2)
-    append(window, 2, 9, JoinPoint(7 * SIZE + 4, b"<>", SEGMENT))
-    assert take(window, viewer) == b"<>" + text(0, 9)[7 * SIZE + 4 :]
+    window.begin()
+    append(window, 2, 9, key_frame(7))
+    assert take(window, viewer) == b"<7>" + text(7, 9)
 
 
 def test_viewer_that_fell_behind_waits_where_no_join_point_is_left() -> None:
     window = Window(3 * SIZE, patience=0)
     viewer = enter(window)
-    append(window, 0, 2, join(0))
+    append(window, 0, 2, key_frame(0))
     assert take(window, viewer) == text(0, 2)
     append(window, 2, 9)
     assert take(window, viewer) == b""
-    append(window, 9, 11, join(10))
+    append(window, 9, 11, key_frame(10))
     assert take(window, viewer) == b"<10>" + block(10)
     assert viewer.skips == 1
 
@@ -635,11 +750,10 @@ def test_viewer_that_waits_for_a_join_point_learns_of_the_end() -> None:
 
 @pytest.mark.parametrize("stop", [lambda window: window.end(False), Window.cut], ids=["end", "cut"])
 def test_end_wakes_waiting_viewers(stop: Callable[[Window], None]) -> None:
-    window = Window(1000)
-    grown, _ = observed(window)
+    window, waits = observed(1000)
     viewers = [enter(window) for _ in range(3)]
     readers = [Task(functools.partial(window.take, viewer, None)) for viewer in viewers]
-    assert all(grown.saw_wait() for _ in readers)
+    assert all(waits.saw(reader) for reader in readers)
     stop(window)
     for reader in readers:
         with pytest.raises(WindowEnded):
@@ -648,11 +762,10 @@ def test_end_wakes_waiting_viewers(stop: Callable[[Window], None]) -> None:
 
 def test_leaving_wakes_a_waiting_viewer() -> None:
     """Somebody else noticed that it closed its connection."""
-    window = Window(1000)
-    grown, _ = observed(window)
+    window, waits = observed(1000)
     viewer = enter(window)
     reader = Task(functools.partial(window.take, viewer, None))
-    assert grown.saw_wait()
+    assert waits.saw(reader)
     window.leave(viewer)
     with pytest.raises(ViewerGone):
         reader.result()
@@ -680,11 +793,10 @@ def test_cut_overrides_an_end() -> None:
 
 @pytest.mark.parametrize("patience", [LONG, math.inf], ids=["live", "private"])
 def test_cut_frees_a_waiting_feeder(patience: float) -> None:
-    window = Window(2 * SIZE, patience)
-    _, taken = observed(window)
+    window, waits = observed(2 * SIZE, patience)
     viewer = enter(window)
     feeder = Task(functools.partial(window.append, blocks(0, 20)))
-    assert taken.saw_wait()
+    assert waits.saw(feeder)
     window.cut()
     feeder.result()
     with pytest.raises(WindowEnded):
@@ -727,8 +839,27 @@ def test_window_shrinks_with_the_segments() -> None:
 def test_window_without_segments_does_not_grow() -> None:
     window = Window(10 * SIZE, growth=8)
     for number in range(100):
-        append(window, number, number + 1, join(number, KEY_FRAME))
+        append(window, number, number + 1, key_frame(number))
     assert grown_to(window) == 10
+
+
+def test_window_shrinks_once_a_source_without_segments_took_over() -> None:
+    """Nobody starts at the old segments, so nobody needs them."""
+    window = Window(10 * SIZE, growth=8)
+    segments(window, 0, 80, 8)
+    assert grown_to(window) > 30
+    window.leave_segments()
+    for number in range(80, 120):
+        append(window, number, number + 1, key_frame(number))
+    assert grown_to(window) == 10
+
+
+def test_segment_that_is_too_large_leaves_no_more_than_the_window() -> None:
+    """Late viewers could not start with the rest of it."""
+    window = Window(10 * SIZE, growth=8)
+    segments(window, 0, 100, 1000)
+    assert grown_to(window) == 10
+    assert take(window, enter(window)) == b""
 
 
 #### The foremost viewer ####
@@ -736,13 +867,12 @@ def test_window_without_segments_does_not_grow() -> None:
 
 def test_late_viewer_that_is_further_along_makes_nobody_lose_bytes() -> None:
     """It joined ahead of the first viewer and has not caught up yet: the first one counts."""
-    window = Window(4 * SIZE, patience=LONG, live_edge=1)
-    _, taken = observed(window)
+    window, waits = observed(4 * SIZE, patience=LONG, live_edge=1)
     first = enter(window)
     segments(window, 0, 4)
     late = enter(window)  # at block 2
     feeder = Task(functools.partial(window.append, blocks(4, 8)))
-    assert taken.saw_wait(), "nobody has caught up: it waits for the one that came first"
+    assert waits.saw(feeder), "nobody has caught up: it waits for the one that came first"
     got = take(window, first)
     while feeder.is_running:
         got += take(window, first)
@@ -805,19 +935,18 @@ class Model:
     readers: list[Reader] = field(default_factory=list)
 
     def append(self, sizes: Sequence[int], join_at: Iterable[int]) -> None:
-        start = len(self.stream)
-        for size in sizes:
-            self.stream += bytes((len(self.stream) + n) % 251 for n in range(size))
+        starts = {at % len(sizes) for at in join_at}  # blocks that segments start with
+        for number, size in enumerate(sizes):
+            if number in starts:
+                self.joins.append(len(self.stream))
+                self.window.begin()
+                self.window.append([Join(self.preamble(len(self.stream)), at_start=True)])
+            added = bytes((len(self.stream) + n) % 251 for n in range(size))
             while self.sizes and sum(self.sizes) + size > self.window.limit:
                 self.tail += self.sizes.pop(0)
             self.sizes.append(size)
-        given = sorted({start + at % sum(sizes) for at in join_at})
-        self.joins += given
-        edges = list(itertools.accumulate(sizes, initial=start))
-        self.window.append(
-            [self.stream[a:b] for a, b in itertools.pairwise(edges)],
-            [JoinPoint(at, self.preamble(at), SEGMENT) for at in given],
-        )
+            self.stream += added
+            self.window.append([added])
 
     def preamble(self, position: int) -> bytes:
         return b"<<<%d>>>" % position
@@ -906,8 +1035,7 @@ def test_many_viewers_of_any_pace_get_the_same_stream(seed: int) -> None:
     segments(window, 0, 1, length)
     viewers = [Task(functools.partial(watch, number)) for number in range(6)]
     for number in range(1, count):
-        joins = [join(number)] if number % length == 0 else []
-        window.append(blocks(number, number + 1), joins)
+        feed(window, number, number + 1, length)
         turns.release(3)
     window.end(True)
     turns.release(100_000)

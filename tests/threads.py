@@ -6,7 +6,8 @@ import contextlib
 import socketserver
 import threading
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+from unittest import mock
 
 TIMEOUT = 10.0  # seconds; nothing a test waits for takes as long
 
@@ -32,6 +33,11 @@ class Task(Generic[T]):
     @property
     def is_running(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def ident(self) -> int:
+        assert self._thread.ident is not None
+        return self._thread.ident
 
     def result(self, timeout: float = TIMEOUT) -> T:
         self._thread.join(timeout)
@@ -73,3 +79,35 @@ class Observed(threading.Condition):
     def saw_wait(self, timeout: float = TIMEOUT) -> bool:
         """Whether a thread begins to wait, counting each time once."""
         return self._waits.acquire(timeout=timeout)
+
+
+class Waits:
+    """Which threads wait for conditions that were made within `observing()`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[int, threading.Semaphore] = {}  # by thread
+
+    @contextlib.contextmanager
+    def observing(self) -> Iterator[None]:
+        """Have conditions that are made in this block observed."""
+        waits = self
+
+        class Condition(threading.Condition):
+            def wait(self, timeout: float | None = None) -> bool:
+                waits._count(threading.get_ident()).release()
+                return super().wait(timeout)
+
+        with mock.patch.object(threading, "Condition", Condition):
+            yield
+
+    def _count(self, thread: int) -> threading.Semaphore:
+        with self._lock:
+            return self._counts.setdefault(thread, threading.Semaphore(0))
+
+    def saw(self, task: Task[Any], timeout: float = TIMEOUT) -> bool:
+        """Whether a task begins to wait, counting each time once.
+
+        Then it has let go of the lock: a thread that takes the lock now finds the task waiting.
+        """
+        return self._count(task.ident).acquire(timeout=timeout)
