@@ -8571,11 +8571,12 @@ grid-template-columns:repeat(auto-fill,minmax(min(100%,15rem),1fr))}
 .group li{position:relative;min-width:0;padding:.5rem .75rem;background:var(--card);
 border:1px solid var(--line);border-radius:.75rem}li:target{border-color:var(--mark)}
 .group a{display:flex;align-items:center;gap:.75rem;min-height:2.75rem;font-weight:600;
-text-decoration:none;line-height:1.2}.group a::after{content:"";position:absolute;inset:0;
-border-radius:.75rem}
+text-decoration:none;line-height:1.2}.group a::after{content:"";position:absolute;top:0;
+right:0;bottom:0;left:0;border-radius:.75rem}
 .logo{flex:none;position:relative;width:4rem;height:2.25rem;border-radius:.4rem;overflow:hidden;
 background:var(--bg);color:var(--soft);line-height:0}
-.logo b{position:absolute;inset:0;display:grid;place-items:center;line-height:1}
+.logo b{position:absolute;top:0;right:0;bottom:0;left:0;display:grid;place-items:center;
+line-height:1}
 .logo img{position:relative;width:4rem;min-height:2.25rem;max-height:2.25rem;object-fit:contain;
 background:var(--card);filter:drop-shadow(0 0 1px var(--halo))}.js .logo img:not(.loaded){opacity:0}
 .watch .logo{background:var(--card)}.watch .logo img{background:var(--bg)}
@@ -8591,12 +8592,13 @@ border-radius:.75rem}#Attention li{padding:.35rem 0;border-top:1px solid var(--l
 #Attention summary{font-weight:600}table{border-collapse:collapse;width:100%}
 .wide{overflow-x:auto}td,th{text-align:left;padding:.3rem .75rem .3rem 0;overflow-wrap:normal;
 border-top:1px solid var(--line);white-space:nowrap}.more{margin-top:1.25rem}
-#List:has(li:not([hidden]))>#Nothing,#List:has(.group[open])>#Hint{display:none}
+#Nothing,#Hint{display:none}#List:not(:has(li:not([hidden])))>#Nothing,
+#List:not(:has(.group[open]))>#Hint{display:block}
 .watch{max-width:none;padding:0;display:grid;grid-template-columns:minmax(0,1fr)}
 .watch>*{margin:.6rem 1rem}
 .watch header{justify-content:start;flex-wrap:nowrap;gap:.75rem;min-width:0}
 .watch header div{min-width:0}.watch h1{font-size:1.1rem}.watch .more{color:var(--soft)}
-.screen{position:relative;margin:0!important;background:#000}
+.screen{position:relative;margin:0!important}
 video{display:block;width:100%;aspect-ratio:16/9;max-height:calc(100vh - 9rem);background:#000}
 .said{padding:.5rem 1rem;max-width:60rem;margin:0}.said p{margin:.5rem 0}
 .said p::first-letter,p.said::first-letter{text-transform:uppercase}
@@ -8610,7 +8612,6 @@ video{aspect-ratio:auto;height:calc(100vh - 4.2rem);max-height:none}
 .watch .button{max-width:13rem}.watch:has(header .note) video{height:calc(100vh - 5.7rem)}
 .watch:not(:has(video:not([hidden]))) header{order:0;grid-column:1/3;justify-self:start}}
 @media (max-width:600px){.many:has([type=search]:not(:placeholder-shown)) nav{display:none}}
-.watch:not(:has(video:not([hidden]))) .screen{background:none}
 .watch:has(#Trouble) header .note{display:none}
 """
 # A logo that does not load takes no room, so that the initials behind it show: an image without a
@@ -9195,7 +9196,8 @@ def _groups(board: Board, choice: Choice) -> str:
         )
     if len(wanted) > MOST_CARDS and not has_all:
         text += f"<p>{len(wanted) - MOST_CARDS} more: search for them.</p>"
-    return f'{text}{hint}<p id="Nothing">No channel matches.</p>'
+    nothing = '<p id="Nothing">No channel matches.</p>' if board.streams else ""
+    return text + hint + nothing
 
 
 def _card(board: Board, stream: StreamSettings, *, is_hidden: bool) -> str:
@@ -9315,12 +9317,14 @@ def watch_page(site: Site, stream: StreamSettings, watched: Watched, agent: str)
 
 def _screen(site: Site, stream: StreamSettings, watched: Watched, source: str, agent: str) -> str:
     """The video, or what a person can do in place of it."""
-    if watched.trouble and watched.trouble.status == HTTPStatus.NOT_FOUND:
+    has_hls = plays_hls(agent) or not watched.has_hls
+    may_pass = watched.trouble and watched.trouble.status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    if watched.trouble and not (may_pass and has_hls):
         return _trouble(site, stream, watched)
     if not source:
         words = "Browsers cannot play this recording here: open it in a player."
         return f'<div class="said"><p>{words}</p>{_player_link(site, stream)}</div>'
-    if watched.has_hls and not plays_hls(agent):
+    if not has_hls:
         return f'<div class="said"><p>{NO_HLS}</p>{_player_link(site, stream)}</div>'
     poster = f' poster="{html.escape(stream.logo)}"' if stream.logo else ""  # all of a radio
     loads = "hidden" if watched.trouble else f'src="{html.escape(source)}"'
@@ -9336,7 +9340,7 @@ def _trouble(site: Site, stream: StreamSettings, watched: Watched) -> str:
     """Why a stream does not play, and what to do about it."""
     assert watched.trouble
     reason = watched.trouble.reason
-    advice = _marked(advice_for(reason))
+    advice = _marked(advice_for(reason, watched.trouble.status))
     again = stream.name + site.query(quality=watched.quality)
     return (
         f'<div class="said" id="Trouble"><p class="failed"><b>{html.escape(reason)}</b></p>'
@@ -9538,12 +9542,20 @@ ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 
 
-def advice_for(reason: str) -> str:
+# The same for 503 and 504 without such a reason.
+PATIENCE_ADVICE = (
+    "`max_viewers`, `max_upstreams`, `playlists.NAME.max_upstreams` if your account allows more; "
+    "wait a minute; a longer `timeout`"
+)
+
+
+def advice_for(reason: str, status: HTTPStatus) -> str:
     """What a person can do about a failure; empty if there is nothing to say."""
     for parts, advice in ADVICE:
         if any(part in reason for part in parts):
             return advice
-    return ""
+    passes = (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
+    return PATIENCE_ADVICE if status in passes else ""
 
 
 def _rate(bitrate: float) -> str:

@@ -44,10 +44,13 @@ HEIGHT, WIDE, NARROW, GAP = 740, 860, 400, 20  # pixels
 CHANNELS = {
     "world": ("News", "World News", "#c0392b", 3),
     "weather": ("News", "Weather Now", "#2980b9", 1),
+    "local": ("News", "Local News", "#16a085", 0),
     "sport": ("Sport", "Sport One", "#27ae60", 5),
     "cycling": ("Sport", "Cycling Live", "#f39c12", 0),
+    "tennis": ("Sport", "Tennis", "#7f8c1d", 1),
     "cinema": ("Films", "Cinema", "#8e44ad", 2),
     "classics": ("Films", "Classics", "#34495e", 0),
+    "series": ("Films", "Series", "#d35488", 0),
 }
 
 # What is on television.

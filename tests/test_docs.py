@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -466,12 +467,15 @@ def advice_rows() -> list[tuple[list[str], str]]:
 
 
 def test_pages_advise_what_readme_does() -> None:
-    rows = advice_rows()
+    rows, failed = advice_rows(), HTTPStatus.BAD_GATEWAY
     assert len(rows) == len(pipe.ADVICE) >= 20
     for reasons, advice in rows:
         for reason in reasons:
-            assert pipe.advice_for(reason) == advice, reason
-    assert pipe.advice_for("the origin answered 458") == pipe.advice_for("the origin answered 429")
-    assert pipe.advice_for("no media within 20 s: the origin answered 410").startswith(
-        "the address"
-    )
+            assert pipe.advice_for(reason, failed) == advice, reason
+    full = pipe.advice_for("the origin answered 429", failed)
+    assert pipe.advice_for("the origin answered 458", failed) == full
+    late = pipe.advice_for("no media within 20 s: the origin answered 410", failed)
+    assert late.startswith("the address has expired")
+    (row,) = re.findall(r"^\| 503, 504 \| .* \| (.*) \|$", README, re.M)
+    assert pipe.advice_for("there are too many viewers", HTTPStatus.SERVICE_UNAVAILABLE) == row
+    assert pipe.advice_for("no such quality", HTTPStatus.NOT_FOUND) == ""
