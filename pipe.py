@@ -82,6 +82,30 @@ Where it is decided
     what an open page shows next     update_page; in the browser, PAGE_SCRIPT
     which thread may call            the class's docstring, or a comment above its methods
 
+Is it over?
+    the server            Server.stopping: nobody new is served; Channels.stop sets it
+    a channel             Channel.stopped: its thread must end; `is_fed`: its thread still runs;
+                          State.CLOSED: no media follows
+    an opening            Session.closed, which its Http, its Upstream and its raw body share
+    a track of it         its writer's `closing`, which is streamlink's own
+    a handed-over source  ReaderBuffer.closed; is_exhausted once everything was taken
+    a window              WindowEnded from Window.take, after end() or cut()
+    a channel list        LoadingList.is_over
+
+How long may this take?
+    a request head        HEAD_TIMEOUT in all
+    a start               `timeout` in all, shared by addresses and copies: Channel._open_first
+    an opening            its part of that: Session.remaining; each request in it: Http.within
+    a request             later: `timeout`, unless its body is read as it arrives
+    a segment             two target durations (a film: `timeout`) without a byte: Download._judge
+    a silent source       `timeout` or two target durations: Channel._judge
+    an outage             `reconnect` since the last byte: Channel._keep_going
+    an idle channel       `linger`: Channels.close_if_abandoned
+    a paused viewer       `viewer_timeout`: Handler._send_pieces; it holds the feeder up for
+                          FOREMOST_PATIENCE
+    a fetched list        LIST_TIME; a guide: GUIDE_TIME; one timer in Fetch
+    a shutdown            EXIT_TIME + DRAIN_TIME: close()
+
 What goes wrong, in four words
     failure        why something ended, in words for people: an upstream, a download, a start
     trouble        why something that continues has no media or no news: a channel, a playlist
@@ -4007,6 +4031,7 @@ class Session:
         self._ends = time.monotonic() + timeout  # when resolving and opening have to be over
         self.engine = Streamlink()
         self.engine.http = self.http = Http()
+        self.closed = self.http.closed  # what belongs to this opening shares the event
         for settings in (_own_options(stream, timeout), stream.options.streamlink, SAFETY_OPTIONS):
             for option, value in settings.items():
                 self.engine.set_option(option, value)
@@ -4296,11 +4321,11 @@ class Http(HTTPSession):
         self.is_resolving = True  # what is loaded now is used a second time
         self._kept: dict[str, requests.Response] = {}  # playlists, by their addresses
         self._try = threading.local()  # `ends`: when that of the thread has to be over
-        # _lock guards these three.
+        # _lock guards these two.
         self._lock = threading.Lock()
         self._pools: weakref.WeakSet[Any] = weakref.WeakSet()
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-        self._is_cut = False
+        self.closed = threading.Event()  # nothing may be requested any more; set under _lock
         super().__init__()
         self.hooks["response"].append(cast(Any, self._bound))
 
@@ -4328,7 +4353,7 @@ class Http(HTTPSession):
         Raises TimeoutError at the end, and requests.ConnectionError once all was cut.
         """
         with self._lock:
-            if self._is_cut:
+            if self.closed.is_set():
                 raise requests.ConnectionError("closed")
         left = self.patience(ends - time.monotonic())
         if left <= 0:
@@ -4402,7 +4427,7 @@ class Http(HTTPSession):
         """The pool that a request takes its connection from, directly or over a proxy."""
         pool = find(*arguments, **more)
         with self._lock:
-            if self._is_cut:
+            if self.closed.is_set():
                 raise requests.ConnectionError("closed")
             if pool not in self._pools:
                 self._pools.add(pool)
@@ -4414,14 +4439,14 @@ class Http(HTTPSession):
         """Note a socket; one that is connected while another thread cuts is shut down here."""
         with self._lock:
             self._sockets.add(sock)
-            if self._is_cut:
+            if self.closed.is_set():
                 _shut(sock)
         return sock
 
     def cut(self) -> None:
         """End every request now, refuse further ones and keep nothing, from any thread."""
         with self._lock:
-            self._is_cut = True
+            self.closed.set()
             for sock in self._sockets:
                 _shut(sock)
             for pool in self._pools:
@@ -4764,14 +4789,13 @@ class Upstream:
         self.live_edge: int = session.engine.get_option("hls-live-edge")
         self._files: list[Any] = []  # what streamlink made for it, in that order
         self._pump: threading.Thread | None = None  # moves what comes to the buffer
-        self._closing = threading.Event()
         self.is_clean = False  # see Splicer.resume
         self.missing: str | None = None  # what viewers have to do without
         self.left_out: Collection[int] = ()  # the places of the tracks that were left out
         self._unused: list[Any] = []  # their files
 
     def __repr__(self) -> str:
-        state = "closed" if self._closing.is_set() else "open"
+        state = "closed" if self.session.closed.is_set() else "open"
         return f"<{type(self).__name__} {self.session.name}, {state}: {self.buffer}>"
 
     @property
@@ -4840,13 +4864,10 @@ class Upstream:
         raise SourceEnded
 
     def close(self) -> None:
-        """End everything and drop what nobody took; returns at once, but for ffmpeg.  Idempotent.
+        """End everything and drop what nobody took; returns at once, but for ffmpeg.
 
-        What would outlive the process (ffmpeg, and files for it) has ended then.
+        What would outlive the process (ffmpeg, and files for it) has ended then.  Called once.
         """
-        if self._closing.is_set():
-            return
-        self._closing.set()
         self.buffer.discard()
         self.session.http.cut()
         for file in self._files:
@@ -5788,7 +5809,7 @@ class RawUpstream(Upstream):
         # A body that stalls is noticed after `timeout`, and then asked for once more.
         patience = self.session.engine.get_option("stream-segment-timeout") + JUDGE_GRACE / 2
         ask = functools.partial(self.session.http.ask, self._arguments)
-        download = Download(ask, self._closing, lambda: patience, opened=self._opened)
+        download = Download(ask, self.session.closed, lambda: patience, opened=self._opened)
         yield SegmentEvent(EventKind.START, 0)
         yield from download.parts()
         yield SegmentEvent(EventKind.END, 0)
@@ -5933,7 +5954,7 @@ class ProcessUpstream(Upstream):
 
     def _fail(self, reason: str) -> None:
         """A track broke off, and ffmpeg has all of it: let it write that, but nothing beyond."""
-        if self._closing.wait(MUXER_LAG) or not self._first_failure.acquire(blocking=False):
+        if self.session.closed.wait(MUXER_LAG) or not self._first_failure.acquire(blocking=False):
             return
         self._failure = reason
         if process := self._file.process:  # close() may end it meanwhile
@@ -6548,7 +6569,8 @@ class Channel:
         self.account: str | None = None  # the playlist whose account it takes a slot of
         self.state = State.STARTING
         self.is_private = is_private  # from the start: for one viewer, whatever it turns out to be
-        self.is_fed = True  # its thread may bring more
+        self.is_fed = True  # its thread runs
+        self.stopped = threading.Event()  # it must end; set once, in stop(), by any thread
         self.variant = ""
         self.variants: Mapping[str, str] = {}  # name to variant; empty until its start found them
         self.viewers: dict[Viewer, None] = {}  # in order of arrival
@@ -6579,7 +6601,6 @@ class Channel:
         self._bitrate = Bitrate()  # of the newest opening
         self._skipped = 0  # segments lost in a running upstream, and not logged yet
         self._start_level: int | None = None  # of its lines until media came; None: no line yet
-        self._stopped = threading.Event()
 
     def __repr__(self) -> str:
         name = f"{self.stream.name}/{self.variant or self.wanted}"
@@ -6597,10 +6618,10 @@ class Channel:
         """Let the viewers go and end the thread, whatever it waits for; returns at once.
 
         Idempotent.  A session that is made at the same moment is not found here, but its maker
-        looks at `_stopped` once it can be found.
+        looks at `stopped` once it can be found.
         """
         self.window.cut()  # before another one has its numbers
-        self._stopped.set()
+        self.stopped.set()
         session = self._session
         if session:
             session.http.cut()
@@ -6613,16 +6634,12 @@ class Channel:
             upstream.buffer.wake()
 
     @property
-    def is_stopped(self) -> bool:
-        return self._stopped.is_set()
-
-    @property
     def is_offered(self) -> bool:
         """To everybody who asks for what it has."""
         is_shared = self.state is State.LIVE or (
             self.state is State.STARTING and not self.is_private
         )
-        return is_shared and not self.is_stopped
+        return is_shared and not self.stopped.is_set()
 
     @property
     def is_running(self) -> bool:
@@ -6715,7 +6732,7 @@ class Channel:
                 self.channels.end(self, is_complete, ended_by)
                 self._see_pollers_off(is_complete)
         is_told = ended_by and any(ended_by.reason == reason for _, reason in self._told)
-        if ended_by and not is_told and not self.channels.is_stopping:
+        if ended_by and not is_told and not self.channels.stopping.is_set():
             what = "ended" if self._splicer else "not started"
             level = self._choose_level()
             log.log(level, "%s: %s: %s", self.stream.name, what, ended_by.reason)
@@ -6724,8 +6741,8 @@ class Channel:
         """Keep the playlist of a source that truly ended, so that polling clients get the rest."""
         if self.has_hls and is_complete:
             deadline = time.monotonic() + self.poll_patience
-            while self.pollers and not self.is_stopped and time.monotonic() < deadline:
-                self._stopped.wait(min(FEEDER_TICK, max(0.0, deadline - time.monotonic())))
+            while self.pollers and not self.stopped.is_set() and time.monotonic() < deadline:
+                self.stopped.wait(min(FEEDER_TICK, max(0.0, deadline - time.monotonic())))
                 self.channels.remove_pollers(self)
         self.window.close_hls()
         self.channels.remove_pollers(self, all_of_them=True)
@@ -6827,18 +6844,18 @@ class Channel:
         until = min(time.monotonic() + seconds, deadline)
         while True:
             self.channels.remove_pollers(self)
-            if self.is_stopped or not self.viewers:
+            if self.stopped.is_set() or not self.viewers:
                 raise Stop
             remaining = until - time.monotonic()
             if remaining <= 0 and until < deadline:
                 return
             if remaining <= 0:
                 raise UpstreamError(NOT_BACK)
-            self._stopped.wait(min(remaining, FEEDER_TICK))
+            self.stopped.wait(min(remaining, FEEDER_TICK))
 
     def _note_failure(self, reason: str) -> None:
         self._close_upstream()
-        if self.is_stopped:  # we cut it ourselves: the address may be well
+        if self.stopped.is_set():  # we cut it ourselves: the address may be well
             raise Stop
         is_last = self._copy + 1 >= self._copies  # or the address may be well
         self.record.add_failure(reason, self.stream.urls[self._address] if is_last else "")
@@ -6907,7 +6924,7 @@ class Channel:
         address = self.stream.urls[self._address]
         self.channels.take_slot(self, address)
         session = self._session = Session(self.stream.at(address), timeout)
-        if self.is_stopped:
+        if self.stopped.is_set():
             raise Stop
         session.resolve(address)
         name = self._find_variant(session)
@@ -6962,7 +6979,7 @@ class Channel:
         alive = time.monotonic()
         while True:
             self.channels.close_if_abandoned(self)
-            if self.is_stopped:
+            if self.stopped.is_set():
                 raise Stop
             items, is_all = self._read(upstream)
             if start is not None and (items or is_all):
@@ -6971,7 +6988,7 @@ class Channel:
                     items, start = start, None
             if start is None:
                 self._move(upstream, items)
-            if upstream.trouble and self.trouble is None and not self.is_stopped:
+            if upstream.trouble and self.trouble is None and not self.stopped.is_set():
                 self._note_trouble(upstream.trouble)  # and no request that was cut with a stop
             if is_all:
                 self._finish(upstream)
@@ -7253,7 +7270,7 @@ class Channels:
         self._records: dict[str, StreamRecord] = {}  # by stream
         # When an upstream was closed, by its host and by its account.
         self._closed: dict[tuple[str, str], float] = {}
-        self.is_stopping = False
+        self.stopping = threading.Event()  # set once, under `changed`; anybody may ask
 
     # Viewers' threads
 
@@ -7325,7 +7342,7 @@ class Channels:
             wanted = quality or stream.quality
             running = self._find(stream, wanted)
             mine = self._channels_of(stream.name)
-            ended = (c for c in mine if c.pollers and not (c.is_fed or c.is_stopped))
+            ended = (c for c in mine if c.pollers and not (c.is_fed or c.stopped.is_set()))
             having = (c for c in ended if c.variant == variant_of(wanted, c.variants))
             return [*([running] if running else ()), *having]
 
@@ -7396,15 +7413,15 @@ class Channels:
     def drop_reason(self, channel: Channel) -> str:
         """Why a channel that broke off disconnects its viewers, in the metric's words."""
         with self.changed:  # a reload holds it until the whole channel is stopped
-            if self.is_stopping:
+            if self.stopping.is_set():
                 return "shutdown"
-            if channel.is_stopped:
+            if channel.stopped.is_set():
                 return "reload"
             return "reconnect" if channel.gave_up else "failed"
 
     def _attach(self, name: str, quality: str | None, viewer: Viewer, is_private: bool) -> Channel:
         """Put the viewer into a running channel or a new one; the cases stand above."""
-        if self.is_stopping:
+        if self.stopping.is_set():
             raise stopping_error()
         stream = self._config.streams.get(name)  # a reload may have come in between
         if stream is None:
@@ -7527,7 +7544,7 @@ class Channels:
         A stopped one does not: its connections are closed, whenever its thread ends.
         """
         states = (State.STARTING, State.LIVE, State.PRIVATE)
-        return [c for c in self._channels if c.state in states and not c.is_stopped]
+        return [c for c in self._channels if c.state in states and not c.stopped.is_set()]
 
     def _account_of(self, stream: StreamSettings, address: str) -> str | None:
         """The name of the playlist whose account an address uses."""
@@ -7675,7 +7692,8 @@ class Channels:
         """
         with self.changed:
             channel.record.container = channel.container = container
-            if channel.is_stopped or (not is_private and self._is_offered_by_another(channel)):
+            is_taken = not is_private and self._is_offered_by_another(channel)
+            if is_taken or channel.stopped.is_set():
                 return False
             channel.state = State.PRIVATE if is_private else State.LIVE
             channel.had_media, channel.has_hls = True, has_hls
@@ -7689,9 +7707,9 @@ class Channels:
     def end(self, channel: Channel, is_complete: bool, error: StreamError | None) -> None:
         """A channel's thread ends; called once for each, with what became of it."""
         with self.changed:
-            if self.is_stopping:
+            if self.stopping.is_set():
                 error = stopping_error()
-            elif channel.is_stopped:
+            elif channel.stopped.is_set():
                 error = None  # whatever failed was cut off by a reload
             if channel.state is State.STARTING and error:
                 self._fail_start(channel, error)
@@ -7795,7 +7813,7 @@ class Channels:
     def stop(self, timeout: float) -> bool:
         """Let all viewers go and end all threads; False where one still runs after `timeout`."""
         with self.changed:
-            self.is_stopping = True
+            self.stopping.set()
             for channel in self._channels:
                 channel.stop()
             return self.changed.wait_for(lambda: not any(c.is_fed for c in self._channels), timeout)
@@ -9792,7 +9810,7 @@ class Handler(BaseHTTPRequestHandler):
             log.log(level, "%s: %s refused: %s", stream.name, viewer, refusal.reason)
             raise
         except WindowEnded:  # before its answer began
-            is_stopping = self.server.channels.is_stopping
+            is_stopping = self.server.stopping.is_set()
             raise stopping_error() if is_stopping else UpstreamError(JUST_ENDED) from None
 
     @property
@@ -9892,7 +9910,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_health(self) -> None:
         status, word, headers = HTTPStatus.OK, "ok", dict[str, str]()
-        if self.server.channels.is_stopping:
+        if self.server.stopping.is_set():
             status, word, headers = HTTPStatus.SERVICE_UNAVAILABLE, "stopping", {"Retry-After": "5"}
         content = {"status": word, "streams": len(self.server.config.streams)}
         if self.is_trusted:
@@ -9916,7 +9934,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_head(self, stream: StreamSettings, kind: str | None) -> None:
         """HEAD of a stream costs nothing: Kodi and Jellyfin probe with it before they play."""
-        if self.server.channels.is_stopping:
+        if self.server.stopping.is_set():
             raise stopping_error()
         if kind == ".m3u8":
             media_type, headers = PLAYLIST_TYPE, HLS_HEADERS
@@ -10344,6 +10362,7 @@ class Server(ThreadingHTTPServer):
         self.config = config  # replaced whole by a reload
         self.last_reload = Reload(is_successful=True)  # replaced whole by main; the start counts
         self.channels = channels
+        self.stopping = channels.stopping  # nobody new is served any more
         self.lists = Lists(config, self.use)
         self._learn = learn
         self.started = time.monotonic()

@@ -371,7 +371,7 @@ class Census(pipe.Channels):
 
     def close_if_abandoned(self, channel: pipe.Channel) -> None:
         super().close_if_abandoned(channel)
-        if channel.is_stopped:
+        if channel.stopped.is_set():
             threading.Event().wait(0.02)
 
 
