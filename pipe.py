@@ -3755,6 +3755,18 @@ class Tries(NamedTuple):
         return self._replace(failure=reason, failing_since=self.asked, failed=now)
 
 
+class Pace(NamedTuple):
+    """How fast the bytes of a try arrive."""
+
+    size: int = 0  # bytes, those that had arrived before included
+    waited: float = 0.0  # seconds in which the download waited for them
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second."""
+        return self.size / max(self.waited, 1e-3)
+
+
 class Download:
     """A body, tried for until it is whole; what was had of it is not passed on again.
 
@@ -3780,11 +3792,10 @@ class Download:
         self._opened = opened  # the first answer, where it is there already
         self._had = Fingerprint()
         self._moved = 0.0  # when the newest byte was passed on, or the first try began
-        # Its own thread replaces this value. Other threads read it once for each question, so that
-        # none sees half of a change.
+        # Its own thread replaces these two values.  Other threads read each once for each question,
+        # so that none sees half of a change.
         self.tries = Tries()
-        self._came = 0  # bytes of the newest try, new or not
-        self._waited = 0.0  # seconds in which it waited for them
+        self._pace = Pace()  # of the newest try
         self._slow_time = SLOW_TIME  # seconds after which a try that is slow is ended
         self._validator: str | None = None  # None: the rest cannot be asked for
         self._length = 0  # bytes of the whole, where an answer with a part of it told
@@ -3800,7 +3811,7 @@ class Download:
     @property
     def rate(self) -> float:
         """Bytes a second, as the origin sent them in the newest try."""
-        return self._came / max(self._waited, 1e-3)
+        return self._pace.rate
 
     def is_hopeless(self) -> bool:
         """Whether another try is of no use."""
@@ -3824,7 +3835,10 @@ class Download:
                 raise
             except Exception as error:  # requests', urllib3's, streamlink's and the system's
                 log.debug("a download broke off", exc_info=True)
-                has_all = self._has_all(error)
+                refusal = refused_range(error)
+                if refusal is not None:
+                    self._validator = None
+                has_all = refusal is not None and self._has_all(refusal)
                 if has_all and not self._is_cut_off:
                     return
                 self._judge(NOT_WHOLE if has_all else explain(error), pause)
@@ -3843,14 +3857,10 @@ class Download:
         """Whether it ended within a block of its cipher; a byte range has the length it has."""
         return self._size is None and self._had.size % self.cipher_block != 0
 
-    def _has_all(self, error: Exception) -> bool:
-        """Whether there was nothing left to ask for: the length told was too large."""
-        answer = getattr(getattr(error, "err", None), "response", None)
-        if answer is None or answer.status_code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return False
-        self._validator = None
+    def _has_all(self, refusal: requests.Response) -> bool:
+        """Whether a range was refused because there is no more: the length told was too large."""
         end = self._first + self._had.size
-        return bool(self._had.size and answer.headers.get("Content-Range") == f"bytes */{end}")
+        return bool(self._had.size and refusal.headers.get("Content-Range") == f"bytes */{end}")
 
     def _open(self) -> Opened:
         """Ask for the body, or for the rest of it where that is possible."""
@@ -3868,8 +3878,11 @@ class Download:
         left = self._moved + patience - time.monotonic()
         return self._request(headers, max(0.1, min(patience / 2, left))), b""
 
-    def _offset_of(self, response: requests.Response) -> int:
-        """Where an answer starts, in bytes from ours: negative where more comes than was asked."""
+    def _read_head(self, response: requests.Response) -> int:
+        """Note the length and the validator of an answer.
+
+        Returns where it starts, in bytes from ours: negative if more comes than was requested.
+        """
         start = 0
         is_coded = response.headers.get("Content-Encoding", "identity") != "identity"
         if response.status_code == HTTPStatus.PARTIAL_CONTENT:
@@ -3891,13 +3904,13 @@ class Download:
 
     def _new_parts(self, response: requests.Response, start: bytes) -> Iterator[bytes]:
         """Read an answer, after the `start` that was read of it, and yield what is new."""
-        offset = self._offset_of(response)
+        offset = self._read_head(response)
         before = max(0, -offset)  # bytes still to come in front of ours
         repeat = Repeat(self._had if offset <= 0 else Fingerprint())
         parts = parts_of(response, PART_LIMIT, start)
         if offset <= 0:  # otherwise it continues a body whose start was judged
             parts = media_parts(parts)
-        self._came, self._waited = 0, 0.0
+        self._pace = Pace()
         while self._had.size != self._size and (part := self._wait_for(parts)):
             # A page or a text is no answer, so only media counts as one.
             if self.tries.answered != self.tries.asked:
@@ -3921,15 +3934,23 @@ class Download:
             raise (DownloadFailed if is_late else PipeError)("the origin sent an empty segment")
 
     def _wait_for(self, parts: Iterator[bytes]) -> bytes:
-        if self._waited > self._slow_time and self.is_slow():
+        if self._pace.waited > self._slow_time and self.is_slow():
             # Each time later, or a body of which only all can be had would never be whole.
             self._slow_time *= 2
             raise PipeError("it arrives too slowly")
         asked = time.monotonic()
         part = next(parts, b"")
-        self._waited += time.monotonic() - asked
-        self._came += len(part)
+        waited = self._pace.waited + time.monotonic() - asked
+        self._pace = Pace(self._pace.size + len(part), waited)
         return part
+
+
+def refused_range(error: Exception) -> requests.Response | None:
+    """The answer that no such range exists; None for any other error."""
+    answer: requests.Response | None = getattr(getattr(error, "err", None), "response", None)
+    if answer is None or answer.status_code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+        return None
+    return answer
 
 
 def parts_of(response: requests.Response, size: int, start: bytes = b"") -> Iterator[bytes]:
@@ -5378,6 +5399,7 @@ class SegmentDownload(Download):
     def __init__(self, writer: DownloadingWriter, segment: Any, part: Any) -> None:
         self._writer, self._segment, self._is_map = writer, segment, part is not segment
         self.buffer = ReaderBuffer(BODY_LIMIT)
+        self._content: bytes | None = None  # of an initialization section, once it was read
         request = functools.partial(writer.request, segment, part)
         super().__init__(request, writer.closing, writer.patience, part.byterange)
         if writer.decrypts(part.key):
@@ -5473,9 +5495,10 @@ class SegmentDownload(Download):
         if self.buffer.failure:
             raise DownloadFailed(self.buffer.failure)
 
-    @functools.cached_property
-    def content(self) -> bytes:
-        """All of an initialization section, once it is there; raises UpstreamError without it."""
+    def read_all(self) -> bytes:
+        """All of an initialization section; waits for it.  Raises UpstreamError without it."""
+        if self._content is not None:
+            return self._content
         content = b""
         try:
             for part in self.iter_content():
@@ -5485,6 +5508,7 @@ class SegmentDownload(Download):
         except DownloadFailed as error:
             reason = f"the initialization section cannot be fetched: {error}"
             raise UpstreamError(reason) from error
+        self._content = content
         return content
 
 
@@ -5689,7 +5713,7 @@ class DownloadingWriter(HLSStreamWriter):
     def _init(self, segment: Any, init: SegmentDownload) -> Iterator[bytes]:
         """Hand on an initialization section; raises UpstreamError: nothing plays without it."""
         try:
-            yield from self._decrypted(segment.map.key, segment.num, [init.content])
+            yield from self._decrypted(segment.map.key, segment.num, [init.read_all()])
         except DecryptionFailed as error:
             raise UpstreamError(explain(error)) from error
 
