@@ -8358,8 +8358,18 @@ def discover_page(site: Site) -> Page:
         "DeviceAuth": "streampipe",
         "BaseURL": site.url,
         "LineupURL": f"{site.url}/lineup.json",
-        "TunerCount": server.max_upstreams or server.max_viewers or 16,  # a text became 49 in Plex
+        "TunerCount": tuner_count(site.config),  # a text became 49 in Plex
     })  # fmt: skip
+
+
+def tuner_count(config: Config) -> int:
+    """How many streams a tuner can play at once."""
+    count = config.server.max_upstreams or config.server.max_viewers or 16
+    limits = [playlist.max_upstreams for playlist in config.playlists.values()]
+    is_imported = all(stream.playlist for stream in config.streams.values())
+    if is_imported and limits and all(limits):
+        count = min(count, sum(limits))
+    return count
 
 
 def lineup_page(site: Site) -> Page:

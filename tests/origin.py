@@ -642,16 +642,21 @@ class Tokens:
 class OneAtATime:
     """A panel that allows one connection: it refuses a request while another one is served.
 
-    Only requests for `path`, exact or a pattern, count.
+    Only requests for `path`, exact or a pattern, count; one that was served counts for `lag`
+    seconds after its end.
     """
 
     origin: Origin
     status: int = 403
     path: str = "*"
+    lag: float = 0.0
 
     def apply(self, answer: Answer) -> None:
-        open_now = [request for request in self.origin.requests if not request.done]
-        if sum(_matches(request.path, self.path) for request in open_now) > 1:
+        requests = [r for r in self.origin.requests if _matches(r.path, self.path)]
+        since = time.monotonic() - self.lag
+        busy = sum(not request.done for request in requests)
+        busy += sum(r.done and r.status == 200 and r.ended > since for r in requests)
+        if busy > 1:
             Status(self.status).apply(answer)
 
 
@@ -951,6 +956,7 @@ class Request:
     sent: int  # bytes of the body so far; counted just after they left
     status: int  # 0 before the status line
     done: bool  # nothing more will be sent
+    ended: float  # time.monotonic() when it was done; infinite before
 
 
 @dataclass
@@ -964,6 +970,7 @@ class _Record:
     time: float
     began: int  # position among all beginnings and ends
     ended: int | None = None
+    ended_time: float = math.inf
     sent: int = 0
     status: int = 0
 
@@ -977,6 +984,7 @@ class _Record:
             self.sent,
             self.status,
             self.ended is not None,
+            self.ended_time,
         )
 
 
@@ -1588,7 +1596,7 @@ class Origin:
 
     def _ended(self, record: _Record) -> None:
         with self._changed:
-            record.ended = next(self._steps)
+            record.ended, record.ended_time = next(self._steps), time.monotonic()
             self._changed.notify_all()
 
     def _hold(self, handle: FaultHandle, change: int) -> None:
@@ -1628,7 +1636,9 @@ class Panel:
       /NAME/live/USER/PASSWORD/NUMBER.ts        a channel; it redirects with `redirects`
       /NAME/edge/NUMBER.ts?token=...            where to; each token is good for one request
 
-    `connections` is 1 or 0: the panel refuses a second channel with 458, or allows any number.
+    `connections` is 1 or 0: the panel refuses a second channel with 458, or allows any number.  It
+    counts a channel for `lag` seconds after its end.  The channels' addresses have these `hosts` in
+    turn.
     `think` is in seconds, before the list is sent.  `headers` are in the list, behind each address,
     and without them the channels are refused.  `redirects` is also about the list.
     """
@@ -1642,6 +1652,8 @@ class Panel:
         source: Callable[[], Iterable[bytes]],
         user: str = "ada.l",
         connections: int = 0,
+        lag: float = 0.0,
+        hosts: Sequence[str] = ("127.0.0.1",),
         think: float = 0.0,
         headers: Mapping[str, str] | None = None,
         redirects: bool = False,
@@ -1650,6 +1662,7 @@ class Panel:
         self.origin, self.name, self.user = origin, name, user
         self.titles = tuple(titles)
         self._headers = dict(headers or {})
+        self._hosts = tuple(hosts)
         path = f"/{name}/get.php"
         if redirects:
             origin.add_file(path, b"")
@@ -1661,11 +1674,14 @@ class Panel:
         if packed:
             origin.habit(path, Gzip())
         for number in range(len(self.titles)):
-            self._add_channel(number, source, connections, redirects)
+            path = self._add_channel(number, source, redirects)
+            if connections:
+                origin.habit(path, OneAtATime(origin, 458, self.channels, lag))
 
     def _add_channel(
-        self, number: int, source: Callable[[], Iterable[bytes]], connections: int, redirects: bool
-    ) -> None:
+        self, number: int, source: Callable[[], Iterable[bytes]], redirects: bool
+    ) -> str:
+        """Serve a channel; returns the path of its media."""
         path = self.path(number)
         demand = Demand({name.lower(): value for name, value in self._headers.items()})
         if redirects:
@@ -1677,8 +1693,7 @@ class Panel:
             path = target
         self.origin.add_endless(path, source, content_type="video/mp2t")
         self.origin.habit(path, demand)
-        if connections:
-            self.origin.habit(path, OneAtATime(self.origin, 458, self.channels))
+        return path
 
     def path(self, number: int) -> str:
         """The path of a channel, by its position in the list."""
@@ -1702,7 +1717,9 @@ class Panel:
         for number, title in enumerate(self.titles):
             about = f'tvg-id="{self.name}-{number}" tvg-chno="{number + 1}" group-title="UK"'
             lines.append(f"#EXTINF:-1 {about},{title}")
-            lines.append(f"{self.origin.url}{self.path(number)}{tail if self._headers else ''}")
+            host = self._hosts[number % len(self._hosts)]
+            address = f"http://{host}:{self.origin.port}{self.path(number)}"
+            lines.append(address + tail if self._headers else address)
         return "\r\n".join([*lines, ""]).encode()
 
 
@@ -1710,7 +1727,7 @@ class Panel:
 PANELS: Mapping[str, Mapping[str, Any]] = {
     "panel-headers": {"headers": {"User-Agent": "IPTV/2.1", "X-Device": "tv"}},
     "panel-redirects": {"redirects": True},
-    "panel-one-connection": {"connections": 1},
+    "panel-one-connection": {"connections": 1, "lag": 0.5},
     "panel-slow": {"think": 5.0},
     "panel-gzip": {"packed": True},
     "panel-all": {

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests import media
-from tests.origin import Origin, Playlist, Segment
+from tests.origin import Origin, Panel, Playlist, Segment, paced
 from tests.program import eventually
 from tests.server import Site
 from tests.test_proxies import free_port
@@ -222,10 +222,14 @@ def test_kodi_loads_the_list_and_zaps(
     origin: Origin, serve: Serve, start_kodi: Callable[[str], Kodi]
 ) -> None:
     site = serve(channels(origin))
-    kodi = start_kodi(f"{site.url}/playlist.m3u")
+    zap(start_kodi(f"{site.url}/playlist.m3u"), ZAPS)
+
+
+def zap(kodi: Kodi, times: int) -> None:
+    """Play one of four channels after the other, so many times."""
     numbers = list(kodi.load_channels("alltv", 4).items())
     assert len(numbers) == 4
-    for zap in range(ZAPS):
+    for zap in range(times):
         title, channel = numbers[zap % len(numbers)]
         kodi.play(channel)
 
@@ -235,6 +239,16 @@ def test_kodi_loads_the_list_and_zaps(
         eventually(is_playing, f"{title} plays", PICTURE_TIME)
         eventually(kodi.screen.picture_moves, f"a picture of {title} moves", PICTURE_TIME)
         assert "h264" in kodi.played()
+
+
+def test_kodi_zaps_through_a_providers_list_with_one_connection(
+    origin: Origin, serve: Serve, start_kodi: Callable[[str], Kodi]
+) -> None:
+    segments = media.ts_segments(60)
+    panel = Panel(origin, "panel", source=lambda: paced(segments), redirects=True, connections=1)
+    site = serve({}, playlists={"tv": panel.url})
+    eventually(lambda: len(site.server.config.streams) == 4, "the list is loaded")
+    zap(start_kodi(f"{site.url}/playlist.m3u"), 5)
 
 
 def test_kodi_plays_radio(origin: Origin, serve: Serve, start_kodi: Callable[[str], Kodi]) -> None:

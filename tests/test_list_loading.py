@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import html
+import itertools
 import logging
 import math
 import signal
@@ -19,6 +20,7 @@ import pytest
 import pipe
 from tests import media
 from tests.origin import (
+    PANELS,
     WEB_PAGE,
     Body,
     Break,
@@ -26,6 +28,7 @@ from tests.origin import (
     Gzip,
     OneAtATime,
     Origin,
+    Panel,
     Playlist,
     Redirect,
     Stall,
@@ -441,6 +444,29 @@ def test_list_and_channels_of_a_panel_that_allows_one_connection(
     loaded(site, "one")
     with site.watch("/one") as viewer:
         assert viewer.status == 200
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] if "think" in habits else [])
+        for name, habits in PANELS.items()
+    ],
+)
+def test_list_of_a_panel_is_loaded_and_its_channels_are_played(
+    origin: Origin, serve: Serve, name: str
+) -> None:
+    """With headers, redirects, one connection, think time and compression."""
+    origin.rate = 2_000_000
+    panel = Panel(origin, name, source=lambda: itertools.cycle(SEGMENTS), **PANELS[name])
+    site = serve({}, playlists={"tv": panel.url})
+    names = ["bbc-one", "sky-news-hd", "arte", "rai-uno"]
+    loaded(site, *names)
+    assert status(site)["channels"] == 4
+    for stream in names:
+        with site.watch(f"/{stream}") as viewer:
+            assert viewer.status == 200
+            assert viewer.read(188)[0] == 0x47
 
 
 def test_entry_of_a_compressed_list_has_no_size_limit_but_the_list_has(

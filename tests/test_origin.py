@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import http.client
 import itertools
 import socket
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
@@ -20,6 +22,7 @@ from streamlink.stream.stream import StreamIO
 
 from tests import media
 from tests.origin import (
+    PANELS,
     Body,
     Break,
     ChangedValidator,
@@ -29,6 +32,7 @@ from tests.origin import (
     Gzip,
     NoRange,
     Origin,
+    Panel,
     Playlist,
     Redirect,
     Segment,
@@ -614,6 +618,80 @@ def test_faults_of_the_origin_itself_are_raised() -> None:
         assert response.read() == b"abc"
     with pytest.raises(ZeroDivisionError):
         origin.close()
+
+
+#### Panels ####
+
+
+def panel(origin: Origin, **habits: Any) -> Panel:
+    """A panel whose channels are endless and small."""
+
+    def source() -> Iterator[bytes]:
+        while True:
+            yield DATA
+
+    origin.rate = 20_000
+    return Panel(origin, "panel", ("One", "Two"), source=source, **habits)
+
+
+def path_of(address: str) -> str:
+    return "/" + address.split("/", 3)[3]
+
+
+def test_panel_refuses_who_lacks_its_headers(origin: Origin, client: Client) -> None:
+    tv = panel(origin, headers={"X-Device": "tv"})
+    text = get(client, path_of(tv.url))[1].decode()
+    assert f"{origin.url}{tv.path(0)}|X-Device=tv\r\n" in text
+    assert get(client, tv.path(0))[0].status == 403
+    client.request("GET", tv.path(0), headers={"X-Device": "tv"})
+    assert client.getresponse().status == 200
+
+
+def test_panel_refuses_a_second_connection_for_a_while(origin: Origin, client: Client) -> None:
+    tv = panel(origin, connections=1, lag=0.3)
+    with urlopen(origin.url + tv.path(0)) as first:
+        assert first.read(3) == DATA[:3]
+        assert get(client, tv.path(1))[0].status == 458
+        assert get(client, path_of(tv.url))[0].status == 200, "the list is no channel"
+    origin.wait_until(lambda: origin.requests[0].done, "the first one ended")
+    assert get(client, tv.path(1))[0].status == 458
+    ended = origin.requests[0].ended
+    origin.wait_until(lambda: time.monotonic() - ended > 0.3, "a while", 0.5)
+    client.request("GET", tv.path(1))
+    assert client.getresponse().status == 200
+
+
+def test_panel_redirects_with_tokens_for_one_request(origin: Origin, client: Client) -> None:
+    tv = panel(origin, redirects=True)
+    with urlopen(tv.url) as answer:
+        assert answer.read() == tv.text()
+        assert answer.url == f"{origin.url}/panel/list.m3u"
+    moved = get(client, tv.path(1))[0]
+    assert moved.status == 302
+    location = moved.headers["Location"]
+    with urlopen(origin.url + location) as channel:
+        assert channel.read(3) == DATA[:3]
+    assert get(client, location)[0].status == 403
+
+
+def test_panel_compresses_its_list_and_thinks(origin: Origin, client: Client) -> None:
+    tv = panel(origin, packed=True, think=0.2)
+    began = time.monotonic()
+    assert gzip.decompress(get(client, path_of(tv.url))[1]) == tv.text()
+    assert time.monotonic() - began >= 0.2
+
+
+@pytest.mark.long
+def test_run_by_hand_it_names_its_panels() -> None:
+    program = Path(media.__file__).with_name("origin.py")
+    with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        missing = set(PANELS)
+        while missing:
+            line = process.stdout.readline().decode()
+            assert line, f"without {missing}"
+            missing -= {name for name in PANELS if f"/{name}/get.php?" in line}
+        process.kill()
 
 
 def test_run_by_hand_without_its_packages_says_what_to_install() -> None:

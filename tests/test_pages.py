@@ -25,7 +25,7 @@ import urllib.parse
 import uuid
 import xml.etree.ElementTree as ElementTree
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -365,6 +365,29 @@ def test_page_for_people_asks_for_the_token(serve: Serve) -> None:
 def test_tuner_count_is_an_integer(serve: Serve, server: dict[str, int], count: int) -> None:
     shown = serve({}, server=server).get("/discover.json").json["TunerCount"]
     assert (type(shown), shown) == (int, count)
+
+
+@pytest.mark.parametrize(
+    ("limits", "own", "count"),
+    [
+        pytest.param((1, 2), {}, 3, id="sum"),
+        pytest.param((1, 0), {}, 64, id="no-limit"),
+        pytest.param((40, 40), {}, 64, id="above-the-servers"),
+        pytest.param((1, 2), {"own": "https://example.com/own.m3u8"}, 64, id="own-stream"),
+    ],
+)
+def test_tuner_count_is_at_most_what_the_accounts_allow(
+    serve: Serve, tmp_path: Path, limits: Sequence[int], own: dict[str, str], count: int
+) -> None:
+    file = tmp_path / "list.m3u"
+    file.write_text("#EXTM3U\n#EXTINF:-1,News\nhttps://example.com/news.m3u8\n")
+    names = ("first", "second")
+    site = serve(own, playlists={
+        name: {"url": str(file), "max_upstreams": limit}
+        for name, limit in zip(names, limits, strict=True)
+    })  # fmt: skip
+    eventually(lambda: len(site.server.config.streams) == len(own) + 2, "the lists are loaded")
+    assert site.get("/discover.json").json["TunerCount"] == count
 
 
 def test_discover_has_what_clients_need(serve: Serve) -> None:

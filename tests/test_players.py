@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from tests import media
-from tests.origin import Origin, Playlist
+from tests.origin import PANELS, Origin, Panel, Playlist, paced
+from tests.program import eventually
 from tests.server import Site
 
 PROGRAM = Path(__file__).parent.parent / "pipe.py"
@@ -171,6 +172,42 @@ def test_curl_receives_packets(demo: str, version: str, tmp_path: Path) -> None:
     decoded = media.decode(file.read_bytes())
     assert decoded.starts_with_key
     assert decoded.video_frames == 3 * 48
+
+
+#### A provider's list ####
+
+
+@pytest.fixture
+def imported(origin: Origin, serve: Serve) -> str:
+    """The address of a list made from a panel's, with all that panels do."""
+    segments = media.ts_segments(60)
+    panel = Panel(origin, "panel-all", source=lambda: paced(segments), **PANELS["panel-all"])
+    site = serve({}, playlists={"tv": panel.url})
+    eventually(lambda: len(site.server.config.streams) == len(panel.titles), "the list is loaded")
+    return f"{site.url}/playlist.m3u"
+
+
+def assert_all_were_played(origin: Origin) -> None:
+    """Each channel of the panel once, though it allows one connection."""
+    played = [r.path for r in origin.requests if "/edge/" in r.path and r.status == 200]
+    assert [path.partition("?")[0] for path in played] == [
+        f"/panel-all/edge/{number}.ts" for number in range(4)
+    ]
+
+
+@pytest.mark.long
+def test_mpv_plays_an_imported_list(origin: Origin, imported: str) -> None:
+    player = mpv(imported, 3)
+    assert (player.returncode, player.stdout.strip()) == (0, "")
+    assert_all_were_played(origin)
+
+
+@pytest.mark.long
+def test_vlc_plays_an_imported_list(origin: Origin, imported: str) -> None:
+    player = vlc(imported, 4)
+    assert player.returncode == 0, player.stdout
+    assert player.stdout.count("Received first picture") == 4
+    assert_all_were_played(origin)
 
 
 #### Other containers ####
