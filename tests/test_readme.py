@@ -7,13 +7,16 @@ proxies' configurations by test_proxies.py, and the unit is analyzed by test_doc
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import yaml
@@ -21,6 +24,7 @@ import yaml
 import pipe
 from tests import media
 from tests.origin import Origin, Playlist, Status, master
+from tests.program import eventually
 from tests.test_cli import HERE, TIMEOUT, Program
 from tests.test_docs import README, blocks, section
 
@@ -41,13 +45,36 @@ def read(text: str) -> Mapping[str, pipe.StreamSettings]:
     return pipe.ConfigReader("README.md", pipe.engine_options()).read(text).streams
 
 
-def test_quick_start_is_five_lines_that_work() -> None:
-    (text,) = re.findall(r"```yaml\n(.+?)```", section("Quick start"), re.S)
-    assert len(text.splitlines()) == 5
-    assert {name: stream.title for name, stream in read(text).items()} == {
-        "news": "news",
-        "sport": "Sport One",
-    }
+PROVIDER = "https://example.com/get.php?username=u&password=p&type=m3u_plus"
+
+
+def test_quick_start_is_one_command_and_four_lines_that_work(
+    origin: Origin, tmp_path: Path
+) -> None:
+    """A shell takes the command as it stands; the list and the stream are then served."""
+    quick_start = section("Quick start")
+    (command,) = re.findall(r'`python pipe\.py ("https.+?")`', quick_start)
+    (text,) = re.findall(r"```yaml\n(.+?)```", quick_start, re.S)
+    assert quick_start.index(command) < quick_start.index(text), "the list is the first thing"
+    assert len(text.splitlines()) == 4
+    playlist = origin.add(Playlist("one", media.ts_segments(), mode="live", clock=True))
+    origin.add_file("/get.php", f"#EXTM3U\n#EXTINF:-1,One\n{playlist.url}\n".encode())
+    news = "https://example.com/news/master.m3u8"
+    here = text.replace(PROVIDER, f"{origin.url}/get.php?username=u").replace(news, playlist.url)
+    (tmp_path / "config.yml").write_text(here, encoding="utf-8")
+    argument = shlex.split(command)
+    assert argument == [PROVIDER]
+    for arguments, count in (([f"{origin.url}/get.php?username=u"], 1), ([], 2)):
+        with contextlib.closing(Program(*arguments, *HERE, cwd=tmp_path)) as program:
+            address = f"http://127.0.0.1:{program.listening_port()}"
+            eventually(lambda at=address, n=count: streams_at(at) == n, "the list is loaded")  # type: ignore[misc]
+            with urlopen(f"{address}/one", timeout=TIMEOUT) as answer:
+                assert answer.read(1) == b"G"
+
+
+def streams_at(address: str) -> int:
+    with urlopen(f"{address}/health", timeout=TIMEOUT) as answer:
+        return int(json.load(answer)["streams"])
 
 
 def test_every_configuration_has_no_mistakes() -> None:
