@@ -359,9 +359,10 @@ def test_other_settings_may_bring_fewer_channels(origin: Origin, serve: Serve) -
 def test_new_list_does_not_disturb_viewers_of_what_stays(origin: Origin, serve: Serve) -> None:
     add_channels(origin, "one", "two", "three")
     address = add_list(origin, listing(origin, "One", "Two"))
-    site = serve({}, playlists={"tv": address})
+    site = serve({}, playlists={"tv": {"url": address, "max_upstreams": 2}})
     loaded(site, "one", "two")
     stays, goes = site.watch("/one"), site.watch("/two")
+    assert (stays.status, goes.status) == (200, 200)
     stays.read(188), goes.read(188)
     add_list(origin, listing(origin, "Three", "One"))
     reload(site)
