@@ -8686,9 +8686,9 @@ all("img").forEach(target => reveal({target}))
 
 // States and figures
 
-// Replaces only what has changed, so that the focus and the place stay.
+// Replaces only what changed, so that the focus and the place stay.
 function show(place, html) {
-  if (!place || place.html === html) return
+  if (!place || (place.html ?? place.innerHTML) === html) return
   const {tagName, href} = document.activeElement, hadFocus = place.contains(document.activeElement)
   place.innerHTML = place.html = html
   place.hidden = !html
@@ -8709,12 +8709,12 @@ function showNews({parts, streams}) {
 }
 
 async function update() {
-  let pause = 5000  // milliseconds; longer after a long answer: 1 KB/s at most
+  let pause = 5000  // ms; longer after a long answer: 1 KB/s at most
   try {
     const answer = document.hidden || await fetch(about.status)
     pause = Math.max(pause, answer.headers?.get("content-length") ?? 0)
     if (answer.ok) showNews(await answer.json())
-  } catch {}  // the server is away
+  } catch {}  // no server
   setTimeout(update, pause)
 }
 if (about.status) update()
@@ -8742,8 +8742,12 @@ function move([x, y]) {
   best?.scrollIntoView({block: "nearest"})
 }
 
-// Channels replace each other in the history: Back leads to the list.
-const zap = link => location.replace(link.href)
+// Channels replace each other in the history: Back leads to the list.  The focus stays.
+const zap = link => {
+  sessionStorage.rel = document.activeElement.rel ?? ""
+  location.replace(link.href)
+}
+one(`a[rel="${sessionStorage.rel}"]`)?.focus()
 all("a[rel]").forEach(link => link.onclick = () => zap(link) ?? false)
 
 document.onkeydown = event => {
@@ -8783,7 +8787,7 @@ async function find() {
   address.searchParams.set("q", wanted)
   history.replaceState(null, "", address)
   if (about.all) return filter()
-  // Of thousands, the page has only those that the server found.
+  // Of thousands, the page has only some.
   const text = await (await fetch(address)).text()
   const list = one("#List", new DOMParser().parseFromString(text, "text/html"))
   if (wanted === search.value) one("#List").replaceWith(list)
@@ -8807,7 +8811,7 @@ if (search) {
     history.replaceState(null, "", link.href)
     return false
   }
-  // A person who comes back from a channel finds the place again.
+  // Back from a channel, the focus is on its card.
   const card = all(".group li").find(each => each.id === sessionStorage.last)
   sessionStorage.last = ""
   if (card && !card.offsetParent) choose(card.closest(".group").id)
@@ -8832,7 +8836,7 @@ function tryLater(why) {
   say(`${why}. Trying again in ${pause} s.`)
 }
 
-// The playlist's answer tells whether the video may play.
+// The playlist tells whether the video may play.
 async function tryNow() {
   if (document.hidden) return document.addEventListener("visibilitychange", tryNow, {once: true})
   try {
@@ -8840,7 +8844,7 @@ async function tryNow() {
     if (answer.status >= 500) return tryLater((await answer.json()).error)
     answer.body.cancel()
     if (answer.ok) load()
-    else location.reload()  // the page says what is wrong
+    else location.reload()  // it says why
   } catch {
     tryLater("The server does not answer")
   }
@@ -8854,7 +8858,7 @@ function load() {
   play()
 }
 
-// With sound if the browser allows it, else silent, with a button.
+// With sound if the browser allows it, else with a button.
 function play() {
   one("#Sound").hidden = !(video.muted = sessionStorage.sound !== "on")
   video.play().catch(error => {
