@@ -16,7 +16,7 @@ import pytest
 from playwright.sync_api import Browser, Page, Request, Response, sync_playwright
 
 from tests import media
-from tests.origin import Origin, Playlist, Status
+from tests.origin import Origin, Playlist, StallHeaders, Status
 from tests.server import Site
 
 CHROMIUM = "/usr/bin/chromium"
@@ -430,6 +430,41 @@ def test_logo_lies_over_initials_that_show_where_it_does_not_load(
     asked = [request for request in origin.requests if request.path.endswith(".svg")]
     assert {request.path for request in asked} == {"/logo.svg", "/none.svg"}
     assert not any("referer" in request.headers for request in asked)
+
+
+def test_initials_show_until_the_logo_has_loaded(
+    origin: Origin, serve: Serve, look: Look, has_script: bool
+) -> None:
+    square = "<svg xmlns='http://www.w3.org/2000/svg' width='30' height='30'/>"
+    good = origin.add_file("/logo.svg", square.encode(), content_type="image/svg+xml")
+    slow = origin.add_file("/slow.svg", square.encode(), content_type="image/svg+xml")
+    stalled = origin.fault("/slow.svg", StallHeaders(), times=None)
+    streams = {"good": {"url": NOWHERE, "logo": good}, "slow": {"url": NOWHERE, "logo": slow}}
+    site = serve(streams)
+    visit = look("about:blank", has_script=has_script)
+    visit.page.goto(site.url, wait_until="commit")
+    shown = "name => getComputedStyle(document.querySelector(`#${name} img`)).opacity"
+    visit.page.locator("#good img").wait_for()
+    visit.until(lambda: visit.page.evaluate(shown, "good") == "1", "the logo shows")
+    assert visit.page.evaluate(shown, "slow") == ("0" if has_script else "1")
+    fit = "getComputedStyle(document.querySelector('#good img')).objectFit"
+    assert visit.measure(fit) == "contain"
+    stalled.clear()
+
+
+def test_edges_of_all_cards_line_up(origin: Origin, serve: Serve, look: Look) -> None:
+    """Those of streams that play or have failed are as wide as the others."""
+    site = serve(many_streams(origin, 30))
+    site.watch("/news").read(188)
+    assert site.get("/bad").status == 502
+    boxes = look(site.url).measure(
+        """[...document.querySelectorAll(".group li")]
+        .map(each => each.getBoundingClientRect())
+        .map(box => [Math.round(box.left), Math.round(box.width)])"""
+    )
+    assert len(boxes) == 30
+    assert len({left for left, _ in boxes}) == 5
+    assert len({width for _, width in boxes}) <= 2, "rounded"
 
 
 #### The watch page ####
