@@ -95,15 +95,15 @@ Is it over?
 How long may this take?
     a request head        HEAD_TIMEOUT in all
     a start               `timeout` in all, shared by addresses and copies: Channel._open_first
-    an opening            its part of that: Session.remaining; each request in it: Http.within
-    a request             later: `timeout`, unless its body is read as it arrives
+    an opening            its part of that: the Deadline of Session.resolve() and open()
+    a request             its time-out is for each wait, not for the whole of it
     a segment             two target durations (a film: `timeout`) without a byte: Download._judge
     a silent source       `timeout` or two target durations: Channel._judge
     an outage             `reconnect` since the last byte: Channel._keep_going
     an idle channel       `linger`: Channels.close_if_abandoned
     a paused viewer       `viewer_timeout`: Handler._send_pieces; it holds the feeder up for
                           FOREMOST_PATIENCE
-    a fetched list        LIST_TIME; a guide: GUIDE_TIME; one timer in Fetch
+    a list, a guide       LIST_TIME, GUIDE_TIME: the Deadline of Fetch
     a shutdown            EXIT_TIME + DRAIN_TIME: close()
 
 What goes wrong, in four words
@@ -4069,12 +4069,13 @@ class Session:
 
         Raises UpstreamError.
         """
+        deadline = Deadline(self.http, self._ends - time.monotonic())
         try:
-            with self.http.within(self._ends - time.monotonic()):
+            with deadline:
                 streams = self._resolve(update_scheme("https://", address, force=False))
         except Exception as error:  # a plugin may raise anything
             log.debug("cannot resolve", exc_info=True)
-            raise UpstreamError(explain(error)) from error
+            raise deadline.failure_of(error) from error
         if not streams:
             raise UpstreamError("the origin offers no stream at this address")
         self.http.is_resolving = False
@@ -4101,8 +4102,9 @@ class Session:
         """
         upstream: Upstream | None = None
         self.slack = STALE_NUMBERS if is_other else 0
+        deadline = Deadline(self.http, self._ends - time.monotonic())
         try:
-            with self.http.within(self._ends - time.monotonic()):
+            with deadline:
                 stream = self._follow(self._copy_of(name, copy))
                 upstream = self._upstream_of(stream, first, tracks, left_out)
             upstream.missing = self._missing(stream)
@@ -4111,7 +4113,7 @@ class Session:
             log.debug("cannot open", exc_info=True)
             if upstream:
                 upstream.close()
-            raise UpstreamError(explain(error)) from error
+            raise deadline.failure_of(error) from error
         return upstream
 
     def count_copies(self, name: str) -> int:
@@ -4270,19 +4272,17 @@ class Fetch:
         self._seconds = seconds
         self._http = Session(stream, seconds).http
         self._response: requests.Response | None = None
-        self._timer = threading.Timer(seconds, self._end)
-        self._timer.daemon = True
-        self._is_late = False
+        self._deadline = Deadline(self._http, seconds)
 
     def open(self, headers: Mapping[str, str]) -> requests.Response:
         """Send the request; returns the answer without its body.  Raises UpstreamError."""
-        self._timer.start()
+        self._deadline.start()
         try:
             arguments = {"url": self._address}
             self._response = self._http.ask(arguments, headers, min(self._seconds, ANSWER_TIME))
         except Exception as error:
             log.debug("cannot fetch", exc_info=True)
-            raise self._upstream_error(error) from error
+            raise self._deadline.failure_of(error) from error
         return self._response
 
     def parts(self, *, is_decoded: bool = True) -> Iterator[bytes]:
@@ -4297,19 +4297,12 @@ class Fetch:
                 yield part
         except (OSError, urllib3.exceptions.HTTPError) as error:
             log.debug("cannot fetch", exc_info=True)
-            raise self._upstream_error(error) from error
+            raise self._deadline.failure_of(error) from error
 
     def close(self) -> None:
         """End the request.  Idempotent."""
-        self._timer.cancel()
+        self._deadline.cancel()
         self._http.cut()
-
-    def _end(self) -> None:
-        self._is_late = True
-        self._http.cut()
-
-    def _upstream_error(self, error: Exception) -> UpstreamError:
-        return UpstreamError(TIMED_OUT if self._is_late else explain(error))
 
 
 def _own_options(stream: StreamSettings, timeout: float) -> dict[str, Any]:
@@ -4333,15 +4326,16 @@ def _own_options(stream: StreamSettings, timeout: float) -> dict[str, Any]:
 class Http(HTTPSession):
     """How requests leave.  Another thread can end them all, at once.
 
-    What is not streamed (playlists, keys, pages) is bounded in size and time, and so is what comes
-    with an error or a redirect.  A try ends in time whatever it waits for: a connection, one of
-    several redirects, a head or a body that drips.  A start loads no playlist twice.
+    What is not streamed (playlists, keys, pages) is bounded in size, and so is what comes with an
+    error or a redirect.  A request's time-out is for each of its waits; a Deadline ends requests
+    that are late, and in a running channel the channel does.  A start loads no playlist twice.
     """
 
     def __init__(self) -> None:
         self.is_resolving = True  # what is loaded now is used a second time
         self._kept: dict[str, requests.Response] = {}  # playlists, by their addresses
-        self._try = threading.local()  # `ends`: when that of the thread has to be over
+        self._thread = threading.local()  # `timeout`: of its requests, see timed()
+        self.ends: float | None = None  # when they are late; written by the one that has a Deadline
         # _lock guards these two.
         self._lock = threading.Lock()
         self._pools: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -4351,34 +4345,26 @@ class Http(HTTPSession):
         self.hooks["response"].append(cast(Any, self._bound))
 
     @contextlib.contextmanager
-    def within(self, seconds: float) -> Iterator[None]:
-        """What this thread asks for meanwhile, and reads of it, has so many seconds in all."""
-        outer: float | None = getattr(self._try, "ends", None)
-        ends = time.monotonic() + seconds
-        self._try.ends = ends if outer is None else min(outer, ends)
+    def timed(self, seconds: float) -> Iterator[None]:
+        """Give the requests that this thread sends meanwhile another time-out."""
+        self._thread.timeout = seconds
         try:
             yield
         finally:
-            self._try.ends = outer
+            self._thread.timeout = None
 
-    def patience(self, seconds: float) -> float:
-        """How many of these seconds this thread may wait now; raises TimeoutError at the end."""
-        left = (getattr(self._try, "ends", None) or math.inf) - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the try took too long")
-        return min(seconds, left)
-
-    def patience_until(self, ends: float) -> float:
-        """Seconds until a time of the monotonic clock, or until this try has to be over.
+    def time_left(self, ends: float) -> float:
+        """Seconds until a time of the monotonic clock, or until the requests are late.
 
         Raises TimeoutError at the end, and requests.ConnectionError once all was cut.
         """
-        with self._lock:
-            if self.closed.is_set():
-                raise requests.ConnectionError("closed")
-        left = self.patience(ends - time.monotonic())
+        if self.closed.is_set():
+            raise requests.ConnectionError("closed")
+        if self.ends is not None:
+            ends = min(ends, self.ends)
+        left = ends - time.monotonic()
         if left <= 0:
-            raise TimeoutError("the try took too long")
+            raise TimeoutError("no connection in time")
         return left
 
     def ask(
@@ -4391,17 +4377,21 @@ class Http(HTTPSession):
         return cast(requests.Response, self.request(**arguments, stream=True))
 
     def request(self, method: str, url: str, **arguments: Any) -> Any:  # type: ignore[override]
-        """As streamlink's, in time."""
+        """As streamlink's, but bounded in size."""
         is_streamed = arguments.get("stream")
-        kind, timeout = arguments.get("exception"), arguments.get("timeout")
         # DASH alone gives a time-out of its own to what is not streamed: segments, of any size.
-        is_segment = kind is EngineStreamError and timeout and not is_streamed
-        seconds = timeout if isinstance(timeout, (int, float)) else self.timeout
-        with self.within(math.inf if is_segment else seconds):
-            is_plugins = method != "GET" or arguments.get("schema")
-            if is_streamed or is_segment or is_plugins:
-                return super().request(method, url, **arguments)
-            return self._load(url, arguments)
+        has_timeout = bool(arguments.get("timeout"))
+        is_segment = arguments.get("exception") is EngineStreamError and has_timeout
+        if is_segment and not is_streamed:
+            arguments["hooks"] = {"response": self._bound_error}
+            return super().request(method, url, **arguments)
+        timeout = getattr(self._thread, "timeout", None)
+        if timeout is not None:
+            arguments["timeout"] = timeout
+        is_plugins = method != "GET" or arguments.get("schema")
+        if is_streamed or is_plugins:
+            return super().request(method, url, **arguments)
+        return self._load(url, arguments)
 
     def _load(self, url: str, arguments: Mapping[str, Any]) -> Any:
         """A playlist, key or page; what resolving loaded is used again by the worker, once."""
@@ -4425,12 +4415,15 @@ class Http(HTTPSession):
             raise kind from text_error(response.content)
         return response
 
-    def _bound(self, response: requests.Response, stream: bool, timeout: Any, **_: Any) -> None:
-        """Read an answer that nobody reads as it comes."""
-        is_segment = getattr(self._try, "ends", None) == math.inf
-        if response.status_code >= 300 or not (stream or is_segment):
-            with self.within(timeout):
-                read_bounded(response)
+    def _bound(self, response: requests.Response, stream: bool, **_: Any) -> None:
+        """Read an answer that nobody reads as it arrives."""
+        if response.status_code >= 300 or not stream:
+            read_bounded(response)
+
+    def _bound_error(self, response: requests.Response, **_: Any) -> None:
+        """Read an error or a redirect; the body of any other answer has no limit."""
+        if response.status_code >= 300:
+            read_bounded(response)
 
     def keep(self, url: str, response: requests.Response) -> None:
         """Keep a playlist that resolving loaded, for the worker's first request."""
@@ -4475,29 +4468,66 @@ class Http(HTTPSession):
         self._kept = {}
 
 
+class Deadline:
+    """Ends all requests of an Http if they are not over in time.
+
+    A context manager, or start() and cancel(), which any thread may call.
+    """
+
+    def __init__(self, http_session: Http, seconds: float) -> None:
+        self._http = http_session
+        self._seconds = max(0.0, seconds)
+        self._timer: threading.Timer | None = None  # while the time runs
+        self.is_late = False  # written once, by the timer's thread
+
+    def start(self) -> None:
+        """Let the time begin; raises RuntimeError if the system has no threads left."""
+        self._http.ends = time.monotonic() + self._seconds
+        self._timer = threading.Timer(self._seconds, self._end)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def cancel(self) -> None:
+        """Requests may take any time from now on.  Idempotent."""
+        self._http.ends = None
+        timer, self._timer = self._timer, None  # which refers to this object
+        if timer:
+            timer.cancel()
+
+    def _end(self) -> None:
+        self.is_late = True
+        self._http.cut()
+
+    def failure_of(self, error: Exception) -> UpstreamError:
+        """Tell why something failed: it was late, or what its error says."""
+        return UpstreamError(TIMED_OUT if self.is_late else explain(error))
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self.cancel()
+        if self.is_late and error is None:  # a plugin took the end of a request for an answer
+            raise TimeoutError("the attempt took too long")
+
+
 def _watched(kind: Any, http_session: Http) -> Any:
-    """A kind of connection that reports its sockets, before and after TLS, and keeps to its try."""
+    """A kind of connection that reports its sockets, before and after TLS."""
 
     class Connection(kind):  # type: ignore[misc]
         timeout: float  # seconds, for what comes next
+        response_class = Response
 
         def _new_conn(self) -> socket.socket:
             if kind._new_conn is urllib3.connection.HTTPConnection._new_conn:
                 return http_session.add(connect_fastest(self, http_session))
             # A SOCKS proxy.  Half of the time for each of its addresses.
-            self.timeout = http_session.patience(self.timeout) / 2
+            self.timeout = http_session.time_left(time.monotonic() + self.timeout) / 2
             return http_session.add(super()._new_conn())
 
         def connect(self) -> None:
             super().connect()
             http_session.add(self.sock)
-
-        def response_class(self, sock: socket.socket, *arguments: Any, **more: Any) -> Any:
-            response = Response(sock, *arguments, **more)
-            file = cast(Any, response.fp).raw
-            file.__class__ = TimedFile  # the socket has counted this one, and waits for its end
-            file.patience = lambda: http_session.patience(self.timeout)
-            return response
 
     return Connection
 
@@ -4518,11 +4548,10 @@ def connect_fastest(connection: Any, http_session: Http) -> socket.socket:
     time for what follows, such as a TLS handshake.  Raises urllib3's errors.
     """
     name, port = connection._dns_host.strip("[]"), connection.port
-    connection.timeout = http_session.patience(connection.timeout)
     ends = time.monotonic() + connection.timeout
     try:
         found = in_turn(look_up(name, port), name, port)
-        patience = functools.partial(http_session.patience_until, ends)
+        patience = functools.partial(http_session.time_left, ends)
         sock, address = first_to_answer(
             found, patience, connection.source_address, connection.socket_options
         )
@@ -4640,17 +4669,6 @@ def begin_attempt(address: Any, source: tuple[str, int] | None, options: Any) ->
         sock.close()
         raise
     return sock
-
-
-class TimedFile(socket.SocketIO):
-    """A socket's bytes; `patience` tells before each read for how many seconds it may wait."""
-
-    patience: Callable[[], float]
-    _sock: socket.socket
-
-    def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(self.patience())
-        return super().readinto(buffer)
 
 
 class Response(http.client.HTTPResponse):
@@ -5706,7 +5724,8 @@ class DownloadingWriter(HLSStreamWriter):
             self.missing += 1
             if download.is_fatal(None if is_fetched else download.tries.failure):
                 raise UpstreamError(reason) from error
-            if not self.closing.is_set():
+            is_cut = cast(Http, self.session.http).closed.is_set()  # by us: it tells nothing
+            if not (is_cut or self.closing.is_set()):
                 log.warning("gave up segment %d: %s", segment.num, reason)
             yield SegmentEvent(EventKind.GAP, segment.num)
 
@@ -5771,7 +5790,7 @@ class DownloadingWriter(HLSStreamWriter):
         deadline = time.monotonic() + self.patience()
         for pause in pauses(RETRY_PAUSES):
             try:
-                with cast(Http, self.session.http).within(max(0.1, self.patience() / 2)):
+                with cast(Http, self.session.http).timed(max(0.1, self.patience() / 2)):
                     return self._cipher(key, number)
             except Exception as error:
                 self.key_uri = None  # or what came in its place would be kept

@@ -311,14 +311,19 @@ def test_dripping_reload_is_an_outage_as_long_as_it_lasts(origin: Origin, serve:
     assert viewer.read(len(live.plain(5, 6))) == live.plain(5, 6)
 
 
-def test_dripping_head_of_a_segment_is_asked_for_anew(origin: Origin, serve: Serve) -> None:
-    live = origin.add(news(target_duration=2))
-    viewer = serve({"news": live.url}).watch("/news")
+def test_dripping_head_of_a_segment_is_noticed_by_the_channel(
+    origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The channel is opened again, and continues at the segment."""
+    live = origin.add(news(target_duration=1))
+    site = serve({"news": live.url}, timeout=2)
+    viewer = site.watch("/news")
     viewer.read(len(live.plain(2, 5)))
     dripping = origin.fault(live.segment_path(5), DripHead(0.2), times=1)
     live.advance()
     assert viewer.read(len(live.plain(5, 6))) == live.plain(5, 6)
-    assert dripping.taken == 1
+    assert (dripping.taken, site.channels.record("news").counts["restarts"]) == (1, 1)
+    assert "gave up" not in caplog.text, "a download that we cut tells nothing of the origin"
 
 
 #### Nothing to play ####
