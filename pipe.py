@@ -6492,7 +6492,7 @@ class StreamRecord:
             self.failure_times = {**recent, address: now}
             self.failures[reason.partition(";")[0]] += 1  # a label without what the origin offers
             self.has_failed = True
-        self.note_trouble(reason)
+            self.note_trouble(reason)  # at the same time: a failed stream always has its reason
 
     def note_trouble(self, reason: str) -> None:
         """Something failed that may not end an upstream."""
