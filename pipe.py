@@ -8631,7 +8631,8 @@ input{border-color:var(--soft)}button{cursor:pointer}
 .button{display:inline-block;max-width:min(100%,18rem);overflow:hidden;text-overflow:ellipsis;
 white-space:nowrap;text-align:center;text-decoration:none}.button b{color:var(--soft)}
 .button:hover,button:hover,li:hover{border-color:var(--mark)}
-[aria-current]{box-shadow:inset 0 0 0 1px var(--mark);border-color:var(--mark)}
+[aria-current]{background:var(--mark);border-color:var(--mark);color:var(--card)}
+[aria-current] b{color:inherit!important}
 nav{display:flex;flex-wrap:wrap;gap:.5rem;margin:.75rem 0}
 .many nav{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(47%,11rem),1fr))}
 .many nav .button{white-space:normal;max-width:none;border-radius:.75rem}
