@@ -2232,8 +2232,10 @@ class TsFramer(Framer):
             pid = pid_of(packet)
             if pid == 0 or pid in self.tables.programs:
                 self.tables.add(pid, packet)
-            elif packet[1] & 0x40 and pid in self.tables.streams and self._opens(pid, packet):
-                return self._open(self.tables.packets + data[at:end])
+            elif packet[1] & 0x40 and pid in self.tables.streams:
+                self._note_dropped(pid, packet)
+                if self._opens(pid, packet):
+                    return self._open(self.tables.packets + data[at:end])
             index = found.end()
         if not self.tables.packets and time.monotonic() > self._patience_end:
             return self._open(data[start:end])  # without tables, here as well as later
@@ -2244,15 +2246,18 @@ class TsFramer(Framer):
         self._is_shut, self.tables = False, self._shown
         return self._pass(data, 0, len(data))
 
+    def _note_dropped(self, pid: int, packet: bytes) -> None:
+        """Note the DTS of a unit that starts while packets are dropped."""
+        dts = self._read_dts(pid, packet)
+        if dts is not None:
+            self._dropped_dts = dts
+
     def _opens(self, pid: int, packet: bytes) -> bool:
         """Whether viewers can go on here: at a key frame that they have not had.
 
         Or at one whose clock was set anew; or, after SEAM_PATIENCE, wherever a unit starts: some
         encoders send no key frame at all (intra refresh).
         """
-        dts = self._dts_of(pid, packet)
-        if dts is not None:
-            self._dropped_dts = dts
         if time.monotonic() > self._patience_end:
             return True
         has_video = self.tables.video_pid >= 0
@@ -2359,7 +2364,7 @@ class TsFramer(Framer):
 
     def _see_unit(self, pid: int, packet: bytes) -> Join | None:
         """Look at a PES packet that starts a unit; returns a mark if a decoder can start there."""
-        dts = self._dts_of(pid, packet)
+        dts = self._read_dts(pid, packet)
         if dts is not None:
             self.last_dts = dts
         has_video = self.tables.video_pid >= 0
@@ -2399,7 +2404,7 @@ class TsFramer(Framer):
         came = self._key_frame_time
         return came is not None and time.monotonic() - came < KEY_FRAME_LIFE
 
-    def _dts_of(self, pid: int, packet: bytes) -> int | None:
+    def _read_dts(self, pid: int, packet: bytes) -> int | None:
         """The DTS of a unit of the picture, or of the sound if there is no picture.
 
         Notices whether the video that the PMT names comes.
@@ -3717,11 +3722,11 @@ def pauses(seconds: Sequence[float]) -> Iterator[float]:
     return itertools.chain(seconds, itertools.repeat(seconds[-1]))
 
 
-class DownloadFailed(PipeError):
+class DownloadError(PipeError):
     """A body, or the rest of it, cannot be had."""
 
 
-class DecryptionFailed(PipeError):
+class DecryptionError(PipeError):
     """A body was fetched, but it cannot be decrypted."""
 
 
@@ -3822,7 +3827,7 @@ class Download:
         return False
 
     def parts(self) -> Generator[bytes, None, None]:
-        """The bytes as they come; raises DownloadFailed where the rest cannot be had."""
+        """The bytes as they come; raises DownloadError where the rest cannot be had."""
         self._moved = time.monotonic()
         for pause in pauses(RETRY_PAUSES):
             self.tries = self.tries.ask()
@@ -3831,7 +3836,7 @@ class Download:
                 with contextlib.closing(response):
                     yield from self._new_parts(response, start)
                 return
-            except DownloadFailed:
+            except DownloadError:
                 raise
             except Exception as error:  # requests', urllib3's, streamlink's and the system's
                 log.debug("a download broke off", exc_info=True)
@@ -3843,14 +3848,14 @@ class Download:
                     return
                 self._judge(NOT_WHOLE if has_all else explain(error), pause)
             if self._closing.wait(pause):
-                raise DownloadFailed("closed")
+                raise DownloadError("closed")
 
     def _judge(self, reason: str, pause: float) -> None:
-        """Raise DownloadFailed where another try after this pause is of no use."""
+        """Raise DownloadError where another try after this pause is of no use."""
         self.tries = self.tries.fail(reason)
         is_late = time.monotonic() + pause - self._moved > self._patience()
         if is_late or self.is_hopeless():
-            raise DownloadFailed(reason)
+            raise DownloadError(reason)
 
     @property
     def _is_cut_off(self) -> bool:
@@ -3918,20 +3923,20 @@ class Download:
             part, before = part[before:], max(0, before - len(part))
             new = repeat.pass_on(part)
             if new is None:
-                raise DownloadFailed("it changed in the meantime")
+                raise DownloadError("it changed in the meantime")
             if new := new[: (self._size or sys.maxsize) - self._had.size]:
                 self._had.add(new)
                 yield new
                 self._moved = time.monotonic()
         if before or not repeat.is_over:
-            raise DownloadFailed("it became shorter in the meantime")
+            raise DownloadError("it became shorter in the meantime")
         if self._had.size < (self._size or self._length):
             raise ConnectionError("the range ended early")
         if self._is_cut_off:
             raise PipeError(NOT_WHOLE)
         if not self._had.size and self.empty_time:
             is_late = time.monotonic() - self.tries.began > self.empty_time
-            raise (DownloadFailed if is_late else PipeError)("the origin sent an empty segment")
+            raise (DownloadError if is_late else PipeError)("the origin sent an empty segment")
 
     def _wait_for(self, parts: Iterator[bytes]) -> bytes:
         if self._pace.waited > self._slow_time and self.is_slow():
@@ -5507,11 +5512,11 @@ class SegmentDownload(Download):
         )
 
     def iter_content(self, chunk_size: int = 1) -> Iterator[bytes]:
-        """The bytes as they come; raises DownloadFailed if the rest cannot be had."""
+        """The bytes as they come; raises DownloadError if the rest cannot be had."""
         while not self.buffer.is_exhausted:
             yield from cast(list[bytes], self.buffer.take(PART_LIMIT, None))
         if self.buffer.failure:
-            raise DownloadFailed(self.buffer.failure)
+            raise DownloadError(self.buffer.failure)
 
     def read_all(self) -> bytes:
         """All of an initialization section; waits for it.  Raises UpstreamError without it."""
@@ -5522,8 +5527,8 @@ class SegmentDownload(Download):
             for part in self.iter_content():
                 content += part
                 if len(content) > BODY_LIMIT:
-                    raise DownloadFailed(f"it is larger than {BODY_LIMIT // MIB} MiB")
-        except DownloadFailed as error:
+                    raise DownloadError(f"it is larger than {BODY_LIMIT // MIB} MiB")
+        except DownloadError as error:
             reason = f"the initialization section cannot be fetched: {error}"
             raise UpstreamError(reason) from error
         self._content = content
@@ -5539,7 +5544,7 @@ def _deciphered(cipher: Any, encrypted: Iterable[bytes]) -> Iterator[bytes]:
     Some packagers pad a segment only if its length is not a multiple of 16, as SRS does: a last
     block without padding is media.  So is one that looks like padding by chance, if a packet, a
     frame or a box ends with it.
-    Raises DecryptionFailed if the bytes end within a block.
+    Raises DecryptionError if the bytes end within a block.
     """
     held = b""
     units = UnitCounter()
@@ -5552,7 +5557,7 @@ def _deciphered(cipher: Any, encrypted: Iterable[bytes]) -> Iterator[bytes]:
             yield plain
             held = held[whole:]
     if len(held) != CIPHER_BLOCK:
-        raise DecryptionFailed(NOT_WHOLE)
+        raise DecryptionError(NOT_WHOLE)
     last = cipher.decrypt(held)
     units.feed(last)
     if not units.is_between_units:
@@ -5720,7 +5725,7 @@ class DownloadingWriter(HLSStreamWriter):
         except Exception as error:
             download.buffer.discard()  # nobody takes the rest
             reason = explain(error)
-            is_fetched = isinstance(error, DecryptionFailed)
+            is_fetched = isinstance(error, DecryptionError)
             self.missing += 1
             if download.is_fatal(None if is_fetched else download.tries.failure):
                 raise UpstreamError(reason) from error
@@ -5733,7 +5738,7 @@ class DownloadingWriter(HLSStreamWriter):
         """Hand on an initialization section; raises UpstreamError: nothing plays without it."""
         try:
             yield from self._decrypted(segment.map.key, segment.num, [init.read_all()])
-        except DecryptionFailed as error:
+        except DecryptionError as error:
             raise UpstreamError(explain(error)) from error
 
     def _forget(self, download: SegmentDownload) -> None:
@@ -5756,7 +5761,7 @@ class DownloadingWriter(HLSStreamWriter):
         return bool(key) and key.method != "NONE" and not self.passthrough_encrypted
 
     def _decrypted(self, key: Any, number: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """Decrypt AES-128-CBC as the bytes come; raises DecryptionFailed if the key is wrong.
+        """Decrypt AES-128-CBC as the bytes come; raises DecryptionError if the key is wrong.
 
         The first bytes wait until they show that the key is right: noise reaches no viewer.
         """
@@ -5774,7 +5779,7 @@ class DownloadingWriter(HLSStreamWriter):
             media = media_in(start, is_all=True) or b""
         if start and not media:
             self.key_uri = None  # an encoder that was started again has another key there
-            raise DecryptionFailed(WRONG_KEY)
+            raise DecryptionError(WRONG_KEY)
         if media:
             yield media
         yield from decrypted
