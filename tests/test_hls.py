@@ -312,6 +312,31 @@ def test_playlist_of_large_segments_shrinks_to_three(room: float, listed: int, k
     assert feed.window.held()[0] <= 8 * feed.limit
 
 
+def test_playlist_names_nothing_that_has_left_a_window_too_small_for_three() -> None:
+    feed = Feed(pipe.MPEG_TS, room_for(2.5))
+    for _ in range(10):
+        feed.act("segment", 1.0)
+        feed.start_segment(1.0)
+        feed.splicer.pass_bytes(feed.body)
+        names = re.findall(r"^news/.*", feed.playlist(), re.M)
+        assert names
+        assert all(map(feed.fetch, names))
+        feed.splicer.pass_event(pipe.SegmentEvent(pipe.EventKind.END, feed.number))
+    assert not feed.window.await_listed(0, 0), "a first playlist has three"
+
+
+def test_source_without_segments_has_hls_however_small_its_window() -> None:
+    """A segment of 2 s is larger than the window, which grows while somebody asks."""
+    feed = Feed(pipe.MPEG_TS, room_for(15))
+    first = feed.numbering.number
+    stream = b"".join(SIXTEEN[:9])
+    for at in range(0, len(stream), 10 * media.PACKET):
+        feed.fetch("news/0.ts")  # somebody asks
+        feed.splicer.pass_bytes(stream[at : at + 10 * media.PACKET])
+    assert len(listed_in(feed.playlist())) == LEAST
+    assert fetchable(feed, first + 3) == list(range(first, first + 4))
+
+
 def test_segments_stay_only_while_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Later the window is as small as without HLS."""
     clock = Clock()
@@ -413,7 +438,10 @@ def test_nothing_is_numbered_any_more_once_a_window_is_cut() -> None:
     feed.start_segment(1.0)
     feed.window.cut()
     feed.end_segment()
+    feed.act("segment", 1.0)
     assert feed.numbering.number == before
+    with pytest.raises(pipe.WindowEnded):
+        feed.window.await_listed(0, 0)
 
 
 #### What a client gets ####

@@ -294,15 +294,41 @@ def test_join_point_may_be_behind_the_newest_block() -> None:
     assert take(window, viewer) == b"<2>" + text(2, 4)
 
 
-def test_segment_of_which_nothing_came_is_no_place_to_start() -> None:
+@pytest.mark.parametrize("ending", ["complete", "broken off", "not told"])
+def test_segment_of_which_nothing_came_is_no_place_to_start(ending: str) -> None:
     window = Window(1000, live_edge=2)
     segments(window, 0, 4)
     window.begin()
     window.append([Join(b"another", at_start=True)])
-    window.break_off()
+    if ending == "complete":
+        window.finish(b"")
+    elif ending == "broken off":
+        window.break_off()
     begin(window, 4)
     append(window, 4, 5)
     assert take(window, enter(window)) == b"<2>" + text(2, 5)
+
+
+def test_segment_of_which_nothing_came_is_no_place_in_a_source_without_segments() -> None:
+    window = Window(1000)
+    append(window, 0, 1)
+    window.begin()
+    window.append([Join(b"another", at_start=True)])
+    window.leave_segments()
+    append(window, 1, 3)
+    assert take(window, enter(window)) == b""
+
+
+def test_segment_that_is_not_finished_is_not_listed_and_the_next_one_is_apart() -> None:
+    window = Window(1000)
+    window.offer_hls(pipe.MPEG_TS, pipe.Numbering(number=1), 1.0)
+    for number in range(5):
+        begin(window, number)
+        append(window, number, number + 1)
+        if number != 2:
+            window.finish(b"")
+    assert [segment.first for segment in window.listed().segments] == [0, 1, 3, 4]
+    assert [segment.is_apart for segment in window.listed().segments] == [True, False, True, False]
 
 
 def test_join_point_without_preamble_adds_nothing() -> None:
