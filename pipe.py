@@ -689,6 +689,16 @@ def _is_locale(text: str) -> bool:
     return True
 
 
+def _is_reload_time(text: str) -> bool:
+    """Whether streamlink uses this interval between two loads of a playlist.
+
+    It takes a number below 2 for none, without a word.
+    """
+    if text in ("default", "segment", "live-edge"):
+        return True
+    return re.fullmatch(r"\d+(\.\d+)?", text) is not None and float(text) >= 2.0
+
+
 def _is_own_interface(text: str) -> bool:
     """Whether this machine has an interface or address; raises OSError if it has none."""
     name, host = "", text
@@ -836,8 +846,9 @@ ENGINE_PARSERS: dict[str | type, Parse] = {
         "expected a level of ffmpeg's log, like error",
     ),
     "hls-playlist-reload-time": checked(
-        re.compile(r"default|segment|live-edge|\d+(\.\d+)?").fullmatch,
-        "expected segment, live-edge, default or a number of seconds",
+        _is_reload_time,
+        "expected segment, live-edge, default or a number of seconds, 2 or more: "
+        "streamlink ignores a shorter interval",
     ),
     "hls-live-edge": number(int, 1),
     "hls-start-offset": number(float, -604800, 604800),  # seconds; negative: from a film's end

@@ -321,7 +321,7 @@ ENGINE_BOUNDS: list[tuple[str, str, list[str], list[str]]] = [  # good and bad v
     ("locale", "a language and a country", ["en_US", "de_AT"], ["xx_YY_zz", "xx_YY", "de", "''"]),
     ("ffmpeg-loglevel", "a level of ffmpeg's log", ["error", "quiet"], ["loud", "''"]),
     ("hls-playlist-reload-time", "segment, live-edge, default or a number",
-     ["segment", "live-edge", "default", "2.5"], ["often", "-1", "''"]),
+     ["segment", "live-edge", "default", "2", "2.5"], ["often", "-1", "''", "0", "1", "1.9"]),
 ]  # fmt: skip
 
 
