@@ -4874,6 +4874,17 @@ class Upstream:
         return ()
 
     @property
+    def losses(self) -> Losses:
+        """Segments that its tracks have lost so far; the events of other sources tell theirs."""
+        return Losses()
+
+    @property
+    def segment_time(self) -> float | None:
+        """Seconds from one segment to the next, as the origin lists them; None: not known yet."""
+        times = (getattr(worker, "segment_time", None) for worker in self.workers)
+        return max((seconds for seconds in times if seconds is not None), default=None)
+
+    @property
     def target_duration(self) -> float:
         """Seconds; 0 where there are no segments."""
         durations = (getattr(worker, "playlist_targetduration", 0.0) for worker in self.workers)
@@ -5248,6 +5259,13 @@ def _missing_name(attributes: Mapping[str, str]) -> str:
     return f',NAME="{attributes.get("LANGUAGE") or attributes.get("TYPE") or ""}"'
 
 
+class Losses(NamedTuple):
+    """Segments that tracks have lost."""
+
+    gaps: int = 0  # left out or given up, each with an event
+    skipped: int = 0  # that no event told of
+
+
 class SegmentReader(HLSStreamReader):
     """One HLS stream, which streamlink's muxer reads where it is a track of several."""
 
@@ -5259,6 +5277,8 @@ class SegmentReader(HLSStreamReader):
         self.is_track = fail is not None
         self._fail = fail  # says that a track broke off; a weak reference
         self._number: int | None = None  # of the segment that is read, or else of the next
+        # Of a track.  The thread that reads it replaces this value; others only read it.
+        self.losses = Losses()
         self.start = b""  # what came first
         super().__init__(stream, name=name)
         self.timeout = 2.0  # seconds that close() waits for each of two threads
@@ -5273,13 +5293,24 @@ class SegmentReader(HLSStreamReader):
         while not self.buffer.is_exhausted:
             items = self.buffer.take(size, None)
             for event in (item for item in items if isinstance(item, SegmentEvent)):
-                is_begun = event.kind in (EventKind.INIT, EventKind.START)
-                self._number = event.number if is_begun else event.number + 1
+                self._note(event)
             if data := b"".join(item for item in items if isinstance(item, bytes)):
                 return data
         if self.buffer.failure and (fail := self._fail()):
             fail(self.buffer.failure)
         return b""
+
+    def _note(self, event: SegmentEvent) -> None:
+        """Keep the track's place and its losses."""
+        expected = self.first if self._number is None else self._number
+        gaps, skipped = self.losses
+        if expected is not None:
+            skipped += max(0, event.number - expected)
+        if event.kind is EventKind.GAP:
+            gaps += 1
+        self.losses = Losses(gaps, skipped)
+        is_begun = event.kind in (EventKind.INIT, EventKind.START)
+        self._number = event.number if is_begun else event.number + 1
 
     @property
     def number(self) -> int | None:
@@ -5329,6 +5360,8 @@ class WatchedWorker(HLSStreamWorker):
     _is_empty = True  # the newest lists nothing
     _below = 0  # successive playlists that end below the last number queued
     _hurry = 1  # what the interval between two loads is divided by
+    segment_time: float | None = None  # seconds from one segment to the next, as measured
+    _measured_from: tuple[float, int] | None = None  # when it listed which number as the newest
 
     def run(self) -> None:
         try:
@@ -5374,9 +5407,23 @@ class WatchedWorker(HLSStreamWorker):
         is_skipping = 0 <= self.sequence < first
         if is_skipping and not self.trouble:  # an outage is no reason to load more often
             self._hurry *= 2
+        self._measure(last, is_skipping)
         has_news = last >= self.sequence
         super().process_segments(playlist)
         self._reload_time = self._interval(playlist, has_news)
+
+    def _measure(self, newest: int, is_skipping: bool) -> None:
+        """Measure how long segments are: what the playlist says of them may be wrong.
+
+        Numbers that jump tell nothing, because the origin may have numbered anew.
+        """
+        now = time.monotonic()
+        if self._measured_from is None or is_skipping:
+            self._measured_from = now, newest
+            return
+        began, oldest = self._measured_from
+        if newest > oldest:
+            self.segment_time = (now - began) / (newest - oldest)
 
     def _interval(self, playlist: Any, has_news: bool) -> float:
         """Seconds from this load of the playlist to the next.
@@ -5943,6 +5990,11 @@ class ProcessUpstream(Upstream):
         is_known = len(numbers) == len(self._tracks)
         return [least if n - least <= TRACK_LEAD else n for n in numbers] if is_known else ()
 
+    @property
+    def losses(self) -> Losses:
+        found = [track.losses for track in self._tracks]
+        return Losses(sum(one.gaps for one in found), sum(one.skipped for one in found))
+
     def _prepare_tracks(self, stream: Any) -> None:
         tracks = (*stream.substreams, *stream.subtitles.values())
         for index, (track, first) in enumerate(itertools.zip_longest(tracks, self._first)):
@@ -6251,16 +6303,16 @@ class Splicer:
         return self._filter.pass_on(items)
 
     def pass_event(self, event: SegmentEvent) -> int:
-        """Take what happened between the bytes; returns how many segments it shows to be lost."""
+        """Take what happened between the bytes; returns how many segments are lost before it."""
         if event.kind is EventKind.INIT:
             self._new_init_section = bytearray()
             return 0
-        if event.kind is not EventKind.START:
+        skipped = 0 if self.number is None else max(0, event.number - self.number)
+        if event.kind is EventKind.START:
+            self._start_segment(event)
+        else:
             self._end_segment(event)
-            return int(event.kind is EventKind.GAP)
-        lost = 0 if self.number is None else event.number - self.number
-        self._start_segment(event)
-        return max(0, lost)
+        return skipped
 
     def pass_bytes(self, data: bytes) -> bool:
         """Take bytes; true if they brought viewers something new."""
@@ -6657,6 +6709,8 @@ class Channel:
         self._troubled_since = math.inf
         self._told: set[tuple[Place, str]] = set()  # what failed since then, as it was logged
         self._gaps = 0  # segments lost since then
+        self._losses = Losses()  # of the upstream's tracks, as far as they are counted
+        self._segment_time: float | None = None  # seconds, as measured last
         self._bitrate = Bitrate()  # of the newest opening
         self._skipped = 0  # segments lost in a running upstream, and not logged yet
         self._start_level: int | None = None  # of its lines until media came; None: no line yet
@@ -6965,8 +7019,10 @@ class Channel:
         self._bitrate = Bitrate()
         upstream, self._upstream = self._upstream, None
         session, self._session = self._session, None
+        self._losses = Losses()
         if upstream:
             self._tracks = upstream.tracks or self._tracks
+            self._segment_time = upstream.segment_time or self._segment_time
             upstream.close()
         elif session:
             session.http.cut()
@@ -7046,6 +7102,7 @@ class Channel:
                 if self._begin(upstream, start, is_all):
                     items, start = start, None
             if start is None:
+                self._count_losses_of_tracks(upstream)
                 self._move(upstream, items)
             if upstream.trouble and self.trouble is None and not self.stopped.is_set():
                 self._note_trouble(upstream.trouble)  # and no request that was cut with a stop
@@ -7153,7 +7210,10 @@ class Channel:
             if is_event:
                 for event in cast(Iterator[SegmentEvent], group):
                     self._note_segment(event)
-                    self._count_lost(event, self._splicer.pass_event(event), upstream)
+                    skipped = self._splicer.pass_event(event)
+                    self._count_skipped(skipped, upstream, event.duration)
+                    if event.kind is EventKind.GAP:
+                        self._count_gaps(1)
             else:
                 data = b"".join(cast(Iterator[bytes], group))
                 if self._splicer.pass_bytes(data):
@@ -7175,24 +7235,37 @@ class Channel:
         elif self.state is State.LIVE and event.kind in (EventKind.END, EventKind.GAP):
             self._bitrate.end_segment(is_whole=event.kind is EventKind.END)
 
-    def _count_lost(self, event: SegmentEvent, segments: int, upstream: Upstream) -> None:
-        """Count segments that this event shows to be lost.
+    def _count_losses_of_tracks(self, upstream: Upstream) -> None:
+        """Count what the tracks of a muxed stream have lost since the last call."""
+        known, self._losses = self._losses, upstream.losses
+        self._count_skipped(self._losses.skipped - known.skipped, upstream)
+        self._count_gaps(self._losses.gaps - known.gaps)
+
+    def _count_skipped(self, segments: int, upstream: Upstream, duration: float = 0.0) -> None:
+        """Count segments that are lost because no load of the playlist has listed them.
 
         More than may have passed by in the meantime are not counted: the origin numbers anew.
+        `duration` is what the playlist says of the next segment, in seconds; 0: nothing.
         """
-        if not segments:
+        if segments <= 0:
             return
-        length = upstream.target_duration
-        if event.kind is EventKind.START:
-            length = min(length, event.duration or length)
+        self._segment_time = upstream.segment_time or self._segment_time
+        # What a playlist says is often too long, and what was measured is, after a stall.
+        lengths = [upstream.target_duration, duration, self._segment_time]
+        length = max(LEAST_INTERVAL, min((one for one in lengths if one), default=0.0))
         silent = time.monotonic() - self._last_byte
         if segments * length > silent + LISTED_TIME:
             return
         self.record.add("gaps", segments)
-        is_skip = event.kind is EventKind.START and self.trouble is None
-        if is_skip:
+        if self.trouble is None:
             self._note_skip(segments)
         else:
+            self._gaps += segments
+
+    def _count_gaps(self, segments: int) -> None:
+        """Count segments that were left out or given up."""
+        if segments > 0:
+            self.record.add("gaps", segments)
             self._gaps += segments
 
     def _note_skip(self, segments: int) -> None:

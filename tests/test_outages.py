@@ -18,7 +18,7 @@ import pytest
 import pipe
 from tests import media
 from tests.make_test_card import crc32
-from tests.origin import Body, Close, Origin, Playlist, Status, master
+from tests.origin import Body, Close, Origin, Playlist, Status, master, told
 from tests.program import eventually
 from tests.server import BROWSER, Site, Watch
 from tests.test_faults import delayed
@@ -247,6 +247,34 @@ def test_segments_lost_between_two_reloads_are_told(
     assert lines("lost") == ["news: 2 segments lost between two loads of the playlist"], (
         "none in the outage"
     )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "missing"), [pytest.param(0.0, 9, id="zero"), pytest.param(2.0, 40, id="long")]
+)
+def test_lost_segments_are_counted_whatever_the_playlist_says_of_their_lengths(
+    origin: Origin,
+    serve: Serve,
+    lines: Callable[[str], list[str]],
+    seconds: float,
+    missing: int,
+) -> None:
+    """It says 10 s at most, and 0 or 2 s of each one; in truth they last 1 s."""
+    media_segments = told(media.ts_segments(SEGMENTS), seconds)
+    options: dict[str, Any] = {"mode": "live", "window": 3, "target_duration": 10, "keep": 0}
+    news = origin.add(Playlist("news", media_segments, **options))
+    site = serve({"news": news.url}, timeout=30)
+    viewer = site.watch("/news")
+    assert viewer.read(len(segments(0, 3))) == segments(0, 3)
+    news.advance(2)
+    assert read_stream(viewer, len(segments(3, 5))) == segments(3, 5)
+    down = origin.fault(news.path, Close(), times=2)
+    eventually(lambda: down.taken == 2, "it is down")
+    news.advance(missing + 3)
+    read_stream(viewer, media.PACKET)
+    eventually(lambda: bool(lines("goes on after [0-9]")), "it goes on")
+    assert status(site)["gaps"] == missing
+    assert lines("goes on after [0-9]")[0].endswith(f", {missing} segments lost")
 
 
 def test_gaps_are_those_of_one_numbering(origin: Origin, serve: Serve, backup: Origin) -> None:

@@ -514,6 +514,15 @@ def test_marked_gap_is_passed_over_at_once(origin: Origin, serve: Serve, gap: in
     assert site.get("/status").json["streams"][0]["gaps"] == 1
 
 
+def test_marked_gap_in_a_film_of_long_segments_is_counted(origin: Origin, serve: Serve) -> None:
+    film = origin.add(Playlist("film", with_gaps(2)[:5], target_duration=100))
+    site = serve({"film": film.url})
+    answer = site.get("/film")
+    left = media.spliced(film.plain(0, 2), film.plain(3, 5))
+    assert (answer.body, answer.is_complete) == (left, True)
+    assert site.get("/status").json["streams"][0]["gaps"] == 1
+
+
 def test_marked_gaps_end_no_upstream(origin: Origin, serve: Serve) -> None:
     """Two of six."""
     live = origin.add(Playlist("news", with_gaps(5, 6), mode="live", window=6, listed=6))

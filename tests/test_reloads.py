@@ -110,6 +110,23 @@ def test_skip_in_a_running_channel_is_counted_and_logged(
     assert site.get("/status").json["streams"][0]["state"] == "live"
 
 
+def test_segments_lost_before_a_marked_gap_are_counted(
+    origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the gap, too."""
+    marked = [
+        Segment(data, tags=("#EXT-X-GAP",) if n == 7 else ()) for n, data in enumerate(SEGMENTS)
+    ]
+    news = origin.add(Playlist("news", marked, mode="live", window=3, keep=0))
+    site = serve({"news": news.url}, timeout=8)
+    viewer = site.watch("/news")
+    assert viewer.read(len(news.plain(0, 3))) == news.plain(0, 3)
+    news.advance(7)
+    assert viewer.read(media.PACKET)
+    assert gaps(site) == 5
+    assert "news: 4 segments lost between two loads of the playlist" in caplog.messages
+
+
 def test_configured_interval_wins(origin: Origin, serve: Serve) -> None:
     news = origin.add(Playlist("news", SEGMENTS, mode="live", window=1, target_duration=6))
     options = {"hls-playlist-reload-time": 3}

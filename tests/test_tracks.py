@@ -39,6 +39,7 @@ from tests.origin import (
     Status,
     master,
 )
+from tests.program import eventually
 from tests.server import Site
 from tests.test_cli import Program
 from tests.test_download import join_all, opened
@@ -505,6 +506,29 @@ def test_live_channel_goes_on_at_its_segment(
     body, is_complete = viewer.read_all()
     assert is_complete
     expect_all_but_little_again(body, apart, 20)
+
+
+def test_segments_that_tracks_lose_are_counted(
+    origin: Origin, serve: Serve, journal: Journal
+) -> None:
+    """The lists move on by ten while each shows eight; one segment of the sound is a gap."""
+    sounds = [Segment(data) for data in media.audio_only_segments(20)]
+    sounds[11] = Segment(sounds[11].data, tags=("#EXT-X-GAP",))
+    options: dict[str, Any] = {"mode": "live", "window": 8, "keep": 0}
+    picture = Playlist("picture", media.video_only_segments(20), **options)
+    sound = Playlist("sound", sounds, **options)
+    site = serve({"news": Apart(origin, picture, sound).url}, streamlink={"hls-live-edge": 8})
+    viewer = site.watch("/news")
+    assert viewer.read(media.PACKET)
+    picture.advance(10)
+    sound.advance(10)
+    journal.wait_for("news: . segments? lost between two loads of the playlist")
+
+    def gaps() -> int:
+        return int(site.get("/status").json["streams"][0]["gaps"])
+
+    eventually(lambda: gaps() == 5, "two of each and the gap")
+    assert site.get("/status").json["streams"][0]["state"] == "live"
 
 
 def children() -> list[int]:
