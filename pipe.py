@@ -4892,11 +4892,17 @@ class Upstream:
 
     @property
     def trouble(self) -> str | None:
-        """Why the newest playlist could not be loaded; None where it could."""
-        for worker in self.workers:
-            trouble: str | None = getattr(worker, "trouble", None)
-            if trouble:
-                return trouble
+        """Why viewers have to wait: the newest playlist failed, or the server of the next segment.
+
+        None if neither did.
+        """
+        for file in self._files:
+            if not isinstance(file, SegmentedStreamReader):
+                continue
+            for part in (file.worker, file.writer):  # DASH has others
+                trouble: str | None = getattr(part, "trouble", None)
+                if trouble:
+                    return trouble
         return None
 
     @property
@@ -5446,6 +5452,8 @@ START_MISSING = 3  # segments that cannot be had at a start, until the stream is
 
 
 REFUSALS = EXPIRED | NOT_MEDIA  # a panel also answers 200 with its error message
+UNREACHED = GONE | {TIMED_OUT}
+TROUBLE_TIME = 1.0  # seconds of failed tries of a segment that do not show as trouble yet
 
 
 class SegmentDownload(Download):
@@ -5738,6 +5746,16 @@ class DownloadingWriter(HLSStreamWriter):
         worker = self.reader.worker
         is_film = worker.playlist_end is not None
         return float(self.timeout if is_film else 2 * (worker.playlist_targetduration or 1.0))
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the server of the oldest download cannot be reached; None if it can."""
+        for download in self.downloads[:1]:
+            tries = download.tries
+            is_lasting = time.monotonic() - tries.failing_since > TROUBLE_TIME
+            if tries.failure in UNREACHED and is_lasting:
+                return tries.failure
+        return None
 
     def lists(self, segment: Any) -> bool:
         listed = self.reader.worker.playlist_segments
@@ -7104,8 +7122,9 @@ class Channel:
             if start is None:
                 self._count_losses_of_tracks(upstream)
                 self._move(upstream, items)
-            if upstream.trouble and self.trouble is None and not self.stopped.is_set():
-                self._note_trouble(upstream.trouble)  # and no request that was cut with a stop
+            trouble = upstream.trouble
+            if trouble and self.trouble is None and not self.stopped.is_set():
+                self._note_trouble(trouble)  # and no request that was cut with a stop
             if is_all:
                 self._finish(upstream)
             # Bytes are a sign of life, and so is a segment left out on purpose.
@@ -7140,16 +7159,17 @@ class Channel:
         """
         now = time.monotonic()
         is_late = now > deadline
+        trouble = upstream.trouble
         if is_late and self._splicer is None and not self._has_backup:
-            error = no_media_error(self.stream, upstream.trouble)
+            error = no_media_error(self.stream, trouble)
             self.record.add_failure(error.reason)
             raise error
-        refused = now - max(self._troubled_since, alive) if upstream.trouble else 0.0
-        if refused > 2 * upstream.target_duration and self._has_backup:
-            raise UpstreamError(upstream.trouble or "")
+        refused = now - max(self._troubled_since, alive)
+        if trouble and self._has_backup and refused > 2 * upstream.target_duration:
+            raise UpstreamError(trouble)
         patience = max(self.stream.options.timeout, 2 * upstream.target_duration) + JUDGE_GRACE
         if is_late or now - alive > patience:
-            raise UpstreamError(upstream.trouble or "the origin sends no data")
+            raise UpstreamError(trouble or "the origin sends no data")
         insert = self._splicer.insert if self._splicer else None
         if insert and now - self._last_byte > self.stream.options.reconnect:
             raise UpstreamError(switched_to(insert))

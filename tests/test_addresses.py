@@ -17,7 +17,8 @@ import pytest
 
 import pipe
 from tests import media
-from tests.origin import SILENT, Origin, Playlist, silent
+from tests.origin import SILENT, Origin, Playlist, Status, silent
+from tests.program import eventually
 from tests.server import Site
 
 Serve = Callable[..., Site]
@@ -115,6 +116,40 @@ def test_address_that_answered_is_tried_first(
             assert session.get(address).content == b"\0"
             session.cut()
     assert begun == [*SILENT, GOOD, GOOD]
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        pytest.param(REFUSING, "the origin refuses connections", id="refusing"),
+        pytest.param(SILENT[0], "the origin did not answer in time", id="silent"),
+    ],
+)
+def test_dead_server_of_segments_shows_as_trouble(
+    origin: Origin, serve: Serve, names: Names, address: str, reason: str
+) -> None:
+    """The playlist's server answers; a segment's has one address, which is dead for a while."""
+    names[HOST] = [address]
+    news = origin.add(Playlist("news", SEGMENTS, mode="live", target_duration=2))
+    moved = at_host(origin.add_file("/moved.ts", SEGMENTS[5]))
+    redirect = Status(302, headers=(("Location", moved),))
+    origin.fault(news.segment_path(5), redirect, times=None)
+    site = serve({"news": news.url}, timeout=30)
+
+    def status() -> Any:
+        return site.get("/status").json["streams"][0]
+
+    with silent(origin.port):
+        viewer = site.watch("/news")
+        assert viewer.read(len(news.plain(2, 5))) == news.plain(2, 5)
+        assert (status()["state"], status()["last_error"]) == ("live", None)
+        news.advance()
+        eventually(lambda: status()["state"] == "waiting", "it shows")
+        assert status()["last_error"] == reason
+        names[HOST] = [GOOD]
+        news.advance()
+        eventually(lambda: status()["state"] == "live", "it clears")
+    assert status()["restarts"] == 0
 
 
 def test_name_that_moves_while_a_channel_runs(origin: Origin, serve: Serve, names: Names) -> None:
