@@ -6550,6 +6550,7 @@ class StreamRecord:
         self.start_errors: dict[str, tuple[float, StreamError]] = {}
         self.numberings: dict[str, Numbering] = {}  # of HLS, by variant
         self.failure_times: dict[str, float] = {}  # when each address failed last
+        self._good_copy = "", 0  # the newest address with media, and the copy of its variant
         self._slots: deque[tuple[int, int]] = deque(maxlen=SLOTS + 1)  # number and bytes of each
         self._warned = -math.inf  # when a line was logged that may repeat
 
@@ -6599,6 +6600,17 @@ class StreamRecord:
         with self._lock:
             failed = {address for address, at in self.failure_times.items() if at > since}
         return sorted(range(len(addresses)), key=lambda n: addresses[n] in failed)
+
+    def note_good_copy(self, address: str, copy: int) -> None:
+        """This copy of an address's variant, by position, has media."""
+        with self._lock:
+            self._good_copy = address, copy
+
+    def good_copy(self, address: str) -> int:
+        """The copy to begin with: the one that had media last, or else the first."""
+        with self._lock:
+            known, copy = self._good_copy
+        return copy if known == address else 0
 
     def add_received(self, size: int) -> None:
         slot = int(time.monotonic() / SLOT)
@@ -6722,6 +6734,7 @@ class Channel:
         self._order = order
         self._address = order[0]  # position of the address in use
         self._copy = 0  # position of the copy of its variant in use
+        self._first_copy = 0  # position of the one that was tried before the others
         self._copies = 1  # that the address offered last
         self._last_byte = self.since  # when media came last, or the start began; read by status()
         self._troubled_since = math.inf
@@ -6890,7 +6903,7 @@ class Channel:
         reason, is_full, limit = "", False, ""
         busy: int | None = None  # position of the address to try again
         while order:
-            self._address, self._copy, self._copies = order.popleft(), 0, 1
+            self._begin_address(order.popleft())
             try:
                 reason = self._open_copies(timeout)
                 is_full = False
@@ -6925,15 +6938,16 @@ class Channel:
             except UpstreamError as error:
                 reason = error.reason
                 self._note_failure(reason)
-            if self._splicer or self._copy + 1 >= self._copies:
+            if self._splicer or self._is_last_copy:
                 return reason
-            self._copy += 1
+            self._copy = self._next_copy
 
     def _keep_going(self) -> NoReturn:
         """Open the failed upstream again and again, for `reconnect` seconds without media."""
         if self.state is State.PRIVATE and not self._has_end:
             raise UpstreamError("a source without a length cannot be resumed")
         tried = {self._place}  # since the last good byte
+        self._first_copy = self._copy
         waits = _reopen_pauses()
         while True:
             deadline = self._last_byte + self.stream.options.reconnect
@@ -6951,6 +6965,7 @@ class Channel:
                 self._note_trouble(refusal.reason)
             if self._last_byte > began:
                 tried = {self._place}
+                self._first_copy = self._copy
             if self._last_byte - began > HEALTHY_TIME:
                 waits = _reopen_pauses()
 
@@ -6965,10 +6980,24 @@ class Channel:
 
     def _move_on(self) -> None:
         """Choose the next copy of the variant, or else the next address."""
-        self._copy += 1
-        if self._copy >= self._copies:
-            self._copy, self._copies = 0, 1
-            self._address = (self._address + 1) % len(self.stream.urls)
+        if self._is_last_copy:
+            self._begin_address((self._address + 1) % len(self.stream.urls))
+        else:
+            self._copy = self._next_copy
+
+    def _begin_address(self, position: int) -> None:
+        """Choose an address, and the copy of its variant that worked last."""
+        self._address, self._copies = position, 1
+        self._copy = self._first_copy = self.record.good_copy(self.stream.urls[position])
+
+    @property
+    def _next_copy(self) -> int:
+        return (self._copy + 1) % self._copies
+
+    @property
+    def _is_last_copy(self) -> bool:
+        """Whether the address in use offers no copy that was not tried since the first one."""
+        return self._next_copy == self._first_copy % self._copies
 
     def _wait(self, seconds: float, deadline: float) -> None:
         """Pause before a try; raises Stop or UpstreamError if there must be none."""
@@ -6988,8 +7017,9 @@ class Channel:
         self._close_upstream()
         if self.stopped.is_set():  # we cut it ourselves: the address may be well
             raise Stop
-        is_last = self._copy + 1 >= self._copies  # or the address may be well
-        self.record.add_failure(reason, self.stream.urls[self._address] if is_last else "")
+        # While copies are left, the address may be well.
+        address = self.stream.urls[self._address] if self._is_last_copy else ""
+        self.record.add_failure(reason, address)
         self._note_trouble(reason)
 
     def _note_trouble(self, reason: str) -> None:
@@ -7061,13 +7091,20 @@ class Channel:
             raise Stop
         session.resolve(address)
         name = self._find_variant(session)
-        self._copies = session.count_copies(name)
+        self._count_copies(session.count_copies(name))
         if self._splicer is None:  # the copies share the time of their address
-            seconds = (deadline - time.monotonic()) / max(1, self._copies - self._copy)
+            left = self._copies - (self._copy - self._first_copy) % self._copies
+            seconds = (deadline - time.monotonic()) / left
             deadline = time.monotonic() + seconds
             session.shorten(seconds)
         upstream = self._upstream = self._open(session, name)
         self._feed(upstream, deadline)
+
+    def _count_copies(self, count: int) -> None:
+        """Note how many copies the address offers: perhaps fewer than before."""
+        self._copies = count
+        self._copy %= count
+        self._first_copy %= count
 
     def _find_variant(self, session: Session) -> str:
         """The name of the variant to open; raises StreamError if it is not offered."""
@@ -7186,6 +7223,7 @@ class Channel:
             if is_all and self._splicer is None:
                 raise UpstreamError(NO_MEDIA)
             return is_all  # an end that came while the upstream was down
+        self.record.note_good_copy(self.stream.urls[self._address], self._copy)
         if self._splicer is None:
             self._go_live(upstream, container, has_segments)
             return True

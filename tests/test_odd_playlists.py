@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import pipe
 from tests import media
 from tests.origin import ODD_PLAYLISTS, Edit, Fault, Origin, Playlist, StallHeaders, Status
+from tests.program import eventually
 from tests.server import Site
 
 Serve = Callable[..., Site]
@@ -137,6 +138,32 @@ def test_copy_of_a_variant_takes_over_later(
     second.advance()
     assert viewer.read(len(first.plain(18, 19))) == first.plain(18, 19)
     assert "address 1 of 1 (127.0.0.1), copy 1 of 2: the origin answered 404" in caplog.text
+
+
+def test_start_begins_with_the_copy_that_worked_last(origin: Origin, serve: Serve) -> None:
+    (first, second, _), address = copies(origin, "abc")
+    down = origin.fault(f"/{first.name}/*", Status(404), times=None)
+    site = serve({"news": address}, timeout=4, linger=0)
+    for _ in range(2):
+        viewer = site.watch("/news")
+        assert viewer.read(len(second.plain(15, 18))) == second.plain(15, 18)
+        viewer.close()
+        eventually(lambda: not site.get("/status").json["streams"][0]["channels"], "it is closed")
+    assert down.taken == 1
+
+
+def test_copies_fail_in_turn_before_the_next_address(origin: Origin, serve: Serve) -> None:
+    """The second copy is in use; the first one is tried again before the backup."""
+    (first, second), address = copies(origin, "ab")
+    backup = origin.add(Playlist("c", media.ts_segments(12), mode="live", window=6))
+    origin.fault(first.path, Status(404))
+    viewer = serve({"news": {"url": [address, backup.url]}}, timeout=4).watch("/news")
+    assert viewer.read(len(second.plain(15, 18))) == second.plain(15, 18)
+    origin.fault(f"/{second.name}/*", Status(404), times=None)
+    first.advance()
+    second.advance()
+    assert viewer.read(len(first.plain(18, 19))) == first.plain(18, 19)
+    assert origin.count(backup.path) == 0
 
 
 def test_copies_fail_before_the_next_address(origin: Origin, serve: Serve) -> None:
