@@ -3052,17 +3052,13 @@ class Segment:
     end: int = -1  # number of the block behind its last one
     size: int = 0  # bytes
     preamble: bytes = b""  # what a decoder needs in front of it
-    number: int = -1  # in HLS
+    number: int = -1  # in HLS; -1: none
     map_number: int = -1  # of the first segment with the same initialization section
     discontinuities: int = 0  # up to this segment, its own counted
     is_apart: bool = False  # it does not continue the one before it
     clock: float = 0.0  # seconds of all segments before it
     is_listed: bool = False
     kept_until: float = -math.inf  # after it has left the playlist
-
-    @property
-    def is_numbered(self) -> bool:
-        return self.number >= 0
 
 
 @dataclass(frozen=True)
@@ -3116,7 +3112,7 @@ class Window:
         # HLS:
         self._numbering: Numbering | None = None  # None: no segment is listed (any more)
         self._container = MPEG_TS
-        self._target = 1  # seconds; it only grows
+        self.target = 1  # seconds of the target duration; it only grows: read without the lock
         self._asked: float | None = None  # when a client polled last
         self._is_apart = True  # the next segment does not continue the one before it
         self._newest_map: tuple[bytes, int] | None = None  # and the number of its first segment
@@ -3140,7 +3136,7 @@ class Window:
         with self._lock:
             if not self._is_cut:
                 self._container, self._numbering = container, numbering
-                self._target = max(1, round(target))
+                self.target = max(1, round(target))
 
     def begin(self, duration: float = 0.0, *, is_apart: bool = False) -> None:
         """A segment of the origin's begins with the next block."""
@@ -3180,7 +3176,7 @@ class Window:
         with self._lock:
             segment = self._open
             if segment:
-                seconds = segment.duration or float(self._target)
+                seconds = segment.duration or float(self.target)
                 self._complete(segment, self._end, seconds, preamble)
 
     def break_off(self) -> None:
@@ -3338,7 +3334,7 @@ class Window:
         segment.is_listed = True
         numbering.number += 1
         self._clock += segment.duration
-        self._target = max(self._target, int(segment.duration + 0.5))
+        self.target = max(self.target, int(segment.duration + 0.5))
 
     def _trim_list(self) -> None:
         """Take the oldest off the playlist; each is kept for as long again (6.2.2)."""
@@ -3413,7 +3409,7 @@ class Window:
     @property
     def _is_polled(self) -> bool:
         """Whether a client asked within the longest time that a segment is listed and kept."""
-        seconds = 2.0 * MOST_LISTED * self._target
+        seconds = 2.0 * MOST_LISTED * self.target
         return self._asked is not None and time.monotonic() - self._asked <= seconds
 
     def _foremost_wait(self) -> float:
@@ -3591,18 +3587,19 @@ class Window:
             segments = self._listed() if self._numbering else []
             if not segments:
                 raise WindowEnded(complete=False)
-            return Listed(segments, self._container, self._target, bool(self._is_complete))
+            return Listed(segments, self._container, self.target, bool(self._is_complete))
 
     def find(self, number: int, extension: str) -> list[Block]:
         """A segment or an initialization section; empty if there is none."""
         with self._lock:
             self._note_poll()
-            for segment in self._segments:
-                if not (self._numbering and segment.is_numbered and segment.first >= self._first):
+            is_media = extension == self._container.extension
+            is_map = self._container.has_map and extension == MAP_EXTENSION
+            for segment in self._segments if self._numbering else ():
+                if segment.first < self._first:
                     continue
-                if (segment.number, self._container.extension) == (number, extension):
+                if is_media and segment.number == number:
                     return self._media_of(segment)
-                is_map = self._container.has_map and extension == MAP_EXTENSION
                 if is_map and segment.map_number == number:
                     return [segment.preamble]
         return []
@@ -3626,12 +3623,6 @@ class Window:
 
     def _blocks_between(self, first: int, end: int) -> list[Block]:
         return list(itertools.islice(self._blocks, first - self._first, end - self._first))
-
-    @property
-    def target(self) -> int:
-        """The playlist's target duration in seconds."""
-        with self._lock:
-            return self._target
 
     @property
     def lacks_room(self) -> bool:

@@ -295,8 +295,11 @@ def test_join_point_may_be_behind_the_newest_block() -> None:
 
 
 @pytest.mark.parametrize("ending", ["complete", "broken off", "not told"])
-def test_segment_of_which_nothing_came_is_no_place_to_start(ending: str) -> None:
-    window = Window(1000, live_edge=2)
+@pytest.mark.parametrize(("live_edge", "first"), [(1, 4), (2, 2)])
+def test_segment_of_which_nothing_came_is_no_place_to_start(
+    ending: str, live_edge: int, first: int
+) -> None:
+    window = Window(1000, live_edge=live_edge)
     segments(window, 0, 4)
     window.begin()
     window.append([Join(b"another", at_start=True)])
@@ -306,7 +309,7 @@ def test_segment_of_which_nothing_came_is_no_place_to_start(ending: str) -> None
         window.break_off()
     begin(window, 4)
     append(window, 4, 5)
-    assert take(window, enter(window)) == b"<2>" + text(2, 5)
+    assert take(window, enter(window)) == preamble(first) + text(first, 5)
 
 
 def test_segment_of_which_nothing_came_is_no_place_in_a_source_without_segments() -> None:
