@@ -2656,6 +2656,36 @@ def media_in(start: bytes, is_all: bool = False) -> bytes | None:
     return _behind_spoiled_bytes(start)
 
 
+# PNG (RFC 2083, 3.1), JPEG, GIF: what image hosts accept.
+_IMAGE = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a")
+IMAGE_HEADER = 8  # bytes that tell an image
+
+
+def behind_image(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The pieces of a segment without an image in front of its MPEG-TS packets.
+
+    Sites that store segments on image hosts put one there.  A demuxer that meets it takes the
+    whole stream for that image.  An image that no packets follow stays.
+    """
+    remaining = iter(pieces)
+    start = b""
+    for piece in remaining:
+        start += piece
+        if len(start) < IMAGE_HEADER:
+            continue
+        if not _IMAGE.match(start):
+            break
+        packets = _FAR_PACKETS.search(start, 0, SEARCH_LIMIT)
+        if packets:
+            start = start[packets.start() :]
+            break
+        if len(start) >= SEARCH_LIMIT:
+            break
+    if start:
+        yield start
+    yield from remaining
+
+
 def _behind_spoiled_bytes(start: bytes) -> bytes:
     """Media from its first intact fragment or frame on; empty if there is none."""
     fragment = _FRAGMENT.search(start, 0, NOISE_LIMIT)
@@ -5816,7 +5846,7 @@ class DownloadingWriter(HLSStreamWriter):
 
     def _media(self, segment: Any, download: SegmentDownload) -> Iterator[bytes]:
         encrypted = self.iter_segment_content(segment, cast(Any, download))
-        pieces = self._decrypted(segment.key, segment.num, encrypted)
+        pieces = behind_image(self._decrypted(segment.key, segment.num, encrypted))
         if self.reader.is_track and self.stream.parse_packed_audio:
             start, pieces = itertools.tee(pieces)
             with contextlib.suppress(ID3v2Error):  # of tags before version 4, which stay

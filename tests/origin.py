@@ -744,6 +744,16 @@ ODD_PLAYLISTS: Mapping[str, Edit] = {
     "range-without-offset": Edit(r"(BYTERANGE:\d+)@\d+", "\\1"),
 }
 
+# What sites that store their segments on image hosts put in front of each: an image of one pixel.
+IMAGES: Mapping[str, bytes] = {
+    "png": bytes.fromhex(
+        "89504e470d0a1a0a0000000d494844520000000100000001080200000090775"
+        "3de0000000c49444154789c6360606000000004000127340a270000000049454e44ae426082"
+    ),
+    "png-and-blanks": b"\x89PNG\r\n\x1a\n".ljust(376, b"\xff"),
+    "jpeg": b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01" + b"Pixel" * 300 + b"\xff\xd9",
+    "gif": b"GIF89a\x01\x00\x01\x00\x00\x00\x00,\x00\x00;",
+}
 WEB_PAGE = b"<!DOCTYPE html>\n<html><head><title>Please log in</title></head></html>\n"
 PANEL_TEXT = b"FAILED TO CONNECT"  # a panel's answer, with status 200, while its source is down
 
@@ -1863,6 +1873,7 @@ def _add_odd_answers(origin: Origin, ts: Sequence[bytes]) -> list[str]:
         odd("text", Body(PANEL_TEXT, "text/html")),
         odd("text-segments", Body(PANEL_TEXT, "video/mp2t"), path="*.ts"),
         odd("preface", Preface(b"\xef\xbb\xbf\r\n# made by a panel\n")),
+        odd("image-segments", Preface(IMAGES["png"]), path="*.ts"),
         odd("empty", Body(b"#EXTM3U\n")),
         odd("dripping-head", DripHead(1.0)),
         odd("refused-segments", Status(403), path="*.ts"),

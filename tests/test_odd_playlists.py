@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 
 import pipe
 from tests import media
-from tests.origin import ODD_PLAYLISTS, Edit, Fault, Origin, Playlist, StallHeaders, Status
+from tests.origin import (
+    IMAGES,
+    ODD_PLAYLISTS,
+    Edit,
+    Fault,
+    Origin,
+    Playlist,
+    Preface,
+    Segment,
+    StallHeaders,
+    Status,
+)
 from tests.program import eventually
 from tests.server import Site
 
@@ -50,6 +61,45 @@ def test_negative_numbers_of_a_live_stream_count_on(origin: Origin, serve: Serve
     assert viewer.read(len(live.plain(6, 9))) == live.plain(6, 9)
     live.advance()
     assert viewer.read(len(live.plain(9, 10))) == live.plain(9, 10)
+
+
+#### Segments that begin with an image ####
+
+
+@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("key", [None, b"k" * 16], ids=["plain", "encrypted"])
+def test_image_in_front_of_packets_is_left_out(
+    origin: Origin, serve: Serve, name: str, key: bytes | None
+) -> None:
+    # Behind the image, ffmpeg would see nothing else.
+    film = [Segment(IMAGES[name] + data) for data in SEGMENTS]
+    playlist = origin.add(Playlist("film", film, aes_key=key))
+    viewer = serve({"film": playlist.url}).watch("/film")
+    assert viewer.headers["Content-Type"] == "video/mp2t"
+    body, is_complete = viewer.read_all()
+    assert is_complete
+    assert body == b"".join(SEGMENTS)
+
+
+def test_image_of_a_live_stream_is_left_out(origin: Origin, serve: Serve) -> None:
+    live = origin.add(Playlist("news", SEGMENTS, mode="live", window=4))
+    origin.fault("/news/*.ts", Preface(IMAGES["png"]), times=None)
+    viewer = serve({"news": live.url}).watch("/news")
+    assert viewer.read(len(live.plain(1, 4))) == live.plain(1, 4)
+    live.advance()
+    assert viewer.read(len(live.plain(4, 5))) == live.plain(4, 5)
+
+
+@pytest.mark.parametrize("size", [1, 7, 188, 5000])
+def test_packets_behind_an_image_are_found_in_pieces_of_any_size(size: int) -> None:
+    data = IMAGES["jpeg"] + SEGMENTS[0]
+    pieces = [data[at : at + size] for at in range(0, len(data), size)]
+    assert b"".join(pipe.behind_image(pieces)) == SEGMENTS[0]
+
+
+@pytest.mark.parametrize("data", [IMAGES["png"], IMAGES["gif"] * 900, b"", b"\x89PNG"])
+def test_image_without_packets_stays(data: bytes) -> None:
+    assert b"".join(pipe.behind_image([data[:500], data[500:]])) == data
 
 
 #### Master playlists ####
