@@ -8785,8 +8785,8 @@ font:1rem/1.35 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{padding:1rem;max-width:80rem;margin:0 auto}p{margin:.25rem 0}a{color:inherit}
 h1{font-size:1.4rem;line-height:1.2;margin:0}h2{font-size:1rem;margin:0;color:var(--soft)}
 :focus-visible,li a:focus-visible::after{outline:3px solid var(--mark);outline-offset:2px}
-li a:focus-visible{outline:0}summary{cursor:pointer;min-height:44px;padding:.6rem 0}
-b{font-weight:600}.facts>span{display:inline-block}.facts,.note,.more,td,th{font-size:.875rem;color:var(--soft)}
+li a:focus-visible{outline:0}summary{cursor:pointer;min-height:44px;padding:.7rem 0}
+b{font-weight:600}.facts,.note,.more,td,th{font-size:.875rem;color:var(--soft)}
 .live,.private{color:var(--live)}.waiting,.starting{color:var(--wait)}.failed{color:var(--bad)}
 code{user-select:all;-webkit-user-select:all;color:var(--ink);font-size:1rem;background:var(--line);
 border-radius:6px;padding:2px 6px}
@@ -8794,22 +8794,23 @@ header{display:flex;flex-wrap:wrap;gap:.5rem 1.5rem;align-items:center;
 justify-content:space-between}
 form{display:flex;gap:.5rem;flex:0 1 26rem}
 input{flex:1;min-width:0}input,button,.button{font:inherit;color:inherit;min-height:44px;
-padding:.55rem .9rem;border:1px solid var(--line);border-radius:1.5rem;background:var(--card)}
+padding:.64rem .9rem;border:1px solid var(--line);border-radius:1.5rem;background:var(--card)}
 input{border-color:var(--soft)}button{cursor:pointer}
 .button{display:inline-block;max-width:min(100%,18rem);overflow:hidden;text-overflow:ellipsis;
 white-space:nowrap;text-align:center;text-decoration:none}.button b{color:var(--soft)}
-.button:hover,button:hover,li:hover{border-color:var(--mark)}
+.button:hover,button:hover{border-color:var(--mark)}
 [aria-current]{background:var(--mark);border-color:var(--mark);color:var(--card)}
 [aria-current] b{color:inherit!important}
 nav{display:flex;flex-wrap:wrap;gap:.5rem;margin:.75rem 0}
 .many nav{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(47%,11rem),1fr))}
-.many nav .button{white-space:normal;max-width:none;border-radius:.75rem}
+.many nav .button{white-space:normal;max-width:none;border-radius:.75rem;padding:.64rem .4rem}
 .many .group:not([open]){display:none}.many .group>summary{pointer-events:none;list-style:none}
 .group>summary::-webkit-details-marker{color:var(--soft)}.group h2{display:inline}
 ul{list-style:none;margin:0;padding:0}.group ul{display:grid;gap:.6rem;
 grid-template-columns:repeat(auto-fill,minmax(min(100%,15rem),1fr))}
 .group li{position:relative;min-width:0;padding:.5rem .75rem;background:var(--card);
-border:1px solid var(--line);border-radius:.75rem}li:target{border-color:var(--mark)}
+border:1px solid var(--line);border-radius:.75rem}
+.group li:hover,li:target{border-color:var(--mark)}
 .group a{display:flex;align-items:center;gap:.75rem;min-height:2.75rem;font-weight:600;
 text-decoration:none;line-height:1.2}.group a::after{content:"";position:absolute;top:0;
 right:0;bottom:0;left:0;border-radius:.75rem}
@@ -8845,12 +8846,15 @@ video{display:block;width:100%;aspect-ratio:16/9;max-height:calc(100vh - 9rem);b
 video:not([hidden])~.said{position:absolute;left:1rem;top:1rem;max-width:calc(100% - 2rem);
 padding:.5rem 1rem;border-radius:.75rem;background:var(--card)}
 .screen #Sound{position:absolute;right:1rem;top:1rem;background:var(--card);font-weight:600}
+.screen:not(:has(video:not([hidden]))){display:grid;place-content:center;justify-items:center;
+min-height:56.25vw;padding:1rem 0;background:var(--card);text-align:center;text-wrap:balance}
 @media (min-width:700px){.watch{grid-template-columns:minmax(0,auto) minmax(14rem,1fr)}
 .screen,.watch .more{grid-column:1/3}.watch header{order:1;justify-self:end}.watch .more{order:2}
 .watch nav{align-items:center}
 video{aspect-ratio:auto;height:calc(100vh - 4.2rem);max-height:none}
 .watch .button{max-width:13rem}.watch:has(header .note) video{height:calc(100vh - 5.7rem)}
-.watch:not(:has(video:not([hidden]))) header{order:0;grid-column:1/3;justify-self:start}}
+.watch:not(:has(video:not([hidden]))) header{order:0;grid-column:1/3;justify-self:start}
+.screen:not(:has(video:not([hidden]))){min-height:calc(100vh - 8.2rem)}}
 @media (max-width:600px){.many:has([type=search]:not(:placeholder-shown)) nav{display:none}}
 .watch:has(#Trouble) header .note{display:none}
 """
@@ -9077,7 +9081,7 @@ if (video) {
     if (navigator.userActivation.isActive) sessionStorage.sound = video.muted ? "" : "on"
   }
   video.onerror = () => tryLater("The picture broke off")
-  if (about.trouble > 499) tryLater("This may pass")
+  if (about.trouble > 499) tryLater("Not playing yet")
   if (!about.trouble) play()
   setInterval(look, 1000)
 }
@@ -9197,16 +9201,17 @@ class Board:
         if status["viewers"]:
             viewers = _many(status["viewers"], "viewer")
             has_peak = status["peak"] > status["viewers"]
-            facts.append(f"{viewers}, peak {status['peak']}" if has_peak else viewers)
+            facts.append(_whole(f"{viewers}, peak {status['peak']}" if has_peak else viewers))
         chart = ""
         if status["channels"] and has_figures:
             if status["bitrate"]:  # none in the first seconds
-                facts.append(_rate(status["bitrate"]))
+                facts.append(_whole(_rate(status["bitrate"])))
             uptime = max(channel["uptime_seconds"] for channel in status["channels"])
-            facts.append(f"{_duration(uptime)} up")
+            facts.append(_whole(f"{_duration(uptime)} up"))
             chart = _chart(self.site.record(stream).bitrates(), self.scale)
         notes = "".join(f'<p class="note">{note}</p>' for note in self._notes(status))
-        shown = " · ".join(f"<span>{fact}</span>" for fact in facts)
+        # No line begins with a dot.
+        shown = "\u00a0· ".join(f"<span>{fact}</span>" for fact in facts)
         return f'<p class="facts">{shown}</p>{notes}{chart}'
 
     def state(self, stream: StreamSettings) -> str:
@@ -9219,8 +9224,8 @@ class Board:
         if status["last_error"] and status["state"] in ("failed", "waiting"):
             notes.append(status["last_error"])
         elif status["last_error"] and status["channels"]:
-            age = _duration(status["last_error_seconds"])
-            notes.append(f"last error, {age} ago: {status['last_error']}")
+            age = _ago(status["last_error_seconds"])
+            notes.append(f"last error, {age}: {status['last_error']}")
         return list(map(html.escape, notes))
 
     def _state(self, stream: StreamSettings) -> str:
@@ -9230,13 +9235,14 @@ class Board:
         if state == "private":
             words = "playing"
         elif state == "failed":
-            words = f"failed {_duration(status['last_error_seconds'])} ago"
+            words = f"failed {_ago(status['last_error_seconds'])}"
             if self._is_over(stream):
                 words, color = f"{words}, not tried since", "over"
         elif state in ("waiting", "starting"):
             channel = next(each for each in status["channels"] if each["state"] == state)
-            waited, left = channel["waiting_seconds"], channel["gives_up_seconds"]
-            words = f"{state} for {_duration(waited)}, gives up in {_duration(left)}"
+            waited = _whole(_duration(channel["waiting_seconds"]))
+            left = _whole(_duration(channel["gives_up_seconds"]))
+            words = f"{state} for {waited}, gives up in {left}"
         return f'<span class="{color}">{words}</span>'
 
     def _is_over(self, stream: StreamSettings) -> bool:
@@ -9504,8 +9510,8 @@ def _lists(site: Site) -> str:
     for report in site.server.lists.report():
         words = "not loaded yet"
         if report["loaded_seconds"] is not None:
-            age = _duration(report["loaded_seconds"])
-            words = f"{_many(report['channels'], 'channel')}, loaded {age} ago"
+            age = _ago(report["loaded_seconds"])
+            words = f"{_many(report['channels'], 'channel')}, loaded {age}"
         if report["omitted"]:
             words += f"; left out: {_counts(report['omitted'])}"
         line = f"List {report['playlist']}: {words}"
@@ -9547,12 +9553,13 @@ def watch_page(site: Site, stream: StreamSettings, watched: Watched, agent: str)
         "trouble": str(int(trouble.status)) if trouble else "",
     }
     screen = _screen(site, stream, watched, source, agent)
+    player = _player_link(site, stream)
     body = f"""<header>{_logo(stream)}<div><h1>{title}</h1>
 <div class="now">{board.now(stream, has_figures=False)}</div></div></header>
 <div class="screen">{screen}</div>
 <nav aria-label="Streams">{_zap_links(site, stream)}
 {_qualities(site, stream, watched.variant)}
-{_player_link(site, stream)}</nav>
+{"" if player in screen else player}</nav>
 <div class="more">{_unplayed(site, stream)}
 <p>For TVs and players, enter <code>{address}</code></p>
 {HELP if "<video" in screen and not trouble else ""}</div>"""
@@ -9584,11 +9591,12 @@ def _trouble(site: Site, stream: StreamSettings, watched: Watched) -> str:
     """Why a stream does not play, and what to do about it."""
     assert watched.trouble
     reason = watched.trouble.reason
-    advice = _marked(advice_for(reason, watched.trouble.status))
+    advice = advice_for(reason, watched.trouble.status)
+    shown = f"<p>{_marked(advice)}.</p>" if advice else ""
     again = stream.name + site.query(quality=watched.quality)
     return (
         f'<div class="said" id="Trouble"><p class="failed"><b>{html.escape(reason)}</b></p>'
-        f"<p>{advice}</p>{_button(again, 'Try now')}</div>"
+        f"{shown}{_button(again, 'Try now')}</div>"
     )
 
 
@@ -9814,6 +9822,16 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes % 60} min"
     return f"{minutes} min" if minutes else f"{int(seconds)} s"
+
+
+def _ago(seconds: float) -> str:
+    """How long ago something happened, on one line."""
+    return _whole(f"{_duration(seconds)} ago" if seconds >= 1 else "just now")
+
+
+def _whole(words: str) -> str:
+    """Words that no browser spreads over two lines."""
+    return words.replace(" ", "\u00a0")
 
 
 # Some players insist on .m3u8.  HDHomeRun tuners have a lineup.m3u.

@@ -236,7 +236,7 @@ def test_states_and_figures_are_kept_current(origin: Origin, serve: Serve, look:
     visit.page.locator("#Attention a", has_text="Broken").wait_for(state="attached")
     assert "1 failed" in visit.page.locator("#Attention summary").inner_text()
     text = visit.page.locator("#news").inner_text()
-    assert "1 viewer" in text
+    assert "1\u00a0viewer" in text
     visit.page.locator("#news path").wait_for(state="attached")
     assert "52 streams, 1 viewer" in visit.page.locator("#Summary").inner_text()
     assert "127.0.0.1" in (visit.page.locator("#Viewers").text_content() or "")

@@ -1129,7 +1129,7 @@ def test_card_stays_in_its_group_whatever_its_stream_does(origin: Origin, serve:
     found = [group[1:] for group in groups(site)]
     assert found == [("Failed", ["idle"]), ("News", ["news", "bad"])]
     text = page(site).text
-    assert re.search(r"bad failed \d s ago the origin answered 503", text)
+    assert re.search(r"bad failed (just now|\d s ago) the origin answered 503", text)
     assert "last error" not in text
     assert "7 news live · 1 viewer" in text
     assert "0 viewers" not in text
@@ -1163,6 +1163,14 @@ def test_page_tells_how_a_stream_is(origin: Origin, serve: Serve) -> None:
     assert re.search(r"My TV 1 stream, 1 viewer, up \d+ s ", found.text)
     assert re.search(r"The News live · 1 viewer · (\d+ kbit/s · )?\d+ s up", found.text)
     assert [tag for tag, _ in found.tags].count("svg") == 1
+
+
+def test_figure_stays_on_a_line_with_its_unit(origin: Origin, serve: Serve) -> None:
+    site = serve({"news": live(origin).url})
+    site.watch("/news").read(188)
+    body = site.ask("GET", "/", **HTML).body.decode()
+    assert "live</span></span>\u00a0\u00b7 <span>1\u00a0viewer</span>\u00a0\u00b7 " in body
+    assert re.search(r"<span>\d+\u00a0s\u00a0up</span>", body)
 
 
 def test_all_charts_have_one_scale_with_its_unit(origin: Origin, serve: Serve) -> None:
@@ -1338,7 +1346,9 @@ def test_failure_that_is_over_needs_no_attention(
     monkeypatch.setattr(pipe, "FRESH", -1.0)
     found = page(site)
     assert "hidden" in found.all("details", id="Attention")[0]
-    assert re.search(r"bad failed \d s ago, not tried since the origin answered 404", found.text)
+    assert re.search(
+        r"bad failed (just now|\d s ago), not tried since the origin answered 404", found.text
+    )
     assert found.all("span", **{"class": "failed"}) == [], "it fades"
 
 

@@ -189,6 +189,7 @@ def test_firefox_on_a_desktop_gets_a_player_and_the_reason(
     if not has_video:
         assert "Firefox on a desktop does not play" in screen.inner_text()
         assert screen.locator("a[download='s2.m3u']").is_visible()
+        assert page.locator(".player").count() == 1, "the button of the video's place is enough"
 
 
 def test_page_in_trouble_works_without_script(origin: Origin, serve: Serve, look: Look) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -143,6 +144,14 @@ def test_page_tells_how_the_stream_is(origin: Origin, serve: Serve) -> None:
     assert "news live · 2 viewers" in text
     assert "bit/s" not in text, "the picture counts here, not the figures"
     error_page(site.ask("GET", "/bad", **HTML), 502, "the origin answered 503")
+
+
+def test_page_says_in_a_sentence_what_to_do(origin: Origin, serve: Serve) -> None:
+    origin.fault("/bad*", Status(404), times=None)
+    site = serve({"bad": f"{origin.url}/bad.m3u8"})
+    text = error_page(site.ask("GET", "/bad", **HTML), 502, "the origin answered 404").text
+    assert "in their country. Try now" in text
+    assert re.search(r"bad failed (just now|\d s ago) the origin", text)
 
 
 def test_page_tells_that_sound_is_missing(origin: Origin, serve: Serve) -> None:
