@@ -5151,6 +5151,8 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
             return  # it would take the attributes of the variant whose address follows
         if tag == "EXT-X-MEDIA":
             line += _missing_name(self.parse_attributes(value))
+        if tag == "EXT-X-KEY" and self.parse_attributes(value).get("METHOD", "").upper() == "NONE":
+            line = "#EXT-X-KEY:METHOD=NONE"  # nothing else of it matters (RFC 8216, 4.3.2.4)
         section = self._map
         super().parse_line(line)
         if tag == "EXTINF":

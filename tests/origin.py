@@ -741,6 +741,7 @@ ODD_PLAYLISTS: Mapping[str, Edit] = {
     "odd-length": Edit(r"EXTINF:.*", "EXTINF:NaN,"),
     "odd-tag-of-a-length": Edit(r"\A((?:.*\n)*?)#EXTINF:.*", "\\1#EXTIF:2,"),
     "odd-line-ends": Edit(r"(EXTINF:.*)", "\\1title\u2028of two lines"),
+    "key-of-no-method": Edit(r"(#EXTINF)", '#EXT-X-KEY:METHOD=none,URI="",IV=\n\\1'),
     "range-without-offset": Edit(r"(BYTERANGE:\d+)@\d+", "\\1"),
 }
 

@@ -63,6 +63,23 @@ def test_negative_numbers_of_a_live_stream_count_on(origin: Origin, serve: Serve
     assert viewer.read(len(live.plain(9, 10))) == live.plain(9, 10)
 
 
+@pytest.mark.parametrize(
+    "attributes", [',URI="",IV=', ",IV=0x", ",IV=None,URI=none", ' ,URI="key"']
+)
+def test_attributes_of_a_key_for_no_encryption_are_left_out(
+    origin: Origin, serve: Serve, attributes: str
+) -> None:
+    # An insert that is not encrypted, behind segments that are.
+    film = Playlist("film", SEGMENTS[:3], aes_key=b"k" * 16)
+    insert = f"#EXT-X-KEY:METHOD=NONE{attributes}\n#EXTINF:1.0,\n/insert.ts\n#EXT-X-ENDLIST"
+    origin.add_file("/insert.ts", SEGMENTS[3], content_type="video/mp2t")
+    origin.add(film)
+    origin.fault(film.path, Edit("#EXT-X-ENDLIST", insert), times=None)
+    body, is_complete = serve({"film": film.url}).watch("/film").read_all()
+    assert is_complete
+    assert body == b"".join(SEGMENTS[:4])
+
+
 #### Segments that begin with an image ####
 
 
