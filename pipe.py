@@ -9884,6 +9884,31 @@ MEDIA_HEADERS = {
 }
 
 
+# The library decodes a request line as Latin-1.
+RAW_BYTES = re.compile("[\x80-\xff]")
+
+
+def _read_query(text: str) -> dict[str, list[str]]:
+    """The parameters of a request's query.
+
+    Kodi sends an address as it was typed: its bytes count as if they were percent-encoded.
+    """
+    encoded = RAW_BYTES.sub(lambda found: f"%{ord(found[0]):02X}", text)
+    return parse_qs(encoded, keep_blank_values=True)
+
+
+def _credentials_text(pair: bytes) -> str:
+    """The user and password of Basic authentication.
+
+    The challenge requests UTF-8, but clients that send them without one use Latin-1 (OkHttp,
+    requests, aiohttp).
+    """
+    try:
+        return pair.decode()
+    except UnicodeDecodeError:
+        return pair.decode("latin-1")
+
+
 def client_label(address: str) -> str:
     """A client at this address as the log shows it, whatever it requests."""
     return f"client {address}"
@@ -9953,7 +9978,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             target = urlsplit(self.path)
             path = unquote(target.path, errors="strict")
-            self.asked = query = parse_qs(target.query, keep_blank_values=True)
+            self.asked = query = _read_query(target.query)
         except ValueError:
             path = ""  # no stream's, no page's
         self.is_for_players = is_for_players(path)
@@ -10073,7 +10098,8 @@ class Handler(BaseHTTPRequestHandler):
     def site(self) -> Site:
         """This server as the client reaches it, through whatever proxies."""
         server, config = self.server, self.server.config
-        scheme = "https" if self._first_of("X-Forwarded-Proto") == "https" else "http"
+        # RFC 3986, 3.1: capitals in a scheme do not count.
+        scheme = "https" if self._first_of("X-Forwarded-Proto").lower() == "https" else "http"
         url = lan_url = f"{scheme}://{self._host()}{self._prefix()}"
         if public := config.server.public_url:
             url = lan_url = public.rstrip("/")
@@ -10109,13 +10135,16 @@ class Handler(BaseHTTPRequestHandler):
     def _offered_tokens(self, query: Mapping[str, list[str]]) -> list[str]:
         """The texts that this request offers as a token; an empty one is no guess."""
         offered = list(query.get("token", []))
+        if offered:  # a "+" in a query means a space, but people type the token as it is
+            typed = urlsplit(self.path).query.replace("+", "%2B")
+            offered += _read_query(typed)["token"]
         scheme, _, credentials = self.headers.get("Authorization", "").partition(" ")
         if scheme.lower() == "bearer":  # the library decodes heads as Latin-1
             offered.append(credentials.strip().encode("latin-1").decode(errors="replace"))
         elif scheme.lower() == "basic":
             with contextlib.suppress(ValueError):
-                pair = base64.b64decode(credentials, validate=True).decode()
-                offered.append(pair.partition(":")[2])
+                pair = base64.b64decode(credentials, validate=True)
+                offered.append(_credentials_text(pair).partition(":")[2])
         return offered
 
     def _is_token_among(self, offered: Iterable[str]) -> bool:

@@ -131,6 +131,7 @@ def test_log_names_the_viewer(
         ({"X-Forwarded-Prefix": '/"><script>'}, "http://h.example"),
         ({"X-Forwarded-Prefix": "/a b"}, "http://h.example"),
         ({"X-Forwarded-Prefix": "/.."}, "http://h.example"),
+        ({"X-Forwarded-Proto": "HTTPS"}, "https://h.example"),
         ({"X-Forwarded-Port": "8443"}, "http://h.example:8443"),
         ({"X-Forwarded-Port": "80"}, "http://h.example"),
         ({"X-Forwarded-Port": "443", "X-Forwarded-Proto": "https"}, "https://h.example"),

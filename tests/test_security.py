@@ -186,6 +186,26 @@ def test_token_of_any_characters_opens(origin: Origin, serve: Serve, token: str)
     assert site.ask("HEAD", "/news", **bearer(as_sent)).status == 200
 
 
+@pytest.mark.parametrize("token", ["t\u00f6ken-\u20ac", "a+b", "a+b c+d"])
+def test_token_may_be_sent_as_it_was_typed(origin: Origin, serve: Serve, token: str) -> None:
+    """Kodi encodes nothing, and people type a plus where a query means a space."""
+    site = serve({"news": live(origin).url}, server={"token": token})
+    for typed, status in ((token, b"200"), (token + "x", b"401")):
+        query = typed.replace(" ", "%20").encode()
+        answer = site.raw(b"HEAD /news?token=" + query + b" HTTP/1.1\r\nHost: tv\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 " + status)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_password_of_basic_may_be_latin_1(origin: Origin, serve: Serve, encoding: str) -> None:
+    """OkHttp, requests and aiohttp send it so; a challenge asks for UTF-8."""
+    site = serve({"news": live(origin).url}, server={"token": "t\u00f6ken"})
+    for password, status in (("t\u00f6ken", 200), ("t\u00f6kex", 401)):
+        credentials = base64.b64encode(f"tv:{password}".encode(encoding)).decode()
+        headers = {"Authorization": f"Basic {credentials}"}
+        assert site.ask("HEAD", "/news", **headers).status == status
+
+
 @pytest.mark.parametrize("token", [TOKEN, *SPECIAL])
 def test_links_carry_the_token(origin: Origin, serve: Serve, token: str) -> None:
     site = serve({"news": live(origin).url}, server={"token": token})
