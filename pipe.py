@@ -23,15 +23,18 @@ Data flow
 Threads
     main           parses arguments, waits for signals, reloads, closes everything
     listener       accepts connections; refuses what is too much
-    viewer-N       one for each connection: reads a request, then only takes from a Window;
-                   viewer-NAME-N once it has media
+    viewer-N       one for each connection: reads requests and answers them; a viewer's thread
+                   then only takes from a Window, and is named viewer-NAME-N with a new number
     feed-NAME-0    one for each Channel: opens its upstream, judges it, opens it again
     pump-NAME-0    for a raw body or ffmpeg's output: moves it to the ReaderBuffer
     close-NAME-0   ends an upstream, which may take as long as streamlink's threads do
     log            writes the lines of the log, so that no other thread waits for its reader
     list-NAME-0    one for each playlist: loads its channel list and applies it
-    check_N, demo  for --check and --demo
-    timers         one ends a late attempt to open; one ends a process that hangs in close()
+    check-N        for --check: each opens one address after the other
+    judge_N        for addresses on the command line: finds out whether each is a list or a stream
+    demo           for --demo: an origin, with a thread for each of its connections
+    timers         threading.Timer: one ends a late attempt to open, or to load a list or a guide;
+                   one ends a process that hangs in close()
     Streamlink's own are named after the channel: a worker loads playlists and puts segments, a
     writer hands on the oldest download, an executor runs the downloads.  For ffmpeg, a thread of
     its FFMPEGMuxer.copy_to_pipe reads each track.
@@ -55,9 +58,10 @@ Locks
     Lists._changed > Http._lock
     Channels.changed > Window._lock, ReaderBuffer._lock, Http._lock
     DownloadingWriter._lock > ReaderBuffer._lock
-    No other locks are held together, except that Lists._applying is also held around the pairs
-    of Lists._changed and Channels.changed.  None is held across a socket write,
-    a request or a join; shutting sockets down under a lock does not block.
+    No other locks are held together, except that a reload holds Lists._applying around the pairs
+    of Channels.changed.  Library locks may be taken inside any of them: each guards a few lines of
+    an executor, a queue or a connection pool.  None is held across a socket write, a request or a
+    join; shutting sockets down under a lock does not block.
     ProcessUpstream._first_failure is a flag that nobody waits for: only the first track gets it.
 
 Where it is decided
@@ -84,8 +88,9 @@ Where it is decided
 
 Is it over?
     the server            Server.stopping: nobody new is served; Channels.stop sets it
-    a channel             Channel.stopped: its thread must end; `is_fed`: its thread still runs;
-                          State.CLOSED: no media follows
+    a channel             Channel.stopped: its thread must end; `is_fed`: false from Channels.end()
+                          on, while its thread may still see polling clients off; State.CLOSED: no
+                          media follows
     an opening            Session.closed, which its Http, its Upstream and its raw body share
     a track of it         its writer's `closing`, which is streamlink's own
     a handed-over source  ReaderBuffer.closed; is_exhausted once everything was taken
@@ -100,10 +105,14 @@ How long may this take?
     a segment             two target durations (a film: `timeout`) without a byte: Download._judge
     a silent source       `timeout` or two target durations: Channel._judge
     an outage             `reconnect` since the last byte: Channel._keep_going
-    an idle channel       `linger`: Channels.close_if_abandoned
+    an idle channel       `linger`: Channels.close_if_abandoned; no time at all if it is PRIVATE, or
+                          in a pause of an outage: Channels.close_if_unwatched
     a paused viewer       `viewer_timeout`: Handler._send_pieces; it holds the feeder up for
                           FOREMOST_PATIENCE
     a list, a guide       LIST_TIME, GUIDE_TIME: the Deadline of Fetch
+    a key                 as a segment, all tries together: DownloadingWriter._decryptor
+    a silent HLS client   three target durations: Channels.remove_pollers
+    an ended playlist     as long, or `linger`: Channel._see_pollers_off
     a shutdown            EXIT_TIME + DRAIN_TIME: close()
 
 What goes wrong, in four words
@@ -262,7 +271,7 @@ MOST_CONNECTIONS = 4096  # where max_viewers is 0
 UNSENT_LIMIT = 128 * KIB  # bytes the kernel holds for a viewer and has not sent yet
 DRAIN_TIME = 1.0  # seconds in which new streams get 503 before the listener goes away
 ANSWER_TIME = 120.0  # seconds that a provider may think before it sends a list
-EXIT_TIME = 4.0  # seconds until the process ends, whatever still hangs
+EXIT_TIME = 4.0  # seconds that upstreams have to end; the process ends DRAIN_TIME later, or about
 LOG_LINES = 10_000  # log lines that may wait while nobody reads the log
 LOG_BYTES = 16 * MIB  # of those lines; at debug level a client's path may have 64 KiB
 LOG_TIME = 1.0  # seconds that the process waits at its end for lines that are not written yet
@@ -6733,7 +6742,7 @@ class Channel:
         self.account: str | None = None  # the playlist whose account it takes a slot of
         self.state = State.STARTING
         self.is_private = is_private  # from the start: for one viewer, whatever it turns out to be
-        self.is_fed = True  # its thread runs
+        self.is_fed = True  # false from Channels.end() on; its thread may still see pollers off
         self.stopped = threading.Event()  # it must end; set once, in stop(), by any thread
         self.variant = ""
         self.variants: Mapping[str, str] = {}  # name to variant; empty until its start found them
@@ -7026,8 +7035,8 @@ class Channel:
         """Pause before a try; raises Stop or UpstreamError if there must be none."""
         until = min(time.monotonic() + seconds, deadline)
         while True:
-            self.channels.remove_pollers(self)
-            if self.stopped.is_set() or not self.viewers:
+            self.channels.close_if_unwatched(self)
+            if self.stopped.is_set():
                 raise Stop
             remaining = until - time.monotonic()
             if remaining <= 0 and until < deadline:
@@ -7982,6 +7991,17 @@ class Channels:
             self.remove_pollers(channel)
             is_idle = time.monotonic() - channel.idle_since >= channel.linger
             if is_idle and not channel.viewers and channel.state is not State.STARTING:
+                self._close(channel)
+
+    def close_if_unwatched(self, channel: Channel) -> None:
+        """Close a channel that nobody watches in a pause between two tries, without linger time.
+
+        The look and the close are one step under the lock: a viewer that attached between them
+        would be told that its channel has just ended.
+        """
+        with self.changed:
+            self.remove_pollers(channel)
+            if not channel.viewers and channel.state is not State.CLOSED:
                 self._close(channel)
 
     def _is_offered_by_another(self, channel: Channel) -> bool:
