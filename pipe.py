@@ -185,6 +185,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO, cast
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, unquote_to_bytes, urlencode, urlsplit
 
+# A signal that comes while the packages load waits for release_signals(): SIGHUP would end a
+# service that is reloaded right after its start, and a container's first process would never
+# learn of SIGTERM.
+HELD_SIGNALS = {signal.SIGTERM, signal.SIGHUP} if hasattr(signal, "pthread_sigmask") else set()
+if __name__ == "__main__" and HELD_SIGNALS:  # not on Windows
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+
 try:
     import requests
     import socks  # type: ignore[import-untyped]
@@ -11639,8 +11646,17 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+def release_signals() -> None:
+    """Let the signals come that waited for the end of the start."""
+    if HELD_SIGNALS:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
+
+
 def collect_signals() -> Signals:
-    """SIGINT, SIGTERM and SIGHUP from now on; a second one to end ends the process at once."""
+    """SIGINT, SIGTERM and SIGHUP from now on, and those that came during the start.
+
+    A second one to end ends the process at once.
+    """
     received: Signals = queue.SimpleQueue()
 
     def note(number: int, frame: object) -> None:
@@ -11652,6 +11668,7 @@ def collect_signals() -> Signals:
     hang_up = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # not on Windows
     for number in (*END_SIGNALS, *hang_up):
         signal.signal(number, note)
+    release_signals()
     return received
 
 
@@ -11751,6 +11768,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warm_up()
             raise_file_limit()
             if arguments.check:
+                release_signals()
                 return run_check(config, given.names)
             return serve(config, collect_signals(), read, learn)
     except ConfigError as error:

@@ -75,6 +75,14 @@ class Program:
     def listening_port(self) -> int:
         return int(self.wait_for(r"listening on \S+ port (\d+)")[1])
 
+    def wait_until_packages_load(self) -> None:
+        """Until one of its packages is in memory, where Linux shows them; others follow."""
+        deadline, pause = time.monotonic() + TIMEOUT, threading.Event()
+        while "/lxml/" not in Path(f"/proc/{self._process.pid}/maps").read_text():
+            assert self._process.poll() is None
+            assert time.monotonic() < deadline
+            pause.wait(0.002)
+
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
@@ -306,6 +314,31 @@ def test_signal_lets_the_viewers_go_and_ends_with_status_0(
         assert program.wait(EXIT_TIME) == 0
         for viewer in (first, second):
             assert not viewer.read_all()[1], "no final chunk tells players to reconnect"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux alone shows what is loaded")
+@pytest.mark.parametrize("end", [False, True], ids=["reload", "reload and end"])
+def test_signals_during_the_start_are_not_lost(run: Run, end: bool) -> None:
+    """A service manager may reload or stop what it has only just started."""
+    program = run("--demo", *HERE)
+    program.wait_until_packages_load()
+    program.send(signal.SIGHUP)
+    if end:
+        program.send(signal.SIGTERM)
+        assert program.wait() == 0
+    else:
+        program.listening_port()
+        program.wait_for("reloaded: no change")
+
+
+def test_signal_ends_a_check(run: Run, configure: Configure, origin: Origin) -> None:
+    news = origin.add(Playlist("news", media.ts_segments(), mode="live"))
+    stall = origin.fault("/news/index.m3u8", StallHeaders(), times=None)
+    configure(f"streams: {{news: 'hls://{news.url}'}}")
+    program = run("--check")
+    stall.wait_held()
+    program.send(signal.SIGTERM)
+    assert program.wait(EXIT_TIME) == -signal.SIGTERM
 
 
 @pytest.mark.parametrize(
