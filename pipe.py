@@ -8796,6 +8796,7 @@ ALL_OPEN = 60  # streams; if there are more, only the requested group is open
 ALL_SENT = 500  # streams; if there are more, only cards that were asked for are in the page
 MOST_CARDS = 200  # in such a page
 MOST_LINES = 50  # of what needs attention
+MOST_PLAYING = 24  # cards of streams that play, while no group is open
 MOST_VIEWERS = 200  # rows of the table of viewers
 UNFOLDED_LINES = 3  # of what needs attention; more are folded
 FRESH = 600.0  # seconds that a failure needs attention
@@ -8835,13 +8836,13 @@ nav{display:flex;flex-wrap:wrap;gap:.5rem;margin:.75rem 0}
 .many nav .button{white-space:normal;max-width:none;border-radius:.75rem;padding:.64rem .4rem}
 .many .group:not([open]){display:none}.many .group>summary{pointer-events:none;list-style:none}
 .group>summary::-webkit-details-marker{color:var(--soft)}.group h2{display:inline}
-ul{list-style:none;margin:0;padding:0}.group ul{display:grid;gap:.6rem;
+ul{list-style:none;margin:0;padding:0}.cards{display:grid;gap:.6rem;
 grid-template-columns:repeat(auto-fill,minmax(min(100%,15rem),1fr))}
-.group li{position:relative;min-width:0;padding:.5rem .75rem;background:var(--card);
+.cards li{position:relative;min-width:0;padding:.5rem .75rem;background:var(--card);
 border:1px solid var(--line);border-radius:.75rem}
-.group li:hover,li:target{border-color:var(--mark)}
-.group a{display:flex;align-items:center;gap:.75rem;min-height:2.75rem;font-weight:600;
-text-decoration:none;line-height:1.2}.group a::after{content:"";position:absolute;top:0;
+.cards li:hover,li:target{border-color:var(--mark)}
+.cards a{display:flex;align-items:center;gap:.75rem;min-height:2.75rem;font-weight:600;
+text-decoration:none;line-height:1.2}.cards a::after{content:"";position:absolute;top:0;
 right:0;bottom:0;left:0;border-radius:.75rem}
 .logo{flex:none;position:relative;width:4rem;height:2.25rem;border-radius:.4rem;overflow:hidden;
 background:var(--bg);color:var(--soft);line-height:0}
@@ -8863,7 +8864,9 @@ border-radius:.75rem}#Attention li{padding:.35rem 0;border-top:1px solid var(--l
 .wide{overflow-x:auto}td,th{text-align:left;padding:.3rem .75rem .3rem 0;overflow-wrap:normal;
 border-top:1px solid var(--line);white-space:nowrap}.more{margin-top:1.25rem}
 #Nothing,#Hint{display:none}#List:not(:has(li:not([hidden])))>#Nothing,
-#List:not(:has(.group[open]))>#Hint{display:block}
+#List:not(:has(.group[open]))>#Hint{display:block}#Playing h2{margin:1rem 0 .6rem}
+main:has(.group[open]) #Playing,
+main:has([type=search]:not(:placeholder-shown)) #Playing{display:none}
 .watch{max-width:none;padding:0;display:grid;grid-template-columns:minmax(0,1fr)}
 .watch>*{margin:.6rem 1rem}
 .watch header{justify-content:start;flex-wrap:nowrap;gap:.75rem;min-width:0}
@@ -9218,6 +9221,7 @@ class Board:
         return {
             "Summary": self._summary(),
             "Attention": self._attention(),
+            "Playing": self._playing(),
             "Viewers": self._viewers(),
         }
 
@@ -9332,6 +9336,21 @@ class Board:
         )
         return f"<summary>{words}</summary><ul>{''.join(lines)}</ul>"
 
+    def _playing(self) -> str:
+        """The streams that play now, for a page whose groups are all closed."""
+        playing = [each for each in self.streams if self.state(each) in ("live", "private")]
+        if len(self.streams) <= ALL_OPEN or not playing:
+            return ""
+        cards = "".join(
+            f"<li>{_link(self, stream)}"
+            f'<div class="now">{self.now(stream, has_figures=False)}</div></li>'
+            for stream in playing[:MOST_PLAYING]
+        )
+        more = ""
+        if len(playing) > MOST_PLAYING:
+            more = f"<p>and {len(playing) - MOST_PLAYING} more</p>"
+        return f'<h2>Playing now</h2><ul class="cards">{cards}</ul>{more}'
+
     def _viewers(self) -> str:
         """Who is watching, for the operator."""
         rows = []
@@ -9402,6 +9421,7 @@ def status_page(site: Site) -> Page:
 {parts["Attention"]}</details>
 {_group_links(site, choice)}
 <div id="List">{_groups(board, choice)}</div>
+<div id="Playing"{_flag("hidden", not parts["Playing"])}>{parts["Playing"]}</div>
 {"" if count else f"<p>{NO_STREAMS.capitalize()}.</p>"}
 <div class="more"><details id="Viewers"{_flag("hidden", not parts["Viewers"])}>\
 {parts["Viewers"]}</details>
@@ -9471,7 +9491,7 @@ def _groups(board: Board, choice: Choice) -> str:
         text += (
             f'<details class="group" id="{_anchor(group)}"{_flag("open", is_open)}'
             f"{_flag('hidden', not is_wanted)}><summary{fixed}><h2>{html.escape(group)}</h2>"
-            f"</summary><ul>{cards}</ul></details>\n"
+            f'</summary><ul class="cards">{cards}</ul></details>\n'
         )
     if len(wanted) > MOST_CARDS and not has_all:
         text += f"<p>{len(wanted) - MOST_CARDS} more: search for them.</p>"
@@ -9481,13 +9501,17 @@ def _groups(board: Board, choice: Choice) -> str:
 
 def _card(board: Board, stream: StreamSettings, *, is_hidden: bool) -> str:
     """A stream that opens its watch page wherever it is touched."""
-    number = f"<b>{stream.number}</b>" if stream.number else ""
     now = board.now(stream)
     shown = f'<div class="now">{now}</div>' if now else ""
+    return f'<li id="{stream.name}"{_flag("hidden", is_hidden)}>{_link(board, stream)}{shown}</li>'
+
+
+def _link(board: Board, stream: StreamSettings) -> str:
+    """The logo, number and title of a stream, as a link to its watch page."""
+    number = f"<b>{stream.number}</b>" if stream.number else ""
     return (
-        f'<li id="{stream.name}"{_flag("hidden", is_hidden)}><a href="{stream.name}{board.query}">'
-        f'{_logo(stream)}<span class="name">{number}{html.escape(stream.title)}</span></a>'
-        f"{shown}</li>"
+        f'<a href="{stream.name}{board.query}">{_logo(stream)}'
+        f'<span class="name">{number}{html.escape(stream.title)}</span></a>'
     )
 
 

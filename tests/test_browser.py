@@ -352,6 +352,31 @@ def three_hundred() -> dict[str, object]:
     }
 
 
+@pytest.mark.parametrize("extra", [0, 300], ids=["three hundred", "six hundred"])
+def test_what_plays_shows_until_a_group_is_chosen(
+    origin: Origin, serve: Serve, look: Look, extra: int
+) -> None:
+    more = {f"x{n}": {"url": NOWHERE, "group": "More"} for n in range(extra)}
+    site = serve({**three_hundred(), **more, "news": {"url": live(origin), "title": "The News"}})
+    visit = look(site.url)
+    playing = visit.page.locator("#Playing li")
+    assert playing.count() == 0
+    site.watch("/news").read(188)
+    playing.wait_for()  # without a reload
+    assert re.match(r"TN\s+The News\s+live\s.\s1\sviewer$", playing.inner_text())
+    visit.page.locator("[type=search]").fill("kanal 217")
+    visit.page.locator("#s217").wait_for()
+    assert playing.is_hidden()
+    visit.page.locator("[type=search]").fill("")
+    playing.wait_for()
+    visit.page.locator("nav a", has_text="Group 8").click()
+    visit.page.locator("#s217").wait_for()
+    assert playing.is_hidden()
+    visit.page.goto(site.url)
+    playing.locator("a").click()
+    visit.page.wait_for_url(re.compile("/news$"))
+
+
 @pytest.fixture(params=[True, False], ids=["with script", "without"])
 def has_script(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)

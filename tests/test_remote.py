@@ -199,11 +199,16 @@ def test_page_in_trouble_works_without_script(origin: Origin, serve: Serve, look
     trouble = visit.page.locator("#Trouble")
     assert "The origin answered 404" in trouble.inner_text()
     assert "get a new one" in trouble.inner_text()
+    before = visit.page.locator("nav").bounding_box()
     failing.clear()
     visit.page.wait_for_timeout(2500)  # a failure is remembered for two seconds
     trouble.locator("a").click()
     visit.page.locator("video").wait_for()
     assert visit.page.locator("#Trouble").count() == 0
+    after = visit.page.locator("nav").bounding_box()
+    assert before
+    assert after
+    assert abs(after["y"] - before["y"]) < 40, "the reason had the video's place"
 
 
 def test_every_card_is_one_tab_stop(site: Site, look: Look) -> None:
