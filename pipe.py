@@ -1337,6 +1337,7 @@ class ListParser:
         self._entries: list[Entry] = []
         self._omitted: Counter[str] = Counter()
         self._guide: str | None = None
+        self._section = ""  # the group of all entries that name none themselves
         self._forget()
 
     def _forget(self) -> None:
@@ -1351,6 +1352,7 @@ class ListParser:
         self._size += len(data)
         if self._size > LIST_LIMIT:
             raise ListError(f"the list is larger than {LIST_LIMIT // MIB} MiB")
+        data = data.replace(b"\r", b"\n")  # old programs of Apple end a line with it alone
         *lines, self._carry = (self._carry + data).split(b"\n")
         for line in lines:
             self._read_line(line)
@@ -1392,7 +1394,7 @@ class ListParser:
         elif tag == "#EXTINF":
             self._read_title(value)
         elif tag == "#EXTGRP":
-            self._group_line = value
+            self._read_group(value)
         elif tag == "#EXTVLCOPT":
             option, _, wanted = value.partition("=")
             if header := _VLC_HEADERS.get(option.strip().lower()):
@@ -1413,12 +1415,20 @@ class ListParser:
         self._attributes, title = read_attributes(text)
         self._title = clean_text(title) or clean_text(self._attributes.get("tvg-name", ""))
 
+    def _read_group(self, value: str) -> None:
+        """A group in front of an #EXTINF is that of all entries until the next such line."""
+        group = value.strip(' \t"')
+        if self._title is None:
+            self._section = group
+        else:
+            self._group_line = group
+
     def _drop_unfinished(self) -> None:
         """An entry whose address is missing ends where the next one begins."""
         if self._title is not None:
             is_heading = _HEADING.fullmatch(self._title)
             self._omitted["headings" if is_heading else "without an address"] += 1
-            self._title = None
+            self._forget()
 
     def _read_address(self, text: str) -> None:
         address, _, headers = text.partition("|")
@@ -1450,8 +1460,8 @@ class ListParser:
             return "with an invalid address"
         if _FILM.match(address) and not self._settings.films:
             return "films"
-        groups = clean_text(attributes.get("group-title") or self._group_line, LINE_LIMIT)
-        group = self._groups.choose(groups)
+        named = attributes.get("group-title") or self._group_line or self._section
+        group = self._groups.choose(clean_text(named, LINE_LIMIT))
         if group is None:
             return "in other groups"
         key = title, group, address, *self._headers.items()
@@ -8518,7 +8528,7 @@ def whole_guide(parts: Iterator[bytes]) -> Iterator[bytes]:
     start = b""
     while len(start) < GUIDE_START and (part := next(parts, b"")):
         start += part
-    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html)", start, re.I):
+    if re.match(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?<(!doctype\s+)?html", start, re.I):
         raise UpstreamError("the origin sent a web page, not a guide")
     yield start
     yield from parts
@@ -8554,7 +8564,7 @@ def _quoted(address: str | None) -> str:
 
 
 GUIDE_PATH = re.compile(r"/epg/([a-z0-9-]+)\.xml")
-GUIDE_START = 64  # bytes of a guide that show its format
+GUIDE_START = 256  # bytes of a guide that show its format
 GZIP_START = b"\x1f\x8b"  # RFC 1952, 2.3.1
 GZIP_FORMAT = 16 + zlib.MAX_WBITS  # zlib's word for a gzip file
 GUIDE_NUMBERS = range(10_000, 100_000)  # of streams that have none configured

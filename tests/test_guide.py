@@ -26,6 +26,12 @@ TEXT = (
     b'<?xml version="1.0"?>\n<tv>' + random.Random(1).randbytes(300_000).hex().encode() + b"</tv>"
 )
 
+XHTML_PAGE = b"""<?xml version="1.0" encoding="UTF-8" standalone="no"?>
+<!DOCTYPE html PUBLIC "-//W3C//DTD XHTML 1.0 Strict//EN"
+ "http://www.w3.org/TR/xhtml1/DTD/xhtml1-strict.dtd">
+<html xmlns="http://www.w3.org/1999/xhtml"><body>Sign in</body></html>
+"""
+
 
 def add_guide(origin: Origin, data: bytes, path: str = XMLTV) -> str:
     return origin.add_file(path, data, content_type="application/xml") + f"?{ACCOUNT}"
@@ -186,9 +192,10 @@ def test_validators_are_passed_on(origin: Origin, serve: Serve) -> None:
     [
         (Status(403), "the origin answered 403"),
         (Body(WEB_PAGE), "the origin sent a web page, not a guide"),
+        (Body(XHTML_PAGE), "the origin sent a web page, not a guide"),
         (Redirect("file:///etc/passwd"), "the origin refers to a local file: refused"),
     ],
-    ids=["403", "page", "file"],
+    ids=["403", "page", "xhtml", "file"],
 )
 def test_guide_that_fails(origin: Origin, serve: Serve, fault: object, reason: str) -> None:
     site = serve({}, server={"epg": add_guide(origin, TEXT)})

@@ -214,11 +214,38 @@ def test_group_line() -> None:
     assert entry("#EXTINF:-1,T", "#EXTGRP:B; C").group == "B"
     assert entry('#EXTINF:-1 group-title="A",T', "#EXTGRP:B").group == "A"
     assert entry('#EXTINF:-1 group-title="",T', "#EXTGRP:B").group == "B"
+    assert entry("#EXTINF:-1,T", '#EXTGRP: "Our group" ').group == "Our group"
+
+
+def test_group_line_in_front_of_an_entry_is_of_all_that_follow() -> None:
+    """Kodi reads it so, too.  Behind an #EXTINF, it is of this entry alone."""
+    text = f"""#EXTM3U
+#EXTGRP:News
+#EXTINF:-1,A
+{PANEL}/a
+#EXTINF:-1,B
+#EXTGRP:Sport
+{PANEL}/b
+#EXTINF:-1,C
+{PANEL}/c
+#EXTINF:-1 group-title="Films",D
+{PANEL}/d
+#EXTGRP:
+#EXTINF:-1,E
+{PANEL}/e
+"""
+    groups = {found.title: found.group for found in parsed(text).entries}
+    assert groups == {"A": "News", "B": "Sport", "C": "News", "D": "Films", "E": None}
 
 
 def test_latin_1_and_utf_8_in_one_list() -> None:
     text = simple("Köln").encode("latin-1") + simple("Łódź").encode()
     assert [found.title for found in parsed(text).entries] == ["Köln", "Łódź"]
+
+
+def test_lines_that_end_with_a_carriage_return() -> None:
+    text = OF_A_PANEL.replace("\r\n", "\n")
+    assert parsed(text.replace("\n", "\r")) == parsed(text)
 
 
 @pytest.mark.parametrize(
@@ -408,6 +435,13 @@ def test_entry_without_an_address_ends_where_the_next_begins() -> None:
     found = parsed(text)
     assert [(each.title, each.group) for each in found.entries] == [("B", None)]
     assert found.omitted == {"without an address": 2}
+
+
+def test_entry_without_an_address_leaves_nothing_to_the_next() -> None:
+    text = "#EXTINF:-1,A\n#EXTGRP:G\n#EXTVLCOPT:http-user-agent=a\n"
+    text += f"#EXTINF:-1,B\n{PANEL}/b\n#EXTVLCOPT:http-user-agent=c\n#EXTINF:-1,C\n{PANEL}/c\n"
+    found = [(each.title, each.group, each.headers) for each in parsed(text).entries]
+    assert found == [("B", None, {}), ("C", None, {"User-Agent": "c"})]
 
 
 def test_addresses_without_a_title_are_left_out() -> None:
