@@ -223,6 +223,8 @@ try:
     from streamlink.utils.url import update_scheme
 except ImportError as error:
     sys.exit(f"StreamPipe needs its packages ({error}): pip install -r requirements.txt")
+except RuntimeError as error:  # streamlink's cache asks for the home directory when it is imported
+    sys.exit(f"StreamPipe cannot start: {error} Set the environment variable HOME.")
 
 __version__ = "1.0.0"
 
@@ -10703,6 +10705,7 @@ class Server(ThreadingHTTPServer):
         self._learn = learn
         self.started = time.monotonic()
         self.numbers = itertools.count(1)  # for threads' names
+        self._files_warned: float | None = None  # when that was logged; the listener's own
         # _counts_lock guards the five below.
         self._counts_lock = threading.Lock()
         self.answers: Counter[int] = Counter()  # by status
@@ -10765,9 +10768,19 @@ class Server(ThreadingHTTPServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
             return super().get_request()
-        except OSError:  # no file is left: the listener must not spin until one is
-            threading.Event().wait(0.1)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._warn_of_files()
+            # The connection still waits to be accepted: the listener must not spin until it can be.
+            time.sleep(0.1)
             raise
+
+    def _warn_of_files(self) -> None:
+        """Log at most once in REPEAT_TIME that no connection can be accepted."""
+        now = time.monotonic()
+        if self._files_warned is None or now - self._files_warned > REPEAT_TIME:
+            self._files_warned = now
+            log.warning("no connection can be accepted: raise the limit of open files")
 
     def process_request(self, request: Any, client_address: Any) -> None:
         most = self.config.server.max_viewers

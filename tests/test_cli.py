@@ -6,8 +6,10 @@ import contextlib
 import errno
 import http.client
 import json
+import os
 import queue
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -82,6 +84,9 @@ class Program:
             assert self._process.poll() is None
             assert time.monotonic() < deadline
             pause.wait(0.002)
+
+    def limit_files(self, count: int) -> None:
+        resource.prlimit(self._process.pid, resource.RLIMIT_NOFILE, (count, count))
 
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
@@ -477,6 +482,45 @@ def test_missing_packages_are_told(run: Run) -> None:
     assert program.wait() == 1
     (line,) = program.errors()
     assert re.fullmatch(r"StreamPipe needs its packages \(.+\): pip install -r .+", line)
+
+
+def test_missing_home_is_one_line(tmp_path: Path) -> None:
+    """A fake: only a user without a passwd entry, and without HOME, really has none."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import pathlib\n"
+        "def home(*_):\n"
+        "    raise RuntimeError('Could not determine home directory.')\n"
+        "pathlib.Path.home = home\n"
+    )
+    done = subprocess.run(
+        [sys.executable, PIPE, "--version"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("StreamPipe cannot start: Could not determine home directory. Set ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets the limit of another process")
+def test_lack_of_files_is_one_line(run: Run) -> None:
+    program = run("--demo", *HERE)
+    port = program.listening_port()
+    program.limit_files(40)
+    with contextlib.ExitStack() as stack:
+        for _ in range(60):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), TIMEOUT))
+        program.wait_for("no connection can be accepted: raise the limit of open files")
+    with contextlib.closing(
+        http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
+    ) as client:
+        client.request("GET", "/health")
+        assert client.getresponse().status == 200, "it recovers"
+    program.send(signal.SIGTERM)
+    assert program.wait() == 0
+    assert sum("no connection can be accepted" in line for line in program.errors()) == 1
 
 
 def test_usage_error_ends_with_status_2(run: Run) -> None:
