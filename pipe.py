@@ -6,19 +6,20 @@
 """StreamPipe: serve HLS channels as plain HTTP streams.
 
 `GET /news` answers with an endless stream that VLC, Kodi, TVHeadend, Plex or curl can read.  A live
-channel is pulled once, by streamlink, however many watch it; everything stays in memory.
+channel is pulled once, by streamlink, for all of its viewers; everything stays in memory.
 
 Data flow
     origin -> Download -> ReaderBuffer -> Channel (Splicer, framer) -> Window -> viewers -> sockets
-    Up to `threads` Downloads fetch segments at once; the oldest one's bytes go on as they come.
-    A ReaderBuffer is where one thread hands bytes and segment events (a segment starts here, ends
-    here, is missing) to another.  The Splicer makes one stream of what several openings of the
-    upstream bring, without a repeat at the seams.  The framer cuts MPEG-TS into whole packets,
-    removes ID3 tags and marks the join points.  The Window keeps the newest blocks and segments of
-    a live channel, knows where each Viewer is in them, and lists the segments for clients that poll
-    them (HLS) instead of streaming.
-    What has an end takes the same road, one upstream and window for each viewer, and the window
-    then waits for its viewer instead of moving on.
+    Up to `threads` Downloads fetch segments at once; the bytes of the oldest one are passed on as
+    they arrive.  Through a ReaderBuffer one thread hands bytes and segment events (a segment
+    starts, ends or is missing) to another.  HLS passes two of them: each Download has its own, and
+    the writer moves the bytes from those, in order, to the upstream's.  A live raw body has no
+    Download.  The Splicer makes one stream of several openings of the upstream, without a repeat at
+    the seams.  The framer cuts MPEG-TS into whole packets, removes ID3 tags and marks the join
+    points.  The Window keeps the newest blocks and segments of a live channel, knows the place of
+    each Viewer in them, and lists the segments for clients that poll (HLS) instead of streaming.
+    A finite stream takes the same road, with one upstream and window for each viewer; its window
+    waits for the viewer instead of evicting blocks.
 
 Threads
     main           parses arguments, waits for signals, reloads, closes everything
@@ -35,19 +36,19 @@ Threads
     demo           for --demo: an origin, with a thread for each of its connections
     timers         threading.Timer: one ends a late attempt to open, or to load a list or a guide;
                    one ends a process that hangs in close()
-    Streamlink's own are named after the channel: a worker loads playlists and puts segments, a
-    writer hands on the oldest download, an executor runs the downloads.  For ffmpeg, a thread of
-    its FFMPEGMuxer.copy_to_pipe reads each track.
+    Threads of streamlink are named after the channel: a worker loads playlists and puts segments
+    in line, a writer passes on the oldest download, an executor runs the downloads.  For ffmpeg, a
+    thread of FFMPEGMuxer.copy_to_pipe reads each track.
 
 Locks
     Lists._applying          makes and applies one configuration at a time
     Lists._changed           the channel lists that are known, and when each is loaded
-    Channels.changed         the set of channels, what each says of itself, the records of streams
+    Channels.changed         the set of channels, the state of each, the records of streams
     Window._lock             blocks, join points, segments and viewers of one window
-    ReaderBuffer._lock       what was handed over and has not been taken
+    ReaderBuffer._lock       the bytes and events that were handed over and not taken yet
     Http._lock               the connections of one session
     DownloadingWriter._lock  the segments in line, and their downloads
-    Server._counts_lock      answers and refusals, counted, and the wrong tokens of late
+    Server._counts_lock      counts of answers and refusals, and the latest wrong tokens
     Server._open_lock        the sockets of all connections
     Checker._changed         which checks of --check run
     LogHandler.lock          the lines of the log that wait; may be taken under any lock
@@ -62,29 +63,29 @@ Locks
     of Channels.changed.  Library locks may be taken inside any of them: each guards a few lines of
     an executor, a queue or a connection pool.  None is held across a socket write, a request or a
     join; shutting sockets down under a lock does not block.
-    ProcessUpstream._first_failure is a flag that nobody waits for: only the first track gets it.
+    ProcessUpstream._first_failure is a lock that no thread waits for: only the first track gets it.
 
 Where it is decided
-    what a key of the file means     Configuration: the dataclasses, with each key's parser
-    what an entry of a list becomes  Channel lists: ListParser, name_entries, with_lists
-    when a list is loaded and used   Lists._accept, _refuse, _doubt
-    where a viewer starts            Window._join; what a join point is: Join, TsFramer._join_at
-    what is evicted, who waits       Window._make_room and _foremost_wait; its cases stand there
-    what is kept for late viewers    Window._update_needed
-    who shares an upstream           Channels._find, _find_start; the states stand above State
-    who is refused, who gives way    Channels._attach; the cases stand above Channels
-    who holds a slot                 Channels._holding and _room_at, for the server and each account
-    that a source has ended          the table above Upstream; Channel._read and _finish
-    that an upstream has failed      Channel._judge; within a segment Download._judge
-    what is tried next, and when     Channel._open_first and _keep_going
-    what viewers see of a seam       Splicer; its docstring has the table of its states
-    what is a segment of HLS         Window.begin and finish; without segments: Window._cut_at
-    what a playlist lists            Window._trim_list; its text: media_playlist
-    who polls, and has left          Channels._add_poller
-    how long an ended playlist stays Channel._see_pollers_off; which clients get it: Channels.poll
-    an answer                        Handler._route; documents: Pages
-    what an open page shows next     update_page; in the browser, PAGE_SCRIPT
-    which thread may call            the class's docstring, or a comment above its methods
+    meaning of a configuration key   Configuration: the dataclasses, with each key's parser
+    a list's entry becomes a stream  Channel lists: ListParser, name_entries, with_lists
+    a list is loaded, used, doubted  Lists._accept, _refuse, _doubt
+    start of a viewer                Window._join; join points: Join, TsFramer._join_at
+    eviction, and waiting viewers    Window._make_room and _foremost_wait, with their cases
+    blocks kept for late viewers     Window._update_needed
+    sharing of an upstream           Channels._find, _find_start; the states stand above State
+    refusing and giving way          Channels._attach; the cases stand above Channels
+    holders of a slot                Channels._holding and _room_at, for the server and each account
+    a source has ended               the table above Upstream; Channel._read and _finish
+    an upstream has failed           Channel._judge; within a segment Download._judge
+    the next try, and its time       Channel._open_first and _keep_going
+    a seam, as viewers see it        Splicer; its docstring has the table of its states
+    segments of HLS                  Window.begin and finish; without segments: Window._cut_at
+    length of a playlist             Window._trim_list; its text: media_playlist
+    a polling client has left        Channels.remove_pollers
+    end of a playlist                Channel._see_pollers_off; clients that get it: Channels.poll
+    an answer                        Handler._route, _answer_path, _answer_stream; documents: Pages
+    update of an open page           update_page; in the browser, PAGE_SCRIPT
+    threads that may call a method   the class's docstring, or a comment above its methods
 
 Is it over?
     the server            Server.stopping: nobody new is served; Channels.stop sets it
@@ -123,7 +124,8 @@ What goes wrong, in four words
 
 Reading order
     Window, Channels.watch, Channel._run, Splicer, then Handler.stream_channel.  Configuration,
-    Media and Pages start no thread and hold no lock; Upstream is all there is of streamlink.
+    Media and Pages start no thread and have no lock of their own.  Upstream has all that is run by
+    streamlink; Errors and Configuration use a few of its names.
 """
 
 from __future__ import annotations
