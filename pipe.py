@@ -1272,6 +1272,10 @@ _VLC_HEADERS = {
     "http-referer": "Referer",
     "http-origin": "Origin",
 }
+_KODI_HEADERS = frozenset((
+    "inputstream.adaptive.stream_headers", "inputstream.adaptive.manifest_headers",
+    "inputstream.adaptive.common_headers",
+))  # fmt: skip
 # Headers that belong to a connection, or would change the bytes that arrive.
 _OWN_HEADERS = frozenset((
     "accept-encoding", "connection", "content-length", "host", "range", "te", "trailer",
@@ -1403,6 +1407,10 @@ class ListParser:
             option, _, wanted = value.partition("=")
             if header := _VLC_HEADERS.get(option.strip().lower()):
                 self._add_header(header, wanted.strip())
+        elif tag == "#KODIPROP":
+            option, _, wanted = value.partition("=")
+            if option.strip().lower() in _KODI_HEADERS:
+                self._add_headers(wanted)
         elif tag in ("#EXT-X-TARGETDURATION", "#EXT-X-STREAM-INF"):
             raise ListError(A_STREAM)
 
@@ -1437,9 +1445,7 @@ class ListParser:
     def _read_address(self, text: str) -> None:
         address, _, headers = text.partition("|")
         if "=" in headers:
-            for pair in headers.split("&"):
-                name, _, value = pair.partition("=")
-                self._add_header(name.strip(), unquote(value.strip()))
+            self._add_headers(headers)
         else:
             address = text
         entry = self._entry(address.strip())
@@ -1479,7 +1485,7 @@ class ListParser:
             address=address,
             tvg_id=clean_text(attributes.get("tvg-id", "")) or None,
             logo=self._logo(attributes.get("tvg-logo", "").strip()),
-            number=_channel_number(attributes.get("tvg-chno", "")),
+            number=self._number(),
             group=sys.intern(group) or None,
             headers=self._headers or NO_HEADERS,
         )
@@ -1493,6 +1499,20 @@ class ListParser:
         is_private = "@" in urlsplit(address).netloc
         is_private |= any(secret in address for secret in account_secrets(self._settings.url))
         return None if is_private else address
+
+    def _number(self) -> int | None:
+        """The channel number of the entry, by the first attribute that has one."""
+        for attribute in ("tvg-chno", "tvh-chnum", "channel-number"):
+            number = _channel_number(self._attributes.get(attribute, ""))
+            if number is not None:
+                return number
+        return None
+
+    def _add_headers(self, text: str) -> None:
+        """Keep headers that are written as Kodi does: `User-Agent=a%2Fb&Referer=...`."""
+        for pair in text.split("&"):
+            name, _, value = pair.partition("=")
+            self._add_header(name.strip(), unquote(value.strip()))
 
     def _add_header(self, name: str, value: str) -> None:
         """Keep a header of the entry if the configuration could hold it."""

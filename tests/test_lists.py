@@ -264,6 +264,12 @@ def test_number(text: str, expected: int | None) -> None:
     assert entry(f'#EXTINF:-1 tvg-chno="{text}",T').number == expected
 
 
+def test_channel_numbers_of_tvheadend_and_hdhomerun() -> None:
+    assert entry('#EXTINF:-1 tvh-chnum="5",T').number == 5
+    assert entry('#EXTINF:-1 channel-number="17",T').number == 17
+    assert entry('#EXTINF:-1 channel-number="17" tvg-chno="3",T').number == 3
+
+
 @pytest.mark.parametrize(
     ("logo", "is_kept"),
     [
@@ -324,6 +330,20 @@ def test_headers_in_lines() -> None:
         "User-Agent": "Mozilla/5.0, a=b",
         "Referer": "https://a.example/",
         "Origin": "https://a.example",
+    }
+
+
+def test_headers_in_a_line_for_kodi() -> None:
+    found = entry(
+        "#EXTINF:-1,T",
+        "#KODIPROP:inputstream.adaptive.stream_headers=User-Agent=K%2F21&Referer=https://a.example/?x=1",
+        "#KODIPROP:inputstream.adaptive.manifest_headers=X-Token=a b",
+        "#KODIPROP:inputstream.adaptive.license_type=clearkey",
+    )
+    assert found.headers == {
+        "User-Agent": "K/21",
+        "Referer": "https://a.example/?x=1",
+        "X-Token": "a b",
     }
 
 
