@@ -5597,7 +5597,7 @@ class SegmentDownload(Download):
         `failure` is that of its newest try; None if that was answered.
         """
         tries, reader = self.tries, self._writer.reader
-        nothing_else_answers = self._nothing_else_answers(tries)
+        nothing_else_answers = self._nothing_else_answers(tries, failure)
         if failure in GONE and nothing_else_answers:
             return True
         if self._writer.is_start:  # the next one may be there
@@ -5618,7 +5618,7 @@ class SegmentDownload(Download):
         # a track's, which cannot go on where it was. Another error may concern more than this
         # segment if another one waited until this one was given up.
         has_waited = any(not 0 < other.began < tries.asked for other in others)
-        return self._is_old and (failure in REFUSALS or has_waited)
+        return self._is_old and not self._is_fresh and (failure in REFUSALS or has_waited)
 
     @property
     def _is_old(self) -> bool:
@@ -5626,17 +5626,31 @@ class SegmentDownload(Download):
         reader = self._writer.reader
         return bool(self._segment.num != reader.first and not reader.is_track)
 
-    def _nothing_else_answers(self, tries: Tries) -> bool:
-        """Whether nothing else was answered that was requested while this one failed.
+    @property
+    def _is_fresh(self) -> bool:
+        """Whether its opening has passed on no media yet: all requests began with the opening.
 
-        An older request proves nothing: a server that stops ends its running transfers first. On a
-        busy machine, much time may pass between the beginning of a try and its connection, so a
-        request counts only if it began once this one was seen to fail. After a reopening for this
-        segment, and at a start, all begin at once, and the others may be over by then.
+        If the first of several missing segments caused a reopening, those after it are in no other
+        position: a reopening for each of them would begin with the first one again.
         """
-        is_late = self._is_old and not self._writer.is_start
-        since = tries.failed if is_late else tries.failing_since
-        return not any(since < other.tries.answered < tries.asked for other in self._others)
+        return not self._writer.reader.start
+
+    def _nothing_else_answers(self, tries: Tries, failure: str | None) -> bool:
+        """Whether no other request was answered while this one failed.
+
+        An older request proves nothing: a server that stops completes its running transfers first.
+        On a busy machine, much time may pass between the beginning of a try and its connection, so
+        a request counts only if it began once this one was seen to fail.  At a start, and after a
+        reopening for this segment, all requests begin at once, in any order, and the others may
+        be over by then.  If the origin refuses this one with an answer, each other request of this
+        opening counts; if it is gone, those count that began after this one.
+        """
+        answered = [other.tries.answered for other in self._others]
+        if self._is_old and not self._is_fresh:
+            return not any(tries.failed < time_asked < tries.asked for time_asked in answered)
+        if failure in REFUSALS:
+            return not any(answered)
+        return not any(tries.failing_since < time_asked < tries.asked for time_asked in answered)
 
     def is_slow(self) -> bool:
         """Whether it comes more slowly than it plays, beside what was asked for later.

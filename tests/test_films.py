@@ -21,7 +21,7 @@ import pytest
 
 import pipe
 from tests import media
-from tests.origin import Break, Close, Origin, Playlist, Status
+from tests.origin import Break, Close, Origin, Playlist, Status, Think
 from tests.program import eventually
 from tests.server import Site, Watch
 from tests.test_download import Outcome, download, opened
@@ -290,3 +290,23 @@ def test_parts_in_one_answer_are_not_taken_for_the_range(origin: Origin) -> None
     parts = b"--x\r\nContent-Range: bytes 20000-49999/50000\r\n\r\n" + body[20_000:] + b"\r\n--x--"
     origin.fault("/body", Status(206, parts, (("Content-Type", "multipart/byteranges"),)))
     assert download(origin, "/body") == Outcome(body)
+
+
+#### Segments that are missing ####
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.1, 0.3])
+def test_missing_segments_in_a_row_cost_nothing_else(
+    origin: Origin, serve: Serve, delay: float
+) -> None:
+    """However long the origin takes to refuse them: the film must not be opened for each anew."""
+    short = origin.add(Playlist("film", media.ts_segments()))
+    for number in range(3, 6):
+        path = short.segment_path(number)
+        origin.fault(path, Think(delay), Status(404), times=None)
+    site = serve({"film": short.url}, timeout=0.7)
+    answer = site.get("/film")
+    rest = media.spliced(short.plain(0, 3), short.plain(6, 8))
+    assert answer.body.replace(pipe.NULL_PACKET, b"") == rest
+    assert answer.is_complete
+    assert origin.count("/film/index.m3u8") <= 2
