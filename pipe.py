@@ -234,64 +234,64 @@ log = logging.getLogger("streampipe")
 
 
 # --------------------------------------------------------------------------------------------------
-# Constants: what nobody needs to configure
+# Constants that nobody needs to configure
 # --------------------------------------------------------------------------------------------------
 
 KIB, MIB = 1 << 10, 1 << 20
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
-TURN_LIMIT = 1 * MIB  # bytes a feeder takes from its buffer in one turn; more would delay viewers
-BLOCK_LIMIT = 64 * KIB  # bytes of a block; a viewer's send gathers whole blocks
-SEND_LIMIT = 1 * MIB  # bytes a viewer holds at once, whatever the window holds
-SEND_BLOCKS = 512  # blocks of them; the system takes 1,024 pieces in one call
-WINDOW_GROWTH = 8  # times `ringbuffer_size` that a window may hold to keep enough segments
-PRIVATE_WINDOW = 1 * MIB  # bytes between an upstream that has an end and its one viewer
-PLAYLIST_LIMIT = 8 * MIB  # bytes of a playlist, a key or a page; more is an attack or a mistake
-SNIFF_LIMIT = 752  # bytes: three TS packets at any offset, to tell a container
-SEARCH_LIMIT = 4 * KIB  # bytes searched for TS packets behind something else
-TAG_LIMIT = 1 * MIB  # bytes of ID3 tags to wait for until the container behind them is told
+TURN_LIMIT = 1 * MIB  # bytes a feeder takes from its buffer at once; more would delay viewers
+BLOCK_LIMIT = 64 * KIB  # bytes of a block; each send to a viewer gathers whole blocks
+SEND_LIMIT = 1 * MIB  # bytes a viewer takes from its window at once
+SEND_BLOCKS = 512  # blocks a viewer takes at once; a system call accepts 1,024 pieces
+WINDOW_GROWTH = 8  # a window may hold this many times `ringbuffer_size` to keep enough segments
+PRIVATE_WINDOW = 1 * MIB  # bytes between a finite upstream and its one viewer
+PLAYLIST_LIMIT = 8 * MIB  # bytes of a playlist, key or page; a larger one is an attack or a mistake
+SNIFF_LIMIT = 752  # bytes to detect a container from: three TS packets at any offset
+SEARCH_LIMIT = 4 * KIB  # bytes searched for TS packets that follow other data
+TAG_LIMIT = 1 * MIB  # bytes of ID3 tags read at most to detect the container behind them
 
 FOREMOST_PATIENCE = 5.0  # seconds without a byte until the foremost viewer counts as paused
-KEY_FRAME_LIFE = 30.0  # seconds after which a key frame counts as none for a viewer that joins
-KEY_FRAME_BACK = 6.0  # seconds; libavformat wants 5 s of stream before it shows a picture
-FAILURE_MEMORY = 2.0  # seconds; VLC asks a second time at once when the first answer is an error
-REPEAT_TIME = 10.0  # seconds between two lines of one kind that a player may cause forty a second
-GUESSERS = 10_000  # addresses that are remembered for that time because they sent a wrong token
-ZAPPING_TIME = 2.0  # seconds a client that leaves one channel for another waits for the place
-ZAPPING_PAUSE = 0.5  # seconds between a start's tries while its origin may still count the last one
-ZAPPING_TICK = 0.05  # seconds between two looks whether it has left
-START_TICK = 0.5  # seconds between two looks whether a viewer still waits for a start
+KEY_FRAME_LIFE = 30.0  # seconds after which a key frame is too old for a viewer to join at
+KEY_FRAME_BACK = 6.0  # seconds; libavformat needs 5 s of stream before it shows a picture
+FAILURE_MEMORY = 2.0  # seconds; VLC repeats a request at once if the first answer is an error
+REPEAT_TIME = 10.0  # seconds between log lines of one kind; a player may cause forty a second
+GUESSERS = 10_000  # addresses remembered for REPEAT_TIME because they sent a wrong token
+ZAPPING_TIME = 2.0  # seconds a client that changes channels waits for its old place
+ZAPPING_PAUSE = 0.5  # seconds between a start's tries if the origin may count a closed connection
+ZAPPING_TICK = 0.05  # seconds between two checks whether the old place is free
+START_TICK = 0.5  # seconds between two checks whether a viewer still waits for a start
 HEAD_TIMEOUT = 10.0  # seconds a client has to send its request head
 HEAD_LIMIT = 64 * KIB  # bytes of a request head
-SILENCE = 5.0  # seconds until null packets fill in: ExoPlayer gives up after 8
-NULL_PACKET = b"G\x1f\xff\x10" + 184 * b"\xff"  # ISO/IEC 13818-1, 2.4.1: carries nothing
-NEW_CLOCK_TICKS = 60 * 90_000  # a clock that far back was set anew: no relay's backlog is as long
-SEAM_PATIENCE = 10.0  # seconds a relay may send again what the viewers have had
-REOPEN_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # seconds between tries, the last again and again
-HEALTHY_TIME = 60.0  # seconds of media after which the pauses begin anew
-BAD_TIME = 60.0  # seconds that a start tries a failed address after the others
-LISTED_TIME = 60.0  # seconds that a live playlist lists at most, or about
-MUXER_LAG = 0.5  # seconds ffmpeg may need to write what it has read
-TRACK_LEAD = 10  # segments at most that ffmpeg takes of one track before it needs the other's
-STALE_NUMBERS = 2  # how far behind a backup's playlist may be and still be the same stream
-JUDGE_GRACE = 1.5  # seconds more than a download has, so that it can give up a segment first
-SEND_TICK = 1.0  # seconds at most that a send waits for room, and so between two signs of progress
-FEEDER_TICK = 1.0  # seconds at most between two looks of a feeder at its viewers and upstream
-SPARE_CONNECTIONS = 256  # beyond max_viewers: for /health, pages and refusals
-MOST_CONNECTIONS = 4096  # where max_viewers is 0
-UNSENT_LIMIT = 128 * KIB  # bytes the kernel holds for a viewer and has not sent yet
-DRAIN_TIME = 1.0  # seconds in which new streams get 503 before the listener goes away
-ANSWER_TIME = 120.0  # seconds that a provider may think before it sends a list
-EXIT_TIME = 4.0  # seconds that upstreams have to end; the process ends DRAIN_TIME later, or about
-LOG_LINES = 10_000  # log lines that may wait while nobody reads the log
-LOG_BYTES = 16 * MIB  # of those lines; at debug level a client's path may have 64 KiB
-LOG_TIME = 1.0  # seconds that the process waits at its end for lines that are not written yet
+SILENCE = 5.0  # seconds without media before null packets are sent: ExoPlayer times out after 8
+NULL_PACKET = b"G\x1f\xff\x10" + 184 * b"\xff"  # ISO/IEC 13818-1, 2.4.1: has no payload
+NEW_CLOCK_TICKS = 60 * 90_000  # a clock that is further back was reset: no backlog is that long
+SEAM_PATIENCE = 10.0  # seconds a relay may repeat media that the viewers have received
+REOPEN_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # seconds between tries; the last one repeats
+HEALTHY_TIME = 60.0  # seconds of media after which the pauses start over
+BAD_TIME = 60.0  # seconds for which starts try a failed address after the others
+LISTED_TIME = 60.0  # seconds; the approximate maximum length of a live playlist
+MUXER_LAG = 0.5  # seconds ffmpeg may need to write all that it has read
+TRACK_LEAD = 10  # segments that ffmpeg reads of one track at most before it needs the other's
+STALE_NUMBERS = 2  # segments a backup's playlist may be behind and still be the same stream
+JUDGE_GRACE = 1.5  # extra seconds for Channel._judge: a download must abandon a segment first
+SEND_TICK = 1.0  # seconds a send waits for room at most, and thus between two signs of progress
+FEEDER_TICK = 1.0  # seconds at most between two checks of a feeder's viewers and upstream
+SPARE_CONNECTIONS = 256  # connections beyond max_viewers, for /health, pages and refusals
+MOST_CONNECTIONS = 4096  # connections if max_viewers is 0
+UNSENT_LIMIT = 128 * KIB  # unsent bytes that the kernel holds for a viewer
+DRAIN_TIME = 1.0  # seconds during which new streams get 503 before the listener closes
+ANSWER_TIME = 120.0  # seconds a provider may take to begin its answer with a list
+EXIT_TIME = 4.0  # seconds for upstreams to end; the process ends DRAIN_TIME later at the latest
+LOG_LINES = 10_000  # log lines that may wait while the log is not read
+LOG_BYTES = 16 * MIB  # bytes of those lines; at debug level one may contain a path of 64 KiB
+LOG_TIME = 1.0  # seconds the process waits at its end until all lines are written
 
 STREAM_NAME = re.compile(r"[a-z0-9-]+")
-LEAST_SECRET = 4  # characters; shorter ones stand in every other word
+LEAST_SECRET = 4  # characters; shorter texts are part of ordinary words
 NO_MEDIA = "the origin sent no media"
 NOT_BACK = "the origin did not come back"
-STATES_SHOWN = ("live", "private", "waiting", "starting")  # the best of a stream's is shown
+STATES_SHOWN = ("live", "private", "waiting", "starting")  # best first; a stream shows its best
 RESERVED_NAMES = frozenset({"health", "status", "metrics", "playlist"})
 
 
@@ -305,7 +305,7 @@ class PipeError(Exception):
 
 
 class ConfigError(PipeError):
-    """The configuration cannot be used; `mistakes` holds one line for each reason."""
+    """The configuration cannot be used; `mistakes` has one line for each reason."""
 
     def __init__(self, mistakes: Sequence[str]) -> None:
         super().__init__("\n".join(mistakes))
@@ -313,7 +313,7 @@ class ConfigError(PipeError):
 
 
 class StreamError(PipeError):
-    """A stream cannot be served: `status` and `reason` are what its viewer may be told."""
+    """A stream cannot be served; its viewer may see `status` and `reason`."""
 
     def __init__(self, status: HTTPStatus, reason: str, retry_after: int | None = None) -> None:
         super().__init__(reason)
@@ -322,26 +322,26 @@ class StreamError(PipeError):
         self.retry_after = retry_after  # seconds
 
     def again(self) -> StreamError:
-        """The same for another viewer: one that is raised collects the frames it passes."""
+        """A copy to raise elsewhere: a raised exception keeps every frame that it passed alive."""
         return StreamError(self.status, self.reason, self.retry_after)
 
 
 class UpstreamError(StreamError):
-    """The origin failed, in words that name neither address nor exception."""
+    """The origin failed; `reason` names neither an address nor an exception."""
 
     def __init__(self, reason: str) -> None:
         is_late = reason == TIMED_OUT
         super().__init__(HTTPStatus.GATEWAY_TIMEOUT if is_late else HTTPStatus.BAD_GATEWAY, reason)
 
 
-# The limits, in the metric's words.  `account` is the `max_upstreams` of a playlist.
+# The limits, as the metric names them.  `account` is the `max_upstreams` of a playlist.
 LIMITS = ("max_viewers", "max_upstreams", "account", "connections", "threads")
 
 
 class LimitReached(StreamError):
-    """There is no place for another viewer, upstream or thread; `limit` is one of LIMITS.
+    """There is no room for another viewer, upstream or thread; `limit` is one of LIMITS.
 
-    `held_by` has the addresses of the clients that hold the places.
+    `held_by` has the addresses of the clients that occupy the places.
     """
 
     def __init__(self, reason: str, limit: str, held_by: Collection[str] = ()) -> None:
@@ -356,7 +356,8 @@ class LimitReached(StreamError):
 class ViewerGone(PipeError):
     """A viewer left, or StreamPipe disconnects it.
 
-    `reason` is the log's word.  `label` is the metric's: empty if the viewer left by itself.
+    `reason` is the word for it in the log.  `label` is the one in the metric; it is empty if the
+    viewer left by itself.
     """
 
     def __init__(self, reason: str = "left", label: str = "") -> None:
@@ -366,15 +367,18 @@ class ViewerGone(PipeError):
 
 
 class Stop(PipeError):
-    """Ends a channel's feeder: nobody needs it any more, or nothing can continue its output."""
+    """Ends a channel's feeder: it is no longer needed, or nothing can continue its output."""
 
 
 class SourceEnded(PipeError):
-    """The source of an upstream truly ended, and everything of it was read."""
+    """The source of an upstream truly ended, and all of its data has been read."""
 
 
 class WindowEnded(PipeError):
-    """A window has no more for its viewer; `complete` tells whether the source truly ended."""
+    """A window has no more data for its viewer.
+
+    `complete` is true if the source truly ended.
+    """
 
     def __init__(self, complete: bool) -> None:
         super().__init__("complete" if complete else "broken off")
@@ -386,7 +390,7 @@ def _many(count: int, word: str) -> str:
 
 
 def explain(error: BaseException) -> str:
-    """Why an upstream failed, in words for anybody: no address, no library's text."""
+    """The reason for an upstream's failure, without any address or any library's text."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in chain:
@@ -411,9 +415,9 @@ REFUSED = "the origin refuses connections"
 UNKNOWN = "the origin's host name is unknown"
 NO_ROUTE = "there is no network route to the origin"
 CLOSED = "the origin closed the connection"
-GONE = frozenset({REFUSED, UNKNOWN, NO_ROUTE, CLOSED})  # nobody is there
+GONE = frozenset({REFUSED, UNKNOWN, NO_ROUTE, CLOSED})  # there is no server
 NOT_FOUND = "the origin answered 404"
-# What an address answers that is not valid any more: it is resolved anew.
+# Answers of an address that has expired and must be resolved again.
 EXPIRED = frozenset(f"the origin answered {status}" for status in (401, 403, 404, 410))
 JUST_ENDED = "the stream has just ended"
 CHANNEL_LIST = "that is a list of channels: put it under playlists:, not under streams:"
@@ -427,13 +431,13 @@ LOCAL_FILE = "the origin refers to a local file: refused"
 NOT_A_KEY = "the decryption key is not an AES-128 key"
 WRONG_KEY = "decryption failed: wrong key"
 NOT_WHOLE = "decryption failed: the segment is cut off"
-BAD_KEY = NOT_MEDIA | {UNSUPPORTED, LOCAL_FILE, NOT_A_KEY, UNREADABLE}  # no other try can help
+BAD_KEY = NOT_MEDIA | {UNSUPPORTED, LOCAL_FILE, NOT_A_KEY, UNREADABLE}  # a retry cannot help
 
 _NO_ROUTE = errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN
 
-# A reason, and its signs: the type of the error or of any of its causes, or a piece of their texts.
-# The first match wins, so list causes before their consequences.  Two reasons that ask the same of
-# a person are one.
+# Each reason is followed by its signs: types of the error or of any of its causes, and parts of
+# their texts.  The first match wins, so list causes before their consequences.  Errors that call
+# for the same action share a reason.
 _REASONS: tuple[tuple[Any, ...], ...] = (
     ("the proxy does not answer", requests.exceptions.ProxyError, socks.ProxyError),
     (UNKNOWN, socket.gaierror),
@@ -469,22 +473,22 @@ _REASONS: tuple[tuple[Any, ...], ...] = (
 # --------------------------------------------------------------------------------------------------
 # Configuration: dataclasses, and the reader that turns YAML into them or into a list of mistakes
 #
-# The YAML library's nodes are read, not the values that YAML 1.1 would make of them: a scalar is
-# taken as written, so `on:` and `007:` are names and `token: 0123` is text, and every node knows
-# its line.  No message quotes what may be a secret: an address, a token, a header, an odd key, the
-# value of an environment variable.
+# The reader works on the YAML library's nodes, not on YAML 1.1 values.  It takes a scalar as
+# written, so `on:` and `007:` are names and `token: 0123` is text.  Every node knows its line.
+# No message quotes a possible secret: an address, a token, a header, an odd key, the value of an
+# environment variable.
 # --------------------------------------------------------------------------------------------------
 
-# What the upstream's engine offers under `streamlink:`: each option with an example of its type,
-# or `...` where StreamPipe sets it and nobody else may.
+# The options that the upstream's engine offers under `streamlink:`.  Each has an example value of
+# its type, or `...` if only StreamPipe may set it.
 EngineOptions = Mapping[str, Any]
-GLOBAL_ENGINE_OPTIONS = frozenset({"ipv4", "ipv6"})  # they act on the whole process
+GLOBAL_ENGINE_OPTIONS = frozenset({"ipv4", "ipv6"})  # they affect the whole process
 
-# A parser turns one text into a value; a reader does it for a node of the file, and None stands for
+# A parser turns a text into a value.  A reader turns a node of the file into one; None stands for
 # the default.  Both raise ValueError with the message to show.
 Parse = Callable[[str], Any]
 Read = Callable[["ConfigReader", yaml.Node], Any]
-Section = dict[str, tuple[yaml.Node, yaml.Node]]  # the nodes of key and value by key
+Section = dict[str, tuple[yaml.Node, yaml.Node]]  # by key: the nodes of the key and its value
 
 NULL = "tag:yaml.org,2002:null"
 STREAM_NAMES = (
@@ -494,11 +498,11 @@ PLAYLIST_NAMES = "a playlist's name may only contain a-z, 0-9 and -, e.g. provid
 
 
 class TaggedNode(yaml.Node):
-    """Stands for a node with a tag (`!secret tv`), whose value would silently lose it."""
+    """Replaces a node with a tag (`!secret tv`), whose value would silently lose the tag."""
 
 
 class NodeLoader(yaml.SafeLoader):
-    """Makes the nodes of a file; one with a tag becomes a TaggedNode, which no reader takes."""
+    """Makes the nodes of a file; one with a tag becomes a TaggedNode, which all readers refuse."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
@@ -520,17 +524,17 @@ KINDS = {
 }
 
 CURLY_QUOTES = 'use straight quotes (") in place of curly ones'
-# A text without straight quotes that begins with a curly one.  After a double one, it has no other
-# or ends with it; after a single one, it ends with one.  In curly quotes, too, "Best of" TV and
-# 't Journaal are titles.
+# Matches a whole text that begins with a curly quote.  After a double one, another double one may
+# only be at the end; after a single one, the text must end with a single one.  So the titles
+# "Best of" TV and 't Journaal do not match if their quotes are curly.
 _DOUBLE, _SINGLE = r"[\u201c-\u201e]", r"[\u2018-\u201a]"
 _IN_CURLY_QUOTES = re.compile(rf"{_DOUBLE}[^\u201c-\u201e]*{_DOUBLE}?|{_SINGLE}.*{_SINGLE}")
 
-# `$${`, `${NAME}`, and a `${` that is neither.
+# Matches `$${`, `${NAME}`, and any other `${`, which is a mistake.
 _VARIABLE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)\}|\$\{")
 
-# The common slips: what the YAML library says, how the line looks (the nearest one, going back)
-# where there is something to see, and what to do there.
+# Common mistakes: a pattern of the YAML library's message, a pattern of the line to report, and the
+# advice.  That line is the nearest match, searched backwards from the place that the library names.
 YAML_SLIPS = (
     (r"'\\t'", r".*\t", "found a tab: use spaces"),
     ("mapping values", rf".*[:,[{{-]\s*(?:{_DOUBLE}|{_SINGLE})", CURLY_QUOTES),
@@ -547,7 +551,10 @@ YAML_SLIPS = (
 
 
 def text_of(node: yaml.Node) -> str:
-    """A single value as it is written; nothing for `null` or `~`."""
+    """The text of a single value as written; empty for `null` or `~`.
+
+    Raises ValueError for any other node, and for a text in curly quotes.
+    """
     if not isinstance(node, yaml.ScalarNode):
         raise ValueError(f"expected a single value, got {KINDS[type(node)]}")
     if node.tag == NULL:
@@ -558,9 +565,9 @@ def text_of(node: yaml.Node) -> str:
 
 
 def with_environment(text: str) -> str:
-    """A text with environment variables in place of `${NAME}`, and `${` in place of `$${`.
+    """Replace `${NAME}` with environment variables, and `$${` with `${`.
 
-    Raises ValueError for a variable that is not set.
+    Raises ValueError for any other `${`, and for a variable that is not set or not printable.
     """
 
     def value_of(found: re.Match[str]) -> str:
@@ -584,18 +591,18 @@ def with_environment(text: str) -> str:
 
 
 def parsed(parse: Parse, node: yaml.Node) -> Any:
-    """What a parser makes of a single value."""
+    """Parse a single value after replacing environment variables in it; may raise ValueError."""
     written = text_of(node)
     text = with_environment(written)
     try:
         return parse(text)
     except ValueError as error:
-        # A mistake may quote a short value, but never that of an environment variable.
+        # The message may quote a short value, but never that of an environment variable.
         raise ValueError(str(error).replace(f'"{text}"', f'"{written}"')) from None
 
 
 def checked(check: Callable[[str], object], message: str) -> Parse:
-    """A parser that takes a text as it is where `check` is true and does not raise."""
+    """A parser that returns a text unchanged if `check` is true and does not raise."""
 
     def parse(text: str) -> str:
         with contextlib.suppress(ValueError, OSError, RuntimeError):
@@ -641,7 +648,7 @@ def check_port(address: str) -> None:
 
 
 def with_port(parse: Parse) -> Parse:
-    """A parser of addresses that refuses a port that does not exist."""
+    """A parser of addresses that first refuses a port that does not exist."""
 
     def parse_address(text: str) -> Any:
         check_port(text)
@@ -651,7 +658,10 @@ def with_port(parse: Parse) -> Parse:
 
 
 def stream_address(text: str) -> str:
-    """An address for the upstream to open, with any prefixes (`hls://https://...`)."""
+    """The address for the upstream to open, with any prefixes (`hls://https://...`).
+
+    Raises ValueError for a local file or a malformed address.
+    """
     address = text.strip()
     target = re.sub(r"^((?!file:)[\w.+-]+://)+", "", address, flags=re.I)
     if not target:
@@ -669,7 +679,7 @@ def stream_address(text: str) -> str:
 
 
 def list_address(text: str) -> str:
-    """The address of a channel list, or the path of one in a local file."""
+    """The address of a channel list, or the path of a local one; raises ValueError otherwise."""
     address = text.strip()
     if "://" not in address:
         if not re.search(r"\.m3u8?$", address, re.I):
@@ -681,12 +691,12 @@ def list_address(text: str) -> str:
 
 
 def without_prefixes(address: str) -> str:
-    """An address without streamlink's prefixes in front of it."""
+    """An address without streamlink's prefix (`hls://`) in front of it."""
     return re.sub(r"^(?:hls|hlsvariant|httpstream|dash)://(?=\w+://)", "", address)
 
 
 def _split(address: str) -> tuple[str, str]:
-    """Scheme and host; nothing where the address is malformed or has no host."""
+    """Scheme and host of an address; two empty strings if it is malformed or has no host."""
     with contextlib.suppress(ValueError):
         parts = urlsplit(address)
         if parts.hostname and parts.port != 0:
@@ -696,7 +706,7 @@ def _split(address: str) -> tuple[str, str]:
 
 def _is_cookies_file(file: str) -> bool:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # http.cookiejar warns of a bad line with a traceback
+        warnings.simplefilter("ignore")  # http.cookiejar warns about a bad line with a traceback
         MozillaCookieJar(Path(file).expanduser()).load()
     return True
 
@@ -712,7 +722,7 @@ def _is_locale(text: str) -> bool:
 def _is_reload_time(text: str) -> bool:
     """Whether streamlink uses this interval between two loads of a playlist.
 
-    It takes a number below 2 for none, without a word.
+    It silently ignores a number below 2.
     """
     if text in ("default", "segment", "live-edge"):
         return True
@@ -720,7 +730,7 @@ def _is_reload_time(text: str) -> bool:
 
 
 def _is_own_interface(text: str) -> bool:
-    """Whether this machine has an interface or address; raises OSError if it has none."""
+    """Return true if this machine has an interface or address; raises OSError otherwise."""
     name, host = "", text
     if sys.platform != "win32":
         kind, _, rest = text.rpartition("!")
@@ -738,7 +748,7 @@ def _is_own_interface(text: str) -> bool:
     return True
 
 
-# An empty token would let everybody in.
+# An empty token would let everyone in.
 filled_text = checked(bool, "empty value: fill it in or remove the key")
 own_address = checked(
     re.compile(r"[\w.:%-]+").fullmatch, "expected an address of this machine, like 0.0.0.0"
@@ -746,7 +756,7 @@ own_address = checked(
 
 
 def host_address(text: str) -> str:
-    """An address of this machine, which has no port."""
+    """An address of this machine, without a port; raises ValueError otherwise."""
     if re.fullmatch(r"[^:]*:[0-9]+", text):
         raise ValueError("write the port under port:, and the host without it")
     return str(own_address(text))
@@ -754,7 +764,7 @@ def host_address(text: str) -> str:
 
 network = checked(ipaddress.ip_network, "expected a network like 192.168.0.0/16")
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.1
-# What HTTP can carry (RFC 9110, 5.5).
+# A value that HTTP can carry (RFC 9110, 5.5).
 header_value = checked(
     lambda value: value.isprintable() and value.isascii() and value.strip() == value,
     "a header value must be one line of ASCII text without surrounding blanks",
@@ -783,9 +793,9 @@ request_time = number(float, 0.1, 3600)  # seconds
 
 
 def reader_of(parse: Parse, example: Any) -> Read:
-    """The reader of a key whose value has the shape of `example`: a map, a list or a single value.
+    """The reader of a key whose value is a map, a list or a single value, as `example` is.
 
-    Each text in it is parsed.
+    The reader parses each text in the value with `parse`.
     """
     if isinstance(example, Mapping):
         return functools.partial(read_map, parse)
@@ -811,7 +821,7 @@ def read_list(parse: Parse, reader: ConfigReader, node: yaml.Node) -> tuple[Any,
 
 
 def read_map(parse: Parse, reader: ConfigReader, node: yaml.Node) -> dict[str, Any]:
-    """Texts by the name of a header; cookies and query parameters have such names, too."""
+    """Read a map of texts by header name; cookies and query parameters have such names, too."""
     found = {}
     for name, (key, value) in reader.section(node).items():
         with reader.at(key, name):
@@ -822,7 +832,7 @@ def read_map(parse: Parse, reader: ConfigReader, node: yaml.Node) -> dict[str, A
 
 
 def read_addresses(reader: ConfigReader, node: yaml.Node) -> Any:
-    """One address or a list of them."""
+    """Read one address or a list of addresses; returns a tuple."""
     if not isinstance(node, yaml.SequenceNode):
         node = yaml.SequenceNode("", [node])
     elif not node.value:
@@ -831,7 +841,7 @@ def read_addresses(reader: ConfigReader, node: yaml.Node) -> Any:
 
 
 def read_engine_options(reader: ConfigReader, node: yaml.Node) -> dict[str, Any]:
-    """The `streamlink:` map."""
+    """Read the `streamlink:` map."""
     readers: dict[str, Read] = {}
     for name, example in reader.engine.items():
         parse = ENGINE_PARSERS.get(name) or ENGINE_PARSERS.get(type(example), str)
@@ -841,7 +851,8 @@ def read_engine_options(reader: ConfigReader, node: yaml.Node) -> dict[str, Any]
     return reader.table(node, readers)
 
 
-# By type, and by name where streamlink would raise, hang or do nothing with some values of a type.
+# Parsers by type, or by name if streamlink would raise, hang or do nothing for some values of the
+# type.
 ENGINE_PARSERS: dict[str | type, Parse] = {
     type(...): checked(lambda _: False, "StreamPipe sets this itself for safety: remove it"),
     bool: true_or_false,
@@ -875,16 +886,16 @@ ENGINE_PARSERS: dict[str | type, Parse] = {
 }
 
 
-# The settings.  A field that is a key of the file has its reader and its default.
+# The settings: each field that is a key of the file holds its reader and its default.
 
 
 def setting(parse: Parse, default: Any) -> Any:
-    """A key whose value has the shape of `default`, and whose texts are parsed with `parse`."""
+    """A field for a key whose value is shaped like `default`; `parse` parses each text in it."""
     return field(default_factory=lambda: default, metadata={"read": reader_of(parse, default)})
 
 
 def readers_of(settings: type[Any]) -> dict[str, Read]:
-    """The reader of each key."""
+    """The reader of each key, by the key's name."""
     return {item.name: item.metadata["read"] for item in fields(settings) if item.metadata}
 
 
@@ -903,7 +914,7 @@ class ServerSettings:
     public_url: str | None = setting(web_url, None)
     name: str = setting(str, "StreamPipe")
     epg: str | None = setting(web_url, None)
-    proxies: tuple[str, ...] = setting(network, ())  # CIDR; their X-Forwarded-For is believed
+    proxies: tuple[str, ...] = setting(network, ())  # CIDR; their X-Forwarded-For is trusted
 
 
 @dataclass(frozen=True)
@@ -923,7 +934,7 @@ class Options:
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """An entry of `streams:`; its `options` are the file's with the stream's own laid over."""
+    """A stream; its `options` are the file's or its playlist's, overridden by its own."""
 
     name: str
     urls: tuple[str, ...]
@@ -935,11 +946,11 @@ class StreamSettings:
     quality: str = setting(filled_text, "best")
     headers: Mapping[str, str] = setting(header_value, {})
     proxy: str | None = setting(proxy_url, None)
-    hide: bool = setting(true_or_false, False)  # neither in playlists nor on pages
+    hide: bool = setting(true_or_false, False)  # if true, neither in playlists nor on pages
     options: Options = field(default_factory=Options)
-    # The playlist that it was imported from; None if it is an entry of `streams:`.
+    # The playlist that the stream was imported from; None if it is an entry of `streams:`.
     playlist: str | None = None
-    # The settings to open an address of `urls` with, if another playlist's entry brought it.
+    # By address: the settings for those of `urls` that another entry supplied (`merge: true`).
     others: Mapping[str, StreamSettings] = field(default_factory=dict)
 
     @property
@@ -953,17 +964,17 @@ class StreamSettings:
         return self.urls, self.quality, self.headers, self.proxy, options, others
 
     def at(self, address: str) -> StreamSettings:
-        """The settings to open one of its addresses with."""
+        """The settings for opening one of the stream's addresses."""
         return self.others.get(address, self)
 
 
 @dataclass(frozen=True)
 class PlaylistSettings:
-    """An entry of `playlists:`; its `options` are the file's with the playlist's own laid over."""
+    """An entry of `playlists:`; its `options` are the file's, overridden by its own."""
 
     name: str
     url: str  # or the path of a local file
-    groups: tuple[str, ...] = setting(filled_text, ())  # patterns; "!" leaves out; (): all
+    groups: tuple[str, ...] = setting(filled_text, ())  # patterns; "!" excludes; (): all
     refresh: float = setting(number(float, 0), 21600.0)  # seconds; 0 = on a config reload only
     max_upstreams: int = setting(number(int, 0), 1)  # 0 = no limit
     prefix: str = setting(name_prefix, "")
@@ -981,22 +992,22 @@ class Config:
     streams: Mapping[str, StreamSettings] = field(default_factory=dict)
     playlists: Mapping[str, PlaylistSettings] = field(default_factory=dict)
     options: Options = field(default_factory=Options)
-    # The keys of streams without an address, which override those of an imported stream.
+    # By name: the keys of streams without an address, which override an imported stream's.
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     guides: Mapping[str, str] = field(default_factory=dict)  # addresses, by the playlist's name
 
 
 def changes_between(old: Config, new: Config) -> str:
-    """What a reload changed, for the log: `2 streams added, 1 changed, token changed`.
+    """The changes of a reload, for the log: `2 streams added, 1 changed, token changed`.
 
-    A stream counts as changed if it is pulled otherwise: then its viewers are disconnected.  Keys
-    are named, values never: one may be a secret.
+    A stream counts as changed if its `pulled` differs: its viewers are then disconnected.  Keys are
+    named, but values never are, because one may be a secret.
     """
     both = old.streams.keys() & new.streams.keys()
     changed = {name for name in both if old.streams[name].pulled != new.streams[name].pulled}
     updated = {name for name in both - changed if old.streams[name] != new.streams[name]}
     for name in old.overrides.keys() | new.overrides.keys():
-        is_waiting = name not in old.streams and name not in new.streams  # for its list
+        is_waiting = name not in old.streams and name not in new.streams  # for its list to load
         if is_waiting and old.overrides.get(name) != new.overrides.get(name):
             updated.add(name)
     counts = {
@@ -1019,7 +1030,7 @@ def changes_between(old: Config, new: Config) -> str:
 
 
 def _counted(word: str, counts: Mapping[str, int]) -> list[str]:
-    """`2 streams added`, `1 changed`: only the first one names the thing that is counted."""
+    """Texts such as `2 streams added`, `1 changed`; only the first one contains `word`."""
     parts: list[str] = []
     for what, count in counts.items():
         if count:
@@ -1034,7 +1045,10 @@ def _changed_keys(old: ServerSettings | Options, new: ServerSettings | Options) 
 
 
 def load_config(path: Path, engine: EngineOptions) -> Config:
-    """Read a file that may set these options of the engine; raises ConfigError for mistakes."""
+    """Read a configuration file; raises ConfigError if it has mistakes.
+
+    `engine` has the options that the file may set under `streamlink:`.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -1051,16 +1065,16 @@ def load_config(path: Path, engine: EngineOptions) -> Config:
 
 @dataclass
 class ConfigReader:
-    """Turns one YAML document into a Config and collects the mistakes on the way."""
+    """Turns one YAML document into a Config, and collects its mistakes."""
 
     file: str
     engine: EngineOptions
-    path: list[str] = field(default_factory=list)  # the keys that lead to what is being read
-    numbers: dict[int, str] = field(default_factory=dict)  # of streams, with whose they are
-    mistakes: set[tuple[int, str]] = field(default_factory=set)  # by line
+    path: list[str] = field(default_factory=list)  # the keys that lead to the node being read
+    numbers: dict[int, str] = field(default_factory=dict)  # a stream's name by its number
+    mistakes: set[tuple[int, str]] = field(default_factory=set)  # line and message
 
     def read(self, text: str) -> Config:
-        """Parse and check; raises ConfigError."""
+        """Parse and check a document; raises ConfigError with all mistakes."""
         config = Config()
         try:
             root = yaml.compose(text, NodeLoader)
@@ -1078,7 +1092,7 @@ class ConfigReader:
 
     @contextlib.contextmanager
     def at(self, node: yaml.Node, *keys: str) -> Iterator[None]:
-        """Read something there: a ValueError in the block is a mistake at this line and path."""
+        """Make a ValueError in the block a mistake at the node's line and below these keys."""
         self.path += keys
         try:
             yield
@@ -1090,14 +1104,14 @@ class ConfigReader:
             del self.path[len(self.path) - len(keys) :]
 
     def section(self, node: yaml.Node) -> Section:
-        """A section's entries, and those of another that `<<` brings in; may raise ValueError."""
+        """A section's entries, including those that `<<` merges in; may raise ValueError."""
         if node.tag == NULL:
             raise ValueError("this section is empty: indent what belongs to it, or remove it")
         if not isinstance(node, yaml.MappingNode):
             raise ValueError(f'expected "key: value" lines, got {KINDS[type(node)]}')
         entries: Section = {}
         for key, value in node.value:
-            name = key.value if isinstance(key, yaml.ScalarNode) else "[]"  # no key is called so
+            name = key.value if isinstance(key, yaml.ScalarNode) else "[]"  # no key has that name
             with self.at(key, name):
                 if name in entries:
                     raise ValueError("duplicate key")
@@ -1109,7 +1123,10 @@ class ConfigReader:
         return entries
 
     def table(self, node: yaml.Node, readers: Mapping[str, Read]) -> dict[str, Any]:
-        """The values of a section with known keys; nulls and mistakes are left out."""
+        """The values of a section by key, without nulls and mistakes.
+
+        `readers` has the known keys; any other key is a mistake.
+        """
         values: dict[str, Any] = {}
         for name, (key, value) in self.section(node).items():
             with self.at(key, name):
@@ -1146,7 +1163,7 @@ class ConfigReader:
                 if "url" in values:
                     streams[name] = _stream(name, values, shared)
                 elif isinstance(node, yaml.MappingNode) and "url" in self.section(node):
-                    continue  # what is wrong with it has been noted
+                    continue  # its mistakes have been recorded
                 elif sections.get("playlists"):
                     overrides[name] = values
                 else:
@@ -1172,7 +1189,7 @@ class ConfigReader:
         return PlaylistSettings(name, url or "", **values, options=_laid_over(shared, own))
 
     def _stream_values(self, name: str, node: yaml.Node) -> dict[str, Any]:
-        """The keys of a stream; an address alone stands for the key `url`."""
+        """The values of a stream by key; an address alone is the value of `url`."""
         if not isinstance(node, yaml.MappingNode):
             return {"url": read_addresses(self, node)}
         readers: dict[str, Read] = {"url": read_addresses}
@@ -1183,7 +1200,7 @@ class ConfigReader:
         return values
 
     def _claim_number(self, number: int, name: str, node: yaml.Node) -> None:
-        """Note a stream's number; it is a mistake if another stream has it."""
+        """Record a stream's number; it is a mistake if another stream has the same one."""
         owner = self.numbers.setdefault(number, name)
         key, _ = self.section(node)["number"]
         with self.at(key, "number"):
@@ -1192,7 +1209,7 @@ class ConfigReader:
 
 
 def _check_name(name: str, mistake: str) -> None:
-    """Raise ValueError if a name cannot be part of an address, or stands for something else."""
+    """Raise ValueError if a name cannot be part of an address, or is reserved."""
     if not STREAM_NAME.fullmatch(name):
         raise ValueError(mistake)
     if name in RESERVED_NAMES:
@@ -1200,12 +1217,12 @@ def _check_name(name: str, mistake: str) -> None:
 
 
 def _take_options(values: dict[str, Any]) -> dict[str, Any]:
-    """Move the keys of `options:` out of an entry's."""
+    """Remove the keys of `options:` from an entry's values, and return them."""
     return {key: values.pop(key) for key in readers_of(Options) if key in values}
 
 
 def _laid_over(options: Options, own: Mapping[str, Any]) -> Options:
-    """Options with an entry's own in their place; streamlink's are merged by name."""
+    """Options, overridden by an entry's own; those of `streamlink:` are merged by name."""
     if not own:
         return options
     streamlink = {**options.streamlink, **own.get("streamlink", {})}
@@ -1220,7 +1237,7 @@ def _stream(name: str, values: dict[str, Any], shared: Options) -> StreamSetting
 
 
 def _yaml_mistake(error: yaml.YAMLError, text: str) -> tuple[int, str]:
-    """Line and text of what the YAML library cannot read."""
+    """Line and message of the mistake that the YAML library found."""
     lines = text.splitlines()
     mark = getattr(error, "problem_mark", None)
     position = getattr(error, "position", 0)  # of a character that YAML does not allow
@@ -1231,30 +1248,30 @@ def _yaml_mistake(error: yaml.YAMLError, text: str) -> tuple[int, str]:
             for line in range(min(last, len(lines) - 1), -1, -1):
                 if re.match(looks, lines[line]):
                     return line + 1, f"broken YAML: {advice}"
-    problem = re.sub(r"(alias|handle) ['\"].*", r"\1", problem)  # its name may be a secret's
+    problem = re.sub(r"(alias|handle) ['\"].*", r"\1", problem)  # the name may be part of a secret
     return last + 1, f"broken YAML: {problem}"
 
 
 # --------------------------------------------------------------------------------------------------
-# Channel lists: the entries of a provider's M3U, and the streams that they become
+# Channel lists: the entries of a provider's M3U, and the streams made from them
 #
-# No standard describes these lists, so the parser takes everything that it can read, and counts
-# the rest.  A list is as untrusted as any origin: each of its texts is checked like a value of the
-# configuration.  It can name neither a local file nor a reserved name.
+# No standard describes these lists, so the parser accepts everything that it can read, and counts
+# the rest.  A list is as untrusted as any origin: the parser checks each of its texts like a value
+# of the configuration.  A list can use neither a local file nor a reserved name.
 #
-#   ListParser       lines -> ChannelList: its entries, its guide, the number of entries left out
-#   name_entries     a name for each entry; an entry that was there before keeps its name
+#   ListParser       lines -> ChannelList: its entries, its guide, the numbers of omissions
+#   name_entries     a name for each entry; an entry of the previous load keeps its name
 #   with_lists       a configuration, and the lists of its playlists -> one with all streams
 # --------------------------------------------------------------------------------------------------
 
 LIST_LIMIT = 256 * MIB  # bytes of a list
-LINE_LIMIT = 64 * KIB  # bytes of a line; nothing useful is as long
+LINE_LIMIT = 64 * KIB  # bytes of a line; no useful line is that long
 CHANNEL_LIMIT = 20_000  # entries of a list that become streams
 WORDS_LIMIT = 200  # characters of a title, a group or an id
 NAME_LIMIT = 60  # characters of a name, without its prefix and number
 ADDRESS_LIMIT = 4 * KIB  # characters
 
-# `name=` of an attribute: in front of a quote whatever its name is, otherwise only a known one,
+# `name=` of an attribute.  In front of a quote, any name matches; otherwise only a known name does,
 # because titles and addresses contain `=`, too.
 _LIST_ATTRIBUTE = re.compile(
     r"""(?<![^\s,"'])(?:([A-Za-z][\w.-]*)=(?=["'])|(tvg-[\w-]+|group-title|url-tvg|x-tvg-url)=)""",
@@ -1262,7 +1279,7 @@ _LIST_ATTRIBUTE = re.compile(
 )
 _NEXT_ATTRIBUTE = re.compile(r"\s[A-Za-z][\w-]*=", re.ASCII)
 _SEPARATOR = re.compile(r"\s*,")
-# A heading among channels: `#### SPORT ####`, `-----`.  A single `|` stands in real titles.
+# A heading among channels: `#### SPORT ####`, `-----`.  Real titles contain a single `|`.
 _RULE = r"(?:[#=*~_+<>•·●■▬━═─—\u2013★☆►◄-]{2,}|\|{3,})"
 _HEADING = re.compile(rf"{_RULE}.*{_RULE}|[^\w]*_*[^\w]*")
 _FILM = re.compile(r"https?://[^?#]*?/(?:movie|series)/", re.I)
@@ -1276,7 +1293,7 @@ _KODI_HEADERS = frozenset((
     "inputstream.adaptive.stream_headers", "inputstream.adaptive.manifest_headers",
     "inputstream.adaptive.common_headers",
 ))  # fmt: skip
-# Headers that belong to a connection, or would change the bytes that arrive.
+# Headers that belong to a connection, or would change the bytes of the answer.
 _OWN_HEADERS = frozenset((
     "accept-encoding", "connection", "content-length", "host", "range", "te", "trailer",
     "transfer-encoding", "upgrade",
@@ -1308,14 +1325,14 @@ class Entry:
 
 @dataclass
 class ChannelList:
-    """A list that was read to its end."""
+    """A channel list that was read to its end."""
 
     entries: Sequence[Entry]
     guide: str | None  # the address of its XMLTV guide
-    omitted: Counter[str]  # how many entries were left out, by the word for their kind
+    omitted: Counter[str]  # the number of omissions by kind, as shown to people
 
     def summary(self) -> str:
-        """One line for the log and the page: how many channels, and the number left out by kind."""
+        """One line for the log and the page: the number of channels, and of omissions by kind."""
         text = _many(len(self.entries), "channel")
         if self.omitted:
             text += f"; left out: {_counts(self.omitted)}"
@@ -1323,7 +1340,7 @@ class ChannelList:
 
 
 def _counts(omitted: Mapping[str, int]) -> str:
-    """How many entries were left out by kind, the most common first."""
+    """The numbers of omissions by kind, the most common first."""
     kinds = sorted(omitted.items(), key=lambda kind: -kind[1])
     return ", ".join(f"{count:,} {kind}" for kind, count in kinds)
 
@@ -1331,43 +1348,46 @@ def _counts(omitted: Mapping[str, int]) -> str:
 class ListParser:
     """Reads a channel list as its bytes arrive, line by line.
 
-    Its memory is bounded by the entries that it keeps and by LINE_LIMIT.
+    It keeps no more in memory than the entries and the start of a line, up to LINE_LIMIT.
     """
 
     def __init__(self, settings: PlaylistSettings) -> None:
         self._settings = settings
         self._groups = GroupFilter(settings.groups)
-        self._carry = b""  # the start of a line
+        self._carry = b""  # the start of an incomplete line
         self._size = 0  # bytes so far
-        self._is_first = True  # no line has had any text yet
-        self._has_titles = False  # there was an #EXTINF
-        self._seen: set[tuple[object, ...]] = set()  # to find entries that repeat
+        self._is_first = True  # no line with text has been read yet
+        self._has_titles = False  # an #EXTINF has been read
+        self._seen: set[tuple[object, ...]] = set()  # to find duplicate entries
         self._entries: list[Entry] = []
         self._omitted: Counter[str] = Counter()
         self._guide: str | None = None
-        self._section = ""  # the group of all entries that name none themselves
+        self._section = ""  # the group of all entries without their own
         self._forget()
 
     def _forget(self) -> None:
-        """Begin a new entry: no line has said anything about it."""
-        self._title: str | None = None  # None until there is an #EXTINF
+        """Begin a new entry, about which no line has been read yet."""
+        self._title: str | None = None  # None until an #EXTINF has been read
         self._attributes: Mapping[str, str] = {}
         self._group_line = ""
         self._headers: dict[str, str] = {}
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes, cut anywhere; raises ListError as soon as this is no list."""
+        """Take the next bytes, cut anywhere.
+
+        Raises ListError as soon as they cannot be a list, or the list is too large.
+        """
         self._size += len(data)
         if self._size > LIST_LIMIT:
             raise ListError(f"the list is larger than {LIST_LIMIT // MIB} MiB")
-        data = data.replace(b"\r", b"\n")  # old programs of Apple end a line with it alone
+        data = data.replace(b"\r", b"\n")  # old Apple programs end lines with \r alone
         *lines, self._carry = (self._carry + data).split(b"\n")
         for line in lines:
             self._read_line(line)
         self._carry = self._carry[: LINE_LIMIT + 1]
 
     def finish(self) -> ChannelList:
-        """The whole list; raises ListError if it has no channels."""
+        """Return the whole list; raises ListError if it has no channels."""
         self._read_line(self._carry)
         self._drop_unfinished()
         if not self._entries:
@@ -1428,7 +1448,11 @@ class ListParser:
         self._title = clean_text(title) or clean_text(self._attributes.get("tvg-name", ""))
 
     def _read_group(self, value: str) -> None:
-        """A group in front of an #EXTINF is that of all entries until the next such line."""
+        """Read an #EXTGRP line.
+
+        In front of an #EXTINF, it gives the group of all entries until the next such line; behind
+        an #EXTINF, the group of that entry.
+        """
         group = value.strip(' \t"')
         if self._title is None:
             self._section = group
@@ -1436,7 +1460,7 @@ class ListParser:
             self._group_line = group
 
     def _drop_unfinished(self) -> None:
-        """An entry whose address is missing ends where the next one begins."""
+        """Omit the current entry, if there is one, because its address is missing."""
         if self._title is not None:
             is_heading = _HEADING.fullmatch(self._title)
             self._omitted["headings" if is_heading else "without an address"] += 1
@@ -1456,7 +1480,7 @@ class ListParser:
         self._forget()
 
     def _entry(self, address: str) -> Entry | str:
-        """The entry that ends with this address, or the word for why it is left out."""
+        """The entry that this address completes, or the kind under which it is omitted."""
         title, attributes = self._title, self._attributes
         if title is None:
             return "without a title"
@@ -1491,7 +1515,10 @@ class ListParser:
         )
 
     def _logo(self, address: str) -> str | None:
-        """A logo that pages and players may load: its address must not contain the account."""
+        """The address of a logo that pages and players may load, or None.
+
+        None replaces an invalid address, and one that contains a secret of the account.
+        """
         try:
             _checked_address(web_url(address))
         except ValueError:
@@ -1515,7 +1542,7 @@ class ListParser:
             self._add_header(name.strip(), unquote(value.strip()))
 
     def _add_header(self, name: str, value: str) -> None:
-        """Keep a header of the entry if the configuration could hold it."""
+        """Keep a header of the entry if it is valid and not in _OWN_HEADERS; count it otherwise."""
         if name.lower() == "referrer":
             name = "Referer"
         is_allowed = HEADER_NAME.fullmatch(name) and name.lower() not in _OWN_HEADERS
@@ -1535,7 +1562,8 @@ NO_HEADERS: Mapping[str, str] = {}
 def read_attributes(text: str) -> tuple[dict[str, str], str]:
     """The attributes of an #EXTINF or #EXTM3U by their names in lower case, and the title.
 
-    Values may lack quotes, and may contain quotes and commas.  The first that is not empty counts.
+    Values may lack quotes, and may contain quotes and commas.  If a name is repeated, its first
+    value that is not empty counts.
     """
     starts = list(_LIST_ATTRIBUTE.finditer(text))
     found: dict[str, str] = {}
@@ -1550,14 +1578,14 @@ def read_attributes(text: str) -> tuple[dict[str, str], str]:
             break
     before, comma, title = text[end:].partition(",")
     if not comma:
-        title = before if found else re.sub(r"^\s*-?[\d.]*", "", before)  # behind the duration
+        title = before if found else re.sub(r"^\s*-?[\d.]*", "", before)  # after the duration
     return found, title.strip()
 
 
 def _attribute_value(text: str, start: int, stop: int, is_last: bool) -> tuple[str, int, bool]:
-    """The value that begins at `start`, its end, and whether the title follows.
+    """Return the value that begins at `start`, its end, and whether the title follows.
 
-    The next attribute begins at `stop`.
+    The next attribute begins at `stop`; after the last attribute, the text ends there.
     """
     quote_sign = text[start : start + 1]
     if quote_sign not in ('"', "'"):
@@ -1569,7 +1597,7 @@ def _attribute_value(text: str, start: int, stop: int, is_last: bool) -> tuple[s
         closing = text.rfind(quote_sign, start + 1, stop)
         if closing > 0 and not text[closing + 1 : stop].strip(" \t,"):
             return text[start + 1 : closing], closing + 1, False
-    # The title is behind the first quote with a comma after it.
+    # The title follows the first quote that has a comma after it.
     closing = text.find(quote_sign, start + 1)
     while closing >= 0 and not _SEPARATOR.match(text, closing + 1):
         closing = text.find(quote_sign, closing + 1)
@@ -1583,17 +1611,17 @@ def _attribute_value(text: str, start: int, stop: int, is_last: bool) -> tuple[s
 
 
 class GroupFilter:
-    """The `groups:` of a playlist: names or patterns, and with "!" those to leave out."""
+    """The `groups:` of a playlist: names or patterns; "!" in front of one excludes its groups."""
 
     def __init__(self, patterns: Sequence[str]) -> None:
         self._wanted = [_matcher(p) for p in patterns if not p.startswith("!")]
         self._unwanted = [_matcher(p[1:]) for p in patterns if p.startswith("!")]
-        self._chosen: dict[str, str | None] = {}  # lists repeat few groups many times
+        self._chosen: dict[str, str | None] = {}  # a cache: lists repeat few groups many times
 
     def choose(self, text: str) -> str | None:
-        """The group to show an entry in, of those that a `group-title` names.
+        """Return the group that an entry is shown in, of those that its `group-title` names.
 
-        None if the entry is not wanted; empty if it has no group.
+        Returns None if the entry is not wanted, and an empty text if it has no group.
         """
         if text not in self._chosen:
             groups = [clean_text(group) for group in text.split(";")]
@@ -1613,9 +1641,10 @@ class GroupFilter:
 
 
 def _matcher(pattern: str) -> Callable[[str], bool]:
-    """Whether a group has this name, or fits this pattern (fnmatch); case does not count."""
+    """A test whether a group has this name or matches this pattern (fnmatch), ignoring case."""
     name = pattern.strip().casefold()
-    expression = re.compile(fnmatch.translate(name))  # `[` is special in it, and common in names
+    # `[` is special in a pattern but common in names, so matches() also compares the plain text.
+    expression = re.compile(fnmatch.translate(name))
 
     def matches(group: str) -> bool:
         folded = group.casefold()
@@ -1625,14 +1654,17 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
 
 
 def clean_text(text: str, most: int = WORDS_LIMIT) -> str:
-    """A text in one printable line, without superfluous blanks."""
+    """A text as one printable line of at most `most` characters, without superfluous blanks."""
     if not text.isprintable():
         text = "".join(c if c.isprintable() else " " if c.isspace() else "" for c in text)
     return " ".join(text.split())[:most].rstrip()
 
 
 def _checked_address(text: str) -> str:
-    """An http(s) address as it stands; raises ValueError if nothing could be requested there."""
+    """An address without surrounding blanks.
+
+    Raises ValueError if it is malformed, has no host or is longer than ADDRESS_LIMIT.
+    """
     address = stream_address(text)
     if len(address) > ADDRESS_LIMIT or not _split(address)[1]:
         raise ValueError("not an address")
@@ -1645,7 +1677,7 @@ def _channel_number(text: str) -> int | None:
 
 
 def account_secrets(address: str) -> list[str]:
-    """The texts in a list's address that may be its account's: a user, a password, a token."""
+    """The texts in a list's address that may be secrets: a user, a password, a token."""
     if "://" not in address:
         return []
     parts = urlsplit(address)
@@ -1656,7 +1688,7 @@ def account_secrets(address: str) -> list[str]:
 
 
 def merged_headers(*layers: Mapping[str, str]) -> dict[str, str]:
-    """Headers of several sources; a later one wins, however its name is written."""
+    """Headers of several sources; a later one wins, and the case of names does not matter."""
     names: dict[str, str] = {}
     merged: dict[str, str] = {}
     for layer in layers:
@@ -1670,13 +1702,16 @@ def merged_headers(*layers: Mapping[str, str]) -> dict[str, str]:
 
 # Names
 
-# An entry as a reload recognises it: its playlist, the playlist's prefix, tvg-id, title, group,
-# and a count if several entries have the same.
+# A reload recognises an entry by its playlist, the playlist's prefix, its tvg-id, title and group,
+# and its position among the entries that share all of these.
 Identity = tuple[str, str, str, str, str, int]
 
 
 def plain_name(text: str) -> str:
-    """A text as a stream's name: ASCII by decomposition, hyphens for everything else."""
+    """Turn a text into a stream's name of a-z, 0-9 and hyphens; it may be empty.
+
+    Letters lose their accents; hyphens replace all other characters.
+    """
     text = unicodedata.normalize("NFKD", text).casefold()
     text = "".join(c for c in text if not unicodedata.combining(c))
     return re.sub(r"[^a-z0-9]+", "-", text).strip("-")[:NAME_LIMIT].rstrip("-")
@@ -1694,21 +1729,21 @@ def identities(settings: PlaylistSettings, entries: Iterable[Entry]) -> list[Ide
 
 
 class Names:
-    """Gives names that no other stream has."""
+    """Assigns a unique name to each stream."""
 
     def __init__(self) -> None:
         self._taken = set(RESERVED_NAMES)
-        self._next: dict[str, int] = {}  # number to try, by the name without one
+        self._next: dict[str, int] = {}  # the next number to try, by the name without it
 
     def claim(self, name: str) -> bool:
-        """Take exactly this name; false if another entry has it."""
+        """Reserve exactly this name; returns false if it is taken."""
         if name in self._taken:
             return False
         self._taken.add(name)
         return True
 
     def give(self, settings: PlaylistSettings, entry: Entry) -> str:
-        """A name for a new entry: from its title, its tvg-id or the playlist's name."""
+        """Reserve a name for a new entry, made of its title, its tvg-id or the playlist's name."""
         base = plain_name(entry.title)
         if not re.search(r"[a-z]", base):
             base = plain_name(entry.tvg_id or "")
@@ -1725,7 +1760,7 @@ class Names:
 
 @dataclass
 class Merged:
-    """Entries that become one stream: a single one, unless `merge` is set."""
+    """The entries of one stream: a single one, unless `merge` is set."""
 
     sources: list[tuple[PlaylistSettings, Entry]]
     identities: list[Identity]
@@ -1735,7 +1770,10 @@ class Merged:
 def merge_entries(
     playlists: Mapping[str, PlaylistSettings], lists: Mapping[str, ChannelList]
 ) -> list[Merged]:
-    """All entries of all lists in the configured order, those to merge with the first of them."""
+    """All entries of all lists in the configured order.
+
+    Entries to merge are added to the first of them.
+    """
     found: list[Merged] = []
     by_title: dict[tuple[str, str], Merged] = {}  # of the playlists that merge
     for name, settings in playlists.items():
@@ -1756,10 +1794,10 @@ def merge_entries(
 
 
 def name_entries(found: Sequence[Merged], known: Mapping[Identity, str]) -> dict[Identity, str]:
-    """Name all entries, and return their names by identity for the next time.
+    """Name all entries, and return their names by identity for the next call.
 
-    `known` are the names of the last time.  An entry keeps its name, whatever is inserted before
-    it; only new entries get new names.
+    `known` has the names that the last call returned.  An entry keeps its name even if others are
+    inserted before it; only new entries get new names.
     """
     names = Names()
     for merged in found:
@@ -1780,9 +1818,10 @@ def name_entries(found: Sequence[Merged], known: Mapping[Identity, str]) -> dict
 def with_lists(
     config: Config, lists: Mapping[str, ChannelList], known: Mapping[Identity, str]
 ) -> tuple[Config, dict[Identity, str]]:
-    """A configuration with the streams and guides of these lists, and the names that they got.
+    """Return a configuration with the streams and guides of these lists, and the entries' names.
 
-    `lists` are those that have been loaded, by the name of their playlist.
+    `lists` has the loaded lists by the name of their playlist, and `known` the names that the last
+    call returned.
     """
     found = merge_entries(config.playlists, lists)
     names = name_entries(found, known)
@@ -1806,7 +1845,10 @@ def with_lists(
 
 
 def _imported(merged: Merged) -> StreamSettings:
-    """The stream that entries become; the first says everything but the addresses."""
+    """The stream of these entries: the first one's, with the addresses of all.
+
+    `others` holds the settings for the addresses that the other entries supply.
+    """
     settings, entry = merged.sources[0]
     first = _stream_of(merged.name, settings, entry)
     urls = [entry.address]
@@ -1846,7 +1888,7 @@ def _stream_of(name: str, settings: PlaylistSettings, entry: Entry) -> StreamSet
 def account_of(config: Config, stream: StreamSettings, address: str) -> PlaylistSettings | None:
     """The playlist whose account an address of a stream belongs to; None if it has no account.
 
-    an imported stream      the playlist that brought the address
+    an imported stream      the playlist that supplied the address
     an entry of `streams:`  the first playlist whose address has the same host, port and user
     """
     imported = stream.at(address).playlist
@@ -1863,19 +1905,19 @@ def _is_of_account(address: str, list_address: str) -> bool:
     ours, theirs = urlsplit(without_prefixes(address)), urlsplit(list_address)
     try:
         is_same_host = (ours.hostname, ours.port) == (theirs.hostname, theirs.port)
-    except ValueError:  # the port is no number
+    except ValueError:  # the port is not a valid number
         return False
     if not is_same_host or theirs.hostname is None:
         return False
     user = _user_of(list_address)
     if user is None:
         return _user_of(address) is None
-    # Panels put the user into the path of their streams: /live/USER/PASSWORD/1.ts
+    # Panels put the user into the path of a stream: /live/USER/PASSWORD/1.ts
     return user == _user_of(address) or user in unquote(ours.path).split("/")
 
 
 def _user_of(address: str) -> str | None:
-    """The user that an address names in front of its host or in its query."""
+    """The user in front of an address's host or in its query; None if there is none."""
     parts = urlsplit(without_prefixes(address))
     if parts.username:
         return unquote(parts.username)
@@ -1884,7 +1926,7 @@ def _user_of(address: str) -> str | None:
 
 
 def overridden(stream: StreamSettings, given: Mapping[str, Any]) -> StreamSettings:
-    """An imported stream with the keys that `streams:` gives it."""
+    """An imported stream, overridden by the keys of its entry in `streams:`."""
     values = dict(given)
     options = _laid_over(stream.options, _take_options(values))
     if "headers" in values:
@@ -1894,12 +1936,12 @@ def overridden(stream: StreamSettings, given: Mapping[str, Any]) -> StreamSettin
 
 
 # --------------------------------------------------------------------------------------------------
-# Media: telling containers apart, cutting them into whole units, finding join points
+# Media: detecting containers, cutting them into whole units, finding join points
 #
-# A framer gets an upstream's bytes in order and hands all of them on, except ID3 tags, in blocks.
-# A block of MPEG-TS ends where a packet ends, so that a viewer that moves from one block to another
-# never gets half a packet.  A mark (Join) stands between two blocks wherever a decoder can start,
-# so no block is ever cut for a viewer.
+# A framer receives an upstream's bytes in order and hands all of them on in blocks, except ID3
+# tags.  A block of MPEG-TS ends where a packet ends, so a viewer that moves from one block to
+# another never gets half a packet.  A mark (Join) stands between two blocks wherever a decoder can
+# start, so no block is ever cut for a viewer.
 # --------------------------------------------------------------------------------------------------
 
 Block = bytes | memoryview  # bytes appended to a window at once
@@ -1908,87 +1950,90 @@ TS_PACKET = 188
 TS_SYNC = b"G"
 TIMESTAMP_MODULUS = 1 << 33
 NULL_PID = 0x1FFF
-JUMP_SEARCH = 1 * MIB  # bytes in which each PID's first packet is looked for after a jump
-NEWEST_LIMIT = 256 * KIB  # bytes of packets kept to know each PID's counter: sound comes seldom
-VIDEO_PATIENCE = 3 * 90_000  # ticks of sound without the video that the PMT names
+JUMP_SEARCH = 1 * MIB  # bytes searched for each PID's first packet after a jump
+NEWEST_LIMIT = 256 * KIB  # bytes of packets kept for each PID's counter: audio packets are rare
+VIDEO_PATIENCE = 3 * 90_000  # ticks of audio without any of the video that the PMT names
 
 
 @dataclass(eq=False)
 class Join:
     """A mark between blocks: a decoder can start with the next one."""
 
-    preamble: bytes = b""  # goes in front: PAT and PMT, an initialization section, or nothing
-    is_key_frame: bool = False  # a picture that needs no other
-    dts: int | None = None  # of a transport stream, in ticks
-    at_start: bool = False  # a decoder can start with the first block of the open segment already
-    is_makeshift: bool = False  # a picture that needs others: for a segment without a key frame
+    preamble: bytes = b""  # sent first: PAT and PMT, an initialization section, or nothing
+    is_key_frame: bool = False  # a picture that depends on no other
+    dts: int | None = None  # in ticks; MPEG-TS only
+    at_start: bool = False  # a decoder can start with the first block of the open segment
+    is_makeshift: bool = False  # a picture that depends on others: for a segment without key frame
     time: float = field(default_factory=time.monotonic)
-    block: int = -1  # number of the block to start with; the window sets it
+    block: int = -1  # number of the block to start with; set by the window
 
 
-Framed = Block | Join  # what a framer hands on: blocks, and marks between them
+Framed = Block | Join  # a framer's output: blocks, and marks between them
 
 
 class Framer:
-    """Base of the framers, and the one for media that viewers can only join at a segment's start.
+    """Base of the framers, and the framer of media that can only be joined at segment starts.
 
     Not thread-safe: a feeder owns it.
     """
 
     def __init__(self) -> None:
-        self.preamble = b""  # what a decoder needs in front of a segment that does not bring it
-        self.unplayed: Sequence[str] = ()  # codecs in it that no browser plays, once they are known
+        self.preamble = b""  # what a decoder needs before a segment that does not contain it
+        self.unplayed: Sequence[str] = ()  # its codecs that no browser plays, once known
         self._handed_on = 0  # bytes
         self._carry = b""  # the start of a packet, or of an ID3 tag
         self._in_segments = False
-        self.last_dts: int | None = None  # of a picture, or of sound where there is none
+        self.last_dts: int | None = None  # of the video, or of the audio if there is no video
 
     def feed_init_section(self, data: bytes) -> list[Framed]:
-        """Take a whole initialization section, for all segments until the next one comes."""
+        """Take a whole initialization section, which applies to all segments until the next one."""
         self.preamble = data
         return self.feed(data)
 
     def start_segment(self) -> list[Framed]:
-        """A segment starts with the next byte; what is held back belongs to none."""
+        """Start a segment with the next byte, and return the marks at its start.
+
+        Bytes still held back belong to no segment.
+        """
         self.drop()
         self._in_segments = True
         return [Join(self.preamble, at_start=True)]
 
     def leave_segments(self) -> None:
-        """What comes next, behind a seam, has no segments."""
+        """Expect bytes without segments, after a seam."""
         self._in_segments = False
 
     def feed(self, data: bytes) -> list[Framed]:
-        """Take any bytes and return blocks; the start of a packet or a tag waits for more."""
+        """Take any bytes and return blocks; hold back an incomplete packet or tag."""
         return self._hand_on(data, 0, len(data))
 
     def flush(self) -> list[Framed]:
-        """What is held back; called where no more will come that belongs to it."""
+        """Return the bytes held back: the rest of their packet or tag will not arrive."""
         carry, self._carry = self._carry, b""
         return self._hand_on(carry, 0, len(carry))
 
     def drop(self) -> None:
-        """Forget what is held back: the rest of it will not come."""
+        """Discard the bytes held back: the rest of their packet or tag will not arrive."""
         self._carry = b""
 
     def expect_jump(self, is_certain: bool) -> None:
-        """What comes next may not go on from what came: its clock does not, or its bytes tell."""
+        """Note that the next bytes may not continue the last ones; they do not if `is_certain`."""
 
     def shut(self, is_backlog: bool) -> None:
-        """Hand nothing on until a decoder can start; only MPEG-TS can and has to.
+        """Drop everything until a decoder can start.  Only MPEG-TS can and must do so.
 
-        `is_backlog`: the source may first send again what viewers have had.
+        `is_backlog`: the source may first repeat media that viewers have had.
         """
 
     @property
     def is_shut(self) -> bool:
-        """Whether what comes is dropped, because no decoder could start with it."""
+        """Whether bytes are dropped, because no decoder could start with them."""
         return False
 
     def _hand_on(self, data: bytes, start: int, end: int, unit: int = 1) -> list[Framed]:
-        """A part of the data as blocks of at most BLOCK_LIMIT, cut at multiples of `unit` bytes.
+        """Return data[start:end] in blocks of at most BLOCK_LIMIT bytes, a multiple of `unit`.
 
-        They are views of it, which saves copying every byte of every stream.
+        The blocks are memoryviews, which saves copying every byte of every stream.
         """
         self._handed_on += end - start
         size = BLOCK_LIMIT - BLOCK_LIMIT % unit
@@ -1999,11 +2044,11 @@ class Framer:
 # MPEG-TS (ISO/IEC 13818-1)
 
 VIDEO_TYPES = frozenset({0x01, 0x02, 0x10, 0x1B, 0x20, 0x24, 0x33, 0x42, 0xD1, 0xEA})
-_UNIT_START = re.compile(rb"[\x40-\x7f\xc0-\xff]")  # a packet's second byte, with that bit set
+_UNIT_START = re.compile(rb"[\x40-\x7f\xc0-\xff]")  # second byte: payload_unit_start_indicator
 _ANY_BYTE = re.compile(rb".", re.DOTALL)
-_PACKET_START = re.compile(rb"G(?!.{187}[^G])", re.DOTALL)  # another or nothing where it ends
+_PACKET_START = re.compile(rb"G(?!.{187}[^G])", re.DOTALL)  # another sync byte follows, or no byte
 _SWAPPED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-# Start codes of what only stands in front of a picture that needs no other, by stream type.
+# Start codes of units that only precede a key frame, or are one, by stream type.
 _KEY_UNITS = {
     0x01: re.compile(rb"\x00\x00\x01\xb3"),  # MPEG-1 and -2: sequence header
     0x02: re.compile(rb"\x00\x00\x01\xb3"),
@@ -2011,8 +2056,8 @@ _KEY_UNITS = {
     0x24: re.compile(rb"\x00\x00\x01[\x20-\x2b\x40-\x43]"),  # H.265: IRAP picture, VPS, SPS
 }
 PRIVATE_TYPE = 0x06
-# What no browser plays of MPEG-TS, by stream type; with PRIVATE_TYPE DVB tells the codec of a sound
-# by one of its descriptors (ETSI EN 300 468, annex D), whose tags are no stream types.
+# Codecs in MPEG-TS that no browser plays, by stream type.  For PRIVATE_TYPE, DVB names an audio
+# codec by a descriptor (ETSI EN 300 468, annex D); the tags of these are not stream types.
 UNPLAYED = {0x02: "MPEG-2", 0x24: "HEVC", 0x81: "AC-3", 0x87: "E-AC-3"}
 UNPLAYED |= {0x6A: "AC-3", 0x7A: "E-AC-3"}
 
@@ -2022,35 +2067,35 @@ def pid_of(packet: bytes | bytearray) -> int:
 
 
 def payload_start(packet: bytes | bytearray) -> int:
-    """Where the payload begins, behind the adaptation field if there is one (2.4.3.2)."""
+    """Return the index of the payload, after the adaptation field if there is one (2.4.3.2)."""
     return 5 + packet[4] if packet[3] & 0x20 else 4
 
 
 def counter_before(packet: bytes) -> int:
-    """The counter of the packet before it of its PID: only payloads are counted (2.4.3.3)."""
+    """Return the counter expected of the PID's previous packet: only payloads count (2.4.3.3)."""
     return packet[3] - (packet[3] >> 4 & 1) & 0x0F
 
 
 def discontinuity_before(packet: bytes) -> bytes:
-    """A packet without payload that says that counter and clock of the PID jump (2.4.3.5)."""
+    """A packet without payload that signals a jump of its PID's counter and clock (2.4.3.5)."""
     header = (TS_SYNC[0], packet[1] & 0x1F, packet[2], 0x20 | counter_before(packet), 183, 0x80)
     return bytes(header).ljust(TS_PACKET, b"\xff")
 
 
 def table_checksum(data: bytes | bytearray) -> int:
-    """CRC_32 (annex A): zlib's takes and gives the bits in the other order, and inverts them."""
+    """Return CRC_32 (annex A); zlib.crc32() takes and returns bits in reverse order, inverted."""
     swapped = zlib.crc32(data.translate(_SWAPPED_BITS)) ^ 0xFFFF_FFFF
     return int(f"{swapped:032b}"[::-1], 2)
 
 
 def read_timestamp(data: bytes | bytearray, at: int) -> int:
-    """The PTS or DTS in the five bytes at `at`, in ticks of 1/90000 s (2.4.3.7)."""
+    """Return the PTS or DTS in the five bytes at `at`, in ticks of 1/90000 s (2.4.3.7)."""
     value = int.from_bytes(data[at : at + 5], "big")
     return value >> 3 & 0x1_C000_0000 | value >> 2 & 0x3FFF_8000 | value >> 1 & 0x7FFF
 
 
 def timestamp_positions(packet: bytes | bytearray) -> Iterator[int]:
-    """Where a PES header in this packet holds its PTS and DTS (2.4.3.6)."""
+    """Yield the indexes of PTS and DTS, if a PES header in this packet has them (2.4.3.6)."""
     start = payload_start(packet)
     starts_unit, has_payload = packet[1] & 0x40, packet[3] & 0x10
     if starts_unit and has_payload and packet[start : start + 3] == b"\0\0\1":
@@ -2062,41 +2107,44 @@ def timestamp_positions(packet: bytes | bytearray) -> Iterator[int]:
 
 
 class ProgramTables:
-    """The newest PAT and PMT of a transport stream, as packets, and what they tell (2.4.4)."""
+    """The newest PAT and PMT of a transport stream, as packets and as parsed values (2.4.4)."""
 
     def __init__(self) -> None:
-        self.programs: Sequence[int] = ()  # where the PAT says that PMTs are
-        self.streams: Mapping[int, int] = {}  # elementary ones: their types by PID
-        self.named_video_pid = -1  # -1: none, or no PMT yet
-        self.clock_pid = NULL_PID  # that of the PCR; NULL_PID: none
-        self.unplayed: Sequence[str] = ()  # their codecs that no browser plays
-        self.lacks_video = False  # the video that the PMT names does not come
-        self._packets: dict[int, bytes] = {}  # PAT and PMT by PID, as they came
-        self.parts: dict[int, bytes] = {}  # by PID: sections that go on in a further packet
+        self.programs: Sequence[int] = ()  # PIDs of the PMTs, from the PAT
+        self.streams: Mapping[int, int] = {}  # types of the elementary streams, by PID
+        self.named_video_pid = -1  # of the video in the PMT; -1: none, or no PMT yet
+        self.clock_pid = NULL_PID  # of the PCR; NULL_PID: none
+        self.unplayed: Sequence[str] = ()  # codecs of the streams that no browser plays
+        self.lacks_video = False  # the video that the PMT names does not arrive
+        self._packets: dict[int, bytes] = {}  # PAT and PMT by PID, as received
+        self.parts: dict[int, bytes] = {}  # by PID: sections that continue in a later packet
 
     @property
     def video_pid(self) -> int:
-        """The picture's; -1 where there is none."""
+        """The PID of the video; -1 if there is none."""
         return -1 if self.lacks_video else self.named_video_pid
 
     @property
     def program_pid(self) -> int:
-        """Where the PMT is, -1 before it came: gateways keep the PAT of a whole multiplex."""
+        """The PID of the PMT; -1 until a PMT is received.
+
+        The PAT may name PMTs that are never sent: gateways keep the PAT of a whole multiplex.
+        """
         return next((pid for pid in self.programs if pid in self._packets), -1)
 
     @property
     def pids(self) -> set[int]:
-        """All that belongs to the programme, as far as it is known."""
+        """The PIDs of the programme that are known so far, the PAT's included."""
         return {0, self.program_pid, self.clock_pid, *self.streams} - {-1}
 
     @property
     def packets(self) -> bytes:
-        """PAT and PMT to put before a join point; empty until both were seen."""
+        """PAT and PMT to put before a join point; empty until both are received."""
         complete = 0 in self._packets and self.program_pid in self._packets
         return self._packets[0] + self._packets[self.program_pid] if complete else b""
 
     def add(self, pid: int, packet: bytes) -> None:
-        """Take a packet of the PAT or PMT, the first of its section or a further one."""
+        """Take a packet of the PAT or PMT, the first of its section or a later one."""
         packets = self.parts.pop(pid, b"")
         if packet[1] & 0x40:
             packets = packet
@@ -2117,10 +2165,10 @@ class ProgramTables:
             self._read_pmt(section)
 
     def announcement(self, pid: int, packet: bytes) -> bytes:
-        """What to put before this packet where it holds another PAT or PMT than before.
+        """Return a packet to put before this one if this one changes the PAT or PMT; else nothing.
 
-        It is the same but for its version_number (2.4.4.5, 2.4.4.9): VLC and GStreamer pass over
-        tables whose version they know, and most encoders' is always 0.
+        The returned packet differs only in its version_number (2.4.4.5, 2.4.4.9): VLC and GStreamer
+        ignore a table whose version they know, and most encoders always send version 0.
         """
         is_start = packet[1] & 0x40 and (pid == 0 or pid in self.programs)
         section = bytearray(_section(packet) if is_start else b"")
@@ -2155,7 +2203,7 @@ def _descriptor_tags(data: bytes) -> Iterator[int]:
 
 
 def _section(packets: bytes | bytearray) -> bytes:
-    """The section these packets of one PID hold; empty while it is not complete."""
+    """Return the section in these packets of one PID; empty while it is incomplete."""
     data = b""
     for at in range(0, len(packets), TS_PACKET):
         packet = packets[at : at + TS_PACKET]
@@ -2168,9 +2216,9 @@ def _section(packets: bytes | bytearray) -> bytes:
 
 
 def _newest_counter(blocks: Sequence[Block], pid: int) -> int | None:
-    """The counter of the newest packet of a PID in these blocks, the newest of which is last."""
+    """Return the counter of a PID's newest packet in these blocks (oldest first), or None."""
     for packets in reversed(blocks):
-        pids = bytes(packets[2::TS_PACKET])  # their lower halves
+        pids = bytes(packets[2::TS_PACKET])  # their low bytes
         number = pids.rfind(pid & 0xFF)
         while number >= 0:
             packet = bytes(packets[number * TS_PACKET :][:TS_PACKET])
@@ -2181,38 +2229,41 @@ def _newest_counter(blocks: Sequence[Block], pid: int) -> int | None:
 
 
 class TsFramer(Framer):
-    """Whole packets, and join points at key frames, or at any PES packet where no picture comes.
+    """Hands on whole packets, with join points at key frames.
 
-    A segment's join point is its first byte where PAT, PMT and a key frame come first in it, as
-    RFC 8216 section 3 asks; otherwise its first key frame, with PAT and PMT put before it.
+    If the source has no segments and no key frame is recent, any PES packet may be a join point.
+    A segment's join point is its first byte if its first picture is a key frame; PAT and PMT are
+    put before it unless the segment starts with them, as RFC 8216 section 3 asks.  Otherwise the
+    join point is the segment's first key frame, with PAT and PMT put before it.
 
-    Where the stream jumps, a packet that says so goes before the first one of each PID: demuxers
-    would take what they have of it for damaged.  Tables that are others than before come twice.
+    At a jump, a packet that signals it is put before the first packet of each PID.  Without it,
+    demuxers would take the data that they hold of that PID for damaged.  A changed PAT or PMT is
+    sent twice (see announcement()).
 
-    Shut, it drops packets until a key frame that viewers have not had, and hands on PAT, PMT and
-    everything from that key frame on.
+    While shut, it drops packets up to a key frame that viewers have not had.  Then it hands on PAT,
+    PMT and everything from that key frame on.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.tables = ProgramTables()
-        self._sounds: dict[int, int] = {}  # by PID: the first DTS since a picture came
-        self._key_frame_time: float | None = None  # when the newest key frame came
-        self._awaits_start = False  # the segment has no join point yet
-        self._has_unit = False  # a PES packet that starts a unit came in it
-        self._has_tables = False  # PAT and PMT came in it
-        self._has_join = False  # a join point came in this turn
+        self._sounds: dict[int, int] = {}  # by PID: the first DTS since the last picture
+        self._key_frame_time: float | None = None  # when the newest key frame arrived
+        self._awaits_start = False  # the open segment has no join point yet
+        self._has_unit = False  # the open segment has a picture, or audio if there is no video
+        self._has_tables = False  # the open segment has PAT and PMT
+        self._has_join = False  # this feed() has found a join point
         self._newest: deque[Block] = deque()  # the newest packets handed on; empty after a jump
         # Since the newest place where the stream may jump:
         self._may_jump = False
-        self._is_jump = False  # it does
+        self._is_jump = False  # the jump is certain
         self._before: Sequence[Block] = ()  # the packets before that place, the newest last
-        self._seen: set[int] = set()  # PIDs that have come
-        self._search_end = 0  # bytes handed on until which their first packets are looked for
+        self._seen: set[int] = set()  # PIDs whose first packet was checked
+        self._search_end = 0  # the search for first packets ends at this many bytes handed on
         self._is_shut = False
-        self._shown = self.tables  # shut: those that viewers have
-        self._patience_end = 0.0  # when any unit that starts opens it
-        self._had: int | None = None  # the last DTS of what may be sent again; None: nothing may
+        self._shown = self.tables  # while shut: the tables that viewers have
+        self._patience_end = 0.0  # while shut: any unit that starts after this time opens it
+        self._had: int | None = None  # the last DTS that a backlog may repeat; None: no backlog
         self._dropped_dts: int | None = None  # the newest since it was shut
 
     def start_segment(self) -> list[Framed]:
@@ -2227,9 +2278,9 @@ class TsFramer(Framer):
     def expect_jump(self, is_certain: bool) -> None:
         """The next bytes may not continue the last ones.
 
-        If that is certain, the first packet of each PID gets a notice.  Otherwise (another opening
-        of the same source, a segment) the counters tell: the first packet that does not continue
-        those before it, or is another table, makes the jump a certain one.
+        If that is certain, the first packet of each PID gets a notice.  Otherwise (at another
+        opening of the same source, or at a segment) the counters decide: the jump becomes certain
+        at the first packet that does not continue its PID or that changes a table.
         """
         if is_certain:
             self._newest.clear()
@@ -2243,7 +2294,7 @@ class TsFramer(Framer):
         self.drop()
         if not self._is_shut:
             self._shown = self.tables
-        self.tables = ProgramTables()  # another source's, for what it sent before tells nothing
+        self.tables = ProgramTables()  # it may be another source: the old tables do not apply
         self._sounds.clear()
         self._is_shut, self._patience_end = True, time.monotonic() + SEAM_PATIENCE
         self._had = self.last_dts if is_backlog else None
@@ -2258,7 +2309,7 @@ class TsFramer(Framer):
         carry, self._carry = self._carry, b""
         missing = TS_PACKET - len(carry)
         if carry[:1] == TS_SYNC and len(data) >= missing:
-            # This packet alone is put together: joining all would copy all.
+            # Join only this packet: joining all the data would copy all of it.
             return self._cut(carry + data[:missing], 0) + self._cut(data, missing)
         return self._cut(carry + data, 0)
 
@@ -2284,7 +2335,7 @@ class TsFramer(Framer):
         return [] if self._is_shut else super()._hand_on(data, start, end, unit)
 
     def _pass_if_opened(self, data: bytes, start: int, end: int) -> list[Framed]:
-        """Drop these packets up to the first that a decoder can start with, if there is one."""
+        """Drop packets up to the first that a decoder can start with, and hand on the rest."""
         flags = data[start + 1 : end : TS_PACKET]
         index = 0
         while found := (_ANY_BYTE if self.tables.parts else _UNIT_START).search(flags, index):
@@ -2299,25 +2350,26 @@ class TsFramer(Framer):
                     return self._open(self.tables.packets + data[at:end])
             index = found.end()
         if not self.tables.packets and time.monotonic() > self._patience_end:
-            return self._open(data[start:end])  # without tables, here as well as later
+            return self._open(data[start:end])  # no tables: a later place is no better
         return []
 
     def _open(self, data: bytes) -> list[Framed]:
-        """Hand these packets on, and all that follow them."""
+        """Hand on these packets and everything after them."""
         self._is_shut, self.tables = False, self._shown
         return self._pass(data, 0, len(data))
 
     def _note_dropped(self, pid: int, packet: bytes) -> None:
-        """Note the DTS of a unit that starts while packets are dropped."""
+        """Note the DTS of a unit that starts in a dropped packet."""
         dts = self._read_dts(pid, packet)
         if dts is not None:
             self._dropped_dts = dts
 
     def _opens(self, pid: int, packet: bytes) -> bool:
-        """Whether viewers can go on here: at a key frame that they have not had.
+        """Whether viewers can continue with this packet.
 
-        Or at one whose clock was set anew; or, after SEAM_PATIENCE, wherever a unit starts: some
-        encoders send no key frame at all (intra refresh).
+        They can at a key frame that they have not had, or whose clock was reset.  After
+        SEAM_PATIENCE, they can at the start of any unit, because some encoders send no key frame
+        at all (intra refresh).
         """
         if time.monotonic() > self._patience_end:
             return True
@@ -2330,7 +2382,10 @@ class TsFramer(Framer):
         return 0 < ahead < TIMESTAMP_MODULUS - NEW_CLOCK_TICKS
 
     def _pass(self, data: bytes, start: int, end: int) -> list[Framed]:
-        """Look at each packet that starts a section or a PES packet; one in fifty does."""
+        """Hand on these packets, with marks between them.
+
+        Usually, only packets that start a section or a PES packet are looked at, one in fifty.
+        """
         blocks: list[Framed] = []
         flags = data[start + 1 : end : TS_PACKET]
         first, index = start, 0
@@ -2347,7 +2402,7 @@ class TsFramer(Framer):
                 self.tables.add(pid, packet)
                 self._has_tables |= pid == self.tables.program_pid
                 self.preamble, self.unplayed = self.tables.packets, self.tables.unplayed
-                firsts = self._first_places(data, first, end)  # of other PIDs, perhaps
+                firsts = self._first_places(data, first, end)  # the table may name other PIDs
             elif packet[1] & 0x40 and pid in self.tables.streams:
                 join = self._see_unit(pid, packet)
                 if join and not join.at_start:
@@ -2361,16 +2416,16 @@ class TsFramer(Framer):
         return blocks
 
     def _remember(self, packets: Block) -> None:
-        """Keep them for their counters, and no more than NEWEST_LIMIT bytes asks for."""
+        """Keep packets for their counters, in no more blocks than NEWEST_LIMIT bytes need."""
         self._newest.append(packets)
         excess = sum(map(len, self._newest)) - NEWEST_LIMIT
         while excess >= len(self._newest[0]):
             excess -= len(self._newest.popleft())
 
     def _next_place(self, flags: bytes, index: int, firsts: Sequence[int]) -> int:
-        """The number of the next packet to look at, from `index` on; all if there is none.
+        """Return the index of the next packet to look at, from `index` on; len(flags) if none.
 
-        While a section continues in a further packet, that is each one.
+        While a section continues in a later packet, every packet is looked at.
         """
         found = (_ANY_BYTE if self.tables.parts else _UNIT_START).search(flags, index)
         number = found.start() if found else len(flags)
@@ -2379,13 +2434,13 @@ class TsFramer(Framer):
         return number
 
     def _first_places(self, data: bytes, start: int, end: int) -> list[int]:
-        """The numbers of the packets that are the first of their PIDs since the stream may jump."""
+        """Return the indexes of the packets that are their PID's first after a possible jump."""
         if not self._may_jump:
             return []
         if self._handed_on >= self._search_end:
-            self._may_jump = self._is_jump  # the rest of the PIDs is not known to jump
+            self._may_jump = self._is_jump  # without a jump so far, stop checking
             return []
-        pids = data[start + 2 : end : TS_PACKET]  # their lower halves
+        pids = data[start + 2 : end : TS_PACKET]  # their low bytes
         places = []
         for pid in self.tables.pids - self._seen:
             number = pids.find(pid & 0xFF)
@@ -2398,7 +2453,7 @@ class TsFramer(Framer):
         return places
 
     def _notice(self, pid: int, packet: bytes) -> bytes:
-        """What goes before a PID's first packet where it does not go on and does not say so."""
+        """Return the packets to put before a PID's first one if it jumps without signalling it."""
         if pid in self._seen:
             return b""
         if not self._is_jump:
@@ -2408,23 +2463,23 @@ class TsFramer(Framer):
         self._seen.add(pid)
         table = self.tables.announcement(pid, packet)
         if not self._is_jump and (table or last != counter_before(packet)):
-            self._is_jump, self._before = True, ()  # nothing else of it goes on, either
+            self._is_jump, self._before = True, ()  # then no other PID continues, either
         if not self._is_jump or (packet[3] & 0x20 and packet[4] and packet[5] & 0x80):
             return b""
         return discontinuity_before(table or packet) + table
 
     def _counter_before(self, pid: int) -> int | None:
-        """The counter of this PID's newest packet before the place where the stream may jump."""
+        """Return the counter of this PID's newest packet before the possible jump, or None."""
         if pid in (0, self.tables.program_pid):
-            # The tables keep their newest packets.  PIDs of media often have the same lower half,
-            # so a search through the media would look at most of its packets.
+            # The first item holds the newest tables.  The PIDs of media often have the same low
+            # byte, so a search through the media would look at most of its packets.
             found = _newest_counter(self._before[:1], pid)
             if found is not None:
                 return found
         return _newest_counter(self._before, pid)
 
     def _see_unit(self, pid: int, packet: bytes) -> Join | None:
-        """Look at a PES packet that starts a unit; returns a mark if a decoder can start there."""
+        """Look at a PES packet that starts a unit; return a mark if a decoder can start there."""
         dts = self._read_dts(pid, packet)
         if dts is not None:
             self.last_dts = dts
@@ -2440,10 +2495,10 @@ class TsFramer(Framer):
         return join
 
     def _join_at(self, pid: int, is_key_frame: bool) -> Join | None:
-        """The mark for a unit that starts here, if it deserves one."""
+        """Return the mark for a unit that starts here, or None."""
         has_video = self.tables.video_pid >= 0
         if self._awaits_start and (is_key_frame or not has_video):
-            # Here if pictures that need others came first, else already at the segment's start.
+            # At the segment's start, unless pictures that depend on others precede this one.
             self._awaits_start = False
             is_whole = not self._has_unit
             preamble = b"" if is_whole and self._has_tables else self.preamble
@@ -2455,20 +2510,20 @@ class TsFramer(Framer):
             is_makeshift = self._awaits_start and is_first_picture and bool(self.preamble)
             return Join(self.preamble, is_makeshift=True) if is_makeshift else None
         waits_for_key_frame = has_video and self._has_key_frame
-        if waits_for_key_frame or self._has_join:  # one in each turn is enough
+        if waits_for_key_frame or self._has_join:  # one in each feed() is enough
             return None
         return Join(self.preamble, dts=self.last_dts)
 
     @property
     def _has_key_frame(self) -> bool:
-        """Whether a viewer can still start with one."""
+        """Whether the newest key frame is recent enough for a viewer to start with."""
         came = self._key_frame_time
         return came is not None and time.monotonic() - came < KEY_FRAME_LIFE
 
     def _read_dts(self, pid: int, packet: bytes) -> int | None:
-        """The DTS of a unit of the picture, or of the sound if there is no picture.
+        """Return the DTS of a unit of the video, or of the audio if there is no video; else None.
 
-        Notices whether the video that the PMT names comes.
+        Also notes whether the video that the PMT names arrives.
         """
         tables = self.tables
         dts = None
@@ -2486,7 +2541,7 @@ class TsFramer(Framer):
         return dts if pid == main_pid else None
 
     def _is_key_frame(self, packet: bytes) -> bool:
-        """random_access_indicator (2.4.3.4), or the units only a key frame has."""
+        """Whether random_access_indicator (2.4.3.4) or a unit in the packet shows a key frame."""
         if packet[3] & 0x20 and packet[4] and packet[5] & 0x40:
             return True
         units = _KEY_UNITS.get(self.tables.streams[self.tables.video_pid])
@@ -2499,9 +2554,9 @@ ID3_HEADER = 10
 
 
 def _id3_size(start: bytes) -> int:
-    """Bytes of the ID3 tag at the beginning; 0 without a tag, or if its header is not whole.
+    """Return the size of the ID3 tag at the beginning; 0 if there is none, or no whole header.
 
-    The header holds 28 bits of size.  Version 4 may add a footer, which the size does not count.
+    The header has a size of 28 bits.  It does not include the footer that version 4 may add.
     """
     if start[:3] != b"ID3" or len(start) < ID3_HEADER:
         return 0
@@ -2513,16 +2568,16 @@ def _id3_size(start: bytes) -> int:
 
 
 class AudioFramer(Framer):
-    """Removes the ID3 tags in front of packed audio, of any version.  Viewers can join anywhere.
+    """Removes ID3 tags of any version in front of packed audio.
 
-    Players find the next frame by themselves, as with any radio server.  The preamble of a segment
-    is its tags: they tell its time, and HLS needs that.
+    Viewers can join anywhere: players find the next frame by themselves, as with any radio server.
+    The preamble of a segment is its tags: they contain its timestamp, which HLS needs.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._may_be_tag = True  # nothing but tags has come since the start, a segment's or a seam
-        self._tag_left = 0  # bytes of an open tag still to come
+        self._may_be_tag = True  # only tags since the start, a segment's start or a seam
+        self._tag_left = 0  # bytes missing from an open tag
 
     def start_segment(self) -> list[Framed]:
         self.preamble = b""
@@ -2540,10 +2595,10 @@ class AudioFramer(Framer):
         if start == len(data):
             return []
         blocks = self._hand_on(data, start, len(data))
-        return blocks if self._in_segments else [Join(), *blocks]  # one in each turn is enough
+        return blocks if self._in_segments else [Join(), *blocks]  # one in each feed() is enough
 
     def _tags_end(self, data: bytes) -> int:
-        """Where the media begins behind tags: the end of the data if that is not known yet."""
+        """Return the index of the media after the tags; len(data) if it is not known yet."""
         at = 0
         while at < len(data):
             if not self._tag_left:
@@ -2562,31 +2617,31 @@ class AudioFramer(Framer):
         return at
 
 
-# Containers, and telling them apart
+# Containers and their detection
 
 
 @dataclass(frozen=True, eq=False)
 class Container:
-    """What a stream is made of, with everything that depends on it."""
+    """The format of a stream, and everything that depends on it."""
 
     media_type: str
     extension: str = ""  # of its HLS segments; empty: it is not available as HLS
     framer: Callable[[], Framer] = Framer
     is_packed_audio: bool = False  # frames, with ID3 tags in front
-    joins_late: bool = False  # late viewers can join it if the source has no segments
-    is_cut_for_hls: bool = False  # its clock tells where HLS cuts it if the source has no segments
-    has_map: bool = False  # its HLS names an initialization section (RFC 8216, 4.3.2.5)
-    can_skip: bool = True  # a viewer that falls behind can go on elsewhere
+    joins_late: bool = False  # late viewers can join it even if the source has no segments
+    is_cut_for_hls: bool = False  # the window can cut it by its clock if it has no segments
+    has_map: bool = False  # its playlist names an initialization section (RFC 8216, 4.3.2.5)
+    can_skip: bool = True  # a viewer that falls behind can continue at a later place
     filler: bytes = b""  # keeps a silent connection alive
     plays_bare: bool = False  # browsers play it without HLS
     first_bytes: re.Pattern[bytes] | None = None
-    other_names: Sequence[str] = ()  # what origins call it besides its media type
+    other_names: Sequence[str] = ()  # other Content-Types that origins use for it
 
     def __repr__(self) -> str:
         return f"<Container {self.media_type}>"
 
     def begins(self, data: bytes) -> bool:
-        """Whether the data begins as this container does."""
+        """Whether the data begins like this container."""
         return self.first_bytes is not None and self.first_bytes.match(data) is not None
 
     def is_called(self, content_type: str) -> bool:
@@ -2598,7 +2653,7 @@ class Container:
 MPEG_TS = Container(
     "video/mp2t", "ts", TsFramer,
     joins_late=True, is_cut_for_hls=True, filler=NULL_PACKET,
-    # A whole packet that another's sync byte follows needs no more proof.
+    # A whole packet followed by another's sync byte is proof enough.
     first_bytes=re.compile(rb"G.{187}G", re.DOTALL),
 )  # fmt: skip
 FMP4 = Container(
@@ -2611,7 +2666,7 @@ OTHER_MEDIA = Container("application/octet-stream")
 
 
 def _packed_audio(media_type: str, extension: str, header: bytes, **facts: Any) -> Container:
-    """`header` is a pattern of a frame's first bytes."""
+    """Return a container of audio frames; `header` is a pattern of a frame's first bytes."""
     return Container(
         media_type, extension, AudioFramer,
         is_packed_audio=True, joins_late=True,
@@ -2624,8 +2679,8 @@ AAC = _packed_audio(
     "audio/aac", "aac", rb"\xff[\xf0\xf1\xf8\xf9].{4}",
     plays_bare=True, other_names=("audio/aacp", "audio/x-aac"),
 )  # fmt: skip
-# ISO/IEC 11172-3, 2.4.1.3: a version and a layer that exist, and a bit rate.  FF FE, layer I with a
-# checksum, is the byte order mark of UTF-16.
+# ISO/IEC 11172-3, 2.4.1.3: a valid version and layer, and a bit rate.  FF FE (layer I with a
+# checksum) is left out, because it is the byte order mark of UTF-16.
 MPEG_AUDIO = _packed_audio(
     "audio/mpeg", "mp3", rb"\xff[\xe2-\xe7\xf2-\xf7\xfa-\xfd\xff][\x10-\xef].{3}",
     plays_bare=True, other_names=("audio/mp3", "audio/x-mpeg"),
@@ -2637,31 +2692,31 @@ EAC3 = _packed_audio("audio/eac3", "ec3", rb"\x0b\x77.{3}[\x58-\x87]")
 PACKED_AUDIO = (AAC, MPEG_AUDIO, AC3, EAC3)
 CONTAINERS = (MPEG_TS, FMP4, MATROSKA, *PACKED_AUDIO, OTHER_MEDIA)
 
-# Up to three packets that begin anywhere, the first of them whole.  A wrong IV spoils 16 bytes, the
-# sync byte of the first packet among them: the second one begins at 188.
+# Up to three packets at any offset, the first of them whole.  A wrong IV spoils 16 bytes, including
+# the sync byte of the first packet; then the match begins with the second packet, at 188.
 _PACKETS = re.compile(rb".{0,188}?G(?=.{187})(?!.{187}[^G])(?!.{375}[^G])", re.DOTALL)
-# Five sync bytes behind whatever else: that many are no accident in SEARCH_LIMIT bytes.
+# Five sync bytes after anything else: that many are no accident in SEARCH_LIMIT bytes.
 _FAR_PACKETS = re.compile(rb"G(?=(?:.{187}G){4})", re.DOTALL)
 
 
 def sniff(start: bytes, is_all: bool = False, media_type: str = "") -> Container | None:
-    """Tell the container from the first bytes of a stream; None asks for more.
+    """Detect the container from the first bytes of a stream; None asks for more bytes.
 
-    With `is_all`, no more will come.  Otherwise it asks for whole ID3 tags, up to TAG_LIMIT, and
-    for SNIFF_LIMIT bytes behind them, or SEARCH_LIMIT if those tell nothing.  `media_type` is the
-    Content-Type of a raw source, which tells the codec of audio that begins within a frame, as
-    that of a relay does.
+    `is_all`: there are no more bytes, so the result is not None.  Otherwise it asks for whole ID3
+    tags, up to TAG_LIMIT, and for SNIFF_LIMIT bytes after them, or for SEARCH_LIMIT bytes if
+    SNIFF_LIMIT bytes are not enough.  `media_type` is the Content-Type of a raw source.  It names
+    the codec of audio that begins within a frame, as a relay's audio does.
     """
     at = 0
     while size := _id3_size(start[at : at + ID3_HEADER]):
         at += size
     if at > len(start) >= TAG_LIMIT:
-        return MPEG_AUDIO  # what has so large a tag is a music file with its cover
+        return MPEG_AUDIO  # only a music file with a cover has a tag that large
     start = start[at:]
     told = [container for container in (MPEG_TS, FMP4, MATROSKA) if container.begins(start)]
     if not told and not is_all and len(start) < SNIFF_LIMIT:
         return None
-    if not told and _PACKETS.match(start):  # packets that begin anywhere may look like a frame
+    if not told and _PACKETS.match(start):  # before audio: these may look like a frame
         told = [MPEG_TS]
     told = told or [container for container in PACKED_AUDIO if container.begins(start)]
     told = told or [container for container in PACKED_AUDIO if container.is_called(media_type)]
@@ -2672,23 +2727,23 @@ def sniff(start: bytes, is_all: bool = False, media_type: str = "") -> Container
     return MPEG_TS if _FAR_PACKETS.search(start, 0, SEARCH_LIMIT) else OTHER_MEDIA
 
 
-# Media, or noise: what a wrong key makes of an encrypted segment
+# Media or noise: decryption with a wrong key yields noise
 
-NOISE_LIMIT = 16 * KIB  # bytes in which media is searched for
+NOISE_LIMIT = 16 * KIB  # bytes searched for media
 FEW_FRAMES = 8 * KIB  # bytes; a shorter segment of packed audio may have fewer than three frames
-# Fixed pairs of bytes appear in that much noise, on average, every fourth time.  Three of them may
-# confirm a frame that was found where it has to be; eight prove frames anywhere.
+# A given pair of bytes appears in that much noise every fourth time, on average.  Three of them
+# confirm a frame at its expected place; eight prove frames at any place.
 CONFIRMING_FRAMES = 3
 PROVING_FRAMES = 8
 _FRAGMENT = re.compile(rb".{4}mo(?:of.{4}mfhd|ov.{4}mvhd)", re.DOTALL)  # boxes of fMP4
 
 
 def media_in(start: bytes, is_all: bool = False) -> bytes | None:
-    """Find the media in the first bytes of a decrypted segment.
+    """Return the media in the first bytes of a decrypted segment; None asks for more bytes.
 
-    Empty if they are noise: then the key is wrong.  None asks for more.  A wrong IV spoils the
-    first 16 bytes.  MPEG-TS keeps them, because players find the next packet; other media begins
-    with the first intact fragment or frame.
+    The result is empty if the bytes are noise: then the key is wrong.  A wrong IV spoils the first
+    16 bytes.  MPEG-TS keeps them, because players find the next packet; other media begins with the
+    first intact fragment or frame.
     """
     if start.startswith((b"ID3", b"WEBVTT", b"\xef\xbb\xbfWEBVTT")):
         return start
@@ -2696,7 +2751,7 @@ def media_in(start: bytes, is_all: bool = False) -> bytes | None:
     if container is None:
         return None
     is_proven = container is not OTHER_MEDIA
-    if container.is_packed_audio:  # noise begins as a frame does once in 4,000 times
+    if container.is_packed_audio:  # noise begins like a frame once in 4,000 times
         is_short = is_all and len(start) < FEW_FRAMES
         is_proven = is_short or start.count(start[:2]) >= CONFIRMING_FRAMES
     if is_proven:
@@ -2706,16 +2761,16 @@ def media_in(start: bytes, is_all: bool = False) -> bytes | None:
     return _behind_spoiled_bytes(start)
 
 
-# PNG (RFC 2083, 3.1), JPEG, GIF: what image hosts accept.
+# PNG (RFC 2083, 3.1), JPEG, GIF: the formats that image hosts accept.
 _IMAGE = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a")
-IMAGE_HEADER = 8  # bytes that tell an image
+IMAGE_HEADER = 8  # bytes needed to detect an image
 
 
 def behind_image(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The pieces of a segment without an image in front of its MPEG-TS packets.
+    """Yield the pieces of a segment without an image in front of its MPEG-TS packets.
 
-    Sites that store segments on image hosts put one there.  A demuxer that meets it takes the
-    whole stream for that image.  An image that no packets follow stays.
+    Sites that store segments on image hosts put an image there, and a demuxer takes the whole
+    stream for that image.  An image that no packets follow is kept.
     """
     remaining = iter(pieces)
     start = b""
@@ -2737,13 +2792,13 @@ def behind_image(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _behind_spoiled_bytes(start: bytes) -> bytes:
-    """Media from its first intact fragment or frame on; empty if there is none."""
+    """Return the media from its first intact fragment or frame on; empty if there is none."""
     fragment = _FRAGMENT.search(start, 0, NOISE_LIMIT)
     if fragment:
         return start[fragment.start() :]
     for container in PACKED_AUDIO:
         assert container.first_bytes
-        frames: dict[bytes, list[int]] = {}  # where they begin, by their first two bytes
+        frames: dict[bytes, list[int]] = {}  # start positions, by their first two bytes
         for frame in container.first_bytes.finditer(start, 0, NOISE_LIMIT):
             frames.setdefault(frame[0][:2], []).append(frame.start())
         for places in frames.values():
@@ -2758,9 +2813,9 @@ _BOX = re.compile(rb".{4}[a-z0-9]{4}", re.DOTALL)  # ISO/IEC 14496-12, 4.2
 
 
 def _unit_length(header: bytes) -> int | None:
-    """Bytes of the ID3 tag, ADTS frame or fMP4 box that begins like this; 0 if it is none of them.
+    """Return the size in bytes of the ID3 tag, ADTS frame or fMP4 box with this header.
 
-    None asks for more.
+    Returns 0 if it is none of them, and None to ask for more bytes.
     """
     if len(header) < 8:
         return None
@@ -2777,17 +2832,17 @@ def _unit_length(header: bytes) -> int | None:
 
 
 class UnitCounter:
-    """Counts through a segment by the lengths of its units, and so knows where the last one ends.
+    """Follows the units of a segment by their lengths, to tell whether its last unit is complete.
 
-    Units are the packets of MPEG-TS, the frames of ADTS and the boxes of fMP4.
+    Units are the packets of MPEG-TS, the frames of ADTS, the boxes of fMP4, and ID3 tags.
     """
 
     def __init__(self) -> None:
-        self._size = 0  # bytes that came
+        self._size = 0  # bytes received
         self._header = b""  # the start of a unit whose length is not known yet
-        self._left = 0  # bytes of the open unit still to come
+        self._left = 0  # bytes missing from the open unit
         self._is_counted = False  # the segment began with a tag, a frame or a box
-        self._is_lost = False  # the newest unit was none
+        self._is_lost = False  # the bytes after the last known unit are no unit
         self._tail = b""  # the newest bytes, as many as a packet has
 
     def feed(self, data: bytes) -> None:
@@ -2811,18 +2866,18 @@ class UnitCounter:
 
     @property
     def is_between_units(self) -> bool:
-        """Whether a unit ends with the newest byte, as far as that is known."""
+        """Whether the newest byte ends a unit; false if that is unknown."""
         if self._is_counted:
             return not (self._is_lost or self._header or self._left)
         return self._size % TS_PACKET == 0 and self._tail.startswith(TS_SYNC)
 
 
 # --------------------------------------------------------------------------------------------------
-# Test card: a clip of 1.92 s that goes on without a seam
+# Test card: a clip of 1.92 s that loops without a seam
 # --------------------------------------------------------------------------------------------------
 
-# Colour bars and silence, made by tests/make_test_card.py: 48 pictures at 25 a second and 90 AAC
-# frames at 48 kHz, which both last exactly as long.
+# Colour bars and silence, made by tests/make_test_card.py: 48 pictures at 25 fps and 90 AAC frames
+# at 48 kHz, which have exactly the same duration.
 TEST_CARD_TICKS = 172_800
 TEST_CARD = """
 0RR911poj4|NsC0{{SP9cj1F~Cq=cePhJYo#&*}E!{f?}<L99n2u3Vy_&dJtI3F$}8%}K`WSwTjOGP>`x|2^EYI@3zP@%Q=R
@@ -2852,7 +2907,7 @@ rz5V*o2#sOvbpkI$v;QlnW%U<I!TKjd;2!j#3Dd{j%&a(W);#IIwh`8Rc?-t0i&@%gs<%$5~+4e*mzP`
 
 
 def delay_timestamps(packet: bytearray, ticks: int) -> None:
-    """Move PTS and DTS; their four prefix and three marker bits stay."""
+    """Add `ticks` to PTS and DTS; keep their four prefix and three marker bits."""
     for at in timestamp_positions(packet):
         value = (read_timestamp(packet, at) + ticks) % TIMESTAMP_MODULUS
         kept = int.from_bytes(packet[at : at + 5], "big") & 0xF1_0001_0001
@@ -2861,17 +2916,17 @@ def delay_timestamps(packet: bytearray, ticks: int) -> None:
 
 
 def test_card_segment(number: int) -> bytes:
-    """The test card as loop `number`, which continues loop `number - 1` without a seam."""
+    """Return loop `number` of the test card, which continues loop `number - 1` without a seam."""
     clip = lzma.decompress(base64.b85decode("".join(TEST_CARD.split())))
     packets = [bytearray(clip[at : at + TS_PACKET]) for at in range(0, len(clip), TS_PACKET)]
-    # A loop moves a PID's continuity counter by its packets with a payload (2.4.3.3).
+    # Each loop advances a PID's continuity counter by its packets with a payload (2.4.3.3).
     counts = Counter(pid_of(packet) for packet in packets if packet[3] & 0x10)
     ticks = number * TEST_CARD_TICKS
     for packet in packets:
         counter = packet[3] + number * counts[pid_of(packet)]
         packet[3] = packet[3] & 0xF0 | counter & 0x0F
         if packet[3] & 0x20 and packet[4] and packet[5] & 0x10:
-            # The PCR: a base of 33 bits, and an extension that stays (2.4.3.5).
+            # The PCR has a base of 33 bits, and an extension that does not change (2.4.3.5).
             base, rest = divmod(int.from_bytes(packet[6:12], "big"), 1 << 15)
             base = (base + ticks) % TIMESTAMP_MODULUS
             packet[6:12] = (base << 15 | rest).to_bytes(6, "big")
@@ -2880,12 +2935,12 @@ def test_card_segment(number: int) -> bytes:
 
 
 # --------------------------------------------------------------------------------------------------
-# ReaderBuffer: where an upstream hands over to its feeder
+# ReaderBuffer: the hand-over from an upstream to its feeder
 # --------------------------------------------------------------------------------------------------
 
 
 class EventKind(enum.Enum):
-    """What happened at a place between the bytes."""
+    """The kinds of events that happen between bytes."""
 
     INIT = "an initialization section starts"
     START = "a segment starts"
@@ -2898,29 +2953,29 @@ class EventKind(enum.Enum):
 class SegmentEvent:
     kind: EventKind
     number: int  # media sequence number
-    is_discontinuous: bool = False  # EXT-X-DISCONTINUITY stands in front of it
-    duration: float = 0.0  # seconds, as the playlist says; 0: it does not say
+    is_discontinuous: bool = False  # EXT-X-DISCONTINUITY precedes it
+    duration: float = 0.0  # seconds, from the playlist; 0: unknown
 
 
 class ReaderBuffer:
-    """Bytes and segment events on their way from one thread to another, bounded.
+    """A bounded queue of bytes and segment events from one thread to another.
 
-    Its writer waits while it is full, which is the back-pressure on every download.  It ends once:
-    who notices first says how.  write, wait_free, close and closed are what streamlink asks of a
-    reader's buffer.
+    The writer waits while the queue is full, which is the back-pressure on every download.  Only
+    the first end() counts.  streamlink requires write, wait_free, close and closed of a reader's
+    buffer.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit  # bytes; never changes
         # _lock guards everything below.
         self._lock = threading.Lock()
-        self._not_full = threading.Condition(self._lock)  # the writer waits; take() notifies
-        self._not_empty = threading.Condition(self._lock)  # the taker waits; the rest notifies
+        self._not_full = threading.Condition(self._lock)  # the writer waits; take(), end() notify
+        self._not_empty = threading.Condition(self._lock)  # take() waits; the others notify
         self._items: deque[bytes | SegmentEvent] = deque()
         self._woken = False
         self.length = 0  # bytes
         self.closed = False
-        self.failure: str | None = None  # why it broke off, once it is closed
+        self.failure: str | None = None  # why it broke off, once closed; None: it did not
 
     def __repr__(self) -> str:
         state = self.failure or ("ended" if self.closed else "open")
@@ -2929,7 +2984,7 @@ class ReaderBuffer:
     # The writer
 
     def write(self, data: bytes) -> None:
-        """Append, waiting for room as long as it takes; dropped once the buffer is closed."""
+        """Append data; blocks without a limit while the buffer is full.  Drops data if closed."""
         if not data:
             return
         with self._lock:
@@ -2941,21 +2996,24 @@ class ReaderBuffer:
 
     def put_event(self, event: SegmentEvent) -> None:
         with self._lock:
-            if not self.closed:  # or the end of a segment whose bytes were dropped would be kept
+            if not self.closed:  # else a segment whose bytes were dropped could get an end
                 self._items.append(event)
                 self._not_empty.notify()
 
     def wait_free(self, timeout: float | None = None) -> bool:
-        """Block until there is room: streamlink loads no playlist before."""
+        """Block until there is room; streamlink loads the next playlist only then.
+
+        Returns false after `timeout` seconds without room; None: no limit.
+        """
         with self._lock:
             return self._not_full.wait_for(lambda: self.length < self.limit or self.closed, timeout)
 
     # Any thread
 
     def end(self, failure: str | None) -> None:
-        """No more will be written: it broke off, or has come to its end (None).
+        """Close the buffer: the source broke off because of `failure`, or is complete (None).
 
-        What is there can still be taken.  The first call counts.
+        Items already in the buffer can still be taken.  Only the first call counts.
         """
         with self._lock:
             if not self.closed:
@@ -2964,11 +3022,11 @@ class ReaderBuffer:
                 self._not_empty.notify_all()
 
     def close(self) -> None:
-        """Streamlink's way to end; who knows why has said so before."""
+        """Called by streamlink to end the buffer; if a reason is known, end() had it before."""
         self.end("the origin sends no more segments")
 
     def discard(self) -> None:
-        """Nobody takes from here any more: drop what waits and whatever is still written."""
+        """Drop all waiting items and everything written later: nothing takes them any more."""
         self.end("closed")
         with self._lock:
             self._items.clear()
@@ -2977,7 +3035,10 @@ class ReaderBuffer:
     # The taker
 
     def take(self, limit: int, timeout: float | None) -> list[bytes | SegmentEvent]:
-        """What is waiting, about `limit` bytes of it at most; empty after `timeout` or a wake()."""
+        """Return waiting items, about `limit` bytes at most; blocks until there are some.
+
+        Returns none after `timeout` seconds (None: no limit), after a wake(), or at the end.
+        """
         with self._lock:
             self._not_empty.wait_for(lambda: self._items or self.closed or self._woken, timeout)
             self._woken = False
@@ -2992,7 +3053,7 @@ class ReaderBuffer:
             return items
 
     def wake(self) -> None:
-        """Make a waiting take() return, from any thread."""
+        """Make a waiting take(), or the next one, return.  May be called from any thread."""
         with self._lock:
             self._woken = True
             self._not_empty.notify()
@@ -3007,7 +3068,10 @@ Items = Generator[bytes | SegmentEvent, None, None]
 
 
 def fill(buffer: Any, items: Items) -> None:
-    """Write what comes into a buffer, and end it as they end."""
+    """Write items into a buffer until it is closed, and end it as the items end.
+
+    An error that they raise becomes the buffer's failure; none is raised here.
+    """
     try:
         with contextlib.closing(items):
             for item in items:
@@ -3025,46 +3089,46 @@ def fill(buffer: Any, items: Items) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Window: the newest blocks and segments of a channel, and where its viewers are in them
+# Window: the newest blocks and segments of a channel, and the positions of its viewers in them
 #
-# Each viewer's thread takes blocks from here and sends them with a call that blocks.  Tried or
-# weighed, and not done:
-#   asyncio           streamlink is threads, and one loop for a thousand sockets takes as much CPU
-#                     as the kernel's own wake-ups while a single core has to do it all
-#   a sending thread  one for all viewers (poll, then send) cost more calls of the system for each
-#                     byte, and a slow socket's turn delays the others
-#   sendfile          from memory files: 0.32 to 0.34 s of CPU for each GB and 1,000 viewers, no
-#                     less than sends that block, and pages must not change while they are sent
+# Each viewer's thread takes blocks from here and sends them with a blocking call.  Rejected
+# alternatives, tried or considered:
+#   asyncio           streamlink uses threads, and one event loop for a thousand sockets takes as
+#                     much CPU as the kernel's own wake-ups, all of it on a single core
+#   a sending thread  one thread for all viewers (poll, then send) made more system calls per byte,
+#                     and a slow socket delays the others
+#   sendfile          from memory files: 0.32 to 0.34 s of CPU per GB with 1,000 viewers, no less
+#                     than blocking sends, and pages must not change while they are sent
 # --------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class Viewer:
-    """One response that receives a channel, and where it is in the channel's window.
+    """One response that receives a channel, and its position in the channel's window.
 
-    The window's lock guards the fields from `next` to `skips`.  The viewer's own thread alone
-    writes `sent` and `moved`.  A polling client may have several requests at once: channels.changed
-    guards its `sent`; they assign `moved` and `listed` without a lock, because the last may win.
+    The window's lock guards the fields from `next` to `skips`.  Only the viewer's own thread writes
+    `sent` and `moved`.  A polling client may have several requests at once: channels.changed guards
+    its `sent`; the requests assign `moved` and `listed` without a lock, as the last one may win.
     """
 
     address: str = ""
     agent: str = ""
-    has_left: Callable[[], bool] = lambda: False  # whether it closed its connection; never blocks
-    wanted: str = ""  # the quality that it asked for; guarded by channels.changed
+    has_left: Callable[[], bool] = lambda: False  # disconnected or silent; never blocks
+    wanted: str = ""  # the quality requested; guarded by channels.changed
     since: float = field(default_factory=time.monotonic)
     sent: int = 0  # bytes of media
-    moved: float = 0.0  # when it took a byte last
-    next: int | None = 0  # number of the block to take next; None: waits for a join point
+    moved: float = 0.0  # when it last took a byte or polled
+    next: int | None = 0  # number of the next block; None: it waits for a join point
     pending: list[Block] = field(default_factory=list)  # to be sent before that block
-    is_waiting: bool = True  # for blocks: no pause, however long ago it moved
-    has_caught_up: bool = False  # had the newest block once
+    is_waiting: bool = True  # for blocks: it is not paused, however long ago it moved
+    has_caught_up: bool = False  # it has had the newest block at least once
     skips: int = 0  # how often it fell behind
-    polls: bool = False  # it asks for HLS again and again, and is in no window
-    listed: int = 0  # number of the newest segment in the playlist that it got last
+    polls: bool = False  # it is a polling client (HLS), which is in no window
+    listed: int = 0  # number of the newest segment in the last playlist it got
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What tells that two requests come from one that polls."""
+        """Identifies a polling client: its requests have the same key."""
         return self.address, self.agent
 
     def __repr__(self) -> str:
@@ -3072,35 +3136,35 @@ class Viewer:
 
 
 def viewer_label(address: str) -> str:
-    """A viewer at this address as the log shows it, also one that is refused."""
+    """Return the log's name for a viewer at this address, even for a refused one."""
     return f"viewer {address}"
 
 
-# HLS: a window's newest complete segments, for clients that poll (RFC 8216)
+# HLS: a window's newest complete segments, for polling clients (RFC 8216)
 
 MAP_EXTENSION = "mp4"
 PLAYLIST_TYPE = "application/vnd.apple.mpegurl"
-LEAST_LISTED, MOST_LISTED = 3, 8  # segments; Chromium gives up on a first playlist with two
-LISTED_SECONDS = 24.0  # that a playlist lasts at least, if MOST_LISTED segments last as long
+LEAST_LISTED, MOST_LISTED = 3, 8  # segments; Chromium fails on a first playlist with two
+LISTED_SECONDS = 24.0  # a playlist's least duration, if MOST_LISTED segments last as long
 EPOCH = 1_735_689_600  # 2025-01-01, in Unix time
-# Seconds of a segment of a source without segments.  If more passed, the clock was set anew: listed
-# as it is, that time would make a target duration, which never falls again, and by which clients
-# would reload the playlist too seldom.
+# Seconds of a segment cut from a source without segments.  If more have passed, the clock was
+# reset: a segment of that duration would raise the target duration, which never falls again, and
+# clients would then reload the playlist too rarely.
 SHORTEST_CUT, LONGEST_CUT = 2.0, 12.0
 
 
 def _seconds_since_epoch() -> int:
-    """A machine without a clock of its own starts long before it."""
+    """Seconds since EPOCH, at least 0: a machine without a hardware clock starts before it."""
     return max(0, int(time.time() - EPOCH))
 
 
 @dataclass
 class Numbering:
-    """What the next segment of a variant has: more than all before it, whatever was closed since.
+    """The numbers of a variant's next segment.  They only grow, even after a channel was closed.
 
-    They begin with the time, so that a server that was started again repeats nothing; in tenths of
-    seconds, for what comes at a start comes faster than time; since EPOCH, for GStreamer and older
-    televisions take no number above 2^31 (in 2031).
+    They start from the time, so a restarted server repeats none.  The segment number starts from
+    tenths of a second, because segments arrive faster than real time at a start.  The time counts
+    from EPOCH, because GStreamer and older televisions accept no number above 2^31 (in 2031).
     """
 
     number: int = field(default_factory=lambda: 10 * _seconds_since_epoch() + 1)
@@ -3108,37 +3172,37 @@ class Numbering:
 
 
 def timestamp_tag(seconds: float) -> bytes:
-    """The ID3 tag that tells the time of packed audio (3.4)."""
+    """Return the ID3 tag with the timestamp of packed audio (3.4)."""
     ticks = round(seconds * 90_000) % TIMESTAMP_MODULUS
     content = b"com.apple.streaming.transportStreamTimestamp\0" + struct.pack(">Q", ticks)
     frame = b"PRIV" + struct.pack(">IH", len(content), 0) + content
-    return b"ID3\4\0\0" + struct.pack(">I", len(frame)) + frame  # all sizes are below 128
+    return b"ID3\4\0\0" + struct.pack(">I", len(frame)) + frame  # sizes below 128 need no encoding
 
 
 @dataclass(eq=False)
 class Segment:
     """A run of blocks: a segment of the origin's, or one that the window cuts at key frames.
 
-    The window's lock guards it.  What a playlist tells of it, from `preamble` to `clock`, does not
-    change any more once it is listed, so that a reader of the playlist needs no lock.
+    The window's lock guards it.  The fields that a playlist shows (`duration`, and `preamble` to
+    `clock`) never change once it is listed, so a reader of the playlist needs no lock.
     """
 
     first: int  # number of its first block
     duration: float = 0.0  # seconds; 0: the origin does not say
-    is_own: bool = False  # the window cut it, because the source has no segments
-    start: Join | None = None  # the first place in it where a decoder can start; None: unknown
-    makeshift: Join | None = None  # its first picture, which needs others
+    is_own: bool = False  # cut by the window, because the source has no segments
+    start: Join | None = None  # its first join point; None: unknown
+    makeshift: Join | None = None  # its first picture, which depends on others
     # Set once it is complete and numbered:
-    end: int = -1  # number of the block behind its last one
+    end: int = -1  # number of the block after its last one
     size: int = 0  # bytes
-    preamble: bytes = b""  # what a decoder needs in front of it
+    preamble: bytes = b""  # what a decoder needs before it
     number: int = -1  # in HLS; -1: none
     map_number: int = -1  # of the first segment with the same initialization section
-    discontinuities: int = 0  # up to this segment, its own counted
+    discontinuities: int = 0  # up to this segment, its own included
     is_apart: bool = False  # it does not continue the one before it
     clock: float = 0.0  # seconds of all segments before it
     is_listed: bool = False
-    kept_until: float = -math.inf  # after it has left the playlist
+    kept_until: float = -math.inf  # time.monotonic(); set when it leaves the playlist
 
 
 @dataclass(frozen=True)
@@ -3148,18 +3212,18 @@ class Listed:
     segments: Sequence[Segment]
     container: Container
     target: int  # seconds
-    is_over: bool  # the source truly ended with the newest of them
+    is_over: bool  # the source is complete: the newest of them is its last
 
 
 class Window:
     """A channel's newest blocks and segments: the feeder appends, viewers take, HLS lists.
 
-    Blocks are numbered from 0 since the channel began, so eviction moves nobody: a viewer whose
-    next block is older than the oldest one has fallen behind.
+    Blocks are numbered from 0 at the channel's start, so eviction does not change any viewer's
+    position.  A viewer whose next block is older than the oldest one has fallen behind.
 
-    One rule says what is kept: the newest `limit` bytes; beyond them the segments that late viewers
-    need and, while a client polls, those that it may request, as long as all of it fits into
-    `growth` times `limit`.
+    The window keeps the newest `limit` bytes.  Beyond them, it keeps the segments that late viewers
+    need and, while a client polls, those that the client may request, as long as everything fits
+    into `growth` times `limit`.
     """
 
     def __init__(
@@ -3167,10 +3231,10 @@ class Window:
     ) -> None:
         # Set before the first viewer takes anything, and never changed after that.
         self.limit = limit  # bytes
-        self.patience = patience  # seconds without a byte until a viewer counts as paused
-        self.growth = growth  # how many times `limit` it may hold to keep enough segments
+        self.patience = patience  # seconds without a byte after which a viewer is paused
+        self.growth = growth  # it may hold this many times `limit` to keep enough segments
         self.live_edge = live_edge  # segments
-        self.can_skip = True  # a viewer that falls behind may go on elsewhere
+        self.can_skip = True  # a viewer that falls behind may continue at a later place
         # _lock guards everything below.
         self._lock = threading.Lock()
         self._grown = threading.Condition(self._lock)  # viewers wait; append() and end() notify
@@ -3180,22 +3244,22 @@ class Window:
         self._blocks: deque[Block] = deque()
         self._first = 0  # number of the oldest block
         self._size = 0  # bytes
-        self._joins: deque[Join] = deque()  # the places where a decoder can start
-        self._ahead: list[Join] = []  # places in front of the next block
+        self._joins: deque[Join] = deque()  # join points
+        self._ahead: list[Join] = []  # join points in front of the next block
         self._segments: deque[Segment] = deque()
         self._open: Segment | None = None  # the newest segment, while it is not complete
-        self._has_segments = False  # False: the source has none, they are cut at key frames
+        self._has_segments = False  # False: the source has none, the window cuts at key frames
         self._needed: int | None = None  # number of the oldest block to keep beyond `limit`, if any
-        self._viewers: dict[Viewer, None] = {}  # in the order they came
-        self._is_complete: bool | None = None  # None: more will come; else whether this was all
-        self._is_cut = False  # viewers leave at once, whatever they have not taken
+        self._viewers: dict[Viewer, None] = {}  # in the order of their arrival
+        self._is_complete: bool | None = None  # None: open; else whether the source is complete
+        self._is_cut = False  # viewers leave at once, even if they have not taken all
         # HLS:
         self._numbering: Numbering | None = None  # None: no segment is listed (any more)
         self._container = MPEG_TS
-        self.target = 1  # seconds of the target duration; it only grows: read without the lock
-        self._asked: float | None = None  # when a client polled last
+        self.target = 1  # target duration in seconds; it only grows: read without the lock
+        self._asked: float | None = None  # when a client last polled
         self._is_apart = True  # the next segment does not continue the one before it
-        self._newest_map: tuple[bytes, int] | None = None  # and the number of its first segment
+        self._newest_map: tuple[bytes, int] | None = None  # with its first segment's number
         self._clock = 0.0  # seconds of all numbered segments
         self._lacks_room = False  # see lacks_room
 
@@ -3210,8 +3274,8 @@ class Window:
     def offer_hls(self, container: Container, numbering: Numbering, target: float) -> None:
         """Number and list complete segments from now on.
 
-        `numbering` is used by no other window that is still fed.  `target` is the least target
-        duration in seconds.
+        `numbering` must not be in use by another window that is still fed.  `target` is the least
+        target duration in seconds.
         """
         with self._lock:
             if not self._is_cut:
@@ -3219,7 +3283,10 @@ class Window:
                 self.target = max(1, round(target))
 
     def begin(self, duration: float = 0.0, *, is_apart: bool = False) -> None:
-        """A segment of the origin's begins with the next block."""
+        """Open a segment of the origin's that starts with the next block.
+
+        `duration`: seconds, or 0 if unknown.  `is_apart`: it does not continue the last segment.
+        """
         with self._lock:
             if self._open:
                 self._break_off()
@@ -3232,9 +3299,9 @@ class Window:
             self._update_needed()
 
     def append(self, items: Iterable[Framed]) -> None:
-        """Add blocks and the places between them where a decoder can start, evicting the oldest.
+        """Add blocks and the join points between them; evict the oldest blocks.
 
-        Waits while the foremost viewer has not taken the block that would have to go.
+        Waits while the foremost viewer has not taken the block to evict: see _foremost_wait().
         """
         with self._lock:
             for item in items:
@@ -3252,7 +3319,7 @@ class Window:
             self._grown.notify_all()
 
     def finish(self, preamble: bytes) -> None:
-        """The open segment is complete; `preamble` is what a decoder needs in front of it."""
+        """Complete the open segment; `preamble` is what a decoder needs before it."""
         with self._lock:
             segment = self._open
             if segment:
@@ -3260,12 +3327,12 @@ class Window:
                 self._complete(segment, self._end, seconds, preamble)
 
     def break_off(self) -> None:
-        """The open segment will not be complete; the next one does not continue what came."""
+        """Abandon the open segment as incomplete; the next one does not continue the last."""
         with self._lock:
             self._break_off()
 
     def leave_segments(self) -> None:
-        """The next bytes, behind a seam, have no segments: viewers start at key frames."""
+        """Expect bytes without segments, after a seam: viewers start at key frames."""
         with self._lock:
             self._break_off()
             self._has_segments = False
@@ -3274,7 +3341,7 @@ class Window:
             self._update_needed()
 
     def finish_cut(self, dts: int | None) -> None:
-        """A source without segments ended: list the rest of it.  `dts` is its newest."""
+        """List the rest of a source without segments that has ended.  `dts` is its newest."""
         with self._lock:
             segment = self._open
             if segment and segment.is_own:
@@ -3283,9 +3350,9 @@ class Window:
                     self._complete_cut(segment, self._end, seconds)
 
     def end(self, is_complete: bool) -> None:
-        """No more will come: viewers take the rest, then take() raises WindowEnded.  Idempotent.
+        """End the window: viewers take the rest, then take() raises WindowEnded.  Idempotent.
 
-        What is listed stays until close_hls().
+        Listed segments stay until close_hls().
         """
         with self._lock:
             if self._is_complete is None:
@@ -3295,14 +3362,14 @@ class Window:
             self._told.notify_all()
 
     def close_hls(self) -> None:
-        """No more is listed or numbered: await_listed() and listed() raise WindowEnded."""
+        """Stop listing and numbering: await_listed() and listed() raise WindowEnded."""
         with self._lock:
             self._numbering = None
             self._drop_if_over()
             self._told.notify_all()
 
     def cut(self) -> None:
-        """Like end() and close_hls(), at once and from any thread: nobody gets the rest."""
+        """Like end() and close_hls(), but viewers leave at once.  May be called from any thread."""
         with self._lock:
             self._is_cut, self._is_complete, self._numbering = True, False, None
             self._drop_if_over()
@@ -3316,9 +3383,9 @@ class Window:
         return self._first + len(self._blocks)
 
     def _add_join(self, join: Join) -> None:
-        """Take a place in front of the next block, or at the start of the open segment.
+        """Take a join point in front of the next block, or at the start of the open segment.
 
-        It is of use once the block to start with is there.
+        It counts once the block to start with is in the window.
         """
         if join.at_start and self._open and self._open.first < self._end:
             self._note(join, self._open.first)
@@ -3330,7 +3397,7 @@ class Window:
         segment = self._open
         join.block = block
         if join.block < self._first:
-            return  # it has left the window
+            return  # the block was evicted
         if join.is_makeshift:
             if segment and not segment.makeshift:
                 segment.makeshift = join
@@ -3343,7 +3410,7 @@ class Window:
             self._update_needed()
 
     def _use_makeshift(self) -> None:
-        """No key frame came in all of the newest segment: its first picture has to do."""
+        """Use the first picture of the newest segment as its start if it has no key frame."""
         segment = self._segments[-1] if self._segments else None
         join = segment.makeshift if segment else None
         if segment and join and not segment.start and join.block >= self._first:
@@ -3355,7 +3422,7 @@ class Window:
         self._open, self._is_apart = None, True
         self._update_needed()
 
-    # Segments that the window cuts: where a decoder can start, and where its clock tells when
+    # Segments that the window cuts: at join points, timed by their DTS
 
     def _cut_at(self, join: Join) -> None:
         if join.dts is None or not self._numbering:
@@ -3377,16 +3444,16 @@ class Window:
         self._complete(segment, end, seconds, segment.start.preamble if segment.start else b"")
 
     def _seconds_to(self, dts: int | None) -> float | None:
-        """From the start of the open segment; None if its clock does not tell."""
+        """Return the seconds from the start of the open segment; None if a DTS is missing."""
         begun = self._open.start.dts if self._open and self._open.start else None
         if begun is None or dts is None:
             return None
         return (dts - begun) % TIMESTAMP_MODULUS / 90_000
 
-    # The list of HLS
+    # The segments of the HLS playlist
 
     def _complete(self, segment: Segment, end: int, seconds: float, preamble: bytes) -> None:
-        """The open segment ends in front of block `end`: list it if all of it is still there."""
+        """End the open segment before block `end`; list it if all of it is still in the window."""
         self._open = None
         is_whole = segment.first >= self._first
         if self._numbering and is_whole and segment.first < end:
@@ -3417,7 +3484,7 @@ class Window:
         self.target = max(self.target, int(segment.duration + 0.5))
 
     def _trim_list(self) -> None:
-        """Take the oldest off the playlist; each is kept for as long again (6.2.2)."""
+        """Move old segments off the playlist; keep each for the playlist's duration (6.2.2)."""
         listed = deque(self._listed())
         while len(listed) > LEAST_LISTED and self._is_long(listed):
             seconds = sum(segment.duration for segment in listed)
@@ -3427,7 +3494,7 @@ class Window:
     def _is_long(self, listed: Sequence[Segment]) -> bool:
         """Whether a playlist is long enough without its oldest segment, or too large with it.
 
-        It is too large if there is no room for as many segments again and one that is written.
+        It is too large if the window has no room for as many segments again and the open one.
         """
         seconds = sum(segment.duration for segment in listed) - listed[0].duration
         size = 2 * sum(segment.size for segment in listed) + listed[-1].size
@@ -3440,7 +3507,10 @@ class Window:
     # Eviction
 
     def _make_room(self, size: int) -> None:
-        """Evict the oldest blocks until `size` more bytes fit, waiting for the foremost viewer."""
+        """Evict the oldest blocks until `size` more bytes fit; wait for the foremost viewer.
+
+        Needed blocks stay as long as everything fits into `growth` times `limit`.
+        """
         while self._blocks and self._size + size > self.limit and not self._is_cut:
             is_needed = self._needed is not None and self._first >= self._needed
             if is_needed and self._size + size <= self.growth * self.limit:
@@ -3449,22 +3519,22 @@ class Window:
             if wait <= 0:
                 self._evict()
             else:
-                self._grown.notify_all()  # they must know what they are waited for
+                self._grown.notify_all()  # so that viewers take what the feeder waits for
                 self._feeder_waits = True
                 self._taken.wait(min(wait, FEEDER_TICK))
                 self._feeder_waits = False
 
     def _update_needed(self) -> None:
-        """Decide which blocks are kept beyond `limit`.
+        """Decide which blocks to keep beyond `limit`.
 
         They are the segments that a new viewer gets at once, one before these and one after them.
-        While a client polls, they are also the listed segments, those that have left the playlist
-        for no longer than it lasted, and the open one.
+        While a client polls, they are also the listed segments, those that left the playlist no
+        longer ago than it lasts, and the open one.
         """
         starts = [join.block for join in self._starts()]
         count = self.live_edge + 2
         needed = []
-        if starts:  # with fewer starts than that, all that fits is kept
+        if starts:  # with fewer starts, keep all that fits
             needed.append(starts[-count] if len(starts) >= count else 0)
         if self._numbering and self._is_polled:
             now = time.monotonic()
@@ -3478,7 +3548,7 @@ class Window:
         self._needed = min(needed, default=None)
 
     def _starts(self) -> list[Join]:
-        """The places where viewers start in the origin's segments, as far as they are left."""
+        """Return the first join points of the origin's segments that are still in the window."""
         starts = []
         for segment in self._segments:
             join = segment.start
@@ -3488,20 +3558,20 @@ class Window:
 
     @property
     def _is_polled(self) -> bool:
-        """Whether a client asked within the longest time that a segment is listed and kept."""
+        """Whether a client polled within the longest time that a segment is listed and kept."""
         seconds = 2.0 * MOST_LISTED * self.target
         return self._asked is not None and time.monotonic() - self._asked <= seconds
 
     def _foremost_wait(self) -> float:
-        """Seconds to wait for somebody to take the oldest block; 0 or less: evict it.
+        """Return the seconds to wait until a viewer takes the oldest block; 0 or less: evict it.
 
-        1. Nobody watches, or all wait for a join point: nobody to wait for.
-        2. All are paused, for they took no byte for `patience` seconds: they skip later.
-        3. Some have caught up with the newest block once: the one furthest along of them counts,
-           and those behind it must keep up.  A viewer that came late is none of them yet, so it
-           makes nobody lose bytes by being further along.
-        4. None has, as at a start or with a burst: the one that came first counts.
-        5. Whoever counts has taken the oldest block: nothing to wait for.
+        1. There are no viewers, or all wait for a join point: do not wait.
+        2. All are paused (they took no byte for `patience` seconds): do not wait; they skip later.
+        3. Some have caught up with the newest block once: wait for the foremost of these; those
+           behind it must keep up.  A late viewer is not one of these yet, so no other viewer loses
+           bytes because the late one is further ahead.
+        4. None has, as at a start or with a burst: wait for the one that arrived first.
+        5. That viewer has already taken the oldest block: do not wait.
         """
         now = time.monotonic()
         taking = [
@@ -3535,7 +3605,7 @@ class Window:
             self._update_needed()
 
     def _is_gone(self, segment: Segment) -> bool:
-        """Whether nothing can begin in it any more."""
+        """Whether no viewer can start in it any more."""
         if segment is self._open or segment.first >= self._first:
             return False
         return segment.start is None or segment.start.block < self._first
@@ -3543,7 +3613,7 @@ class Window:
     # Viewers
 
     def enter(self, viewer: Viewer) -> None:
-        """Put a viewer where a decoder can start; before the first byte, that is the start."""
+        """Attach a viewer at a join point, or at block 0 before the first block is appended."""
         with self._lock:
             viewer.next, viewer.pending, viewer.has_caught_up = 0, [], False
             viewer.is_waiting, viewer.moved = True, time.monotonic()
@@ -3552,7 +3622,7 @@ class Window:
                 self._seek(viewer)
 
     def leave(self, viewer: Viewer) -> None:
-        """Let a viewer go, from any thread: its take() raises ViewerGone.  Idempotent."""
+        """Detach a viewer, from any thread: its take() raises ViewerGone.  Idempotent."""
         with self._lock:
             self._viewers.pop(viewer, None)
             viewer.pending = []
@@ -3562,10 +3632,11 @@ class Window:
                 self._grown.notify_all()
 
     def take(self, viewer: Viewer, timeout: float | None) -> list[Block]:
-        """The next blocks, SEND_LIMIT bytes of them at most; empty when none come in `timeout`.
+        """Return the next blocks, SEND_LIMIT bytes of them at most; waits until there are some.
 
-        A viewer that fell behind goes on where a new one would.  Raises WindowEnded where no more
-        will come, and ViewerGone where the viewer was let go or cannot go on.
+        Returns none after `timeout` seconds without any (None: no limit).  A viewer that fell
+        behind continues where a new one would start.  Raises WindowEnded after the last block, and
+        ViewerGone if the viewer was detached or cannot continue.
         """
         with self._lock:
             viewer.is_waiting = True
@@ -3611,13 +3682,18 @@ class Window:
         return taken
 
     def _seek(self, viewer: Viewer) -> None:
-        """Move to the place where a new viewer starts, or to waiting for one."""
+        """Move a viewer to the join point for new viewers, or let it wait for one."""
         join = self._join()
         viewer.next = join.block if join else None
         viewer.pending = [join.preamble] if join and join.preamble else []
 
     def _join(self) -> Join | None:
-        """Where a new viewer starts: `live_edge` segments back, or at a key frame, or anywhere."""
+        """Return the join point for new viewers, or None.
+
+        It is `live_edge` segments back.  Without segments, it is at a recent key frame; if there is
+        none, it is at any picture or frame.  Of several, it is the newest that is at least
+        KEY_FRAME_BACK seconds old, or else the oldest.
+        """
         starts = self._starts()
         if starts:
             return starts[-self.live_edge :][0]
@@ -3632,7 +3708,7 @@ class Window:
         return next(iter(old_enough[-1:] or joins), None)
 
     def _drop_if_over(self) -> None:
-        """Give the memory back once nobody will take from it, not when a collector comes by."""
+        """Free the blocks once nothing will take them, without waiting for garbage collection."""
         is_over = self._is_complete is not None and not self._viewers and not self._numbering
         if self._is_cut or is_over:
             self._first, self._size = self._end, 0
@@ -3640,12 +3716,13 @@ class Window:
             self._joins.clear()
             self._segments.clear()
 
-    # Clients that poll HLS
+    # Polling clients (HLS)
 
     def await_listed(self, had: int, timeout: float) -> bool:
-        """Wait until there is a playlist with more than segment `had`, for `timeout` seconds.
+        """Wait until a playlist has a segment after `had`, for at most `timeout` seconds.
 
-        Returns whether there is one.  Raises WindowEnded if no more will be listed.
+        Returns whether there is one; also true if the source is complete.  Raises WindowEnded after
+        close_hls().
         """
         with self._lock:
             self._note_poll()
@@ -3661,7 +3738,7 @@ class Window:
         return len(listed) >= LEAST_LISTED and listed[-1].number > had
 
     def listed(self) -> Listed:
-        """The segments of the playlist; raises WindowEnded if there are none any more."""
+        """Return the segments of the playlist; raises WindowEnded if none is listed any more."""
         with self._lock:
             self._note_poll()
             segments = self._listed() if self._numbering else []
@@ -3670,7 +3747,7 @@ class Window:
             return Listed(segments, self._container, self.target, bool(self._is_complete))
 
     def find(self, number: int, extension: str) -> list[Block]:
-        """A segment or an initialization section; empty if there is none."""
+        """Return the blocks of a segment or an initialization section; empty if there is none."""
         with self._lock:
             self._note_poll()
             is_media = extension == self._container.extension
@@ -3691,7 +3768,7 @@ class Window:
             self._update_needed()
 
     def _media_of(self, segment: Segment) -> list[Block]:
-        """A segment's blocks, with what a decoder needs in front of them."""
+        """Return a segment's blocks, preceded by what a decoder needs."""
         blocks = self._blocks_between(segment.first, segment.end)
         if self._container.has_map:
             return blocks
@@ -3706,25 +3783,26 @@ class Window:
 
     @property
     def lacks_room(self) -> bool:
-        """Whether a segment was larger than the window, or three are."""
+        """Whether the window was too small for a segment, or for LEAST_LISTED segments."""
         with self._lock:
             return self._lacks_room
 
-    # Anybody
+    # Any thread
 
     def held(self) -> tuple[int, float]:
-        """Bytes in the window, and about how many seconds ago the oldest came."""
+        """Return the bytes in the window, and the approximate age of the oldest in seconds."""
         with self._lock:
             oldest = self._joins[0].time if self._joins else time.monotonic()
             return self._size, time.monotonic() - oldest
 
 
 def media_playlist(window: Window, name: str, tail: str, had: int = 0) -> tuple[int, str]:
-    """The newest number and the media playlist; `tail` is the query of all addresses in it.
+    """Return the newest segment number in the media playlist, and the playlist's text.
 
-    They are relative: whatever proxy there is, they lead to where this one came from.
-    A client that has had a playlist up to number `had` is told of three more at most: of many, as
-    they come after an outage, Chromium takes the last three, and then fails at the gap before them.
+    `tail` is the query of all addresses in it.  The addresses are relative, so they work behind
+    any proxy.
+    A client that has seen segment `had` gets at most three newer segments: of many, as after an
+    outage, Chromium takes the last three, and then fails at the gap before them.
     Raises WindowEnded if nothing is listed any more.
     """
     listed = window.listed()
@@ -3755,21 +3833,21 @@ def media_playlist(window: Window, name: str, tail: str, had: int = 0) -> tuple[
 
 
 # --------------------------------------------------------------------------------------------------
-# Download: one body, handed on as it comes and resumed where it broke off
+# Download: one body, passed on as it arrives and resumed if it breaks off
 # --------------------------------------------------------------------------------------------------
 
-PART_LIMIT = 256 * KIB  # bytes of one read; larger ones save little and delay the first
-BODY_LIMIT = 8 * MIB  # bytes of a body that wait for their taker; the rest stays at the origin
-SLOW_TIME = 2.0  # seconds of a body that tell how fast it comes
-RETRY_PAUSES = (0.1, 0.2, 0.4, 0.8)  # seconds, the last one again and again
+PART_LIMIT = 256 * KIB  # bytes of one read; larger reads save little and delay the first
+BODY_LIMIT = 8 * MIB  # bytes of a body that are buffered; the rest stays at the origin
+SLOW_TIME = 2.0  # seconds spent waiting for a body before its rate is judged
+RETRY_PAUSES = (0.1, 0.2, 0.4, 0.8)  # seconds; the last one repeats
 
 
 @dataclass
 class Fingerprint:
-    """A checksum of the first bytes of something, to tell whether it is the same a second time.
+    """A checksum of the first bytes of a body, to recognize them when they are sent again.
 
-    It takes every 64th byte: other media differs in nearly all of them, and all of them would cost
-    0.4 s of CPU for each GB, a fifth of what pulling it may cost.
+    It covers every 64th byte: different media differs in nearly all of them, and a checksum of all
+    bytes would cost 0.4 s of CPU per GB, a fifth of the CPU for pulling it.
     """
 
     size: int = 0  # bytes
@@ -3781,61 +3859,67 @@ class Fingerprint:
 
 
 class Repeat:
-    """Bytes that come a second time, up to the place where new ones begin."""
+    """Compares bytes that are sent a second time, and finds where the new bytes begin."""
 
     def __init__(self, had: Fingerprint) -> None:
-        self._had = replace(had)  # as it is now: it may grow while this is in use
+        self._had = replace(had)  # a copy: the original may grow meanwhile
         self._again = Fingerprint()
 
     @property
     def is_over(self) -> bool:
-        """Whether all that was had has come again."""
+        """Whether all the earlier bytes were sent again."""
         return self._again.size == self._had.size
 
     def pass_on(self, data: bytes) -> bytes | None:
-        """What of it is new; None where all that was had has come and was different."""
+        """Return the new bytes of `data`; None if the repeated bytes differ from the earlier ones.
+
+        A difference is noticed only after all the earlier bytes were sent again.
+        """
         left = self._had.size - self._again.size
         self._again.add(data[:left])
         return None if self.is_over and self._again != self._had else data[left:]
 
 
 def pauses(seconds: Sequence[float]) -> Iterator[float]:
-    """These, one after the other, and then the last one again and again."""
+    """Yield each of these, then repeat the last one forever."""
     return itertools.chain(seconds, itertools.repeat(seconds[-1]))
 
 
 class DownloadError(PipeError):
-    """A body, or the rest of it, cannot be had."""
+    """A body, or the rest of it, cannot be fetched."""
 
 
 class DecryptionError(PipeError):
     """A body was fetched, but it cannot be decrypted."""
 
 
-Opened = tuple[requests.Response, bytes]  # an answer, and what was read of its body
+Opened = tuple[requests.Response, bytes]  # a response, and the bytes already read of its body
 
 
 class Tries(NamedTuple):
-    """How the tries of a download went: times of time.monotonic(), 0 before there is one."""
+    """The history of a download's tries.  Times are those of time.monotonic(); 0: not yet."""
 
     began: float = 0.0  # when the first try began
     asked: float = 0.0  # when the newest try began
-    answered: float = 0.0  # when the newest try began that was answered with media
+    answered: float = 0.0  # when the newest of the tries that were answered with media began
     failure: str | None = None  # why the newest try failed; None: it did not, or not yet
-    failing_since: float = 0.0  # when the first of the tries began that failed like this
-    failed: float = 0.0  # when that first try was seen to have failed
+    failing_since: float = 0.0  # when the first of the successive tries with this failure began
+    failed: float = 0.0  # when that first try was seen to fail
 
     def ask(self) -> Tries:
-        """Another try begins."""
+        """The history once another try has begun."""
         now = time.monotonic()
         return self._replace(began=self.began or now, asked=now)
 
     def answer(self) -> Tries:
-        """The newest try was answered with media."""
+        """The history once the newest try was answered with media."""
         return self._replace(answered=self.asked, failure=None)
 
     def fail(self, reason: str) -> Tries:
-        """The newest try failed; if it was answered before it broke off, that counts."""
+        """The history once the newest try has failed.
+
+        It is unchanged if the try received media before it broke off, or failed like the last one.
+        """
         if self.answered == self.asked or self.failure == reason:
             return self
         now = time.monotonic()
@@ -3845,24 +3929,25 @@ class Tries(NamedTuple):
 class Pace(NamedTuple):
     """How fast the bytes of a try arrive."""
 
-    size: int = 0  # bytes, those that had arrived before included
-    waited: float = 0.0  # seconds in which the download waited for them
+    size: int = 0  # bytes, including those that an earlier try had received
+    waited: float = 0.0  # seconds that the download waited for them
 
     @property
     def rate(self) -> float:
-        """Bytes a second."""
+        """Bytes per second."""
         return self.size / max(self.waited, 1e-3)
 
 
 class Download:
-    """A body, tried for until it is whole; what was had of it is not passed on again.
+    """Fetches one body, retrying until it is complete, and never yields a byte twice.
 
-    `request` asks for it, with more headers and a time-out; no try follows once its upstream is
-    `closing`; `patience` is for how many seconds without a byte it is tried.
+    `request` sends a request with additional headers and a time-out in seconds.  No try begins once
+    `closing` is set.  `patience` returns the seconds without a new byte after which the download is
+    abandoned.
     """
 
-    empty_time = 0.0  # seconds in which an empty answer is asked for again; 0: it may be empty
-    cipher_block = 1  # bytes; a body that is encrypted in blocks has a multiple of them
+    empty_time = 0.0  # seconds during which an empty body is requested again; 0: it may be empty
+    cipher_block = 1  # bytes; an encrypted body is a multiple of this
 
     def __init__(
         self,
@@ -3873,43 +3958,43 @@ class Download:
         opened: Opened | None = None,
     ) -> None:
         self._request, self._closing, self._patience = request, closing, patience
-        # Of the resource's bytes; EXT-X-MAP may leave out a 0.
+        # The range of the resource's bytes; EXT-X-MAP may omit an offset of 0.
         self._first: int = (byte_range.offset or 0) if byte_range else 0
         self._size: int | None = byte_range.range if byte_range else None
-        self._opened = opened  # the first answer, where it is there already
+        self._opened = opened  # the first response, if there is one already
         self._had = Fingerprint()
         self._moved = 0.0  # when the newest byte was passed on, or the first try began
-        # Its own thread replaces these two values.  Other threads read each once for each question,
-        # so that none sees half of a change.
+        # The download's thread replaces these two values.  Other threads read each of them once per
+        # decision, so that none sees half of a change.
         self.tries = Tries()
         self._pace = Pace()  # of the newest try
-        self._slow_time = SLOW_TIME  # seconds after which a try that is slow is ended
-        self._validator: str | None = None  # None: the rest cannot be asked for
-        self._length = 0  # bytes of the whole, where an answer with a part of it told
+        self._slow_time = SLOW_TIME  # seconds of waiting after which a slow try is ended
+        self._validator: str | None = None  # for If-Range; None: the rest cannot be requested
+        self._length = 0  # bytes of the whole resource, if a partial response stated them; else 0
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.size} bytes came, {self.tries.failure}>"
 
     @property
     def size(self) -> int:
-        """Bytes that came so far."""
+        """Bytes received so far."""
         return self._had.size
 
     @property
     def rate(self) -> float:
-        """Bytes a second, as the origin sent them in the newest try."""
+        """Bytes per second that the origin sent in the newest try."""
         return self._pace.rate
 
     def is_hopeless(self) -> bool:
-        """Whether another try is of no use."""
+        """Whether another try would be useless."""
         return False
 
     def is_slow(self) -> bool:
-        """Whether it arrives too slowly, so that another connection may be faster."""
+        """Whether the body arrives so slowly that another connection may be faster."""
         return False
 
     def parts(self) -> Generator[bytes, None, None]:
-        """The bytes as they come; raises DownloadError where the rest cannot be had."""
+        """Yield the bytes as they arrive; raises DownloadError if the rest cannot be fetched."""
         self._moved = time.monotonic()
         for pause in pauses(RETRY_PAUSES):
             self.tries = self.tries.ask()
@@ -3920,7 +4005,7 @@ class Download:
                 return
             except DownloadError:
                 raise
-            except Exception as error:  # requests', urllib3's, streamlink's and the system's
+            except Exception as error:  # of requests, urllib3, streamlink or the system
                 log.debug("a download broke off", exc_info=True)
                 refusal = refused_range(error)
                 if refusal is not None:
@@ -3933,7 +4018,7 @@ class Download:
                 raise DownloadError("closed")
 
     def _judge(self, reason: str, pause: float) -> None:
-        """Raise DownloadError where another try after this pause is of no use."""
+        """Note a failed try; raises DownloadError if another one after this pause is useless."""
         self.tries = self.tries.fail(reason)
         is_late = time.monotonic() + pause - self._moved > self._patience()
         if is_late or self.is_hopeless():
@@ -3941,16 +4026,16 @@ class Download:
 
     @property
     def _is_cut_off(self) -> bool:
-        """Whether it ended within a block of its cipher; a byte range has the length it has."""
+        """Whether the body ended within a cipher block.  The length of a byte range is given."""
         return self._size is None and self._had.size % self.cipher_block != 0
 
     def _has_all(self, refusal: requests.Response) -> bool:
-        """Whether a range was refused because there is no more: the length told was too large."""
+        """Whether a range was refused at the body's end: its stated length was too large."""
         end = self._first + self._had.size
         return bool(self._had.size and refusal.headers.get("Content-Range") == f"bytes */{end}")
 
     def _open(self) -> Opened:
-        """Ask for the body, or for the rest of it where that is possible."""
+        """Request the body, or only the rest of it if that is possible."""
         opened, self._opened = self._opened, None
         if opened:
             return opened
@@ -3958,7 +4043,7 @@ class Download:
         first, last = self._first, "" if self._size is None else str(self._first + self._size - 1)
         if self._had.size and self._validator:
             first += self._had.size
-            headers["If-Range"] = self._validator  # RFC 9110, 13.1.5: all of it if it changed
+            headers["If-Range"] = self._validator  # RFC 9110, 13.1.5: the whole if it changed
         if first or last:
             headers["Range"] = f"bytes={first}-{last}"
         patience = self._patience()
@@ -3966,9 +4051,10 @@ class Download:
         return self._request(headers, max(0.1, min(patience / 2, left))), b""
 
     def _read_head(self, response: requests.Response) -> int:
-        """Note the length and the validator of an answer.
+        """Note the length and the validator of a response.
 
-        Returns where it starts, in bytes from ours: negative if more comes than was requested.
+        Returns its offset in bytes from our range: negative if it starts before that.  Raises
+        PipeError if the range is neither the requested one nor the whole resource.
         """
         start = 0
         is_coded = response.headers.get("Content-Encoding", "identity") != "identity"
@@ -3977,7 +4063,7 @@ class Download:
             match = re.match(r"bytes (\d+)-\d+/(\d+|\*)", sent)
             if match and match[2] != "*" and self._size is None:
                 self._length = int(match[2])
-            # A part of a compressed body is of no use: we count what is in it.
+            # A part of a compressed body is useless: our offsets count decompressed bytes.
             start = int(match[1]) if match and not is_coded else -1
         offset = start - self._first
         if offset not in (self._had.size if self._validator else 0, -self._first):
@@ -3990,16 +4076,16 @@ class Download:
         return offset
 
     def _new_parts(self, response: requests.Response, start: bytes) -> Iterator[bytes]:
-        """Read an answer, after the `start` that was read of it, and yield what is new."""
+        """Yield the new bytes of a response, whose first bytes, `start`, were already read."""
         offset = self._read_head(response)
-        before = max(0, -offset)  # bytes still to come in front of ours
+        before = max(0, -offset)  # bytes still to skip in front of our range
         repeat = Repeat(self._had if offset <= 0 else Fingerprint())
         parts = parts_of(response, PART_LIMIT, start)
-        if offset <= 0:  # otherwise it continues a body whose start was judged
+        if offset <= 0:  # otherwise it continues a body whose start was checked
             parts = media_parts(parts)
         self._pace = Pace()
         while self._had.size != self._size and (part := self._wait_for(parts)):
-            # A page or a text is no answer, so only media counts as one.
+            # Only media counts as an answer; media_parts() raises an error for a page or a text.
             if self.tries.answered != self.tries.asked:
                 self.tries = self.tries.answer()
             part, before = part[before:], max(0, before - len(part))
@@ -4022,7 +4108,7 @@ class Download:
 
     def _wait_for(self, parts: Iterator[bytes]) -> bytes:
         if self._pace.waited > self._slow_time and self.is_slow():
-            # Each time later, or a body of which only all can be had would never be whole.
+            # Double it each time: without Range support, every try starts from zero.
             self._slow_time *= 2
             raise PipeError("it arrives too slowly")
         asked = time.monotonic()
@@ -4033,7 +4119,7 @@ class Download:
 
 
 def refused_range(error: Exception) -> requests.Response | None:
-    """The answer that no such range exists; None for any other error."""
+    """The origin's response that no such range exists (416); None for any other error."""
     answer: requests.Response | None = getattr(getattr(error, "err", None), "response", None)
     if answer is None or answer.status_code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
         return None
@@ -4041,25 +4127,25 @@ def refused_range(error: Exception) -> requests.Response | None:
 
 
 def parts_of(response: requests.Response, size: int, start: bytes = b"") -> Iterator[bytes]:
-    """A body as it comes, up to `size` bytes at once, after the `start` that was read of it."""
-    is_coded = "Content-Encoding" in response.headers  # urllib3 copies what it may decode
-    if is_coded:  # up to 2.5, it decodes at once what it reads: a thousand times as much
+    """Yield `start`, which was already read, then the rest, at most `size` bytes at once."""
+    is_coded = "Content-Encoding" in response.headers  # urllib3 copies bytes that it may decode
+    if is_coded:  # up to 2.5, urllib3 decodes all that it read at once: a thousand times as much
         size = min(size, 4 * KIB)
     read = functools.partial(response.raw.read1, size, decode_content=is_coded)
     return itertools.chain(filter(None, [start]), iter(read, b""))
 
 
 # --------------------------------------------------------------------------------------------------
-# Upstream: all there is of streamlink
+# Upstream: the part that uses streamlink
 #
 # A Session is streamlink prepared for one opening of a channel.  It resolves an address and opens
-# one quality of it as an Upstream, whose bytes and segment events come through a ReaderBuffer.  HLS
-# goes through streamlink's own reader with our ReaderBuffer as its buffer; whatever else there is
-# (a raw body, ffmpeg's output) is moved to the ReaderBuffer by a pump thread.
+# one quality of it as an Upstream, which delivers bytes and segment events through a ReaderBuffer.
+# HLS uses streamlink's own reader with our ReaderBuffer as its buffer; a pump thread moves any
+# other source (a raw body, ffmpeg's output) to the ReaderBuffer.
 # --------------------------------------------------------------------------------------------------
 
-# Nobody can switch these back: a browser, files on disk, and the environment's proxies and
-# credentials have no place in a server (streamlink's CVE-2026-44353 and -92164).
+# The configuration cannot override these: a server must not open a browser, write files to disk, or
+# use the environment's proxies and credentials (streamlink's CVE-2026-44353 and -92164).
 SAFETY_OPTIONS: Mapping[str, Any] = {
     "webbrowser": False,
     "no-plugin-cache": True,
@@ -4069,11 +4155,11 @@ SAFETY_OPTIONS: Mapping[str, Any] = {
     "ffmpeg-verbose-path": None,
 }
 engine_version = importlib.metadata.version("streamlink")
-LEAST_STREAMLINK = (8, 6, 2)  # older ones hand out local files over a redirect
-ALIASES = ("best", "worst", "best-unfiltered", "worst-unfiltered")  # names for other names
+LEAST_STREAMLINK = (8, 6, 2)  # older versions follow a redirect to a local file
+ALIASES = ("best", "worst", "best-unfiltered", "worst-unfiltered")  # second names of streams
 
 
-# What of the libraries is overridden and called here, with its parameters.
+# The functions of libraries that are overridden and called here, with their parameters.
 HOOKS: tuple[tuple[Any, Mapping[str, str]], ...] = (
     (HLSStreamWriter, {
         "put": "self segment", "run": "self", "close": "self",
@@ -4094,7 +4180,7 @@ HOOKS: tuple[tuple[Any, Mapping[str, str]], ...] = (
 
 
 def check_engine() -> None:
-    """Raise PipeError where the installed streamlink is not safe, or not one that fits."""
+    """Raise PipeError if the installed streamlink is unsafe or incompatible."""
     numbers = tuple(int(n) for n in re.findall(r"\d+", engine_version)[:3])
     has_hooks = all(
         hasattr(owner, name)
@@ -4110,14 +4196,14 @@ def check_engine() -> None:
 
 
 def warm_up() -> None:
-    """Load what streamlink loads late, so that the first viewer does not wait for it."""
+    """Trigger streamlink's lazy loading, so that the first viewer does not wait for it."""
     engine = Streamlink()
     engine.plugins.match_url("hls://localhost/")
     engine.localization.equivalent(language="en")
 
 
 def engine_options() -> EngineOptions:
-    """Streamlink's session options with an example of each one's type; `...` where it is ours."""
+    """Streamlink's session options, each with an example value; `...` for SAFETY_OPTIONS."""
     known = dict(Streamlink(plugins_builtin=False).options.defaults)
     by_http = {
         "http-headers": {}, "http-cookies": {}, "http-query-params": {}, "http-cookies-files": [],
@@ -4128,31 +4214,31 @@ def engine_options() -> EngineOptions:
 
 
 class Session:
-    """Streamlink for one opening of a channel's upstream: nothing in it is shared with another.
+    """Streamlink for one opening of a channel's upstream; openings share nothing.
 
-    Used by the channel's feeder alone, but for http.cut().
+    Only the channel's feeder uses it, but any thread may call http.cut().
     """
 
     def __init__(self, stream: StreamSettings, timeout: float) -> None:
         self.name = stream.name
         self.read_size = max(stream.options.buffer_size, 64 * KIB)
-        self._ends = time.monotonic() + timeout  # when resolving and opening have to be over
+        self._ends = time.monotonic() + timeout  # when resolving and opening must be done
         self.engine = Streamlink()
         self.engine.http = self.http = Http()
-        self.closed = self.http.closed  # what belongs to this opening shares the event
+        self.closed = self.http.closed  # everything that belongs to this opening shares the event
         for settings in (_own_options(stream, timeout), stream.options.streamlink, SAFETY_OPTIONS):
             for option, value in settings.items():
                 self.engine.set_option(option, value)
-        # What the address offers, once it is resolved:
-        self.qualities: list[str] = []  # the names that stand for themselves, in streamlink's order
-        self.canonical: dict[str, str] = {}  # for each name the one of `qualities` that means it
+        # The results of resolve():
+        self.qualities: list[str] = []  # the names that are not aliases, in streamlink's order
+        self.canonical: dict[str, str] = {}  # the name in `qualities` for each name, alias or not
         self._streams: Mapping[str, Any] = {}
-        self._copies: Mapping[str, Sequence[Any]] = {}  # of variants that have any, by name
-        self._raw: Opened | None = None  # what no plugin knew, and was no playlist
-        self.slack = 0  # how many numbers a playlist may be behind the segment to begin with
+        self._copies: Mapping[str, Sequence[Any]] = {}  # of the variants of a master, by name
+        self._raw: Opened | None = None  # a body that no plugin handles and that is not a playlist
+        self.slack = 0  # by how many numbers a playlist may be behind the first segment wanted
 
     def resolve(self, address: str) -> None:
-        """Find what an address offers; blocks for the session's time-out at most.
+        """Find the streams at an address; blocks for the session's time-out at most.
 
         Raises UpstreamError.
         """
@@ -4182,10 +4268,10 @@ class Session:
     ) -> Upstream:
         """Open a copy of a quality; raises UpstreamError.
 
-        It begins with the segment `first` where that is listed, and with each one's of `tracks`
-        where ffmpeg puts tracks together.
-        `is_other`: another address gave the numbers, so the playlist may be a little behind them.
-        `left_out`: the tracks that the channel's start left out; None at a start.
+        The upstream begins with segment `first` if that is listed.  If ffmpeg joins tracks, each
+        track begins with its number in `tracks`.
+        `is_other`: the numbers are another address's, so the playlist may be a little behind them.
+        `left_out`: the tracks that were left out at the channel's start; None at a start.
         """
         upstream: Upstream | None = None
         self.slack = STALE_NUMBERS if is_other else 0
@@ -4204,16 +4290,16 @@ class Session:
         return upstream
 
     def count_copies(self, name: str) -> int:
-        """How many addresses a quality has."""
+        """The number of addresses that a quality has."""
         return len(self._copies.get(self.canonical[name], [name]))
 
     @property
     def remaining(self) -> float:
-        """Seconds until all has to be open."""
+        """Seconds left for resolving and opening, at least 0.1."""
         return max(0.1, self._ends - time.monotonic())
 
     def shorten(self, seconds: float) -> None:
-        """Let what is still to be opened take so many seconds at most."""
+        """Limit the time left for opening to `seconds`."""
         self._ends = min(self._ends, time.monotonic() + seconds)
 
     def _copy_of(self, name: str, copy: int) -> Any:
@@ -4221,7 +4307,7 @@ class Session:
         return copies[copy % len(copies)]
 
     def _missing(self, stream: Any) -> str | None:
-        """What a viewer of this stream has to do without."""
+        """A note on what this stream lacks and why; None if it is complete."""
         if not isinstance(stream, HLSStream) or stream.multivariant is None:
             return None
         playlist = next((p for p in stream.multivariant.playlists if p.uri == stream.url), None)
@@ -4250,7 +4336,7 @@ class Session:
         return ProcessUpstream(self, stream, tracks, left_out)
 
     def _check_muxing(self) -> None:
-        """Raise UpstreamError where ffmpeg, or a place for the FIFOs that it reads, is missing."""
+        """Raise UpstreamError if ffmpeg or a folder for the FIFOs that it reads is missing."""
         if not FFMPEGMuxer.is_usable(self.engine):
             raise UpstreamError("audio and video are separate: install ffmpeg")
         try:
@@ -4263,7 +4349,7 @@ class Session:
 
     def _resolve(self, address: str) -> Mapping[str, Any]:
         match = self.engine.plugins.match_url(address)
-        if match is None:  # its first bytes tell what it is
+        if match is None:  # the first bytes show whether it is a playlist
             scheme = address.partition("://")[0]
             if scheme.lower() not in ("http", "https"):
                 raise UpstreamError(f"{scheme}:// is not supported: use http:// or https://")
@@ -4282,11 +4368,11 @@ class Session:
                 return self._resolve_hls(plugin)
             return dict(plugin.streams())
         finally:
-            # Every plugin leaves its cache with atexit, for ever.
+            # Every plugin registers its cache with atexit, which would keep it forever.
             atexit.unregister(plugin.cache._save)
 
     def _resolve_hls(self, plugin: Any) -> Mapping[str, Any]:
-        """As the plugin, but each variant is usable, whatever it says of itself."""
+        """Resolve as the plugin does, but keep every variant usable, whatever its attributes."""
         url = update_scheme("https://", plugin.match["url"], force=False)
         parameters = parse_params(plugin.match["params"])
         self._copies = self._variants(url, parameters)
@@ -4303,7 +4389,7 @@ class Session:
         master: Any = next(iter(found.values())).multivariant
         variants = {variant.key: variant for variant in master.playlists if not variant.is_iframe}
         copies: dict[str, list[Any]] = {}
-        names: dict[object, str] = {}  # by what copies have in common
+        names: dict[object, str] = {}  # by the variants' traits
         addresses = set()
         for key, stream in found.items():
             variant = variants[key]
@@ -4335,7 +4421,7 @@ class Session:
         return stream
 
     def _open_raw(self, arguments: Mapping[str, Any]) -> Opened:
-        """Ask for a body, and read as much of it as tells what it is."""
+        """Request a body, and read enough of it to detect its kind; raises UpstreamError."""
         response = self.http.ask(arguments, {}, self.http.timeout)
         try:
             return response, without_preface(read_start(parts_of(response, START_LIMIT)))
@@ -4345,7 +4431,7 @@ class Session:
 
 
 class Fetch:
-    """A body that is no stream: a channel list or a guide.
+    """A body that is not a stream: a channel list or a guide.
 
     One thread uses it; close() may be called from any thread.
     """
@@ -4353,7 +4439,7 @@ class Fetch:
     def __init__(self, stream: StreamSettings, seconds: float) -> None:
         """Prepare to request the address of `stream` with its settings.
 
-        `seconds` is the time for the request and all of its body.
+        `seconds` is the time for the request and its whole body.
         """
         self._address = stream.urls[0]
         self._seconds = seconds
@@ -4362,7 +4448,7 @@ class Fetch:
         self._deadline = Deadline(self._http, seconds)
 
     def open(self, headers: Mapping[str, str]) -> requests.Response:
-        """Send the request; returns the answer without its body.  Raises UpstreamError."""
+        """Send the request; returns the response without its body.  Raises UpstreamError."""
         self._deadline.start()
         try:
             arguments = {"url": self._address}
@@ -4373,7 +4459,7 @@ class Fetch:
         return self._response
 
     def parts(self, *, is_decoded: bool = True) -> Iterator[bytes]:
-        """The body as it arrives; raises UpstreamError if it breaks off."""
+        """Yield the body as it arrives; raises UpstreamError if it breaks off."""
         assert self._response
         try:
             if is_decoded:
@@ -4393,7 +4479,7 @@ class Fetch:
 
 
 def _own_options(stream: StreamSettings, timeout: float) -> dict[str, Any]:
-    """A stream's settings in streamlink's words."""
+    """A stream's settings as streamlink's options."""
     options = stream.options
     proxy = {"http-proxy": stream.proxy} if stream.proxy else {}
     return proxy | {
@@ -4403,37 +4489,38 @@ def _own_options(stream: StreamSettings, timeout: float) -> dict[str, Any]:
         "stream-segment-timeout": options.timeout,
         "stream-segment-threads": options.threads,
         "ringbuffer-size": options.ringbuffer_size,
-        # The channel judges its upstream, nobody else does.
+        # Only the channel judges its upstream: these switch streamlink's own checks off.
         "stream-segmented-queue-deadline": 0,
         "hls-playlist-reload-attempts": 0,
-        "ffmpeg-fout": "mpegts",  # the default, Matroska, plays in few set-top boxes
+        "ffmpeg-fout": "mpegts",  # few set-top boxes play the default, Matroska
     }
 
 
 class Http(HTTPSession):
-    """How requests leave.  Another thread can end them all, at once.
+    """Sends requests.  Another thread can end all of them at once.
 
-    What is not streamed (playlists, keys, pages) is bounded in size, and so is what comes with an
-    error or a redirect.  A request's time-out is for each of its waits; a Deadline ends requests
-    that are late, and in a running channel the channel does.  A start loads no playlist twice.
+    A body that is not streamed (a playlist, a key, a page) is limited in size, and so is the body
+    of an error or a redirect.  A request's time-out applies to each of its waits.  A Deadline ends
+    late requests of an opening; the channel ends those of a running one.  A start loads no playlist
+    twice.
     """
 
     def __init__(self) -> None:
-        self.is_resolving = True  # what is loaded now is used a second time
-        self._kept: dict[str, requests.Response] = {}  # playlists, by their addresses
-        self._thread = threading.local()  # `timeout`: of its requests, see timed()
-        self.ends: float | None = None  # when they are late; written by the one that has a Deadline
+        self.is_resolving = True  # playlists that are loaded now are used a second time
+        self._kept: dict[str, requests.Response] = {}  # playlists, by address
+        self._thread = threading.local()  # its `timeout`: see timed()
+        self.ends: float | None = None  # time.monotonic() at which requests are late; see Deadline
         # _lock guards these two.
         self._lock = threading.Lock()
         self._pools: weakref.WeakSet[Any] = weakref.WeakSet()
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-        self.closed = threading.Event()  # nothing may be requested any more; set under _lock
+        self.closed = threading.Event()  # no more requests may be sent; set under _lock
         super().__init__()
         self.hooks["response"].append(cast(Any, self._bound))
 
     @contextlib.contextmanager
     def timed(self, seconds: float) -> Iterator[None]:
-        """Give the requests that this thread sends meanwhile another time-out."""
+        """Apply another time-out to the requests that this thread sends inside the block."""
         self._thread.timeout = seconds
         try:
             yield
@@ -4441,9 +4528,9 @@ class Http(HTTPSession):
             self._thread.timeout = None
 
     def time_left(self, ends: float) -> float:
-        """Seconds until a time of the monotonic clock, or until the requests are late.
+        """Seconds until `ends` (by time.monotonic()), or until requests are late if that is sooner.
 
-        Raises TimeoutError at the end, and requests.ConnectionError once all was cut.
+        Raises TimeoutError if no time is left, and requests.ConnectionError after cut().
         """
         if self.closed.is_set():
             raise requests.ConnectionError("closed")
@@ -4457,16 +4544,17 @@ class Http(HTTPSession):
     def ask(
         self, arguments: Mapping[str, Any], headers: Mapping[str, str], timeout: float
     ) -> requests.Response:
-        """Ask for a body that is still to be read; raises what streamlink makes of a failure."""
+        """Request a body, which the caller must read; raises the errors of streamlink's request."""
         given = arguments.get("headers") or {}
-        headers = {**given, "Accept-Encoding": "identity", **headers}  # or it cannot be resumed
+        headers = {**given, "Accept-Encoding": "identity", **headers}  # so that it can be resumed
         arguments = {"method": "GET", **arguments, "headers": headers, "timeout": timeout}
         return cast(requests.Response, self.request(**arguments, stream=True))
 
     def request(self, method: str, url: str, **arguments: Any) -> Any:  # type: ignore[override]
-        """As streamlink's, but bounded in size."""
+        """Send a request as streamlink does, but limit the size of the body."""
         is_streamed = arguments.get("stream")
-        # DASH alone gives a time-out of its own to what is not streamed: segments, of any size.
+        # Among requests that are not streamed, only those for DASH segments have their own
+        # time-out.  A segment may have any size.
         has_timeout = bool(arguments.get("timeout"))
         is_segment = arguments.get("exception") is EngineStreamError and has_timeout
         if is_segment and not is_streamed:
@@ -4481,14 +4569,14 @@ class Http(HTTPSession):
         return self._load(url, arguments)
 
     def _load(self, url: str, arguments: Mapping[str, Any]) -> Any:
-        """A playlist, key or page; what resolving loaded is used again by the worker, once."""
+        """Load a playlist, key or page; a playlist that resolving loaded is used again, once."""
         kept = self._kept.get(url)
         if not self.is_resolving:
             self._kept.clear()
         if kept:
             return kept
         response = super().request("GET", url, **arguments)
-        # Streamlink asks so for playlists and keys, and plugins for their pages otherwise.
+        # Streamlink passes one of these two for playlists and keys; plugins pass others for pages.
         kind = arguments.get("exception")
         if kind in (OSError, EngineStreamError):
             if not response.content:
@@ -4498,17 +4586,17 @@ class Http(HTTPSession):
                 raise kind from UpstreamError(WEB_PAGE)
         if is_playlist(response.content):
             self.keep(url, response)
-        elif kind is OSError and is_short_text(response.content):  # so no keys are requested
+        elif kind is OSError and is_short_text(response.content):  # keys have the other kind
             raise kind from text_error(response.content)
         return response
 
     def _bound(self, response: requests.Response, stream: bool, **_: Any) -> None:
-        """Read an answer that nobody reads as it arrives."""
+        """Read the body of an error or a redirect, or one that is not streamed; it has a limit."""
         if response.status_code >= 300 or not stream:
             read_bounded(response)
 
     def _bound_error(self, response: requests.Response, **_: Any) -> None:
-        """Read an error or a redirect; the body of any other answer has no limit."""
+        """Like _bound(), but only for an error or a redirect: any other body has no limit."""
         if response.status_code >= 300:
             read_bounded(response)
 
@@ -4518,26 +4606,29 @@ class Http(HTTPSession):
             self._kept[url] = response
 
     def mount(self, prefix: Any, adapter: Any) -> None:
-        """Watch an adapter's pools; what reads local files is not mounted at all."""
+        """Watch an adapter's pools; an adapter that reads local files is not mounted."""
         if isinstance(adapter, HTTPAdapter):
             find_pool = functools.partial(self._find_pool, adapter.get_connection_with_tls_context)
             vars(adapter)["get_connection_with_tls_context"] = find_pool
             super().mount(prefix, adapter)
 
     def _find_pool(self, find: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
-        """The pool that a request takes its connection from, directly or over a proxy."""
+        """The connection pool for a request, direct or through a proxy.
+
+        Raises requests.ConnectionError after cut().
+        """
         pool = find(*arguments, **more)
         with self._lock:
             if self.closed.is_set():
                 raise requests.ConnectionError("closed")
             if pool not in self._pools:
                 self._pools.add(pool)
-                pool.pool.maxsize = 0  # keep them all: there are no more than the threads need
+                pool.pool.maxsize = 0  # no limit: there are only as many as the threads need
                 pool.ConnectionCls = _watched(pool.ConnectionCls, self)
         return pool
 
     def add(self, sock: socket.socket) -> socket.socket:
-        """Note a socket; one that is connected while another thread cuts is shut down here."""
+        """Note a socket, and return it; shut it down if another thread has called cut()."""
         with self._lock:
             self._sockets.add(sock)
             if self.closed.is_set():
@@ -4545,20 +4636,20 @@ class Http(HTTPSession):
         return sock
 
     def cut(self) -> None:
-        """End every request now, refuse further ones and keep nothing, from any thread."""
+        """End every request, refuse further ones and keep no playlist.  Any thread may call it."""
         with self._lock:
             self.closed.set()
             for sock in self._sockets:
                 _shut(sock)
             for pool in self._pools:
-                pool.close()  # what is idle now, and the others when they are done
+                pool.close()  # closes idle connections now, and the others when they are done
         self._kept = {}
 
 
 class Deadline:
-    """Ends all requests of an Http if they are not over in time.
+    """Ends all requests of an Http that are not done in time.
 
-    A context manager, or start() and cancel(), which any thread may call.
+    Use it as a context manager, or call start() and cancel(), from any thread.
     """
 
     def __init__(self, http_session: Http, seconds: float) -> None:
@@ -4568,16 +4659,16 @@ class Deadline:
         self.is_late = False  # written once, by the timer's thread
 
     def start(self) -> None:
-        """Let the time begin; raises RuntimeError if the system has no threads left."""
+        """Start the timer; raises RuntimeError if the system allows no more threads."""
         self._http.ends = time.monotonic() + self._seconds
         self._timer = threading.Timer(self._seconds, self._end)
         self._timer.daemon = True
         self._timer.start()
 
     def cancel(self) -> None:
-        """Requests may take any time from now on.  Idempotent."""
+        """Stop the timer: requests may now take any time.  Idempotent."""
         self._http.ends = None
-        timer, self._timer = self._timer, None  # which refers to this object
+        timer, self._timer = self._timer, None  # the timer refers to this object
         if timer:
             timer.cancel()
 
@@ -4586,7 +4677,7 @@ class Deadline:
         self._http.cut()
 
     def failure_of(self, error: Exception) -> UpstreamError:
-        """Tell why something failed: it was late, or what its error says."""
+        """The UpstreamError for a failure: that it was late, or the explanation of `error`."""
         return UpstreamError(TIMED_OUT if self.is_late else explain(error))
 
     def __enter__(self) -> None:
@@ -4594,21 +4685,21 @@ class Deadline:
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         self.cancel()
-        if self.is_late and error is None:  # a plugin took the end of a request for an answer
+        if self.is_late and error is None:  # a plugin did not notice that its request was cut
             raise TimeoutError("the attempt took too long")
 
 
 def _watched(kind: Any, http_session: Http) -> Any:
-    """A kind of connection that reports its sockets, before and after TLS."""
+    """A subclass of a connection class that reports its sockets, before and after TLS."""
 
     class Connection(kind):  # type: ignore[misc]
-        timeout: float  # seconds, for what comes next
+        timeout: float  # seconds, for the next step
         response_class = Response
 
         def _new_conn(self) -> socket.socket:
             if kind._new_conn is urllib3.connection.HTTPConnection._new_conn:
                 return http_session.add(connect_fastest(self, http_session))
-            # A SOCKS proxy.  Half of the time for each of its addresses.
+            # A SOCKS proxy: each of its addresses may take half of the time.
             self.timeout = http_session.time_left(time.monotonic() + self.timeout) / 2
             return http_session.add(super()._new_conn())
 
@@ -4622,17 +4713,18 @@ def _watched(kind: Any, http_session: Http) -> Any:
 ATTEMPT_DELAY = 0.25  # seconds between two attempts to connect; RFC 8305, 5
 ANSWERED_LIMIT = 1000  # hosts whose last good address is remembered
 
-# The address of each host and port that answered last; every session tries it first.
-# _answered_lock guards it.
+# For each host and port, the address that answered last.  Every session tries it first.
+# _answered_lock guards this.
 _answered: dict[tuple[str, int], Any] = {}
 _answered_lock = threading.Lock()
 
 
 def connect_fastest(connection: Any, http_session: Http) -> socket.socket:
-    """Connect to the address of a host that answers first (RFC 8305).
+    """Connect to a host at the address that answers first (RFC 8305), and return the socket.
 
-    Blocks for the connection's time-out and the name look-up at most, and leaves the rest of that
-    time for what follows, such as a TLS handshake.  Raises urllib3's errors.
+    Blocks until the connection's time-out, or until the end of the name look-up if that is later.
+    The socket's time-out is the rest, for the next step, such as a TLS handshake.  Raises urllib3's
+    errors.
     """
     name, port = connection._dns_host.strip("[]"), connection.port
     ends = time.monotonic() + connection.timeout
@@ -4658,13 +4750,13 @@ def connect_fastest(connection: Any, http_session: Http) -> socket.socket:
             del _answered[next(iter(_answered))]
     if address != found[0]:
         log.warning("%s: the address tried first does not answer, another one does", name)
-    # No question that may raise here: nobody else would close the socket.
+    # Do not call time_left() here: if it raised an error, the socket would stay open.
     sock.settimeout(max(0.1, ends - time.monotonic()))
     return sock
 
 
 def look_up(name: str, port: int) -> list[Any]:
-    """A host's addresses; a look-up that fails for one family does not spoil the other.
+    """A host's addresses; those of one family if the look-up of both together fails.
 
     Blocks for as long as the system's resolver does.  Raises socket.gaierror, UnicodeError.
     """
@@ -4682,7 +4774,7 @@ def look_up(name: str, port: int) -> list[Any]:
 
 
 def in_turn(found: Sequence[Any], name: str, port: int) -> list[Any]:
-    """Addresses in the order of attempts: the last good one, then the families in turn."""
+    """Addresses in the order of attempts: the last good one, then alternating families."""
     first = [address for address in found if address[0] == found[0][0]]
     others = [address for address in found if address[0] != found[0][0]]
     order = []
@@ -4702,10 +4794,11 @@ def first_to_answer(
     source: tuple[str, int] | None,
     options: Any,
 ) -> tuple[socket.socket, Any]:
-    """Begin an attempt every ATTEMPT_DELAY, or once one failed; returns the first connection.
+    """Begin an attempt every ATTEMPT_DELAY, or as soon as one fails.
 
-    All others are closed.  `patience` tells how many seconds are left, and raises at their end.
-    Raises OSError if every attempt failed: the first one's, or the one that says "refused".
+    Returns the first socket that is connected, and its address; closes all others.  `patience`
+    returns the seconds left, and raises an error if there are none.  Raises OSError if every
+    attempt failed: the first "refused" among their errors, or else the first error.
     """
     waiting = deque(addresses)
     errors: list[OSError] = []
@@ -4741,7 +4834,7 @@ def first_to_answer(
 
 
 def begin_attempt(address: Any, source: tuple[str, int] | None, options: Any) -> socket.socket:
-    """A socket that is being connected; raises OSError."""
+    """Begin to connect, and return the socket without waiting; raises OSError."""
     family, kind, protocol, _, place = address
     sock = socket.socket(family, kind, protocol)
     try:
@@ -4759,7 +4852,7 @@ def begin_attempt(address: Any, source: tuple[str, int] | None, options: Any) ->
 
 
 class Response(http.client.HTTPResponse):
-    """Also what the first Shoutcast servers, which many radios run, send for HTTP/1.0."""
+    """Also accepts "ICY 200" as HTTP/1.0: early Shoutcast servers, run by many radios, send it."""
 
     def _read_status(self) -> Any:
         if not self.fp.peek(7).startswith(b"ICY 200"):
@@ -4772,17 +4865,17 @@ NO_LINGER = struct.pack("HH" if os.name == "nt" else "ii", 1, 0)
 
 
 def _shut(sock: socket.socket) -> None:
-    """Wake whoever waits for it, and let its close() be a reset.
+    """Wake every thread that waits for a socket, and make its close() send a reset.
 
-    An origin that waits for room to send learns nothing from an orderly end, for a minute or two,
-    and many allow one connection at a time.
+    An origin that waits for room to send would not notice an orderly end for a minute or two, and
+    many origins allow only one connection at a time.
     """
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # past TLS, which would want to say goodbye
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket's would also drop the TLS layer
 
 
-START_LIMIT = 4 * KIB  # bytes of blanks and comments in front of a playlist, at most
+START_LIMIT = 4 * KIB  # bytes of blanks and comments that may precede a playlist
 MESSAGE_LIMIT = 4 * KIB  # bytes; a longer text is not a message
 TEXT_SHOWN = 80  # bytes of a text in the debug log
 _BLANKS = rb"(\xef\xbb\xbf)?(\s|#(?!EXTM3U)[^\r\n]*[\r\n])*"
@@ -4792,7 +4885,7 @@ _PAGE = re.compile(
     rb"(\xef\xbb\xbf)?\s*(<(!doctype|!--|\?xml|[a-z][\w:-]*[\s>/])|[{\[]\s*[\"{}\[\]\d])", re.I
 )
 
-_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")  # characters that no text has
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")  # characters that no text contains
 
 
 def is_playlist(body: bytes) -> bool:
@@ -4800,15 +4893,15 @@ def is_playlist(body: bytes) -> bool:
 
 
 def without_preface(body: bytes) -> bytes:
-    """A playlist without BOM, blanks and comments in front, which streamlink would refuse."""
+    """A playlist without its leading BOM, blanks and comments, which streamlink would refuse."""
     preface = _PREFACE.match(body, 0, START_LIMIT)
     return body[preface.end() :] if preface else body
 
 
 def is_page(start: bytes) -> bool:
-    """Whether this begins like HTML, XML or JSON, and like text: media may begin with any byte.
+    """Whether this begins like HTML, XML or JSON, and is text: media may begin with any byte.
 
-    A key of 16 bytes is none.
+    A key of 16 bytes is not a page.
     """
     is_text = not re.search(rb"[\x00-\x08\x0e-\x1f]", start[:512])
     return is_text and len(start) > 16 and bool(_PAGE.match(start, 0, START_LIMIT))
@@ -4824,12 +4917,12 @@ def is_text(start: bytes) -> bool:
 
 
 def is_short_text(body: bytes) -> bool:
-    """Whether a complete body is an error message or a list of links, and no media playlist."""
+    """Whether a complete body is an error message or a list of links, and not a playlist."""
     return 0 < len(body) < MESSAGE_LIMIT and is_text(body) and not is_playlist(body)
 
 
 def text_error(body: bytes) -> UpstreamError:
-    """The error for a text, whose first words go to the debug log alone."""
+    """The error for a text; logs its first words, at the debug level only."""
     words = body[:TEXT_SHOWN].decode("utf-8", "ignore").split()
     shown = [word for word in words if not re.search("[/=?&@]", word)]  # addresses are secret
     log.debug("the origin sent text: %s", " ".join(shown))
@@ -4837,9 +4930,9 @@ def text_error(body: bytes) -> UpstreamError:
 
 
 def media_parts(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """Pass a segment or a file on as it arrives, unless its start proves to be no media.
+    """Yield a segment or a file as it arrives.
 
-    Raises UpstreamError before the first byte.
+    Raises UpstreamError before the first byte if its start is not media.
     """
     rest = iter(parts)
     start = read_start(rest)
@@ -4851,10 +4944,10 @@ def media_parts(parts: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def read_start(parts: Iterable[bytes]) -> bytes:
-    """Read as much of a body as tells media or a playlist from a page or a short text.
+    """Read and return enough of a body to distinguish media or a playlist from a page or a text.
 
-    Raises UpstreamError for these two.  Media has a byte that no text has within its first packet,
-    so only text waits for more.
+    Raises UpstreamError for a page and for a short text.  Media has a byte within its first packet
+    that no text contains, so only text waits for more.
     """
     start = b""
     for part in parts:
@@ -4871,9 +4964,10 @@ def read_start(parts: Iterable[bytes]) -> bytes:
 
 
 def read_bounded(response: requests.Response, start: bytes = b"") -> None:
-    """Read a body to its end and keep it, after `start`; PLAYLIST_LIMIT at most.
+    """Read a body to its end and keep it in `response`; its first bytes are `start`, if given.
 
-    Of a redirect or an error that can be as much as there is of it: its status tells enough.
+    Raises UpstreamError if it is larger than PLAYLIST_LIMIT, and any error of reading.  For an HTTP
+    error or a redirect, whose status is enough, it keeps the bytes read so far instead.
     """
     body = bytearray()
     try:
@@ -4889,36 +4983,37 @@ def read_bounded(response: requests.Response, start: bytes = b"") -> None:
     vars(response).update(_content=content, _content_consumed=True)
 
 
-# How an upstream ends.  Whoever notices first says so to its ReaderBuffer; read() hands on what
-# came before, and then raises SourceEnded (complete) or UpstreamError.
+# How an upstream ends.  The thread in the third column ends the ReaderBuffer; only the first end
+# counts.  read() returns everything received before, and then raises SourceEnded (complete) or
+# UpstreamError (failure).
 #
-#   HLS            complete  writer   all up to EXT-X-ENDLIST was handed on, filtered or a gap
-#                  failure   writer   no key, no initialization section, more amiss than one segment
-#                                     (see SegmentDownload), no end where it stops
-#                            worker   no first playlist, an expired address, numbers that start anew
-#   raw body       complete  pump     all of its length came
-#                  failure   pump     it broke off; it ended and had no length
-#   ffmpeg, files  complete  pump     the data ended, and every track has an end
+#   HLS            complete  writer   all up to EXT-X-ENDLIST was passed on, filtered or a gap
+#                  failure   writer   no key; no initialization section; a failed segment that is
+#                                     fatal (see SegmentDownload); segments stop without an end
+#                            worker   no first playlist; an expired address; restarted numbering
+#   raw body       complete  pump     its whole length was received
+#                  failure   pump     it broke off; it had no length and ended
+#   ffmpeg, files  complete  pump     the data ended, and every track is finite
 #                  failure   pump     the data ended otherwise
 #                            a track  as for HLS
-#   any            failure   all      a mistake of a plugin's, or of ours
+#   any            failure   all      a bug in a plugin or in this program
 #
-# Silence ends none of them: the channel judges that, and closes the upstream.
+# Silence ends none of them: the channel judges silence and closes the upstream.
 
 
 class Upstream:
-    """An open source.  The channel's thread alone reads and closes it."""
+    """An open source.  Only the channel's thread reads and closes it."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.buffer = ReaderBuffer(session.engine.get_option("ringbuffer-size"))
         self.live_edge: int = session.engine.get_option("hls-live-edge")
-        self._files: list[Any] = []  # what streamlink made for it, in that order
-        self._pump: threading.Thread | None = None  # moves what comes to the buffer
+        self._files: list[Any] = []  # streamlink's files to close, in the order of their opening
+        self._pump: threading.Thread | None = None  # moves the source's bytes to the buffer
         self.is_clean = False  # see Splicer.resume
-        self.missing: str | None = None  # what viewers have to do without
-        self.left_out: Collection[int] = ()  # the places of the tracks that were left out
-        self._unused: list[Any] = []  # their files
+        self.missing: str | None = None  # a note on what the stream lacks; None: nothing
+        self.left_out: Collection[int] = ()  # the positions of the tracks that were left out
+        self._unused: list[Any] = []  # the files of these tracks
 
     def __repr__(self) -> str:
         state = "closed" if self.session.closed.is_set() else "open"
@@ -4926,7 +5021,7 @@ class Upstream:
 
     @property
     def has_end(self) -> bool:
-        """Whether this source ends by itself; known from its first bytes on."""
+        """Whether this source is finite; known once its first bytes were received."""
         workers = self.workers
         return bool(workers) and all(
             getattr(worker, "playlist_end", None) is not None
@@ -4941,36 +5036,37 @@ class Upstream:
 
     @property
     def tracks(self) -> Sequence[int]:
-        """The segments that another opening's tracks begin with; none where it has no tracks."""
+        """The segment with which each track of the next opening begins; empty without tracks."""
         return ()
 
     @property
     def losses(self) -> Losses:
-        """Segments that its tracks have lost so far; the events of other sources tell theirs."""
+        """Segments that its tracks have lost so far; other sources report losses as events."""
         return Losses()
 
     @property
     def segment_time(self) -> float | None:
-        """Seconds from one segment to the next, as the origin lists them; None: not known yet."""
+        """Seconds from one segment to the next, as the origin lists them; None if not yet known."""
         times = (getattr(worker, "segment_time", None) for worker in self.workers)
         return max((seconds for seconds in times if seconds is not None), default=None)
 
     @property
     def target_duration(self) -> float:
-        """Seconds; 0 where there are no segments."""
+        """Seconds; 0 if there are no segments."""
         durations = (getattr(worker, "playlist_targetduration", 0.0) for worker in self.workers)
         return float(max(durations, default=0.0))
 
     @property
     def trouble(self) -> str | None:
-        """Why viewers have to wait: the newest playlist failed, or the server of the next segment.
+        """Why viewers have to wait; None if there is no trouble.
 
-        None if neither did.
+        Either the newest playlist could not be used, or the server of the next segment cannot be
+        reached.
         """
         for file in self._files:
             if not isinstance(file, SegmentedStreamReader):
                 continue
-            for part in (file.worker, file.writer):  # DASH has others
+            for part in (file.worker, file.writer):  # those of DASH have no `trouble`
                 trouble: str | None = getattr(part, "trouble", None)
                 if trouble:
                     return trouble
@@ -4978,11 +5074,11 @@ class Upstream:
 
     @property
     def workers(self) -> list[Any]:
-        """Who loads the playlist of each track."""
+        """The workers, each of which loads the playlist of a track."""
         return [file.worker for file in self._files if isinstance(file, SegmentedStreamReader)]
 
     def start(self) -> None:
-        """Open the source; may raise anything, and whatever happens close() ends it."""
+        """Open the source.  May raise any exception; the caller must call close() in any case."""
         self._pump = threading.Thread(
             target=lambda: fill(self.buffer, self._items()),
             name=f"pump-{self.session.name}-0",
@@ -4991,13 +5087,13 @@ class Upstream:
         self._pump.start()
 
     def _items(self) -> Items:
-        """All that comes, for the pump; raises UpstreamError where that is not an end."""
+        """Yield bytes and events for the pump; raises UpstreamError if the source breaks off."""
         raise NotImplementedError
 
     def read(self, timeout: float) -> list[bytes | SegmentEvent]:
-        """What has come, in order; empty after `timeout`, or when the buffer was woken.
+        """The bytes and events received, in order; empty after `timeout` seconds or a wake-up.
 
-        Raises SourceEnded where the source truly ended, UpstreamError where it broke off.
+        Raises SourceEnded if the source truly ended, and UpstreamError if it broke off.
         """
         items = self.buffer.take(TURN_LIMIT, timeout)
         if items or not self.buffer.is_exhausted:
@@ -5007,9 +5103,10 @@ class Upstream:
         raise SourceEnded
 
     def close(self) -> None:
-        """End everything and drop what nobody took; returns at once, but for ffmpeg.
+        """End everything and drop all bytes that were not read.  Call it once.
 
-        What would outlive the process (ffmpeg, and files for it) has ended then.  Called once.
+        Returns at once, but waits for ffmpeg: ffmpeg and its FIFOs, which would outlive the
+        process, are gone on return.
         """
         self.buffer.discard()
         self.session.http.cut()
@@ -5019,14 +5116,14 @@ class Upstream:
         name = f"close-{self.session.name}-0"
         try:
             threading.Thread(target=self._close, name=name, daemon=True).start()
-        except RuntimeError:  # the system allows no more threads: this one waits for the others
+        except RuntimeError:  # the system allows no more threads, so this one waits
             self._close()
 
     def _close(self) -> None:
-        """Wait for the end of what was started; blocks for seconds at most."""
+        """Close all files and wait for their threads; blocks for a few seconds at most."""
         for file in reversed([*self._files, *self._unused]):
             try:
-                file._opened = True  # or a writer whose worker could not be started would be left
+                file._opened = True  # so that close() also ends a writer whose worker did not start
                 file.close()
             except Exception:
                 log.debug("cannot close", exc_info=True)
@@ -5039,14 +5136,14 @@ class Upstream:
             self._pump.join()
 
     def _remember(self, stream: Any) -> None:
-        """Note what a stream makes when it is opened: it forgets that where it fails half-way."""
+        """Note each file that a stream opens: if it fails half-way, it forgets those files."""
         files, maker = self._files, "__reader__" if hasattr(stream, "__reader__") else "open"
         make = getattr(stream, maker)
 
         def make_and_note(*arguments: Any, **more: Any) -> Any:
             files.append(make(*arguments, **more))
             if isinstance(files[-1], DASHStreamReader):
-                # A track of DASH waits as SegmentReader.read does: its time-out is no end.
+                # A DASH track must wait as SegmentReader.read does: a time-out is not an end.
                 vars(files[-1])["read"] = files[-1].buffer.read
             return files[-1]
 
@@ -5054,7 +5151,10 @@ class Upstream:
 
 
 def end_muxer(muxer: Any) -> None:
-    """Kill ffmpeg, and remove its FIFOs once nobody waits at them."""
+    """Kill ffmpeg, and remove its FIFOs once no thread waits for them.
+
+    Blocks for 2 s per FIFO at most, and until ffmpeg has ended.
+    """
     if process := muxer.process:
         process.kill()
         process.stdin.close()
@@ -5066,13 +5166,14 @@ def end_muxer(muxer: Any) -> None:
     for pipe, thread in zip(muxer.pipes, muxer.pipe_threads, strict=True):
         deadline = time.monotonic() + 2.0
         while thread.is_alive() and time.monotonic() < deadline:
-            # It may wait for ffmpeg to open the other end.  (Windows has neither flag nor wait.)
+            # The thread may be waiting for ffmpeg to open the other end, so open that here.
+            # (Windows has neither the flag nor this wait.)
             with contextlib.suppress(OSError, AttributeError):
                 os.close(os.open(pipe.path, os.O_RDONLY | os.O_NONBLOCK))
             thread.join(0.02)
         with contextlib.suppress(OSError):
             pipe.path.unlink()
-    muxer.process = None  # it is closed
+    muxer.process = None  # so that streamlink's close() does not end it again
 
 
 class SegmentedUpstream(Upstream):
@@ -5091,9 +5192,9 @@ class SegmentedUpstream(Upstream):
 def hook(stream: Any, session: Session, track: str = "", **reading: Any) -> None:
     """Put our downloads into an HLS stream, perhaps a plugin's own, before it is opened.
 
-    `reading` is what SegmentReader asks for.
+    `reading` holds the other arguments of SegmentReader.
     """
-    stream.name = session.name + track  # part of its threads' names, and so of their log lines
+    stream.name = session.name + track  # part of the names of its threads, and so of log lines
     reader = _hooked(type(stream).__reader__)
     vars(stream)["__reader__"] = functools.partial(reader, slack=session.slack, **reading)
     vars(stream)["__parser__"] = _parser(type(stream).__parser__)
@@ -5101,20 +5202,26 @@ def hook(stream: Any, session: Session, track: str = "", **reading: Any) -> None
 
 @functools.cache
 def _hooked(base: Any) -> Any:
-    """Plugins' own readers and writers (Twitch's advertisement filter) stay in the class chain."""
+    """A subclass of a stream's reader, with subclasses of its writer and worker.
+
+    So a plugin's own readers and writers (Twitch's advertisement filter) stay in the class chain.
+    """
     writer, worker = base.__writer__, base.__worker__
-    members = {  # whose names are their threads'
+    members = {  # the threads have the names of these classes
         "__writer__": type(writer.__name__, (DownloadingWriter, writer), {}),
         "__worker__": type(worker.__name__, (WatchedWorker, worker), {}),
     }
     return type(base.__name__, (SegmentReader, base), members)
 
 
-LONGEST_SEGMENT = 86_400.0  # seconds; of a film in one
+LONGEST_SEGMENT = 86_400.0  # seconds; for a film that is a single segment
 
 
 def _with_true_lengths(playlist: Any) -> Any:
-    """A playlist whose lengths can be waited for: where a clock wraps, packagers write a day."""
+    """Replace implausible durations in a playlist, and return it.
+
+    The program waits for these durations, but packagers write a day if a clock wraps.
+    """
     lengths = sorted(segment.duration for segment in playlist.segments)
     most = LONGEST_SEGMENT if playlist.is_endlist else LISTED_TIME
     for segment in playlist.segments:
@@ -5125,21 +5232,22 @@ def _with_true_lengths(playlist: Any) -> Any:
     return playlist
 
 
-# The tags that only a playlist of segments has (RFC 8216, 4.3.2 and 4.3.3); EXTINF is not among
-# them, because lists of channels have it, too.
+# The tags that only a media playlist has (RFC 8216, 4.3.2 and 4.3.3).  EXTINF is not among them,
+# because channel lists have it, too.
 _MEDIA_TAGS = frozenset({
     "EXT-X-TARGETDURATION", "EXT-X-MEDIA-SEQUENCE", "EXT-X-DISCONTINUITY-SEQUENCE",
     "EXT-X-PLAYLIST-TYPE", "EXT-X-ENDLIST", "EXT-X-DISCONTINUITY", "EXT-X-BYTERANGE", "EXT-X-KEY",
     "EXT-X-MAP", "EXT-X-PROGRAM-DATE-TIME",
 })  # fmt: skip
-# Without these the bytes that follow would be wrong, or noise.
+# Without these tags, the following bytes would be wrong, or noise.
 _NEEDED_TAGS = frozenset({"EXT-X-KEY", "EXT-X-MAP", "EXT-X-BYTERANGE"})
 _LINE_ENDS = re.compile(r"[\r\n]+")
-_NO_LINE_ENDS = re.compile("[\v\f\x1c-\x1e\x85\u2028\u2029]")  # Python takes them for some
-# A name, and a quoted text or all up to the next name: some packagers quote no list of codecs.
+_NO_LINE_ENDS = re.compile("[\v\f\x1c-\x1e\x85\u2028\u2029]")  # str.splitlines() splits here, too
+# A name, and a quoted text or everything up to the next name: some packagers do not quote a list of
+# codecs.
 _ATTRIBUTE = re.compile(r'(?:^|,)\s*([A-Z0-9-]+)\s*=\s*("[^"]*"\s*|.*?)(?=,\s*[A-Z0-9-]+\s*=|$)')
 _BYTE_RANGE = re.compile(r"[1-9]\d{0,17}(@\d{1,18})?")
-# The attributes of a variant that have to be numbers.
+# The attributes of a variant that must be numbers.
 _VARIANT_NUMBERS = {
     "BANDWIDTH": re.compile(r"\d{1,12}"),
     "RESOLUTION": re.compile(r"\d{1,5}x\d{1,5}"),
@@ -5151,18 +5259,18 @@ class BadPlaylist(PipeError, ValueError):
     """A playlist that cannot be played; the text is the reason."""
 
 
-_ParserBase: Any = object  # whatever it is put in front of
+_ParserBase: Any = object  # in fact the parser that _parser() combines it with
 
 
 class PlaylistParser(_ParserBase):  # type: ignore[misc]
-    """In front of streamlink's parser of playlists, or a plugin's: forgives what can be forgiven.
+    """A mixin that makes streamlink's playlist parser, or a plugin's, tolerant of errors.
 
-    A tag that cannot be read is as if it were not there.  If playing without it would be wrong, the
-    parser raises BadPlaylist.
+    It ignores a tag that it cannot read.  If playing without that tag would be wrong, it raises
+    BadPlaylist.
     """
 
     is_gap = False
-    is_media = False  # a tag says that it lists segments
+    is_media = False  # a tag has shown that the playlist lists segments
     has_negative_length = False
     _map: Any
     _streaminf: dict[str, str] | None
@@ -5181,7 +5289,7 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
 
     def parse_line(self, line: str) -> None:
         if not line.startswith("#"):
-            # Each address in a playlist of segments is one (RFC 8216, 4.1).
+            # Each address in a media playlist is a segment (RFC 8216, 4.1).
             self._expect_segment |= self.is_media and not self._expect_playlist
             super().parse_line(line)
             return
@@ -5198,11 +5306,11 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
 
     def _parse_tag(self, tag: str, value: str, line: str) -> None:
         if tag == "EXT-X-I-FRAME-STREAM-INF" and self._expect_playlist:
-            return  # it would take the attributes of the variant whose address follows
+            return  # streamlink would give it the attributes of the variant whose address follows
         if tag == "EXT-X-MEDIA":
             line += _missing_name(self.parse_attributes(value))
         if tag == "EXT-X-KEY" and self.parse_attributes(value).get("METHOD", "").upper() == "NONE":
-            line = "#EXT-X-KEY:METHOD=NONE"  # nothing else of it matters (RFC 8216, 4.3.2.4)
+            line = "#EXT-X-KEY:METHOD=NONE"  # other attributes do not matter (RFC 8216, 4.3.2.4)
         section = self._map
         super().parse_line(line)
         if tag == "EXTINF":
@@ -5210,9 +5318,9 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
         elif tag == "EXT-X-GAP":
             self.is_gap = True
         elif tag == "EXT-X-DISCONTINUITY":
-            self._map = section  # which streamlink forgets there; RFC 8216, 4.3.2.5, does not
+            self._map = section  # streamlink drops it here; RFC 8216, 4.3.2.5, keeps it
         elif tag == "EXT-X-MEDIA-SEQUENCE":
-            # Some packagers count on from a negative number: read it as unsigned.
+            # Some packagers count up from a negative number: read it as unsigned.
             self.m3u8.media_sequence %= 1 << 64
         elif tag == "EXT-X-TARGETDURATION" and not self.m3u8.targetduration < math.inf:
             self.m3u8.targetduration = None
@@ -5232,7 +5340,7 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
 
     @classmethod
     def parse_attributes(cls, value: str) -> dict[str, str]:
-        """Those that can be read; streamlink has none if one is odd."""
+        """The attributes that can be read; streamlink returns none if one is malformed."""
         return {name: text.strip().strip('"') for name, text in _ATTRIBUTE.findall(value)}
 
     @classmethod
@@ -5243,7 +5351,10 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
 
     @classmethod
     def parse_hex(cls, value: str | None) -> Any:
-        """A key's IV: with another one, the start of each segment would be noise."""
+        """A key's IV.  Raises BadPlaylist if it is malformed.
+
+        A wrong IV would turn the start of each segment into noise.
+        """
         if value is not None and not re.fullmatch(r"0[xX][0-9A-Fa-f]{1,32}", value):
             raise BadPlaylist(UNREADABLE)
         return super().parse_hex(value)
@@ -5279,7 +5390,7 @@ def _parser(base: Any) -> Any:
 
 
 class Variant(HLSPlaylist):
-    """A variant of a master playlist, with a key of its own: several may have the same name."""
+    """A variant of a master playlist, with a unique key: several variants may have one name."""
 
     key = ""
     quality = ""  # streamlink's name for it
@@ -5287,7 +5398,7 @@ class Variant(HLSPlaylist):
 
     @property
     def traits(self) -> tuple[str | None, ...] | None:
-        """What the copies of a variant have in common; None if it says too little of itself."""
+        """The properties that the copies of a variant share; None if it has no BANDWIDTH."""
         if "BANDWIDTH" not in self.attributes:
             return None
         names = ("BANDWIDTH", "RESOLUTION", "CODECS")
@@ -5300,13 +5411,13 @@ class Variant(HLSPlaylist):
 
 
 class VariantStream(HLSStream):
-    """A stream of an address that no other plugin knows."""
+    """An HLS stream at an address that matches no plugin other than streamlink's `hls`."""
 
     __parser__ = type("VariantParser", (PlaylistParser, M3U8Parser), {"__playlist__": Variant})
 
 
 def _quality_name(variant: Variant, taken: Collection[str]) -> str:
-    """streamlink's name for a variant, or a number if it has none."""
+    """Streamlink's name for a variant, with `_alt` if it is taken; if it has none, a number."""
     match = re.match("[A-z0-9_+]+", variant.quality)
     if match is None:
         return next(name for n in itertools.count(1) if (name := f"variant-{n}") not in taken)
@@ -5320,7 +5431,7 @@ def _quality_name(variant: Variant, taken: Collection[str]) -> str:
 def _with_aliases(streams: Mapping[str, Any]) -> Mapping[str, Any]:
     """Streams by name, the worst first, then `worst` and `best`.
 
-    If no name tells how good its stream is, the first one is the best: players take that, too.
+    If no name has a known weight, the first stream is `best`: players take that one, too.
     """
     names = sorted(streams, key=lambda name: stream_weight(name)[0])
     weighed = [name for name in names if stream_weight(name)[0]]
@@ -5332,42 +5443,44 @@ def _with_aliases(streams: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _missing_name(attributes: Mapping[str, str]) -> str:
-    """The NAME attribute of a rendition that has none: streamlink would leave the rendition out."""
+    """A NAME attribute for a rendition that has none: streamlink would drop the rendition."""
     if attributes.get("NAME"):
         return ""
     return f',NAME="{attributes.get("LANGUAGE") or attributes.get("TYPE") or ""}"'
 
 
 class Losses(NamedTuple):
-    """Segments that tracks have lost."""
+    """Numbers of segments that tracks have lost."""
 
-    gaps: int = 0  # left out or given up, each with an event
-    skipped: int = 0  # that no event told of
+    gaps: int = 0  # left out or abandoned, each reported by an event
+    skipped: int = 0  # not reported by any event
 
 
 class SegmentReader(HLSStreamReader):
-    """One HLS stream, which streamlink's muxer reads where it is a track of several."""
+    """Reads one HLS stream; if that is one of several tracks, streamlink's muxer reads from it."""
 
     def __init__(
         self, stream: Any, name: str | None, buffer: Any, first: int | None, slack: int, fail: Any
     ) -> None:
-        self.first = first  # the segment to begin with, where it is listed
-        self.slack = slack  # how many numbers the playlist may be behind it
+        self.first = first  # number of the segment to begin with, if the playlist lists it
+        self.slack = slack  # how many numbers the playlist may be behind `first`
         self.is_track = fail is not None
-        self._fail = fail  # says that a track broke off; a weak reference
-        self._number: int | None = None  # of the segment that is read, or else of the next
-        # Of a track.  The thread that reads it replaces this value; others only read it.
+        self._fail = fail  # a weak reference to the method that reports a track's failure
+        self._number: int | None = None  # of the segment being read, or between two, of the next
+        # A track's.  The thread that reads the track replaces this value; others only read it.
         self.losses = Losses()
-        self.start = b""  # what came first
+        self.start = b""  # the first bytes of media
         super().__init__(stream, name=name)
         self.timeout = 2.0  # seconds that close() waits for each of two threads
         self.buffer: Any = buffer  # a ReaderBuffer
-        buffer.event_used = threading.Event()  # something came, or never will: streamlink waits
+        # Set once media has arrived or never will; streamlink waits for it.
+        buffer.event_used = threading.Event()
 
     def read(self, size: int) -> bytes:
-        """What comes next, about `size` bytes; waits for as long as it takes.
+        """Return the next bytes, about `size` at most; empty only after the end of the track.
 
-        Nothing only where the track is over: silence is for the channel to judge.
+        Blocks without a time limit, because the channel judges silence.  Reports a failure of the
+        track before it returns empty bytes.
         """
         while not self.buffer.is_exhausted:
             items = self.buffer.take(size, None)
@@ -5380,7 +5493,7 @@ class SegmentReader(HLSStreamReader):
         return b""
 
     def _note(self, event: SegmentEvent) -> None:
-        """Keep the track's place and its losses."""
+        """Update the track's position and its losses."""
         expected = self.first if self._number is None else self._number
         gaps, skipped = self.losses
         if expected is not None:
@@ -5393,54 +5506,62 @@ class SegmentReader(HLSStreamReader):
 
     @property
     def number(self) -> int | None:
-        """Of the segment that another opening begins with: ffmpeg cannot do without any."""
+        """The number of the segment that another opening begins with; None if not known yet.
+
+        For a complete track, that is its last segment, because ffmpeg needs media of every track.
+        """
         is_whole = self.buffer.closed and self.buffer.failure is None
         return self._number if self._number is None else self._number - is_whole
 
     @property
     def has_clock(self) -> bool:
-        """Whether a track's media, or the tag in front of it, tells its place in time."""
+        """Whether the track's media, or the tag in front of it, has timestamps."""
         has_tag = self.stream.packed_audio_timestamp is not None
         container = sniff(self.start, is_all=True)
         is_bare = container is not None and container.is_packed_audio
         return has_tag or not is_bare
 
     def fail(self, reason: str) -> None:
-        """Break off: the worker has no more segments to put."""
+        """Break off for this reason; the worker calls it when it can put no more segments."""
         self.buffer.end(reason)
         self.close()
 
     def abandon(self) -> None:
-        """Have the threads end when they can, and drop what they bring; returns at once."""
+        """Tell the threads to end, and drop all that they still write; returns at once."""
         self.buffer.discard()
         self.worker.closed = True
         self.worker._wait.set()
 
     def let_go(self) -> None:
-        """Have streamlink's threads let go of this, once they have ended, and of its bytes."""
+        """Drop the references of streamlink's threads to this reader and its bytes.
+
+        Does nothing if one of the threads is still running.
+        """
         if not (self.worker.is_alive() or self.writer.is_alive()):
             cast(Any, self.writer).downloads.clear()
             del self.worker.reader, self.worker.writer, self.writer.reader, self.buffer
 
 
-LEAST_INTERVAL = 0.5  # seconds between two loads of a playlist, whatever durations it has
+LEAST_INTERVAL = 0.5  # seconds at least between two loads of a playlist
 SHORT_PLAYLIST = 3  # segments; a playlist with fewer is loaded twice as often
 
 
 class WatchedWorker(HLSStreamWorker):
-    """Loads the playlist, and tells the reader why that failed.
+    """Loads the playlist, and reports failures to the reader.
 
-    It decides where to start, how often to load, and that the origin restarted its numbering.
+    It decides where to start and how often to load, and detects that the origin restarted its
+    numbering.
     """
 
     reader: Any
     trouble: str | None = None  # why the newest playlist could not be loaded or used
-    _is_loaded = False  # the first playlist came
-    _is_empty = True  # the newest lists nothing
+    _is_loaded = False  # the first playlist has been loaded
+    _is_empty = True  # the newest playlist lists no segments
     _below = 0  # successive playlists that end below the last number queued
-    _hurry = 1  # what the interval between two loads is divided by
-    segment_time: float | None = None  # seconds from one segment to the next, as measured
-    _measured_from: tuple[float, int] | None = None  # when it listed which number as the newest
+    _hurry = 1  # divisor of the interval between two loads
+    segment_time: float | None = None  # measured seconds from one segment to the next
+    # A time, and the newest number that the playlist listed then: where measuring began.
+    _measured_from: tuple[float, int] | None = None
 
     def run(self) -> None:
         try:
@@ -5456,9 +5577,9 @@ class WatchedWorker(HLSStreamWorker):
             self._is_loaded, self.trouble = True, EMPTY if self._is_empty else None
         except Exception as error:
             self.trouble = explain(error)
-            if self.trouble in EXPIRED or not self._is_loaded:  # or it is tried again
+            if self.trouble in EXPIRED or not self._is_loaded:  # otherwise streamlink retries
                 self.reader.fail(self.trouble)
-            self.reader.buffer.wake()  # the channel shows it, though the next reload may succeed
+            self.reader.buffer.wake()  # the channel shows the trouble even if a retry succeeds
             raise
 
     def _fetch_playlist(self) -> requests.Response:
@@ -5471,13 +5592,13 @@ class WatchedWorker(HLSStreamWorker):
         self._is_empty = False
         first, last, wanted = playlist.segments[0].num, playlist.segments[-1].num, self.reader.first
         if self.sequence < 0 and wanted is not None:
-            # Go on where another opening stopped, unless the numbers tell nothing.
+            # Continue where another opening stopped, unless its number does not fit this playlist.
             self.duration_offset_start = 0.0
             if first <= wanted <= last + 1 + self.reader.slack:
                 self.sequence = wanted
         elif last < self.sequence - 1:  # caches serve playlists a number or two old
             self._below += 1
-            playlist.is_endlist = False  # of something else
+            playlist.is_endlist = False  # it is not the end of this stream
             if self._below == 3 or self.trouble:
                 self.reader.fail("the origin restarted its numbering")
                 return
@@ -5492,9 +5613,9 @@ class WatchedWorker(HLSStreamWorker):
         self._reload_time = self._interval(playlist, has_news)
 
     def _measure(self, newest: int, is_skipping: bool) -> None:
-        """Measure how long segments are: what the playlist says of them may be wrong.
+        """Measure how long segments last, because the durations in the playlist may be wrong.
 
-        Numbers that jump tell nothing, because the origin may have numbered anew.
+        If the numbers jump, start again: the origin may have renumbered its segments.
         """
         now = time.monotonic()
         if self._measured_from is None or is_skipping:
@@ -5507,10 +5628,10 @@ class WatchedWorker(HLSStreamWorker):
     def _interval(self, playlist: Any, has_news: bool) -> float:
         """Seconds from this load of the playlist to the next.
 
-        The newest segment's duration is enough (RFC 8216, 6.3.4); many packagers write a target
-        duration far above it, after which a short playlist has moved on too far.
+        The newest segment's duration is enough; RFC 8216, 6.3.4, says the target duration.  Many
+        packagers declare one far above it, and a short playlist drops segments in that time.
         """
-        if self.reload_time:  # as configured, or as a plugin wants it
+        if self.reload_time:  # set by the configuration or by a plugin
             return max(self._reload_time, LEAST_INTERVAL)
         seconds = float(min(playlist.segments[-1].duration, playlist.targetduration))
         if not has_news or len(playlist.segments) < SHORT_PLAYLIST:
@@ -5518,42 +5639,43 @@ class WatchedWorker(HLSStreamWorker):
         return max(seconds / self._hurry, LEAST_INTERVAL)
 
 
-REFUSAL_TIME = 1.0  # seconds in which no segment of a film may be had, until its address expired
-# What origins answer that allow no more connections, panels with statuses of their own.
+REFUSAL_TIME = 1.0  # seconds of refusals after which the address of a finite stream has expired
+# The answers of origins that allow no more connections; panels use statuses of their own.
 BUSY = frozenset(f"the origin answered {status}" for status in (403, 429, 458, 503, 509))
-START_MISSING = 3  # segments that cannot be had at a start, until the stream is given up
+START_MISSING = 3  # missing segments after which a start fails
 
 
 REFUSALS = EXPIRED | NOT_MEDIA  # a panel also answers 200 with its error message
 UNREACHED = GONE | {TIMED_OUT}
-TROUBLE_TIME = 1.0  # seconds of failed tries of a segment that do not show as trouble yet
+TROUBLE_TIME = 1.0  # seconds of failed tries of a segment before they show as trouble
 
 
 class SegmentDownload(Download):
-    """A segment's, or its initialization section's, among its writer's others.
+    """The download of a segment or of an initialization section, one of those its writer runs.
 
-    One thread fills its buffer, and another takes the bytes meanwhile, to whom it looks like a
-    response of requests', as far as streamlink asks.
+    One thread fills its buffer while another takes the bytes.  To streamlink it looks like a
+    response of requests, as far as streamlink uses one.
 
-    What becomes of it when a try fails (is_hopeless, Download), or comes too slowly (is_slow):
+    When a try fails (is_hopeless, Download) or is too slow (is_slow), the download is abandoned or
+    retried:
 
-      the playlist no longer lists it                       it is given up
-      refused at a start, and next to be handed on          given up, unless it may only be late
-      refused for REFUSAL_TIME, and its upstream ends       given up
-      answered without a byte for REFUSAL_TIME              given up
-      no byte came for its patience                         given up
-      otherwise                                             it is tried again
+      the playlist no longer lists the segment              abandoned
+      refused at a start, and next to be handed on          abandoned, unless it may only be late
+      refused for REFUSAL_TIME, and its upstream ends       abandoned
+      answered without a byte for REFUSAL_TIME              abandoned
+      no byte arrived within its patience                   abandoned
+      otherwise                                             retried
 
-    and of its upstream when it is given up, or of no use (is_fatal):
+    When it is abandoned, or its bytes are of no use, its upstream ends or continues (is_fatal):
 
       it is an initialization section                       ends
-      nobody is there, and nothing else was answered        ends
-      at a start, the third one or the newest               ends
-      in a film, a connection failed                        ends, once for this segment
-      in a film, nothing else was answered, others fail     ends
-      refused in a film, and nothing else was answered      ends, once for this segment
-      in a film, nothing else was answered, others wait     ends, once for this segment
-      otherwise                                             goes on after a gap
+      the origin is gone, and nothing else was answered     ends
+      start: it is the third one missing, or the newest     ends
+      finite: a connection failed                           ends, once for this segment
+      finite: nothing else was answered, others fail alike  ends
+      finite: refused, and nothing else was answered        ends, once for this segment
+      finite: nothing else was answered, others wait        ends, once for this segment
+      otherwise                                             continues after a gap
     """
 
     empty_time = REFUSAL_TIME
@@ -5561,7 +5683,7 @@ class SegmentDownload(Download):
     def __init__(self, writer: DownloadingWriter, segment: Any, part: Any) -> None:
         self._writer, self._segment, self._is_map = writer, segment, part is not segment
         self.buffer = ReaderBuffer(BODY_LIMIT)
-        self._content: bytes | None = None  # of an initialization section, once it was read
+        self._content: bytes | None = None  # an initialization section, once it has been read
         request = functools.partial(writer.request, segment, part)
         super().__init__(request, writer.closing, writer.patience, part.byterange)
         if writer.decrypts(part.key):
@@ -5592,9 +5714,10 @@ class SegmentDownload(Download):
         return self in writer.downloads[:1] and not is_late
 
     def is_fatal(self, failure: str | None) -> bool:
-        """Whether more is amiss than this one, which cannot be fetched or is of no use.
+        """Whether the upstream must end, because more than this one segment is affected.
 
-        `failure` is that of its newest try; None if that was answered.
+        Called when this one cannot be fetched or is of no use.  `failure` is the failure of its
+        newest try; None if that try was answered.
         """
         tries, reader = self.tries, self._writer.reader
         nothing_else_answers = self._nothing_else_answers(tries, failure)
@@ -5602,7 +5725,7 @@ class SegmentDownload(Download):
             return True
         if self._writer.is_start:  # the next one may be there
             return self._writer.missing >= START_MISSING or self._is_newest
-        if not self._writer.lists(self._segment):  # a live stream that has ended meanwhile
+        if not self._writer.lists(self._segment):  # a live stream that has ended since
             return False
         if reader.worker.playlist_end is None:
             return False
@@ -5614,15 +5737,16 @@ class SegmentDownload(Download):
         others = [other.tries for other in self._others]
         if any(other.failure == failure for other in others):
             return True
-        # What is refused alone, although its address was just resolved for it, is missing; so is
-        # a track's, which cannot go on where it was. Another error may concern more than this
-        # segment if another one waited until this one was given up.
+        # If only this segment is refused, although its address was just resolved for it, the
+        # segment is missing.  The same holds for a track's segment, because a track cannot resume
+        # at its position.  Any other failure may affect more than this segment if another one
+        # waited until this one was abandoned.
         has_waited = any(not 0 < other.began < tries.asked for other in others)
         return self._is_old and not self._is_fresh and (failure in REFUSALS or has_waited)
 
     @property
     def _is_old(self) -> bool:
-        """Whether resolving its address anew may help."""
+        """Whether resolving its address again may help."""
         reader = self._writer.reader
         return bool(self._segment.num != reader.first and not reader.is_track)
 
@@ -5653,11 +5777,11 @@ class SegmentDownload(Download):
         return not any(tries.failing_since < time_asked < tries.asked for time_asked in answered)
 
     def is_slow(self) -> bool:
-        """Whether it comes more slowly than it plays, beside what was asked for later.
+        """Whether it arrives more slowly than it plays, while a later request is twice as fast.
 
-        The others tell how large a segment is, for its own length may be unknown.
+        The size of the other download stands for this one's, because its own may be unknown.
         """
-        size = self._segment.duration * self.rate  # bytes that come while it plays
+        size = self._segment.duration * self.rate  # bytes that arrive in the time it plays
         began = self.tries.began
         return any(
             other.tries.asked > began and other.size > size and other.rate > 2 * self.rate
@@ -5665,14 +5789,17 @@ class SegmentDownload(Download):
         )
 
     def iter_content(self, chunk_size: int = 1) -> Iterator[bytes]:
-        """The bytes as they come; raises DownloadError if the rest cannot be had."""
+        """Yield the bytes as they arrive; raises DownloadError if the rest cannot be fetched."""
         while not self.buffer.is_exhausted:
             yield from cast(list[bytes], self.buffer.take(PART_LIMIT, None))
         if self.buffer.failure:
             raise DownloadError(self.buffer.failure)
 
     def read_all(self) -> bytes:
-        """All of an initialization section; waits for it.  Raises UpstreamError without it."""
+        """Return the whole initialization section; blocks until it is fetched.
+
+        Raises UpstreamError if it cannot be fetched.
+        """
         if self._content is not None:
             return self._content
         content = b""
@@ -5692,11 +5819,12 @@ CIPHER_BLOCK = AES_128_KEY = 16  # bytes
 
 
 def _deciphered(cipher: Any, encrypted: Iterable[bytes]) -> Iterator[bytes]:
-    """Decrypt as the bytes come; the last block waits, for it holds the padding.
+    """Decrypt the bytes as they arrive, holding back the last block, which has the padding.
 
-    Some packagers pad a segment only if its length is not a multiple of 16, as SRS does: a last
-    block without padding is media.  So is one that looks like padding by chance, if a packet, a
-    frame or a box ends with it.
+    Some packagers, such as SRS, pad a segment only if its length is not a multiple of 16: then a
+    last block without padding is media.  So is a last block that looks like padding by chance, if
+    a packet, a frame or a box ends with it.
+
     Raises DecryptionError if the bytes end within a block.
     """
     held = b""
@@ -5726,38 +5854,39 @@ def _data_of(uri: str) -> bytes:
     if not head.lower().endswith(";base64"):
         return data
     try:
-        return base64.b64decode(data + b"==")  # some leave the padding out
+        return base64.b64decode(data + b"==")  # some origins omit the padding
     except binascii.Error as error:
         raise UpstreamError(NOT_A_KEY) from error
 
 
 class DownloadingWriter(HLSStreamWriter):
-    """Runs up to `threads` downloads at once and hands on the oldest one's bytes as they come.
+    """Runs up to `threads` downloads at once and hands on the oldest one's bytes as they arrive.
 
-    A segment begins where no more than `threads` have begun and are not handed on: that bounds
-    memory.  The others wait in line, never the worker, who has to load playlists.  A segment that
-    left the playlist while it waited is requested once: origins keep segments for longer than they
-    list them.  Its initialization section, if that changed, may well be gone: it is then a gap.
+    A download begins only if at most `threads` others have begun and are not handed on yet, which
+    bounds memory.  Further segments wait in line; the worker never waits, because it must load
+    playlists.  A segment that left the playlist while it waited is requested once, because origins
+    keep segments for longer than they list them.  If it needs a new initialization section, that is
+    probably gone, and the segment becomes a gap.
     """
 
     reader: Any
 
     def __init__(self, reader: Any, **arguments: Any) -> None:
         super().__init__(reader, **arguments)
-        self.retries = 0  # of keys: streamlink would sleep in between, whoever wants it to end
-        self.is_start = reader.first is None  # until the first media came
-        self.missing = 0  # segments given up
+        self.retries = 0  # of key requests: close() could not interrupt streamlink's pauses
+        self.is_start = reader.first is None  # until the first media arrives
+        self.missing = 0  # segments abandoned
         self._map: tuple[object, SegmentDownload] | None = None  # the newest EXT-X-MAP
-        # What has begun: segments, their initialization sections where those are to be handed on,
-        # and their downloads or why they have none.  None: the end.
+        # Segments in order: each with the initialization section to hand on before it, if any, and
+        # with its download, or the event that replaces it.  None: the end.
         self._queued: queue.SimpleQueue[
             tuple[Any, SegmentDownload | None, SegmentDownload | EventKind] | None
         ] = queue.SimpleQueue()
         self.closing = self._wait
-        # _lock is held where these change, and where `closing` is set.
+        # _lock is held to change these, and to set `closing`.
         self._lock = threading.Lock()
-        self._waiting: deque[Any] = deque()  # segments in line, or None: the end
-        self.downloads: list[SegmentDownload] = []  # have begun and are not handed on, in order
+        self._waiting: deque[Any] = deque()  # segments in line; None: the end
+        self.downloads: list[SegmentDownload] = []  # begun and not handed on yet, in order
 
     # The worker's thread
 
@@ -5766,10 +5895,10 @@ class DownloadingWriter(HLSStreamWriter):
             self._waiting.append(segment)
             self._begin_waiting()
 
-    # Any thread, and the caller holds _lock
+    # Any thread; the caller holds _lock
 
     def _begin_waiting(self) -> None:
-        """Begin what waits in line, as far as there is room."""
+        """Begin the downloads of waiting segments while there is room."""
         while self._waiting and len(self.downloads) <= self.threads and not self.closing.is_set():
             segment = self._waiting.popleft()
             if segment is None:
@@ -5781,8 +5910,8 @@ class DownloadingWriter(HLSStreamWriter):
                 self._queued.put((segment, init, self._begin(segment, segment)))
 
     def _left_out(self, segment: Any) -> EventKind | None:
-        """Why nothing is asked for."""
-        if getattr(segment, "is_gap", False):  # a plugin's own may not tell
+        """The event that replaces a segment that is not requested; None for any other segment."""
+        if getattr(segment, "is_gap", False):  # a plugin's own segments may lack it
             return EventKind.GAP
         if self.should_filter_segment(segment):
             return EventKind.FILTERED
@@ -5792,13 +5921,16 @@ class DownloadingWriter(HLSStreamWriter):
         return EventKind.GAP
 
     def _needs_map(self, segment: Any) -> bool:
-        """Whether it begins with another initialization section than the newest one."""
+        """Whether the segment needs an initialization section other than the newest one."""
         return bool(segment.map) and (
             self._map is None or self._map[0] != (segment.map.uri, segment.map.byterange)
         )
 
     def _begin_map(self, segment: Any) -> SegmentDownload | None:
-        """The initialization section where it changed, or the stream is discontinuous."""
+        """Return the download of the initialization section to hand on before a segment, if any.
+
+        A changed section is downloaded.  At a discontinuity, an unchanged one is handed on again.
+        """
         if self._needs_map(segment):
             key = segment.map.uri, segment.map.byterange
             self._map = key, self._begin(segment, segment.map)
@@ -5809,7 +5941,7 @@ class DownloadingWriter(HLSStreamWriter):
         return self._map[1]
 
     def _begin(self, segment: Any, part: Any) -> SegmentDownload:
-        """Download a segment or its map, in the executor's queue."""
+        """Submit the download of a segment, or of its map, to the executor."""
         download = SegmentDownload(self, segment, part)
         self.downloads.append(download)
         self.executor.submit(fill, download.buffer, download.parts())
@@ -5820,9 +5952,10 @@ class DownloadingWriter(HLSStreamWriter):
     def request(
         self, segment: Any, part: Any, headers: Mapping[str, str], timeout: float
     ) -> requests.Response:
-        """Ask for a segment where the newest playlist has it: tokens in addresses live for seconds.
+        """Request a segment, or its map if that is `part`.
 
-        Or for its map, as `part`.
+        A segment is requested at its address in the newest playlist, because the tokens in
+        addresses are valid only for seconds.
         """
         listed = self.reader.worker.playlist_segments if part is segment else ()
         same = (s for s in listed if (s.num, s.byterange) == (segment.num, segment.byterange))
@@ -5836,7 +5969,10 @@ class DownloadingWriter(HLSStreamWriter):
 
     @property
     def trouble(self) -> str | None:
-        """Why the server of the oldest download cannot be reached; None if it can."""
+        """Why the server of the oldest download is unreachable; None if it is not.
+
+        Failures count only after TROUBLE_TIME.
+        """
         for download in self.downloads[:1]:
             tries = download.tries
             is_lasting = time.monotonic() - tries.failing_since > TROUBLE_TIME
@@ -5856,7 +5992,7 @@ class DownloadingWriter(HLSStreamWriter):
         self.close()
 
     def _items(self) -> Items:
-        """All that is to be handed on, in order; raises UpstreamError where it breaks off."""
+        """Yield all events and bytes in order; raises UpstreamError if the stream breaks off."""
         for segment, init, download in iter(self._queued.get, None):
             if isinstance(download, EventKind):
                 yield SegmentEvent(download, segment.num)
@@ -5892,20 +6028,23 @@ class DownloadingWriter(HLSStreamWriter):
             self.missing += 1
             if download.is_fatal(None if is_fetched else download.tries.failure):
                 raise UpstreamError(reason) from error
-            is_cut = cast(Http, self.session.http).closed.is_set()  # by us: it tells nothing
+            is_cut = cast(Http, self.session.http).closed.is_set()  # we caused the failure
             if not (is_cut or self.closing.is_set()):
                 log.warning("gave up segment %d: %s", segment.num, reason)
             yield SegmentEvent(EventKind.GAP, segment.num)
 
     def _init(self, segment: Any, init: SegmentDownload) -> Iterator[bytes]:
-        """Hand on an initialization section; raises UpstreamError: nothing plays without it."""
+        """Yield an initialization section, decrypted.
+
+        Raises UpstreamError on any failure, because nothing plays without it.
+        """
         try:
             yield from self._decrypted(segment.map.key, segment.num, [init.read_all()])
         except DecryptionError as error:
             raise UpstreamError(explain(error)) from error
 
     def _forget(self, download: SegmentDownload) -> None:
-        """It is handed on, and makes room for another."""
+        """Remove a download that has been handed on, which makes room for another."""
         with self._lock:
             self.downloads.remove(download)
             self._begin_waiting()
@@ -5915,18 +6054,19 @@ class DownloadingWriter(HLSStreamWriter):
         pieces = behind_image(self._decrypted(segment.key, segment.num, encrypted))
         if self.reader.is_track and self.stream.parse_packed_audio:
             start, pieces = itertools.tee(pieces)
-            with contextlib.suppress(ID3v2Error):  # of tags before version 4, which stay
+            with contextlib.suppress(ID3v2Error):  # tags before version 4, which stay in the media
                 pieces = self._parse_packed_audio_timestamp(start)
         return pieces
 
     def decrypts(self, key: Any) -> bool:
-        """Whether a segment or a map with this key (streamlink's) is decrypted here."""
+        """Whether this writer decrypts a segment or a map that has this key (streamlink's)."""
         return bool(key) and key.method != "NONE" and not self.passthrough_encrypted
 
     def _decrypted(self, key: Any, number: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """Decrypt AES-128-CBC as the bytes come; raises DecryptionError if the key is wrong.
+        """Decrypt AES-128-CBC as the bytes arrive; raises DecryptionError if the key is wrong.
 
-        The first bytes wait until they show that the key is right: noise reaches no viewer.
+        Holds back the first bytes until they prove that the key is right, so that no viewer
+        receives noise.
         """
         if not self.decrypts(key):
             yield from pieces
@@ -5941,16 +6081,17 @@ class DownloadingWriter(HLSStreamWriter):
         if media is None:
             media = media_in(start, is_all=True) or b""
         if start and not media:
-            self.key_uri = None  # an encoder that was started again has another key there
+            self.key_uri = None  # a restarted encoder has another key at the same address
             raise DecryptionError(WRONG_KEY)
         if media:
             yield media
         yield from decrypted
 
     def _decryptor(self, key: Any, number: int) -> Any:
-        """Without its key a stream cannot go on: it is tried for as long as a segment would be.
+        """Return a cipher for a segment, fetching its key; blocks meanwhile.
 
-        Raises UpstreamError; at once if no other try can help.
+        A stream cannot continue without its key, so failed requests are retried for as long as
+        those of a segment.  Then, or at once if no retry can help, raises UpstreamError.
         """
         is_open = key.key_format in (None, "", "identity") or self.key_uri_override
         if key.method != "AES-128" or not is_open:
@@ -5961,7 +6102,7 @@ class DownloadingWriter(HLSStreamWriter):
                 with cast(Http, self.session.http).timed(max(0.1, self.patience() / 2)):
                     return self._cipher(key, number)
             except Exception as error:
-                self.key_uri = None  # or what came in its place would be kept
+                self.key_uri = None  # otherwise a wrong answer would be kept as the key
                 reason = explain(error)
                 is_final = reason in BAD_KEY or (self.is_start and reason in EXPIRED)
                 if is_final or time.monotonic() + pause > deadline or not self.wait(pause):
@@ -5969,7 +6110,10 @@ class DownloadingWriter(HLSStreamWriter):
         return None
 
     def _cipher(self, key: Any, number: int) -> Any:
-        """What streamlink makes of the key, which may end in a line break or be a data: URI."""
+        """Return streamlink's cipher for a key, which may end in a line break or be a data: URI.
+
+        Raises UpstreamError if it is not an AES-128 key.
+        """
         if key.uri and key.uri[:5].lower() == "data:" and not self.key_uri_override:
             self.key_data, self.key_uri = _data_of(key.uri), key.uri
         cipher = None
@@ -5978,14 +6122,17 @@ class DownloadingWriter(HLSStreamWriter):
         if cipher and len(self.key_data) == AES_128_KEY:
             return cipher
         if self.key_data[AES_128_KEY:] not in (b"\n", b"\r", b"\r\n"):
-            raise UpstreamError(NOT_A_KEY)  # also for 24 and 32 bytes, which other kinds of AES use
+            raise UpstreamError(NOT_A_KEY)  # includes 24 and 32 bytes, which other kinds of AES use
         self.key_data = self.key_data[:AES_128_KEY]
         return self.create_decryptor(key, number)
 
     # Any thread
 
     def close(self) -> None:
-        """Wake all that wait here and drop what nobody took, then end as streamlink does."""
+        """Wake all threads that wait here, drop all bytes not taken, then close as streamlink does.
+
+        The first call blocks until the executor's threads have ended.
+        """
         with self._lock:
             self.closing.set()
             for download in self.downloads:
@@ -5996,11 +6143,15 @@ class DownloadingWriter(HLSStreamWriter):
 
 
 class RawUpstream(Upstream):
-    """A plain HTTP body: with a length it is one segment, and resumed as such; else it is live."""
+    """A plain HTTP body.
+
+    With a Content-Length it is one segment of a finite stream, and is resumed if it breaks off;
+    without one it is live.
+    """
 
     def __init__(self, session: Session, arguments: Mapping[str, Any], opened: Opened) -> None:
         super().__init__(session)
-        self._arguments = arguments  # of its request
+        self._arguments = arguments  # of the request
         self._opened = opened
         self._files.append(opened[0])
 
@@ -6017,7 +6168,7 @@ class RawUpstream(Upstream):
             response, start = self._opened
             yield from parts_of(response, self.session.read_size, start)
             raise UpstreamError(CLOSED)
-        # A body that stalls is noticed after `timeout`, and then asked for once more.
+        # A stalled body is noticed after `timeout`; the rest of the patience is for one retry.
         patience = self.session.engine.get_option("stream-segment-timeout") + JUDGE_GRACE / 2
         ask = functools.partial(self.session.http.ask, self._arguments)
         download = Download(ask, self.session.closed, lambda: patience, opened=self._opened)
@@ -6027,13 +6178,13 @@ class RawUpstream(Upstream):
 
 
 def leave_out(stream: Any, places: Collection[int]) -> None:
-    """Take tracks out of a muxed stream, by their places in it, before or after it is opened."""
+    """Remove tracks from a muxed stream by their positions, before or after it is opened."""
     tracks = [*stream.substreams, *stream.subtitles.values()]
     kept = [place for place in range(len(tracks)) if place not in places]
     picked = [tracks[place] for place in kept]
     stream.substreams = [track for track in stream.substreams if track in picked]
     stream.subtitles = {name: t for name, t in stream.subtitles.items() if t in picked}
-    numbers = {str(old): str(new) for new, old in enumerate(kept)}  # ffmpeg's, of its inputs
+    numbers = {str(old): str(new) for new, old in enumerate(kept)}  # of ffmpeg's inputs
     maps = (str(entry).partition(":") for entry in stream.options.get("maps", []))
     stream.options["maps"] = [
         numbers[number] + colon + rest for number, colon, rest in maps if number in numbers
@@ -6047,7 +6198,7 @@ def leave_out(stream: Any, places: Collection[int]) -> None:
 
 
 class ProcessUpstream(Upstream):
-    """Tracks that ffmpeg puts together, and whatever else streamlink opens as a file."""
+    """Tracks that ffmpeg muxes, or anything else that streamlink opens as a file."""
 
     def __init__(
         self,
@@ -6061,9 +6212,9 @@ class ProcessUpstream(Upstream):
         self._is_start = left_out is None
         self.left_out = left_out or ()
         self._file: Any = None
-        self._first = first  # segments of its tracks: see SegmentReader
+        self._first = first  # the segment that each track begins with: see SegmentReader
         self._failure: str | None = None  # of a track
-        self._first_failure = threading.Lock()  # the first track that fails keeps it
+        self._first_failure = threading.Lock()  # the first track that fails takes and keeps it
 
     def start(self) -> None:
         stream = self._stream
@@ -6086,9 +6237,11 @@ class ProcessUpstream(Upstream):
 
     @property
     def tracks(self) -> Sequence[int]:
-        """ffmpeg takes one track's bytes earlier than another's: all begin with the last one's.
+        """The number that each track begins with in another opening; empty if one is unknown.
 
-        Only packagers that number the renditions apart from each other need more than that.
+        ffmpeg takes one track's bytes earlier than another's, so all tracks begin with the segment
+        of the one that is furthest behind.  A track more than TRACK_LEAD ahead of it keeps its own
+        number: its packager numbers the renditions independently.
         """
         numbers = [track.number for track in self._tracks if track.number is not None]
         least = min(numbers, default=0)
@@ -6109,10 +6262,11 @@ class ProcessUpstream(Upstream):
             self._remember(track)
 
     def _open_tracks(self, stream: Any) -> Sequence[Any]:
-        """The files of the tracks that play; raises UpstreamError.
+        """Open all tracks and return the files of those that play.
 
-        Blocks until each track has media or failed.  At a start, that ends with half of the time
-        that is left, and a track that has no media then is left out if the picture has some.
+        Blocks until each track has media or has failed; at a start, for at most half of the time
+        that is left.  A track that has no media by then is left out if the picture has some.
+        Raises UpstreamError if a track that cannot be left out failed.
         """
         if self._is_start:
             engine = self.session.engine
@@ -6135,7 +6289,7 @@ class ProcessUpstream(Upstream):
     def _do_without(
         self, stream: Any, files: Sequence[Any], unused: Sequence[SegmentReader]
     ) -> None:
-        """Leave out tracks that have no media."""
+        """Leave out the unused tracks, which have no media, and note that they are missing."""
         sounds = files[1 : len(stream.substreams)]
         missing = [file in unused for file in sounds]
         if any(missing):
@@ -6153,15 +6307,16 @@ class ProcessUpstream(Upstream):
         leave_out(stream, self.left_out)
 
     def _make_muxer(self, stream: Any, files: Sequence[Any]) -> Any:
-        """Prepare ffmpeg, told to keep the tracks' places in time to each other.
+        """Prepare ffmpeg, with the options that keep the tracks in sync.
 
-        By itself it moves the start of each to 0, wherever in its playlist it began.  -copyts does
-        not, but loses sound where clocks start anew: it is for an ffmpeg that has no -isync.
+        Without these options, ffmpeg moves the start of each track to 0, wherever in its playlist
+        the track began.  -copyts prevents that, but loses sound when clocks restart, so it is used
+        only if ffmpeg has no -isync (before 5.1).
         """
         version = [int(number) for number in re.findall(r"\d+", FFMPEGMuxer.FFMPEG_VERSION or "")]
         stream.options["copyts"] = bool(version) and version < [5, 1]
         muxer: Any = FFMPEGMuxer(self.session.engine, *files, **stream.options)
-        self.is_clean = "-copyts" not in muxer._cmd  # which the configuration may want, too
+        self.is_clean = "-copyts" not in muxer._cmd  # the configuration may set it, too
         for file, pipe in zip(files[1:], muxer.pipes[1:], strict=True):
             if self.is_clean and isinstance(file, SegmentReader) and file.has_clock:
                 at = muxer._cmd.index(str(pipe.path)) - 1
@@ -6169,12 +6324,15 @@ class ProcessUpstream(Upstream):
         return muxer
 
     def _fail(self, reason: str) -> None:
-        """A track broke off, and ffmpeg has all of it: let it write that, but nothing beyond."""
+        """A track failed: let ffmpeg write what it has read, then stop it.
+
+        Blocks for MUXER_LAG at most.  Only the first track's failure counts.
+        """
         if self.session.closed.wait(MUXER_LAG) or not self._first_failure.acquire(blocking=False):
             return
         self._failure = reason
         if process := self._file.process:  # close() may end it meanwhile
-            process.terminate()  # once: at a second signal it would drop what it has
+            process.terminate()  # once: at a second signal ffmpeg would drop what it has read
         for track in self._tracks:
             track.buffer.discard()
 
@@ -6191,20 +6349,20 @@ class ProcessUpstream(Upstream):
 
 
 # --------------------------------------------------------------------------------------------------
-# Splicer: makes one stream of what several openings of an upstream bring
+# Splicer: joins several openings of an upstream into one stream
 #
-# SpliceState and Arrival say in words what their members mean.  The table in Splicer's docstring
-# says what follows from each pair of them; STEPS is that table as code.
+# The values of SpliceState and Arrival explain their members.  The table in Splicer's docstring
+# gives the step for each pair of an arrival and a state; STEPS is that table as code.
 # --------------------------------------------------------------------------------------------------
 
 
-Place = tuple[int, int]  # positions of an address, and of the copy of its variant
+Place = tuple[int, int]  # the positions of an address and of a copy of its variant
 
 
 class InsertFilter:
-    """Leaves out segments of another container than the channel's: each becomes a gap.
+    """Leaves out segments in a container other than the channel's; each becomes a gap.
 
-    The first bytes of a segment wait here until they tell its container.  Bytes without segments
+    Holds back the first bytes of a segment until its container is known.  Bytes without segments
     pass.  A channel's thread owns it.
     """
 
@@ -6213,11 +6371,11 @@ class InsertFilter:
         self._init: list[bytes | SegmentEvent] = []  # an initialization section, with its event
         self._held: list[bytes | SegmentEvent] = []  # a segment whose container is not known yet
         self._start = b""  # its bytes
-        self._is_leaving_out = False  # the open segment
+        self._is_leaving_out = False  # whether the open segment is left out
         self.insert: Container | None = None  # of the newest segment if that was left out
 
     def pass_on(self, items: Iterable[bytes | SegmentEvent]) -> list[bytes | SegmentEvent]:
-        """These without inserts, and without what waits for more."""
+        """Take items; return all that can be passed on now, which excludes inserts."""
         passed: list[bytes | SegmentEvent] = []
         for item in items:
             if isinstance(item, bytes):
@@ -6233,7 +6391,10 @@ class InsertFilter:
         return passed
 
     def _own_init(self) -> list[bytes | SegmentEvent]:
-        """The initialization section, unless it is an insert's that the playlist still names."""
+        """The held initialization section; empty if it is an insert's.
+
+        A playlist may still name an insert's section when the insert is over.
+        """
         data = b"".join(item for item in self._init if isinstance(item, bytes))
         return self._init if self._fits(sniff(data, is_all=True)) else []
 
@@ -6250,7 +6411,10 @@ class InsertFilter:
         return self._tell(is_all=False)
 
     def _tell(self, is_all: bool) -> list[bytes | SegmentEvent]:
-        """What waits, once its container is known; nothing if that is another."""
+        """Return the held segment once its container is known; empty if it is left out.
+
+        `is_all`: no more bytes of the segment will arrive.
+        """
         told = sniff(self._start, is_all) if self._held else None
         if told is None:
             return []
@@ -6294,7 +6458,7 @@ class Arrival(enum.Enum):
 
 class SpliceStep(NamedTuple):
     to: SpliceState
-    is_seam: bool = False  # what follows does not continue what viewers have
+    is_seam: bool = False  # the next bytes do not continue those that viewers have
 
 
 _PASSING = SpliceStep(SpliceState.PASSING)
@@ -6306,7 +6470,7 @@ _SKIP = SpliceStep(SpliceState.SKIPPING)
 _SEAM_PASS = SpliceStep(SpliceState.PASSING, is_seam=True)
 _SEAM_SKIP = SpliceStep(SpliceState.SKIPPING, is_seam=True)
 
-# The steps for each arrival, in the order of SpliceState.  None: it cannot happen.
+# The steps for each arrival, in the order of SpliceState.  None: the pair cannot happen.
 _ROWS: Mapping[Arrival, Sequence[SpliceStep | None]] = {
     #                       PASSING   BETWEEN     WITHIN      LOST        COMPARING   SKIPPING
     Arrival.OPENING:        (_BETWEEN, _BETWEEN,   _WITHIN,    _LOST,      _WITHIN,    _LOST),
@@ -6332,10 +6496,10 @@ STEPS: Mapping[tuple[Arrival, SpliceState], SpliceStep] = {
 
 
 class Splicer:
-    """Carries one channel's bytes from its upstreams to its window, without a repeat at the seams.
+    """Passes one channel's bytes from its upstreams to its window, without repeats at the seams.
 
-    A channel's thread owns it.  From the state in the first line, an arrival leads to the state in
-    its own line; `*` marks a seam, `-` a pair that cannot happen:
+    A channel's thread owns it.  Columns are the current states, rows the arrivals, and each cell is
+    the next state; `*` marks a seam, `-` a pair that cannot happen:
 
         arrival         PASSING    BETWEEN    WITHIN     LOST       COMPARING  SKIPPING
         OPENING         BETWEEN    BETWEEN    WITHIN     LOST       WITHIN     LOST
@@ -6352,21 +6516,21 @@ class Splicer:
         OTHER_GAP       PASSING    LOST       LOST       LOST       SKIPPING*  SKIPPING
 
     A seam shuts the framer of MPEG-TS, which then drops packets until a decoder can start; other
-    containers pass.  Bytes in a new opening that brought no segment are those of a relay.
+    containers pass.  If bytes arrive in a new opening before any segment, its source is a relay.
     """
 
     def __init__(self, window: Window, container: Container, place: object) -> None:
         self._window, self._container = window, container
-        self.place = place  # that gave the numbers
+        self.place = place  # the Place whose playlist gave the numbers
         self.number: int | None = None  # of the wanted or open segment; None without segments
-        self._is_clean = False  # the newest opening: see resume()
+        self._is_clean = False  # of the newest opening: see resume()
         self._framer = container.framer()
         self._filter = InsertFilter(container)
         self._state = SpliceState.PASSING
-        self._passed = Fingerprint()  # what viewers have had of the open segment
+        self._passed = Fingerprint()  # of the bytes of the open segment that viewers have
         self._repeat = Repeat(self._passed)
         self._init_section = b""  # the newest that viewers have
-        self._new_init_section: bytearray | None = None  # one that is coming
+        self._new_init_section: bytearray | None = None  # one that is arriving
 
     def __repr__(self) -> str:
         return f"<Splicer {self._state.name} at {self.number}+{self._passed.size}>"
@@ -6377,19 +6541,19 @@ class Splicer:
 
     @property
     def insert(self) -> Container | None:
-        """The container of the newest segment if that was left out for being another."""
+        """The container of the newest segment, if that was left out because of its container."""
         return self._filter.insert
 
     @property
     def is_skipping(self) -> bool:
-        """Whether the end of the newest segment did not reach viewers: it was other media."""
+        """Whether the end of the newest segment was not passed on, because it was other media."""
         return self._state is SpliceState.SKIPPING
 
     def resume(self, place: object, is_clean: bool = False) -> None:
-        """What comes next is from a new opening.
+        """Prepare for the items of a new opening.
 
-        `is_clean`: a decoder can start with its first byte, and its clock is its own, so that DTS
-        cannot tell what viewers have had.
+        `is_clean`: a decoder can start with its first byte, and it has a clock of its own, so its
+        DTS cannot show which media viewers have had.
         """
         self.place, self._is_clean = place, is_clean
         self._filter = InsertFilter(self._container)
@@ -6404,11 +6568,11 @@ class Splicer:
             self._passed = Fingerprint()
 
     def without_inserts(self, items: Iterable[bytes | SegmentEvent]) -> list[bytes | SegmentEvent]:
-        """What of these can be passed: see InsertFilter."""
+        """Return the items that can be passed on: see InsertFilter."""
         return self._filter.pass_on(items)
 
     def pass_event(self, event: SegmentEvent) -> int:
-        """Take what happened between the bytes; returns how many segments are lost before it."""
+        """Process an event; returns how many segments were lost before it without an event."""
         if event.kind is EventKind.INIT:
             self._new_init_section = bytearray()
             return 0
@@ -6420,14 +6584,17 @@ class Splicer:
         return skipped
 
     def pass_bytes(self, data: bytes) -> bool:
-        """Take bytes; true if they brought viewers something new."""
+        """Pass on the bytes that viewers do not have yet; returns whether they received any.
+
+        May block, as Window.append does.
+        """
         if self._new_init_section is not None:
             self._new_init_section += data
             return False
         if self._state is SpliceState.COMPARING:
             data = self._compare(data)
         else:
-            if self._state in REOPENED:  # no segment before them: this opening has none
+            if self._state in REOPENED:  # no segment began before: this opening has none
                 self.number = None
             self._step(Arrival.BYTES)
         if self._state is not SpliceState.PASSING:
@@ -6439,10 +6606,10 @@ class Splicer:
     def _compare(self, data: bytes) -> bytes:
         """Compare bytes of the open segment with those that viewers have; returns the new ones."""
         assert self.number is not None
-        new = self._repeat.pass_on(data)  # once all that viewers have was the same
+        new = self._repeat.pass_on(data)  # empty until all that viewers have was the same
         if new is None:
             self._step(Arrival.DIFFERENT)
-            self.number += 1  # the next segment is the first of use
+            self.number += 1  # viewers resume with the next segment
         elif self._repeat.is_over:
             self._step(Arrival.SAME)
         else:
@@ -6450,12 +6617,12 @@ class Splicer:
         return new or b""
 
     def flush(self) -> None:
-        """Hand on what was held back for more to come."""
+        """Pass on the bytes that the framer holds back; called when no more will arrive."""
         self._window.append(self._framer.flush())
         self._window.finish_cut(self._framer.last_dts)
 
     def _step(self, arrival: Arrival) -> None:
-        """Go to the next state, through a seam if there is one."""
+        """Change the state as STEPS says, and start a seam if the step is one."""
         step = STEPS[arrival, self._state]
         if step.is_seam:
             self._start_seam()
@@ -6478,13 +6645,13 @@ class Splicer:
             self._repeat = Repeat(self._passed)
             return
         is_apart = event.is_discontinuous or not is_next
-        self._framer.expect_jump(is_certain=is_apart)  # or its counters may not continue
+        self._framer.expect_jump(is_certain=is_apart)  # if that is uncertain, its counters decide
         if is_init_new:
             self._pass_init_section(init_section)
         self._passed = Fingerprint()
         if self._state is SpliceState.SKIPPING:
-            self._start_seam()  # again, behind the initialization section
-            self.number += 1  # the next segment is the first of use
+            self._start_seam()  # again, after the initialization section
+            self.number += 1  # viewers resume with the next segment
         else:
             self._open_segment(event.duration, is_reopened or is_apart)
 
@@ -6499,11 +6666,11 @@ class Splicer:
         self._window.append(self._framer.feed_init_section(init_section))
 
     def _end_segment(self, event: SegmentEvent) -> None:
-        """The segment is whole, or the rest of it is missing, or all of it was left out."""
+        """Process an event for a segment that is whole, that has a gap, or that was left out."""
         was_passing = self._state is SpliceState.PASSING
         is_whole = event.kind is EventKind.END
         is_wanted = event.number == self.number
-        # A seam will follow, and it will tell the framer whether a jump is certain.
+        # If a seam follows, the seam tells the framer whether a jump is certain.
         is_before_seam = self._state in REOPENED and not (is_wanted and not self._passed.size)
         if is_whole:
             self._step(Arrival.END)
@@ -6524,12 +6691,16 @@ class Splicer:
         self.number, self._passed = event.number + 1, Fingerprint()
 
     def _start_seam(self) -> None:
-        """What follows does not continue what viewers have: begin where a decoder can start."""
+        """The next bytes do not continue those that viewers have: resume where decoders can start.
+
+        The open segment stays incomplete.
+        """
         is_relay = self.number is None
         is_clean = is_relay and self._is_clean
         self._framer.drop()
         self._window.break_off()
-        self._framer.expect_jump(is_certain=is_clean or not is_relay)  # a relay may continue
+        # A relay may continue where it was, so for a relay that is not clean, no jump is certain.
+        self._framer.expect_jump(is_certain=is_clean or not is_relay)
         if is_relay:
             self._framer.leave_segments()
             self._window.leave_segments()
@@ -6538,44 +6709,44 @@ class Splicer:
 
 
 # --------------------------------------------------------------------------------------------------
-# Statistics: what is known of each stream, whatever channels it had
+# Statistics: totals and recent findings for each stream, across all of its channels
 # --------------------------------------------------------------------------------------------------
 
-SLOT = 5  # seconds of a bar in the page's charts
-SLOTS = 60  # of them are kept
-AVERAGED_TIME = 15.0  # seconds of media, at least, that a bitrate is averaged over
+SLOT = 5  # seconds that one bar in a page's chart covers
+SLOTS = 60  # bars in a chart
+AVERAGED_TIME = 15.0  # seconds of media, at least, over which a bitrate is averaged
 PAUSE = 1.0  # seconds without a byte after which the next bytes are another burst
-LONGEST_PIECE = 2.0  # seconds of bytes that arrive without a pause
-# Seconds, as Prometheus writes them.
+LONGEST_PIECE = 2.0  # seconds after which bytes without a pause are divided into two bursts
+# In seconds, as Prometheus writes them.
 FIRST_BYTE_BOUNDS = ("0.01", "0.05", "0.1", "0.25", "0.5", "1.0", "2.5", "5.0", "10.0", "+Inf")
 
 
 class Bitrate:
     """The bits per second that a channel receives, averaged over whole pieces.
 
-    Segments arrive in bursts, so an average over fixed seconds would depend on how many bursts fall
-    into them.  A piece is a segment, and lasts as long as its playlist says; or, if nothing says
-    how long the bytes last, a burst, which lasts until the next one begins.
+    Segments arrive in bursts, so an average over a fixed time would depend on how many bursts fall
+    into it.  A piece is a segment, which lasts as long as its playlist says, or, if no playlist
+    gives a duration, a burst, which lasts until the next burst begins.
 
-    The channel's thread owns it; every thread may call value().
+    The channel's thread owns it; any thread may call value().
     """
 
     def __init__(self) -> None:
         self._pieces: deque[tuple[int, float]] = deque()  # bytes and seconds, the oldest first
         self._size = 0  # bytes of the open piece
-        self._duration = 0.0  # seconds, if the open piece is a segment whose playlist says it
+        self._duration = 0.0  # seconds, if the open piece is a segment whose duration is known
         self._burst_began: float | None = None
-        self._is_first_burst = True  # it may hold the backlog of a start, which tells no rate
-        self._arrived = 0.0  # when the newest byte did
-        self._current = 0.0, 0.0  # the rate, and until when it counts; replaced as a whole
+        self._is_first_burst = True  # it may contain a start's backlog, which shows no rate
+        self._arrived = 0.0  # when the newest byte arrived
+        self._current = 0.0, 0.0  # the rate, and when it expires; replaced as a whole
 
     def value(self) -> int:
-        """The rate; 0 if it is not known yet, or the bytes are late by more than a piece."""
+        """The rate in bits per second; 0 if it is not known yet, or the next piece is overdue."""
         rate, until = self._current
         return round(rate) if time.monotonic() < until else 0
 
     def start_segment(self, duration: float) -> None:
-        """`duration` is what the playlist says, in seconds; 0 if that is nothing."""
+        """Begin a segment.  `duration`: seconds, as its playlist says; 0 if it does not say."""
         self._duration = duration
         if duration:
             self._size, self._burst_began = 0, None
@@ -6614,9 +6785,11 @@ class Bitrate:
 
 
 class StreamRecord:
-    """A stream's totals, and what its newest start found.  Guarded by the lock it was given.
+    """A stream's totals and the findings of its newest start, guarded by the lock passed in.
 
-    Methods take that lock themselves; it is reentrant, for those who hold it already.
+    Methods take that lock themselves; it is reentrant, so callers may hold it already.  Pages and
+    answers also read `container` and `unplayed` without it: each is replaced as a whole, so a
+    reader gets an old value or a new one.
     """
 
     def __init__(self, lock: threading.Condition) -> None:
@@ -6624,22 +6797,22 @@ class StreamRecord:
         self.counts: Counter[str] = Counter()  # by name: arrivals, received, sent, gaps ...
         self.failures: Counter[str] = Counter()  # of upstreams, by reason
         self.drops: Counter[str] = Counter()  # of viewers, by reason
-        self.peak = 0  # viewers at once
+        self.peak = 0  # the most viewers at once
         self.last_error: str | None = None
-        self.troubled = -math.inf  # when that was
+        self.troubled = -math.inf  # when last_error was noted
         self.trouble_time: float | None = None  # the same as a Unix time
-        self.container = MPEG_TS  # the newest
+        self.container = MPEG_TS  # of the newest media
         self.unplayed: Sequence[str] = ()  # codecs in it that no browser plays
-        self.has_failed = False  # an upstream, and nothing has come since
+        self.has_failed = False  # an upstream failed, and no bytes have arrived since
         self.variants: Mapping[str, str] = {}  # of the newest start: name to variant
-        self.resolved = -math.inf  # when that was
+        self.resolved = -math.inf  # when that start found them
         # By wanted quality: when a start failed, and the error that answers its viewers.
         self.start_errors: dict[str, tuple[float, StreamError]] = {}
         self.numberings: dict[str, Numbering] = {}  # of HLS, by variant
-        self.failure_times: dict[str, float] = {}  # when each address failed last
-        self._good_copy = "", 0  # the newest address with media, and the copy of its variant
+        self.failure_times: dict[str, float] = {}  # when each address last failed
+        self._good_copy = "", 0  # the address that had media last, and the copy of its variant
         self._slots: deque[tuple[int, int]] = deque(maxlen=SLOTS + 1)  # number and bytes of each
-        self._warned = -math.inf  # when a line was logged that may repeat
+        self._warned = -math.inf  # when choose_level() last chose a warning
 
     def add(self, name: str, amount: int = 1) -> None:
         with self._lock:
@@ -6659,42 +6832,45 @@ class StreamRecord:
             self.drops[reason] += 1
 
     def add_failure(self, reason: str, address: str = "") -> None:
-        """An upstream failed, and with it perhaps an address."""
+        """Count an upstream's failure.  `address`: the address that failed, if one did."""
         now = time.monotonic()
         with self._lock:
             recent = {which: at for which, at in self.failure_times.items() if at > now - BAD_TIME}
             self.failure_times = {**recent, address: now}
-            self.failures[reason.partition(";")[0]] += 1  # a label without what the origin offers
+            self.failures[reason.partition(";")[0]] += 1  # the label omits the qualities on offer
             self.has_failed = True
-            self.note_trouble(reason)  # at the same time: a failed stream always has its reason
+            self.note_trouble(reason)  # under the same lock: a failed stream always has a reason
 
     def note_trouble(self, reason: str) -> None:
-        """Something failed that may not end an upstream."""
+        """Remember why a stream has no media, whether or not its upstream has ended."""
         with self._lock:
             self.last_error, self.troubled = reason, time.monotonic()
             self.trouble_time = time.time()
 
     def forget_failures(self) -> None:
-        """The stream is pulled otherwise from now on: its failures say nothing about that."""
+        """Forget failures that prove nothing any more, because the upstream's settings changed."""
         with self._lock:
             self.start_errors.clear()
             self.resolved = -math.inf
             self.has_failed = False
 
     def start_order(self, addresses: Sequence[str]) -> list[int]:
-        """These by position: as configured, those that failed lately last."""
+        """The positions of the addresses in the order to try them.
+
+        That is the configured order, but with the addresses that failed within BAD_TIME last.
+        """
         since = time.monotonic() - BAD_TIME
         with self._lock:
             failed = {address for address, at in self.failure_times.items() if at > since}
         return sorted(range(len(addresses)), key=lambda n: addresses[n] in failed)
 
     def note_good_copy(self, address: str, copy: int) -> None:
-        """This copy of an address's variant, by position, has media."""
+        """Remember that this copy (a position) of an address's variant has media."""
         with self._lock:
             self._good_copy = address, copy
 
     def good_copy(self, address: str) -> int:
-        """The copy to begin with: the one that had media last, or else the first."""
+        """The position of the copy to try first: that with media last time, or else the first."""
         with self._lock:
             known, copy = self._good_copy
         return copy if known == address else 0
@@ -6709,7 +6885,7 @@ class StreamRecord:
             self._slots.append((slot, size))
 
     def bitrates(self) -> list[float]:
-        """Bits a second in each of the last SLOTS slots but the open one, the oldest first."""
+        """Bits per second in each of the last SLOTS complete slots, the oldest first."""
         now = int(time.monotonic() / SLOT)
         with self._lock:
             slots = dict(self._slots)
@@ -6721,14 +6897,14 @@ class StreamRecord:
             return self.failures.copy(), self.drops.copy()
 
     def qualities(self) -> list[str]:
-        """The variants that the newest start found, each once."""
+        """The variants that the newest start found, without duplicates."""
         with self._lock:
             return list(dict.fromkeys(self.variants.values()))
 
     def choose_level(self) -> int:
-        """Choose the level of a line that a knocking player may cause again and again.
+        """Choose the level of a log line that a retrying player may cause again and again.
 
-        A warning, and then debug for REPEAT_TIME.
+        Returns WARNING, and then DEBUG for REPEAT_TIME.
         """
         now = time.monotonic()
         with self._lock:
@@ -6743,24 +6919,30 @@ class StreamRecord:
 #
 #   STARTING  its upstream is being opened; viewers wait.  Until its variants are known, viewers of
 #             every quality wait for it; those of another variant then begin again
-#   LIVE      shared by everyone who asks for this variant
-#   PRIVATE   its source has an end, or nobody could join it late: it is its first viewer's alone,
-#             the others start their own
-#   CLOSED    nothing more comes.  `error` tells why a start brought no media; viewers of a start
-#             that ended without media and without a failure begin again
+#   LIVE      shared by all viewers that request this variant
+#   PRIVATE   its source is finite, or late viewers cannot join it: it belongs to its first viewer,
+#             and the others start channels of their own
+#   CLOSED    it receives no more media.  `error` says why a start failed; if a start ended without
+#             media and without an error, its viewers begin again
 #
-#   STARTING -> LIVE | PRIVATE   media is at hand                             (go_live)
+#   STARTING -> LIVE | PRIVATE   the first media has arrived                  (go_live)
 #   STARTING -> CLOSED           another channel has the variant (note_variants, go_live); a reload
-#                                changed the stream; nobody waited any more in a pause between two
-#                                tries; all addresses failed; or the server stops    (end)
-#                                nobody waits, and its slot is needed         (_close)
-#   LIVE | PRIVATE -> CLOSED     nobody watches any more                (close_if_abandoned)
+#                                changed the stream; all addresses failed; or the server
+#                                stops                                        (end)
+#                                no viewer waits in a pause between two
+#                                tries                                  (close_if_unwatched)
+#                                no viewer waits, and its slot is needed      (_close)
+#   LIVE | PRIVATE -> CLOSED     it had no viewer for its linger time   (close_if_abandoned)
+#                                it has no viewer in a pause between two
+#                                tries                                  (close_if_unwatched)
+#                                it has no viewer, and its slot or its
+#                                connection is needed                         (_close)
 #                                the source ended, or failed for `reconnect`  (end)
 #                                a reload changed the stream, or the server   (stop, end)
 #                                stops
 #
-# A channel that is LIVE or PRIVATE stays so while its origin fails and a failed upstream is opened
-# again: `trouble` tells why it waits, and its viewers keep their connections.
+# A LIVE or PRIVATE channel keeps its state while its origin fails and the failed upstream is
+# reopened: `trouble` says why it has no media, and its viewers keep their connections.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -6782,56 +6964,56 @@ class Channel:
         is_private: bool,
         order: Sequence[int],
     ) -> None:
-        """`order` has the positions of the stream's addresses, as the start tries them."""
+        """`order` has the positions of the stream's addresses in the order the start tries them."""
         self.channels = channels
-        self.wanted = wanted  # the quality asked for
+        self.wanted = wanted  # the requested quality
         self.since = time.monotonic()
         self.record = channels.record(stream.name)
         limit = stream.options.ringbuffer_size
         self.window = Window(limit, FOREMOST_PATIENCE, WINDOW_GROWTH)
         self.container = MPEG_TS  # set once, before the window gets its first block
         # Written under channels.changed.  The channel's own thread also reads single fields without
-        # it: each has an old value or a new one, and the thread looks again in its next turn.
+        # the lock: it sees the old value or the new one, and checks again in its next turn.
         self.stream = stream  # a reload replaces it
-        self.address = stream.urls[order[0]]  # of its upstream, or tried last
-        self.account: str | None = None  # the playlist whose account it takes a slot of
+        self.address = stream.urls[order[0]]  # of its upstream, or of the last try
+        self.account: str | None = None  # name of the playlist in whose account it holds a slot
         self.state = State.STARTING
-        self.is_private = is_private  # from the start: for one viewer, whatever it turns out to be
-        self.is_fed = True  # false from Channels.end() on; its thread may still see pollers off
+        self.is_private = is_private  # the start serves one viewer, whatever its source is
+        self.is_fed = True  # False after Channels.end(); its thread may still wait for pollers
         self.stopped = threading.Event()  # it must end; set once, in stop(), by any thread
         self.variant = ""
-        self.variants: Mapping[str, str] = {}  # name to variant; empty until its start found them
+        self.variants: Mapping[str, str] = {}  # name to variant; empty until its start finds them
         self.viewers: dict[Viewer, None] = {}  # in order of arrival
-        self.pollers: dict[tuple[str, ...], Viewer] = {}  # the polling clients of them, by key
-        self.has_hls = False  # they can poll it
+        self.pollers: dict[tuple[str, ...], Viewer] = {}  # those viewers that poll, by key
+        self.has_hls = False  # clients can poll it
         self.idle_since = math.inf  # when the last viewer left
-        self.error: StreamError | None = None  # the answer to viewers of a start that failed
+        self.error: StreamError | None = None  # the answer to viewers of a failed start
         self.had_media = False  # it was LIVE or PRIVATE once
-        # Written by its thread alone.
-        self.note: str | None = None  # what is missing of it
-        self.restarts = 0  # upstreams opened again
+        # Written only by its own thread.
+        self.note: str | None = None  # the tracks that viewers miss, in words
+        self.restarts = 0  # reopened upstreams
         self.gave_up = False  # its upstream failed for `reconnect` seconds
-        self.trouble: str | None = None  # why it waits for media, from the first failed request on
+        self.trouble: str | None = None  # why it has no media; set at the first failed request
         self._session: Session | None = None
         self._upstream: Upstream | None = None
-        self._splicer: Splicer | None = None  # None until the first media came
-        self._has_end = False  # its source ends by itself; known from its first media on
-        self._tracks: Sequence[int] = ()  # the segments that its tracks go on with
-        self._left_out: Collection[int] = ()  # the tracks that it does without until it closes
+        self._splicer: Splicer | None = None  # None until the first media arrives
+        self._has_end = False  # its source is finite; known when the first media has arrived
+        self._tracks: Sequence[int] = ()  # numbers of the segments at which its tracks continue
+        self._left_out: Collection[int] = ()  # places of the tracks that the start left out
         self._order = order
         self._address = order[0]  # position of the address in use
         self._copy = 0  # position of the copy of its variant in use
-        self._first_copy = 0  # position of the one that was tried before the others
-        self._copies = 1  # that the address offered last
-        self._last_byte = self.since  # when media came last, or the start began; read by status()
+        self._first_copy = 0  # position of the copy that is tried before the others
+        self._copies = 1  # number of copies that the address offered last
+        self._last_byte = self.since  # last arrival of media, or the start; status() reads it
         self._troubled_since = math.inf
-        self._told: set[tuple[Place, str]] = set()  # what failed since then, as it was logged
+        self._told: set[tuple[Place, str]] = set()  # reasons logged since then, and their places
         self._gaps = 0  # segments lost since then
-        self._losses = Losses()  # of the upstream's tracks, as far as they are counted
-        self._segment_time: float | None = None  # seconds, as measured last
+        self._losses = Losses()  # of the upstream's tracks, as counted so far
+        self._segment_time: float | None = None  # seconds, as last measured
         self._bitrate = Bitrate()  # of the newest opening
         self._skipped = 0  # segments lost in a running upstream, and not logged yet
-        self._start_level: int | None = None  # of its lines until media came; None: no line yet
+        self._start_level: int | None = None  # of the start's log lines; None: no line yet
 
     def __repr__(self) -> str:
         name = f"{self.stream.name}/{self.variant or self.wanted}"
@@ -6841,17 +7023,17 @@ class Channel:
     # Any thread
 
     def start(self) -> None:
-        """Start the thread; raises RuntimeError where the system has none left."""
+        """Start the thread; raises RuntimeError if the system has no threads left."""
         name = f"feed-{self.stream.name}-0"
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def stop(self) -> None:
-        """Let the viewers go and end the thread, whatever it waits for; returns at once.
+        """Disconnect the viewers and stop the thread, even while it waits; returns at once.
 
-        Idempotent.  A session that is made at the same moment is not found here, but its maker
-        looks at `stopped` once it can be found.
+        Idempotent.  If the thread creates its session at the same moment, stop() may miss it, but
+        the thread checks `stopped` after it has assigned `_session`.
         """
-        self.window.cut()  # before another one has its numbers
+        self.window.cut()  # before another window uses its segment numbers
         self.stopped.set()
         session = self._session
         if session:
@@ -6859,14 +7041,14 @@ class Channel:
         self.wake()
 
     def wake(self) -> None:
-        """Have the thread look at its channel."""
+        """Have the thread check its channel now."""
         upstream = self._upstream
         if upstream:
             upstream.buffer.wake()
 
     @property
     def is_offered(self) -> bool:
-        """To everybody who asks for what it has."""
+        """Whether every viewer that requests its variant may attach."""
         is_shared = self.state is State.LIVE or (
             self.state is State.STARTING and not self.is_private
         )
@@ -6877,9 +7059,9 @@ class Channel:
         return self.state in (State.LIVE, State.PRIVATE)
 
     def suits(self, viewer: Viewer) -> bool:
-        """Whether a viewer that waits for this start should go on waiting for it.
+        """Whether this start has, or may have, the variant that a waiting viewer wants.
 
-        Every viewer should, until the variants are known.  Caller holds channels.changed.
+        True for every viewer until the variants are known.  The caller holds channels.changed.
         """
         if not self.variants or viewer.wanted == self.wanted:
             return True
@@ -6892,20 +7074,20 @@ class Channel:
 
     @property
     def poll_patience(self) -> float:
-        """Seconds without a request after which a polling client has left.
+        """Seconds without a request after which a polling client counts as gone.
 
-        The playlist of a source that has ended stays for as long.
+        The playlist of a source that has ended stays for the same time.
         """
         target_durations = 3.0 * self.window.target if self.has_hls else 0.0
         return max(target_durations, self.linger)
 
     @property
     def bitrate(self) -> int:
-        """Bits per second that it receives now; 0 while its upstream is down."""
+        """Bits per second received now; 0 while the upstream is down."""
         return self._bitrate.value()
 
     def status(self) -> dict[str, Any]:
-        """What /status prints of it.  Caller holds channels.changed."""
+        """The channel as /status prints it.  The caller holds channels.changed."""
         now = time.monotonic()
         held, seconds = self.window.held()
         state, patience = self.state.value, self.stream.options.timeout
@@ -6939,7 +7121,7 @@ class Channel:
             ],
         }
 
-    # Its thread: what is tried, and when
+    # Its thread: tries, and the pauses between them
 
     def _run(self) -> None:
         is_complete, ended_by = False, None
@@ -6951,12 +7133,12 @@ class Channel:
         except Stop:
             pass
         except StreamError as error:
-            ended_by = error.again()  # its traceback would hold this frame, and all of the channel
+            ended_by = error.again()  # without the traceback, which keeps the whole channel alive
             self.gave_up = error.reason == NOT_BACK
         except Exception:
             log.exception("the feeder failed")
             ended_by = UpstreamError("StreamPipe failed: see its log")
-        finally:  # whatever fails on the way: who waits must learn of it
+        finally:  # after any failure: waiting viewers must be notified
             try:
                 self._close_upstream()
             finally:
@@ -6969,7 +7151,11 @@ class Channel:
             log.log(level, "%s: %s: %s", self.stream.name, what, ended_by.reason)
 
     def _see_pollers_off(self, is_complete: bool) -> None:
-        """Keep the playlist of a source that truly ended, so that polling clients get the rest."""
+        """Keep the playlist of a source that truly ended until polling clients have had the rest.
+
+        Blocks for `poll_patience` at most, then closes it and detaches all pollers.  Any other
+        playlist is closed at once.
+        """
         if self.has_hls and is_complete:
             deadline = time.monotonic() + self.poll_patience
             while self.pollers and not self.stopped.is_set() and time.monotonic() < deadline:
@@ -6981,9 +7167,9 @@ class Channel:
     def _open_first(self) -> None:
         """Try each address once, all within `timeout`, until one has media.
 
-        If none has, the last one that allows no more connections is tried again while it may still
-        count one that we closed.  Returns if an address failed after it had media; raises
-        StreamError if none had any.
+        If none has, the last address that refused for too many connections is tried again while it
+        may still count one that StreamPipe has closed.  Returns if an address failed after it had
+        media; raises StreamError if none had any.
         """
         order = deque(self._order)
         timeout = self.stream.options.timeout / len(order)
@@ -7016,7 +7202,7 @@ class Channel:
     def _open_copies(self, timeout: float) -> str:
         """Try the copies of an address's variant in order, all within `timeout`.
 
-        Returns why the last one failed, or why one failed after it had media.
+        Returns why the last copy failed, or why a copy failed after it had media.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -7030,10 +7216,14 @@ class Channel:
             self._copy = self._next_copy
 
     def _keep_going(self) -> NoReturn:
-        """Open the failed upstream again and again, for `reconnect` seconds without media."""
+        """Reopen the failed upstream again and again; never returns.
+
+        Raises UpstreamError after `reconnect` seconds without media, SourceEnded at the end of the
+        source, and Stop if the channel must end.
+        """
         if self.state is State.PRIVATE and not self._has_end:
             raise UpstreamError("a source without a length cannot be resumed")
-        tried = {self._place}  # since the last good byte
+        tried = {self._place}  # since media last arrived
         self._first_copy = self._copy
         waits = _reopen_pauses()
         while True:
@@ -7058,7 +7248,7 @@ class Channel:
 
     @property
     def _place(self) -> Place:
-        """Where the upstream in use comes from."""
+        """The address in use, and the copy of its variant."""
         return self._address, self._copy
 
     @property
@@ -7066,14 +7256,14 @@ class Channel:
         return len(self.stream.urls) > 1 or self._copies > 1
 
     def _move_on(self) -> None:
-        """Choose the next copy of the variant, or else the next address."""
+        """Choose the next copy of the variant, or the next address if all copies were tried."""
         if self._is_last_copy:
             self._begin_address((self._address + 1) % len(self.stream.urls))
         else:
             self._copy = self._next_copy
 
     def _begin_address(self, position: int) -> None:
-        """Choose an address, and the copy of its variant that worked last."""
+        """Choose an address, and the copy of its variant that last had media."""
         self._address, self._copies = position, 1
         self._copy = self._first_copy = self.record.good_copy(self.stream.urls[position])
 
@@ -7083,11 +7273,15 @@ class Channel:
 
     @property
     def _is_last_copy(self) -> bool:
-        """Whether the address in use offers no copy that was not tried since the first one."""
+        """Whether all copies that the address in use offers were tried since the first one."""
         return self._next_copy == self._first_copy % self._copies
 
     def _wait(self, seconds: float, deadline: float) -> None:
-        """Pause before a try; raises Stop or UpstreamError if there must be none."""
+        """Pause for `seconds` before a try.
+
+        Raises UpstreamError if the deadline passes first, and Stop if the channel was stopped or
+        has no viewers.
+        """
         until = min(time.monotonic() + seconds, deadline)
         while True:
             self.channels.close_if_unwatched(self)
@@ -7102,15 +7296,15 @@ class Channel:
 
     def _note_failure(self, reason: str) -> None:
         self._close_upstream()
-        if self.stopped.is_set():  # we cut it ourselves: the address may be well
+        if self.stopped.is_set():  # stop() cut the upstream: the address may be good
             raise Stop
-        # While copies are left, the address may be well.
+        # The address may be good as long as a copy is untried.
         address = self.stream.urls[self._address] if self._is_last_copy else ""
         self.record.add_failure(reason, address)
         self._note_trouble(reason)
 
     def _note_trouble(self, reason: str) -> None:
-        """The origin fails: say so once in an outage, however often it is asked in vain."""
+        """Note why there is no media; log each reason once in an outage, not at every try."""
         if self.trouble is None:
             self._troubled_since = time.monotonic()
         self.trouble = reason
@@ -7121,7 +7315,7 @@ class Channel:
             log.log(level, "%s: %s: %s", self.stream.name, self._origin, reason)
 
     def _note_recovery(self) -> None:
-        """Media comes again."""
+        """Log that media arrives again, and end the outage."""
         is_other = any(place != self._place for place, _ in self._told)
         log.info(
             "%s: %sgoes on after %.1f s%s", self.stream.name,
@@ -7132,7 +7326,11 @@ class Channel:
         self._told.clear()
 
     def _choose_level(self) -> int:
-        """Choose the level of a line: one for all lines of a start, which a player may repeat."""
+        """Choose the level of a log line.
+
+        All lines of a start have the same level, because a player may repeat the start: see
+        StreamRecord.choose_level().
+        """
         if self._splicer:
             return logging.WARNING
         if self._start_level is None:
@@ -7141,7 +7339,7 @@ class Channel:
 
     @property
     def _origin(self) -> str:
-        """The address in use as logs may show it: `address 2 of 2 (b.example)`."""
+        """The address in use as the log may show it: `address 2 of 2 (b.example)`."""
         label = f"address {self._address + 1} of {len(self.stream.urls)}"
         host = host_of(self.stream.urls[self._address])
         if host:
@@ -7165,11 +7363,12 @@ class Channel:
     # Its thread: one opening
 
     def _open_and_feed(self, timeout: float, deadline: float) -> NoReturn:
-        """One opening, from resolving to its end, with media before the deadline.
+        """Open an upstream at the address in use, and feed the window until the upstream ends.
 
-        `timeout` is for each request of resolving.
-        Raises UpstreamError if it fails, SourceEnded at the end of the source, LimitReached if the
-        account of the address has no free slot, and Stop.
+        Media must arrive before `deadline`; each request while resolving may take `timeout`
+        seconds.  Raises UpstreamError if the opening fails, SourceEnded at the end of the source,
+        LimitReached if the account of the address has no free slot, Stop if the channel must end,
+        and StreamError if the origin lacks the wanted quality or the start takes too long.
         """
         address = self.stream.urls[self._address]
         self.channels.take_slot(self, address)
@@ -7188,13 +7387,16 @@ class Channel:
         self._feed(upstream, deadline)
 
     def _count_copies(self, count: int) -> None:
-        """Note how many copies the address offers: perhaps fewer than before."""
+        """Note how many copies the address offers, which may be fewer than before."""
         self._copies = count
         self._copy %= count
         self._first_copy %= count
 
     def _find_variant(self, session: Session) -> str:
-        """The name of the variant to open; raises StreamError if it is not offered."""
+        """The name of the variant to open.
+
+        Raises StreamError if the origin offers no wanted one, and Stop if another channel has it.
+        """
         name = self._choose(session.canonical)
         if self._splicer is None:
             variant = session.canonical[name] if name else ""
@@ -7217,22 +7419,27 @@ class Channel:
         return upstream
 
     def _choose(self, offered: Collection[str]) -> str | None:
-        """The variant that is running, or the first of the wanted ones that exists."""
+        """The running variant, or else the first wanted one that is offered; None if none is."""
         for name in (self.variant, *names_in(self.wanted)):
             if name in offered:
                 return name
         return None
 
     def _quality_error(self, qualities: Sequence[str]) -> StreamError:
-        """The error of an opening that offers none of the wanted qualities."""
-        if self._splicer or self.wanted == self.stream.quality:  # a transcoder may be coming up
+        """The error for an opening that offers none of the wanted qualities."""
+        # If the origin had the quality, or it is the configured one, a transcoder may be starting.
+        if self._splicer or self.wanted == self.stream.quality:
             offered = ", ".join(qualities)
             return UpstreamError(f"the configured quality does not exist; available: {offered}")
         return no_quality_error(qualities)
 
     def _feed(self, upstream: Upstream, deadline: float) -> NoReturn:
-        """Move what comes, until it ends or fails or nobody is left to watch."""
-        start: list[bytes | SegmentEvent] | None = []  # what came before the container was known
+        """Move items from the upstream to the window; never returns.
+
+        Raises SourceEnded at the end of the source, Stop if the channel was stopped or abandoned,
+        and StreamError if the upstream fails.
+        """
+        start: list[bytes | SegmentEvent] | None = []  # items read before the container is known
         alive = time.monotonic()
         while True:
             self.channels.close_if_abandoned(self)
@@ -7248,22 +7455,22 @@ class Channel:
                 self._move(upstream, items)
             trouble = upstream.trouble
             if trouble and self.trouble is None and not self.stopped.is_set():
-                self._note_trouble(trouble)  # and no request that was cut with a stop
+                self._note_trouble(trouble)  # a request that stop() cut is no trouble
             if is_all:
                 self._finish(upstream)
-            # Bytes are a sign of life, and so is a segment left out on purpose.
+            # Bytes are a sign of life, and so is a segment that was left out on purpose.
             if any(isinstance(item, bytes) or item.kind is EventKind.FILTERED for item in items):
                 alive = time.monotonic()
             self._judge(upstream, alive, deadline if start is not None else math.inf)
 
     def _read(self, upstream: Upstream) -> tuple[list[bytes | SegmentEvent], bool]:
-        """What has come, and whether that was all; raises UpstreamError.
+        """The next items, and whether the source has ended; raises UpstreamError if it broke off.
 
-        A live source without a playlist has no end: what has a length in its place (nothing, or a
-        clip of a few seconds) is what a relay answers while its own source is down.
+        A live source without a playlist never ends.  If a reopening gets a finite answer (an empty
+        one, or a clip of a few seconds), a relay sent it because its own source is down.
         """
         items = None
-        # Who leaves wakes it, the end of linger does not.
+        # A viewer that leaves wakes the buffer; the end of the linger time does not.
         tick = FEEDER_TICK if self.viewers else min(FEEDER_TICK, max(self.linger, 0.05))
         with contextlib.suppress(SourceEnded):
             items = upstream.read(tick)
@@ -7275,11 +7482,12 @@ class Channel:
         return [item for item in items if isinstance(item, bytes)] if is_relay else items, False
 
     def _judge(self, upstream: Upstream, alive: float, deadline: float) -> None:
-        """Raise where an upstream has failed without saying so.
+        """Raise StreamError if an upstream has failed without saying so.
 
-        No media in time, at a start or a reopening; nothing new for `timeout` or two target
-        durations, whichever is longer; or, where a backup could be asked instead, only refusals for
-        two target durations; or only segments of another container for `reconnect`.
+        It has failed if a start or a reopening has no media by `deadline`; if nothing new arrived
+        for `timeout` or two target durations, whichever is longer; if the origin only refused for
+        two target durations and there is a backup; or if all segments had another container for
+        `reconnect` seconds.  `alive` is when the upstream last showed a sign of life.
         """
         now = time.monotonic()
         is_late = now > deadline
@@ -7299,17 +7507,21 @@ class Channel:
             raise UpstreamError(switched_to(insert))
 
     def _begin(self, upstream: Upstream, start: list[bytes | SegmentEvent], is_all: bool) -> bool:
-        """Tell the container from an opening's first bytes; False while more are needed."""
+        """Detect the container from an opening's first bytes; False while more are needed.
+
+        Once it is known, the channel goes live, or its splicer resumes.  Raises UpstreamError if
+        the opening has no media or another container than before.
+        """
         has_segments = any(isinstance(item, SegmentEvent) for item in start)
         data = _media_in(start)
         container = sniff(data, is_all, upstream.media_type) if data else None
-        if container is OTHER_MEDIA:  # perhaps its initialization section tells more
+        if container is OTHER_MEDIA:  # its initialization section may show which
             data = b"".join(item for item in start if isinstance(item, bytes))
             container = sniff(data, is_all=True, media_type=upstream.media_type)
         if container is None:
             if is_all and self._splicer is None:
                 raise UpstreamError(NO_MEDIA)
-            return is_all  # an end that came while the upstream was down
+            return is_all  # the source may have ended while the upstream was down
         self.record.note_good_copy(self.stream.urls[self._address], self._copy)
         if self._splicer is None:
             self._go_live(upstream, container, has_segments)
@@ -7322,9 +7534,10 @@ class Channel:
         return True
 
     def _go_live(self, upstream: Upstream, container: Container, has_segments: bool) -> None:
-        """The channel's first media is here: the viewers who wait for it can go on.
+        """Make the channel LIVE or PRIVATE with its first media, which waiting viewers then get.
 
-        Whether it has an end is decided here, once.
+        This decides once whether the source is finite.  Raises Stop if the start must end: see
+        Channels.go_live().
         """
         window = self.window
         self._has_end = upstream.has_end
@@ -7343,7 +7556,8 @@ class Channel:
         if not self.channels.go_live(self, container, has_hls, is_private):
             raise Stop
         kind = "has an end" if self._has_end else "for one viewer" if is_private else "live"
-        what = dict.fromkeys((kind, self.variant, container.media_type))  # a variant may be "live"
+        # A variant may be named "live": do not log that word twice.
+        what = dict.fromkeys((kind, self.variant, container.media_type))
         log.info("%s: %s", self.stream.name, ", ".join(what))
 
     def _move(self, upstream: Upstream, items: list[bytes | SegmentEvent]) -> None:
@@ -7371,9 +7585,9 @@ class Channel:
             self._note_trouble(switched_to(self._splicer.insert))
 
     def _note_segment(self, event: SegmentEvent) -> None:
-        """Have a live channel's bitrate measured by its segments.
+        """Measure a live channel's bitrate by its segments.
 
-        A private channel's depends on how fast its viewer takes them.
+        In a private channel, the pace of segments depends on how fast the viewer takes them.
         """
         if self.state is State.LIVE and event.kind is EventKind.START:
             self._bitrate.start_segment(event.duration)
@@ -7381,7 +7595,7 @@ class Channel:
             self._bitrate.end_segment(is_whole=event.kind is EventKind.END)
 
     def _count_losses_of_tracks(self, upstream: Upstream) -> None:
-        """Count what the tracks of a muxed stream have lost since the last call."""
+        """Count the segments that the tracks of a muxed stream have lost since the last call."""
         known, self._losses = self._losses, upstream.losses
         self._count_skipped(self._losses.skipped - known.skipped, upstream)
         self._count_gaps(self._losses.gaps - known.gaps)
@@ -7389,13 +7603,14 @@ class Channel:
     def _count_skipped(self, segments: int, upstream: Upstream, duration: float = 0.0) -> None:
         """Count segments that are lost because no load of the playlist has listed them.
 
-        More than may have passed by in the meantime are not counted: the origin numbers anew.
-        `duration` is what the playlist says of the next segment, in seconds; 0: nothing.
+        More segments than can have passed in the meantime are not counted: the origin has
+        restarted its numbering.  `duration` is that of the next segment in seconds, as the
+        playlist lists it; 0: not listed.
         """
         if segments <= 0:
             return
         self._segment_time = upstream.segment_time or self._segment_time
-        # What a playlist says is often too long, and what was measured is, after a stall.
+        # The listed durations are often too long; the measured one is too long after a stall.
         lengths = [upstream.target_duration, duration, self._segment_time]
         length = max(LEAST_INTERVAL, min((one for one in lengths if one), default=0.0))
         silent = time.monotonic() - self._last_byte
@@ -7408,13 +7623,13 @@ class Channel:
             self._gaps += segments
 
     def _count_gaps(self, segments: int) -> None:
-        """Count segments that were left out or given up."""
+        """Count segments that were left out or abandoned."""
         if segments > 0:
             self.record.add("gaps", segments)
             self._gaps += segments
 
     def _note_skip(self, segments: int) -> None:
-        """Log segments that the playlist has not listed in any load; one line in ten seconds."""
+        """Log segments that no load of the playlist has listed; one warning in ten seconds."""
         self._skipped += segments
         level = self.record.choose_level()
         lost = _many(self._skipped, "segment")
@@ -7423,9 +7638,9 @@ class Channel:
             self._skipped = 0
 
     def _finish(self, upstream: Upstream) -> NoReturn:
-        """Hand on what was held back for more to come; raises SourceEnded.
+        """Pass on the bytes that waited for more, and raise SourceEnded.
 
-        Raises Stop if the rest of a file does not continue what viewers have.
+        Raises Stop if the rest of a file does not continue the part that viewers have.
         """
         assert self._splicer
         self._splicer.flush()
@@ -7438,7 +7653,7 @@ class Channel:
 
 
 def _reopen_pauses() -> Iterator[float]:
-    """Seconds between tries, with jitter: a thousand channels shall not try in step."""
+    """Seconds between tries, with jitter so that a thousand channels do not retry in step."""
     for pause in pauses(REOPEN_PAUSES):
         yield pause * random.uniform(0.8, 1.2)
 
@@ -7465,12 +7680,12 @@ def names_in(quality: str) -> list[str]:
 
 
 def variant_of(quality: str, variants: Mapping[str, str]) -> str | None:
-    """The first that it names, of these by name."""
+    """The variant of the first name in `quality` that `variants` has; None if it has none."""
     return next((variants[name] for name in names_in(quality) if name in variants), None)
 
 
 def host_of(address: str) -> str:
-    """The host of an address, behind streamlink's prefixes; empty where it has none."""
+    """The host of an address, without streamlink's prefixes; empty if it has none."""
     return _split(without_prefixes(address))[1]
 
 
@@ -7492,43 +7707,43 @@ def no_quality_error(qualities: Iterable[str]) -> StreamError:
 # --------------------------------------------------------------------------------------------------
 # Channels: finds, starts and shares them
 #
-# Who may be refused, and who gives way (_attach):
+# Requests that cannot attach to a running channel at once (_attach):
 #   the server stops                          503 at once
 #   a start failed in the last 2 s            the same answer, from memory
-#   a quality that the running channel lacks  404 without asking the origin
-#   the stream's variants are being loaded    waits for them, whatever quality the viewer asked for
+#   a quality that the running channel lacks  404 without a request to the origin
+#   the stream's variants are being loaded    waits for them, whatever its quality
 #   max_viewers, max_upstreams                viewers that closed their connection are removed.  If
-#                                             the client's own address holds a place, that is about
-#                                             to be free (a player that zaps), and is waited for
-#                                             ZAPPING_TIME; then 503
+#                                             the client's own address holds a place, it is probably
+#                                             a player that zaps: the request waits ZAPPING_TIME for
+#                                             the place; then 503
 #
-# Who holds a slot under max_upstreams (_holding, _room_at).  There are two kinds of limits, the
-# server's and that of each account, and one rule:
+# Slots under max_upstreams (_holding, _room_at).  There are two kinds of limits, the server's and
+# that of each account, and one rule:
 #   a channel that starts or runs             holds a slot of the server, and one of the account
 #                                             that its address belongs to
 #   a channel without viewers                 gives way, the one that has been idle longest first
 #   a stream with several addresses           starts at the first one whose account has a slot
-#   a channel that goes to another address    gives its slot back and takes one of that account; if
-#                                             none is free, that address counts as failed for now
-#   a channel that stays with its account     keeps its slot, also if a reload lowered the limit
+#   a channel that moves to another account   gives its slot back and takes one of that account; if
+#                                             none is free, the new address counts as failed for now
+#   a channel that stays with its account     keeps its slot, even if a reload lowered the limit
 # --------------------------------------------------------------------------------------------------
 
 
-TITLES_TOLD = 3  # of the streams that use up an account
+TITLES_TOLD = 3  # titles in the refusal of a full account
 
 
 @dataclass(frozen=True)
 class Room:
     """Whether an upstream may be opened at an address."""
 
-    closing: Sequence[Channel] = ()  # channels without viewers that have to be closed before
-    refusal: str = ""  # why it may not; empty if it may
-    limit: str = ""  # which one of LIMITS that is
+    closing: Sequence[Channel] = ()  # channels without viewers that must be closed first
+    refusal: str = ""  # why it may not be opened; empty if it may
+    limit: str = ""  # the one of LIMITS that refuses it
     held_by: Collection[str] = ()  # addresses of the clients that hold the slots
 
 
 class NoHls(StreamError):
-    """What has an end, or no segments, has no HLS."""
+    """A finite stream, or one without segments, is not available as HLS."""
 
     def __init__(self, stream: StreamSettings) -> None:
         reason = f"this stream is not available as HLS: play /{stream.name}"
@@ -7536,26 +7751,26 @@ class NoHls(StreamError):
 
 
 class Channels:
-    """All channels there are, and what is known of their streams."""
+    """All channels, and the records of their streams."""
 
     def __init__(self, config: Config) -> None:
-        # Guards everything below, what a Channel says of itself, and the records.  Notified when a
-        # channel leaves STARTING and when its thread ends.  Reentrant.
+        # Guards everything below, the fields that Channel names, and the records.  Notified when a
+        # start finds its variants, when a channel goes live, and when its thread ends.  Reentrant.
         self.changed = threading.Condition()
         self._config = config
-        self._channels: dict[Channel, None] = {}  # fed, watched or both, in the order they came
+        self._channels: dict[Channel, None] = {}  # fed, watched or both; in the order they started
         self._records: dict[str, StreamRecord] = {}  # by stream
-        # When an upstream was closed, by its host and by its account.
+        # When a channel without viewers was last closed, by the host and account of its address.
         self._closed: dict[tuple[str, str], float] = {}
-        self.stopping = threading.Event()  # set once, under `changed`; anybody may ask
+        self.stopping = threading.Event()  # set once, under `changed`; any thread may check it
 
     # Viewers' threads
 
     def watch(self, stream: StreamSettings, quality: str | None, viewer: Viewer) -> Channel:
-        """Attach a viewer to the channel it asks for, started where none is running.
+        """Attach a viewer to the channel that it requests; start one if none is running.
 
-        Blocks until it has media, for the stream's `timeout` at most.  Raises StreamError, and
-        ViewerGone where the viewer left meanwhile.
+        Blocks until the channel has media, for the stream's `timeout` at most.  Raises StreamError
+        if the stream cannot be served, and ViewerGone if the viewer left meanwhile.
         """
         began = time.monotonic()
         is_private = False
@@ -7580,8 +7795,9 @@ class Channels:
     ) -> tuple[Channel, Viewer]:
         """Find or start the channel for an HLS request, and the viewer that stands for its client.
 
-        A client of a channel that has ended gets the end of it, while its playlist stays, unless
-        it begins `anew`.  Raises StreamError also if the channel has no HLS.
+        A client of an ended channel gets the rest of it while its playlist stays, unless `anew`
+        says that the client starts again.  Blocks and raises like watch(); raises StreamError also
+        if the channel has no HLS.
         """
         with self.changed:
             channel = None
@@ -7597,16 +7813,20 @@ class Channels:
         return channel, known
 
     def _add_poller(self, channel: Channel, viewer: Viewer) -> None:
-        """Keep an attached viewer as a poller until it has requested nothing for a while."""
+        """Keep an attached viewer as a poller until it stops sending requests.
+
+        Otherwise detach it: if its client is a poller already, if the channel has no HLS (raises
+        NoHls), or if the channel has ended (raises UpstreamError).
+        """
         is_known = viewer.key in channel.pollers
         if is_known or not channel.has_hls or not channel.is_fed:
             self._detach(channel, viewer)
-            if not channel.is_fed:  # it ended before we came to wait for it
+            if not channel.is_fed:  # it ended before this thread had the lock again
                 raise UpstreamError(JUST_ENDED)
             if not channel.has_hls:
                 raise NoHls(channel.stream)
-            return  # a request beside this was faster
-        # The patience is read each time: the target duration of a raw source grows.
+            return  # another request of this client was faster
+        # Read the patience at every check: the target duration of a raw source grows.
         viewer.has_left = lambda: time.monotonic() - viewer.moved > channel.poll_patience
         channel.pollers[viewer.key] = viewer
         channel.record.add("arrivals")
@@ -7614,7 +7834,7 @@ class Channels:
         log.info("%s: %s started watching (HLS)", channel.stream.name, label)
 
     def channels_to_poll(self, stream: StreamSettings, quality: str | None) -> list[Channel]:
-        """The running channel that a request is for, and those that ended and are still polled."""
+        """The running channel for a request, then the ended ones that clients still poll."""
         with self.changed:
             wanted = quality or stream.quality
             running = self._find(stream, wanted)
@@ -7624,17 +7844,17 @@ class Channels:
             return [*([running] if running else ()), *having]
 
     def note_poll(self, channel: Channel, key: tuple[str, ...], size: int) -> None:
-        """Count the bytes of a segment that a poller has taken."""
+        """Count the bytes of a segment that a poller has received."""
         with self.changed:
             viewer = channel.pollers.get(key)
             if viewer:
                 viewer.moved = time.monotonic()
                 viewer.sent += size
-            else:  # it was so slow that it counted as gone
+            else:  # it was so slow that it was detached as gone
                 channel.record.add("sent", size)
 
     def leave(self, channel: Channel, viewer: Viewer) -> None:
-        """Detach; the last to leave starts the linger time."""
+        """Detach a viewer; the linger time starts when the last one leaves."""
         with self.changed:
             self._detach(channel, viewer)
         channel.wake()
@@ -7657,14 +7877,14 @@ class Channels:
             return self._status(stream)
 
     def active_names(self) -> set[str]:
-        """The streams that have a channel, or that failed when they were requested last."""
+        """The names of streams that have a channel, or failed and have received nothing since."""
         with self.changed:
             names = {channel.stream.name for channel in self._channels}
             failed = {name for name, record in self._records.items() if record.has_failed}
             return names | failed
 
     def totals(self, stream: StreamSettings) -> Counter[str]:
-        """A stream's counts since the server started, with those of the viewers it has now."""
+        """A stream's counts since the server started, including those of its present viewers."""
         with self.changed:
             counts = self.known(stream.name).counts.copy()
             for channel in self._channels_of(stream.name):
@@ -7674,7 +7894,7 @@ class Channels:
             return counts
 
     def requested(self) -> set[str]:
-        """The names of the streams that anybody has requested since the start."""
+        """The names of the streams that were requested since the server started."""
         with self.changed:
             return set(self._records)
 
@@ -7683,13 +7903,13 @@ class Channels:
             return sum(len(channel.viewers) for channel in self._channels)
 
     def slot_count(self) -> int:
-        """The slots of `max_upstreams` that are in use."""
+        """The number of slots under `max_upstreams` that are in use."""
         with self.changed:
             return len(self._holding())
 
     def drop_reason(self, channel: Channel) -> str:
-        """Why a channel that broke off disconnects its viewers, in the metric's words."""
-        with self.changed:  # a reload holds it until the whole channel is stopped
+        """Why a channel that broke off disconnects its viewers: the metric's label."""
+        with self.changed:  # reload() holds this lock until the channel's stop() has returned
             if self.stopping.is_set():
                 return "shutdown"
             if channel.stopped.is_set():
@@ -7697,10 +7917,13 @@ class Channels:
             return "reconnect" if channel.gave_up else "failed"
 
     def _attach(self, name: str, quality: str | None, viewer: Viewer, is_private: bool) -> Channel:
-        """Put the viewer into a running channel or a new one; the cases stand above."""
+        """Attach the viewer to a running channel or a new one, without waiting for media.
+
+        Raises StreamError in the cases listed above this class.
+        """
         if self.stopping.is_set():
             raise stopping_error()
-        stream = self._config.streams.get(name)  # a reload may have come in between
+        stream = self._config.streams.get(name)  # a reload may have changed or removed it
         if stream is None:
             raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
         viewer.wanted = wanted = quality or stream.quality
@@ -7724,13 +7947,16 @@ class Channels:
         return channel
 
     def _channels_of(self, name: str) -> list[Channel]:
-        """A stream's, in the order they came."""
+        """A stream's channels, in the order they started."""
         return [channel for channel in self._channels if channel.stream.name == name]
 
     def _start(
         self, stream: StreamSettings, wanted: str, is_private: bool, order: Sequence[int]
     ) -> Channel:
-        """A channel with a running thread, which cannot do anything here before we let go."""
+        """Make a channel and start its thread, which first needs the lock that the caller holds.
+
+        Raises LimitReached if the system has no threads left.
+        """
         channel = Channel(self, stream, wanted, is_private, order)
         channel.account = self._account_of(stream, channel.address)
         try:
@@ -7742,7 +7968,7 @@ class Channels:
         return channel
 
     def _find(self, stream: StreamSettings, wanted: str) -> Channel | None:
-        """The channel that has the first of the wanted qualities that exists, or is to have it."""
+        """The channel that has, or will have, the first of the wanted qualities that exists."""
         variant = variant_of(wanted, self._variants_of(stream))
         for channel in self._channels_of(stream.name):
             if channel.is_offered and channel.variant and channel.variant == variant:
@@ -7750,7 +7976,7 @@ class Channels:
         return None
 
     def _find_start(self, stream: StreamSettings, wanted: str) -> Channel | None:
-        """The start to wait for: its variants are unknown, or it was asked for the same."""
+        """A start to wait for: its variants are unknown, or the same quality was requested."""
         for channel in self._channels_of(stream.name):
             is_start = channel.is_offered and channel.state is State.STARTING
             if is_start and (not channel.variants or channel.wanted == wanted):
@@ -7758,13 +7984,13 @@ class Channels:
         return None
 
     def _variants_of(self, stream: StreamSettings) -> Mapping[str, str]:
-        """By name, what the newest start found, and what is running though that lacked it."""
+        """The variants that the newest start found, and all running ones, by name."""
         mine = self._channels_of(stream.name)
         running = {channel.variant: channel.variant for channel in mine if channel.is_running}
         return {**self.known(stream.name).variants, **running}
 
     def _recall(self, stream: StreamSettings, wanted: str) -> None:
-        """Raise what a start would end with, as far as that is known without one."""
+        """Raise the error that a start would end with, if it is known without one."""
         record, now = self.record(stream.name), time.monotonic()
         for quality, (at, _) in tuple(record.start_errors.items()):
             if now - at > FAILURE_MEMORY:
@@ -7787,9 +8013,10 @@ class Channels:
             raise LimitReached(reason, "max_viewers", _addresses_of(self._channels))
 
     def _make_slot(self, stream: StreamSettings, viewer: Viewer) -> list[int]:
-        """Make room for a start: the positions of the addresses in the order that it tries them.
+        """Make room for a start; returns the positions of the addresses in the order to try them.
 
-        The first one has a slot; those without one are last.  Raises LimitReached if none has.
+        The first one has a slot; those found to have none are last.  Raises LimitReached if no
+        address has a slot.
         """
         order = self.record(stream.name).start_order(stream.urls)
         refusal = limit = ""
@@ -7803,7 +8030,10 @@ class Channels:
         raise LimitReached(refusal, limit, held_by)
 
     def _let_go(self, newcomers: Collection[Viewer]) -> None:
-        """Count out the viewers who have left; one that polls has where it asks for another."""
+        """Detach viewers that have left.
+
+        A polling client has left its channel when it is among the newcomers to another.
+        """
         keys = {viewer.key for viewer in newcomers if viewer.polls}
         for channel in tuple(self._channels):
             for viewer in tuple(channel.viewers):
@@ -7818,7 +8048,7 @@ class Channels:
     def _holding(self) -> list[Channel]:
         """The channels that hold a slot.
 
-        A stopped one does not: its connections are closed, whenever its thread ends.
+        A stopped channel holds none: its connections are closed, even if its thread still runs.
         """
         states = (State.STARTING, State.LIVE, State.PRIVATE)
         return [c for c in self._channels if c.state in states and not c.stopped.is_set()]
@@ -7829,7 +8059,7 @@ class Channels:
         return playlist.name if playlist else None
 
     def _room_at(self, stream: StreamSettings, address: str, mover: Channel | None = None) -> Room:
-        """Whether a start may open an upstream at an address, or a running channel move there."""
+        """Whether a start may open an upstream at an address, or the channel `mover` move there."""
         holders = [channel for channel in self._holding() if channel is not mover]
         closing: list[Channel] = []
         playlist = account_of(self._config, stream, address)
@@ -7840,7 +8070,7 @@ class Channels:
                 refusal = _account_is_full(playlist.max_upstreams, sharing)
                 return Room((), refusal, "account", _addresses_of(sharing))
             closing += surplus
-        if mover is None:  # it holds a slot of the server already
+        if mover is None:  # a mover already holds a slot of the server
             others = [channel for channel in holders if channel not in closing]
             surplus = _surplus(others, self._config.server.max_upstreams)
             if surplus is None:
@@ -7856,7 +8086,7 @@ class Channels:
         newcomers: Collection[Viewer],
         mover: Channel | None = None,
     ) -> Room:
-        """Like _room_at(); removes viewers that have left, and closes what gives way."""
+        """Like _room_at(), but detach viewers that have left, and close channels that give way."""
         room = self._room_at(stream, address, mover)
         if room.refusal:
             self._let_go(newcomers)
@@ -7868,7 +8098,8 @@ class Channels:
     def _await_start(self, channel: Channel, viewer: Viewer, deadline: float) -> bool:
         """Wait until the channel has media for this viewer; False if the viewer must begin again.
 
-        Raises StreamError if the start failed, or has no media by the viewer's own deadline.
+        Raises StreamError if the start failed, or has no media by the viewer's own deadline, and
+        ViewerGone if the viewer left.
         """
         if channel.is_running:
             return True
@@ -7934,9 +8165,9 @@ class Channels:
     # Channels' threads
 
     def take_slot(self, channel: Channel, address: str) -> None:
-        """Have a channel hold a slot of the account of an address that it is about to open.
+        """Take a slot of an address's account, if any, for a channel that will open the address.
 
-        It gives back the slot that it held.  Raises LimitReached if none is free.
+        The channel gives its slot of another account back.  Raises LimitReached if none is free.
         """
         with self.changed:
             room = self._make_room(channel.stream, address, channel.viewers, channel)
@@ -7946,10 +8177,10 @@ class Channels:
             channel.account = self._account_of(channel.stream, address)
 
     def note_variants(self, channel: Channel, canonical: Mapping[str, str], variant: str) -> bool:
-        """Remember what a start found; `variant` is empty if it lacks what was asked for.
+        """Record the variants that a start found; `variant` is empty if the wanted one is missing.
 
-        Viewers that wait for the start and want another variant begin again.  False if another
-        channel has this variant: then the start has to end, and its viewers go there.
+        Viewers that wait for the start and want another variant begin again.  Returns False if
+        another channel has this variant: the start must end, and its viewers attach there.
         """
         with self.changed:
             channel.variants = channel.record.variants = canonical
@@ -7962,10 +8193,10 @@ class Channels:
     def go_live(
         self, channel: Channel, container: Container, has_hls: bool, is_private: bool
     ) -> bool:
-        """Make a channel with media at hand LIVE or PRIVATE.
+        """Make a channel that has its first media LIVE or PRIVATE.
 
-        False if the start has to end: another channel has its variant, or a reload stopped it, so
-        that nobody may find a channel of the old settings.
+        Returns False if the start must end: another channel has its variant, or a reload stopped
+        it and no viewer may find a channel with the old settings.
         """
         with self.changed:
             channel.record.container = channel.container = container
@@ -7982,17 +8213,18 @@ class Channels:
             return True
 
     def end(self, channel: Channel, is_complete: bool, error: StreamError | None) -> None:
-        """A channel's thread ends; called once for each, with what became of it."""
+        """Record that a channel's thread ends, and how; called once for each channel."""
         with self.changed:
             if self.stopping.is_set():
                 error = stopping_error()
             elif channel.stopped.is_set():
-                error = None  # whatever failed was cut off by a reload
+                error = None  # a reload or _close() cut the upstream: that is no failure
             if channel.state is State.STARTING and error:
                 self._fail_start(channel, error)
             channel.state = State.CLOSED
             channel.is_fed = False
-            # Here, so that nobody finds them there; who polls what truly ended is seen off later.
+            # Detach pollers here, so that no request finds them.  If the source truly ended, they
+            # stay until _see_pollers_off() detaches them.
             if not is_complete:
                 for viewer in tuple(channel.pollers.values()):
                     channel.record.add_drop(self.drop_reason(channel))
@@ -8002,16 +8234,16 @@ class Channels:
         channel.window.end(is_complete)
 
     def _fail_start(self, channel: Channel, error: StreamError) -> None:
-        """Remember the error for all that were asked for and would have been served."""
+        """Remember the error for every requested quality that the start would have served."""
         channel.error = error
-        if isinstance(error, LimitReached):  # the slot may be free again any moment
+        if isinstance(error, LimitReached):  # a slot may be free again at any moment
             return
         qualities = {viewer.wanted for viewer in channel.viewers if channel.suits(viewer)}
         for quality in (channel.wanted, *qualities):
             channel.record.start_errors[quality] = time.monotonic(), error
 
     def close_idle_beside(self, newcomer: Channel, address: str) -> None:
-        """Close the channels without viewers of an address's host or account.
+        """Close the channels without viewers that use an address's host or account.
 
         Their connections may be why the address refuses another one.
         """
@@ -8024,7 +8256,7 @@ class Channels:
                     self._close(channel)
 
     def was_just_closed(self, newcomer: Channel, address: str) -> bool:
-        """Whether an address's host or account may still count a connection that was closed.
+        """Whether an address's host or account may still count a closed connection.
 
         Many panels allow one connection at a time.
         """
@@ -8041,7 +8273,7 @@ class Channels:
                     self._detach(channel, viewer)
 
     def close_if_abandoned(self, channel: Channel) -> None:
-        """Close a channel that nobody has watched for its linger time; nobody can attach then."""
+        """Close a channel that had no viewers for its linger time; none can attach after that."""
         with self.changed:
             self.remove_pollers(channel)
             is_idle = time.monotonic() - channel.idle_since >= channel.linger
@@ -8049,10 +8281,10 @@ class Channels:
                 self._close(channel)
 
     def close_if_unwatched(self, channel: Channel) -> None:
-        """Close a channel that nobody watches in a pause between two tries, without linger time.
+        """Close a channel without viewers in a pause between two tries; it does not linger.
 
-        The look and the close are one step under the lock: a viewer that attached between them
-        would be told that its channel has just ended.
+        The check and the close are one step under the lock: a viewer that attached between them
+        would get the error that its channel has just ended.
         """
         with self.changed:
             self.remove_pollers(channel)
@@ -8060,7 +8292,7 @@ class Channels:
                 self._close(channel)
 
     def _is_offered_by_another(self, channel: Channel) -> bool:
-        """Whether another channel of the stream has this one's variant, or is to have it."""
+        """Whether another channel of the stream has, or will have, this one's variant."""
         for other in self._channels_of(channel.stream.name):
             has_same = other.variant == channel.variant != ""
             if has_same and other is not channel and other.is_offered:
@@ -8068,7 +8300,7 @@ class Channels:
         return False
 
     def _close(self, channel: Channel) -> None:
-        """End a channel that nobody watches: its connections close before another one's open."""
+        """Close a channel without viewers, so that its connections close before others open."""
         channel.state = State.CLOSED
         for place in _counted_by(channel.address, channel.account):
             self._closed[place] = time.monotonic()
@@ -8077,9 +8309,10 @@ class Channels:
     # Main
 
     def reload(self, config: Config) -> None:
-        """Use other settings; ends the channels of streams that pull otherwise or are gone.
+        """Use other settings; stop the channels of streams that were removed or pull differently.
 
-        The failures and totals of all other streams stay.
+        All other streams keep their failures and totals; a stream that pulls differently keeps its
+        totals.
         """
         with self.changed:
             old, self._config = self._config, config
@@ -8099,7 +8332,7 @@ class Channels:
                     record.forget_failures()
 
     def stop(self, timeout: float) -> bool:
-        """Let all viewers go and end all threads; False where one still runs after `timeout`."""
+        """Disconnect all viewers, stop all threads; False if one is not done after `timeout` s."""
         with self.changed:
             self.stopping.set()
             for channel in self._channels:
@@ -8108,9 +8341,9 @@ class Channels:
 
 
 def _surplus(holders: Sequence[Channel], limit: int) -> list[Channel] | None:
-    """The channels without viewers that have to close so that there is a slot under a limit.
+    """The channels without viewers that must close to free a slot under a limit (0: no limit).
 
-    None if that is not enough.
+    None if closing all of them frees none.
     """
     count = len(holders) + 1 - limit
     if limit == 0 or count <= 0:
@@ -8139,7 +8372,7 @@ def _addresses_of(channels: Iterable[Channel]) -> set[str]:
 
 
 def _counted_by(address: str, account: str | None) -> set[tuple[str, str]]:
-    """The host and the account that may count a connection to an address, with others."""
+    """The host, and the account if any, that may count connections to an address."""
     counted = {("host", host_of(address))}
     if account:
         counted.add(("account", account))
@@ -8150,22 +8383,22 @@ def _counted_by(address: str, account: str | None) -> set[tuple[str, str]]:
 # Lists: loads the channel lists in the background, and applies them
 #
 # A thread for each playlist loads its list at the start, every `refresh`, and on a reload.  When a
-# list has changed, the configuration with the streams of all lists is made anew and applied like a
-# reload of the file.  A list that cannot be used changes nothing: the previous one stays.
+# list has changed, the thread rebuilds the configuration with the streams of all lists, and applies
+# it like a reload of the file.  If a list cannot be used, the previous one stays.
 # --------------------------------------------------------------------------------------------------
 
 LIST_TIME = 300.0  # seconds that a list may take to load
 LIST_PAUSES = (10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds until a failed load is repeated
 FIRST_LIST_TIME = 60.0  # seconds that players are asked to wait for a list's first load
-SHRUNK_TIME = 600.0  # seconds until a list that lost half of its channels is believed
-LISTS_WAIT = 5  # seconds after which players may ask again
+SHRUNK_TIME = 600.0  # seconds until a list that lost half of its channels is accepted
+LISTS_WAIT = 5  # seconds after which players may repeat their request
 LISTS_LOAD = "the list of channels is being loaded"
 
 
 def load_list(settings: PlaylistSettings, fetch: Fetch) -> ChannelList:
-    """Read a list to its end, over HTTP or from a file; blocks for LIST_TIME at most.
+    """Read a whole list, over HTTP or from a file; raises ListError and StreamError.
 
-    Raises ListError and StreamError.
+    A request blocks for the time of `fetch` at most.
     """
     parser = ListParser(settings)
     if "://" in settings.url:
@@ -8186,7 +8419,7 @@ def load_list(settings: PlaylistSettings, fetch: Fetch) -> ChannelList:
 
 
 def fetch_for(settings: PlaylistSettings, address: str, seconds: float) -> Fetch:
-    """A request with the headers and the proxy of a playlist."""
+    """A request with a playlist's headers, proxy and options; it may take `seconds`."""
     stream = StreamSettings(
         settings.name,
         (address,),
@@ -8203,15 +8436,15 @@ class LoadingList:
     def __init__(self, settings: PlaylistSettings) -> None:
         self.settings = settings
         self.since = time.monotonic()  # when it was configured
-        self.due = self.since  # when it is loaded next
-        self.list: ChannelList | None = None  # the newest that was accepted
-        self.loaded = -math.inf  # when that was
-        self.trouble: str | None = None  # why the newest load was not accepted
-        self.refusals = 0  # loads in a row that were not accepted
+        self.due = self.since  # when it must be loaded next
+        self.list: ChannelList | None = None  # the newest accepted list
+        self.loaded = -math.inf  # when that was accepted
+        self.trouble: str | None = None  # why the newest load was refused
+        self.refusals = 0  # loads refused in a row
         self.shrunk: float | None = None  # when it was first found to have lost half its channels
-        self.is_new = True  # no list has been loaded with these settings: any size is right
-        self.is_over = False  # it has left the configuration, or the server ends
-        self.fetch: Fetch | None = None  # while it loads
+        self.is_new = True  # no list was accepted with these settings: the first may have any size
+        self.is_over = False  # removed from the configuration, or the server stops
+        self.fetch: Fetch | None = None  # the request in progress
         self.thread: threading.Thread | None = None
 
     def report(self) -> dict[str, Any]:
@@ -8227,7 +8460,7 @@ class LoadingList:
 
 
 class Lists:
-    """The channel lists of a configuration, and the configuration that they make.
+    """The channel lists of a configuration; builds the configuration with their streams.
 
     Methods may be called from any thread.
     """
@@ -8235,14 +8468,14 @@ class Lists:
     def __init__(self, config: Config, apply: Callable[[Config], None]) -> None:
         """`apply` is called with each new configuration, by one thread at a time."""
         self._apply = apply
-        # Held while a configuration is made and applied, so that they are applied in order.  Taken
-        # before _changed, which apply() may not need.
+        # Held while a configuration is built and applied, so that they are applied in order.  Taken
+        # before _changed, which is not held during apply().
         self._applying = threading.Lock()
         # Guarded by _applying.
         self._names: dict[Identity, str] = {}
         self._applied = config
-        self._missed: set[str] = set()  # overrides without a stream that the log has told of
-        # Guards everything below.  Notified when a list is due earlier, or over.
+        self._missed: set[str] = set()  # overrides without a stream, as last logged
+        # Guards everything below.  Notified when a list becomes due earlier, or is over.
         self._changed = threading.Condition()
         self._config = config  # without the streams of lists
         self._lists = {name: LoadingList(found) for name, found in config.playlists.items()}
@@ -8250,13 +8483,13 @@ class Lists:
     # Main
 
     def start(self) -> None:
-        """Load all lists, each in a thread of its own."""
+        """Load all lists, each in its own thread; returns at once."""
         with self._changed:
             for each in self._lists.values():
                 self._start(each)
 
     def reload(self, config: Config) -> None:
-        """Apply another configuration with the lists that are known, and load all lists again."""
+        """Apply another configuration with the lists loaded so far, and load all lists again."""
         with self._changed:
             old, self._lists = self._lists, {}
             for name, settings in config.playlists.items():
@@ -8276,7 +8509,7 @@ class Lists:
         self._publish(is_asked=True)
 
     def stop(self, timeout: float) -> bool:
-        """End all threads; false if one still runs after `timeout`."""
+        """End all threads; False if one still runs after `timeout` seconds."""
         with self._changed:
             for each in self._lists.values():
                 each.is_over = True
@@ -8303,9 +8536,9 @@ class Lists:
     # Viewers' threads
 
     def wait_time(self) -> int | None:
-        """Seconds after which a player may ask again; None if it gets the streams there are.
+        """Seconds after which a player may ask again; None if it can have the present streams.
 
-        Players delete the channels that a playlist lacks, so they wait for the first load.
+        Players delete the channels that a playlist lacks, so they must wait for the first load.
         """
         with self._changed:
             return LISTS_WAIT if self._is_waiting() else None
@@ -8330,7 +8563,7 @@ class Lists:
             self._load(each)
 
     def _await_turn(self, each: LoadingList) -> bool:
-        """Wait until a list is due; false if it is over."""
+        """Wait until a list is due; False if it is over."""
         with self._changed:
             while not each.is_over:
                 remaining = each.due - time.monotonic()
@@ -8340,7 +8573,7 @@ class Lists:
             return False
 
     def _load(self, each: LoadingList) -> None:
-        """Load a list once, and note how that went."""
+        """Load a list once; accept and publish it, or refuse it."""
         with self._changed:
             settings = each.settings
             each.due = math.inf
@@ -8362,7 +8595,7 @@ class Lists:
             each.fetch = None
             if each.is_over:
                 return
-            if each.settings is not settings:  # a reload came meanwhile
+            if each.settings is not settings:  # a reload changed them meanwhile
                 each.due = time.monotonic()
                 return
             if loaded:
@@ -8386,7 +8619,7 @@ class Lists:
             each.shrunk = time.monotonic()
 
     def _doubt(self, each: LoadingList, loaded: ChannelList) -> str:
-        """Why a list is not believed yet; empty if it is.  The caller holds _changed."""
+        """Why a list is not accepted yet; empty if it can be.  The caller holds _changed."""
         before, now = len(each.list.entries) if each.list else 0, len(loaded.entries)
         if each.is_new or now * 2 >= before:
             return ""
@@ -8410,7 +8643,7 @@ class Lists:
         each.due = min(each.due, time.monotonic() + (refresh or math.inf))
 
     def _refuse(self, each: LoadingList, reason: str) -> None:
-        """Keep the previous list, and load it again after a pause.  The caller holds _changed."""
+        """Keep the previous list, and retry after a pause.  The caller holds _changed."""
         is_first = each.trouble is None
         each.trouble = reason
         level = logging.WARNING if is_first else logging.DEBUG
@@ -8425,14 +8658,17 @@ class Lists:
     # Any thread
 
     def _publish(self, *, is_asked: bool = False) -> None:
-        """Make the configuration with the streams of all lists, and apply it if it is another."""
+        """Build the configuration with the streams of all lists, and apply it if it has changed.
+
+        `is_asked`: apply it even if it has not.
+        """
         with self._applying:
             with self._changed:
                 config, is_waiting = self._config, self._is_waiting()
                 lists = {name: each.list for name, each in self._lists.items() if each.list}
                 is_complete = len(lists) == len(self._lists)
             config, names = with_lists(config, lists, self._names)
-            if not is_waiting:  # until then, an earlier list may still take the better names
+            if not is_waiting:  # before that, a list configured earlier may claim better names
                 self._names = names
             if is_asked or config != self._applied:
                 self._apply(config)
@@ -8441,7 +8677,7 @@ class Lists:
                 self._warn_of_missing(config)
 
     def _warn_of_missing(self, config: Config) -> None:
-        """Tell once of each stream that has no address and is in no list."""
+        """Warn once of each stream that has no address and is in no list."""
         missing = config.overrides.keys() - config.streams.keys()
         for name in sorted(missing - self._missed):
             log.warning("streams.%s: url is missing, and no list has this stream", name)
@@ -8449,7 +8685,7 @@ class Lists:
 
 
 # --------------------------------------------------------------------------------------------------
-# Pages: playlists, HDHomeRun's documents, status, metrics, the pages for people
+# Pages: playlists, HDHomeRun's documents, status, metrics, and web pages for people
 # --------------------------------------------------------------------------------------------------
 
 
@@ -8458,15 +8694,15 @@ class Site:
     """The server as one client sees it."""
 
     server: Server
-    config: Config  # the server's when the request was read: a reload replaces that one
+    config: Config  # the server's when the request was read: a reload replaces server.config
     url: str  # without a slash at the end
-    lan_url: str  # the same as others in the network reach it
-    is_trusted: bool  # the client: it may learn the token
+    lan_url: str  # the same, as other machines in the network reach it
+    is_trusted: bool  # whether the client may learn the token
     asked: Mapping[str, Sequence[str]]  # the query of the request
 
     @property
     def streams(self) -> Collection[StreamSettings]:
-        """The streams that playlists and pages show."""
+        """The streams that playlists and pages show: all but hidden ones."""
         return [stream for stream in self.config.streams.values() if not stream.hide]
 
     @property
@@ -8475,32 +8711,32 @@ class Site:
         return time.monotonic() - self.server.started
 
     def status(self, stream: StreamSettings) -> Mapping[str, Any]:
-        """A stream as it is now, as /status prints it."""
+        """Return a stream's current state as /status prints it."""
         return self.server.channels.status(stream)
 
     def record(self, stream: StreamSettings) -> StreamRecord:
         return self.server.channels.known(stream.name)
 
     def wants(self, name: str) -> str:
-        """A parameter of the request's query; empty if it has none."""
+        """Return a parameter of the request's query; empty if the query lacks it."""
         return (self.asked.get(name) or [""])[-1]
 
     def query(self, **wanted: str | None) -> str:
-        """What goes behind a path of ours: what is wanted, and the token."""
+        """Return the query of one of our addresses: the wanted parameters, and the token."""
         wanted["token"] = self.config.server.token if self.is_trusted else None
         query = urlencode({key: text for key, text in wanted.items() if text}, quote_via=quote)
         return f"?{query}" if query else ""
 
     def local(self, path: str, **wanted: str) -> str:
-        """An address for the script of a page: relative, as the links are."""
+        """Return an address for a page's script, relative like the page's links."""
         return path + self.query(**wanted)
 
     def link(self, path: str) -> str:
-        """An absolute address that the client can follow."""
+        """Return an absolute address that the client can follow."""
         return f"{self.url}/{path}{self.query()}"
 
     def typed(self, path: str, **wanted: str | None) -> str:
-        """What a person is told to type into a television."""
+        """Return an address that a person can type into a television."""
         return f"{self.lan_url}/{path}{self.query(**wanted)}"
 
 
@@ -8518,14 +8754,17 @@ def json_page(content: object, indent: int | None = 1) -> Page:
 
 
 def playlist_page(site: Site, streams: Iterable[StreamSettings]) -> Page:
-    """An extended M3U: what Kodi, TVHeadend, Jellyfin, VLC and mpv read of it is all there is."""
+    """Return an extended M3U.
+
+    Each attribute is read by at least one of Kodi, TVHeadend, Jellyfin, VLC, mpv and Channels DVR.
+    """
     guides = ",".join(site.link(path) for path in guide_paths(site.config))
     lines = [f'#EXTM3U x-tvg-url="{guides}" url-tvg="{guides}"' if guides else "#EXTM3U"]
     for stream in streams:
         title = _cleaned(stream.title) or stream.name
         attributes = {
             "tvg-id": _cleaned(stream.tvg_id),
-            "channel-id": stream.name,  # Channels DVR remembers a channel by it
+            "channel-id": stream.name,  # Channels DVR identifies a channel by it
             "tvg-name": title,
             "tvg-logo": _quoted(stream.logo),
             "tvg-chno": str(stream.number or ""),
@@ -8537,7 +8776,7 @@ def playlist_page(site: Site, streams: Iterable[StreamSettings]) -> Page:
 
 
 def guide_paths(config: Config) -> list[str]:
-    """The paths of all guides; the first is the one that most players take alone."""
+    """Return the paths of all guides; most players read only the first."""
     names = list(config.guides)
     paths = ["epg.xml"] if config.server.epg or names else []
     others = names if config.server.epg else names[1:]
@@ -8545,7 +8784,7 @@ def guide_paths(config: Config) -> list[str]:
 
 
 def guide_at(config: Config, path: str) -> tuple[PlaylistSettings, str] | None:
-    """The address of the guide at a path, and the settings to request it with; None if none is."""
+    """Return the settings and the address to request the guide at a path; None without a guide."""
     if path == "/epg.xml" and config.server.epg:
         return PlaylistSettings("epg", "", options=config.options), config.server.epg
     found = GUIDE_PATH.fullmatch(path)
@@ -8559,9 +8798,9 @@ def guide_at(config: Config, path: str) -> tuple[PlaylistSettings, str] | None:
 
 
 def whole_guide(parts: Iterator[bytes]) -> Iterator[bytes]:
-    """A guide's body, the first part of it long enough to show its format.
+    """Yield a guide's body; its first part is long enough to show the format.
 
-    Raises UpstreamError if it is a web page.
+    Raises UpstreamError if the body is a web page.
     """
     start = b""
     while len(start) < GUIDE_START and (part := next(parts, b"")):
@@ -8573,9 +8812,9 @@ def whole_guide(parts: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def unpacked(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """The contents of a gzip file, in pieces of bounded size; raises zlib.error if it is broken.
+    """Yield the contents of a gzip file in pieces of bounded size.
 
-    It may consist of several members (RFC 1952, 2.2).
+    The file may consist of several members (RFC 1952, 2.2).  Raises zlib.error if it is broken.
     """
     unpacker = zlib.decompressobj(GZIP_FORMAT)
     for part in parts:
@@ -8589,7 +8828,7 @@ def unpacked(parts: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _cleaned(text: str | None) -> str:
-    """Text without line breaks, double quotes and commas, none of which M3U can escape.
+    """Return text without line breaks, double quotes and commas, which M3U cannot escape.
 
     mpv ends an entry's attributes at the first comma, and Jellyfin at the last.
     """
@@ -8597,37 +8836,37 @@ def _cleaned(text: str | None) -> str:
 
 
 def _quoted(address: str | None) -> str:
-    """An address without these, which stays the same address."""
+    """Return an equivalent address without white space, commas and double quotes."""
     return "%20".join((address or "").split()).replace(",", "%2C").replace('"', "%22")
 
 
 GUIDE_PATH = re.compile(r"/epg/([a-z0-9-]+)\.xml")
 GUIDE_START = 256  # bytes of a guide that show its format
 GZIP_START = b"\x1f\x8b"  # RFC 1952, 2.3.1
-GZIP_FORMAT = 16 + zlib.MAX_WBITS  # zlib's word for a gzip file
-GUIDE_NUMBERS = range(10_000, 100_000)  # of streams that have none configured
+GZIP_FORMAT = 16 + zlib.MAX_WBITS  # selects the gzip format in zlib
+GUIDE_NUMBERS = range(10_000, 100_000)  # for streams without a configured number
 MACHINE_ID = Path("/etc/machine-id")
 SCAN_STATUS = {"ScanInProgress": 0, "ScanPossible": 1, "Source": "Cable", "SourceList": ["Cable"]}
 
 
 def discover_page(site: Site) -> Page:
-    """What makes Plex, Jellyfin and Emby take us for a tuner."""
+    """Return the document by which Plex, Jellyfin and Emby recognize a tuner."""
     server = site.config.server
     return json_page({
         "FriendlyName": server.name,
-        "ModelNumber": "HDHR4-2US",  # one with HDTC would make Jellyfin ask for transcoding
+        "ModelNumber": "HDHR4-2US",  # for a model with HDTC, Jellyfin would request transcoding
         "FirmwareName": "hdhomerun4_atsc",
         "FirmwareVersion": "20200907",
         "DeviceID": device_id(site.server.port).upper(),
         "DeviceAuth": "streampipe",
         "BaseURL": site.url,
         "LineupURL": f"{site.url}/lineup.json",
-        "TunerCount": tuner_count(site.config),  # a text became 49 in Plex
+        "TunerCount": tuner_count(site.config),  # Plex turned a string into 49
     })  # fmt: skip
 
 
 def tuner_count(config: Config) -> int:
-    """How many streams a tuner can play at once."""
+    """Return how many streams a client of the tuner can play at once."""
     count = config.server.max_upstreams or config.server.max_viewers or 16
     limits = [playlist.max_upstreams for playlist in config.playlists.values()]
     is_imported = all(stream.playlist for stream in config.streams.values())
@@ -8649,10 +8888,10 @@ def lineup_page(site: Site) -> Page:
 
 
 def guide_numbers(streams: Collection[StreamSettings]) -> dict[str, int]:
-    """The number of each stream by its name: the configured one, or one made from the name.
+    """Return each stream's number by its name: the configured number, or one made from the name.
 
-    Plex maps its guide by these numbers.  So only a collision may move one when a stream is
-    inserted: it gives the later name the next number that is free.
+    Plex maps its guide by these numbers, so inserting a stream may change another's number only
+    if the two collide: the name that sorts later gets the next free number.
     """
     numbers = {stream.name: stream.number for stream in streams if stream.number}
     taken = set(numbers.values())
@@ -8669,14 +8908,14 @@ def guide_numbers(streams: Collection[StreamSettings]) -> dict[str, int]:
 
 
 def device_id(port: int) -> str:
-    """Eight hexadecimal digits that stay the same for this machine and port.
+    """Return eight hexadecimal digits that stay the same for this machine and port.
 
-    systemd asks programs to show nobody the machine's id itself, so it is hashed.
+    systemd asks programs not to expose the machine's ID itself, so it is hashed.
     """
     machine = ""
     with contextlib.suppress(OSError, ValueError):
         machine = MACHINE_ID.read_text(encoding="ascii").strip()
-    if not re.fullmatch("[0-9a-f]{32}", machine):  # as in most containers
+    if not re.fullmatch("[0-9a-f]{32}", machine):  # most containers have no valid ID
         machine = f"{uuid.getnode():012x}"  # the network card's address
     return hashlib.sha256(f"streampipe {machine} {port}".encode()).hexdigest()[:8]
 
@@ -8706,7 +8945,7 @@ def device_page(site: Site) -> Page:
 
 
 def status_json(site: Site) -> Page:
-    """Everything that is known; `?stream=NAME` and `?active=1` limit it."""
+    """Return the whole status; `?stream=NAME` and `?active=1` limit the streams in it."""
     streams: Iterable[StreamSettings] = site.config.streams.values()
     if name := site.wants("stream"):
         streams = [stream for stream in streams if stream.name == name]
@@ -8722,16 +8961,16 @@ def status_json(site: Site) -> Page:
     })  # fmt: skip
 
 
-Samples = Mapping[str, float]  # by what follows a metric's name: labels, or "_sum"
+Samples = Mapping[str, float]  # by the part after the metric's name: labels, or a suffix ("_sum")
 
 
 def metrics_page(site: Site) -> Page:
-    """Prometheus' text format, version 0.0.4."""
+    """Return all metrics in Prometheus' text format, version 0.0.4."""
     answers, refusals, first_bytes, first_byte_sum = site.server.counts()
     buckets = {f"_bucket{_labels(le=bound)}": first_bytes[bound] for bound in FIRST_BYTE_BOUNDS}
     histogram = {**buckets, "_sum": first_byte_sum, "_count": first_bytes["+Inf"]}
     requests = {_labels(code=code): count for code, count in sorted(answers.items())}
-    # From zero on: Prometheus sees no increase in a counter that begins with one.
+    # Report zeros, too: Prometheus sees no increase in a counter whose first sample is one.
     refused = {_labels(reason=limit): refusals[limit] for limit in LIMITS}
     limits, last_reload = site.config.server, site.server.last_reload
     families = [
@@ -8758,7 +8997,7 @@ def metrics_page(site: Site) -> Page:
 
 
 LAST_RELOAD = "1 if the last reload succeeded, or there was none; 0 if the file has mistakes."
-STATE_METRICS = {  # the state of a stream by its name in /status
+STATE_METRICS = {  # the state in the metrics, by the state in /status
     "live": "live",
     "private": "live",
     "waiting": "waiting",
@@ -8784,7 +9023,7 @@ STREAM_METRICS = {
 
 
 def _stream_samples(site: Site, stream: StreamSettings) -> Mapping[str, Samples]:
-    """A stream's samples of each metric: one number, or one for each state or reason."""
+    """Return a stream's samples by metric: one number, or one for each state or reason."""
     status, totals = site.status(stream), site.server.channels.totals(stream)
     channels = status["channels"]
     numbers = {
@@ -8835,19 +9074,19 @@ def _family(name: str, words: str, samples: Samples) -> str:
 
 # For people
 #
-# Everything works without script.  PAGE_SCRIPT makes it pleasant.  No page reloads itself, because
-# that would take the focus from a person with a remote control, a keyboard or a screen reader.
+# All pages work without script; PAGE_SCRIPT adds comfort.  No page reloads itself, because that
+# would take the focus from a person with a remote control, a keyboard or a screen reader.
 
 HTML = "text/html; charset=utf-8"
 NO_STREAMS = "no streams are configured: add some under streams: in the file, and restart"
 ALL_OPEN = 60  # streams; if there are more, only the requested group is open
-ALL_SENT = 500  # streams; if there are more, only cards that were asked for are in the page
+ALL_SENT = 500  # streams; if there are more, the page has only the requested cards
 MOST_CARDS = 200  # in such a page
-MOST_LINES = 50  # of what needs attention
-MOST_PLAYING = 24  # cards of streams that play, while no group is open
+MOST_LINES = 50  # in the list of streams and lists that need attention
+MOST_PLAYING = 24  # cards of playing streams while no group is open
 MOST_VIEWERS = 200  # rows of the table of viewers
-UNFOLDED_LINES = 3  # of what needs attention; more are folded
-FRESH = 600.0  # seconds that a failure needs attention
+UNFOLDED_LINES = 3  # in that list; if there are more, it is folded
+FRESH = 600.0  # seconds during which a failure needs attention
 HELP = """<p>No picture? Chrome and Edge play this from version 142 on, as do Safari and Android's
 browsers. Firefox on a desktop does not. Page Up and Page Down change the channel.</p>"""
 NO_HLS = "Firefox on a desktop does not play this kind of stream (HLS). Chrome, Edge and Safari do."
@@ -8938,10 +9177,10 @@ video{aspect-ratio:auto;height:calc(100vh - 4.2rem);max-height:none}
 @media (max-width:600px){.many:has([type=search]:not(:placeholder-shown)) nav{display:none}}
 .watch:has(#Trouble) header .note{display:none}
 """
-# A logo that does not load takes no room, so that the initials behind it show: an image without a
-# height and an alternative text represents nothing (HTML, 15.4.2).
+# A logo that fails to load takes no space, so the initials behind it show: an image with neither
+# a height nor alternative text represents nothing (HTML, 15.4.2).
 
-# A browser runs this script alone: its hash is in the policy.
+# A browser runs no other script: the policy has only the hash of this one.
 PAGE_SCRIPT = r"""
 "use strict"
 // The pages work without this script.  It updates states and figures, finds channels while a person
@@ -9169,12 +9408,12 @@ if (video) {
 _digest = hashlib.sha256(PAGE_SCRIPT.encode()).digest()
 SCRIPT_HASH = f"sha256-{base64.b64encode(_digest).decode()}"
 
-# A proxy refuses an answer whose head is larger than its buffer, often 4 KiB.
-POLICY_HOSTS = 1 * KIB  # bytes of logos' hosts in a policy; if there are more, it allows any host
+# A proxy refuses an answer whose head is larger than the proxy's buffer, often 4 KiB.
+POLICY_HOSTS = 1 * KIB  # bytes of logo hosts in a policy; if there are more, it allows any host
 
 
 def policy_headers(config: Config) -> dict[str, str]:
-    """A browser runs only our script in our pages, and loads only our media and the logos."""
+    """Return headers that restrict our pages to our script, our media and the logos."""
     site = re.compile(r"(https?://)(?:[^/?#@]*@)?([\w.-]+(?::\d+)?)(?![^/?#])", re.ASCII | re.I)
     logos = (site.match(stream.logo or "") for stream in config.streams.values())
     hosts = " ".join(dict.fromkeys(logo[1] + logo[2] for logo in logos if logo))
@@ -9190,7 +9429,7 @@ def policy_headers(config: Config) -> dict[str, str]:
 
 
 def _document(title: str, body: str, kind: str = "", about: Mapping[str, str] = {}) -> Page:
-    """A page of this HTML.  `kind` is the class of its content, `about` what its script reads."""
+    """Return a page.  `kind` is the class of its content; its script reads `about`."""
     data = "".join(f' data-{key}="{html.escape(text)}"' for key, text in about.items() if text)
     text = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -9204,7 +9443,7 @@ def _document(title: str, body: str, kind: str = "", about: Mapping[str, str] = 
 
 
 def _button(address: str, words: str, attributes: str = "") -> str:
-    """A link.  Between our pages they are relative, so that they are right behind any proxy."""
+    """Return a link.  Links between our pages are relative, so they work behind any proxy."""
     return f'<a class="button"{attributes} href="{html.escape(address)}">{html.escape(words)}</a>'
 
 
@@ -9213,7 +9452,7 @@ def _button(address: str, words: str, attributes: str = "") -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a person asked the status page for: a search, a group, or nothing."""
+    """A person's selection on the status page: a search, a group, or none."""
 
     words: Sequence[str]
     group: str
@@ -9223,7 +9462,7 @@ class Choice:
         return bool(self.words or self.group)
 
     def has(self, stream: StreamSettings) -> bool:
-        """Whether a stream is wanted; every one is if nothing was asked for."""
+        """Whether the selection includes a stream; without a selection, every stream."""
         if self.words:
             text = _search_text(stream)
             return all(word in text for word in self.words)
@@ -9234,9 +9473,9 @@ def _group_of(stream: StreamSettings) -> str:
     return stream.group or "Streams"
 
 
-@functools.lru_cache(maxsize=20_000)  # as many as a list may have channels
+@functools.lru_cache(maxsize=20_000)  # a list may have as many channels
 def _folded(text: str) -> str:
-    """Text for a comparison in which accents and case do not count."""
+    """Return text for comparisons that ignore accents and case."""
     letters = unicodedata.normalize("NFD", text)
     return "".join(each for each in letters if unicodedata.category(each)[0] != "M").lower()
 
@@ -9246,14 +9485,14 @@ def _search_text(stream: StreamSettings) -> str:
 
 
 class Board:
-    """The streams of a page as they are now.  Each method gives HTML."""
+    """The current state of a page's streams as HTML."""
 
     def __init__(self, site: Site, streams: Collection[StreamSettings]) -> None:
         self.site = site
         self.streams = streams
         self.query = html.escape(site.query())
         names = site.server.channels.active_names()
-        # Of all other streams there is nothing to say.
+        # There is nothing to report about any other stream.
         self.active = {
             stream.name: site.status(stream) for stream in self.streams if stream.name in names
         }
@@ -9265,7 +9504,7 @@ class Board:
         self.scale = self._scale()
 
     def parts(self) -> dict[str, str]:
-        """What changes outside the cards, by id."""
+        """Return the changing parts of the page outside the cards, by ID."""
         return {
             "Summary": self._summary(),
             "Attention": self._attention(),
@@ -9274,7 +9513,7 @@ class Board:
         }
 
     def now(self, stream: StreamSettings, *, has_figures: bool = True) -> str:
-        """A stream's state, figures and chart; empty if there is nothing to report."""
+        """Return a stream's state, figures and chart; empty if there is nothing to report."""
         status = self.active.get(stream.name)
         if not status:
             return ""
@@ -9285,13 +9524,13 @@ class Board:
             facts.append(_whole(f"{viewers}, peak {status['peak']}" if has_peak else viewers))
         chart = ""
         if status["channels"] and has_figures:
-            if status["bitrate"]:  # none in the first seconds
+            if status["bitrate"]:  # zero in the first seconds
                 facts.append(_whole(_rate(status["bitrate"])))
             uptime = max(channel["uptime_seconds"] for channel in status["channels"])
             facts.append(_whole(f"{_duration(uptime)} up"))
             chart = _chart(self.site.record(stream).bitrates(), self.scale)
         notes = "".join(f'<p class="note">{note}</p>' for note in self._notes(status))
-        # No line begins with a dot.
+        # The no-break space keeps a dot from beginning a line.
         shown = "\u00a0· ".join(f"<span>{fact}</span>" for fact in facts)
         return f'<p class="facts">{shown}</p>{notes}{chart}'
 
@@ -9300,7 +9539,7 @@ class Board:
         return status["state"] if status else "idle"
 
     def _notes(self, status: Mapping[str, Any]) -> list[str]:
-        """What is missing, and what went wrong."""
+        """Return notes on missing parts of the stream, and the last error."""
         notes = [channel["note"] for channel in status["channels"] if channel["note"]]
         if status["last_error"] and status["state"] in ("failed", "waiting"):
             notes.append(status["last_error"])
@@ -9310,7 +9549,7 @@ class Board:
         return list(map(html.escape, notes))
 
     def _state(self, stream: StreamSettings) -> str:
-        """A state in words: how old it is, and what will happen."""
+        """Return a state in words, with its age and the time until a channel stops waiting."""
         status = self.active[stream.name]
         state = color = words = status["state"]
         if state == "private":
@@ -9327,18 +9566,18 @@ class Board:
         return f'<span class="{color}">{words}</span>'
 
     def _is_over(self, stream: StreamSettings) -> bool:
-        """Whether a failure says little about now: it is old, or its account plays again."""
+        """Whether a failure has become irrelevant: it is old, or its account plays a stream now."""
         is_old = self.active[stream.name]["last_error_seconds"] > FRESH
         return is_old or self._account(stream.name) in self.playing_accounts
 
     def _account(self, name: str) -> str | None:
-        """The playlist whose account a stream's first address belongs to."""
+        """Return the name of the playlist whose account a stream's first address uses, if any."""
         stream = self.site.config.streams[name]
         account = account_of(self.site.config, stream, stream.urls[0])
         return account.name if account else None
 
     def _scale(self) -> float:
-        """The bits per second at the top of all charts: 1, 2 or 5 times a power of ten."""
+        """Return the bits per second at the top of all charts: 1, 2 or 5 times a power of ten."""
         highest = 1.0
         for name, status in self.active.items():
             if status["channels"]:
@@ -9355,7 +9594,7 @@ class Board:
         return f"{_many(len(self.streams), 'stream')}, {_many(viewers, 'viewer')}, up {uptime}"
 
     def _attention(self) -> str:
-        """A line for each list and each stream that needs attention."""
+        """Return a line for each list and each stream that needs attention."""
         lines, counts = [], Counter[str]()
         for report in self.site.server.lists.report():
             if trouble := report["last_error"]:
@@ -9385,7 +9624,7 @@ class Board:
         return f"<summary>{words}</summary><ul>{''.join(lines)}</ul>"
 
     def _playing(self) -> str:
-        """The streams that play now, for a page whose groups are all closed."""
+        """Return the cards of playing streams, for a page whose groups are all closed."""
         playing = [each for each in self.streams if self.state(each) in ("live", "private")]
         if len(self.streams) <= ALL_OPEN or not playing:
             return ""
@@ -9400,7 +9639,7 @@ class Board:
         return f'<h2>Playing now</h2><ul class="cards">{cards}</ul>{more}'
 
     def _viewers(self) -> str:
-        """Who is watching, for the operator."""
+        """Return a table of the viewers, for the operator."""
         rows = []
         for name, status in self.active.items():
             title = self.site.config.streams[name].title
@@ -9434,7 +9673,7 @@ def _viewer_row(title: str, viewer: Mapping[str, Any]) -> str:
 
 
 def _chart(bitrates: Sequence[float], scale: float) -> str:
-    """The last five minutes as bars; `scale` is the bits per second at the top."""
+    """Return the last five minutes as bars; `scale` is the bits per second at the top."""
     bars = ""
     for n, rate in enumerate(bitrates):
         if rate:
@@ -9450,7 +9689,7 @@ def _chart(bitrates: Sequence[float], scale: float) -> str:
 
 
 def status_page(site: Site) -> Page:
-    """All streams, for a phone, a desktop or a television."""
+    """Return the page with all streams, for a phone, a desktop or a television."""
     name, words = html.escape(site.config.server.name), site.wants("q")
     board = Board(site, site.streams)
     choice = Choice(_folded(words).split(), site.wants("group"))
@@ -9479,7 +9718,7 @@ def status_page(site: Site) -> Page:
 
 
 def _flag(name: str, is_set: bool) -> str:
-    """An attribute without a value."""
+    """Return a boolean HTML attribute, which has no value; empty if it is not set."""
     return f" {name}" if is_set else ""
 
 
@@ -9494,7 +9733,7 @@ def _search_form(site: Site, words: str) -> str:
 
 
 def _anchor(group: str) -> str:
-    """The id of a group's cards; no stream's name has a colon."""
+    """Return the ID of a group's cards.  It begins with a colon, which no stream's name has."""
     return f":{quote(group, safe='')}" if group else ""
 
 
@@ -9515,7 +9754,7 @@ def _group_links(site: Site, choice: Choice) -> str:
 
 
 def _groups(board: Board, choice: Choice) -> str:
-    """The cards in their groups, each in the order of the file."""
+    """Return the cards by group; groups and cards keep the order of the file."""
     is_asked, has_all = choice.is_asked, len(board.streams) <= ALL_SENT
     wanted = [stream for stream in board.streams if choice.has(stream)]
     hint = "" if len(board.streams) <= ALL_OPEN else '<p id="Hint">Choose a group, or search.</p>'
@@ -9534,7 +9773,8 @@ def _groups(board: Board, choice: Choice) -> str:
             cards += _card(board, stream, is_hidden=is_hidden)
         is_wanted = any(stream.name in names for stream in streams)
         is_open = is_wanted and (is_asked or not is_many)
-        # Among many, closed groups do not show, so that no person may close one by its heading.
+        # If there are many streams, closed groups are hidden.  A heading must not take the focus:
+        # a person who closed its group could not open it again.
         fixed = ' tabindex="-1"' if is_many else ""
         text += (
             f'<details class="group" id="{_anchor(group)}"{_flag("open", is_open)}'
@@ -9548,14 +9788,14 @@ def _groups(board: Board, choice: Choice) -> str:
 
 
 def _card(board: Board, stream: StreamSettings, *, is_hidden: bool) -> str:
-    """A stream that opens its watch page wherever it is touched."""
+    """Return a stream's card.  All of its area is a link to the watch page."""
     now = board.now(stream)
     shown = f'<div class="now">{now}</div>' if now else ""
     return f'<li id="{stream.name}"{_flag("hidden", is_hidden)}>{_link(board, stream)}{shown}</li>'
 
 
 def _link(board: Board, stream: StreamSettings) -> str:
-    """The logo, number and title of a stream, as a link to its watch page."""
+    """Return the logo, number and title of a stream as a link to its watch page."""
     number = f"<b>{stream.number}</b>" if stream.number else ""
     return (
         f'<a href="{stream.name}{board.query}">{_logo(stream)}'
@@ -9564,7 +9804,7 @@ def _link(board: Board, stream: StreamSettings) -> str:
 
 
 def _logo(stream: StreamSettings) -> str:
-    """The logo, over initials that show until it has loaded."""
+    """Return the logo over initials, which show until the logo has loaded."""
     initials = "".join(word[0] for word in stream.title.split()[:2]).upper()
     image = ""
     if stream.logo:
@@ -9574,7 +9814,7 @@ def _logo(stream: StreamSettings) -> str:
 
 
 def update_page(site: Site) -> Page:
-    """What the script of an open page shows instead of what it has."""
+    """Return the parts that the script of an open page replaces, as JSON."""
     name = site.wants("stream")
     if name:
         watched = site.config.streams.get(name)
@@ -9595,7 +9835,7 @@ def update_page(site: Site) -> Page:
 
 
 def player_of(agent: str) -> str:
-    """A player's or browser's name and version, from its User-Agent."""
+    """Return a player's or browser's name and version, taken from its User-Agent."""
     for name in ("Edg", "OPR", "Firefox", "CriOS", "FxiOS", "Chrome"):
         if found := re.search(rf"\b{name}/(\d+)", agent):
             shown = {"Edg": "Edge", "OPR": "Opera", "CriOS": "Chrome", "FxiOS": "Firefox"}
@@ -9606,7 +9846,7 @@ def player_of(agent: str) -> str:
 
 
 def _lists(site: Site) -> str:
-    """A line for each channel list: how many channels it has, and how old it is."""
+    """Return a line for each channel list: its number of channels, and its age."""
     lines = []
     for report in site.server.lists.report():
         words = "not loaded yet"
@@ -9625,17 +9865,17 @@ def _lists(site: Site) -> str:
 
 @dataclass(frozen=True)
 class Watched:
-    """What a watch page is to show: a stream in a quality, or why it does not play."""
+    """The contents of a watch page: a stream in a quality, or the reason why it does not play."""
 
-    quality: str | None  # asked for
-    variant: str = ""  # that plays
+    quality: str | None  # the requested one
+    variant: str = ""  # the playing one
     path: str = ""  # of the media; empty if no browser plays this kind
-    has_hls: bool = True  # or the browser plays the stream itself
+    has_hls: bool = True  # if not, a browser can play only the stream itself
     trouble: StreamError | None = None
 
 
 def watch_page(site: Site, stream: StreamSettings, watched: Watched, agent: str) -> Page:
-    """Plays a stream, or says why it does not; `agent` is the browser's.
+    """Return the page that plays a stream or explains why it cannot; `agent` is the browser's.
 
     Raises StreamError if a reload has just removed the stream.
     """
@@ -9668,7 +9908,7 @@ def watch_page(site: Site, stream: StreamSettings, watched: Watched, agent: str)
 
 
 def _screen(site: Site, stream: StreamSettings, watched: Watched, source: str, agent: str) -> str:
-    """The video, or what a person can do in place of it."""
+    """Return the video, or the reason why there is none and what to do about it."""
     has_hls = plays_hls(agent) or not watched.has_hls
     may_pass = watched.trouble and watched.trouble.status >= HTTPStatus.INTERNAL_SERVER_ERROR
     if watched.trouble and not (may_pass and has_hls):
@@ -9678,7 +9918,7 @@ def _screen(site: Site, stream: StreamSettings, watched: Watched, source: str, a
         return f'<div class="said"><p>{words}</p>{_player_link(site, stream)}</div>'
     if not has_hls:
         return f'<div class="said"><p>{NO_HLS}</p>{_player_link(site, stream)}</div>'
-    poster = f' poster="{html.escape(stream.logo)}"' if stream.logo else ""  # all of a radio
+    poster = f' poster="{html.escape(stream.logo)}"' if stream.logo else ""  # radio has only this
     loads = "hidden" if watched.trouble else f'src="{html.escape(source)}"'
     return (
         f"<video controls autoplay muted playsinline{poster} {loads}></video>"
@@ -9689,7 +9929,7 @@ def _screen(site: Site, stream: StreamSettings, watched: Watched, source: str, a
 
 
 def _trouble(site: Site, stream: StreamSettings, watched: Watched) -> str:
-    """Why a stream does not play, and what to do about it."""
+    """Return the reason why a stream does not play, and what to do about it."""
     assert watched.trouble
     reason = watched.trouble.reason
     advice = advice_for(reason, watched.trouble.status)
@@ -9702,7 +9942,7 @@ def _trouble(site: Site, stream: StreamSettings, watched: Watched) -> str:
 
 
 def _marked(advice: str) -> str:
-    """HTML for a text in which addresses and settings stand between backquotes."""
+    """Return HTML for a text that has addresses and settings between backquotes."""
     return re.sub("`(.+?)`", r"<code>\1</code>", html.escape(advice, quote=False))
 
 
@@ -9712,7 +9952,7 @@ def plays_hls(agent: str) -> bool:
 
 
 def _unplayed(site: Site, stream: StreamSettings) -> str:
-    """The codecs of a stream that no browser plays."""
+    """Return a note about the codecs of a stream that browsers do not play."""
     codecs = " and ".join(site.record(stream).unplayed)
     if not codecs:
         return ""
@@ -9721,7 +9961,7 @@ def _unplayed(site: Site, stream: StreamSettings) -> str:
 
 
 def _zap_links(site: Site, stream: StreamSettings) -> str:
-    """To the streams before and after it in the file, and to all."""
+    """Return links to the previous and next streams in the file, and to all streams."""
     query = site.query()
     streams = [each for each in site.config.streams.values() if each == stream or not each.hide]
     at = streams.index(stream)
@@ -9738,12 +9978,12 @@ def _zap_links(site: Site, stream: StreamSettings) -> str:
 
 
 def _list_group(site: Site, stream: StreamSettings) -> str | None:
-    """The group that the status page has to open for a stream's card to show."""
+    """Return the group that the status page must open to show a stream's card."""
     return _group_of(stream) if len(site.streams) > ALL_OPEN else None
 
 
 def _qualities(site: Site, stream: StreamSettings, variant: str) -> str:
-    """Links to all that the stream comes in."""
+    """Return links to all qualities of a stream; empty if it has only one."""
     qualities = site.record(stream).qualities()
     links = ""
     for quality in qualities if len(qualities) > 1 else ():
@@ -9761,7 +10001,7 @@ def _player_link(site: Site, stream: StreamSettings) -> str:
 
 
 def error_page(site: Site, status: HTTPStatus, reason: str, name: str, agent: str) -> Page:
-    """What a person sees in place of a stream's page or of another one."""
+    """Return the page that replaces a stream's page, or any other, if a request fails."""
     stream = site.config.streams.get(name)
     if stream and site.is_trusted and status != HTTPStatus.METHOD_NOT_ALLOWED:
         trouble = StreamError(status, reason)
@@ -9774,7 +10014,7 @@ def error_page(site: Site, status: HTTPStatus, reason: str, name: str, agent: st
     return _document(title, body)
 
 
-# What to do about a failure, as README says it, by a part of its reason.
+# Advice on each failure, as in README, by parts of the failure's reason.
 ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         (
@@ -9895,7 +10135,7 @@ ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 
 
-# The same for 503 and 504 without such a reason.
+# Advice for 503 and 504 if no such part matches.
 PATIENCE_ADVICE = (
     "`max_viewers`, `max_upstreams`, `playlists.NAME.max_upstreams` if your account allows more; "
     "wait a minute; a longer `timeout`"
@@ -9903,7 +10143,7 @@ PATIENCE_ADVICE = (
 
 
 def advice_for(reason: str, status: HTTPStatus) -> str:
-    """What a person can do about a failure; empty if there is nothing to say."""
+    """Return advice for a person about a failure; empty if there is none."""
     for parts, advice in ADVICE:
         if any(part in reason for part in parts):
             return advice
@@ -9912,7 +10152,7 @@ def advice_for(reason: str, status: HTTPStatus) -> str:
 
 
 def _rate(bitrate: float) -> str:
-    """Of a picture, or of a radio's sound."""
+    """Return a bitrate in Mbit/s, or in kbit/s if it is low (radio)."""
     return f"{bitrate / 1e6:.1f} Mbit/s" if bitrate >= 1e6 else f"{bitrate / 1e3:.0f} kbit/s"
 
 
@@ -9926,18 +10166,18 @@ def _duration(seconds: float) -> str:
 
 
 def _ago(seconds: float) -> str:
-    """How long ago something happened, on one line."""
+    """Return how long ago something happened, in words that stay on one line."""
     return _whole(f"{_duration(seconds)} ago" if seconds >= 1 else "just now")
 
 
 def _whole(words: str) -> str:
-    """Words that no browser spreads over two lines."""
+    """Return words with no-break spaces, so that a browser keeps them on one line."""
     return words.replace(" ", "\u00a0")
 
 
-# Some players insist on .m3u8.  HDHomeRun tuners have a lineup.m3u.
+# Some players accept only .m3u8.  HDHomeRun tuners have a lineup.m3u.
 M3U_LISTS = ("/playlist.m3u", "/playlist.m3u8", "/lineup.m3u")
-# By path; a playlist of one stream is at its name.
+# By path.  The playlist of a single stream is at /NAME.m3u.
 PAGES: Mapping[str, Callable[[Site], Page]] = {
     "/": status_page,
     "/status": lambda site: update_page(site) if site.wants("html") else status_json(site),
@@ -9954,28 +10194,28 @@ PAGES: Mapping[str, Callable[[Site], Page]] = {
 # --------------------------------------------------------------------------------------------------
 # HTTP: requests and answers (RFC 9110, RFC 9112)
 #
-# Every answer closes its connection.  A media body is chunked for HTTP/1.1 and bare for HTTP/1.0;
-# its final chunk is sent only where the source truly ended, so that a client that can reconnect
-# does when it is missing.
+# Every answer closes its connection.  A media body is chunked for HTTP/1.1 and bare for HTTP/1.0.
+# Its final chunk is sent only if the source truly ended: without it, a client that can reconnect
+# does so.
 # --------------------------------------------------------------------------------------------------
 
 STREAM_PATH = re.compile(r"/([a-z0-9-]+)(\.m3u8?|\.ts|/([0-9]{1,18})\.([a-z0-9]+))?")
-TUNER_PATH = re.compile(r"/auto/v([0-9]{1,9})")  # Channels DVR makes these by a guide number
+TUNER_PATH = re.compile(r"/auto/v([0-9]{1,9})")  # Channels DVR makes these from guide numbers
 HTTP_VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")  # RFC 9112, 2.3
 HLS_HEADERS = {"Accept-Ranges": "none"}
 GUIDE_HEADERS = {"Content-Type": "application/xml", "Cache-Control": "no-cache"}
-GUIDE_TIME = 3600.0  # seconds that a guide may take in all
-GUIDE_SEND_TIME = 60.0  # seconds that a client may take nothing of it
-RELOAD_WAIT = 5.0  # seconds that a playlist may wait for news
+GUIDE_TIME = 3600.0  # seconds that relaying a guide may take in all
+GUIDE_SEND_TIME = 60.0  # seconds that a client may stop reading a guide
+RELOAD_WAIT = 5.0  # seconds that a playlist request may wait for a new segment
 NO_TOKEN = "a token is required: add ?token=... to the address, or give it as the password"
 TOO_LARGE = "its segments are larger than the window: set a larger ringbuffer_size"
-EVERYWHERE = "0.0.0.0", "::"  # hosts to listen on: all addresses that there are
+EVERYWHERE = "0.0.0.0", "::"  # hosts that listen on every address of the machine
 THIS_MACHINE = re.compile(r"(?<=://)(localhost|127[\d.]*|\[::1\])(?=$|:)", re.I)
 PREFIX = re.compile(r"(?:/(?!\.\.?(?:/|$))(?:[\w.~-]|%[0-9A-Fa-f]{2})+)+", re.ASCII)
 FORWARDED_ADDRESS = re.compile(  # IPv4 or IPv6 in brackets, perhaps with a port; bare IPv6
     r"([\d.]+)(?::\d+)?|\[([0-9A-Fa-f:.]+)\](?::\d+)?|([0-9A-Fa-f:.]+)", re.ASCII
 )
-COMPRESSED_SIZE = 1 * KIB  # bytes of a page from which compression pays
+COMPRESSED_SIZE = 1 * KIB  # bytes of the smallest page worth compressing
 HOST = re.compile(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", re.ASCII)
 MEDIA_HEADERS = {
     "X-Accel-Buffering": "no",  # nginx would spool a slow viewer's stream to its disk
@@ -9988,19 +10228,19 @@ RAW_BYTES = re.compile("[\x80-\xff]")
 
 
 def _read_query(text: str) -> dict[str, list[str]]:
-    """The parameters of a request's query.
+    """Return the parameters of a request's query.
 
-    Kodi sends an address as it was typed: its bytes count as if they were percent-encoded.
+    Kodi sends an address as it was typed, so raw bytes are read as if they were percent-encoded.
     """
     encoded = RAW_BYTES.sub(lambda found: f"%{ord(found[0]):02X}", text)
     return parse_qs(encoded, keep_blank_values=True)
 
 
 def _credentials_text(pair: bytes) -> str:
-    """The user and password of Basic authentication.
+    """Decode the user and password of Basic authentication.
 
-    The challenge requests UTF-8, but clients that send them without one use Latin-1 (OkHttp,
-    requests, aiohttp).
+    The challenge requests UTF-8, but clients that send credentials before they get a challenge use
+    Latin-1 (OkHttp, requests, aiohttp).
     """
     try:
         return pair.decode()
@@ -10009,7 +10249,7 @@ def _credentials_text(pair: bytes) -> str:
 
 
 def client_label(address: str) -> str:
-    """A client at this address as the log shows it, whatever it requests."""
+    """Return the log's name for a client at this address, whether or not it is a viewer."""
     return f"client {address}"
 
 
@@ -10019,12 +10259,12 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
     address = ""  # the viewer's
-    path = ""  # until a request line could be read
-    headers = http.client.HTTPMessage()  # until they could be read
-    is_for_players = False  # the path is that of media, HLS or an M3U list
-    has_token = False  # the request carries the token, or none is configured
-    is_trusted = False  # the client has the token, or needs none
-    asked: Mapping[str, Sequence[str]] = {}  # the query; empty until it could be read
+    path = ""  # until a request line is read
+    headers = http.client.HTTPMessage()  # empty until they are read
+    is_for_players = False  # whether the path is one of media, HLS or an M3U list
+    has_token = False  # whether the request carries the token, or no token is configured
+    is_trusted = False  # whether the client has the token, or needs none
+    asked: Mapping[str, Sequence[str]] = {}  # the query; empty until it is read
 
     def handle(self) -> None:
         self.address = self.client_address[0]
@@ -10039,10 +10279,14 @@ class Handler(BaseHTTPRequestHandler):
             log.debug("%s left", client_label(self.address))
 
     def _receive_head(self) -> bytes:
-        """The bytes up to the empty line; raises ViewerGone where they do not come in time."""
+        """Return the bytes up to the empty line.
+
+        Raises ViewerGone or OSError if the client leaves first, or exceeds HEAD_TIMEOUT or
+        HEAD_LIMIT.
+        """
         head, data = bytearray(), b""
         deadline = time.monotonic() + HEAD_TIMEOUT
-        while not re.search(rb"\r?\n\r?\n", head[-3 - len(data) :]):  # what came may complete it
+        while not re.search(rb"\r?\n\r?\n", head[-3 - len(data) :]):  # it may span two reads
             remaining = deadline - time.monotonic()
             if remaining <= 0 or len(head) >= HEAD_LIMIT:
                 raise ViewerGone("no request")
@@ -10050,15 +10294,15 @@ class Handler(BaseHTTPRequestHandler):
             data = self.connection.recv(HEAD_LIMIT - len(head))
             if not data:
                 raise ViewerGone("no request")
-            head += data if head else data.lstrip(b"\r\n")  # RFC 9112, 2.2: these may come first
-        self.connection.settimeout(HEAD_TIMEOUT)  # of the answer, not what is left of the head's
+            head += data if head else data.lstrip(b"\r\n")  # may precede it: RFC 9112, 2.2
+        self.connection.settimeout(HEAD_TIMEOUT)  # for the answer: less remains of the head's time
         return bytes(head)
 
     def _viewers_address(self) -> str:
-        """The client's address: behind listed proxies, the last one before them.
+        """Return the client's address; behind listed proxies, the last address before theirs.
 
-        A proxy appends to X-Forwarded-For the address that asked it; what stands before that is
-        only believed if that address is a listed proxy, too.
+        A proxy appends to X-Forwarded-For the address that connected to it.  The entries before
+        that one are only believed if that address is a listed proxy, too.
         """
         address, proxies = str(self.client_address[0]), self.server.config.server.proxies
         entries = ",".join(self.headers.get_all("X-Forwarded-For", [])).split(",")
@@ -10068,7 +10312,7 @@ class Handler(BaseHTTPRequestHandler):
             found = FORWARDED_ADDRESS.fullmatch(entry)
             try:
                 address = str(ip_of(found[1] or found[2] or found[3] if found else ""))
-            except ValueError:  # "unknown", say: then the proxy is all that is known
+            except ValueError:  # "unknown", for example: then only the proxy is known
                 break
         return address
 
@@ -10079,7 +10323,7 @@ class Handler(BaseHTTPRequestHandler):
             path = unquote(target.path, errors="strict")
             self.asked = query = _read_query(target.query)
         except ValueError:
-            path = ""  # no stream's, no page's
+            path = ""  # matches no stream and no page
         self.is_for_players = is_for_players(path)
         allowed = "GET, HEAD, OPTIONS, POST" if path == "/lineup.post" else "GET, HEAD, OPTIONS"
         if self.request_version == "HTTP/0.9":
@@ -10102,9 +10346,9 @@ class Handler(BaseHTTPRequestHandler):
         self.has_token = self._is_token_among(offered)
         trusted = self.server.config.server.trusted
         self.is_trusted = self.has_token or is_in(self.address, trusted)
-        if any(offered) and not self.is_trusted:  # also at open paths, where guesses cost nothing
+        if any(offered) and not self.is_trusted:  # also on open paths, which never refuse a guess
             self.server.note_wrong_token(self.address)
-        # A page's script searches as the page's form does.
+        # The page's script requests a search, too, but without a browser's headers for a page.
         is_page = self.is_person or "q" in query
         if path == "/health" or (path == "/" and not is_page):
             self.answer_health()
@@ -10115,11 +10359,11 @@ class Handler(BaseHTTPRequestHandler):
             self._answer_path(path, query)
 
     def _answer_path(self, path: str, query: Mapping[str, list[str]]) -> None:
-        """Answer a client that may have all there is."""
+        """Answer a client that may request everything."""
         if tuned := TUNER_PATH.fullmatch(path):
             path = self._tuned_path(int(tuned[1]))
         found = STREAM_PATH.fullmatch(path)
-        wait = self.server.lists.wait_time()  # asked before the streams: they may be complete now
+        wait = self.server.lists.wait_time()  # before the streams, as loading may end in between
         streams = self.server.config.streams
         if found and found[1] in streams:
             self._answer_stream(streams[found[1]], found, query.get("quality", [""])[-1] or None)
@@ -10135,17 +10379,17 @@ class Handler(BaseHTTPRequestHandler):
             self._redirect(path)
 
     def _tuned_path(self, number: int) -> str:
-        """The path of the stream that has this guide number; that of no stream if none has."""
+        """Return the path of the stream with this guide number; empty if there is none."""
         for name, each in guide_numbers(self.server.config.streams.values()).items():
             if each == number:
                 return f"/{name}.ts"
         return ""
 
     def _redirect(self, path: str) -> None:
-        """Lead /News and /news/, as people type them, to the stream.
+        """Redirect addresses as people type them, /News and /news/, to the stream.
 
-        Raises StreamError if there is none.  The address is relative, so that it is right behind
-        any proxy.
+        The new address is relative, so it works behind any proxy.  Raises StreamError if there is
+        no such stream.
         """
         as_sent, mark, query = self.path.partition("?")
         found = STREAM_PATH.fullmatch(_plain(path))
@@ -10179,7 +10423,7 @@ class Handler(BaseHTTPRequestHandler):
             viewer = viewer_label(self.address)
             log.log(level, "%s: %s refused: %s", stream.name, viewer, refusal.reason)
             raise
-        except WindowEnded:  # before its answer began
+        except WindowEnded:  # before the answer began
             is_stopping = self.server.stopping.is_set()
             raise stopping_error() if is_stopping else UpstreamError(JUST_ENDED) from None
 
@@ -10188,30 +10432,31 @@ class Handler(BaseHTTPRequestHandler):
         """Whether a browser requests a page for a person to see.
 
         Browsers say so in Sec-Fetch-Dest, but over plain HTTP only to localhost.  Without these
-        headers XHTML tells a browser: programs accept HTML, too (Java's and Delphi's clients).
+        headers, XHTML in Accept identifies a browser.  HTML does not, because programs accept it,
+        too (Java's and Delphi's clients).
         """
         if any(name.lower().startswith("sec-fetch-") for name in self.headers):
             return self.headers.get("Sec-Fetch-Dest", "").lower() in ("document", "iframe")
         return "application/xhtml+xml" in self.headers.get("Accept", "").lower()
 
     def site(self) -> Site:
-        """This server as the client reaches it, through whatever proxies."""
+        """Return this server as the client reaches it, through any proxies."""
         server, config = self.server, self.server.config
-        # RFC 3986, 3.1: capitals in a scheme do not count.
+        # A scheme is case-insensitive (RFC 3986, 3.1).
         scheme = "https" if self._first_of("X-Forwarded-Proto").lower() == "https" else "http"
         url = lan_url = f"{scheme}://{self._host()}{self._prefix()}"
         if public := config.server.public_url:
             url = lan_url = public.rstrip("/")
-        elif server.configured[0] in EVERYWHERE:  # `localhost` leads others to themselves
+        elif server.configured[0] in EVERYWHERE:  # others cannot use `localhost`
             lan_url = THIS_MACHINE.sub(lambda _: lan_host(server.configured[0]), url)
         return Site(server, config, url, lan_url, self.is_trusted, self.asked)
 
     def _first_of(self, name: str) -> str:
-        """A header's first element, which the proxy next to the client wrote."""
+        """Return a header's first element, which the proxy nearest to the client wrote."""
         return self.headers.get(name, "").partition(",")[0].strip()
 
     def _host(self) -> str:
-        """The host that the client named, with the port that a proxy may have dropped."""
+        """Return the host that the client requested, with the port if a proxy dropped it."""
         for name in ("X-Forwarded-Host", "Host"):
             host = self._first_of(name)
             found = HOST.fullmatch(host)
@@ -10219,7 +10464,7 @@ class Handler(BaseHTTPRequestHandler):
                 port = self._first_of("X-Forwarded-Port")
                 has_port = found[1] or found[2]
                 is_port = re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536
-                # A port 80 or 443 that does not fit the scheme is that of a proxy further in.
+                # 80 and 443 are omitted: if one does not match the scheme, it is an inner proxy's.
                 if has_port or not is_port or int(port) in (80, 443):
                     return host
                 return f"{host}:{int(port)}"
@@ -10227,14 +10472,14 @@ class Handler(BaseHTTPRequestHandler):
         return f"{in_brackets(ip_of(address))}:{own_port}"
 
     def _prefix(self) -> str:
-        """The path under which a proxy offers this server; empty if it is the top."""
+        """Return the path under which a proxy offers this server; empty if it is the root."""
         prefix = self._first_of("X-Forwarded-Prefix").rstrip("/")
         return prefix if PREFIX.fullmatch(prefix) else ""
 
     def _offered_tokens(self, query: Mapping[str, list[str]]) -> list[str]:
-        """The texts that this request offers as a token; an empty one is no guess."""
+        """Return the texts that this request offers as a token; an empty one is not a guess."""
         offered = list(query.get("token", []))
-        if offered:  # a "+" in a query means a space, but people type the token as it is
+        if offered:  # a "+" in a query means a space, but people type the token unencoded
             typed = urlsplit(self.path).query.replace("+", "%2B")
             offered += _read_query(typed)["token"]
         scheme, _, credentials = self.headers.get("Authorization", "").partition(" ")
@@ -10259,7 +10504,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(
         self, page: Page, status: HTTPStatus = HTTPStatus.OK, headers: Mapping[str, str] = {}
     ) -> None:
-        """Send a whole answer; its body is left out for HEAD."""
+        """Send a complete answer, without its body if the request is HEAD."""
         body, about = page.body, {"Content-Type": page.kind}
         if len(body) >= COMPRESSED_SIZE and page.kind != PLAYLIST_TYPE:
             about["Vary"] = "Accept-Encoding"
@@ -10293,12 +10538,15 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(json_page(content, indent=None), status, headers)
 
     def answer_watch_page(self, stream: StreamSettings, quality: str | None) -> None:
-        """Answer with the page that plays it; raises StreamError where nothing would."""
+        """Answer with the page that plays a stream, after starting the stream's channel.
+
+        Raises StreamError if the channel does not start.
+        """
         channels = self.server.channels
         try:
             viewer = self._viewer(stream, polls=True)
             channel, viewer = channels.poll(stream, quality, viewer, anew=True)
-            viewer.listed = 0  # the page begins anew
+            viewer.listed = 0  # a new page has had no segment yet
             watched = Watched(quality, channel.variant, f"{stream.name}.m3u8")
         except NoHls:
             is_played = channels.known(stream.name).container.plays_bare
@@ -10307,7 +10555,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(watch_page(self.site(), stream, watched, agent))
 
     def answer_head(self, stream: StreamSettings, kind: str | None) -> None:
-        """HEAD of a stream costs nothing: Kodi and Jellyfin probe with it before they play."""
+        """Answer HEAD without opening an upstream: Kodi and Jellyfin send it before they play."""
         if self.server.stopping.is_set():
             raise stopping_error()
         if kind == ".m3u8":
@@ -10319,7 +10567,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send_head(HTTPStatus.OK, {"Content-Type": media_type, **headers})
 
     def _media_type(self, stream: StreamSettings) -> str:
-        """The type that its media had last."""
+        """Return the media type that the stream had last."""
         return self.server.channels.known(stream.name).container.media_type
 
     def _send_head(self, status: HTTPStatus, headers: Mapping[str, str]) -> None:
@@ -10332,10 +10580,10 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _cors_headers(self) -> dict[str, str]:
-        """What lets players on other web pages read the answer (Fetch, 3.2).
+        """Return the headers that let players on other web pages read the answer (Fetch, 3.2).
 
-        A client that is let in by `trusted` alone gets nothing: any page that somebody at home
-        opens could read the token out of a list.  A preflight carries no credentials.
+        A client that is admitted by `trusted` alone gets none: otherwise any web page opened at
+        home could read the token from a list.  A preflight carries no credentials.
         """
         if not self.is_for_players:
             return {}
@@ -10350,9 +10598,10 @@ class Handler(BaseHTTPRequestHandler):
     # A programme guide
 
     def answer_guide(self, settings: PlaylistSettings, address: str) -> None:
-        """Pass on the guide at an address as its bytes arrive, compressed if it is.
+        """Relay the guide at an address as its bytes arrive.
 
-        It may have hundreds of megabytes.  Raises StreamError before the answer has begun.
+        A guide may have hundreds of megabytes.  If the origin's is compressed, it stays so for a
+        client that accepts gzip.  Raises StreamError, but only before the answer has begun.
         """
         if self.command == "HEAD":
             self._send_head(HTTPStatus.OK, GUIDE_HEADERS)
@@ -10391,13 +10640,17 @@ class Handler(BaseHTTPRequestHandler):
         elif self.request_version != "HTTP/1.0":
             headers["Transfer-Encoding"] = "chunked"
         etag = headers.get("ETag", "")
-        if not is_unchanged and etag.startswith('"'):  # only the content is equal (RFC 9110, 8.8.1)
+        if not is_unchanged and etag.startswith('"'):  # the bytes differ (RFC 9110, 8.8.1)
             headers["ETag"] = f"W/{etag}"
         self._send_head(HTTPStatus.OK, headers)
         self._send_guide(parts, is_chunked="Transfer-Encoding" in headers)
 
     def _send_guide(self, parts: Iterator[bytes], *, is_chunked: bool) -> None:
-        """Send a body; one that breaks off has no end that a client could take for the guide's."""
+        """Send a guide's body.  Raises ViewerGone if it breaks off.
+
+        In that case the final chunk, or the rest of the announced length, is missing, so a client
+        does not take the part for the whole guide.
+        """
         self.connection.settimeout(GUIDE_SEND_TIME)
         try:
             for part in parts:
@@ -10414,9 +10667,9 @@ class Handler(BaseHTTPRequestHandler):
     # A channel
 
     def stream_channel(self, stream: StreamSettings, quality: str | None) -> None:
-        """Answer with the channel's media for as long as there is any and the viewer takes it.
+        """Answer with the channel's media until it ends or the viewer leaves.
 
-        Raises StreamError where none comes.
+        Raises StreamError if no media arrives.
         """
         viewer = self._viewer(stream, polls=False)
         channel = self.server.channels.watch(stream, quality, viewer)
@@ -10457,7 +10710,10 @@ class Handler(BaseHTTPRequestHandler):
                      viewer.sent, seconds, viewer.skips)  # fmt: skip
 
     def _first_blocks(self, channel: Channel, viewer: Viewer) -> list[Block]:
-        """The media that makes the answer a 200; raises StreamError."""
+        """Wait for the first media, which makes the answer a 200.
+
+        Raises StreamError if none arrives within `timeout`.
+        """
         deadline = time.monotonic() + channel.stream.options.timeout
         while time.monotonic() < deadline:
             if blocks := self._take(channel, viewer):
@@ -10465,20 +10721,24 @@ class Handler(BaseHTTPRequestHandler):
         raise no_media_error(channel.stream, channel.trouble)
 
     def _take(self, channel: Channel, viewer: Viewer) -> list[Block]:
-        """The next blocks; empty after a second without any, if the viewer is still there."""
+        """Return the next blocks; empty after a second without any.
+
+        Raises ViewerGone if the viewer has left by then.
+        """
         blocks = channel.window.take(viewer, 1.0)
         if not blocks and viewer.has_left():
             raise ViewerGone
         return blocks
 
     def _send_body(self, channel: Channel, viewer: Viewer, blocks: list[Block]) -> None:
-        """Send blocks as they come.  Returns where the source truly ended.
+        """Send the head, these blocks, and all later ones as they arrive.
 
-        Raises WindowEnded where it did not, OSError and ViewerGone for the viewer's part.
+        Returns once the source has truly ended.  Raises WindowEnded if the channel ended otherwise,
+        and OSError or ViewerGone if the viewer left.
         """
         is_chunked = self.request_version != "HTTP/1.0"
         filler = channel.container.filler
-        silent = 0  # seconds
+        silent = 0  # seconds without media
         headers = {"Content-Type": channel.container.media_type, **MEDIA_HEADERS}
         framing = {"Transfer-Encoding": "chunked"} if is_chunked else {}
         self._send_head(HTTPStatus.OK, headers | framing)
@@ -10492,7 +10752,7 @@ class Handler(BaseHTTPRequestHandler):
                 blocks = self._take(channel, viewer)
                 silent = 0 if blocks else silent + 1
                 if silent >= SILENCE and filler:
-                    blocks = [filler]  # no block ends within a packet that goes on
+                    blocks = [filler]  # splits no packet: blocks hold whole ones
         except WindowEnded as ending:
             if not ending.complete:
                 raise
@@ -10500,9 +10760,10 @@ class Handler(BaseHTTPRequestHandler):
             self._send_pieces([b"0\r\n\r\n"], channel, viewer)
 
     def _send_pieces(self, pieces: list[Block], channel: Channel, viewer: Viewer) -> None:
-        """One gathered send for all there is; each that takes a byte is a viewer's progress.
+        """Send all pieces with gathered sends, and empty the list.
 
-        Empties the list.  Raises ViewerGone if no byte is taken for `viewer_timeout`.
+        Each send that takes a byte is progress of the viewer.  Raises ViewerGone if no byte is
+        taken for `viewer_timeout`.
         """
         viewer.moved = time.monotonic()
         while pieces:
@@ -10521,7 +10782,7 @@ class Handler(BaseHTTPRequestHandler):
     # A channel as HLS
 
     def answer_playlist(self, stream: StreamSettings, quality: str | None) -> None:
-        """Answer with the media playlist; raises StreamError where there is none in `timeout`."""
+        """Answer with the media playlist.  Raises StreamError if there is none within `timeout`."""
         viewer = self._viewer(stream, polls=True)
         channel, viewer = self.server.channels.poll(stream, quality, viewer, anew=False)
         self._await_news(channel, viewer)
@@ -10530,10 +10791,10 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(Page(text.encode(), PLAYLIST_TYPE), headers=HLS_HEADERS)
 
     def _await_news(self, channel: Channel, viewer: Viewer) -> None:
-        """Wait for a first playlist, or a little for one that the client has not had.
+        """Wait for the first playlist; later, wait briefly for one that the client has not had.
 
-        Chromium loads all that is listed before it starts to play, asks again at once, and gives up
-        where it learns nothing new.
+        Chromium loads every listed segment before it starts to play, reloads the playlist at once,
+        and stops if it finds no new segment.
         """
         window = channel.window
         if viewer.listed:
@@ -10551,7 +10812,10 @@ class Handler(BaseHTTPRequestHandler):
     def answer_segment(
         self, stream: StreamSettings, quality: str | None, number: int, extension: str
     ) -> None:
-        """Answer with a segment or initialization section of a running channel."""
+        """Answer with a segment or initialization section; raises StreamError if there is none.
+
+        The channel is running, or has ended and is still polled.
+        """
         for channel in self.server.channels.channels_to_poll(stream, quality):
             if blocks := channel.window.find(number, extension):
                 break
@@ -10562,7 +10826,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send_head(HTTPStatus.OK, about | HLS_HEADERS)
         if self.command == "HEAD":
             return
-        request = self._viewer(stream, polls=True)  # of several at once, each has its progress
+        request = self._viewer(stream, polls=True)  # concurrent requests have progress of their own
         try:
             self._send_pieces(list(blocks), channel, request)
         except ViewerGone as gone:
@@ -10570,12 +10834,12 @@ class Handler(BaseHTTPRequestHandler):
             raise
         self.server.channels.note_poll(channel, request.key, size)
 
-    # What the standard library asks of a handler
+    # Methods that the standard library calls
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """The library's own errors, for heads it cannot read, in our form."""
+        """Send an error in our form; the library calls this for heads that it cannot read."""
         self.request_version = "HTTP/1.1"
-        self.command = self.command or "GET"  # None where the request line cannot be read
+        self.command = self.command or "GET"  # None if the request line cannot be read
         status = HTTPStatus(code)
         self.answer_error(status, message or status.phrase)
 
@@ -10585,45 +10849,49 @@ class Handler(BaseHTTPRequestHandler):
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         self.server.note_answer(int(code))
         path = self.path.partition("?")[0]  # a query may hold the token
-        # As a number: Python 3.10 would write "HTTPStatus.OK".
+        # A number, because Python 3.10 would write "HTTPStatus.OK".
         client = client_label(self.address)
         log.debug("%s: %s %s: %d", client, self.command, path, int(code))
 
 
 def is_for_players(path: str) -> bool:
-    """Whether a path is that of media, HLS or an M3U list, of a stream that exists or not."""
+    """Whether a path is one of media, HLS or an M3U list; the stream need not exist."""
     found = STREAM_PATH.fullmatch(_plain(path))
     is_streams = bool(found and found[1] not in RESERVED_NAMES)
     return is_streams or path in M3U_LISTS or bool(TUNER_PATH.fullmatch(path))
 
 
 def _plain(path: str) -> str:
-    """A stream's path that somebody typed with capitals or a slash at the end."""
+    """Return a typed path as a stream's path is written: lower case, no slash at the end."""
     return path.rstrip("/").lower()
 
 
 def ip_of(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """A socket's address, without its scope; "::" serves IPv4 under addresses of IPv6."""
+    """Return a socket's address without its scope.
+
+    A server that listens on "::" sees IPv4 clients at IPv6 addresses; these become IPv4 again.
+    """
     ip = ipaddress.ip_address(address.partition("%")[0])
     return getattr(ip, "ipv4_mapped", None) or ip
 
 
 def is_in(address: str, networks: Iterable[str]) -> bool:
-    """Whether an address of a socket's is in one of these networks."""
+    """Whether a socket's address is in one of these networks."""
     return any(ip_of(address) in ipaddress.ip_network(network) for network in networks)
 
 
 def in_brackets(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
-    """An address as a URL's host."""
+    """Return an address as the host of a URL."""
     return f"[{ip}]" if ip.version == 6 else str(ip)
 
 
 def lan_host(listening: str) -> str:
-    """The URL's host by which others in the network reach a server that listens everywhere.
+    """Return the URL host by which others in the network reach a server that listens everywhere.
 
-    `listening` is one of EVERYWHERE: only "::" serves IPv6.  "localhost" if there is no network.
+    `listening` is one of EVERYWHERE; only "::" serves IPv6.  Returns "localhost" if there is no
+    network.
     """
-    # Nobody's addresses (RFC 5737, RFC 3849): a connect finds the route, and sends nothing.
+    # Addresses for documentation (RFC 5737, RFC 3849): connecting finds the route, sends nothing.
     routes = [(socket.AF_INET, "192.0.2.1")]
     if listening == "::":
         routes.append((socket.AF_INET6, "2001:db8::1"))
@@ -10635,7 +10903,7 @@ def lan_host(listening: str) -> str:
 
 
 def accepts_gzip(accepted: str) -> bool:
-    """Whether a request with this Accept-Encoding takes gzip (RFC 9110, 12.5.3)."""
+    """Whether a request with this Accept-Encoding accepts gzip (RFC 9110, 12.5.3)."""
     for each in accepted.lower().split(","):
         coding, _, weight = each.replace(" ", "").partition(";")
         if coding in ("gzip", "x-gzip"):
@@ -10644,12 +10912,12 @@ def accepts_gzip(accepted: str) -> bool:
 
 
 def tune(sock: socket.socket, viewer_timeout: float) -> None:
-    """Bound what the kernel holds for a viewer, and have it find machines that vanished.
+    """Limit the bytes that the kernel holds for a viewer, and let it detect vanished machines.
 
-    Sends block, with the kernel's own time-out where it has one: no call of the system beside the
-    send itself.
+    Sends block with the kernel's own timeout if it has one, so that a send needs no other system
+    call.
     """
-    idle = max(30, int(viewer_timeout / 4))  # a paused player's machine answers these, too
+    idle = max(30, int(viewer_timeout / 4))  # a paused player's machine answers probes, too
     options = [
         (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
         (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
@@ -10660,25 +10928,25 @@ def tune(sock: socket.socket, viewer_timeout: float) -> None:
         (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", int(max(60, viewer_timeout) * 1000)),
     ]
     for level, name, value in options:
-        with contextlib.suppress(OSError, AttributeError):  # not every platform has them all
+        with contextlib.suppress(OSError, AttributeError):  # some platforms lack some of them
             sock.setsockopt(level, getattr(socket, name), value)
     seconds = min(SEND_TICK, viewer_timeout)
     sock.settimeout(seconds)
     with contextlib.suppress(OSError, AttributeError):
         timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
-        sock.settimeout(None if hasattr(sock, "sendmsg") else seconds)  # Windows counts otherwise
+        sock.settimeout(None if hasattr(sock, "sendmsg") else seconds)  # Windows takes no timeval
 
 
 def has_left(sock: socket.socket) -> bool:
-    """Whether the other end has closed its connection, or its sending side: never blocks.
+    """Whether the other end has closed its connection, or its sending side.  Never blocks.
 
-    What it may say after its request is dropped: it would hide the end behind it.
+    Bytes that it sent after its request are dropped: they would hide the end behind them.
     """
-    is_blocking = sock.gettimeout() is None  # on Windows recv() would wait as long as a send
+    is_blocking = sock.gettimeout() is None  # if not (Windows), recv() would wait like a send
     flag = getattr(socket, "MSG_DONTWAIT", 0) if is_blocking else 0
     try:
-        for _ in range(2):  # what was said, and the end behind it
+        for _ in range(2):  # such bytes, and the end behind them
             if not flag and not select.select([sock], [], [], 0)[0]:
                 return False
             if not sock.recv(4 * KIB, flag):
@@ -10691,9 +10959,10 @@ def has_left(sock: socket.socket) -> bool:
 
 
 def send_some(sock: socket.socket, pieces: Sequence[Block]) -> int:
-    """Send as much of the pieces as there is room for within SEND_TICK; returns its bytes.
+    """Send as much of the pieces as the kernel takes within SEND_TICK; returns the bytes sent.
 
-    Raises ConnectionError where the network gave up: a viewer that left, not one that took nothing.
+    Raises ConnectionError if the connection itself timed out: that viewer has left, while one that
+    reads nothing only makes this return 0.
     """
     try:
         if hasattr(sock, "sendmsg"):
@@ -10712,16 +10981,16 @@ def send_some(sock: socket.socket, pieces: Sequence[Block]) -> int:
 
 @dataclass(frozen=True)
 class Reload:
-    """How the newest reload went."""
+    """The result of the newest reload."""
 
     is_successful: bool
     at: float = field(default_factory=time.time)  # a Unix time
 
 
 class Server(ThreadingHTTPServer):
-    """Accepts connections, each with a thread of its own.  Used by main and the listener."""
+    """Accepts connections, and gives each its own thread.  Used by main and the listener."""
 
-    request_queue_size = 1024  # IPTV clients come in bursts; the library's 5 would drop some
+    request_queue_size = 1024  # IPTV clients connect in bursts; the library's 5 would drop some
 
     def __init__(
         self,
@@ -10734,21 +11003,21 @@ class Server(ThreadingHTTPServer):
         `learn` is called with each configuration before it is used.
         """
         self.config = config  # replaced whole by a reload
-        self.last_reload = Reload(is_successful=True)  # replaced whole by main; the start counts
+        self.last_reload = Reload(is_successful=True)  # replaced whole by main; at first, the start
         self.channels = channels
-        self.stopping = channels.stopping  # nobody new is served any more
+        self.stopping = channels.stopping  # once set, new viewers are refused
         self.lists = Lists(config, self.use)
         self._learn = learn
         self.started = time.monotonic()
         self.numbers = itertools.count(1)  # for threads' names
-        self._files_warned: float | None = None  # when that was logged; the listener's own
+        self._files_warned: float | None = None  # when it was logged; used by the listener alone
         # _counts_lock guards the five below.
         self._counts_lock = threading.Lock()
         self.answers: Counter[int] = Counter()  # by status
         self.refusals: Counter[str] = Counter()  # by limit
         self.first_bytes: Counter[str] = Counter()  # by bound
         self.first_byte_sum = 0.0  # seconds
-        self._wrong_tokens: dict[str, float] = {}  # when a line told of each address, oldest first
+        self._wrong_tokens: dict[str, float] = {}  # when each address was logged, oldest first
         # _open_lock guards _open, the sockets of all connections.
         self._open_lock = threading.Lock()
         self._open: set[socket.socket] = set()
@@ -10771,7 +11040,7 @@ class Server(ThreadingHTTPServer):
             self.answers[status] += 1
 
     def note_wrong_token(self, address: str) -> None:
-        """Log that a client guessed, for fail2ban: at most one line in REPEAT_TIME per address."""
+        """Log a wrong token, for fail2ban: at most one line in REPEAT_TIME per address."""
         client = str(ip_of(address))
         now = time.monotonic()
         with self._counts_lock:
@@ -10791,7 +11060,7 @@ class Server(ThreadingHTTPServer):
             self.refusals[limit] += 1
 
     def counts(self) -> tuple[Counter[int], Counter[str], Counter[str], float]:
-        """Answers by status, refusals by limit, and the first bytes' histogram and sum."""
+        """Return answers by status, refusals by limit, and the first bytes' histogram and sum."""
         with self._counts_lock:
             first_bytes = self.first_bytes.copy()
             return self.answers.copy(), self.refusals.copy(), first_bytes, self.first_byte_sum
@@ -10799,7 +11068,7 @@ class Server(ThreadingHTTPServer):
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's asks DNS for a name we never use
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's asks DNS for an unused name
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
@@ -10807,7 +11076,7 @@ class Server(ThreadingHTTPServer):
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 self._warn_of_files()
-            # The connection still waits to be accepted: the listener must not spin until it can be.
+            # The connection still waits to be accepted: without a pause, the listener would spin.
             time.sleep(0.1)
             raise
 
@@ -10840,7 +11109,7 @@ class Server(ThreadingHTTPServer):
             self._refuse(request)
 
     def _refuse(self, request: socket.socket) -> None:
-        """Answer 503 from the listener's thread, which must not wait for anybody."""
+        """Answer 503 without blocking, because this runs in the listener's thread."""
         body = b'{"error": "there are too many connections"}\n'
         head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"
@@ -10859,19 +11128,19 @@ class Server(ThreadingHTTPServer):
         log.error("a request from %s failed:\n%s", client, traceback.format_exc())
 
     def reload(self, config: Config) -> None:
-        """Use another file from now on, and load its lists; where it listens stays."""
+        """Use a new configuration and load its lists; the listening address does not change."""
         if (config.server.host, config.server.port) != self.configured:
             log.warning("server.host and server.port only change on restart")
         self.lists.reload(config)
 
     def use(self, config: Config) -> None:
-        """Use another configuration, with the streams of its lists, from now on."""
+        """Use a new configuration that includes the streams of its lists."""
         self._learn(config)
         self.config = config
         self.channels.reload(config)
 
     def hang_up(self) -> None:
-        """Shut every connection, so that its thread ends."""
+        """Shut down every connection, so that its thread ends."""
         with self._open_lock:
             for sock in self._open:
                 with contextlib.suppress(OSError):
@@ -10879,26 +11148,26 @@ class Server(ThreadingHTTPServer):
 
 
 # --------------------------------------------------------------------------------------------------
-# Check: opens every address of every stream once, and tells what it offers
+# Check: opens every address of every stream once, and prints the result
 #
-# It opens CHECKS_AT_ONCE addresses at a time, never more than `max_upstreams`, and never more of an
-# account than that allows.  A provider may count a connection for a while after it was closed, so
-# an address that may be refused for that is tried REFUSED_TRIES times.
+# It opens up to CHECKS_AT_ONCE addresses at a time, within `max_upstreams` and the limit of each
+# account.  A provider may count a connection for a while after it was closed, so an address that
+# may be refused for that reason is tried REFUSED_TRIES times.
 # --------------------------------------------------------------------------------------------------
 
 CHECKS_AT_ONCE = 4
-CHECK_TIME = 3.0  # seconds that an address takes, as far as is known before the first one
+CHECK_TIME = 3.0  # seconds per address, estimated before the first one is done
 REFUSED_PAUSE = 2.0  # seconds until a refused address is tried again
 REFUSED_TRIES = 4
-# Statuses that say nothing but that no connection is free.  The others in BUSY may have other
-# reasons, so they count only if this check has just closed a connection to the same host.
+# Statuses that can only mean that no connection is free.  The others in BUSY may have other
+# reasons, so they count only if another check has already used the same host.
 SURELY_BUSY = frozenset(f"the origin answered {status}" for status in (429, 458, 509))
 SHOWN_POSITIONS = ("the first", "the second", "the third")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one address of a stream offers."""
+    """The result for one address of a stream."""
 
     is_ok: bool
     words: str
@@ -10907,7 +11176,7 @@ class Finding:
 
 @dataclass
 class Check:
-    """An address to check, and where it counts."""
+    """An address to check, with its stream and account."""
 
     stream: StreamSettings
     address: str
@@ -10916,9 +11185,10 @@ class Check:
 
 
 def check_address(check: Check, had_connection: bool) -> Finding:
-    """Start a stream at one address as a viewer would, and end it with its first bytes.
+    """Start a stream at one address as a viewer would, and stop it after its first bytes.
 
-    `had_connection`: its host has just had another connection of ours.
+    `had_connection` tells whether another check has already used the same host.  An address that
+    is refused because no connection is free is tried again after REFUSED_PAUSE; blocks meanwhile.
     """
     busy = BUSY if had_connection else SURELY_BUSY
     for tries_left in reversed(range(REFUSED_TRIES)):
@@ -10950,7 +11220,7 @@ def _check_once(check: Check) -> Finding:
 class Checker:
     """Runs checks in a few threads, within the limits of the server and of each account.
 
-    Blocks in run() alone.
+    Only run() blocks its caller.
     """
 
     def __init__(self, config: Config, checks: Sequence[Check]) -> None:
@@ -10965,7 +11235,10 @@ class Checker:
         self._done = 0
 
     def run(self, show: Callable[[int], None]) -> None:
-        """Run all checks; `show` is called with the number of those that are done."""
+        """Run all checks, and block until they end.
+
+        `show` is called with the number of checks done, whenever it grows.
+        """
         threads = [
             threading.Thread(target=self._run, name=f"check-{number}", daemon=True)
             for number in range(min(self._at_once, len(self._checks)))
@@ -10980,7 +11253,7 @@ class Checker:
             show(shown)
 
     def seconds(self) -> float:
-        """About how long all checks take, by the limits that hold."""
+        """Return an estimate of the seconds that all checks take within the limits."""
         counts = Counter(check.account for check in self._checks)
         turns = [len(self._checks) / self._at_once]
         for account, count in counts.items():
@@ -10988,7 +11261,7 @@ class Checker:
         return max(turns) * CHECK_TIME
 
     def _places_of(self, account: str | None) -> int:
-        """How many addresses of an account may be checked at once."""
+        """Return how many addresses of an account may be checked at once."""
         limit = self._limits.get(account, 0) if account else 0
         return min(limit, self._at_once) if limit else self._at_once
 
@@ -11010,7 +11283,7 @@ class Checker:
                 self._changed.notify_all()
 
     def _take(self) -> Check | None:
-        """The next check whose account has a place; waits for one, and returns None at the end."""
+        """Return the next check whose account has a place, waiting for one; None at the end."""
         with self._changed:
             while self._waiting:
                 for check in self._waiting:
@@ -11023,7 +11296,10 @@ class Checker:
 
 
 def load_for_check(config: Config) -> tuple[Config, dict[str, str]]:
-    """Load all lists once; returns the configuration with their streams, and why lists failed."""
+    """Load all lists once.
+
+    Returns the configuration with their streams, and the reason of each failed list by its name.
+    """
     loaded: dict[str, ChannelList] = {}
     failures: dict[str, str] = {}
     for name, settings in config.playlists.items():
@@ -11038,9 +11314,9 @@ def load_for_check(config: Config) -> tuple[Config, dict[str, str]]:
 
 
 def run_check(config: Config, names: Sequence[str] = ()) -> int:
-    """Open all streams, or those named, and print a line for each; returns the exit status.
+    """Check all streams, or those named, and print a line for each; returns the exit status.
 
-    Raises ConfigError if there is no stream of a name.
+    Raises ConfigError if a name is not that of a stream.
     """
     config, failures = load_for_check(config)
     for name, reason in failures.items():
@@ -11073,7 +11349,7 @@ def run_check(config: Config, names: Sequence[str] = ()) -> int:
 
 
 def _summary(findings: Sequence[Finding]) -> tuple[bool, str]:
-    """Whether a stream plays, and the line about it: `ok, 1 of 2: the first answered 403 ...`"""
+    """Return whether a stream plays, and its line: `ok, 1 of 2: the first answered 403 ...`"""
     working = [finding for finding in findings if finding.is_ok]
     if not working:
         reasons = dict.fromkeys(finding.words for finding in findings)
@@ -11098,7 +11374,7 @@ def _summary(findings: Sequence[Finding]) -> tuple[bool, str]:
 
 
 def _run_with_progress(checker: Checker, total: int) -> None:
-    """Run the checks; on a terminal, say how far they are and about how long they will take."""
+    """Run the checks; on a terminal, show their progress and the estimated time left."""
     is_terminal = sys.stderr.isatty()
     began = time.monotonic()
 
@@ -11119,7 +11395,7 @@ def _run_with_progress(checker: Checker, total: int) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Demo: a live HLS origin of our own, so that a newcomer sees a picture without a network
+# Demo: our own live HLS origin, so that a new user sees a picture without a network
 # --------------------------------------------------------------------------------------------------
 
 DEMO_STREAM = "test-card"
@@ -11127,13 +11403,13 @@ DEMO_SEGMENTS = 6  # listed at a time
 
 
 class DemoHandler(BaseHTTPRequestHandler):
-    """`/live.m3u8` slides by the clock; `/N.ts` is the clip as loop N."""
+    """Serves the clip in a loop: `/live.m3u8` slides with the clock, `/N.ts` is loop N."""
 
     protocol_version = "HTTP/1.1"
     started = time.monotonic()
 
     def handle(self) -> None:
-        with contextlib.suppress(ConnectionError):  # we hang up on ourselves
+        with contextlib.suppress(ConnectionError):  # our own upstream may hang up
             super().handle()
 
     def do_GET(self) -> None:
@@ -11165,7 +11441,7 @@ class DemoHandler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def demo_origin() -> Iterator[str]:
-    """Run the origin on loopback; yields the address of its playlist."""
+    """Run the origin on the loopback interface; yields the address of its playlist."""
     with ThreadingHTTPServer(("127.0.0.1", 0), DemoHandler) as origin:
         threading.Thread(target=origin.serve_forever, args=(0.1,), name="demo", daemon=True).start()
         try:
@@ -11212,14 +11488,14 @@ def _port(value: str) -> int:
 
 # Addresses on the command line
 
-JUDGE_TIME = 5.0  # seconds in which an address that ends in .m3u8 may show that it is a list
+JUDGE_TIME = 5.0  # seconds to find out whether an address that ends in .m3u8 is a list
 JUDGED_AT_ONCE = 8  # such addresses
-PLAIN_NAME = "stream"  # of a stream whose address yields none
+PLAIN_NAME = "stream"  # of a stream whose address yields no name
 
 
 @dataclass(frozen=True)
 class Given:
-    """The command line's words that are no options."""
+    """The command line's words other than options."""
 
     addresses: Mapping[str, str]  # of streams, by name
     lists: Mapping[str, str]  # addresses or paths of channel lists, by name
@@ -11227,7 +11503,7 @@ class Given:
 
 
 def read_words(words: Sequence[str], is_check: bool) -> Given:
-    """Sort the command line's words; raises ConfigError.
+    """Sort the command line's words; raises ConfigError if one is invalid.
 
       has `://` or `NAME=`, or ends in .m3u          an address
         has get.php, or ends in .m3u                 of a channel list
@@ -11235,7 +11511,7 @@ def read_words(words: Sequence[str], is_check: bool) -> Given:
         otherwise                                    of a stream
       anything else                                  a stream's name, for --check alone
 
-    Loads the addresses that end in .m3u8, and blocks for that: JUDGE_TIME at most for every
+    Blocks while it loads the addresses that end in .m3u8: at most JUDGE_TIME for every
     JUDGED_AT_ONCE of them.
     """
     mistakes: list[str] = []
@@ -11268,7 +11544,10 @@ def read_words(words: Sequence[str], is_check: bool) -> Given:
 
 
 def _named(found: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """These with a name each that no other has; raises ConfigError if two were given the same."""
+    """Return names and addresses with a unique name for each address.
+
+    Raises ConfigError if the same name was given twice.
+    """
     given = Counter(name for name, _ in found if name)
     twice = [name for name, count in given.items() if count > 1]
     if twice:
@@ -11289,7 +11568,7 @@ def _named(found: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _split_word(word: str) -> tuple[str, str]:
-    """The name, if there is one, and the address; without an address, the word is a name."""
+    """Return a word's name, or "", and its address, or "" if the word is a stream's name."""
     name, equals, address = word.partition("=")
     if equals and not re.search(r"[/:?&.]", name):
         return name, address
@@ -11299,7 +11578,7 @@ def _split_word(word: str) -> tuple[str, str]:
 
 
 def _check_word(name: str, address: str) -> None:
-    """Raise ValueError unless this name, if any, and this address can be served."""
+    """Raise ValueError if this name (unless empty) or this address cannot be served."""
     if name and not STREAM_NAME.fullmatch(name):
         raise ValueError("a stream name may only contain a-z, 0-9 and -")
     if name in RESERVED_NAMES:
@@ -11313,14 +11592,14 @@ def _check_word(name: str, address: str) -> None:
 
 
 def _name_from(address: str) -> str:
-    """A stream's name from the last part of its address's path."""
+    """Make a name from the last part of an address's path."""
     last = unquote(urlsplit(without_prefixes(address)).path).rstrip("/").rpartition("/")[2]
     name = plain_name(last.rpartition(".")[0] or last)
     return PLAIN_NAME if not name or name in RESERVED_NAMES else name
 
 
 def _is_list(address: str) -> bool:
-    """Whether an address is that of a channel list; blocks for JUDGE_TIME at most."""
+    """Whether an address is that of a channel list.  Blocks for JUDGE_TIME at most."""
     path = urlsplit(without_prefixes(address)).path.lower()
     if "://" not in address or path.endswith(".m3u") or "get.php" in address:
         return True
@@ -11330,7 +11609,7 @@ def _is_list(address: str) -> bool:
     fetch = fetch_for(settings, address, JUDGE_TIME)
     try:
         load_list(settings, fetch)
-    except PipeError:  # a stream's playlist, or nothing that can be read: the start will say so
+    except PipeError:  # a stream's playlist, or unreadable: then the stream's start says so
         return False
     finally:
         fetch.close()
@@ -11338,9 +11617,9 @@ def _is_list(address: str) -> bool:
 
 
 def read_settings(arguments: argparse.Namespace, given: Given, demo: str | None) -> Config:
-    """The file's configuration with the command line's laid over; raises ConfigError.
+    """Return the file's configuration, overridden and extended by the command line.
 
-    `demo` is the address of the demo's stream.
+    `demo` is the address of the demo's stream.  Raises ConfigError.
     """
     config = Config()
     needs_file = not (arguments.demo or given.addresses or given.lists)
@@ -11377,15 +11656,16 @@ _ADDRESS = re.compile(
     r"\b([a-z][a-z0-9+.-]*://)(?:[^\s/'\"]*@)?([^\s/?#'\"<>()]*)[^\s'\"<>()]*", re.I
 )
 _BARE_ADDRESS = re.compile(r"\b(https?:)(?!//)[^\s'\"]+")
-_REQUEST_PATH = re.compile(r"(\burl: )/\S*")  # urllib3 names them without their host
+_REQUEST_PATH = re.compile(r"(\burl: )/\S*")  # urllib3 logs paths without their host
 _CHANNEL_THREAD = re.compile(r"[A-Za-z]+-([a-z0-9-]+?)(?:--\w+)?-\d+(?:-executor_\d+)?")
 
 
 class LogFormatter(logging.Formatter):
-    """One line for an event, with the channel, without a secret; no address beyond its host.
+    """Formats an event as one line, with its channel and without secrets.
 
-    For systemd's journal, each line begins with its priority: the journal reads the lines of a
-    traceback one by one, and takes a line without a priority for information.
+    Tracebacks, which add lines of their own, and other libraries' events show only the hosts of
+    addresses.  For systemd's journal, each line begins with its priority: the journal reads the
+    lines of a traceback one by one, and takes a line without a priority for information.
     """
 
     def __init__(self, form: str | None = None, *, for_journal: bool = False) -> None:
@@ -11407,11 +11687,11 @@ class LogFormatter(logging.Formatter):
         return "\n".join(prefix + _printable(line) for line in text.split("\n"))
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return _printable(super().formatMessage(record))  # one line, whatever a client sent
+        return _printable(super().formatMessage(record))  # one line, even if a client sent more
 
 
 def journal_priority(level: int) -> str:
-    """What the journal takes for a line's priority (sd-daemon(3)), by the level of the log."""
+    """Return the prefix that gives a line its priority in the journal (sd-daemon(3))."""
     if level >= logging.ERROR:
         return "<3>"
     if level >= logging.WARNING:
@@ -11422,7 +11702,7 @@ def journal_priority(level: int) -> str:
 def is_journal(stream: TextIO) -> bool:
     """Whether systemd's journal reads this stream, and adds the time (systemd.exec(5)).
 
-    The variable alone says nothing: programs inherit it, and redirect their output.
+    The variable's presence proves nothing: programs inherit it, and may redirect their output.
     """
     try:
         status = os.fstat(stream.fileno())
@@ -11438,7 +11718,7 @@ def _printable(text: str) -> str:
 class Secrets:
     """Texts that no log may show.
 
-    A list brings tens of thousands of them, so they are found by their first characters.
+    A list may add tens of thousands of them, so they are indexed by their first characters.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -11446,13 +11726,13 @@ class Secrets:
         lengths: dict[str, set[int]] = {}
         for text in self._texts:
             lengths.setdefault(text[:LEAST_SECRET], set()).add(len(text))
-        # The lengths of the texts with the same beginning, the longest first.
+        # The lengths of the texts with the same start, longest first.
         self._lengths = {start: sorted(found)[::-1] for start, found in lengths.items()}
 
     def hide(self, text: str) -> str:
-        """A text without them; those that overlap disappear as a whole."""
+        """Return a text with "***" in place of secrets; overlapping ones are replaced as one."""
         parts: list[str] = []
-        shown = 0  # where the part begins that is not hidden
+        shown = 0  # the end of the secrets found so far
         for at in range(len(text) - LEAST_SECRET + 1):
             size = self._size_at(text, at)
             if not size:
@@ -11463,7 +11743,7 @@ class Secrets:
         return "".join([*parts, text[shown:]])
 
     def _size_at(self, text: str, at: int) -> int:
-        """The size of the longest secret that begins there; 0 if none does."""
+        """Return the size of the longest secret that begins at this place; 0 if none does."""
         for size in self._lengths.get(text[at : at + LEAST_SECRET], ()):
             if text[at : at + size] in self._texts:
                 return size
@@ -11471,7 +11751,7 @@ class Secrets:
 
 
 def secrets_of(config: Config) -> Secrets:
-    """Every configured text that no log may show."""
+    """Return all configured texts that no log may show."""
     found = {config.server.token or ""}
     found |= _secrets_of_address(config.server.epg or "")
     for guide in config.guides.values():
@@ -11500,9 +11780,12 @@ def _secrets_of_settings(
 
 
 def _secrets_of_address(address: str) -> set[str]:
-    """User, password, what stands behind the host, and the values of the query."""
+    """Return an address's user, password, query, query values, and the whole part after its host.
+
+    A path of one part without a query is no secret.
+    """
     found = re.match(r"(?:\w+://)*(?:([^/?#]*)@)?[^/?#]*([^#]*)", address)
-    assert found  # anything matches
+    assert found  # the pattern matches any text
     user, tail = found.groups("")
     query = tail.partition("?")[2]
     users = {*user.split(":", 1), *unquote(user).split(":", 1)}
@@ -11513,33 +11796,34 @@ def _secrets_of_address(address: str) -> set[str]:
 class LogHandler(logging.Handler):
     """Hands each line to a thread that writes it, so that no other thread waits for a reader.
 
-    LOG_LINES may wait, LOG_BYTES in all.  Beyond that, a new line is dropped, but a warning or an
-    error displaces the oldest line of a lower level.  The next line that is written says how many
-    were dropped.  A line that cannot be written (a full disk, a reader that left) is dropped, too.
+    Up to LOG_LINES lines of LOG_BYTES in all may wait.  Beyond that, a new line is dropped, except
+    that a warning or an error displaces the oldest line of a lower level.  The next written line
+    says how many were dropped.  A line that cannot be written (a full disk, a reader that left) is
+    dropped, too.
 
-    Any thread may log, whatever locks it holds.  Only flush() blocks, for LOG_TIME at most.
+    Any thread may log, and may hold any locks.  Only flush() blocks, for LOG_TIME at most.
     """
 
     def __init__(self, stream: TextIO) -> None:
         """Log to `stream`; starts the thread, which close() ends."""
         super().__init__()
         self._encoding = stream.encoding
-        # Unbuffered: a buffer would keep what could not be written, and write it with a later line.
+        # Unbuffered: a buffer would keep a line that failed, and write it with a later one.
         binary = stream.buffer
         self._raw = cast(io.RawIOBase, getattr(binary, "raw", binary))
         # The library's own lock, which its handle() holds, guards the fields below.  It is
         # reentrant: the garbage collector may run a finalizer that logs.  The condition is notified
-        # when a line was added or written, and by close().
+        # when a line is added or written, and by close().
         self._changed = threading.Condition(self.lock)
         self._waiting: dict[int, deque[tuple[int, bytes]]] = {}  # by level: line number and line
         self._numbers = itertools.count()
-        self._lines = 0  # that wait
-        self._bytes = 0  # of them
-        self._dropped = 0  # lines, since the last one that was written
+        self._lines = 0  # waiting lines
+        self._bytes = 0  # of the waiting lines
+        self._dropped = 0  # lines dropped since the last one that was written
         self._is_writing = False
         self._is_closed = False
-        # Written by the log's thread alone.
-        self._is_mid_line = False  # a write broke off within a line
+        # Used by the log's thread alone.
+        self._is_mid_line = False  # whether a write broke off within a line
         threading.Thread(target=self._write_lines, name="log", daemon=True).start()
 
     # Any thread
@@ -11559,31 +11843,32 @@ class LogHandler(logging.Handler):
             self._changed.notify_all()
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Say so in the log: the library would write to stderr, and wait for its reader."""
+        """Report it in the log: the library would write to stderr, and block until that is read."""
         place = f"{record.filename}:{record.lineno}"
         self.emit(_own_record(logging.ERROR, f"a log line of {place} cannot be formatted"))
 
     def flush(self) -> None:
-        """Wait until every line is written, LOG_TIME at most."""
+        """Wait until every line is written, for LOG_TIME at most."""
         with self._changed:
             self._changed.wait_for(lambda: not (self._lines or self._is_writing), LOG_TIME)
 
     def close(self) -> None:
-        """End the thread once it has written what waits; returns at once."""
+        """Let the thread end after it has written the waiting lines; returns at once."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
         super().close()
 
     def _line_of(self, record: logging.LogRecord) -> bytes:
-        """A record as it is written.
+        """Return a record as bytes to write.
 
-        It becomes text at once: a waiting record would keep its traceback, and with it a window.
+        The record is formatted at once, because a waiting one would keep its traceback alive, and
+        with it a window.
         """
         return f"{self.format(record)}\n".encode(self._encoding, "backslashreplace")
 
     def _make_room(self, level: int, size: int) -> bool:
-        """Whether a line of this level and size may wait; displaces lesser lines for it."""
+        """Return whether a line of this level and size may wait; displaces lesser lines for it."""
         while self._lines >= LOG_LINES or self._bytes + size > LOG_BYTES:
             queues = tuple(self._waiting.items())
             lesser = [lines for each, lines in queues if each < level and lines]
@@ -11623,14 +11908,14 @@ class LogHandler(logging.Handler):
                 self._changed.notify_all()
 
     def _write(self, data: bytes) -> bool:
-        """Write all of it; blocks while nobody reads.  False if it cannot be written."""
+        """Write all data, blocking until it is read.  Returns False if it cannot be written."""
         if self._is_mid_line:
             data = b"\n" + data
         rest = memoryview(data)
         with contextlib.suppress(OSError, ValueError):  # full, without a reader, or closed
             while rest:
                 written = self._raw.write(rest)
-                if written is None:  # a process that shares it has made it non-blocking
+                if written is None:  # a process that shares the file has made it non-blocking
                     select.select([], [self._raw], [])
                     continue
                 self._is_mid_line = written < len(rest)
@@ -11644,8 +11929,8 @@ def _own_record(level: int, words: str) -> logging.LogRecord:
 
 
 def set_up_logging(level: str) -> LogFormatter:
-    """Log to stderr, from a thread of its own; set the secrets of the formatter it returns."""
-    if sys.stderr is None:  # closed before the start; no socket may get its number
+    """Log to stderr from a dedicated thread; returns the formatter, for its secrets to be set."""
+    if sys.stderr is None:  # closed before the start: no socket may get its number
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (stays open)
     for_journal = is_journal(sys.stderr)
     form = "%(levelname)s%(channel)s %(message)s"
@@ -11658,11 +11943,11 @@ def set_up_logging(level: str) -> LogFormatter:
     logging.captureWarnings(True)
     log.setLevel(level.upper())
     logging.getLogger("streamlink").setLevel("WARNING" if level == "info" else level.upper())
-    if level != "debug":  # what the channel tells once: a failed reload, a missing ffmpeg ...
+    if level != "debug":  # the channel logs these once: a failed reload, a missing ffmpeg ...
         for name in ("stream.hls", "stream.segmented", "stream.ffmpegmux"):
             logging.getLogger(f"streamlink.{name}").setLevel(logging.CRITICAL)
         logging.getLogger("urllib3").setLevel(logging.CRITICAL)
-    # Python's own hooks write to stderr, and wait for its reader.
+    # Python's own hooks write to stderr, and block until it is read.
     threading.excepthook = _log_dead_thread
     sys.unraisablehook = _log_unraisable
     return formatter
@@ -11674,7 +11959,7 @@ def _log_dead_thread(dead: threading.ExceptHookArgs) -> None:
 
 
 def _log_unraisable(failed: sys.UnraisableHookArgs) -> None:
-    """A finalizer failed."""
+    """Log an error that Python cannot raise, such as a finalizer's."""
     what = failed.err_msg or "Exception ignored in"
     log.error("%s %r", what, failed.object, exc_info=failed.exc_value)
 
@@ -11695,15 +11980,15 @@ def serve(
     read_again: Callable[[], Config],
     learn: Callable[[Config], None] = lambda config: None,
 ) -> int:
-    """Serve until a signal ends it; blocks.  Returns the exit status.
+    """Serve, and block until a signal ends it.  Returns the exit status.
 
-    `read_again` gives the configuration for a reload, or raises ConfigError.  `learn` is called
+    `read_again` returns the configuration for a reload, or raises ConfigError.  `learn` is called
     with each configuration before it is used.
     """
     channels = Channels(config)
     try:
         server = Server(config, channels, learn)
-    except (OSError, ValueError, TypeError, OverflowError) as error:  # odd hosts raise all four
+    except (OSError, ValueError, TypeError, OverflowError) as error:  # odd hosts raise any of them
         where = f"{config.server.host} port {config.server.port}"
         number = getattr(error, "errno", None) or 0
         advice = LISTEN_ADVICE.get(number, "choose another with --host or --port")
@@ -11721,7 +12006,7 @@ def serve(
 
 
 def raise_file_limit() -> None:
-    """Allow as many open files as the system lets us: each viewer is one, and 1,024 are few."""
+    """Raise the limit of open files to the maximum: each viewer is one, and 1,024 are few."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource  # not on Windows
 
@@ -11730,15 +12015,15 @@ def raise_file_limit() -> None:
 
 
 def release_signals() -> None:
-    """Let the signals come that waited for the end of the start."""
+    """Unblock the signals that were held during the start."""
     if HELD_SIGNALS:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
 
 
 def collect_signals() -> Signals:
-    """SIGINT, SIGTERM and SIGHUP from now on, and those that came during the start.
+    """Return a queue that gets SIGINT, SIGTERM and SIGHUP, and unblock those held so far.
 
-    A second one to end ends the process at once.
+    A second SIGINT or SIGTERM ends the process at once.
     """
     received: Signals = queue.SimpleQueue()
 
@@ -11756,10 +12041,10 @@ def collect_signals() -> Signals:
 
 
 def next_signal(received: Signals) -> int:
-    """Wait for a signal; looks twice a second.
+    """Wait for a signal, waking twice a second.
 
-    The system may hand a signal to any thread, and Python runs its handler in this one only once
-    it does something: a wait without end would sleep through it.
+    The system may deliver a signal to any thread, but Python runs its handler only in the main
+    thread, once that thread executes code: a wait without a timeout would sleep through it.
     """
     while True:
         with contextlib.suppress(queue.Empty):
@@ -11767,7 +12052,7 @@ def next_signal(received: Signals) -> int:
 
 
 def reload(server: Server, read_again: Callable[[], Config]) -> None:
-    """Use the file as it is now; one that has mistakes changes nothing."""
+    """Read the file again and use it; a file with mistakes changes nothing."""
     try:
         config = read_again()
     except ConfigError as error:
@@ -11782,7 +12067,7 @@ def reload(server: Server, read_again: Callable[[], Config]) -> None:
 
 
 def announce(config: Config, server: Server) -> None:
-    """Tell what to open, and what is served."""
+    """Log the addresses to open, and how many streams are served."""
     settings = config.server
     host = settings.host
     if host in EVERYWHERE:
@@ -11808,7 +12093,10 @@ def announce(config: Config, server: Server) -> None:
 
 
 def close(server: Server, channels: Channels) -> None:
-    """Let the viewers go and end everything, within EXIT_TIME whatever hangs, or about."""
+    """Disconnect the viewers and stop everything.
+
+    Blocks for about EXIT_TIME at most: if something hangs, the process ends DRAIN_TIME later.
+    """
     last_resort = threading.Timer(EXIT_TIME + DRAIN_TIME, os._exit, (EXIT_OK,))
     last_resort.daemon = True
     with contextlib.suppress(RuntimeError):  # the system has no threads left
@@ -11818,7 +12106,7 @@ def close(server: Server, channels: Channels) -> None:
     server.lists.stop(0.0)
     if not channels.stop(timeout=EXIT_TIME):
         log.warning("an upstream did not end in time")
-    # A little while longer, a load balancer may read from /health why nobody is served.
+    # Until DRAIN_TIME has passed, a load balancer can still read from /health that we are stopping.
     threading.Event().wait(max(0.0, began + DRAIN_TIME - time.monotonic()))
     server.shutdown()
     server.hang_up()
@@ -11842,7 +12130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 new = read_settings(arguments, given, demo)
                 had_streams = config.streams or config.playlists
                 has_streams = new.streams or new.playlists
-                if had_streams and not has_streams:  # an editor may have emptied the file first
+                if had_streams and not has_streams:  # an editor may empty a file before writing it
                     raise ConfigError(["the file has no streams any more"])
                 return new
 
@@ -11862,13 +12150,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PipeError as error:
         log.error("%s", error)
         return EXIT_FAILED
-    except (KeyboardInterrupt, BrokenPipeError):  # in a check; who read its lines has left
+    except (KeyboardInterrupt, BrokenPipeError):  # a check was interrupted, or lost its reader
         return EXIT_FAILED
 
 
 if __name__ == "__main__":
     status = main()
     logging.shutdown()  # waits for the log's thread, LOG_TIME at most
-    with contextlib.suppress(OSError, AttributeError):  # nobody reads it, or it was closed
+    with contextlib.suppress(OSError, AttributeError):  # it has no reader, or was closed
         sys.stdout.flush()
-    os._exit(status)  # sys.exit() would wait for the threads of downloads that hang
+    os._exit(status)  # sys.exit() would wait for download threads that hang
