@@ -304,7 +304,7 @@ def test_missing_segments_in_a_row_cost_nothing_else(
     for number in range(3, 6):
         path = short.segment_path(number)
         origin.fault(path, Think(delay), Status(404), times=None)
-    site = serve({"film": short.url}, timeout=0.7)
+    site = serve({"film": short.url}, timeout=2)
     answer = site.get("/film")
     rest = media.spliced(short.plain(0, 3), short.plain(6, 8))
     assert answer.body.replace(pipe.NULL_PACKET, b"") == rest
