@@ -299,7 +299,8 @@ def test_all_channels_above_a_lowered_limit_give_way(origin: Origin, serve: Serv
     for name in streams:
         with watching(site, f"/{name}"):
             pass
-    eventually(lambda: site.get("/health").json["viewers"] == 0, "they linger")
+        # The server may notice that two viewers left in another order than they did.
+        eventually(lambda: site.get("/health").json["viewers"] == 0, "it lingers")
     reload(site, 1, max_upstreams=2)
     with watching(site, "/bbc-one"):
         states = channel_states(site)
