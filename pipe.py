@@ -5741,8 +5741,10 @@ class SegmentDownload(Download):
         # segment is missing.  The same holds for a track's segment, because a track cannot resume
         # at its position.  Any other failure may affect more than this segment if another one
         # waited until this one was abandoned.
+        if failure in REFUSALS:
+            return self._is_old and not self._is_fresh
         has_waited = any(not 0 < other.began < tries.asked for other in others)
-        return self._is_old and not self._is_fresh and (failure in REFUSALS or has_waited)
+        return self._is_old and has_waited
 
     @property
     def _is_old(self) -> bool:
@@ -5770,11 +5772,12 @@ class SegmentDownload(Download):
         opening counts; if it is gone, those count that began after this one.
         """
         answered = [other.tries.answered for other in self._others]
-        if self._is_old and not self._is_fresh:
-            return not any(tries.failed < time_asked < tries.asked for time_asked in answered)
-        if failure in REFUSALS:
+        if failure in REFUSALS and (self._is_fresh or not self._is_old):
             return not any(answered)
-        return not any(tries.failing_since < time_asked < tries.asked for time_asked in answered)
+        since = tries.failing_since
+        if self._is_old and not self._writer.is_start:
+            since = tries.failed
+        return not any(since < time_asked < tries.asked for time_asked in answered)
 
     def is_slow(self) -> bool:
         """Whether it arrives more slowly than it plays, while a later request is twice as fast.
