@@ -697,7 +697,7 @@ def test_removed_stream_lets_its_viewers_go(origin: Origin, tmp_path: Path) -> N
         assert not viewer.read_all()[1]
         with Watch(service.port, "/old") as gone:
             assert gone.status == 404
-        service.wait_for("old: 127.0.0.1 disconnected by the server: ")
+        service.wait_for("old: viewer 127.0.0.1 disconnected by the server: ")
 
 
 def test_stream_that_a_reload_repairs_plays_at_once(origin: Origin, serve: Serve) -> None:
