@@ -96,15 +96,20 @@ def test_segments_that_were_skipped_are_counted_and_the_interval_shrinks(
     assert sum(int(line[1]) for line in lines if line) == lost
 
 
-def test_skip_in_a_running_channel_is_counted_and_logged(
-    origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
-) -> None:
-    news = origin.add(Playlist("news", SEGMENTS, mode="live", window=3, keep=0))
+def skip_seven(serve: Serve, news: Playlist) -> Site:
+    """A server with a viewer whose channel loads no playlist while seven segments are listed."""
     site = serve({"news": news.url}, timeout=8)
     viewer = site.watch("/news")
     assert viewer.read(len(news.plain(0, 3))) == news.plain(0, 3)
     news.advance(7)
     assert viewer.read(media.PACKET)
+    return site
+
+
+def test_skip_in_a_running_channel_is_counted_and_logged(
+    origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = skip_seven(serve, origin.add(Playlist("news", SEGMENTS, mode="live", window=3, keep=0)))
     assert gaps(site) == 4
     assert "news: 4 segments lost between two loads of the playlist" in caplog.messages
     assert site.get("/status").json["streams"][0]["state"] == "live"
@@ -117,12 +122,7 @@ def test_segments_lost_before_a_marked_gap_are_counted(
     marked = [
         Segment(data, tags=("#EXT-X-GAP",) if n == 7 else ()) for n, data in enumerate(SEGMENTS)
     ]
-    news = origin.add(Playlist("news", marked, mode="live", window=3, keep=0))
-    site = serve({"news": news.url}, timeout=8)
-    viewer = site.watch("/news")
-    assert viewer.read(len(news.plain(0, 3))) == news.plain(0, 3)
-    news.advance(7)
-    assert viewer.read(media.PACKET)
+    site = skip_seven(serve, origin.add(Playlist("news", marked, mode="live", window=3, keep=0)))
     assert gaps(site) == 5
     assert "news: 4 segments lost between two loads of the playlist" in caplog.messages
 
