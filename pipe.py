@@ -291,7 +291,8 @@ STREAM_NAME = re.compile(r"[a-z0-9-]+")
 LEAST_SECRET = 4  # characters; shorter texts are part of ordinary words
 NO_MEDIA = "the origin sent no media"
 NOT_BACK = "the origin did not come back"
-STATES_SHOWN = ("live", "private", "waiting", "starting")  # best first; a stream shows its best
+PLAYING = ("live", "private")  # states in which media flows
+STATES_SHOWN = (*PLAYING, "waiting", "starting")  # best first; a stream shows its best
 RESERVED_NAMES = frozenset({"health", "status", "metrics", "playlist"})
 
 
@@ -5742,7 +5743,7 @@ class SegmentDownload(Download):
         # at its position.  Any other failure may affect more than this segment if another one
         # waited until this one was abandoned.
         if failure in REFUSALS:
-            return self._is_old and not self._is_fresh
+            return self._may_have_expired
         has_waited = any(not 0 < other.began < tries.asked for other in others)
         return self._is_old and has_waited
 
@@ -5753,13 +5754,14 @@ class SegmentDownload(Download):
         return bool(self._segment.num != reader.first and not reader.is_track)
 
     @property
-    def _is_fresh(self) -> bool:
-        """Whether its opening has passed on no media yet: all requests began with the opening.
+    def _may_have_expired(self) -> bool:
+        """Whether a refusal may mean that its address has expired since the opening.
 
-        If the first of several missing segments caused a reopening, those after it are in no other
-        position: a reopening for each of them would begin with the first one again.
+        Until an opening has passed on media, its addresses are new.  If the first of several
+        missing segments caused a reopening, another reopening for the second one would begin with
+        the first one again.
         """
-        return not self._writer.reader.start
+        return self._is_old and bool(self._writer.reader.start)
 
     def _nothing_else_answers(self, tries: Tries, failure: str | None) -> bool:
         """Whether no other request was answered while this one failed.
@@ -5772,7 +5774,7 @@ class SegmentDownload(Download):
         opening counts; if it is gone, those count that began after this one.
         """
         answered = [other.tries.answered for other in self._others]
-        if failure in REFUSALS and (self._is_fresh or not self._is_old):
+        if failure in REFUSALS and not self._may_have_expired:
             return not any(answered)
         since = tries.failing_since
         if self._is_old and not self._writer.is_start:
@@ -9031,7 +9033,7 @@ def _stream_samples(site: Site, stream: StreamSettings) -> Mapping[str, Samples]
     channels = status["channels"]
     numbers = {
         "viewers": status["viewers"],
-        "upstreams": sum(channel["state"] in ("live", "private") for channel in channels),
+        "upstreams": sum(channel["state"] in PLAYING for channel in channels),
         "window_bytes": sum(channel["window_bytes"] for channel in channels),
         "viewer_connections_total": totals["arrivals"],
         "sent_bytes_total": totals["sent"],
@@ -9502,7 +9504,7 @@ class Board:
         self.playing_accounts = {
             self._account(name)
             for name, status in self.active.items()
-            if status["state"] in ("live", "private")
+            if status["state"] in PLAYING
         } - {None}
         self.scale = self._scale()
 
@@ -9628,7 +9630,7 @@ class Board:
 
     def _playing(self) -> str:
         """Return the cards of playing streams, for a page whose groups are all closed."""
-        playing = [each for each in self.streams if self.state(each) in ("live", "private")]
+        playing = [each for each in self.streams if self.state(each) in PLAYING]
         if len(self.streams) <= ALL_OPEN or not playing:
             return ""
         cards = "".join(
@@ -10020,48 +10022,31 @@ def error_page(site: Site, status: HTTPStatus, reason: str, name: str, agent: st
 # Advice on each failure, as in README, by parts of the failure's reason.
 ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
     (
-        (
-            "the origin answered 401",
-            "the origin answered 403",
-            "the origin answered 404",
-            "the origin answered 410",
-        ),
+        tuple(sorted(EXPIRED)),
         "the address has expired or is wrong: get a new one. Some sites want `headers: "
         '{Referer: "https://..."}`, a browser\'s `user_agent`, or a `proxy` in their '
         "country",
     ),
     (
-        (
-            "the origin answered 429",
-            "the origin answered 458",
-            "the origin answered 503",
-            "the origin answered 509",
-        ),
+        tuple(sorted(BUSY - EXPIRED)),
         "your account has no connection left: close other players, or lower "
         "`max_upstreams` to what it allows",
     ),
     (
-        (
-            "the origin sent a web page, not a stream",
-            "the origin sent text, not a stream",
-        ),
+        (WEB_PAGE, TEXT),
         "often a login page, an error message or a list of links: open the address in a "
         "browser and look",
     ),
     (
-        ("that is a list of channels: put it under playlists:, not under streams:",),
+        (CHANNEL_LIST,),
         "write its address under `playlists:`",
     ),
     (
-        ("the origin's host name is unknown",),
+        (UNKNOWN,),
         "look for a typing mistake; check the server's network",
     ),
     (
-        (
-            "the origin did not answer in time",
-            "the origin refuses connections",
-            "the origin closed the connection",
-        ),
+        (TIMED_OUT, REFUSED, CLOSED),
         "it is down, or blocks you: try its address elsewhere",
     ),
     (
@@ -10091,15 +10076,12 @@ ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
         "the address is not that of a stream: look for a typing mistake, also in the port",
     ),
     (
-        (
-            "the origin refers to an unsupported kind of address",
-            "the origin's playlist has a key, a map or a byte range that cannot be read",
-        ),
+        (UNSUPPORTED, UNREADABLE),
         "its playlist is broken: try another address of the stream",
     ),
     (
         (
-            "the origin's playlist is empty",
+            EMPTY,
             "the origin's playlist lists no stream that can be played",
         ),
         "nothing is broadcast there now: try later, or another address",
@@ -10109,7 +10091,7 @@ ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
         "often a login: open the address in a browser and look",
     ),
     (
-        ("there is no network route to the origin",),
+        (NO_ROUTE,),
         "the server has no network, or none of that kind (IPv6): check it",
     ),
     (
@@ -10117,7 +10099,7 @@ ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
         "check the `proxy` of the stream",
     ),
     (
-        ("the decryption key is not an AES-128 key", "decryption failed"),
+        (NOT_A_KEY, WRONG_KEY, NOT_WHOLE),
         "often the origin wants `headers` for its key, or the address has expired",
     ),
     (
@@ -10125,7 +10107,7 @@ ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
         "check the server's clock; if you trust the origin: `streamlink: {http-ssl-verify: false}`",
     ),
     (
-        ("the origin refers to a local file: refused",),
+        (LOCAL_FILE,),
         "it tries to read a file of your server: do not use it",
     ),
     (
@@ -12110,7 +12092,7 @@ def close(server: Server, channels: Channels) -> None:
     if not channels.stop(timeout=EXIT_TIME):
         log.warning("an upstream did not end in time")
     # Until DRAIN_TIME has passed, a load balancer can still read from /health that we are stopping.
-    threading.Event().wait(max(0.0, began + DRAIN_TIME - time.monotonic()))
+    time.sleep(max(0.0, began + DRAIN_TIME - time.monotonic()))
     server.shutdown()
     server.hang_up()
     last_resort.cancel()
