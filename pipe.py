@@ -234,66 +234,31 @@ log = logging.getLogger("streampipe")
 
 
 # --------------------------------------------------------------------------------------------------
-# Constants that nobody needs to configure
+# Constants that several sections use
+#
+# The constants of a single section stand at its head.  Users configure none of them.
 # --------------------------------------------------------------------------------------------------
 
-KIB, MIB = 1 << 10, 1 << 20
-EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+KIB, MIB = 1 << 10, 1 << 20  # bytes
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2  # exit statuses; 2 is also argparse's
 
-TURN_LIMIT = 1 * MIB  # bytes a feeder takes from its buffer at once; more would delay viewers
-BLOCK_LIMIT = 64 * KIB  # bytes of a block; each send to a viewer gathers whole blocks
-SEND_LIMIT = 1 * MIB  # bytes a viewer takes from its window at once
-SEND_BLOCKS = 512  # blocks a viewer takes at once; a system call accepts 1,024 pieces
-WINDOW_GROWTH = 8  # a window may hold this many times `ringbuffer_size` to keep enough segments
-PRIVATE_WINDOW = 1 * MIB  # bytes between a finite upstream and its one viewer
-PLAYLIST_LIMIT = 8 * MIB  # bytes of a playlist, key or page; a larger one is an attack or a mistake
+SEND_BLOCKS = 512  # blocks that a viewer takes at once: Linux accepts 1,024 pieces in a call
 SNIFF_LIMIT = 752  # bytes to detect a container from: three TS packets at any offset
-SEARCH_LIMIT = 4 * KIB  # bytes searched for TS packets that follow other data
 TAG_LIMIT = 1 * MIB  # bytes of ID3 tags read at most to detect the container behind them
 
 FOREMOST_PATIENCE = 5.0  # seconds without a byte until the foremost viewer counts as paused
-KEY_FRAME_LIFE = 30.0  # seconds after which a key frame is too old for a viewer to join at
-KEY_FRAME_BACK = 6.0  # seconds; libavformat needs 5 s of stream before it shows a picture
-FAILURE_MEMORY = 2.0  # seconds; VLC repeats a request at once if the first answer is an error
-REPEAT_TIME = 10.0  # seconds between log lines of one kind; a player may cause forty a second
-GUESSERS = 10_000  # addresses remembered for REPEAT_TIME because they sent a wrong token
-ZAPPING_TIME = 2.0  # seconds a client that changes channels waits for its old place
-ZAPPING_PAUSE = 0.5  # seconds between a start's tries if the origin may count a closed connection
-ZAPPING_TICK = 0.05  # seconds between two checks whether the old place is free
-START_TICK = 0.5  # seconds between two checks whether a viewer still waits for a start
-HEAD_TIMEOUT = 10.0  # seconds a client has to send its request head
-HEAD_LIMIT = 64 * KIB  # bytes of a request head
-SILENCE = 5.0  # seconds without media before null packets are sent: ExoPlayer times out after 8
-NULL_PACKET = b"G\x1f\xff\x10" + 184 * b"\xff"  # ISO/IEC 13818-1, 2.4.1: has no payload
-NEW_CLOCK_TICKS = 60 * 90_000  # a clock that is further back was reset: no backlog is that long
-SEAM_PATIENCE = 10.0  # seconds a relay may repeat media that the viewers have received
-REOPEN_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # seconds between tries; the last one repeats
-HEALTHY_TIME = 60.0  # seconds of media after which the pauses start over
-BAD_TIME = 60.0  # seconds for which starts try a failed address after the others
-LISTED_TIME = 60.0  # seconds; the approximate maximum length of a live playlist
-MUXER_LAG = 0.5  # seconds ffmpeg may need to write all that it has read
-TRACK_LEAD = 10  # segments that ffmpeg reads of one track at most before it needs the other's
-STALE_NUMBERS = 2  # segments a backup's playlist may be behind and still be the same stream
+KEY_FRAME_LIFE = 30.0  # seconds; a viewer that joined at an older key frame would lag too far
+REPEAT_TIME = 10.0  # seconds between log lines of one kind: a player may cause forty a second
+START_TICK = 0.5  # seconds between two checks whether a waiting client is still connected
+FEEDER_TICK = 1.0  # seconds between two checks of a feeder, at most: its viewers, its upstream
+LISTED_TIME = 60.0  # seconds that a live playlist covers at most; a longer one is rare
 JUDGE_GRACE = 1.5  # extra seconds for Channel._judge: a download must abandon a segment first
-SEND_TICK = 1.0  # seconds a send waits for room at most, and thus between two signs of progress
-FEEDER_TICK = 1.0  # seconds at most between two checks of a feeder's viewers and upstream
-SPARE_CONNECTIONS = 256  # connections beyond max_viewers, for /health, pages and refusals
-MOST_CONNECTIONS = 4096  # connections if max_viewers is 0
-UNSENT_LIMIT = 128 * KIB  # unsent bytes that the kernel holds for a viewer
-DRAIN_TIME = 1.0  # seconds during which new streams get 503 before the listener closes
-ANSWER_TIME = 120.0  # seconds a provider may take to begin its answer with a list
-EXIT_TIME = 4.0  # seconds for upstreams to end; the process ends DRAIN_TIME later at the latest
-LOG_LINES = 10_000  # log lines that may wait while the log is not read
-LOG_BYTES = 16 * MIB  # bytes of those lines; at debug level one may contain a path of 64 KiB
-LOG_TIME = 1.0  # seconds the process waits at its end until all lines are written
+EXIT_TIME = 4.0  # seconds for all upstreams to end, so that the process exits within 5 s
 
 STREAM_NAME = re.compile(r"[a-z0-9-]+")
+RESERVED_NAMES = frozenset({"health", "status", "metrics", "playlist"})  # paths of the server
 LEAST_SECRET = 4  # characters; shorter texts are part of ordinary words
-NO_MEDIA = "the origin sent no media"
-NOT_BACK = "the origin did not come back"
 PLAYING = ("live", "private")  # states in which media flows
-STATES_SHOWN = (*PLAYING, "waiting", "starting")  # best first; a stream shows its best
-RESERVED_NAMES = frozenset({"health", "status", "metrics", "playlist"})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1951,6 +1916,11 @@ TS_PACKET = 188
 TS_SYNC = b"G"
 TIMESTAMP_MODULUS = 1 << 33
 NULL_PID = 0x1FFF
+NULL_PACKET = b"G\x1f\xff\x10" + 184 * b"\xff"  # ISO/IEC 13818-1, 2.4.1: has no payload
+BLOCK_LIMIT = 64 * KIB  # bytes of a block: small enough that one send gathers several whole ones
+SEARCH_LIMIT = 4 * KIB  # bytes searched for TS packets that follow other data, such as an image
+SEAM_PATIENCE = 10.0  # seconds in which a relay may repeat media that viewers already have
+NEW_CLOCK_TICKS = 60 * 90_000  # a clock that is further back was reset: no backlog is that long
 JUMP_SEARCH = 1 * MIB  # bytes searched for each PID's first packet after a jump
 NEWEST_LIMIT = 256 * KIB  # bytes of packets kept for each PID's counter: audio packets are rare
 VIDEO_PATIENCE = 3 * 90_000  # ticks of audio without any of the video that the PMT names
@@ -3102,6 +3072,9 @@ def fill(buffer: Any, items: Items) -> None:
 #                     than blocking sends, and pages must not change while they are sent
 # --------------------------------------------------------------------------------------------------
 
+SEND_LIMIT = 1 * MIB  # bytes that a viewer takes at once, and thus holds besides the window
+KEY_FRAME_BACK = 6.0  # seconds; libavformat reads 5 s of a stream before it shows a picture
+
 
 @dataclass(eq=False)
 class Viewer:
@@ -4158,6 +4131,13 @@ SAFETY_OPTIONS: Mapping[str, Any] = {
 engine_version = importlib.metadata.version("streamlink")
 LEAST_STREAMLINK = (8, 6, 2)  # older versions follow a redirect to a local file
 ALIASES = ("best", "worst", "best-unfiltered", "worst-unfiltered")  # second names of streams
+
+TURN_LIMIT = 1 * MIB  # bytes that a feeder takes from its buffer at once: more delays viewers
+PLAYLIST_LIMIT = 8 * MIB  # bytes of a playlist, key or page; a larger one is an attack or a mistake
+ANSWER_TIME = 120.0  # seconds: a panel may take that long to begin its answer with a large list
+STALE_NUMBERS = 2  # segments that a backup's playlist may be behind and still continue the stream
+TRACK_LEAD = 10  # segments; ffmpeg never reads one track that far ahead of another
+MUXER_LAG = 0.5  # seconds ffmpeg may need to write all that it has read
 
 
 # The functions of libraries that are overridden and called here, with their parameters.
@@ -6717,6 +6697,7 @@ class Splicer:
 # Statistics: totals and recent findings for each stream, across all of its channels
 # --------------------------------------------------------------------------------------------------
 
+BAD_TIME = 60.0  # seconds for which starts try a failed address after the others
 SLOT = 5  # seconds that one bar in a page's chart covers
 SLOTS = 60  # bars in a chart
 AVERAGED_TIME = 15.0  # seconds of media, at least, over which a bitrate is averaged
@@ -6949,6 +6930,14 @@ class StreamRecord:
 # A LIVE or PRIVATE channel keeps its state while its origin fails and the failed upstream is
 # reopened: `trouble` says why it has no media, and its viewers keep their connections.
 # --------------------------------------------------------------------------------------------------
+
+WINDOW_GROWTH = 8  # times `ringbuffer_size` that a window may hold to keep enough segments
+PRIVATE_WINDOW = 1 * MIB  # bytes between a finite upstream and its viewer: its downloads read ahead
+ZAPPING_PAUSE = 0.5  # seconds between a start's tries while the origin counts a closed connection
+REOPEN_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # seconds between tries; the last one repeats
+HEALTHY_TIME = 60.0  # seconds of media after which the pauses start over
+NO_MEDIA = "the origin sent no media"
+NOT_BACK = "the origin did not recover in time"
 
 
 class State(enum.Enum):
@@ -7733,8 +7722,11 @@ def no_quality_error(qualities: Iterable[str]) -> StreamError:
 #   a channel that stays with its account     keeps its slot, even if a reload lowered the limit
 # --------------------------------------------------------------------------------------------------
 
-
+FAILURE_MEMORY = 2.0  # seconds; VLC repeats a request at once if the first answer is an error
+ZAPPING_TIME = 2.0  # seconds that a client which changes channels waits for its previous slot
+ZAPPING_TICK = 0.05  # seconds between two checks whether that slot is free
 TITLES_TOLD = 3  # titles in the refusal of a full account
+STATES_SHOWN = (*PLAYING, "waiting", "starting")  # best first: a stream shows its best one
 
 
 @dataclass(frozen=True)
@@ -10187,6 +10179,11 @@ PAGES: Mapping[str, Callable[[Site], Page]] = {
 STREAM_PATH = re.compile(r"/([a-z0-9-]+)(\.m3u8?|\.ts|/([0-9]{1,18})\.([a-z0-9]+))?")
 TUNER_PATH = re.compile(r"/auto/v([0-9]{1,9})")  # Channels DVR makes these from guide numbers
 HTTP_VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")  # RFC 9112, 2.3
+HEAD_TIMEOUT = 10.0  # seconds a client has for its whole request head: slow ones occupy threads
+HEAD_LIMIT = 64 * KIB  # bytes of a request head, which is kept in memory
+SILENCE = 5.0  # seconds without media until null packets are sent: ExoPlayer times out after 8
+SEND_TICK = 1.0  # seconds a send waits for room at most, and thus between two signs of progress
+UNSENT_LIMIT = 128 * KIB  # unsent bytes that the kernel holds for a viewer
 HLS_HEADERS = {"Accept-Ranges": "none"}
 GUIDE_HEADERS = {"Content-Type": "application/xml", "Cache-Control": "no-cache"}
 GUIDE_TIME = 3600.0  # seconds that relaying a guide may take in all
@@ -10963,6 +10960,10 @@ def send_some(sock: socket.socket, pieces: Sequence[Block]) -> int:
 # Server: connections and their threads
 # --------------------------------------------------------------------------------------------------
 
+GUESSERS = 10_000  # addresses remembered for REPEAT_TIME because they sent a wrong token
+SPARE_CONNECTIONS = 256  # connections beyond max_viewers, for /health, pages and refusals
+MOST_CONNECTIONS = 4096  # connections if max_viewers is 0
+
 
 @dataclass(frozen=True)
 class Reload:
@@ -11438,6 +11439,11 @@ def demo_origin() -> Iterator[str]:
 # --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
+
+DRAIN_TIME = 1.0  # seconds in which a stopping server still answers: a balancer reads /health
+LOG_LINES = 10_000  # log lines that may wait while nobody reads the log
+LOG_BYTES = 16 * MIB  # bytes of those lines; at debug level, one may contain a path of 64 KiB
+LOG_TIME = 1.0  # seconds the process waits at its end until all lines are written
 
 
 def build_parser() -> argparse.ArgumentParser:
