@@ -40,7 +40,7 @@ THREADS = 4  # downloads at once, where a program has them
 
 PATIENCE = 60.0  # seconds that an answer may take
 LIFE = 3600.0  # seconds after which a process is killed, whatever it does
-TICKS = os.sysconf("SC_CLK_TCK")
+CPUCLOCK_SCHED = 2  # Linux: a CPU clock that counts nanoseconds
 
 
 #### Processes ####
@@ -194,8 +194,11 @@ class Server:
 
 
 def _cpu_of(number: int) -> float:
-    fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
+    """The CPU seconds of a process, by the clock that clock_getcpuclockid(3) returns.
+
+    /proc counts in ticks of 10 ms, and a small crowd needs only four or five of them in 8 s.
+    """
+    return time.clock_gettime((~number << 3) | CPUCLOCK_SCHED)
 
 
 @contextlib.contextmanager
