@@ -10176,37 +10176,41 @@ PAGES: Mapping[str, Callable[[Site], Page]] = {
 # does so.
 # --------------------------------------------------------------------------------------------------
 
+# Requests.  The groups of STREAM_PATH are the stream's name, the ending, and in that a segment's
+# number and extension.
 STREAM_PATH = re.compile(r"/([a-z0-9-]+)(\.m3u8?|\.ts|/([0-9]{1,18})\.([a-z0-9]+))?")
 TUNER_PATH = re.compile(r"/auto/v([0-9]{1,9})")  # Channels DVR makes these from guide numbers
+EMPTY_LINE = re.compile(rb"\r?\n\r?\n")  # ends a head
 HTTP_VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")  # RFC 9112, 2.3
 HEAD_TIMEOUT = 10.0  # seconds a client has for its whole request head: slow ones occupy threads
 HEAD_LIMIT = 64 * KIB  # bytes of a request head, which is kept in memory
-SILENCE = 5.0  # seconds without media until null packets are sent: ExoPlayer times out after 8
-SEND_TICK = 1.0  # seconds a send waits for room at most, and thus between two signs of progress
-UNSENT_LIMIT = 128 * KIB  # unsent bytes that the kernel holds for a viewer
-HLS_HEADERS = {"Accept-Ranges": "none"}
-GUIDE_HEADERS = {"Content-Type": "application/xml", "Cache-Control": "no-cache"}
-GUIDE_TIME = 3600.0  # seconds that relaying a guide may take in all
-GUIDE_SEND_TIME = 60.0  # seconds that a client may stop reading a guide
-RELOAD_WAIT = 5.0  # seconds that a playlist request may wait for a new segment
-NO_TOKEN = "a token is required: add ?token=... to the address, or give it as the password"
-TOO_LARGE = "its segments are larger than the window: set a larger ringbuffer_size"
+RAW_BYTES = re.compile("[\x80-\xff]")  # as the library decodes them: a request line is Latin-1
+HOST = re.compile(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", re.ASCII)  # perhaps with a port
 EVERYWHERE = "0.0.0.0", "::"  # hosts that listen on every address of the machine
-THIS_MACHINE = re.compile(r"(?<=://)(localhost|127[\d.]*|\[::1\])(?=$|:)", re.I)
+THIS_MACHINE = re.compile(r"(localhost|127[\d.]*|\[::1\])(?=$|:)", re.IGNORECASE)
+
+# What a proxy adds.  A prefix has no "." and no ".." among its parts.
 PREFIX = re.compile(r"(?:/(?!\.\.?(?:/|$))(?:[\w.~-]|%[0-9A-Fa-f]{2})+)+", re.ASCII)
 FORWARDED_ADDRESS = re.compile(  # IPv4 or IPv6 in brackets, perhaps with a port; bare IPv6
     r"([\d.]+)(?::\d+)?|\[([0-9A-Fa-f:.]+)\](?::\d+)?|([0-9A-Fa-f:.]+)", re.ASCII
 )
-COMPRESSED_SIZE = 1 * KIB  # bytes of the smallest page worth compressing
-HOST = re.compile(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", re.ASCII)
+
+# Answers.
+SILENCE = 5.0  # seconds without media until null packets are sent: ExoPlayer times out after 8
+SEND_TICK = 1.0  # seconds a send waits for room at most, and thus between two signs of progress
+UNSENT_LIMIT = 128 * KIB  # unsent bytes that the kernel holds for a viewer
+HLS_HEADERS = {"Accept-Ranges": "none"}
 MEDIA_HEADERS = {
     "X-Accel-Buffering": "no",  # nginx would spool a slow viewer's stream to its disk
     "Accept-Ranges": "none",
 }
-
-
-# The library decodes a request line as Latin-1.
-RAW_BYTES = re.compile("[\x80-\xff]")
+GUIDE_HEADERS = {"Content-Type": "application/xml", "Cache-Control": "no-cache"}
+GUIDE_TIME = 3600.0  # seconds that relaying a guide may take in all; some have 500 MB
+GUIDE_SEND_TIME = 60.0  # seconds without progress after which a guide's client is disconnected
+RELOAD_WAIT = 5.0  # seconds that a playlist request may wait for a new segment
+COMPRESSED_SIZE = 1 * KIB  # bytes of the smallest page worth compressing
+NO_TOKEN = "a token is required: add ?token=... to the address, or give it as the password"
+TOO_LARGE = "its segments are larger than the window: set a larger ringbuffer_size"
 
 
 def _read_query(text: str) -> dict[str, list[str]]:
@@ -10246,7 +10250,8 @@ class Handler(BaseHTTPRequestHandler):
     is_for_players = False  # whether the path is one of media, HLS or an M3U list
     has_token = False  # whether the request carries the token, or no token is configured
     is_trusted = False  # whether the client has the token, or needs none
-    asked: Mapping[str, Sequence[str]] = {}  # the query; empty until it is read
+    query: Mapping[str, list[str]] = {}  # empty until it is read
+    target_host = ""  # of an absolute request target; empty if the target is a path
 
     def handle(self) -> None:
         self.address = self.client_address[0]
@@ -10266,9 +10271,10 @@ class Handler(BaseHTTPRequestHandler):
         Raises ViewerGone or OSError if the client leaves first, or exceeds HEAD_TIMEOUT or
         HEAD_LIMIT.
         """
-        head, data = bytearray(), b""
+        head = bytearray()
+        new = 0  # bytes of the last read
         deadline = time.monotonic() + HEAD_TIMEOUT
-        while not re.search(rb"\r?\n\r?\n", head[-3 - len(data) :]):  # it may span two reads
+        while not EMPTY_LINE.search(head, max(0, len(head) - new - 3)):  # it may span two reads
             remaining = deadline - time.monotonic()
             if remaining <= 0 or len(head) >= HEAD_LIMIT:
                 raise ViewerGone("no request")
@@ -10276,7 +10282,10 @@ class Handler(BaseHTTPRequestHandler):
             data = self.connection.recv(HEAD_LIMIT - len(head))
             if not data:
                 raise ViewerGone("no request")
-            head += data if head else data.lstrip(b"\r\n")  # may precede it: RFC 9112, 2.2
+            if not head:
+                data = data.lstrip(b"\r\n")  # empty lines may precede the request: RFC 9112, 2.2
+            head += data
+            new = len(data)
         self.connection.settimeout(HEAD_TIMEOUT)  # for the answer: less remains of the head's time
         return bytes(head)
 
@@ -10286,69 +10295,83 @@ class Handler(BaseHTTPRequestHandler):
         A proxy appends to X-Forwarded-For the address that connected to it.  The entries before
         that one are only believed if that address is a listed proxy, too.
         """
-        address, proxies = str(self.client_address[0]), self.server.config.server.proxies
+        address = str(self.client_address[0])
+        proxies = self.server.config.server.proxies
         entries = ",".join(self.headers.get_all("X-Forwarded-For", [])).split(",")
-        for entry in reversed([entry.strip() for entry in entries if entry.strip()]):
+        for entry in reversed(entries):
+            if not entry.strip():
+                continue
             if not is_in(address, proxies):
                 break
-            found = FORWARDED_ADDRESS.fullmatch(entry)
-            try:
-                address = str(ip_of(found[1] or found[2] or found[3] if found else ""))
-            except ValueError:  # "unknown", for example: then only the proxy is known
+            forwarded = forwarded_address(entry.strip())
+            if forwarded is None:  # "unknown", for example: then only the proxy is known
                 break
+            address = forwarded
         return address
 
     def _answer_request(self) -> None:
-        query: dict[str, list[str]] = {}
         try:
             target = urlsplit(self.path)
             path = unquote(target.path, errors="strict")
-            self.asked = query = _read_query(target.query)
+            self.query = _read_query(target.query)
+            self.target_host = target.netloc
         except ValueError:
             path = ""  # matches no stream and no page
         self.is_for_players = is_for_players(path)
-        allowed = "GET, HEAD, OPTIONS, POST" if path == "/lineup.post" else "GET, HEAD, OPTIONS"
+
+        allowed = ["GET", "HEAD", "OPTIONS"]
+        if path == "/lineup.post":
+            allowed.append("POST")
+        allow = {"Allow": ", ".join(allowed)}
+
         if self.request_version == "HTTP/0.9":
             self.send_error(HTTPStatus.BAD_REQUEST, "HTTP/0.9 is not supported")
         elif not HTTP_VERSION.fullmatch(self.request_version):
             self.send_error(HTTPStatus.BAD_REQUEST, "the HTTP version is not valid")
-        elif self.command not in allowed.split(", "):
-            self.answer_error(HTTPStatus.METHOD_NOT_ALLOWED, "use GET", {"Allow": allowed})
+        elif self.command not in allowed:
+            self.answer_error(HTTPStatus.METHOD_NOT_ALLOWED, "use GET", allow)
         elif self.command == "OPTIONS":  # RFC 9110, 8.6: no length without content
-            self._send_head(HTTPStatus.NO_CONTENT, {"Allow": allowed})
+            self._send_head(HTTPStatus.NO_CONTENT, allow)
         else:
             try:
-                self._route(path, query)
+                self._route(path)
             except StreamError as error:
-                retry = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-                self.answer_error(error.status, error.reason, retry)
+                headers = {}
+                if error.retry_after is not None:
+                    headers["Retry-After"] = str(error.retry_after)
+                self.answer_error(error.status, error.reason, headers)
 
-    def _route(self, path: str, query: Mapping[str, list[str]]) -> None:
-        offered = self._offered_tokens(query)
+    def _route(self, path: str) -> None:
+        """Answer a request for a path that anybody may see, or check the token first.
+
+        Raises StreamError.
+        """
+        offered = self._offered_tokens()
         self.has_token = self._is_token_among(offered)
         trusted = self.server.config.server.trusted
         self.is_trusted = self.has_token or is_in(self.address, trusted)
         if any(offered) and not self.is_trusted:  # also on open paths, which never refuse a guess
             self.server.note_wrong_token(self.address)
         # The page's script requests a search, too, but without a browser's headers for a page.
-        is_page = self.is_person or "q" in query
+        is_page = self.is_person or "q" in self.query
         if path == "/health" or (path == "/" and not is_page):
             self.answer_health()
         elif not self.is_trusted:
             headers = {"WWW-Authenticate": 'Basic realm="StreamPipe", charset="UTF-8"'}
             self.answer_error(HTTPStatus.UNAUTHORIZED, NO_TOKEN, headers)
         else:
-            self._answer_path(path, query)
+            self._answer_path(path)
 
-    def _answer_path(self, path: str, query: Mapping[str, list[str]]) -> None:
-        """Answer a client that may request everything."""
-        if tuned := TUNER_PATH.fullmatch(path):
+    def _answer_path(self, path: str) -> None:
+        """Answer a client that may request everything.  Raises StreamError."""
+        tuned = TUNER_PATH.fullmatch(path)
+        if tuned:
             path = self._tuned_path(int(tuned[1]))
         found = STREAM_PATH.fullmatch(path)
         wait = self.server.lists.wait_time()  # before the streams, as loading may end in between
         streams = self.server.config.streams
         if found and found[1] in streams:
-            self._answer_stream(streams[found[1]], found, query.get("quality", [""])[-1] or None)
+            self._answer_stream(streams[found[1]], found)
         elif wait and (path in M3U_LISTS or path == "/lineup.json"):
             raise StreamError(HTTPStatus.SERVICE_UNAVAILABLE, LISTS_LOAD, wait)
         elif path in PAGES:
@@ -10378,14 +10401,18 @@ class Handler(BaseHTTPRequestHandler):
         is_known = found and found[1] in self.server.config.streams
         if not found or not is_known or found[3] or "%2f" in as_sent.lower():
             raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
-        depth = path.count("/") - 1
-        location = (depth * "../" or "./") + found[0][1:] + mark + query
+        depth = path.count("/") - 1  # folders between the server's root and the typed name
+        folder = "../" * depth if depth else "./"
+        location = folder + found[0].removeprefix("/") + mark + query
         self._send_head(HTTPStatus.FOUND, {"Location": location, "Content-Length": "0"})
 
-    def _answer_stream(
-        self, stream: StreamSettings, path: re.Match[str], quality: str | None
-    ) -> None:
+    def _answer_stream(self, stream: StreamSettings, path: re.Match[str]) -> None:
+        """Answer at one of a stream's addresses; `path` matched STREAM_PATH.
+
+        Raises StreamError.
+        """
         _, kind, number, extension = path.groups()
+        quality = self.query.get("quality", [""])[-1] or None  # an empty one means the configured
         try:
             if kind == ".m3u":
                 self.answer(playlist_page(self.site(), [stream]))
@@ -10406,8 +10433,9 @@ class Handler(BaseHTTPRequestHandler):
             log.log(level, "%s: %s refused: %s", stream.name, viewer, refusal.reason)
             raise
         except WindowEnded:  # before the answer began
-            is_stopping = self.server.stopping.is_set()
-            raise stopping_error() if is_stopping else UpstreamError(JUST_ENDED) from None
+            if self.server.stopping.is_set():
+                raise stopping_error() from None
+            raise UpstreamError(JUST_ENDED) from None
 
     @property
     def is_person(self) -> bool:
@@ -10421,46 +10449,73 @@ class Handler(BaseHTTPRequestHandler):
             return self.headers.get("Sec-Fetch-Dest", "").lower() in ("document", "iframe")
         return "application/xhtml+xml" in self.headers.get("Accept", "").lower()
 
+    @property
+    def agent(self) -> str:
+        """The client's User-Agent; empty if it sends none."""
+        return self.headers.get("User-Agent", "")
+
     def site(self) -> Site:
         """Return this server as the client reaches it, through any proxies."""
-        server, config = self.server, self.server.config
-        # A scheme is case-insensitive (RFC 3986, 3.1).
-        scheme = "https" if self._first_of("X-Forwarded-Proto").lower() == "https" else "http"
-        url = lan_url = f"{scheme}://{self._host()}{self._prefix()}"
-        if public := config.server.public_url:
-            url = lan_url = public.rstrip("/")
-        elif server.configured[0] in EVERYWHERE:  # others cannot use `localhost`
-            lan_url = THIS_MACHINE.sub(lambda _: lan_host(server.configured[0]), url)
-        return Site(server, config, url, lan_url, self.is_trusted, self.asked)
+        config = self.server.config
+        if config.server.public_url:
+            url = config.server.public_url.rstrip("/")
+            return Site(self.server, config, url, url, self.is_trusted, self.query)
+
+        scheme = "http"
+        if self._first_of("X-Forwarded-Proto").lower() == "https":  # in any case: RFC 3986, 3.1
+            scheme = "https"
+        host = others_host = self._host()
+        listening = self.server.configured[0]
+        if listening in EVERYWHERE:  # other machines cannot use `localhost`
+            found = THIS_MACHINE.match(host)
+            if found:
+                others_host = lan_host(listening) + host[found.end() :]
+        url = f"{scheme}://{host}{self._prefix()}"
+        lan_url = f"{scheme}://{others_host}{self._prefix()}"
+        return Site(self.server, config, url, lan_url, self.is_trusted, self.query)
 
     def _first_of(self, name: str) -> str:
         """Return a header's first element, which the proxy nearest to the client wrote."""
         return self.headers.get(name, "").partition(",")[0].strip()
 
     def _host(self) -> str:
-        """Return the host that the client requested, with the port if a proxy dropped it."""
-        for name in ("X-Forwarded-Host", "Host"):
-            host = self._first_of(name)
+        """Return the host that the client requested, with the port if a proxy dropped it.
+
+        An absolute request target, as clients of a forward proxy send it, replaces Host (RFC 9112,
+        3.2.2).
+        """
+        forwarded = self._first_of("X-Forwarded-Host")
+        for host in (forwarded, self.target_host, self._first_of("Host")):
             found = HOST.fullmatch(host)
             if found:
-                port = self._first_of("X-Forwarded-Port")
                 has_port = found[1] or found[2]
-                is_port = re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536
-                # 80 and 443 are omitted: if one does not match the scheme, it is an inner proxy's.
-                if has_port or not is_port or int(port) in (80, 443):
+                port = self._forwarded_port()
+                if has_port or port is None:
                     return host
-                return f"{host}:{int(port)}"
+                return f"{host}:{port}"
         address, own_port = self.connection.getsockname()[:2]
         return f"{in_brackets(ip_of(address))}:{own_port}"
+
+    def _forwarded_port(self) -> int | None:
+        """Return the port that a proxy names, unless addresses omit it."""
+        text = self._first_of("X-Forwarded-Port")
+        if not re.fullmatch("[0-9]{1,5}", text):
+            return None
+        port = int(text)
+        if not 0 < port < 65536:
+            return None
+        if port in (80, 443):  # the scheme's own; if it is the other one's, an inner proxy wrote it
+            return None
+        return port
 
     def _prefix(self) -> str:
         """Return the path under which a proxy offers this server; empty if it is the root."""
         prefix = self._first_of("X-Forwarded-Prefix").rstrip("/")
         return prefix if PREFIX.fullmatch(prefix) else ""
 
-    def _offered_tokens(self, query: Mapping[str, list[str]]) -> list[str]:
+    def _offered_tokens(self) -> list[str]:
         """Return the texts that this request offers as a token; an empty one is not a guess."""
-        offered = list(query.get("token", []))
+        offered = list(self.query.get("token", []))
         if offered:  # a "+" in a query means a space, but people type the token unencoded
             typed = urlsplit(self.path).query.replace("+", "%2B")
             offered += _read_query(typed)["token"]
@@ -10487,7 +10542,8 @@ class Handler(BaseHTTPRequestHandler):
         self, page: Page, status: HTTPStatus = HTTPStatus.OK, headers: Mapping[str, str] = {}
     ) -> None:
         """Send a complete answer, without its body if the request is HEAD."""
-        body, about = page.body, {"Content-Type": page.kind}
+        body = page.body
+        about = {"Content-Type": page.kind}
         if len(body) >= COMPRESSED_SIZE and page.kind != PLAYLIST_TYPE:
             about["Vary"] = "Accept-Encoding"
             if accepts_gzip(self.headers.get("Accept-Encoding", "")):
@@ -10495,29 +10551,39 @@ class Handler(BaseHTTPRequestHandler):
                 body = gzip.compress(body, mtime=0)
         about["Content-Length"] = str(len(body))
         about["X-Content-Type-Options"] = "nosniff"
-        policy = policy_headers(self.server.config) if page.kind == HTML else {}
-        self._send_head(status, {**about, **policy, **headers})
+        if page.kind == HTML:
+            about.update(policy_headers(self.server.config))
+        about.update(headers)
+        self._send_head(status, about)
         if self.command != "HEAD":
             self.wfile.write(body)
 
     def answer_error(
         self, status: HTTPStatus, reason: str, headers: Mapping[str, str] = {}
     ) -> None:
-        page = json_page({"error": reason}, indent=None)
+        """Answer with a reason: as a page for a person, as JSON for a program."""
         if self.is_person:
-            name, agent = self.path.partition("?")[0][1:], self.headers.get("User-Agent", "")
-            page = error_page(self.site(), status, reason, name, agent)
+            name = self.path.partition("?")[0].removeprefix("/")
+            page = error_page(self.site(), status, reason, name, self.agent)
+        else:
+            page = json_page({"error": reason}, indent=None)
         self.answer(page, status, headers)
 
     def answer_health(self) -> None:
-        status, word, headers = HTTPStatus.OK, "ok", dict[str, str]()
-        if self.server.stopping.is_set():
-            status, word, headers = HTTPStatus.SERVICE_UNAVAILABLE, "stopping", {"Retry-After": "5"}
-        content = {"status": word, "streams": len(self.server.config.streams)}
+        """Answer a monitor or load balancer; only a trusted client sees how busy we are."""
+        is_stopping = self.server.stopping.is_set()
+        content: dict[str, object] = {
+            "status": "stopping" if is_stopping else "ok",
+            "streams": len(self.server.config.streams),
+        }
         if self.is_trusted:
             content["viewers"] = self.server.channels.viewer_count()
             content["uptime_seconds"] = int(time.monotonic() - self.server.started)
-        self.answer(json_page(content, indent=None), status, headers)
+        page = json_page(content, indent=None)
+        if is_stopping:
+            self.answer(page, HTTPStatus.SERVICE_UNAVAILABLE, {"Retry-After": "5"})
+        else:
+            self.answer(page)
 
     def answer_watch_page(self, stream: StreamSettings, quality: str | None) -> None:
         """Answer with the page that plays a stream, after starting the stream's channel.
@@ -10533,31 +10599,30 @@ class Handler(BaseHTTPRequestHandler):
         except NoHls:
             is_played = channels.known(stream.name).container.plays_bare
             watched = Watched(quality, path=stream.name if is_played else "", has_hls=False)
-        agent = self.headers.get("User-Agent", "")
-        self.answer(watch_page(self.site(), stream, watched, agent))
+        self.answer(watch_page(self.site(), stream, watched, self.agent))
 
     def answer_head(self, stream: StreamSettings, kind: str | None) -> None:
         """Answer HEAD without opening an upstream: Kodi and Jellyfin send it before they play."""
         if self.server.stopping.is_set():
             raise stopping_error()
         if kind == ".m3u8":
-            media_type, headers = PLAYLIST_TYPE, HLS_HEADERS
+            headers = {"Content-Type": PLAYLIST_TYPE, **HLS_HEADERS}
         elif self.is_person and kind != ".ts":
-            media_type, headers = HTML, MEDIA_HEADERS
-        else:
-            media_type, headers = self._media_type(stream), MEDIA_HEADERS
-        self._send_head(HTTPStatus.OK, {"Content-Type": media_type, **headers})
-
-    def _media_type(self, stream: StreamSettings) -> str:
-        """Return the media type that the stream had last."""
-        return self.server.channels.known(stream.name).container.media_type
+            headers = {"Content-Type": HTML, **MEDIA_HEADERS}
+        else:  # the media type that the stream had last
+            known = self.server.channels.known(stream.name)
+            headers = {"Content-Type": known.container.media_type, **MEDIA_HEADERS}
+        self._send_head(HTTPStatus.OK, headers)
 
     def _send_head(self, status: HTTPStatus, headers: Mapping[str, str]) -> None:
+        """Send the status line and these headers, and those that every answer has."""
+        complete = dict(headers)
+        if headers.get("Content-Type") != HTML:
+            complete.update(self._cors_headers())
+        complete.setdefault("Cache-Control", "no-store")
+        complete["Connection"] = "close"
         self.send_response(status)
-        cors = {} if headers.get("Content-Type") == HTML else self._cors_headers()
-        caching = headers.get("Cache-Control", "no-store")
-        every = {"Cache-Control": caching, "Connection": "close"}
-        for name, value in {**headers, **cors, **every}.items():
+        for name, value in complete.items():
             self.send_header(name, value)
         self.end_headers()
 
@@ -10569,13 +10634,15 @@ class Handler(BaseHTTPRequestHandler):
         """
         if not self.is_for_players:
             return {}
-        anybody = {"Access-Control-Allow-Origin": "*"}
         if self.command == "OPTIONS":
-            methods = {"Access-Control-Allow-Methods": "GET, HEAD"}
-            headers = {"Access-Control-Allow-Headers": "Authorization, Range"}
-            return {**anybody, **methods, **headers}
-        is_trusted_alone = self.is_trusted and not self.has_token
-        return {} if is_trusted_alone else anybody
+            return {
+                "Access-Control-Allow-Origin": "*",
+                "Access-Control-Allow-Methods": "GET, HEAD",
+                "Access-Control-Allow-Headers": "Authorization, Range",
+            }
+        if self.is_trusted and not self.has_token:
+            return {}
+        return {"Access-Control-Allow-Origin": "*"}
 
     # A programme guide
 
@@ -10590,8 +10657,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         asked = {"Accept-Encoding": "gzip"}
         for name in ("If-None-Match", "If-Modified-Since"):
-            if value := self.headers.get(name):
-                asked[name] = value
+            if self.headers.get(name):
+                asked[name] = self.headers[name]
         fetch = fetch_for(settings, address, GUIDE_TIME)
         try:
             self._pass_on(fetch, fetch.open(asked))
@@ -10599,15 +10666,17 @@ class Handler(BaseHTTPRequestHandler):
             fetch.close()
 
     def _pass_on(self, fetch: Fetch, response: requests.Response) -> None:
+        """Answer with the origin's answer: that the guide has not changed, or the guide."""
         headers = dict(GUIDE_HEADERS)
         for name in ("ETag", "Last-Modified"):
-            if value := response.headers.get(name):
-                headers[name] = value
+            if response.headers.get(name):
+                headers[name] = response.headers[name]
         if response.status_code == HTTPStatus.NOT_MODIFIED:
             self._send_head(HTTPStatus.NOT_MODIFIED, headers)
             return
+
         encoding = response.headers.get("Content-Encoding", "identity").lower()
-        is_unchanged = encoding in ("identity", "gzip", "x-gzip")
+        is_unchanged = encoding in ("identity", "gzip", "x-gzip")  # whether the bytes stay the same
         parts = whole_guide(fetch.parts(is_decoded=not is_unchanged))
         start = next(parts, b"")
         parts = itertools.chain([start], parts)
@@ -10616,7 +10685,9 @@ class Handler(BaseHTTPRequestHandler):
             if accepts_gzip(self.headers.get("Accept-Encoding", "")):
                 headers["Content-Encoding"] = "gzip"
             else:
-                is_unchanged, parts = False, unpacked(parts)
+                parts = unpacked(parts)
+                is_unchanged = False
+
         if is_unchanged and "Content-Length" in response.headers:
             headers["Content-Length"] = response.headers["Content-Length"]
         elif self.request_version != "HTTP/1.0":
@@ -10637,9 +10708,10 @@ class Handler(BaseHTTPRequestHandler):
         try:
             for part in parts:
                 if not part:
-                    continue
-                framed = b"%x\r\n%b\r\n" % (len(part), part) if is_chunked else part
-                self.wfile.write(framed)
+                    continue  # an empty chunk would end the body
+                if is_chunked:
+                    part = b"%x\r\n%b\r\n" % (len(part), part)
+                self.wfile.write(part)
         except (StreamError, zlib.error) as error:
             log.warning("%s: the guide broke off: %s", self.path.partition("?")[0], explain(error))
             raise ViewerGone("left") from error
@@ -10661,12 +10733,13 @@ class Handler(BaseHTTPRequestHandler):
             self.server.channels.leave(channel, viewer)
 
     def _viewer(self, stream: StreamSettings, polls: bool) -> Viewer:
+        """Return the client as a viewer, after tuning its connection for media."""
         tune(self.connection, stream.options.viewer_timeout)
-        agent = self.headers.get("User-Agent", "")
         left = functools.partial(has_left, self.connection)
-        return Viewer(self.address, agent, left, polls=polls)
+        return Viewer(self.address, self.agent, left, polls=polls)
 
     def _stream(self, channel: Channel, viewer: Viewer, first: list[Block]) -> None:
+        """Send the body, and log when the viewer begins and how it ends."""
         channel.record.add("arrivals")
         self.server.note_first_byte(time.monotonic() - viewer.since)
         name = channel.stream.name
@@ -10684,12 +10757,17 @@ class Handler(BaseHTTPRequestHandler):
             if gone.label:
                 channel.record.add_drop(gone.label)
         except OSError:
-            pass
+            pass  # it left
         finally:
-            seconds = time.monotonic() - viewer.since
-            label = viewer_label(viewer.address)
-            log.info("%s: %s %s: %d bytes in %.1f s, %d skips", name, label, ending,
-                     viewer.sent, seconds, viewer.skips)  # fmt: skip
+            log.info(
+                "%s: %s %s: %d bytes in %.1f s, %d skips",
+                name,
+                viewer_label(viewer.address),
+                ending,
+                viewer.sent,
+                time.monotonic() - viewer.since,
+                viewer.skips,
+            )
 
     def _first_blocks(self, channel: Channel, viewer: Viewer) -> list[Block]:
         """Wait for the first media, which makes the answer a 200.
@@ -10698,7 +10776,8 @@ class Handler(BaseHTTPRequestHandler):
         """
         deadline = time.monotonic() + channel.stream.options.timeout
         while time.monotonic() < deadline:
-            if blocks := self._take(channel, viewer):
+            blocks = self._take(channel, viewer)
+            if blocks:
                 return blocks
         raise no_media_error(channel.stream, channel.trouble)
 
@@ -10720,20 +10799,25 @@ class Handler(BaseHTTPRequestHandler):
         """
         is_chunked = self.request_version != "HTTP/1.0"
         filler = channel.container.filler
-        silent = 0  # seconds without media
+        silence = 0  # seconds without media
         headers = {"Content-Type": channel.container.media_type, **MEDIA_HEADERS}
-        framing = {"Transfer-Encoding": "chunked"} if is_chunked else {}
-        self._send_head(HTTPStatus.OK, headers | framing)
+        if is_chunked:
+            headers["Transfer-Encoding"] = "chunked"
+        self._send_head(HTTPStatus.OK, headers)
         try:
             while True:
                 if blocks:
                     size = sum(map(len, blocks))
-                    pieces = [b"%x\r\n" % size, *blocks, b"\r\n"] if is_chunked else blocks
-                    self._send_pieces(pieces, channel, viewer)
+                    if is_chunked:
+                        blocks = [b"%x\r\n" % size, *blocks, b"\r\n"]
+                    self._send_pieces(blocks, channel, viewer)
                     viewer.sent += size
                 blocks = self._take(channel, viewer)
-                silent = 0 if blocks else silent + 1
-                if silent >= SILENCE and filler:
+                if blocks:
+                    silence = 0
+                else:
+                    silence += 1
+                if silence >= SILENCE and filler:
                     blocks = [filler]  # splits no packet: blocks hold whole ones
         except WindowEnded as ending:
             if not ending.complete:
@@ -10783,7 +10867,10 @@ class Handler(BaseHTTPRequestHandler):
             window.await_listed(viewer.listed, min(RELOAD_WAIT, window.target))
             return
         deadline = time.monotonic() + channel.stream.options.timeout
-        while not window.await_listed(0, max(0.0, min(START_TICK, deadline - time.monotonic()))):
+        while True:
+            remaining = deadline - time.monotonic()
+            if window.await_listed(0, max(0.0, min(START_TICK, remaining))):
+                return
             viewer.moved = time.monotonic()
             if viewer.moved >= deadline:
                 trouble = TOO_LARGE if window.lacks_room else channel.trouble
@@ -10798,11 +10885,7 @@ class Handler(BaseHTTPRequestHandler):
 
         The channel is running, or has ended and is still polled.
         """
-        for channel in self.server.channels.channels_to_poll(stream, quality):
-            if blocks := channel.window.find(number, extension):
-                break
-        else:
-            raise StreamError(HTTPStatus.NOT_FOUND, "there is no such segment")
+        channel, blocks = self._find_segment(stream, quality, number, extension)
         size = sum(map(len, blocks))
         about = {"Content-Type": channel.container.media_type, "Content-Length": str(size)}
         self._send_head(HTTPStatus.OK, about | HLS_HEADERS)
@@ -10815,6 +10898,16 @@ class Handler(BaseHTTPRequestHandler):
             channel.record.add_drop(gone.label)
             raise
         self.server.channels.note_poll(channel, request.key, size)
+
+    def _find_segment(
+        self, stream: StreamSettings, quality: str | None, number: int, extension: str
+    ) -> tuple[Channel, list[Block]]:
+        """Return a segment, and the channel that has it.  Raises StreamError if none has it."""
+        for channel in self.server.channels.channels_to_poll(stream, quality):
+            blocks = channel.window.find(number, extension)
+            if blocks:
+                return channel, blocks
+        raise StreamError(HTTPStatus.NOT_FOUND, "there is no such segment")
 
     # Methods that the standard library calls
 
@@ -10860,6 +10953,17 @@ def ip_of(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 def is_in(address: str, networks: Iterable[str]) -> bool:
     """Whether a socket's address is in one of these networks."""
     return any(ip_of(address) in ipaddress.ip_network(network) for network in networks)
+
+
+def forwarded_address(entry: str) -> str | None:
+    """Return the address in an entry of X-Forwarded-For; None if it has none ("unknown")."""
+    found = FORWARDED_ADDRESS.fullmatch(entry)
+    if not found:
+        return None
+    try:
+        return str(ip_of(found[1] or found[2] or found[3]))
+    except ValueError:
+        return None
 
 
 def in_brackets(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
@@ -10925,19 +11029,28 @@ def has_left(sock: socket.socket) -> bool:
 
     Bytes that it sent after its request are dropped: they would hide the end behind them.
     """
-    is_blocking = sock.gettimeout() is None  # if not (Windows), recv() would wait like a send
-    flag = getattr(socket, "MSG_DONTWAIT", 0) if is_blocking else 0
     try:
         for _ in range(2):  # such bytes, and the end behind them
-            if not flag and not select.select([sock], [], [], 0)[0]:
-                return False
-            if not sock.recv(4 * KIB, flag):
+            if not _receive_at_once(sock):
                 return True
     except BlockingIOError:
-        pass
+        return False
     except OSError:
         return True
     return False
+
+
+def _receive_at_once(sock: socket.socket) -> bytes:
+    """Return some bytes that have arrived; none if the other end has closed.
+
+    Raises BlockingIOError if none have arrived, and OSError if the connection broke.
+    """
+    if sock.gettimeout() is None and hasattr(socket, "MSG_DONTWAIT"):
+        return sock.recv(4 * KIB, socket.MSG_DONTWAIT)
+    readable, _, _ = select.select([sock], [], [], 0)  # recv() alone would wait like a send
+    if not readable:
+        raise BlockingIOError
+    return sock.recv(4 * KIB)
 
 
 def send_some(sock: socket.socket, pieces: Sequence[Block]) -> int:
@@ -11007,7 +11120,8 @@ class Server(ThreadingHTTPServer):
         # _open_lock guards _open, the sockets of all connections.
         self._open_lock = threading.Lock()
         self._open: set[socket.socket] = set()
-        self.configured = host, port = config.server.host, config.server.port
+        host, port = config.server.host, config.server.port
+        self.configured = host, port
         if ":" in host:
             self.address_family = socket.AF_INET6
         super().__init__((host, port), Handler)
@@ -11074,28 +11188,34 @@ class Server(ThreadingHTTPServer):
             log.warning("no connection can be accepted: raise the limit of open files")
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        most = self.config.server.max_viewers
+        """Start a thread that answers a new connection; without room for it, refuse."""
+        most = MOST_CONNECTIONS
+        if self.config.server.max_viewers:
+            most = self.config.server.max_viewers + SPARE_CONNECTIONS
         with self._open_lock:
-            is_full = len(self._open) >= (most + SPARE_CONNECTIONS if most else MOST_CONNECTIONS)
+            is_full = len(self._open) >= most
             self._open.add(request)
+        if is_full:
+            self._refuse(request, "connections")
+            return
+
         thread = threading.Thread(
             target=self.process_request_thread,
             args=(request, client_address),
             name=f"viewer-{next(self.numbers)}",
             daemon=True,
         )
-        limit = "connections"
         try:
-            if not is_full:
-                thread.start()
+            thread.start()
         except RuntimeError:  # the system has no threads left
-            is_full, limit = True, "threads"
-        if is_full:
-            self.note_refusal(limit)
-            self._refuse(request)
+            self._refuse(request, "threads")
 
-    def _refuse(self, request: socket.socket) -> None:
-        """Answer 503 without blocking, because this runs in the listener's thread."""
+    def _refuse(self, request: socket.socket, limit: str) -> None:
+        """Answer 503 without blocking, because this runs in the listener's thread.
+
+        `limit` is one of LIMITS.
+        """
+        self.note_refusal(limit)
         body = b'{"error": "there are too many connections"}\n'
         head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(body)}\r\nRetry-After: 5\r\nConnection: close\r\n\r\n"

@@ -159,6 +159,25 @@ def test_addresses_are_those_behind_the_proxy(
     assert (found["BaseURL"], found["LineupURL"]) == (base, f"{base}/lineup.json")
 
 
+@pytest.mark.parametrize(
+    ("target", "forwarded", "base"),
+    [
+        ("http://t.example:8080/playlist.m3u", "", "http://t.example:8080"),
+        ("http://[::1]:8080/playlist.m3u", "", "http://[::1]:8080"),
+        ("http://t.example/playlist.m3u", "X-Forwarded-Host: o.example\r\n", "http://o.example"),
+        ("http://a@t.example/playlist.m3u", "", "http://h.example"),
+        ('http://"><b/playlist.m3u', "", "http://h.example"),
+    ],
+)
+def test_absolute_target_replaces_host(
+    serve: Serve, target: str, forwarded: str, base: str
+) -> None:
+    site = serve({"news": NOWHERE})
+    request = f"GET {target} HTTP/1.1\r\nHost: h.example\r\n{forwarded}\r\n"
+    _, _, body = site.raw(request.encode()).partition(b"\r\n\r\n")
+    assert f"{base}/news\n".encode() in body
+
+
 def test_public_address_wins(serve: Serve) -> None:
     site = serve({"news": NOWHERE}, server={"public_url": "https://tv.example/sub"})
     headers = {"X-Forwarded-Prefix": "/tv", "X-Forwarded-Port": "8443"}
