@@ -1237,14 +1237,22 @@ WORDS_LIMIT = 200  # characters of a title, a group or an id
 NAME_LIMIT = 60  # characters of a name, without its prefix and number
 ADDRESS_LIMIT = 4 * KIB  # characters
 
-# `name=` of an attribute.  In front of a quote, any name matches; otherwise only a known name does,
-# because titles and addresses contain `=`, too.
+# `name=` of an attribute, with blanks around the `=` or without.  In front of a quote, any name
+# matches; otherwise only a known name does, because titles and addresses contain `=`, too.
 _LIST_ATTRIBUTE = re.compile(
-    r"""(?<![^\s,"'])(?:([A-Za-z][\w.-]*)=(?=["'])|(tvg-[\w-]+|group-title|url-tvg|x-tvg-url)=)""",
-    re.ASCII | re.I,
+    r"""
+    (?<![^\s,"'])  # the name begins a word
+    (
+        [A-Za-z][\w.-]*(?=\s*=\s*["'])
+        | (?:tvg-[\w-]+|group-title|url-tvg|x-tvg-url)(?=\s*=)
+    )
+    \s*=(?:\s*(?=["']))?
+    """,
+    re.ASCII | re.I | re.VERBOSE,
 )
-_NEXT_ATTRIBUTE = re.compile(r"\s[A-Za-z][\w-]*=", re.ASCII)
+_NEXT_ATTRIBUTE = re.compile(r"\s[A-Za-z][\w-]*\s*=", re.ASCII)
 _SEPARATOR = re.compile(r"\s*,")
+_GUIDE_SEPARATOR = re.compile(r",|;(?=\s*https?://)", re.I)  # an address may contain semicolons
 # A heading among channels: `#### SPORT ####`, `-----`.  Real titles contain a single `|`.
 _RULE = r"(?:[#=*~_+<>•·●■▬━═─—\u2013★☆►◄-]{2,}|\|{3,})"
 _HEADING = re.compile(rf"{_RULE}.*{_RULE}|[^\w]*_*[^\w]*")
@@ -1320,6 +1328,8 @@ class ListParser:
     def __init__(self, settings: PlaylistSettings) -> None:
         self._settings = settings
         self._groups = GroupFilter(settings.groups)
+        self._is_start = True  # too few bytes to know the encoding
+        self._utf_16: codecs.IncrementalDecoder | None = None  # if a BOM shows that encoding
         self._carry = b""  # the start of an incomplete line
         self._size = 0  # bytes so far
         self._is_first = True  # no line with text has been read yet
@@ -1346,6 +1356,17 @@ class ListParser:
         self._size += len(data)
         if self._size > LIST_LIMIT:
             raise ListError(f"the list is larger than {LIST_LIMIT // MIB} MiB")
+        if self._is_start:
+            data = self._carry + data
+            if len(data) < len(codecs.BOM_UTF16):
+                self._carry = data
+                return
+            self._carry = b""
+            self._is_start = False
+            if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                self._utf_16 = codecs.getincrementaldecoder("utf-16")("replace")
+        if self._utf_16:
+            data = self._utf_16.decode(data).encode()
         data = data.replace(b"\r", b"\n")  # old Apple programs end lines with \r alone
         *lines, self._carry = (self._carry + data).split(b"\n")
         for line in lines:
@@ -1403,7 +1424,7 @@ class ListParser:
     def _read_header(self, text: str) -> None:
         attributes, _ = read_attributes(text)
         guides = attributes.get("x-tvg-url") or attributes.get("url-tvg") or ""
-        for guide in guides.split(","):
+        for guide in _GUIDE_SEPARATOR.split(guides):
             with contextlib.suppress(ValueError):
                 self._guide = self._guide or web_url(_checked_address(guide))
 
@@ -1525,55 +1546,102 @@ class ListParser:
 NO_HEADERS: Mapping[str, str] = {}
 
 
+class AttributeValue(NamedTuple):
+    """The value of an attribute in a line."""
+
+    text: str
+    end: int  # the place behind it
+    is_last: bool  # the title follows
+
+
 def read_attributes(text: str) -> tuple[dict[str, str], str]:
     """The attributes of an #EXTINF or #EXTM3U by their names in lower case, and the title.
 
-    Values may lack quotes, and may contain quotes and commas.  If a name is repeated, its first
-    value that is not empty counts.
+    Values may lack quotes, and may contain quotes (escaped by a backslash or not) and commas.  If a
+    name is repeated, its first value that is not empty counts.
     """
-    starts = list(_LIST_ATTRIBUTE.finditer(text))
     found: dict[str, str] = {}
     end = 0  # of the attributes
+    starts = list(_LIST_ATTRIBUTE.finditer(text))
     for index, start in enumerate(starts):
-        is_last = index + 1 == len(starts)
-        stop = len(text) if is_last else starts[index + 1].start()
-        value, end, is_over = _attribute_value(text, start.end(), stop, is_last)
-        name = (start[1] or start[2]).lower()
-        found[name] = found.get(name) or value
-        if is_over:
+        next_start = None
+        if index + 1 < len(starts):
+            next_start = starts[index + 1].start()
+        value = _attribute_value(text, start.end(), next_start)
+        name = start[1].lower()
+        if not found.get(name):
+            found[name] = value.text
+        end = value.end
+        if value.is_last:
             break
     before, comma, title = text[end:].partition(",")
-    if not comma:
-        title = before if found else re.sub(r"^\s*-?[\d.]*", "", before)  # after the duration
-    return found, title.strip()
+    if comma:
+        return found, title.strip()
+    if found:
+        return found, before.strip()
+    without_duration = re.sub(r"^\s*-?[\d.]*", "", before)
+    return found, without_duration.strip()
 
 
-def _attribute_value(text: str, start: int, stop: int, is_last: bool) -> tuple[str, int, bool]:
-    """Return the value that begins at `start`, its end, and whether the title follows.
+def _attribute_value(text: str, start: int, next_start: int | None) -> AttributeValue:
+    """Read the value that begins at `start`.
 
-    The next attribute begins at `stop`; after the last attribute, the text ends there.
+    The next attribute begins at `next_start`; None: there is none.
     """
     quote_sign = text[start : start + 1]
     if quote_sign not in ('"', "'"):
-        value = _NEXT_ATTRIBUTE.split(text[start:stop], maxsplit=1)[0]
-        if is_last:
-            value = value.partition(",")[0]
-        return value.strip(" \t,"), start + len(value), is_last
-    if not is_last:
-        closing = text.rfind(quote_sign, start + 1, stop)
-        if closing > 0 and not text[closing + 1 : stop].strip(" \t,"):
-            return text[start + 1 : closing], closing + 1, False
-    # The title follows the first quote that has a comma after it.
-    closing = text.find(quote_sign, start + 1)
-    while closing >= 0 and not _SEPARATOR.match(text, closing + 1):
-        closing = text.find(quote_sign, closing + 1)
-    if closing < 0:
-        closing = text.rfind(quote_sign, start + 1)
-    if closing < 0:  # the quote never ends
-        closing = text.find(",", start)
-        closing = len(text) if closing < 0 else closing
-        return text[start + 1 : closing], closing, True
-    return text[start + 1 : closing], closing + 1, True
+        return _bare_value(text, start, next_start)
+    if next_start is not None:
+        closing = text.rfind(quote_sign, start + 1, next_start)
+        if closing >= 0 and not text[closing + 1 : next_start].strip(" \t,"):
+            value = _unescaped(text[start + 1 : closing], quote_sign)
+            return AttributeValue(value, closing + 1, is_last=False)
+    # What looks like another attribute is a part of the title.
+    found = _last_closing_quote(text, start + 1, quote_sign)
+    if found is not None:
+        value = _unescaped(text[start + 1 : found], quote_sign)
+        return AttributeValue(value, found + 1, is_last=True)
+    comma = text.find(",", start)
+    end = len(text) if comma < 0 else comma
+    return AttributeValue(text[start + 1 : end], end, is_last=True)
+
+
+def _bare_value(text: str, start: int, next_start: int | None) -> AttributeValue:
+    """Read a value without quotes.  It may contain blanks, but no attribute."""
+    value = text[start:next_start]
+    if next_attribute := _NEXT_ATTRIBUTE.search(value):
+        value = value[: next_attribute.start()]
+    is_last = next_start is None
+    if is_last:
+        value = value.partition(",")[0]
+    return AttributeValue(value.strip(" \t,"), start + len(value), is_last)
+
+
+def _last_closing_quote(text: str, start: int, quote_sign: str) -> int | None:
+    """The place of the quote behind which the title follows; None if there is no quote.
+
+    It is the first quote with a comma after it, preferably one without a backslash before it.  If
+    there is no such quote, it is the last one.
+    """
+    escaped: int | None = None
+    last: int | None = None
+    place = text.find(quote_sign, start)
+    while place >= 0:
+        last = place
+        if _SEPARATOR.match(text, place + 1):
+            if text[place - 1] != "\\":
+                return place
+            if escaped is None:
+                escaped = place
+        place = text.find(quote_sign, place + 1)
+    if escaped is not None:
+        return escaped
+    return last
+
+
+def _unescaped(value: str, quote_sign: str) -> str:
+    """A value that was quoted, without the backslashes in front of its quotes."""
+    return value.replace(f"\\{quote_sign}", quote_sign)
 
 
 class GroupFilter:
@@ -8492,6 +8560,8 @@ class Lists:
             for name, settings in config.playlists.items():
                 each = old.pop(name, None) or LoadingList(settings)
                 if each.settings != settings:
+                    if each.settings.url != settings.url:  # its failures are not the new address's
+                        each.trouble, each.refusals = None, 0
                     each.settings = settings
                     each.is_new, each.shrunk = True, None
                     self._cut(each)
@@ -8970,11 +9040,13 @@ def metrics_page(site: Site) -> Page:
     # Report zeros, too: Prometheus sees no increase in a counter whose first sample is one.
     refused = {_labels(reason=limit): refusals[limit] for limit in LIMITS}
     limits, last_reload = site.config.server, site.server.last_reload
+    failed_lists = sum(1 for each in site.server.lists.report() if each["last_error"] is not None)
     families = [
         _family("build_info", "StreamPipe's version.", {_labels(version=__version__): 1}),
         _family("start_time_seconds", "When it started.", {"": time.time() - site.uptime}),
         _family("last_reload_successful", LAST_RELOAD, {"": int(last_reload.is_successful)}),
         _family("last_reload_timestamp_seconds", "When that was.", {"": last_reload.at}),
+        _family("failed_lists", FAILED_LISTS, {"": failed_lists}),
         _family("http_requests_total", "Answers by status.", requests),
         _family("refusals_total", "Requests refused at a limit, by reason.", refused),
         _family("max_viewers", "Viewers allowed at once; 0: no limit.", {"": limits.max_viewers}),
@@ -8993,6 +9065,7 @@ def metrics_page(site: Site) -> Page:
     return Page("".join(families).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
+FAILED_LISTS = "Channel lists whose last load failed or was not accepted."
 LAST_RELOAD = "1 if the last reload succeeded, or there was none; 0 if the file has mistakes."
 STATE_METRICS = {  # the state in the metrics, by the state in /status
     "live": "live",
@@ -9499,6 +9572,7 @@ class Board:
             if status["state"] in PLAYING
         } - {None}
         self.scale = self._scale()
+        self.lists = site.server.lists.report()
 
     def parts(self) -> dict[str, str]:
         """Return the changing parts of the page outside the cards, by ID."""
@@ -9593,7 +9667,7 @@ class Board:
     def _attention(self) -> str:
         """Return a line for each list and each stream that needs attention."""
         lines, counts = [], Counter[str]()
-        for report in self.site.server.lists.report():
+        for report in self.lists:
             if trouble := report["last_error"]:
                 counts["list failed"] += 1
                 lines.append(
@@ -9710,7 +9784,7 @@ def status_page(site: Site) -> Page:
 <div class="more"><details id="Viewers"{_flag("hidden", not parts["Viewers"])}>\
 {parts["Viewers"]}</details>
 <p>For TVs and players, enter <code>{html.escape(site.typed("playlist.m3u"))}</code></p>
-{_lists(site)}</div>"""
+{_lists(board)}</div>"""
     return _document(name, body, "many" if count > ALL_OPEN else "", about)
 
 
@@ -9842,10 +9916,10 @@ def player_of(agent: str) -> str:
     return agent.partition(" ")[0][:40] or "unknown"
 
 
-def _lists(site: Site) -> str:
+def _lists(board: Board) -> str:
     """Return a line for each channel list: its number of channels, and its age."""
     lines = []
-    for report in site.server.lists.report():
+    for report in board.lists:
         words = "not loaded yet"
         if report["loaded_seconds"] is not None:
             age = _ago(report["loaded_seconds"])

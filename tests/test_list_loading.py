@@ -39,6 +39,7 @@ from tests.origin import (
 from tests.program import Service, eventually
 from tests.server import Site
 from tests.test_cli import Program
+from tests.test_pages import metric
 
 Serve = Callable[..., Site]
 
@@ -288,6 +289,70 @@ def test_pauses_between_failed_loads_grow(
             each.due = 0.0
             site.server.lists._changed.notify_all()
     assert found == [10, 30, 60, 120, 300, 600, 600, 600]
+
+
+def test_changed_address_begins_anew(
+    origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first failure is logged, and repeated as soon as the first failure of any other list."""
+    monkeypatch.setattr(pipe, "LIST_PAUSES", (10.0, 600.0))
+    site = serve({}, playlists={"tv": origin.url + "/none"})
+    each = site.server.lists._lists["tv"]
+
+    def failed(count: int) -> float:
+        """Wait for this many failures in a row; returns the seconds until the next load."""
+        eventually(lambda: each.refusals == count, f"{count} failures")
+        with site.server.lists._changed:
+            return each.due - time.monotonic()
+
+    failed(1)
+    reload(site)
+    assert failed(2) > 500
+    other = origin.add_file("/other", WEB_PAGE)
+    settings = replace(site.config.playlists["tv"], url=other)
+    site.server.reload(replace(site.config, playlists={"tv": settings}))
+    assert failed(1) <= 10
+    assert origin.count("/other") == 1
+    settings = replace(settings, max_upstreams=2)
+    site.server.reload(replace(site.config, playlists={"tv": settings}))
+    assert failed(2) > 500
+    failures = [line for line in caplog.messages if "is not used" in line]
+    assert failures == [
+        "tv: the list is not used: the origin answered 404",
+        f"tv: the list is not used: {pipe.NOT_A_LIST}",
+    ]
+
+
+def test_failed_lists_are_a_metric(origin: Origin, serve: Serve) -> None:
+    address = add_list(origin, listing(origin, "One"))
+    site = serve({}, playlists={"tv": address, "none": origin.url + "/none"})
+    loaded(site, "one")
+    eventually(lambda: metric(site, "failed_lists") == 1, "the failure of one")
+    failing = origin.fault(PATH, Status(403), times=None)
+    reload(site)
+    eventually(lambda: metric(site, "failed_lists") == 2, "the failure of both")
+    failing.clear()
+    eventually(lambda: metric(site, "failed_lists") == 1, "the list again")
+    assert metric(serve({}), "failed_lists") == 0
+
+
+def test_page_asks_for_the_lists_once(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a list that fails in between would be fine in one part of the page alone."""
+    site = serve({}, playlists={"tv": origin.url + "/none"})
+    eventually(lambda: status(site)["last_error"], "the failure")
+    lists = site.server.lists
+    asked = []
+    report = lists.report
+
+    def count() -> list[dict[str, Any]]:
+        asked.append(1)
+        return report()
+
+    monkeypatch.setattr(lists, "report", count)
+    assert "List tv: not loaded yet" in page(site)
+    assert len(asked) == 1
 
 
 def test_list_that_takes_too_long_is_a_failure(

@@ -43,8 +43,12 @@ def streams(text: str, **keys: Any) -> dict[str, pipe.StreamSettings]:
     return dict(found.streams)
 
 
+def titles_of(found: pipe.ChannelList) -> list[str]:
+    return [each.title for each in found.entries]
+
+
 def titles(text: str, **keys: Any) -> list[str]:
-    return [found.title for found in parsed(text, **keys).entries]
+    return titles_of(parsed(text, **keys))
 
 
 def simple(*titles: str, group: str = "") -> str:
@@ -193,6 +197,19 @@ def test_another_parser_finds_the_same_in_clean_lists() -> None:
         ('tvg-id="a" group-title="B;C; D",T', ("a", "B", "T")),
         ('tvg-id="a" group-title=" ; B",T', ("a", "B", "T")),
         ('tvg-id="a" tvg-name="T" group-title="B",', ("a", "B", "T")),
+        # blanks around the sign
+        ('tvg-id = "a" group-title= "B",T', ("a", "B", "T")),
+        ("tvg-id = a group-title =B,T", ("a", "B", "T")),
+        ("tvg-id='a'  group-title\t=\t'B',T", ("a", "B", "T")),
+        ("tvg-id = a x = 1 group-title = B radio = true,T", ("a", "B", "T")),
+        ('tvg-id = "a" group-title = "B",T size = "big"', ("a", "B", 'T size = "big"')),
+        (",T = 1, tvg = 2", (None, None, "T = 1, tvg = 2")),
+        # escaped quotes
+        (r'tvg-id="say \"a\"" group-title="B",T', ('say "a"', "B", "T")),
+        (r'tvg-id="a" group-title="the \"B\", yes",T', ("a", 'the "B", yes', "T")),
+        (r'tvg-id="a" group-title="\"B\"",T, "U"', ("a", '"B"', 'T, "U"')),
+        (r"tvg-id='it\'s' group-title='B\', C',T", ("it's", "B', C", "T")),
+        (r'tvg-id="a\" group-title="B\",T', ("a\\", "B\\", "T")),
         ("T", (None, None, "T")),
         (",T", (None, None, "T")),
         (",T=1, tvg=2", (None, None, "T=1, tvg=2")),
@@ -241,6 +258,20 @@ def test_group_line_in_front_of_an_entry_is_of_all_that_follow() -> None:
 def test_latin_1_and_utf_8_in_one_list() -> None:
     text = simple("Köln").encode("latin-1") + simple("Łódź").encode()
     assert [found.title for found in parsed(text).entries] == ["Köln", "Łódź"]
+
+
+@pytest.mark.parametrize("order", ["le", "be"])
+@pytest.mark.parametrize("piece", [1, 3, 1 << 16])
+def test_list_in_utf_16(order: str, piece: int) -> None:
+    """Windows' Notepad calls it "Unicode".  U+0A0A has the bytes of two line ends."""
+    text = OF_A_COLLECTION.lstrip("\ufeff") + simple("Łódź \U0001f4fa", "\u0a0a")
+    data = f"\ufeff{text}".encode(f"utf-16-{order}")
+    assert parsed(data, piece) == parsed(text)
+
+
+def test_list_in_utf_16_that_is_cut_off_ends_with_its_last_whole_character() -> None:
+    data = simple("News").encode("utf-16") + "#".encode("utf-16-le")[:1]
+    assert titles_of(parsed(data)) == ["News"]
 
 
 def test_lines_that_end_with_a_carriage_return() -> None:
@@ -724,6 +755,24 @@ def test_first_of_two_numbers_counts_and_those_of_the_file_count_before() -> Non
         "d": 3,
         "e": 4,
     }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://g.example/a.xml,https://g.example/b.xml",
+        "https://g.example/a.xml;https://g.example/b.xml",
+        "https://g.example/a.xml ; HTTP://g.example/b.xml;",
+        "a.xml;https://g.example/a.xml",
+    ],
+)
+def test_first_of_several_guides(text: str) -> None:
+    assert parsed(f'#EXTM3U url-tvg="{text}"\n{simple("A")}').guide == "https://g.example/a.xml"
+
+
+def test_guide_with_a_semicolon_in_its_address() -> None:
+    guide = "https://g.example/a.php;v=1?x=1;y=2"
+    assert parsed(f'#EXTM3U url-tvg="{guide}"\n{simple("A")}').guide == guide
 
 
 def test_guides_are_those_of_the_lists() -> None:
