@@ -69,7 +69,7 @@ Where it is decided
     meaning of a configuration key   Configuration: the dataclasses, with each key's parser
     a list's entry becomes a stream  Channel lists: ListParser, name_entries, with_lists
     a list is loaded, used, doubted  Lists._accept, _refuse, _doubt
-    start of a viewer                Window._join; join points: Join, TsFramer._join_at
+    start of a viewer                Window._choose_join; join points: Join, TsFramer._join_at
     eviction, and waiting viewers    Window._make_room and _foremost_wait, with their cases
     blocks kept for late viewers     Window._update_needed
     sharing of an upstream           Channels._find, _find_start; the states stand above State
@@ -95,7 +95,7 @@ Is it over?
     an opening            Session.closed, which its Http, its Upstream and its raw body share
     a track of it         its writer's `closing`, which is streamlink's own
     a handed-over source  ReaderBuffer.closed; is_exhausted once everything was taken
-    a window              WindowEnded from Window.take, after end() or cut()
+    a window              WindowEnded from Window.take, after end() or abort()
     a channel list        LoadingList.is_over
 
 How long may this take?
@@ -2004,7 +2004,8 @@ class Join:
     at_start: bool = False  # a decoder can start with the first block of the open segment
     is_makeshift: bool = False  # a picture that depends on others: for a segment without key frame
     time: float = field(default_factory=time.monotonic)
-    block: int = -1  # number of the block to start with; set by the window
+    # Number of the block to start with; set by the window, before which it does not exist.
+    block: int = field(init=False, repr=False)
 
 
 Framed = Block | Join  # a framer's output: blocks, and marks between them
@@ -3166,7 +3167,7 @@ class Viewer:
     has_caught_up: bool = False  # it has had the newest block at least once
     skips: int = 0  # how often it fell behind
     polls: bool = False  # it is a polling client (HLS), which is in no window
-    listed: int = 0  # number of the newest segment in the last playlist it got
+    listed: int | None = None  # number of the newest segment in the last playlist it got
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -3175,6 +3176,12 @@ class Viewer:
 
     def __repr__(self) -> str:
         return f"<Viewer {self.address} next={self.next} sent={self.sent} skips={self.skips}>"
+
+
+def _position(viewer: Viewer) -> int:
+    """Return the number of a viewer's next block.  The viewer does not wait for a join point."""
+    assert viewer.next is not None
+    return viewer.next
 
 
 def viewer_label(address: str) -> str:
@@ -3200,16 +3207,20 @@ def _seconds_since_epoch() -> int:
     return max(0, int(time.time() - EPOCH))
 
 
+def _first_number() -> int:
+    """Tenths of a second since EPOCH, because segments arrive faster than real time at a start."""
+    return 10 * _seconds_since_epoch() + 1
+
+
 @dataclass
 class Numbering:
     """The numbers of a variant's next segment.  They only grow, even after a channel was closed.
 
-    They start from the time, so a restarted server repeats none.  The segment number starts from
-    tenths of a second, because segments arrive faster than real time at a start.  The time counts
-    from EPOCH, because GStreamer and older televisions accept no number above 2^31 (in 2031).
+    They start from the time, so a restarted server repeats none.  The time counts from EPOCH,
+    because GStreamer and older televisions accept no number above 2^31 (in 2031).
     """
 
-    number: int = field(default_factory=lambda: 10 * _seconds_since_epoch() + 1)
+    number: int = field(default_factory=_first_number)
     discontinuities: int = field(default_factory=_seconds_since_epoch)
 
 
@@ -3221,40 +3232,59 @@ def timestamp_tag(seconds: float) -> bytes:
     return b"ID3\4\0\0" + struct.pack(">I", len(frame)) + frame  # sizes below 128 need no encoding
 
 
+@dataclass(frozen=True)
+class HlsSegment:
+    """A complete segment, as HLS clients see it.  It never changes, so readers need no lock."""
+
+    number: int
+    first: int  # number of its first block
+    end: int  # number of the block after its last one
+    size: int  # bytes
+    duration: float  # seconds
+    clock: float  # seconds of all segments before it
+    preamble: bytes  # what a decoder needs before it
+    map_number: int  # number of the first segment with the same initialization section
+    is_apart: bool  # it does not continue the segment before it
+    discontinuities: int  # up to this segment, its own included
+
+
 @dataclass(eq=False)
 class Segment:
     """A run of blocks: a segment of the origin's, or one that the window cuts at key frames.
 
-    The window's lock guards it.  The fields that a playlist shows (`duration`, and `preamble` to
-    `clock`) never change once it is listed, so a reader of the playlist needs no lock.
+    The window's lock guards it.
     """
 
     first: int  # number of its first block
-    duration: float = 0.0  # seconds; 0: the origin does not say
-    is_own: bool = False  # cut by the window, because the source has no segments
+    duration: float | None = None  # seconds, as the origin says
+    is_cut_here: bool = False  # by the window, because the source has no segments
     start: Join | None = None  # its first join point; None: unknown
     makeshift: Join | None = None  # its first picture, which depends on others
-    # Set once it is complete and numbered:
-    end: int = -1  # number of the block after its last one
-    size: int = 0  # bytes
-    preamble: bytes = b""  # what a decoder needs before it
-    number: int = -1  # in HLS; -1: none
-    map_number: int = -1  # of the first segment with the same initialization section
-    discontinuities: int = 0  # up to this segment, its own included
-    is_apart: bool = False  # it does not continue the one before it
-    clock: float = 0.0  # seconds of all segments before it
-    is_listed: bool = False
-    kept_until: float = -math.inf  # time.monotonic(); set when it leaves the playlist
+
+
+class Kept(NamedTuple):
+    """A segment that left the playlist, and that clients may still request."""
+
+    segment: HlsSegment
+    until: float  # time.monotonic()
 
 
 @dataclass(frozen=True)
 class Listed:
     """The content of a playlist."""
 
-    segments: Sequence[Segment]
+    segments: Sequence[HlsSegment]
     container: Container
-    target: int  # seconds
-    is_over: bool  # the source is complete: the newest of them is its last
+    target_duration: int  # seconds
+    is_complete: bool  # the source is complete: the newest of them is its last
+
+
+class WindowEnd(enum.Enum):
+    """How a window ended."""
+
+    COMPLETE = "complete"  # the source truly ended; viewers take the rest
+    BROKEN_OFF = "broken off"  # no more media arrives; viewers take the rest
+    ABORTED = "aborted"  # viewers leave at once, even if they have not taken the rest
 
 
 class Window:
@@ -3263,43 +3293,50 @@ class Window:
     Blocks are numbered from 0 at the channel's start, so eviction does not change any viewer's
     position.  A viewer whose next block is older than the oldest one has fallen behind.
 
-    The window keeps the newest `limit` bytes.  Beyond them, it keeps the segments that late viewers
-    need and, while a client polls, those that the client may request, as long as everything fits
-    into `growth` times `limit`.
+    The window keeps the newest `byte_limit` bytes.  Beyond them, it keeps the segments that late
+    viewers need and, while a client polls, those that the client may request, as long as everything
+    fits into `growth_factor` times `byte_limit`.
     """
 
     def __init__(
-        self, limit: int, patience: float = FOREMOST_PATIENCE, growth: int = 1, live_edge: int = 3
+        self,
+        byte_limit: int,
+        *,
+        paused_after: float = FOREMOST_PATIENCE,
+        growth_factor: int = 1,
+        live_edge: int = 3,
     ) -> None:
         # Set before the first viewer takes anything, and never changed after that.
-        self.limit = limit  # bytes
-        self.patience = patience  # seconds without a byte after which a viewer is paused
-        self.growth = growth  # it may hold this many times `limit` to keep enough segments
-        self.live_edge = live_edge  # segments
+        self.byte_limit = byte_limit
+        self.paused_after = paused_after  # seconds without a byte; math.inf: no viewer is paused
+        self.growth_factor = growth_factor  # times `byte_limit`, to keep enough segments
+        self.live_edge = live_edge  # segments that a new viewer gets at once, the open one included
         self.can_skip = True  # a viewer that falls behind may continue at a later place
         # _lock guards everything below.
         self._lock = threading.Lock()
         self._grown = threading.Condition(self._lock)  # viewers wait; append() and end() notify
         self._taken = threading.Condition(self._lock)  # the feeder waits; viewers notify
-        self._told = threading.Condition(self._lock)  # polling clients wait for a segment or an end
+        # Polling clients wait for a segment or an end; finish(), end() and close_hls() notify.
+        self._list_changed = threading.Condition(self._lock)
         self._feeder_waits = False
         self._blocks: deque[Block] = deque()
         self._first = 0  # number of the oldest block
         self._size = 0  # bytes
         self._joins: deque[Join] = deque()  # join points
-        self._ahead: list[Join] = []  # join points in front of the next block
+        self._next_joins: list[Join] = []  # join points in front of the next block
         self._segments: deque[Segment] = deque()
         self._open: Segment | None = None  # the newest segment, while it is not complete
         self._has_segments = False  # False: the source has none, the window cuts at key frames
-        self._needed: int | None = None  # number of the oldest block to keep beyond `limit`, if any
+        self._first_needed: int | None = None  # oldest block to keep beyond `byte_limit`, if any
         self._viewers: dict[Viewer, None] = {}  # in the order of their arrival
-        self._is_complete: bool | None = None  # None: open; else whether the source is complete
-        self._is_cut = False  # viewers leave at once, even if they have not taken all
+        self._ending: WindowEnd | None = None  # None until it ends
         # HLS:
         self._numbering: Numbering | None = None  # None: no segment is listed (any more)
+        self._playlist: deque[HlsSegment] = deque()  # the listed segments; all their blocks exist
+        self._kept: deque[Kept] = deque()  # segments that left the playlist; their blocks exist
         self._container = MPEG_TS
-        self.target = 1  # target duration in seconds; it only grows: read without the lock
-        self._asked: float | None = None  # when a client last polled
+        self.target_duration = 1  # seconds; it only grows: read without the lock
+        self._last_poll: float | None = None  # when a client last polled
         self._is_apart = True  # the next segment does not continue the one before it
         self._newest_map: tuple[bytes, int] | None = None  # with its first segment's number
         self._clock = 0.0  # seconds of all numbered segments
@@ -3307,11 +3344,20 @@ class Window:
 
     def __repr__(self) -> str:
         held = f"{self._first}+{len(self._blocks)} blocks, {self._size} bytes"
-        end = {None: "open", True: "complete", False: "broken off"}[self._is_complete]
         segments = f"{len(self._segments)} segments, {len(self._viewers)} viewers"
+        end = self._ending.value if self._ending else "open"
         return f"<Window {held}, {segments}, {end}>"
 
     # Feeder
+
+    def make_private(self, byte_limit: int) -> None:
+        """Hold `byte_limit` bytes at most, and wait for the one viewer instead of evicting.
+
+        Called before the first block is appended.
+        """
+        self.byte_limit = min(byte_limit, self.byte_limit)
+        self.growth_factor = 1
+        self.paused_after = math.inf
 
     def offer_hls(self, container: Container, numbering: Numbering, target: float) -> None:
         """Number and list complete segments from now on.
@@ -3320,23 +3366,28 @@ class Window:
         target duration in seconds.
         """
         with self._lock:
-            if not self._is_cut:
-                self._container, self._numbering = container, numbering
-                self.target = max(1, round(target))
+            if self._ending is WindowEnd.ABORTED:
+                return
+            self._container, self._numbering = container, numbering
+            self.target_duration = max(1, round(target))
 
     def begin(self, duration: float = 0.0, *, is_apart: bool = False) -> None:
         """Open a segment of the origin's that starts with the next block.
 
-        `duration`: seconds, or 0 if unknown.  `is_apart`: it does not continue the last segment.
+        `duration`: seconds, or 0 if the origin does not say.  `is_apart`: it does not continue the
+        last segment.
         """
         with self._lock:
             if self._open:
                 self._break_off()
             self._use_makeshift()
             self._has_segments = True
-            self._is_apart = self._is_apart or is_apart
-            self._ahead.clear()
-            self._open = Segment(self._end, duration)
+            if is_apart:
+                self._is_apart = True
+            self._next_joins.clear()
+            self._open = Segment(self._next)
+            if duration > 0:
+                self._open.duration = duration
             self._segments.append(self._open)
             self._update_needed()
 
@@ -3351,22 +3402,25 @@ class Window:
                     self._add_join(item)
                     continue
                 self._make_room(len(item))
-                if self._is_cut:
+                if self._ending is WindowEnd.ABORTED:
                     return
                 self._blocks.append(item)
                 self._size += len(item)
-                for join in self._ahead:
-                    self._note(join, self._end - 1)
-                self._ahead.clear()
+                for join in self._next_joins:
+                    self._place_join(join, self._next - 1)
+                self._next_joins.clear()
             self._grown.notify_all()
 
     def finish(self, preamble: bytes) -> None:
         """Complete the open segment; `preamble` is what a decoder needs before it."""
         with self._lock:
             segment = self._open
-            if segment:
-                seconds = segment.duration or float(self.target)
-                self._complete(segment, self._end, seconds, preamble)
+            if segment is None:
+                return
+            seconds = segment.duration
+            if seconds is None:
+                seconds = float(self.target_duration)
+            self._complete(segment, self._next, seconds, preamble)
 
     def break_off(self) -> None:
         """Abandon the open segment as incomplete; the next one does not continue the last."""
@@ -3382,14 +3436,14 @@ class Window:
                 segment.start = segment.makeshift = None
             self._update_needed()
 
-    def finish_cut(self, dts: int | None) -> None:
+    def list_rest(self, dts: int | None) -> None:
         """List the rest of a source without segments that has ended.  `dts` is its newest."""
         with self._lock:
             segment = self._open
-            if segment and segment.is_own:
+            if segment and segment.is_cut_here:
                 seconds = self._seconds_to(dts)
                 if seconds is not None and 0 < seconds < LONGEST_CUT:
-                    self._complete_cut(segment, self._end, seconds)
+                    self._complete_cut(segment, self._next, seconds)
 
     def end(self, is_complete: bool) -> None:
         """End the window: viewers take the rest, then take() raises WindowEnded.  Idempotent.
@@ -3397,31 +3451,33 @@ class Window:
         Listed segments stay until close_hls().
         """
         with self._lock:
-            if self._is_complete is None:
-                self._is_complete = is_complete
-            self._drop_if_over()
-            self._grown.notify_all()
-            self._told.notify_all()
+            self._end_as(WindowEnd.COMPLETE if is_complete else WindowEnd.BROKEN_OFF)
 
     def close_hls(self) -> None:
         """Stop listing and numbering: await_listed() and listed() raise WindowEnded."""
         with self._lock:
             self._numbering = None
-            self._drop_if_over()
-            self._told.notify_all()
+            self._free_if_unused()
+            self._list_changed.notify_all()
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         """Like end() and close_hls(), but viewers leave at once.  May be called from any thread."""
         with self._lock:
-            self._is_cut, self._is_complete, self._numbering = True, False, None
-            self._drop_if_over()
-            self._grown.notify_all()
+            self._numbering = None
+            self._end_as(WindowEnd.ABORTED)
             self._taken.notify_all()
-            self._told.notify_all()
+
+    def _end_as(self, ending: WindowEnd) -> None:
+        """End the window in this way.  The first call counts, but an abort overrides it."""
+        if self._ending is None or ending is WindowEnd.ABORTED:
+            self._ending = ending
+        self._free_if_unused()
+        self._grown.notify_all()
+        self._list_changed.notify_all()
 
     @property
-    def _end(self) -> int:
-        """The number of the next block."""
+    def _next(self) -> int:
+        """The number of the next block to be appended."""
         return self._first + len(self._blocks)
 
     def _add_join(self, join: Join) -> None:
@@ -3429,17 +3485,17 @@ class Window:
 
         It counts once the block to start with is in the window.
         """
-        if join.at_start and self._open and self._open.first < self._end:
-            self._note(join, self._open.first)
+        if join.at_start and self._open and self._open.first < self._next:
+            self._place_join(join, self._open.first)
         else:
-            self._ahead.append(join)
+            self._next_joins.append(join)
 
-    def _note(self, join: Join, block: int) -> None:
-        """Remember that a decoder can start with this block."""
-        segment = self._open
+    def _place_join(self, join: Join, block: int) -> None:
+        """Remember that a decoder can start with this block, unless it was evicted."""
+        if block < self._first:
+            return
         join.block = block
-        if join.block < self._first:
-            return  # the block was evicted
+        segment = self._open
         if join.is_makeshift:
             if segment and not segment.makeshift:
                 segment.makeshift = join
@@ -3453,42 +3509,54 @@ class Window:
 
     def _use_makeshift(self) -> None:
         """Use the first picture of the newest segment as its start if it has no key frame."""
-        segment = self._segments[-1] if self._segments else None
-        join = segment.makeshift if segment else None
-        if segment and join and not segment.start and join.block >= self._first:
+        if not self._segments:
+            return
+        segment = self._segments[-1]
+        join = segment.makeshift
+        if join and not segment.start and join.block >= self._first:
             segment.start = join
             self._joins.append(join)
 
     def _break_off(self) -> None:
-        self._ahead.clear()
-        self._open, self._is_apart = None, True
+        self._next_joins.clear()
+        self._open = None
+        self._is_apart = True
         self._update_needed()
 
     # Segments that the window cuts: at join points, timed by their DTS
 
     def _cut_at(self, join: Join) -> None:
-        if join.dts is None or not self._numbering:
+        """End the open segment before this join point, and open the next one there."""
+        if join.dts is None or self._numbering is None:
             return
-        seconds = self._seconds_to(join.dts)
         segment = self._open
-        is_like = segment and segment.start and segment.start.is_key_frame is join.is_key_frame
-        if segment and seconds is not None and is_like and seconds < LONGEST_CUT:
+        seconds = self._seconds_to(join.dts)
+        if segment and seconds is not None and self._can_end_at(segment, join, seconds):
             if seconds < SHORTEST_CUT:
                 return
             self._complete_cut(segment, join.block, seconds)
         else:
             self._is_apart = True
-        self._open = Segment(join.block, is_own=True, start=join)
+        self._open = Segment(join.block, is_cut_here=True, start=join)
         self._segments.append(self._open)
         self._update_needed()
 
+    def _can_end_at(self, segment: Segment, join: Join, seconds: float) -> bool:
+        """Whether a segment that lasts this long starts and ends at join points of one kind."""
+        if segment.start is None or seconds >= LONGEST_CUT:
+            return False
+        return segment.start.is_key_frame is join.is_key_frame
+
     def _complete_cut(self, segment: Segment, end: int, seconds: float) -> None:
-        self._complete(segment, end, seconds, segment.start.preamble if segment.start else b"")
+        preamble = segment.start.preamble if segment.start else b""
+        self._complete(segment, end, seconds, preamble)
 
     def _seconds_to(self, dts: int | None) -> float | None:
         """Return the seconds from the start of the open segment; None if a DTS is missing."""
-        begun = self._open.start.dts if self._open and self._open.start else None
-        if begun is None or dts is None:
+        if dts is None or self._open is None or self._open.start is None:
+            return None
+        begun = self._open.start.dts
+        if begun is None:
             return None
         return (dts - begun) % TIMESTAMP_MODULUS / 90_000
 
@@ -3499,63 +3567,78 @@ class Window:
         self._open = None
         is_whole = segment.first >= self._first
         if self._numbering and is_whole and segment.first < end:
-            segment.end, segment.duration, segment.preamble = end, seconds, preamble
-            segment.size = sum(map(len, self._blocks_between(segment.first, segment.end)))
-            self._number(segment, self._numbering)
+            numbered = self._number(segment.first, end, seconds, preamble, self._numbering)
+            self._playlist.append(numbered)
             self._trim_list()
             self._is_apart = False
-            self._told.notify_all()
+            self._list_changed.notify_all()
         else:
             self._is_apart = True
         if not is_whole:
             self._lacks_room = True
-        elif len(self._listed()) >= LEAST_LISTED:
+        elif len(self._playlist) >= LEAST_LISTED:
             self._lacks_room = False
         self._update_needed()
 
-    def _number(self, segment: Segment, numbering: Numbering) -> None:
-        numbering.discontinuities += self._is_apart
-        segment.is_apart, segment.discontinuities = self._is_apart, numbering.discontinuities
-        segment.number, segment.clock = numbering.number, self._clock
-        if self._newest_map is None or self._newest_map[0] != segment.preamble:
-            self._newest_map = segment.preamble, segment.number
-        segment.map_number = self._newest_map[1]
-        segment.is_listed = True
+    def _number(
+        self, first: int, end: int, seconds: float, preamble: bytes, numbering: Numbering
+    ) -> HlsSegment:
+        """Give the next number to the segment of the blocks from `first` up to `end`."""
+        number = numbering.number
+        if self._is_apart:
+            numbering.discontinuities += 1
+        if self._newest_map is None or self._newest_map[0] != preamble:
+            self._newest_map = preamble, number
+        segment = HlsSegment(
+            number=number,
+            first=first,
+            end=end,
+            size=sum(len(block) for block in self._blocks_between(first, end)),
+            duration=seconds,
+            clock=self._clock,
+            preamble=preamble,
+            map_number=self._newest_map[1],
+            is_apart=self._is_apart,
+            discontinuities=numbering.discontinuities,
+        )
         numbering.number += 1
-        self._clock += segment.duration
-        self.target = max(self.target, int(segment.duration + 0.5))
+        self._clock += seconds
+        self.target_duration = max(self.target_duration, int(seconds + 0.5))
+        return segment
 
     def _trim_list(self) -> None:
         """Move old segments off the playlist; keep each for the playlist's duration (6.2.2)."""
-        listed = deque(self._listed())
-        while len(listed) > LEAST_LISTED and self._is_long(listed):
-            seconds = sum(segment.duration for segment in listed)
-            oldest = listed.popleft()
-            oldest.is_listed, oldest.kept_until = False, time.monotonic() + seconds
+        while len(self._playlist) > LEAST_LISTED and self._is_list_too_long():
+            seconds = sum(segment.duration for segment in self._playlist)
+            oldest = self._playlist.popleft()
+            self._kept.append(Kept(oldest, time.monotonic() + seconds))
 
-    def _is_long(self, listed: Sequence[Segment]) -> bool:
-        """Whether a playlist is long enough without its oldest segment, or too large with it.
+    def _is_list_too_long(self) -> bool:
+        """Whether the playlist is long enough without its oldest segment, or too large with it.
 
         It is too large if the window has no room for as many segments again and the open one.
         """
-        seconds = sum(segment.duration for segment in listed) - listed[0].duration
-        size = 2 * sum(segment.size for segment in listed) + listed[-1].size
-        is_too_large = size > self.growth * self.limit
-        return len(listed) > MOST_LISTED or seconds >= LISTED_SECONDS or is_too_large
-
-    def _listed(self) -> list[Segment]:
-        return [segment for segment in self._segments if segment.is_listed]
+        if len(self._playlist) > MOST_LISTED:
+            return True
+        seconds = sum(segment.duration for segment in self._playlist)
+        if seconds - self._playlist[0].duration >= LISTED_SECONDS:
+            return True
+        listed_size = sum(segment.size for segment in self._playlist)
+        open_size = self._playlist[-1].size  # about as much as the newest
+        return 2 * listed_size + open_size > self.growth_factor * self.byte_limit
 
     # Eviction
 
     def _make_room(self, size: int) -> None:
         """Evict the oldest blocks until `size` more bytes fit; wait for the foremost viewer.
 
-        Needed blocks stay as long as everything fits into `growth` times `limit`.
+        Needed blocks stay as long as everything fits into `growth_factor` times `byte_limit`.
         """
-        while self._blocks and self._size + size > self.limit and not self._is_cut:
-            is_needed = self._needed is not None and self._first >= self._needed
-            if is_needed and self._size + size <= self.growth * self.limit:
+        while self._blocks and self._size + size > self.byte_limit:
+            if self._ending is WindowEnd.ABORTED:
+                return
+            is_needed = self._first_needed is not None and self._first >= self._first_needed
+            if is_needed and self._size + size <= self.growth_factor * self.byte_limit:
                 return
             wait = self._foremost_wait()
             if wait <= 0:
@@ -3567,48 +3650,57 @@ class Window:
                 self._feeder_waits = False
 
     def _update_needed(self) -> None:
-        """Decide which blocks to keep beyond `limit`.
+        """Decide which blocks to keep beyond `byte_limit`.
 
         They are the segments that a new viewer gets at once, one before these and one after them.
-        While a client polls, they are also the listed segments, those that left the playlist no
-        longer ago than it lasts, and the open one.
+        While a client polls, they are also the segments that it may request, and the open one.
         """
-        starts = [join.block for join in self._starts()]
+        needed: list[int] = []
+        starts = self._starts()
         count = self.live_edge + 2
-        needed = []
-        if starts:  # with fewer starts, keep all that fits
-            needed.append(starts[-count] if len(starts) >= count else 0)
+        if len(starts) >= count:
+            needed.append(starts[-count].block)
+        elif starts:
+            needed.append(0)  # with fewer starts, keep all that fits
         if self._numbering and self._is_polled:
-            now = time.monotonic()
-            wanted = [
-                segment.first
-                for segment in self._segments
-                if segment.first >= self._first
-                and (segment.is_listed or segment.kept_until > now or segment is self._open)
-            ]
-            needed += wanted[:1]
-        self._needed = min(needed, default=None)
+            first_requested = self._first_requested()
+            if first_requested is not None:
+                needed.append(first_requested)
+        self._first_needed = min(needed, default=None)
+
+    def _first_requested(self) -> int | None:
+        """Return the first block that a polling client may request, now or soon; None: no block."""
+        now = time.monotonic()
+        for kept in self._kept:
+            if kept.until > now:
+                return kept.segment.first
+        if self._playlist:
+            return self._playlist[0].first
+        if self._open and self._open.first >= self._first:
+            return self._open.first
+        return None
 
     def _starts(self) -> list[Join]:
         """Return the first join points of the origin's segments that are still in the window."""
         starts = []
         for segment in self._segments:
             join = segment.start
-            if join and not segment.is_own and join.block >= self._first:
+            if join and not segment.is_cut_here and join.block >= self._first:
                 starts.append(join)
         return starts
 
     @property
     def _is_polled(self) -> bool:
         """Whether a client polled within the longest time that a segment is listed and kept."""
-        seconds = 2.0 * MOST_LISTED * self.target
-        return self._asked is not None and time.monotonic() - self._asked <= seconds
+        if self._last_poll is None:
+            return False
+        return time.monotonic() - self._last_poll <= 2.0 * MOST_LISTED * self.target_duration
 
     def _foremost_wait(self) -> float:
         """Return the seconds to wait until a viewer takes the oldest block; 0 or less: evict it.
 
         1. There are no viewers, or all wait for a join point: do not wait.
-        2. All are paused (they took no byte for `patience` seconds): do not wait; they skip later.
+        2. All are paused (no byte for `paused_after` seconds): do not wait; they skip later.
         3. Some have caught up with the newest block once: wait for the foremost of these; those
            behind it must keep up.  A late viewer is not one of these yet, so no other viewer loses
            bytes because the late one is further ahead.
@@ -3616,34 +3708,41 @@ class Window:
         5. That viewer has already taken the oldest block: do not wait.
         """
         now = time.monotonic()
+        foremost = self._foremost(now)
+        if foremost is None or _position(foremost) > self._first:
+            return 0
+        if foremost.is_waiting:
+            return self.paused_after
+        return foremost.moved + self.paused_after - now
+
+    def _foremost(self, now: float) -> Viewer | None:
+        """Return the viewer of case 3 or 4; None in cases 1 and 2."""
+        paused_since = now - self.paused_after
         taking = [
             viewer
             for viewer in self._viewers
-            if viewer.next is not None and (viewer.is_waiting or viewer.moved + self.patience > now)
+            if viewer.next is not None and (viewer.is_waiting or viewer.moved > paused_since)
         ]
-        if not taking:
-            return 0
-        ahead = [viewer for viewer in taking if viewer.has_caught_up]
-        foremost = max(ahead, key=lambda viewer: cast(int, viewer.next)) if ahead else taking[0]
-        if cast(int, foremost.next) > self._first:
-            return 0
-        return self.patience if foremost.is_waiting else foremost.moved + self.patience - now
+        caught_up = [viewer for viewer in taking if viewer.has_caught_up]
+        if caught_up:
+            return max(caught_up, key=_position)
+        return taking[0] if taking else None
 
     def _evict(self) -> None:
+        """Evict the oldest block, and every join point and listed segment that began with it."""
         self._size -= len(self._blocks.popleft())
         self._first += 1
         while self._joins and self._joins[0].block < self._first:
             self._joins.popleft()
-        for segment in self._segments:
-            if segment.first >= self._first:
-                break
-            if segment.is_listed:
-                segment.is_listed = False
-                few = len(self._listed()) < LEAST_LISTED
-                self._lacks_room = self._lacks_room or (few and self._is_polled)
+        while self._kept and self._kept[0].segment.first < self._first:
+            self._kept.popleft()
+        while self._playlist and self._playlist[0].first < self._first:
+            self._playlist.popleft()
+            if len(self._playlist) < LEAST_LISTED and self._is_polled:
+                self._lacks_room = True
         while self._segments and self._is_gone(self._segments[0]):
             self._segments.popleft()
-        if self._needed is not None and self._needed < self._first:
+        if self._first_needed is not None and self._first_needed < self._first:
             self._update_needed()
 
     def _is_gone(self, segment: Segment) -> bool:
@@ -3657,10 +3756,14 @@ class Window:
     def enter(self, viewer: Viewer) -> None:
         """Attach a viewer at a join point, or at block 0 before the first block is appended."""
         with self._lock:
-            viewer.next, viewer.pending, viewer.has_caught_up = 0, [], False
-            viewer.is_waiting, viewer.moved = True, time.monotonic()
+            viewer.next = 0
+            viewer.pending = []
+            viewer.has_caught_up = False
+            viewer.is_waiting = True
+            viewer.moved = time.monotonic()
             self._viewers[viewer] = None
-            if self._end:
+            has_begun = self._next > 0
+            if has_begun:
                 self._seek(viewer)
 
     def leave(self, viewer: Viewer) -> None:
@@ -3668,7 +3771,7 @@ class Window:
         with self._lock:
             self._viewers.pop(viewer, None)
             viewer.pending = []
-            self._drop_if_over()
+            self._free_if_unused()
             self._taken.notify_all()
             if viewer.is_waiting:
                 self._grown.notify_all()
@@ -3686,8 +3789,8 @@ class Window:
             viewer.is_waiting = False
             if viewer not in self._viewers:
                 raise ViewerGone
-            if self._is_cut or (self._is_complete is not None and not self._has_more(viewer)):
-                raise WindowEnded(bool(self._is_complete))
+            if self._has_ended_for(viewer):
+                raise WindowEnded(complete=self._ending is WindowEnd.COMPLETE)
             if viewer.next is None:
                 self._seek(viewer)
             elif viewer.next < self._first:
@@ -3698,19 +3801,28 @@ class Window:
             return self._gather(viewer)
 
     def _has_news(self, viewer: Viewer) -> bool:
-        is_over = self._is_complete is not None or viewer not in self._viewers
-        return is_over or self._has_more(viewer)
+        """Whether take() need not wait: there is a block, an end, or the viewer was detached."""
+        if self._ending is not None or viewer not in self._viewers:
+            return True
+        return self._has_more(viewer)
+
+    def _has_ended_for(self, viewer: Viewer) -> bool:
+        if self._ending is None:
+            return False
+        return self._ending is WindowEnd.ABORTED or not self._has_more(viewer)
 
     def _has_more(self, viewer: Viewer) -> bool:
+        """Whether the window has bytes that the viewer has not taken."""
         if viewer.next is None:
-            return self._join() is not None
-        return bool(viewer.pending) or viewer.next < self._end
+            return self._choose_join() is not None
+        return viewer.next < self._next or len(viewer.pending) > 0
 
     def _gather(self, viewer: Viewer) -> list[Block]:
+        """Take the viewer's pending bytes and its next blocks."""
         viewer.moved = time.monotonic()
         taken, viewer.pending = viewer.pending, []
-        size = sum(map(len, taken))
-        end = self._end
+        size = sum(len(block) for block in taken)
+        end = self._next
         while viewer.next is not None and viewer.next < end and len(taken) < SEND_BLOCKS:
             block = self._blocks[viewer.next - self._first]
             if taken and size + len(block) > SEND_LIMIT:
@@ -3718,18 +3830,23 @@ class Window:
             taken.append(block)
             size += len(block)
             viewer.next += 1
-        viewer.has_caught_up |= viewer.next == end
+        if viewer.next == end:
+            viewer.has_caught_up = True
         if self._feeder_waits:
             self._taken.notify_all()
         return taken
 
     def _seek(self, viewer: Viewer) -> None:
         """Move a viewer to the join point for new viewers, or let it wait for one."""
-        join = self._join()
-        viewer.next = join.block if join else None
-        viewer.pending = [join.preamble] if join and join.preamble else []
+        join = self._choose_join()
+        viewer.next = None
+        viewer.pending = []
+        if join:
+            viewer.next = join.block
+            if join.preamble:
+                viewer.pending.append(join.preamble)
 
-    def _join(self) -> Join | None:
+    def _choose_join(self) -> Join | None:
         """Return the join point for new viewers, or None.
 
         It is `live_edge` segments back.  Without segments, it is at a recent key frame; if there is
@@ -3738,65 +3855,76 @@ class Window:
         """
         starts = self._starts()
         if starts:
-            return starts[-self.live_edge :][0]
+            return starts[-min(self.live_edge, len(starts))]
         now = time.monotonic()
         joins = [
             join for join in self._joins if join.is_key_frame and now - join.time < KEY_FRAME_LIFE
         ]
         if not joins:
             joins = [join for join in self._joins if not join.is_key_frame]
-        back = now - KEY_FRAME_BACK
-        old_enough = [join for join in joins if join.time <= back]
-        return next(iter(old_enough[-1:] or joins), None)
+        old_enough = [join for join in joins if join.time <= now - KEY_FRAME_BACK]
+        if old_enough:
+            return old_enough[-1]
+        return joins[0] if joins else None
 
-    def _drop_if_over(self) -> None:
+    def _free_if_unused(self) -> None:
         """Free the blocks once nothing will take them, without waiting for garbage collection."""
-        is_over = self._is_complete is not None and not self._viewers and not self._numbering
-        if self._is_cut or is_over:
-            self._first, self._size = self._end, 0
+        is_used = len(self._viewers) > 0 or self._numbering is not None
+        if self._ending is WindowEnd.ABORTED or (self._ending is not None and not is_used):
+            self._first = self._next
+            self._size = 0
             self._blocks.clear()
             self._joins.clear()
             self._segments.clear()
+            self._playlist.clear()
+            self._kept.clear()
 
     # Polling clients (HLS)
 
-    def await_listed(self, had: int, timeout: float) -> bool:
-        """Wait until a playlist has a segment after `had`, for at most `timeout` seconds.
+    def await_listed(self, had: int | None, timeout: float) -> bool:
+        """Wait until a playlist has a segment after number `had`, for at most `timeout` seconds.
 
-        Returns whether there is one; also true if the source is complete.  Raises WindowEnded after
-        close_hls().
+        `had` is None for a client without a segment.  Returns whether there is one; also true if
+        the source is complete.  Raises WindowEnded after close_hls().
         """
         with self._lock:
             self._note_poll()
-            self._told.wait_for(lambda: not self._numbering or self._has_newer(had), timeout)
-            if not self._numbering:
+            self._list_changed.wait_for(lambda: self._has_answer(had), timeout)
+            if self._numbering is None:
                 raise WindowEnded(complete=False)
             return self._has_newer(had)
 
-    def _has_newer(self, had: int) -> bool:
-        if self._is_complete:
+    def _has_answer(self, had: int | None) -> bool:
+        """Whether await_listed() need not wait."""
+        return self._numbering is None or self._has_newer(had)
+
+    def _has_newer(self, had: int | None) -> bool:
+        if self._ending is WindowEnd.COMPLETE:
             return True
-        listed = self._listed()
-        return len(listed) >= LEAST_LISTED and listed[-1].number > had
+        if len(self._playlist) < LEAST_LISTED:
+            return False
+        return had is None or self._playlist[-1].number > had
 
     def listed(self) -> Listed:
         """Return the segments of the playlist; raises WindowEnded if none is listed any more."""
         with self._lock:
             self._note_poll()
-            segments = self._listed() if self._numbering else []
-            if not segments:
+            if self._numbering is None or not self._playlist:
                 raise WindowEnded(complete=False)
-            return Listed(segments, self._container, self.target, bool(self._is_complete))
+            is_complete = self._ending is WindowEnd.COMPLETE
+            segments = tuple(self._playlist)
+            return Listed(segments, self._container, self.target_duration, is_complete)
 
     def find(self, number: int, extension: str) -> list[Block]:
         """Return the blocks of a segment or an initialization section; empty if there is none."""
         with self._lock:
             self._note_poll()
+            if self._numbering is None:
+                return []
             is_media = extension == self._container.extension
             is_map = self._container.has_map and extension == MAP_EXTENSION
-            for segment in self._segments if self._numbering else ():
-                if segment.first < self._first:
-                    continue
+            kept = [each.segment for each in self._kept]
+            for segment in (*kept, *self._playlist):
                 if is_media and segment.number == number:
                     return self._media_of(segment)
                 if is_map and segment.map_number == number:
@@ -3804,23 +3932,28 @@ class Window:
         return []
 
     def _note_poll(self) -> None:
-        is_first = not self._is_polled
-        self._asked = time.monotonic()
-        if is_first:
+        was_polled = self._is_polled
+        self._last_poll = time.monotonic()
+        if not was_polled:
             self._update_needed()
 
-    def _media_of(self, segment: Segment) -> list[Block]:
+    def _media_of(self, segment: HlsSegment) -> list[Block]:
         """Return a segment's blocks, preceded by what a decoder needs."""
         blocks = self._blocks_between(segment.first, segment.end)
         if self._container.has_map:
             return blocks
         if self._container.is_packed_audio:
-            has_tag = 0 < len(segment.preamble) < TAG_LIMIT
-            return [segment.preamble if has_tag else timestamp_tag(segment.clock), *blocks]
-        has_tables = pid_of(bytes(blocks[0][:3]).ljust(3, b"\xff")) == 0
-        return blocks if has_tables else [segment.preamble, *blocks]
+            if 0 < len(segment.preamble) < TAG_LIMIT:
+                return [segment.preamble, *blocks]
+            return [timestamp_tag(segment.clock), *blocks]
+        first_packet = bytes(blocks[0][:3])
+        starts_with_tables = len(first_packet) == 3 and pid_of(first_packet) == 0
+        if starts_with_tables:
+            return blocks
+        return [segment.preamble, *blocks]
 
     def _blocks_between(self, first: int, end: int) -> list[Block]:
+        """Return the blocks from number `first` up to `end`.  islice() is faster than indexes."""
         return list(itertools.islice(self._blocks, first - self._first, end - self._first))
 
     @property
@@ -3834,33 +3967,41 @@ class Window:
     def held(self) -> tuple[int, float]:
         """Return the bytes in the window, and the approximate age of the oldest in seconds."""
         with self._lock:
-            oldest = self._joins[0].time if self._joins else time.monotonic()
-            return self._size, time.monotonic() - oldest
+            if not self._joins:
+                return self._size, 0.0
+            return self._size, time.monotonic() - self._joins[0].time
 
 
-def media_playlist(window: Window, name: str, tail: str, had: int = 0) -> tuple[int, str]:
+def media_playlist(window: Window, name: str, tail: str, had: int | None = None) -> tuple[int, str]:
     """Return the newest segment number in the media playlist, and the playlist's text.
 
     `tail` is the query of all addresses in it.  The addresses are relative, so they work behind
     any proxy.
-    A client that has seen segment `had` gets at most three newer segments: of many, as after an
-    outage, Chromium takes the last three, and then fails at the gap before them.
+    A client that has seen segment `had` gets at most LEAST_LISTED newer segments: of many, as after
+    an outage, Chromium takes the last three, and then fails at the gap before them.
     Raises WindowEnded if nothing is listed any more.
     """
     listed = window.listed()
-    segments, is_over = listed.segments, listed.is_over
-    if had >= segments[0].number - 1:
-        is_over = is_over and segments[-1].number <= had + LEAST_LISTED
-        segments = [segment for segment in segments if segment.number <= had + LEAST_LISTED]
+    segments = listed.segments
+    has_end = listed.is_complete
+    if had is not None and had >= segments[0].number - 1:
+        newest = had + LEAST_LISTED
+        if segments[-1].number > newest:
+            has_end = False
+            segments = [segment for segment in segments if segment.number <= newest]
     first, container = segments[0], listed.container
+    version = 6 if container.has_map else 3
+    discontinuities_before = first.discontinuities
+    if first.is_apart:
+        discontinuities_before -= 1
     lines = [
         "#EXTM3U",
-        f"#EXT-X-VERSION:{6 if container.has_map else 3}",
-        f"#EXT-X-TARGETDURATION:{listed.target}",
+        f"#EXT-X-VERSION:{version}",
+        f"#EXT-X-TARGETDURATION:{listed.target_duration}",
         f"#EXT-X-MEDIA-SEQUENCE:{first.number}",
-        f"#EXT-X-DISCONTINUITY-SEQUENCE:{first.discontinuities - first.is_apart}",
+        f"#EXT-X-DISCONTINUITY-SEQUENCE:{discontinuities_before}",
     ]
-    map_number = -1
+    map_number: int | None = None
     for segment in segments:
         if segment.is_apart:
             lines.append("#EXT-X-DISCONTINUITY")
@@ -3869,9 +4010,10 @@ def media_playlist(window: Window, name: str, tail: str, had: int = 0) -> tuple[
             lines.append(f'#EXT-X-MAP:URI="{name}/{map_number}.{MAP_EXTENSION}{tail}"')
         lines.append(f"#EXTINF:{segment.duration:.3f},")
         lines.append(f"{name}/{segment.number}.{container.extension}{tail}")
-    if is_over:
+    if has_end:
         lines.append("#EXT-X-ENDLIST")
-    return segments[-1].number, "\n".join([*lines, ""])
+    text = "\n".join(lines) + "\n"
+    return segments[-1].number, text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6672,7 +6814,7 @@ class Splicer:
     def flush(self) -> None:
         """Pass on the bytes that the framer holds back; called when no more will arrive."""
         self._window.append(self._framer.flush())
-        self._window.finish_cut(self._framer.last_dts)
+        self._window.list_rest(self._framer.last_dts)
 
     def _step(self, arrival: Arrival) -> None:
         """Change the state as STEPS says, and start a seam if the step is one."""
@@ -7032,7 +7174,7 @@ class Channel:
         self.since = time.monotonic()
         self.record = channels.record(stream.name)
         limit = stream.options.ringbuffer_size
-        self.window = Window(limit, FOREMOST_PATIENCE, WINDOW_GROWTH)
+        self.window = Window(limit, growth_factor=WINDOW_GROWTH)
         self.container = MPEG_TS  # set once, before the window gets its first block
         # Written under channels.changed.  The channel's own thread also reads single fields without
         # the lock: it sees the old value or the new one, and checks again in its next turn.
@@ -7095,7 +7237,7 @@ class Channel:
         Idempotent.  If the thread creates its session at the same moment, stop() may miss it, but
         the thread checks `stopped` after it has assigned `_session`.
         """
-        self.window.cut()  # before another window uses its segment numbers
+        self.window.abort()  # before another window uses its segment numbers
         self.stopped.set()
         session = self._session
         if session:
@@ -7140,7 +7282,7 @@ class Channel:
 
         The playlist of a source that has ended stays for the same time.
         """
-        target_durations = 3.0 * self.window.target if self.has_hls else 0.0
+        target_durations = 3.0 * self.window.target_duration if self.has_hls else 0.0
         return max(target_durations, self.linger)
 
     @property
@@ -7607,8 +7749,7 @@ class Channel:
         window.live_edge = max(1, upstream.live_edge)
         window.can_skip = container.can_skip
         if is_private:
-            window.limit = min(PRIVATE_WINDOW, window.limit)
-            window.growth, window.patience = 1, math.inf
+            window.make_private(PRIVATE_WINDOW)
         is_cut = has_segments or container.is_cut_for_hls
         has_hls = not is_private and is_cut and bool(container.extension)
         if has_hls:
@@ -10668,7 +10809,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             viewer = self._viewer(stream, polls=True)
             channel, viewer = channels.poll(stream, quality, viewer, anew=True)
-            viewer.listed = 0  # a new page has had no segment yet
+            viewer.listed = None  # a new page has had no segment yet
             watched = Watched(quality, channel.variant, f"{stream.name}.m3u8")
         except NoHls:
             is_played = channels.known(stream.name).container.plays_bare
@@ -10937,13 +11078,13 @@ class Handler(BaseHTTPRequestHandler):
         and stops if it finds no new segment.
         """
         window = channel.window
-        if viewer.listed:
-            window.await_listed(viewer.listed, min(RELOAD_WAIT, window.target))
+        if viewer.listed is not None:
+            window.await_listed(viewer.listed, min(RELOAD_WAIT, window.target_duration))
             return
         deadline = time.monotonic() + channel.stream.options.timeout
         while True:
             remaining = deadline - time.monotonic()
-            if window.await_listed(0, max(0.0, min(START_TICK, remaining))):
+            if window.await_listed(None, max(0.0, min(START_TICK, remaining))):
                 return
             viewer.moved = time.monotonic()
             if viewer.moved >= deadline:

@@ -161,7 +161,7 @@ class Feed:
         self.open()
 
     def open(self) -> None:
-        self.window = pipe.Window(self.limit, growth=8)
+        self.window = pipe.Window(self.limit, growth_factor=8)
         self.window.offer_hls(self.container, self.numbering, 2.0)
         self.splicer = pipe.Splicer(self.window, self.container, 0)
         if self.container is pipe.FMP4:
@@ -430,13 +430,13 @@ def test_rest_of_a_source_without_segments_is_listed_at_its_end(piece: int) -> N
     assert without_tables(bodies) == without_tables(stream)
 
 
-def test_nothing_is_numbered_any_more_once_a_window_is_cut() -> None:
+def test_nothing_is_numbered_any_more_once_a_window_was_aborted() -> None:
     """Another channel has its numbers then."""
     feed = Feed(pipe.MPEG_TS)
     feed.act("segment", 1.0)
     before = feed.numbering.number
     feed.start_segment(1.0)
-    feed.window.cut()
+    feed.window.abort()
     feed.end_segment()
     feed.act("segment", 1.0)
     assert feed.numbering.number == before

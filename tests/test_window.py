@@ -67,12 +67,12 @@ def enter(window: Window) -> Viewer:
 
 
 def observed(
-    limit: int, patience: float = pipe.FOREMOST_PATIENCE, **options: int
+    limit: int, paused_after: float = pipe.FOREMOST_PATIENCE, **options: int
 ) -> tuple[Window, Waits]:
     """A window, and which threads wait for it."""
     waits = Waits()
     with waits.observing():
-        window = Window(limit, patience, **options)
+        window = Window(limit, paused_after=paused_after, **options)
     return window, waits
 
 
@@ -464,12 +464,12 @@ def test_block_larger_than_the_window_is_kept_alone() -> None:
 
 
 def test_nobody_is_waited_for_without_viewers() -> None:
-    window = Window(2 * SIZE, patience=LONG)
+    window = Window(2 * SIZE, paused_after=LONG)
     append(window, 0, 100)
 
 
 def test_slow_viewer_is_not_waited_for_where_another_is_ahead() -> None:
-    window = Window(2 * SIZE, patience=LONG)
+    window = Window(2 * SIZE, paused_after=LONG)
     slow, fast = (enter(window) for _ in range(2))
     for number in range(100):
         append(window, number, number + 1)
@@ -478,7 +478,7 @@ def test_slow_viewer_is_not_waited_for_where_another_is_ahead() -> None:
 
 
 def test_feeder_waits_for_the_foremost_viewer_while_it_takes() -> None:
-    window, waits = observed(3 * SIZE, patience=LONG)
+    window, waits = observed(3 * SIZE, paused_after=LONG)
     viewer = enter(window)
     feeder = Task(functools.partial(window.append, blocks(0, 30)))
     got = b""
@@ -492,7 +492,7 @@ def test_feeder_waits_for_the_foremost_viewer_while_it_takes() -> None:
 
 
 def test_waiting_viewer_gets_the_blocks_of_a_turn_that_waits_for_it() -> None:
-    window, waits = observed(3 * SIZE, patience=LONG)
+    window, waits = observed(3 * SIZE, paused_after=LONG)
     viewer = enter(window)
     reader = Task(functools.partial(window.take, viewer, None))
     assert waits.saw(reader)
@@ -502,7 +502,7 @@ def test_waiting_viewer_gets_the_blocks_of_a_turn_that_waits_for_it() -> None:
 
 
 def test_feeder_waits_while_the_foremost_viewer_sends() -> None:
-    window, waits = observed(2 * SIZE, patience=LONG)
+    window, waits = observed(2 * SIZE, paused_after=LONG)
     viewer = enter(window)
     append(window, 0, 2)
     assert window.take(viewer, 0) == blocks(0, 2)
@@ -516,7 +516,7 @@ def test_feeder_waits_while_the_foremost_viewer_sends() -> None:
 
 def test_viewer_that_had_nothing_to_take_is_not_a_paused_one() -> None:
     """After a long silence the next blocks may come faster than the first of them is sent."""
-    window, waits = observed(2 * SIZE, patience=LONG)
+    window, waits = observed(2 * SIZE, paused_after=LONG)
     viewer = enter(window)
     viewer.moved = time.monotonic() - 10 * LONG  # before the silence
     reader = Task(functools.partial(window.take, viewer, None))
@@ -535,7 +535,7 @@ def test_viewer_that_had_nothing_to_take_is_not_a_paused_one() -> None:
 
 
 def test_paused_viewer_is_not_waited_for() -> None:
-    window = Window(2 * SIZE, patience=LONG)
+    window = Window(2 * SIZE, paused_after=LONG)
     viewer = enter(window)
     segments(window, 0, 2)
     assert take(window, viewer) == text(0, 2)
@@ -546,7 +546,7 @@ def test_paused_viewer_is_not_waited_for() -> None:
 
 
 def test_viewer_that_stops_taking_is_waited_for_no_longer_than_patience() -> None:
-    window, waits = observed(2 * SIZE, patience=0.05)
+    window, waits = observed(2 * SIZE, paused_after=0.05)
     viewer = enter(window)
     segments(window, 0, 2)
     assert take(window, viewer) == text(0, 2)
@@ -560,7 +560,7 @@ def test_viewer_that_stops_taking_is_waited_for_no_longer_than_patience() -> Non
 
 
 def test_viewer_that_waits_for_a_join_point_holds_nothing_up() -> None:
-    window = Window(2 * SIZE, patience=LONG)
+    window = Window(2 * SIZE, paused_after=LONG)
     append(window, 0, 2)
     viewer = enter(window)
     assert take(window, viewer) == b""
@@ -568,7 +568,7 @@ def test_viewer_that_waits_for_a_join_point_holds_nothing_up() -> None:
 
 
 def test_leaving_frees_a_waiting_feeder() -> None:
-    window, waits = observed(2 * SIZE, patience=LONG)
+    window, waits = observed(2 * SIZE, paused_after=LONG)
     viewer = enter(window)
     feeder = Task(functools.partial(window.append, blocks(0, 20)))
     assert waits.saw(feeder)
@@ -578,7 +578,7 @@ def test_leaving_frees_a_waiting_feeder() -> None:
 
 def test_another_viewer_does_not_make_the_foremost_one_lose_bytes() -> None:
     """Join points of a turn can be used as soon as their blocks are there."""
-    window, waits = observed(4 * SIZE, patience=LONG)
+    window, waits = observed(4 * SIZE, paused_after=LONG)
     first = enter(window)
     places = [key_frame(number) for number in range(0, 8, 2)]
     feeder = Task(functools.partial(window.append, items(0, 8, *places)))
@@ -603,7 +603,7 @@ def test_another_viewer_does_not_make_the_foremost_one_lose_bytes() -> None:
 
 
 def test_private_window_keeps_what_its_viewer_has_not_taken() -> None:
-    window, waits = observed(2 * SIZE, patience=math.inf)
+    window, waits = observed(2 * SIZE, paused_after=math.inf)
     viewer = enter(window)
     feeder = Task(functools.partial(window.append, blocks(0, 10)))
     got = b""
@@ -618,7 +618,7 @@ def test_private_window_keeps_what_its_viewer_has_not_taken() -> None:
 
 
 def test_private_window_without_viewer_holds_up_nobody() -> None:
-    window, waits = observed(2 * SIZE, patience=math.inf)
+    window, waits = observed(2 * SIZE, paused_after=math.inf)
     viewer = enter(window)
     feeder = Task(functools.partial(window.append, blocks(0, 10)))
     assert waits.saw(feeder)
@@ -626,7 +626,7 @@ def test_private_window_without_viewer_holds_up_nobody() -> None:
     try:
         feeder.result(2)
     finally:
-        window.cut()
+        window.abort()
 
 
 #### Falling behind ####
@@ -634,7 +634,7 @@ def test_private_window_without_viewer_holds_up_nobody() -> None:
 
 @pytest.mark.parametrize("live_edge", [1, 2, 3])
 def test_position_before_tail_means_fell_behind(live_edge: int) -> None:
-    window = Window(8 * SIZE, patience=0)
+    window = Window(8 * SIZE, paused_after=0)
     window.live_edge = live_edge
     viewer = enter(window)
     segments(window, 0, 2)
@@ -647,7 +647,7 @@ def test_position_before_tail_means_fell_behind(live_edge: int) -> None:
 
 
 def test_oldest_block_left_is_not_fallen_behind() -> None:
-    window = Window(4 * SIZE, patience=0)
+    window = Window(4 * SIZE, paused_after=0)
     viewer = enter(window)
     segments(window, 0, 2)
     assert take(window, viewer) == text(0, 2)
@@ -657,7 +657,7 @@ def test_oldest_block_left_is_not_fallen_behind() -> None:
 
 
 def test_each_fall_is_counted() -> None:
-    window = Window(4 * SIZE, patience=0)
+    window = Window(4 * SIZE, paused_after=0)
     viewer = enter(window)
     for number in range(5):
         segments(window, number * 10, number * 10 + 10)
@@ -667,7 +667,7 @@ def test_each_fall_is_counted() -> None:
 
 def test_skipped_bytes_are_those_the_viewer_does_not_get() -> None:
     """Also where the join point is within a segment."""
-    window = Window(3 * SIZE, patience=0)
+    window = Window(3 * SIZE, paused_after=0)
     viewer = enter(window)
     append(window, 0, 2)
     assert take(window, viewer) == text(0, 2)
@@ -677,7 +677,7 @@ def test_skipped_bytes_are_those_the_viewer_does_not_get() -> None:
 
 
 def test_viewer_that_fell_behind_waits_where_no_join_point_is_left() -> None:
-    window = Window(3 * SIZE, patience=0)
+    window = Window(3 * SIZE, paused_after=0)
     viewer = enter(window)
     append(window, 0, 2, key_frame(0))
     assert take(window, viewer) == text(0, 2)
@@ -689,7 +689,7 @@ def test_viewer_that_fell_behind_waits_where_no_join_point_is_left() -> None:
 
 
 def test_pending_preamble_of_a_place_that_is_gone_is_not_sent() -> None:
-    window = Window(4 * SIZE, patience=0)
+    window = Window(4 * SIZE, paused_after=0)
     segments(window, 0, 4)
     viewer = enter(window)
     segments(window, 4, 20)
@@ -700,7 +700,7 @@ def test_pending_preamble_of_a_place_that_is_gone_is_not_sent() -> None:
 @pytest.mark.parametrize("taken", [1, 2, 3, 4])
 def test_viewer_that_cannot_skip_is_let_go(taken: int) -> None:
     """fMP4: whatever it had, and wherever in a segment it was."""
-    window = Window(4 * SIZE, patience=0)
+    window = Window(4 * SIZE, paused_after=0)
     window.can_skip = False
     viewer = enter(window)
     segments(window, 0, taken)
@@ -759,7 +759,7 @@ def test_first_end_counts() -> None:
 
 
 def test_viewer_that_fell_behind_gets_the_rest_before_the_end() -> None:
-    window = Window(4 * SIZE, patience=0)
+    window = Window(4 * SIZE, paused_after=0)
     viewer = enter(window)
     segments(window, 0, 20)
     window.end(True)
@@ -777,7 +777,9 @@ def test_viewer_that_waits_for_a_join_point_learns_of_the_end() -> None:
         window.take(viewer, None)
 
 
-@pytest.mark.parametrize("stop", [lambda window: window.end(False), Window.cut], ids=["end", "cut"])
+@pytest.mark.parametrize(
+    "stop", [lambda window: window.end(False), Window.abort], ids=["end", "abort"]
+)
 def test_end_wakes_waiting_viewers(stop: Callable[[Window], None]) -> None:
     window, waits = observed(1000)
     viewers = [enter(window) for _ in range(3)]
@@ -800,33 +802,33 @@ def test_leaving_wakes_a_waiting_viewer() -> None:
         reader.result()
 
 
-def test_cut_leaves_the_rest() -> None:
+def test_abort_leaves_the_rest() -> None:
     window = Window(1000)
     viewer = enter(window)
     append(window, 0, 3)
-    window.cut()
+    window.abort()
     with pytest.raises(WindowEnded):
         window.take(viewer, None)
 
 
-def test_cut_overrides_an_end() -> None:
+def test_abort_overrides_an_end() -> None:
     window = Window(1000)
     viewer = enter(window)
     append(window, 0, 3)
     window.end(True)
-    window.cut()
+    window.abort()
     with pytest.raises(WindowEnded) as raised:
         window.take(viewer, None)
     assert not raised.value.complete
 
 
 @pytest.mark.parametrize("patience", [LONG, math.inf], ids=["live", "private"])
-def test_cut_frees_a_waiting_feeder(patience: float) -> None:
+def test_abort_frees_a_waiting_feeder(patience: float) -> None:
     window, waits = observed(2 * SIZE, patience)
     viewer = enter(window)
     feeder = Task(functools.partial(window.append, blocks(0, 20)))
     assert waits.saw(feeder)
-    window.cut()
+    window.abort()
     feeder.result()
     with pytest.raises(WindowEnded):
         window.take(viewer, None)
@@ -847,26 +849,26 @@ def grown_to(window: Window) -> int:
 def test_window_grows_to_hold_the_segments_that_late_viewers_need(
     length: int, expected: int
 ) -> None:
-    window = Window(10 * SIZE, growth=8, live_edge=3)
+    window = Window(10 * SIZE, growth_factor=8, live_edge=3)
     segments(window, 0, 400, length)
     assert grown_to(window) in range(expected, expected + length)
 
 
 def test_window_grows_with_a_segment_that_is_being_written() -> None:
-    window = Window(10 * SIZE, growth=8)
+    window = Window(10 * SIZE, growth_factor=8)
     segments(window, 0, 60, 100)
     assert take(window, enter(window)) == b"<0>" + text(0, 60)
 
 
 def test_window_shrinks_with_the_segments() -> None:
-    window = Window(10 * SIZE, growth=8)
+    window = Window(10 * SIZE, growth_factor=8)
     segments(window, 0, 80, 8)
     segments(window, 80, 200, 2)
     assert grown_to(window) in range(10, 12)
 
 
 def test_window_without_segments_does_not_grow() -> None:
-    window = Window(10 * SIZE, growth=8)
+    window = Window(10 * SIZE, growth_factor=8)
     for number in range(100):
         append(window, number, number + 1, key_frame(number))
     assert grown_to(window) == 10
@@ -874,7 +876,7 @@ def test_window_without_segments_does_not_grow() -> None:
 
 def test_window_shrinks_once_a_source_without_segments_took_over() -> None:
     """Nobody starts at the old segments, so nobody needs them."""
-    window = Window(10 * SIZE, growth=8)
+    window = Window(10 * SIZE, growth_factor=8)
     segments(window, 0, 80, 8)
     assert grown_to(window) > 30
     window.leave_segments()
@@ -885,7 +887,7 @@ def test_window_shrinks_once_a_source_without_segments_took_over() -> None:
 
 def test_segment_that_is_too_large_leaves_no_more_than_the_window() -> None:
     """Late viewers could not start with the rest of it."""
-    window = Window(10 * SIZE, growth=8)
+    window = Window(10 * SIZE, growth_factor=8)
     segments(window, 0, 100, 1000)
     assert grown_to(window) == 10
     assert take(window, enter(window)) == b""
@@ -896,7 +898,7 @@ def test_segment_that_is_too_large_leaves_no_more_than_the_window() -> None:
 
 def test_late_viewer_that_is_further_along_makes_nobody_lose_bytes() -> None:
     """It joined ahead of the first viewer and has not caught up yet: the first one counts."""
-    window, waits = observed(4 * SIZE, patience=LONG, live_edge=1)
+    window, waits = observed(4 * SIZE, paused_after=LONG, live_edge=1)
     first = enter(window)
     segments(window, 0, 4)
     late = enter(window)  # at block 2
@@ -912,7 +914,7 @@ def test_late_viewer_that_is_further_along_makes_nobody_lose_bytes() -> None:
 
 
 def test_paused_first_viewer_is_not_waited_for_at_a_start() -> None:
-    window = Window(2 * SIZE, patience=LONG)
+    window = Window(2 * SIZE, paused_after=LONG)
     first, second = enter(window), enter(window)
     segments(window, 0, 2)
     assert take(window, first) == text(0, 2)
@@ -971,7 +973,7 @@ class Model:
                 self.window.begin()
                 self.window.append([Join(self.preamble(len(self.stream)), at_start=True)])
             added = bytes((len(self.stream) + n) % 251 for n in range(size))
-            while self.sizes and sum(self.sizes) + size > self.window.limit:
+            while self.sizes and sum(self.sizes) + size > self.window.byte_limit:
                 self.tail += self.sizes.pop(0)
             self.sizes.append(size)
             self.stream += added
@@ -1026,7 +1028,7 @@ def test_each_viewer_gets_the_stream_from_a_join_point_on(
     operations: list[tuple[str, ...]], limit: int, live_edge: int
 ) -> None:
     """All of it, but for what is counted as skipped."""
-    model = Model(Window(limit, patience=0))
+    model = Model(Window(limit, paused_after=0))
     model.window.live_edge = live_edge
     for name, *arguments in operations:
         if name == "append":
@@ -1048,7 +1050,7 @@ def test_each_viewer_gets_the_stream_from_a_join_point_on(
 def test_many_viewers_of_any_pace_get_the_same_stream(seed: int) -> None:
     """Threads that take when they happen to run: whole blocks, in order, and every gap counted."""
     count, length = 3000, 5
-    window = Window(40 * SIZE, patience=0)
+    window = Window(40 * SIZE, paused_after=0)
     turns = threading.Semaphore(0)  # makes the viewers as slow as the feeder allows
 
     def rest(some: int) -> None:
