@@ -223,6 +223,7 @@ try:
     from streamlink.utils.id3v2 import ID3v2Error
     from streamlink.utils.l10n import Localization
     from streamlink.utils.url import update_scheme
+    from urllib3.util.ssltransport import SSLTransport
 except ImportError as error:
     sys.exit(f"StreamPipe needs its packages ({error}): pip install -r requirements.txt")
 except RuntimeError as error:  # streamlink's cache asks for the home directory when it is imported
@@ -4896,7 +4897,10 @@ def _watched(kind: Any, http_session: Http) -> Any:
 
         def connect(self) -> None:
             super().connect()
-            http_session.add(self.sock)
+            sock = self.sock
+            if isinstance(sock, SSLTransport):  # TLS to an origin within TLS to a proxy
+                sock = sock.socket
+            http_session.add(sock)
 
     return Connection
 

@@ -274,14 +274,63 @@ def test_source_address_skips_the_other_family(origin: Origin, serve: Serve, nam
         assert site.get("/film").body == stream.plain(0, 12)
 
 
-def test_handshake_follows_the_race(names: Names, tmp_path: Path) -> None:
-    file, key = tmp_path / "file.pem", tmp_path / "key.pem"
+def certified(folder: Path) -> tuple[ssl.SSLContext, Path]:
+    """A server's TLS context for HOST, and the file of its certificate."""
+    file, key = folder / "file.pem", folder / "key.pem"
     kind = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
     subject = ["-subj", f"/CN={HOST}", "-addext", f"subjectAltName=DNS:{HOST}"]
     command = ["openssl", "req", *kind, *subject, "-out", str(file), "-keyout", str(key)]
     subprocess.run(command, check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(file, key)
+    return context, file
+
+
+def test_cut_ends_tls_within_the_tls_of_a_proxy(names: Names, tmp_path: Path) -> None:
+    """An https origin behind an https proxy; both ends are one thread."""
+    context, file = certified(tmp_path)
+    names[HOST] = [GOOD]
+    is_asked = threading.Event()
+
+    def answer(listener: socket.socket) -> None:
+        with contextlib.closing(context.wrap_socket(listener.accept()[0], True)) as outer:
+            outer.recv(65536)
+            outer.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            from_client, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+            inner = context.wrap_bio(from_client, to_client, True)
+            while not is_asked.is_set():
+                try:
+                    inner.read(65536)  # after the handshake, if that is not done yet
+                    is_asked.set()
+                except ssl.SSLWantReadError:
+                    outer.sendall(to_client.read())
+                    from_client.write(outer.recv(65536))
+            with contextlib.suppress(OSError):
+                outer.recv(1)
+
+    with socket.create_server((GOOD, 0)) as listener:
+        port = listener.getsockname()[1]
+        server = threading.Thread(target=answer, args=(listener,))
+        server.start()
+        session = pipe.Http()
+        session.proxies["https"] = f"https://{HOST}:{port}"
+
+        def cut() -> None:
+            is_asked.wait()
+            session.cut()
+
+        cutter = threading.Thread(target=cut)
+        cutter.start()
+        began = time.monotonic()
+        with pytest.raises(Exception, match=r"closed|aborted|reset"):
+            session.get(f"https://{HOST}:1/", verify=str(file), timeout=30)
+        assert time.monotonic() - began < 3 * SOON
+        cutter.join()
+        server.join()
+
+
+def test_handshake_follows_the_race(names: Names, tmp_path: Path) -> None:
+    context, file = certified(tmp_path)
     names[HOST] = [*SILENT, GOOD]
     with socket.create_server((GOOD, 0)) as listener:
         port = listener.getsockname()[1]
