@@ -422,7 +422,8 @@ _REASONS: tuple[tuple[Any, ...], ...] = (
     ("the origin's answer broke off",
      http.client.IncompleteRead, urllib3.exceptions.IncompleteRead),
     (CLOSED, ConnectionError),
-    ("the origin does not speak HTTP", http.client.HTTPException,
+    ("the origin does not speak HTTP", http.client.HTTPException),
+    ("the origin's answer cannot be decompressed",
      requests.exceptions.ContentDecodingError, urllib3.exceptions.DecodeError),
     ("ffmpeg cannot be run", FileNotFoundError),
     (NO_ROUTE, *(f"[Errno {number}]" for number in _NO_ROUTE)),
@@ -5093,6 +5094,22 @@ def without_preface(body: bytes) -> bytes:
     return body[preface.end() :] if preface else body
 
 
+def is_whole_playlist(body: bytes) -> bool:
+    """Whether a media playlist is complete, as far as its text shows.
+
+    It must end with EXT-X-ENDLIST, or, if it is live, with the whole line of a segment's address.
+    This matters if the connection closes before the announced length: some origins announce too
+    much, and players take what there is.
+    """
+    if not is_playlist(body):
+        return False
+    last_line = body.rstrip(b"\0 \t\r\n").splitlines()[-1]
+    if last_line.startswith(b"#"):
+        return last_line == b"#EXT-X-ENDLIST"
+    is_live = b"#EXT-X-TARGETDURATION" in body and b"#EXT-X-PLAYLIST-TYPE:VOD" not in body
+    return is_live and body.endswith((b"\n", b"\r"))
+
+
 def is_page(start: bytes) -> bool:
     """Whether this begins like HTML, XML or JSON, and is text: media may begin with any byte.
 
@@ -5162,7 +5179,8 @@ def read_bounded(response: requests.Response, start: bytes = b"") -> None:
     """Read a body to its end and keep it in `response`; its first bytes are `start`, if given.
 
     Raises UpstreamError if it is larger than PLAYLIST_LIMIT, and any error of reading.  For an HTTP
-    error or a redirect, whose status is enough, it keeps the bytes read so far instead.
+    error or a redirect, whose status is enough, it keeps the bytes read so far instead.  It also
+    keeps those of a playlist that is_whole_playlist() if the connection closes too early.
     """
     body = bytearray()
     try:
@@ -5170,9 +5188,11 @@ def read_bounded(response: requests.Response, start: bytes = b"") -> None:
             body += part
             if len(body) > PLAYLIST_LIMIT:
                 raise UpstreamError("the origin's playlist is too large")
-    except Exception:
+    except Exception as error:
         response.close()
-        if response.status_code < 300:
+        is_broken_off = isinstance(error, urllib3.exceptions.ProtocolError)
+        is_whole = is_broken_off and is_whole_playlist(bytes(body))
+        if response.status_code < 300 and not is_whole:
             raise
     content = without_preface(bytes(body))
     vars(response).update(_content=content, _content_consumed=True)
@@ -5437,7 +5457,9 @@ _MEDIA_TAGS = frozenset({
 # Without these tags, the following bytes would be wrong, or noise.
 _NEEDED_TAGS = frozenset({"EXT-X-KEY", "EXT-X-MAP", "EXT-X-BYTERANGE"})
 _LINE_ENDS = re.compile(r"[\r\n]+")
-_NO_LINE_ENDS = re.compile("[\v\f\x1c-\x1e\x85\u2028\u2029]")  # str.splitlines() splits here, too
+# Characters that are read as blanks.  str.splitlines() would also split at all of these except the
+# zero byte, with which some packagers fill the rest of a file.
+_BLANK_LIKE = re.compile("[\0\v\f\x1c-\x1e\x85\u2028\u2029]")
 # A name, and a quoted text or everything up to the next name: some packagers do not quote a list of
 # codecs.
 _ATTRIBUTE = re.compile(r'(?:^|,)\s*([A-Z0-9-]+)\s*=\s*("[^"]*"\s*|.*?)(?=,\s*[A-Z0-9-]+\s*=|$)')
@@ -5476,7 +5498,7 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
 
     def parse(self, data: Any) -> Any:
         text = data if isinstance(data, str) else data.content.decode("utf-8", "replace")
-        lines = (line.strip() for line in _LINE_ENDS.split(_NO_LINE_ENDS.sub(" ", text)))
+        lines = (line.strip() for line in _LINE_ENDS.split(_BLANK_LIKE.sub(" ", text)))
         playlist = super().parse("\n".join(line for line in lines if line))
         if self.has_negative_length and not self.is_media:
             raise BadPlaylist(CHANNEL_LIST)
@@ -5548,11 +5570,26 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
     def parse_hex(cls, value: str | None) -> Any:
         """A key's IV.  Raises BadPlaylist if it is malformed.
 
-        A wrong IV would turn the start of each segment into noise.
+        A wrong IV would turn the start of each segment into noise.  Some packagers write all of its
+        32 digits without the prefix.
         """
-        if value is not None and not re.fullmatch(r"0[xX][0-9A-Fa-f]{1,32}", value):
+        if value is None:
+            return None
+        if re.fullmatch("[0-9A-Fa-f]{32}", value):
+            value = f"0x{value}"
+        if not re.fullmatch("0[xX][0-9A-Fa-f]{1,32}", value):
             raise BadPlaylist(UNREADABLE)
         return super().parse_hex(value)
+
+    def uri(self, uri: str) -> str:
+        """The absolute address for one in the playlist.
+
+        A backslash in its path is a slash, as in browsers: packagers on Windows write them.
+        """
+        path, mark, query = uri.partition("?")
+        if not path.lower().startswith("data:"):
+            path = path.replace("\\", "/")
+        return cast(str, super().uri(f"{path}{mark}{query}"))
 
     def get_segment(self, uri: str, **data: Any) -> Any:
         segment = super().get_segment(uri, **data)
@@ -10289,6 +10326,11 @@ ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         (UNSUPPORTED, UNREADABLE),
         "its playlist is broken: try another address of the stream",
+    ),
+    (
+        ("the origin's answer cannot be decompressed",),
+        "its web server declares a compression that it does not use: try another address of the "
+        "stream",
     ),
     (
         (

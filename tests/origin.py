@@ -740,6 +740,7 @@ ODD_PLAYLISTS: Mapping[str, Edit] = {
     "negative-length": Edit(r"\A((?:.*\n)*?#EXTINF:).*", "\\g<1>-23334,"),
     "odd-length": Edit(r"EXTINF:.*", "EXTINF:NaN,"),
     "odd-tag-of-a-length": Edit(r"\A((?:.*\n)*?)#EXTINF:.*", "\\1#EXTIF:2,"),
+    "zeros": Edit(r"(EXT-X-ENDLIST)", "\\1\n" + "\0" * 5000),
     "odd-line-ends": Edit(r"(EXTINF:.*)", "\\1title\u2028of two lines"),
     "key-of-no-method": Edit(r"(#EXTINF)", '#EXT-X-KEY:METHOD=none,URI="",IV=\n\\1'),
     "range-without-offset": Edit(r"(BYTERANGE:\d+)@\d+", "\\1"),

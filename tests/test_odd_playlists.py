@@ -17,6 +17,7 @@ from tests import media
 from tests.origin import (
     IMAGES,
     ODD_PLAYLISTS,
+    Break,
     Edit,
     Fault,
     Origin,
@@ -25,6 +26,7 @@ from tests.origin import (
     Segment,
     StallHeaders,
     Status,
+    WrongLength,
 )
 from tests.program import eventually
 from tests.server import Site
@@ -78,6 +80,76 @@ def test_attributes_of_a_key_for_no_encryption_are_left_out(
     body, is_complete = serve({"film": film.url}).watch("/film").read_all()
     assert is_complete
     assert body == b"".join(SEGMENTS[:4])
+
+
+def test_iv_may_lack_its_prefix(origin: Origin, serve: Serve) -> None:
+    film = origin.add(Playlist("film", SEGMENTS, aes_key=b"k" * 16, aes_iv=bytes(range(16))))
+    origin.fault(film.path, Edit("IV=0x", "IV="), times=None)
+    body, is_complete = serve({"film": film.url}).watch("/film").read_all()
+    assert is_complete
+    assert body == film.plain(0, 6)
+
+
+def test_backslashes_in_the_path_of_an_address_are_slashes(origin: Origin, serve: Serve) -> None:
+    # Browsers read addresses this way, and servers on Windows do.  A query is left as it is.
+    film = origin.add(Playlist("film", SEGMENTS))
+    origin.fault(film.path, Edit(r"^(\d+)\.ts$", r"..\\film\\\1.ts?day=a\\b"), times=None)
+    body, is_complete = serve({"film": film.url}).watch("/film").read_all()
+    assert is_complete
+    assert body == film.plain(0, 6)
+    assert origin.count("/film/0.ts?day=a%5Cb") == 1
+
+
+def test_backslashes_in_the_address_of_a_variant_are_slashes(origin: Origin, serve: Serve) -> None:
+    film = origin.add(Playlist("film", SEGMENTS))
+    lines = ["#EXTM3U", "#EXT-X-STREAM-INF:BANDWIDTH=1", film.path.replace("/", "\\"), ""]
+    site = serve({"film": origin.add_file("/master.m3u8", "\n".join(lines).encode())})
+    assert site.watch("/film").read_all() == (film.plain(0, 6), True)
+
+
+#### Playlists whose transfer breaks off ####
+
+
+def test_playlist_of_a_film_is_complete_with_its_end(origin: Origin, serve: Serve) -> None:
+    film = origin.add(Playlist("film", SEGMENTS))
+    origin.fault(film.path, WrongLength(100), times=None)
+    body, is_complete = serve({"film": film.url}).watch("/film").read_all()
+    assert is_complete
+    assert body == film.plain(0, 6)
+
+
+def test_live_playlist_with_a_wrong_length_is_used(origin: Origin, serve: Serve) -> None:
+    live = origin.add(Playlist("news", SEGMENTS, mode="live", window=3))
+    origin.fault(live.path, WrongLength(100), times=None)
+    viewer = serve({"news": live.url}).watch("/news")
+    assert viewer.read(len(live.plain(0, 3))) == live.plain(0, 3)
+    live.advance()
+    assert viewer.read(len(live.plain(3, 4))) == live.plain(3, 4)
+
+
+@pytest.mark.parametrize("size", [0, 3, 20], ids=["line", "address", "tag"])
+def test_playlist_of_a_film_without_its_end_is_loaded_again(
+    origin: Origin, serve: Serve, size: int
+) -> None:
+    film = origin.add(Playlist("film", SEGMENTS))
+    text = film.find(film.path)
+    assert text
+    broken = Break(text.body.index(b"#EXT-X-ENDLIST") - size)
+    origin.fault(film.path, broken, times=1)
+    answer = serve({"film": film.url}).get("/film")
+    assert (answer.status, answer.json["error"]) == (502, "the origin's answer broke off")
+
+
+@pytest.mark.parametrize("size", [1, 6, 12], ids=["line-end", "address", "tag"])
+def test_live_playlist_that_breaks_off_within_an_entry_is_loaded_again(
+    origin: Origin, serve: Serve, size: int
+) -> None:
+    live = origin.add(Playlist("news", SEGMENTS, mode="live", window=3))
+    text = live.find(live.path)
+    assert text
+    origin.fault(live.path, Break(len(text.body) - size), times=1)
+    answer = serve({"news": live.url}).get("/news")
+    assert (answer.status, answer.json["error"]) == (502, "the origin's answer broke off")
 
 
 #### Segments that begin with an image ####

@@ -187,6 +187,13 @@ def test_other_protocol_is_told(serve: Serve, answer: bytes, words: str) -> None
         assert reason(serve({"news": f"{address}/news"})) == (502, words)
 
 
+def test_plain_text_that_is_declared_as_gzip_is_told(serve: Serve) -> None:
+    answer = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 8\r\n\r\n#EXTM3U\n"
+    with answering(answer) as address:
+        words = "the origin's answer cannot be decompressed"
+        assert reason(serve({"news": f"{address}/news.m3u8"})) == (502, words)
+
+
 def test_refusing_proxy_is_not_taken_for_the_origin(origin: Origin, serve: Serve) -> None:
     live = origin.add(news())
     with Origin() as other:
