@@ -1972,7 +1972,7 @@ def overridden(stream: StreamSettings, given: Mapping[str, Any]) -> StreamSettin
 
 
 # --------------------------------------------------------------------------------------------------
-# Media: detecting containers, cutting them into whole units, finding join points
+# Media: detecting containers, splitting them into whole units, finding join points
 #
 # A framer receives an upstream's bytes in order and hands all of them on in blocks, except ID3
 # tags.  A block of MPEG-TS ends where a packet ends, so a viewer that moves from one block to
@@ -2085,11 +2085,13 @@ class Framer:
 
 # MPEG-TS (ISO/IEC 13818-1)
 
+DISCONTINUITY_FLAG, RANDOM_ACCESS_FLAG, PCR_FLAG = 0x80, 0x40, 0x10  # see has_adaptation_flag()
+SHORTEST_SECTION = 12  # bytes of a PAT or PMT without entries (2.4.4.3)
+SECTION_PACKETS = 8  # packets of a section at most: it has no more than 1,024 bytes
 VIDEO_TYPES = frozenset({0x01, 0x02, 0x10, 0x1B, 0x20, 0x24, 0x33, 0x42, 0xD1, 0xEA})
-_UNIT_START = re.compile(rb"[\x40-\x7f\xc0-\xff]")  # second byte: payload_unit_start_indicator
+_UNIT_START = re.compile(rb"[\x40-\x7f\xc0-\xff]")  # second byte: see starts_unit()
 _ANY_BYTE = re.compile(rb".", re.DOTALL)
 _PACKET_START = re.compile(rb"G(?!.{187}[^G])", re.DOTALL)  # another sync byte follows, or no byte
-_SWAPPED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 # Start codes of units that only precede a key frame, or are one, by stream type.
 _KEY_UNITS = {
     0x01: re.compile(rb"\x00\x00\x01\xb3"),  # MPEG-1 and -2: sequence header
@@ -2104,30 +2106,60 @@ UNPLAYED = {0x02: "MPEG-2", 0x24: "HEVC", 0x81: "AC-3", 0x87: "E-AC-3"}
 UNPLAYED |= {0x6A: "AC-3", 0x7A: "E-AC-3"}
 
 
+def _reversed_bits(value: int, width: int) -> int:
+    """Return a number of `width` bits with the order of its bits reversed."""
+    return int(f"{value:0{width}b}"[::-1], 2)
+
+
+_SWAPPED_BITS = bytes(_reversed_bits(byte, 8) for byte in range(256))  # by byte
+
+
 def pid_of(packet: bytes | bytearray) -> int:
     return (packet[1] & 0x1F) << 8 | packet[2]
 
 
 def payload_start(packet: bytes | bytearray) -> int:
     """Return the index of the payload, after the adaptation field if there is one (2.4.3.2)."""
-    return 5 + packet[4] if packet[3] & 0x20 else 4
+    has_adaptation_field = packet[3] & 0x20
+    return 5 + packet[4] if has_adaptation_field else 4
+
+
+def starts_unit(packet: bytes | bytearray) -> bool:
+    """Whether a section or a PES packet starts here: payload_unit_start_indicator (2.4.3.3)."""
+    return packet[1] & 0x40 != 0
+
+
+def has_adaptation_flag(packet: bytes | bytearray, flag: int) -> bool:
+    """Whether the packet has an adaptation field with this flag in its second byte (2.4.3.4)."""
+    has_adaptation_field = packet[3] & 0x20 != 0
+    return has_adaptation_field and packet[4] > 0 and packet[5] & flag != 0
 
 
 def counter_before(packet: bytes) -> int:
     """Return the counter expected of the PID's previous packet: only payloads count (2.4.3.3)."""
-    return packet[3] - (packet[3] >> 4 & 1) & 0x0F
+    counter = packet[3] & 0x0F
+    has_payload = packet[3] & 0x10
+    return (counter - 1) & 0x0F if has_payload else counter
 
 
 def discontinuity_before(packet: bytes) -> bytes:
     """A packet without payload that signals a jump of its PID's counter and clock (2.4.3.5)."""
-    header = (TS_SYNC[0], packet[1] & 0x1F, packet[2], 0x20 | counter_before(packet), 183, 0x80)
+    field_length = TS_PACKET - 5
+    header = (
+        TS_SYNC[0],
+        packet[1] & 0x1F,
+        packet[2],
+        0x20 | counter_before(packet),
+        field_length,
+        DISCONTINUITY_FLAG,
+    )
     return bytes(header).ljust(TS_PACKET, b"\xff")
 
 
 def table_checksum(data: bytes | bytearray) -> int:
     """Return CRC_32 (annex A); zlib.crc32() takes and returns bits in reverse order, inverted."""
     swapped = zlib.crc32(data.translate(_SWAPPED_BITS)) ^ 0xFFFF_FFFF
-    return int(f"{swapped:032b}"[::-1], 2)
+    return _reversed_bits(swapped, 32)
 
 
 def read_timestamp(data: bytes | bytearray, at: int) -> int:
@@ -2138,14 +2170,18 @@ def read_timestamp(data: bytes | bytearray, at: int) -> int:
 
 def timestamp_positions(packet: bytes | bytearray) -> Iterator[int]:
     """Yield the indexes of PTS and DTS, if a PES header in this packet has them (2.4.3.6)."""
+    has_payload = packet[3] & 0x10
+    if not starts_unit(packet) or not has_payload:
+        return
     start = payload_start(packet)
-    starts_unit, has_payload = packet[1] & 0x40, packet[3] & 0x10
-    if starts_unit and has_payload and packet[start : start + 3] == b"\0\0\1":
-        flags = packet[start + 7] if start + 19 <= len(packet) else 0
-        if flags & 0x80:
-            yield start + 9
-        if flags & 0x40:
-            yield start + 14
+    is_whole = start + 19 <= len(packet)  # a PES header with both timestamps
+    if not is_whole or packet[start : start + 3] != b"\0\0\1":
+        return
+    flags = packet[start + 7]
+    if flags & 0x80:
+        yield start + 9
+    if flags & 0x40:
+        yield start + 14
 
 
 class ProgramTables:
@@ -2154,56 +2190,68 @@ class ProgramTables:
     def __init__(self) -> None:
         self.programs: Sequence[int] = ()  # PIDs of the PMTs, from the PAT
         self.streams: Mapping[int, int] = {}  # types of the elementary streams, by PID
-        self.named_video_pid = -1  # of the video in the PMT; -1: none, or no PMT yet
-        self.clock_pid = NULL_PID  # of the PCR; NULL_PID: none
+        self.named_video_pid: int | None = None  # of the video in the PMT, if it names one
+        self.clock_pid = NULL_PID  # of the PCR; NULL_PID: none (2.4.4.9)
         self.unplayed: Sequence[str] = ()  # codecs of the streams that no browser plays
         self.lacks_video = False  # the video that the PMT names does not arrive
         self._packets: dict[int, bytes] = {}  # PAT and PMT by PID, as received
         self.parts: dict[int, bytes] = {}  # by PID: sections that continue in a later packet
 
     @property
-    def video_pid(self) -> int:
-        """The PID of the video; -1 if there is none."""
-        return -1 if self.lacks_video else self.named_video_pid
+    def video_pid(self) -> int | None:
+        """The PID of the video that arrives; None if there is none."""
+        return None if self.lacks_video else self.named_video_pid
 
     @property
-    def program_pid(self) -> int:
-        """The PID of the PMT; -1 until a PMT is received.
+    def main_pid(self) -> int | None:
+        """The PID of the video, or of an audio stream if there is no video; None if unknown."""
+        if self.video_pid is not None:
+            return self.video_pid
+        return min(self.streams.keys() - {self.named_video_pid}, default=None)
+
+    @property
+    def program_pid(self) -> int | None:
+        """The PID of the PMT; None until a PMT is received.
 
         The PAT may name PMTs that are never sent: gateways keep the PAT of a whole multiplex.
         """
-        return next((pid for pid in self.programs if pid in self._packets), -1)
+        for pid in self.programs:
+            if pid in self._packets:
+                return pid
+        return None
 
     @property
     def pids(self) -> set[int]:
         """The PIDs of the programme that are known so far, the PAT's included."""
-        return {0, self.program_pid, self.clock_pid, *self.streams} - {-1}
+        pids = {0, self.clock_pid, *self.streams}
+        if self.program_pid is not None:
+            pids.add(self.program_pid)
+        return pids
 
     @property
     def packets(self) -> bytes:
         """PAT and PMT to put before a join point; empty until both are received."""
-        complete = 0 in self._packets and self.program_pid in self._packets
-        return self._packets[0] + self._packets[self.program_pid] if complete else b""
+        if self.program_pid is None or 0 not in self._packets:
+            return b""
+        return self._packets[0] + self._packets[self.program_pid]
 
     def add(self, pid: int, packet: bytes) -> None:
         """Take a packet of the PAT or PMT, the first of its section or a later one."""
         packets = self.parts.pop(pid, b"")
-        if packet[1] & 0x40:
+        if starts_unit(packet):
             packets = packet
         elif packets:
             packets += packet
         section = _section(packets)
-        if section:
-            self._packets[pid] = packets
-        elif 0 < len(packets) <= 8 * TS_PACKET:  # a section has at most 1,024 bytes
-            self.parts[pid] = packets
-        if section and pid == 0 and section[0] == 0x00:
-            places = range(8, len(section) - 4, 4)
-            entries = (struct.unpack_from(">HH", section, at) for at in places)
-            self.programs = [entry & 0x1FFF for number, entry in entries if number] or self.programs
-            for other in self._packets.keys() - {0, *self.programs}:
-                del self._packets[other]
-        elif section and pid == self.program_pid and section[0] == 0x02:
+        if section is None:
+            if 0 < len(packets) <= SECTION_PACKETS * TS_PACKET:
+                self.parts[pid] = packets
+            return
+        self._packets[pid] = packets
+        table_id = section[0]
+        if pid == 0 and table_id == 0x00:
+            self._read_pat(section)
+        elif pid == self.program_pid and table_id == 0x02:
             self._read_pmt(section)
 
     def announcement(self, pid: int, packet: bytes) -> bytes:
@@ -2212,29 +2260,50 @@ class ProgramTables:
         The returned packet differs only in its version_number (2.4.4.5, 2.4.4.9): VLC and GStreamer
         ignore a table whose version they know, and most encoders always send version 0.
         """
-        is_start = packet[1] & 0x40 and (pid == 0 or pid in self.programs)
-        section = bytearray(_section(packet) if is_start else b"")
-        if not section or section == _section(self._packets.get(pid, b"")):
+        is_table = pid == 0 or pid in self.programs
+        if not is_table or not starts_unit(packet):
             return b""
-        section[5] ^= 0x02
+        new = _section(packet)
+        if new is None or new == _section(self._packets.get(pid, b"")):
+            return b""
+        section = bytearray(new)
+        section[5] ^= 0x02  # the lowest bit of version_number
         section[-4:] = table_checksum(section[:-4]).to_bytes(4, "big")
-        start = payload_start(packet) + 1 + packet[payload_start(packet)]
         header = packet[:3] + bytes([packet[3] & 0xF0 | counter_before(packet)])
+        start = _section_start(packet)
         return header + packet[4:start] + section + packet[start + len(section) :]
+
+    def _read_pat(self, section: bytes) -> None:
+        programs = []
+        for at in range(8, len(section) - 4, 4):
+            number, entry = struct.unpack_from(">HH", section, at)
+            if number:  # 0 names the network's PID
+                programs.append(entry & 0x1FFF)
+        if programs:
+            self.programs = programs
+        for other in self._packets.keys() - {0, *self.programs}:
+            del self._packets[other]
 
     def _read_pmt(self, section: bytes) -> None:
         streams: dict[int, int] = {}
-        kinds: set[int] = set()
+        codecs: set[int] = set()  # stream types, or the descriptor tags of PRIVATE_TYPE
         self.clock_pid = int.from_bytes(section[8:10], "big") & 0x1FFF
         at = 12 + (int.from_bytes(section[10:12], "big") & 0xFFF)
         while at + 5 <= len(section) - 4:
             kind, pid, length = struct.unpack_from(">BHH", section, at)
-            streams[pid & 0x1FFF] = kind
             start, at = at + 5, at + 5 + (length & 0xFFF)
-            kinds.update(_descriptor_tags(section[start:at]) if kind == PRIVATE_TYPE else {kind})
-        video = (pid for pid, kind in streams.items() if kind in VIDEO_TYPES)
-        self.streams, self.named_video_pid = streams, next(video, -1)
-        self.unplayed = sorted({UNPLAYED[kind] for kind in kinds & UNPLAYED.keys()})
+            streams[pid & 0x1FFF] = kind
+            if kind == PRIVATE_TYPE:
+                codecs.update(_descriptor_tags(section[start:at]))
+            else:
+                codecs.add(kind)
+        self.streams = streams
+        self.named_video_pid = None
+        for pid, kind in streams.items():
+            if kind in VIDEO_TYPES:
+                self.named_video_pid = pid
+                break
+        self.unplayed = sorted({UNPLAYED[codec] for codec in codecs & UNPLAYED.keys()})
 
 
 def _descriptor_tags(data: bytes) -> Iterator[int]:
@@ -2244,17 +2313,24 @@ def _descriptor_tags(data: bytes) -> Iterator[int]:
         at += 2 + data[at + 1]
 
 
-def _section(packets: bytes | bytearray) -> bytes:
-    """Return the section in these packets of one PID; empty while it is incomplete."""
+def _section_start(packet: bytes | bytearray) -> int:
+    """Return the index of the section that starts in this packet, after its pointer_field."""
+    start = payload_start(packet)
+    if start >= TS_PACKET:
+        return start  # no payload
+    return start + 1 + packet[start]
+
+
+def _section(packets: bytes | bytearray) -> bytes | None:
+    """Return the section in these packets of one PID; None while it is incomplete."""
     data = b""
     for at in range(0, len(packets), TS_PACKET):
         packet = packets[at : at + TS_PACKET]
-        start = payload_start(packet)
-        if packet[1] & 0x40 and start < TS_PACKET:
-            start += 1 + packet[start]  # pointer_field
+        start = _section_start(packet) if starts_unit(packet) else payload_start(packet)
         data += packet[start:]
     length = 3 + (int.from_bytes(data[1:3], "big") & 0xFFF)
-    return data[:length] if 12 <= length <= len(data) else b""
+    is_whole = SHORTEST_SECTION <= length <= len(data)
+    return data[:length] if is_whole else None
 
 
 def _newest_counter(blocks: Sequence[Block], pid: int) -> int | None:
@@ -2263,7 +2339,8 @@ def _newest_counter(blocks: Sequence[Block], pid: int) -> int | None:
         pids = bytes(packets[2::TS_PACKET])  # their low bytes
         number = pids.rfind(pid & 0xFF)
         while number >= 0:
-            packet = bytes(packets[number * TS_PACKET :][:TS_PACKET])
+            at = number * TS_PACKET
+            packet = bytes(packets[at : at + TS_PACKET])
             if pid_of(packet) == pid:
                 return packet[3] & 0x0F
             number = pids.rfind(pid & 0xFF, 0, number)
@@ -2289,7 +2366,7 @@ class TsFramer(Framer):
     def __init__(self) -> None:
         super().__init__()
         self.tables = ProgramTables()
-        self._sounds: dict[int, int] = {}  # by PID: the first DTS since the last picture
+        self._first_sounds: dict[int, int] = {}  # by PID: the first DTS since the last picture
         self._key_frame_time: float | None = None  # when the newest key frame arrived
         self._awaits_start = False  # the open segment has no join point yet
         self._has_unit = False  # the open segment has a picture, or audio if there is no video
@@ -2302,20 +2379,24 @@ class TsFramer(Framer):
         self._before: Sequence[Block] = ()  # the packets before that place, the newest last
         self._seen: set[int] = set()  # PIDs whose first packet was checked
         self._search_end = 0  # the search for first packets ends at this many bytes handed on
+        # While shut:
         self._is_shut = False
-        self._shown = self.tables  # while shut: the tables that viewers have
-        self._patience_end = 0.0  # while shut: any unit that starts after this time opens it
-        self._had: int | None = None  # the last DTS that a backlog may repeat; None: no backlog
+        self._shown = self.tables  # the tables that viewers have
+        self._patience_end = 0.0  # time.monotonic(); any unit that starts after this time opens it
+        self._backlog_end: int | None = None  # the last DTS that a backlog may repeat, if any
         self._dropped_dts: int | None = None  # the newest since it was shut
 
     def start_segment(self) -> list[Framed]:
-        self._in_segments = self._awaits_start = True
-        self._has_unit = self._has_tables = False
+        self._in_segments = True
+        self._awaits_start = True
+        self._has_unit = False
+        self._has_tables = False
         return []
 
     def leave_segments(self) -> None:
         super().leave_segments()
-        self._awaits_start, self._key_frame_time = False, None
+        self._awaits_start = False
+        self._key_frame_time = None
 
     def expect_jump(self, is_certain: bool) -> None:
         """The next bytes may not continue the last ones.
@@ -2326,20 +2407,26 @@ class TsFramer(Framer):
         """
         if is_certain:
             self._newest.clear()
-        if self._handed_on:
+        if not self._handed_on:
+            return
+        self._may_jump = True
+        self._is_jump = not self._newest
+        self._before = ()
+        if not self._is_jump:
             tables = self._shown if self._is_shut else self.tables
-            self._may_jump, self._is_jump = True, not self._newest
-            self._before = () if self._is_jump else (tables.packets, *self._newest)
-            self._seen, self._search_end = {NULL_PID}, self._handed_on + JUMP_SEARCH
+            self._before = (tables.packets, *self._newest)
+        self._seen = {NULL_PID}
+        self._search_end = self._handed_on + JUMP_SEARCH
 
     def shut(self, is_backlog: bool) -> None:
         self.drop()
         if not self._is_shut:
             self._shown = self.tables
         self.tables = ProgramTables()  # it may be another source: the old tables do not apply
-        self._sounds.clear()
-        self._is_shut, self._patience_end = True, time.monotonic() + SEAM_PATIENCE
-        self._had = self.last_dts if is_backlog else None
+        self._first_sounds.clear()
+        self._is_shut = True
+        self._patience_end = time.monotonic() + SEAM_PATIENCE
+        self._backlog_end = self.last_dts if is_backlog else None
         self._dropped_dts = None
 
     @property
@@ -2350,59 +2437,64 @@ class TsFramer(Framer):
         self._has_join = False
         carry, self._carry = self._carry, b""
         missing = TS_PACKET - len(carry)
-        if carry[:1] == TS_SYNC and len(data) >= missing:
+        if carry.startswith(TS_SYNC) and len(data) >= missing:
             # Join only this packet: joining all the data would copy all of it.
-            return self._cut(carry + data[:missing], 0) + self._cut(data, missing)
-        return self._cut(carry + data, 0)
+            return self._split(carry + data[:missing], 0) + self._split(data, missing)
+        return self._split(carry + data, 0)
 
-    def _cut(self, data: bytes, at: int) -> list[Framed]:
+    def _split(self, data: bytes, at: int) -> list[Framed]:
+        """Hand on the data from `at` on, packets and what is between them; hold back the rest."""
         blocks: list[Framed] = []
         while len(data) - at >= TS_PACKET:
             whole = (len(data) - at) // TS_PACKET
             first_bytes = data[at : at + whole * TS_PACKET : TS_PACKET]
-            end = at + (whole - len(first_bytes.lstrip(TS_SYNC))) * TS_PACKET
-            if end > at and self._is_shut:
-                blocks += self._pass_if_opened(data, at, end)
-            elif end > at:
-                blocks += self._pass(data, at, end)
-            else:
+            packets = whole - len(first_bytes.lstrip(TS_SYNC))  # before the first wrong byte
+            end = at + packets * TS_PACKET
+            if not packets:
                 found = _PACKET_START.search(data, at + 1)
                 end = found.start() if found else len(data)
                 blocks += self._hand_on(data, at, end)
+            elif self._is_shut:
+                blocks += self._pass_if_opened(data, at, end)
+            else:
+                blocks += self._pass(data, at, end)
             at = end
         self._carry = data[at:]
         return blocks
 
     def _hand_on(self, data: bytes, start: int, end: int, unit: int = 1) -> list[Framed]:
-        return [] if self._is_shut else super()._hand_on(data, start, end, unit)
+        if self._is_shut:
+            return []
+        return super()._hand_on(data, start, end, unit)
 
     def _pass_if_opened(self, data: bytes, start: int, end: int) -> list[Framed]:
         """Drop packets up to the first that a decoder can start with, and hand on the rest."""
         flags = data[start + 1 : end : TS_PACKET]
-        index = 0
-        while found := (_ANY_BYTE if self.tables.parts else _UNIT_START).search(flags, index):
-            at = start + found.start() * TS_PACKET
+        index = self._next_place(flags, 0)
+        while index is not None:
+            at = start + index * TS_PACKET
             packet = data[at : at + TS_PACKET]
             pid = pid_of(packet)
             if pid == 0 or pid in self.tables.programs:
                 self.tables.add(pid, packet)
-            elif packet[1] & 0x40 and pid in self.tables.streams:
+            elif starts_unit(packet) and pid in self.tables.streams:
                 self._note_dropped(pid, packet)
                 if self._opens(pid, packet):
                     return self._open(self.tables.packets + data[at:end])
-            index = found.end()
+            index = self._next_place(flags, index + 1)
         if not self.tables.packets and time.monotonic() > self._patience_end:
             return self._open(data[start:end])  # no tables: a later place is no better
         return []
 
     def _open(self, data: bytes) -> list[Framed]:
         """Hand on these packets and everything after them."""
-        self._is_shut, self.tables = False, self._shown
+        self._is_shut = False
+        self.tables = self._shown
         return self._pass(data, 0, len(data))
 
     def _note_dropped(self, pid: int, packet: bytes) -> None:
         """Note the DTS of a unit that starts in a dropped packet."""
-        dts = self._read_dts(pid, packet)
+        dts = self._take_dts(pid, packet)
         if dts is not None:
             self._dropped_dts = dts
 
@@ -2415,12 +2507,12 @@ class TsFramer(Framer):
         """
         if time.monotonic() > self._patience_end:
             return True
-        has_video = self.tables.video_pid >= 0
-        if has_video and not (pid == self.tables.video_pid and self._is_key_frame(packet)):
+        video_pid = self.tables.video_pid
+        if video_pid is not None and not (pid == video_pid and self._is_key_frame(packet)):
             return False
-        if self._had is None or self._dropped_dts is None:
+        if self._backlog_end is None or self._dropped_dts is None:
             return True
-        ahead = (self._dropped_dts - self._had) % TIMESTAMP_MODULUS
+        ahead = (self._dropped_dts - self._backlog_end) % TIMESTAMP_MODULUS
         return 0 < ahead < TIMESTAMP_MODULUS - NEW_CLOCK_TICKS
 
     def _pass(self, data: bytes, start: int, end: int) -> list[Framed]:
@@ -2430,50 +2522,61 @@ class TsFramer(Framer):
         """
         blocks: list[Framed] = []
         flags = data[start + 1 : end : TS_PACKET]
-        first, index = start, 0
-        firsts = self._first_places(data, start, end)
-        while (index := self._next_place(flags, index, firsts)) < len(flags):
+        first = start
+        firsts = self._first_places(data, first, end)
+        index = self._next_place(flags, 0, firsts)
+        while index is not None:
             at = first + index * TS_PACKET
             packet = data[at : at + TS_PACKET]
             pid = pid_of(packet)
-            if self._may_jump and (notice := self._notice(pid, packet)):
+            notice = self._notice(pid, packet) if self._may_jump else b""
+            if notice:
                 blocks += self._hand_on(data, start, at, TS_PACKET)
                 blocks += self._hand_on(notice, 0, len(notice), TS_PACKET)
                 start = at
             if pid == 0 or pid in self.tables.programs:
-                self.tables.add(pid, packet)
-                self._has_tables |= pid == self.tables.program_pid
-                self.preamble, self.unplayed = self.tables.packets, self.tables.unplayed
+                self._take_table(pid, packet)
                 firsts = self._first_places(data, first, end)  # the table may name other PIDs
-            elif packet[1] & 0x40 and pid in self.tables.streams:
+            elif starts_unit(packet) and pid in self.tables.streams:
                 join = self._see_unit(pid, packet)
                 if join and not join.at_start:
                     blocks += self._hand_on(data, start, at, TS_PACKET)
                     start = at
                 if join:
                     blocks.append(join)
-            index += 1
+            index = self._next_place(flags, index + 1, firsts)
         blocks += self._hand_on(data, start, end, TS_PACKET)
         self._remember(memoryview(data)[first:end])
         return blocks
 
+    def _take_table(self, pid: int, packet: bytes) -> None:
+        self.tables.add(pid, packet)
+        if pid == self.tables.program_pid:
+            self._has_tables = True
+        self.preamble = self.tables.packets
+        self.unplayed = self.tables.unplayed
+
     def _remember(self, packets: Block) -> None:
         """Keep packets for their counters, in no more blocks than NEWEST_LIMIT bytes need."""
         self._newest.append(packets)
-        excess = sum(map(len, self._newest)) - NEWEST_LIMIT
+        excess = sum(len(block) for block in self._newest) - NEWEST_LIMIT
         while excess >= len(self._newest[0]):
-            excess -= len(self._newest.popleft())
+            oldest = self._newest.popleft()
+            excess -= len(oldest)
 
-    def _next_place(self, flags: bytes, index: int, firsts: Sequence[int]) -> int:
-        """Return the index of the next packet to look at, from `index` on; len(flags) if none.
+    def _next_place(self, flags: bytes, index: int, firsts: Sequence[int] = ()) -> int | None:
+        """Return the index of the next packet to look at, from `index` on; None if there is none.
 
-        While a section continues in a later packet, every packet is looked at.
+        `flags` has the second byte of each packet, and `firsts` the indexes of packets that are
+        looked at in any case.  While a section continues in a later packet, every packet is.
         """
-        found = (_ANY_BYTE if self.tables.parts else _UNIT_START).search(flags, index)
-        number = found.start() if found else len(flags)
-        if firsts:
-            number = min([number, *(first for first in firsts if first >= index)])
-        return number
+        wanted = _ANY_BYTE if self.tables.parts else _UNIT_START
+        found = wanted.search(flags, index)
+        place = found.start() if found else None
+        for first in firsts:
+            if first >= index and (place is None or first < place):
+                place = first
+        return place
 
     def _first_places(self, data: bytes, start: int, end: int) -> list[int]:
         """Return the indexes of the packets that are their PID's first after a possible jump."""
@@ -2498,6 +2601,7 @@ class TsFramer(Framer):
         """Return the packets to put before a PID's first one if it jumps without signalling it."""
         if pid in self._seen:
             return b""
+        last: int | None = None
         if not self._is_jump:
             last = self._counter_before(pid)
             if last is None or pid not in self.tables.pids:
@@ -2505,8 +2609,9 @@ class TsFramer(Framer):
         self._seen.add(pid)
         table = self.tables.announcement(pid, packet)
         if not self._is_jump and (table or last != counter_before(packet)):
-            self._is_jump, self._before = True, ()  # then no other PID continues, either
-        if not self._is_jump or (packet[3] & 0x20 and packet[4] and packet[5] & 0x80):
+            self._is_jump = True  # then no other PID continues, either
+            self._before = ()
+        if not self._is_jump or has_adaptation_flag(packet, DISCONTINUITY_FLAG):
             return b""
         return discontinuity_before(table or packet) + table
 
@@ -2522,15 +2627,15 @@ class TsFramer(Framer):
 
     def _see_unit(self, pid: int, packet: bytes) -> Join | None:
         """Look at a PES packet that starts a unit; return a mark if a decoder can start there."""
-        dts = self._read_dts(pid, packet)
+        dts = self._take_dts(pid, packet)
         if dts is not None:
             self.last_dts = dts
-        has_video = self.tables.video_pid >= 0
-        is_key_frame = pid == self.tables.video_pid and self._is_key_frame(packet)
+        video_pid = self.tables.video_pid
+        is_key_frame = pid == video_pid and self._is_key_frame(packet)
         join = self._join_at(pid, is_key_frame)
         if join:
             self._has_join = True
-        if pid == self.tables.video_pid or not has_video:
+        if video_pid is None or pid == video_pid:
             self._has_unit = True
         if is_key_frame:
             self._key_frame_time = time.monotonic()
@@ -2538,7 +2643,7 @@ class TsFramer(Framer):
 
     def _join_at(self, pid: int, is_key_frame: bool) -> Join | None:
         """Return the mark for a unit that starts here, or None."""
-        has_video = self.tables.video_pid >= 0
+        has_video = self.tables.video_pid is not None
         if self._awaits_start and (is_key_frame or not has_video):
             # At the segment's start, unless pictures that depend on others precede this one.
             self._awaits_start = False
@@ -2549,8 +2654,9 @@ class TsFramer(Framer):
             return Join(self.preamble, is_key_frame, self.last_dts)
         if self._in_segments:
             is_first_picture = pid == self.tables.video_pid and not self._has_unit
-            is_makeshift = self._awaits_start and is_first_picture and bool(self.preamble)
-            return Join(self.preamble, is_makeshift=True) if is_makeshift else None
+            if self._awaits_start and is_first_picture and self.preamble:
+                return Join(self.preamble, is_makeshift=True)
+            return None
         waits_for_key_frame = has_video and self._has_key_frame
         if waits_for_key_frame or self._has_join:  # one in each feed() is enough
             return None
@@ -2559,54 +2665,57 @@ class TsFramer(Framer):
     @property
     def _has_key_frame(self) -> bool:
         """Whether the newest key frame is recent enough for a viewer to start with."""
-        came = self._key_frame_time
-        return came is not None and time.monotonic() - came < KEY_FRAME_LIFE
+        if self._key_frame_time is None:
+            return False
+        return time.monotonic() - self._key_frame_time < KEY_FRAME_LIFE
 
-    def _read_dts(self, pid: int, packet: bytes) -> int | None:
+    def _take_dts(self, pid: int, packet: bytes) -> int | None:
         """Return the DTS of a unit of the video, or of the audio if there is no video; else None.
 
         Also notes whether the video that the PMT names arrives.
         """
-        tables = self.tables
         dts = None
-        for at in timestamp_positions(packet):
+        for at in timestamp_positions(packet):  # the DTS follows the PTS; without it, both are one
             dts = read_timestamp(packet, at)
-        if tables.named_video_pid in (pid, -1):
-            self._sounds.clear()
-            tables.lacks_video = False
+        named_video_pid = self.tables.named_video_pid
+        if named_video_pid is None or pid == named_video_pid:
+            self._first_sounds.clear()
+            self.tables.lacks_video = False
         elif dts is not None:
-            silence = (dts - self._sounds.setdefault(pid, dts)) % TIMESTAMP_MODULUS
-            tables.lacks_video |= VIDEO_PATIENCE < silence < TIMESTAMP_MODULUS // 2
-        main_pid = tables.video_pid
-        if main_pid < 0:
-            main_pid = min(tables.streams.keys() - {tables.named_video_pid}, default=-1)
-        return dts if pid == main_pid else None
+            first_sound = self._first_sounds.setdefault(pid, dts)
+            silence = (dts - first_sound) % TIMESTAMP_MODULUS
+            if VIDEO_PATIENCE < silence < TIMESTAMP_MODULUS // 2:  # more: the clock went back
+                self.tables.lacks_video = True
+        return dts if pid == self.tables.main_pid else None
 
     def _is_key_frame(self, packet: bytes) -> bool:
         """Whether random_access_indicator (2.4.3.4) or a unit in the packet shows a key frame."""
-        if packet[3] & 0x20 and packet[4] and packet[5] & 0x40:
+        if has_adaptation_flag(packet, RANDOM_ACCESS_FLAG):
             return True
-        units = _KEY_UNITS.get(self.tables.streams[self.tables.video_pid])
-        return bool(units and units.search(packet, payload_start(packet)))
+        units = _KEY_UNITS.get(self.tables.streams[pid_of(packet)])
+        if units is None:
+            return False
+        return units.search(packet, payload_start(packet)) is not None
 
 
 # Packed audio, with ID3 tags in front of a segment's first frame (RFC 8216, 3.4)
 
-ID3_HEADER = 10
+ID3_HEADER = 10  # bytes
 
 
-def _id3_size(start: bytes) -> int:
-    """Return the size of the ID3 tag at the beginning; 0 if there is none, or no whole header.
+def _id3_size(start: bytes) -> int | None:
+    """Return the size of the ID3 tag at the beginning; None if there is none, or no whole header.
 
     The header has a size of 28 bits.  It does not include the footer that version 4 may add.
     """
-    if start[:3] != b"ID3" or len(start) < ID3_HEADER:
-        return 0
-    size = 0
+    if not start.startswith(b"ID3") or len(start) < ID3_HEADER:
+        return None
+    content_size = 0
     for byte in start[6:10]:
-        size = size << 7 | byte & 0x7F
+        content_size = content_size << 7 | byte & 0x7F
     has_footer = start[3] >= 4 and start[5] & 0x10
-    return ID3_HEADER + size + (ID3_HEADER if has_footer else 0)
+    footer_size = ID3_HEADER if has_footer else 0
+    return ID3_HEADER + content_size + footer_size
 
 
 class AudioFramer(Framer):
@@ -2627,31 +2736,38 @@ class AudioFramer(Framer):
 
     def drop(self) -> None:
         super().drop()
-        self._may_be_tag, self._tag_left = True, 0
+        self._may_be_tag = True
+        self._tag_left = 0
 
     def feed(self, data: bytes) -> list[Framed]:
         start = 0
         if self._may_be_tag:
             data, self._carry = self._carry + data, b""
-            start = self._tags_end(data)
+            start = self._take_tags(data)
         if start == len(data):
             return []
         blocks = self._hand_on(data, start, len(data))
-        return blocks if self._in_segments else [Join(), *blocks]  # one in each feed() is enough
+        if self._in_segments:
+            return blocks
+        return [Join(), *blocks]  # one in each feed() is enough
 
-    def _tags_end(self, data: bytes) -> int:
-        """Return the index of the media after the tags; len(data) if it is not known yet."""
+    def _take_tags(self, data: bytes) -> int:
+        """Move the tags at the start of the data to the preamble.
+
+        Returns the index of the media after them; len(data) if it is not known yet.
+        """
         at = 0
         while at < len(data):
             if not self._tag_left:
                 header = data[at : at + ID3_HEADER]
-                if len(header) < ID3_HEADER and header[:3] == b"ID3"[: len(header)]:
+                if len(header) < ID3_HEADER and b"ID3".startswith(header[:3]):
                     self._carry = header
                     return len(data)
-                self._tag_left = _id3_size(header)
-            if not self._tag_left:
-                self._may_be_tag = False
-                return at
+                size = _id3_size(header)
+                if size is None:
+                    self._may_be_tag = False
+                    return at
+                self._tag_left = size
             end = min(at + self._tag_left, len(data))
             self._tag_left -= end - at
             self.preamble = (self.preamble + data[at:end])[:TAG_LIMIT]
@@ -2707,12 +2823,19 @@ MATROSKA = Container("video/x-matroska", first_bytes=re.compile(rb"\x1a\x45\xdf\
 OTHER_MEDIA = Container("application/octet-stream")
 
 
-def _packed_audio(media_type: str, extension: str, header: bytes, **facts: Any) -> Container:
+def _packed_audio(
+    media_type: str,
+    extension: str,
+    header: bytes,
+    *,
+    plays_bare: bool = False,
+    other_names: Sequence[str] = (),
+) -> Container:
     """Return a container of audio frames; `header` is a pattern of a frame's first bytes."""
     return Container(
         media_type, extension, AudioFramer,
-        is_packed_audio=True, joins_late=True,
-        first_bytes=re.compile(header, re.DOTALL), **facts,
+        is_packed_audio=True, joins_late=True, plays_bare=plays_bare,
+        first_bytes=re.compile(header, re.DOTALL), other_names=other_names,
     )  # fmt: skip
 
 
@@ -2732,7 +2855,6 @@ AC3 = _packed_audio("audio/ac3", "ac3", rb"\x0b\x77.{3}[\x00-\x57]")
 EAC3 = _packed_audio("audio/eac3", "ec3", rb"\x0b\x77.{3}[\x58-\x87]")
 
 PACKED_AUDIO = (AAC, MPEG_AUDIO, AC3, EAC3)
-CONTAINERS = (MPEG_TS, FMP4, MATROSKA, *PACKED_AUDIO, OTHER_MEDIA)
 
 # Up to three packets at any offset, the first of them whole.  A wrong IV spoils 16 bytes, including
 # the sync byte of the first packet; then the match begins with the second packet, at 188.
@@ -2750,23 +2872,45 @@ def sniff(start: bytes, is_all: bool = False, media_type: str = "") -> Container
     the codec of audio that begins within a frame, as a relay's audio does.
     """
     at = 0
-    while size := _id3_size(start[at : at + ID3_HEADER]):
-        at += size
+    tag_size = _id3_size(start)
+    while tag_size is not None:
+        at += tag_size
+        tag_size = _id3_size(start[at : at + ID3_HEADER])
     if at > len(start) >= TAG_LIMIT:
         return MPEG_AUDIO  # only a music file with a cover has a tag that large
     start = start[at:]
-    told = [container for container in (MPEG_TS, FMP4, MATROSKA) if container.begins(start)]
-    if not told and not is_all and len(start) < SNIFF_LIMIT:
+    found = _beginning_container(start, (MPEG_TS, FMP4, MATROSKA))
+    if found:
+        return found
+    if not is_all and len(start) < SNIFF_LIMIT:
         return None
-    if not told and _PACKETS.match(start):  # before audio: these may look like a frame
-        told = [MPEG_TS]
-    told = told or [container for container in PACKED_AUDIO if container.begins(start)]
-    told = told or [container for container in PACKED_AUDIO if container.is_called(media_type)]
-    if told:
-        return told[0]
+    if _PACKETS.match(start):  # before audio: these may look like a frame
+        return MPEG_TS
+    found = _beginning_container(start, PACKED_AUDIO)
+    if found is None:
+        found = _named_audio(media_type)
+    if found:
+        return found
     if not is_all and len(start) < SEARCH_LIMIT:
         return None
-    return MPEG_TS if _FAR_PACKETS.search(start, 0, SEARCH_LIMIT) else OTHER_MEDIA
+    has_packets = _FAR_PACKETS.search(start, 0, SEARCH_LIMIT)
+    return MPEG_TS if has_packets else OTHER_MEDIA
+
+
+def _beginning_container(start: bytes, containers: Iterable[Container]) -> Container | None:
+    """Return the first of these containers that begins like these bytes, or None."""
+    for container in containers:
+        if container.begins(start):
+            return container
+    return None
+
+
+def _named_audio(media_type: str) -> Container | None:
+    """Return the packed audio that this Content-Type names, or None."""
+    for container in PACKED_AUDIO:
+        if container.is_called(media_type):
+            return container
+    return None
 
 
 # Media or noise: decryption with a wrong key yields noise
@@ -2852,36 +2996,41 @@ def _behind_spoiled_bytes(start: bytes) -> bytes:
 # The end of a segment: padding, or media that looks like it
 
 _BOX = re.compile(rb".{4}[a-z0-9]{4}", re.DOTALL)  # ISO/IEC 14496-12, 4.2
+BOX_HEADER, LARGE_BOX_HEADER = 8, 16  # bytes; the size of a large box follows its type
+IS_LARGE_BOX = 1  # stands in place of its size
+NO_UNIT = 0  # a size that no unit has
 
 
-def _unit_length(header: bytes) -> int | None:
+def _unit_size(header: bytes) -> int | None:
     """Return the size in bytes of the ID3 tag, ADTS frame or fMP4 box with this header.
 
-    Returns 0 if it is none of them, and None to ask for more bytes.
+    Returns NO_UNIT if it is none of them, and None to ask for more bytes.
     """
-    if len(header) < 8:
+    if len(header) < BOX_HEADER:
         return None
-    if header[:3] == b"ID3":
-        return _id3_size(header) or None
+    if header.startswith(b"ID3"):
+        return _id3_size(header)
     if AAC.begins(header):  # ISO/IEC 13818-7, 6.2: aac_frame_length
         return int.from_bytes(header[3:6], "big") >> 5 & 0x1FFF
     if not _BOX.match(header):
-        return 0
-    length = int.from_bytes(header[:4], "big")
-    if length != 1:
-        return length
-    return int.from_bytes(header[8:16], "big") if len(header) >= 16 else None
+        return NO_UNIT
+    size = int.from_bytes(header[:4], "big")
+    if size != IS_LARGE_BOX:
+        return size
+    if len(header) < LARGE_BOX_HEADER:
+        return None
+    return int.from_bytes(header[BOX_HEADER:LARGE_BOX_HEADER], "big")
 
 
 class UnitCounter:
-    """Follows the units of a segment by their lengths, to tell whether its last unit is complete.
+    """Follows the units of a segment by their sizes, to tell whether its last unit is complete.
 
     Units are the packets of MPEG-TS, the frames of ADTS, the boxes of fMP4, and ID3 tags.
     """
 
     def __init__(self) -> None:
         self._size = 0  # bytes received
-        self._header = b""  # the start of a unit whose length is not known yet
+        self._header = b""  # the start of a unit whose size is not known yet
         self._left = 0  # bytes missing from the open unit
         self._is_counted = False  # the segment began with a tag, a frame or a box
         self._is_lost = False  # the bytes after the last known unit are no unit
@@ -2895,22 +3044,24 @@ class UnitCounter:
         data, self._header = self._header + data, b""
         at = self._left
         while at < len(data):
-            length = _unit_length(data[at : at + 16])
-            if length is None:
-                self._header, at = data[at:], len(data)
-            elif length == 0:
+            size = _unit_size(data[at : at + LARGE_BOX_HEADER])
+            if size is None:
+                self._header = data[at:]
+                at = len(data)
+            elif size == NO_UNIT:
                 self._is_lost = True
                 return
             else:
                 self._is_counted = True
-                at += length
+                at += size
         self._left = at - len(data)
 
     @property
     def is_between_units(self) -> bool:
         """Whether the newest byte ends a unit; false if that is unknown."""
         if self._is_counted:
-            return not (self._is_lost or self._header or self._left)
+            is_within_unit = self._header or self._left
+            return not self._is_lost and not is_within_unit
         return self._size % TS_PACKET == 0 and self._tail.startswith(TS_SYNC)
 
 
@@ -2967,7 +3118,7 @@ def test_card_segment(number: int) -> bytes:
     for packet in packets:
         counter = packet[3] + number * counts[pid_of(packet)]
         packet[3] = packet[3] & 0xF0 | counter & 0x0F
-        if packet[3] & 0x20 and packet[4] and packet[5] & 0x10:
+        if has_adaptation_flag(packet, PCR_FLAG):
             # The PCR has a base of 33 bits, and an extension that does not change (2.4.3.5).
             base, rest = divmod(int.from_bytes(packet[6:12], "big"), 1 << 15)
             base = (base + ticks) % TIMESTAMP_MODULUS
