@@ -264,7 +264,27 @@ PLAYING = ("live", "private")  # states in which media flows
 
 # --------------------------------------------------------------------------------------------------
 # Errors
+#
+#   class             meaning                                   caught by
+#   PipeError         the root; by itself: a try of a download  Download: may try again
+#                     failed, or the server cannot run          main: exits with status 1
+#   ConfigError       the configuration has mistakes            main: prints them; a reload: logs
+#                                                               them
+#   StreamError       a request cannot be answered with media   Handler: answers with its status
+#     UpstreamError   because the origin failed                 before that, Channel: tries again
+#     LimitReached    because there is no room                  before that, Channels.watch: waits
+#                                                               if the client zaps; Channel: tries
+#                                                               another address
+#   ViewerGone        a viewer left, or is disconnected         Handler: logs and counts it
+#   WindowEnded       a window has no more data for a viewer    Handler: ends the body
+#   SourceEnded       a source truly ended                      Channel: ends its window
+#   Stop              a channel's thread must end               Channel: closes
+#
+# Other sections derive errors of their own: ListError, DownloadError, DecryptionError, BadPlaylist
+# and NoHls.
 # --------------------------------------------------------------------------------------------------
+
+RETRY_AFTER = 5  # seconds after which a client that was refused may repeat its request
 
 
 class PipeError(Exception):
@@ -272,7 +292,7 @@ class PipeError(Exception):
 
 
 class ConfigError(PipeError):
-    """The configuration cannot be used; `mistakes` has one line for each reason."""
+    """The configuration cannot be used; `mistakes` has one line for each mistake."""
 
     def __init__(self, mistakes: Sequence[str]) -> None:
         super().__init__("\n".join(mistakes))
@@ -280,7 +300,7 @@ class ConfigError(PipeError):
 
 
 class StreamError(PipeError):
-    """A stream cannot be served; its viewer may see `status` and `reason`."""
+    """A request cannot be answered with media; the client may see `status` and `reason`."""
 
     def __init__(self, status: HTTPStatus, reason: str, retry_after: int | None = None) -> None:
         super().__init__(reason)
@@ -288,8 +308,8 @@ class StreamError(PipeError):
         self.reason = reason
         self.retry_after = retry_after  # seconds
 
-    def again(self) -> StreamError:
-        """A copy to raise elsewhere: a raised exception keeps every frame that it passed alive."""
+    def copy(self) -> StreamError:
+        """A copy to raise or keep: a raised exception keeps every frame that it passed alive."""
         return StreamError(self.status, self.reason, self.retry_after)
 
 
@@ -297,8 +317,10 @@ class UpstreamError(StreamError):
     """The origin failed; `reason` names neither an address nor an exception."""
 
     def __init__(self, reason: str) -> None:
-        is_late = reason == TIMED_OUT
-        super().__init__(HTTPStatus.GATEWAY_TIMEOUT if is_late else HTTPStatus.BAD_GATEWAY, reason)
+        status = HTTPStatus.BAD_GATEWAY
+        if reason == TIMED_OUT:
+            status = HTTPStatus.GATEWAY_TIMEOUT
+        super().__init__(status, reason)
 
 
 # The limits, as the metric names them.  `account` is the `max_upstreams` of a playlist.
@@ -308,134 +330,214 @@ LIMITS = ("max_viewers", "max_upstreams", "account", "connections", "threads")
 class LimitReached(StreamError):
     """There is no room for another viewer, upstream or thread; `limit` is one of LIMITS.
 
-    `held_by` has the addresses of the clients that occupy the places.
+    `held_by` has the addresses of the clients that occupy the slots.
     """
 
     def __init__(self, reason: str, limit: str, held_by: Collection[str] = ()) -> None:
-        super().__init__(HTTPStatus.SERVICE_UNAVAILABLE, reason, retry_after=5)
+        super().__init__(HTTPStatus.SERVICE_UNAVAILABLE, reason, RETRY_AFTER)
         self.limit = limit
         self.held_by = held_by
 
-    def again(self) -> LimitReached:
+    def copy(self) -> LimitReached:
         return LimitReached(self.reason, self.limit, self.held_by)
 
 
 class ViewerGone(PipeError):
     """A viewer left, or StreamPipe disconnects it.
 
-    `reason` is the word for it in the log.  `label` is the one in the metric; it is empty if the
-    viewer left by itself.
+    The log shows `reason`.  `label` is the reason in the metric of disconnected viewers; None if
+    the viewer left by itself.
     """
 
-    def __init__(self, reason: str = "left", label: str = "") -> None:
+    def __init__(self, reason: str = "left", label: str | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
         self.label = label
 
 
-class Stop(PipeError):
-    """Ends a channel's feeder: it is no longer needed, or nothing can continue its output."""
+class WindowEnded(PipeError):
+    """A window has no more data for its viewer.
+
+    `is_complete` is true if the source truly ended.
+    """
+
+    def __init__(self, is_complete: bool) -> None:
+        super().__init__("complete" if is_complete else "broken off")
+        self.is_complete = is_complete
 
 
 class SourceEnded(PipeError):
     """The source of an upstream truly ended, and all of its data has been read."""
 
 
-class WindowEnded(PipeError):
-    """A window has no more data for its viewer.
+class Stop(PipeError):
+    """Ends a channel's thread: it is no longer needed, or nothing can continue its output."""
 
-    `complete` is true if the source truly ended.
+
+# Reasons: why an origin failed, for people.  ADVICE says what to do about most of them.  In a
+# report of --check, the position of the address replaces "the origin".
+
+
+def answered(status: int) -> str:
+    """The reason for an HTTP error of the origin's."""
+    return f"the origin answered {status}"
+
+
+CONNECTION_REFUSED = "the origin refuses connections"
+UNKNOWN_HOST = "the origin's host name is unknown"
+NO_ROUTE = "there is no network route to the origin"
+CONNECTION_CLOSED = "the origin closed the connection"
+TIMED_OUT = "the origin did not answer in time"
+PROXY_FAILED = "the proxy does not answer"
+BAD_CERTIFICATE = "the origin's certificate is not valid"
+NO_TLS = "the origin refuses secure connections: write http:// in front of its address"
+FROM_HTTPS_TO_HTTP = "the origin switches from https to http: configure the http:// address"
+REDIRECT_LOOP = "the origin redirects in a loop"
+NOT_HTTP = "the origin does not speak HTTP"
+BAD_COMPRESSION = "the origin's answer cannot be decompressed"
+
+UNSUPPORTED_SCHEME = "is not supported: use http:// or https://"
+UNSUPPORTED_ADDRESS = "the origin refers to an unsupported kind of address"
+LOCAL_FILE = "the origin refers to a local file: refused"
+WEB_PAGE = "the origin sent a web page, not a stream"
+SHORT_TEXT = "the origin sent text, not a stream"
+CHANNEL_LIST = "the address is a channel list: put it under playlists:, not under streams:"
+NOT_HLS = "the origin sent something that is not an HLS playlist"
+INVALID_TAG = "the origin's playlist has an invalid key, map or byte range"
+TOO_LARGE_PLAYLIST = "the origin's playlist is too large"
+EMPTY_PLAYLIST = "the origin's playlist is empty"
+NO_VARIANT = "the origin's playlist lists no playable stream"
+NO_STREAM = "the origin offers no stream at this address"
+NO_SUCH_QUALITY = "the configured quality does not exist"
+
+DRM_PROTECTED = "the stream is DRM-protected"
+NOT_A_KEY = "the decryption key is not an AES-128 key"
+WRONG_KEY = "decryption failed: wrong key"
+CUT_SEGMENT = "decryption failed: the segment is incomplete"
+
+EMPTY_ANSWER = "the origin sent an empty answer"
+BROKEN_ANSWER = "the origin's answer broke off"
+NO_MEDIA = "the origin sent no media"
+NO_DATA = "the origin sends no data"
+NO_MORE_SEGMENTS = "the origin sends no more segments"
+NOT_BACK = "the origin did not recover in time"
+JUST_ENDED = "the stream has just ended"
+OTHER_FAILURE = "the origin's stream cannot be opened"
+
+NO_FFMPEG = "audio and video are separate: install ffmpeg"
+FFMPEG_NOT_STARTED = "ffmpeg cannot be started"
+FFMPEG_FAILED = "ffmpeg failed"
+TOO_MANY_FILES = "the server has too many open files: raise the limit of open files"
+TOO_MANY_THREADS = "the server has too many threads: raise the limit of threads"
+
+# There is no server at the address.
+NO_SERVER = frozenset({CONNECTION_REFUSED, UNKNOWN_HOST, NO_ROUTE, CONNECTION_CLOSED})
+# The address may have expired: it must be resolved again.
+EXPIRED = frozenset(answered(status) for status in (401, 403, 404, 410))
+NOT_MEDIA = frozenset({WEB_PAGE, SHORT_TEXT})
+# Another try to fetch the key cannot help.
+HOPELESS_KEY = NOT_MEDIA | {UNSUPPORTED_ADDRESS, LOCAL_FILE, NOT_A_KEY, INVALID_TAG}
+
+
+class Sign(NamedTuple):
+    """How to recognize a reason in an error: by types, or by parts of texts.
+
+    They may be those of the error or of any of its causes.
     """
 
-    def __init__(self, complete: bool) -> None:
-        super().__init__("complete" if complete else "broken off")
-        self.complete = complete
+    reason: str
+    types: tuple[type[BaseException], ...] = ()
+    texts: tuple[str, ...] = ()
 
 
-def _many(count: int, word: str) -> str:
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+def _error_numbers(*numbers: int) -> tuple[str, ...]:
+    """The beginnings of the texts of an OSError with one of these numbers."""
+    return tuple(f"[Errno {number}]" for number in numbers)
+
+
+# The first match wins, so causes stand before their consequences.  Errors that call for the same
+# action share a reason.
+_SIGNS = (
+    Sign(PROXY_FAILED, types=(requests.exceptions.ProxyError, socks.ProxyError)),
+    Sign(UNKNOWN_HOST, types=(socket.gaierror,)),
+    Sign(CONNECTION_REFUSED, types=(ConnectionRefusedError,)),
+    Sign(
+        TIMED_OUT,
+        types=(requests.Timeout, urllib3.exceptions.ReadTimeoutError, TimeoutError),
+    ),
+    Sign(BAD_CERTIFICATE, types=(ssl.SSLCertVerificationError,)),
+    Sign(LOCAL_FILE, texts=("file:", "scheme='file'")),
+    Sign(FROM_HTTPS_TO_HTTP, texts=(" scheme='http'", "Disallowed redirection to http:")),
+    Sign(
+        UNSUPPORTED_ADDRESS,
+        types=(requests.exceptions.InvalidSchema,),
+        texts=(
+            "Invalid URL",
+            "Invalid IPv6",
+            "Failed to parse: ",
+            "insecure resource",
+            "Disallowed redirection",
+        ),
+    ),
+    Sign(REDIRECT_LOOP, types=(requests.TooManyRedirects,)),
+    Sign(
+        BROKEN_ANSWER,
+        types=(http.client.IncompleteRead, urllib3.exceptions.IncompleteRead),
+    ),
+    Sign(CONNECTION_CLOSED, types=(ConnectionError,)),
+    Sign(NOT_HTTP, types=(http.client.HTTPException,)),
+    Sign(
+        BAD_COMPRESSION,
+        types=(requests.exceptions.ContentDecodingError, urllib3.exceptions.DecodeError),
+    ),
+    Sign(FFMPEG_NOT_STARTED, types=(FileNotFoundError,)),
+    Sign(
+        NO_ROUTE,
+        texts=_error_numbers(
+            errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN
+        ),
+    ),
+    Sign(TOO_MANY_FILES, texts=_error_numbers(errno.EMFILE)),
+    Sign(NO_TLS, texts=("[SSL",)),
+    Sign(NOT_HLS, texts=("EXTM3U",)),
+    Sign(NO_VARIANT, texts=("variant playlist", "I-frames only")),
+    Sign(INVALID_TAG, texts=("Missing URI for decryption key",)),
+    Sign(TOO_MANY_THREADS, texts=("new thread",)),
+    Sign(CONNECTION_CLOSED, types=(requests.ConnectionError,)),
+)
 
 
 def explain(error: BaseException) -> str:
     """The reason for an upstream's failure, without any address or any library's text."""
+    chain = _with_causes(error)
+    for each in chain:
+        if isinstance(each, PipeError):
+            return str(each)
+        if isinstance(each, requests.HTTPError) and each.response is not None:
+            return answered(each.response.status_code)
+    texts = "\n".join(str(each) for each in chain)
+    for sign in _SIGNS:
+        if any(isinstance(each, sign.types) for each in chain):
+            return sign.reason
+        if any(text in texts for text in sign.texts):
+            return sign.reason
+    return OTHER_FAILURE
+
+
+def _with_causes(error: BaseException) -> list[BaseException]:
+    """An error, followed by its causes in turn."""
     chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = getattr(cause, "err", None) or cause.__cause__ or cause.__context__
-    for cause in chain:
-        if isinstance(cause, PipeError):
-            return str(cause)
-        if isinstance(cause, requests.HTTPError) and cause.response is not None:
-            return f"the origin answered {cause.response.status_code}"
-    texts = "\n".join(map(str, chain))
-    for reason, *signs in _REASONS:
-        types = tuple(sign for sign in signs if isinstance(sign, type))
-        is_told = any(isinstance(sign, str) and sign in texts for sign in signs)
-        if is_told or any(isinstance(cause, types) for cause in chain):
-            return str(reason)
-    return "the origin's stream cannot be opened"
+    each: BaseException | None = error
+    while each is not None and each not in chain:
+        chain.append(each)
+        wrapped = getattr(each, "err", None)  # as streamlink's errors keep their cause
+        each = wrapped or each.__cause__ or each.__context__
+    return chain
 
 
-TIMED_OUT = "the origin did not answer in time"
-REFUSED = "the origin refuses connections"
-UNKNOWN = "the origin's host name is unknown"
-NO_ROUTE = "there is no network route to the origin"
-CLOSED = "the origin closed the connection"
-GONE = frozenset({REFUSED, UNKNOWN, NO_ROUTE, CLOSED})  # there is no server
-NOT_FOUND = "the origin answered 404"
-# Answers of an address that has expired and must be resolved again.
-EXPIRED = frozenset(f"the origin answered {status}" for status in (401, 403, 404, 410))
-JUST_ENDED = "the stream has just ended"
-CHANNEL_LIST = "that is a list of channels: put it under playlists:, not under streams:"
-WEB_PAGE = "the origin sent a web page, not a stream"
-TEXT = "the origin sent text, not a stream"
-NOT_MEDIA = frozenset({WEB_PAGE, TEXT})
-EMPTY = "the origin's playlist is empty"
-UNREADABLE = "the origin's playlist has a key, a map or a byte range that cannot be read"
-UNSUPPORTED = "the origin refers to an unsupported kind of address"
-LOCAL_FILE = "the origin refers to a local file: refused"
-NOT_A_KEY = "the decryption key is not an AES-128 key"
-WRONG_KEY = "decryption failed: wrong key"
-NOT_WHOLE = "decryption failed: the segment is cut off"
-BAD_KEY = NOT_MEDIA | {UNSUPPORTED, LOCAL_FILE, NOT_A_KEY, UNREADABLE}  # a retry cannot help
-
-_NO_ROUTE = errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN
-
-# Each reason is followed by its signs: types of the error or of any of its causes, and parts of
-# their texts.  The first match wins, so list causes before their consequences.  Errors that call
-# for the same action share a reason.
-_REASONS: tuple[tuple[Any, ...], ...] = (
-    ("the proxy does not answer", requests.exceptions.ProxyError, socks.ProxyError),
-    (UNKNOWN, socket.gaierror),
-    (REFUSED, ConnectionRefusedError),
-    (TIMED_OUT,
-     requests.Timeout, urllib3.exceptions.ReadTimeoutError, TimeoutError),
-    ("the origin's certificate is not valid", ssl.SSLCertVerificationError),
-    (LOCAL_FILE, "file:", "scheme='file'"),
-    ("the origin goes from https to http: configure the http:// address",
-     " scheme='http'", "Disallowed redirection to http:"),
-    (UNSUPPORTED,
-     requests.exceptions.InvalidSchema, "Invalid URL", "Invalid IPv6", "Failed to parse: ",
-     "insecure resource", "Disallowed redirection"),
-    ("the origin redirects in a loop", requests.TooManyRedirects),
-    ("the origin's answer broke off",
-     http.client.IncompleteRead, urllib3.exceptions.IncompleteRead),
-    (CLOSED, ConnectionError),
-    ("the origin does not speak HTTP", http.client.HTTPException),
-    ("the origin's answer cannot be decompressed",
-     requests.exceptions.ContentDecodingError, urllib3.exceptions.DecodeError),
-    ("ffmpeg cannot be run", FileNotFoundError),
-    (NO_ROUTE, *(f"[Errno {number}]" for number in _NO_ROUTE)),
-    ("the system has no files left: raise the limit of open files", f"[Errno {errno.EMFILE}]"),
-    ("the origin refuses a secure connection: write http:// in front of its address", "[SSL"),
-    ("the origin sent something that is not an HLS playlist", "EXTM3U"),
-    ("the origin's playlist lists no stream that can be played",
-     "variant playlist", "I-frames only"),
-    (UNREADABLE, "Missing URI for decryption key"),
-    ("the system has no threads left", "new thread"),
-    (CLOSED, requests.ConnectionError),
-)  # fmt: skip
+def _many(count: int, word: str) -> str:
+    """A count with its word: `1 segment`, `2 segments`."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3216,7 +3318,7 @@ class ReaderBuffer:
 
     def close(self) -> None:
         """Called by streamlink to end the buffer; if a reason is known, end() had it before."""
-        self.end("the origin sends no more segments")
+        self.end(NO_MORE_SEGMENTS)
 
     def discard(self) -> None:
         """Drop all waiting items and everything written later: nothing takes them any more."""
@@ -3943,7 +4045,7 @@ class Window:
             if viewer not in self._viewers:
                 raise ViewerGone
             if self._has_ended_for(viewer):
-                raise WindowEnded(complete=self._ending is WindowEnd.COMPLETE)
+                raise WindowEnded(is_complete=self._ending is WindowEnd.COMPLETE)
             if viewer.next is None:
                 self._seek(viewer)
             elif viewer.next < self._first:
@@ -4044,7 +4146,7 @@ class Window:
             self._note_poll()
             self._list_changed.wait_for(lambda: self._has_answer(had), timeout)
             if self._numbering is None:
-                raise WindowEnded(complete=False)
+                raise WindowEnded(is_complete=False)
             return self._has_newer(had)
 
     def _has_answer(self, had: int | None) -> bool:
@@ -4063,7 +4165,7 @@ class Window:
         with self._lock:
             self._note_poll()
             if self._numbering is None or not self._playlist:
-                raise WindowEnded(complete=False)
+                raise WindowEnded(is_complete=False)
             is_complete = self._ending is WindowEnd.COMPLETE
             segments = tuple(self._playlist)
             return Listed(segments, self._container, self.target_duration, is_complete)
@@ -4350,7 +4452,7 @@ class Download:
                 has_all = refusal is not None and self._has_all(refusal)
                 if has_all and not self._is_cut_off:
                     return
-                self._judge(NOT_WHOLE if has_all else explain(error), pause)
+                self._judge(CUT_SEGMENT if has_all else explain(error), pause)
             if self._closing.wait(pause):
                 raise DownloadError("closed")
 
@@ -4438,7 +4540,7 @@ class Download:
         if self._had.size < (self._size or self._length):
             raise ConnectionError("the range ended early")
         if self._is_cut_off:
-            raise PipeError(NOT_WHOLE)
+            raise PipeError(CUT_SEGMENT)
         if not self._had.size and self.empty_time:
             is_late = time.monotonic() - self.tries.began > self.empty_time
             raise (DownloadError if is_late else PipeError)("the origin sent an empty segment")
@@ -4594,7 +4696,7 @@ class Session:
             log.debug("cannot resolve", exc_info=True)
             raise deadline.failure_of(error) from error
         if not streams:
-            raise UpstreamError("the origin offers no stream at this address")
+            raise UpstreamError(NO_STREAM)
         self.http.is_resolving = False
         self._streams = streams
         self.qualities = [name for name in streams if name not in ALIASES] or list(streams)
@@ -4682,7 +4784,7 @@ class Session:
     def _check_muxing(self) -> None:
         """Raise UpstreamError if ffmpeg or a folder for the FIFOs that it reads is missing."""
         if not FFMPEGMuxer.is_usable(self.engine):
-            raise UpstreamError("audio and video are separate: install ffmpeg")
+            raise UpstreamError(NO_FFMPEG)
         try:
             tempfile.TemporaryFile().close()
         except OSError as error:
@@ -4696,7 +4798,7 @@ class Session:
         if match is None:  # the first bytes show whether it is a playlist
             scheme = address.partition("://")[0]
             if scheme.lower() not in ("http", "https"):
-                raise UpstreamError(f"{scheme}:// is not supported: use http:// or https://")
+                raise UpstreamError(f"{scheme}:// {UNSUPPORTED_SCHEME}")
             response, start = self._open_raw({"url": address})
             if not is_playlist(start):
                 self._raw = response, start
@@ -4924,7 +5026,7 @@ class Http(HTTPSession):
         kind = arguments.get("exception")
         if kind in (OSError, EngineStreamError):
             if not response.content:
-                raise kind from UpstreamError("the origin sent an empty answer")
+                raise kind from UpstreamError(EMPTY_ANSWER)
             is_manifest = b"<MPD" in response.content[:START_LIMIT]  # of DASH
             if is_page(response.content) and not is_manifest:
                 raise kind from UpstreamError(WEB_PAGE)
@@ -5289,7 +5391,7 @@ def text_error(body: bytes) -> UpstreamError:
     words = body[:TEXT_SHOWN].decode("utf-8", "ignore").split()
     shown = [word for word in words if not re.search("[/=?&@]", word)]  # addresses are secret
     log.debug("the origin sent text: %s", " ".join(shown))
-    return UpstreamError(TEXT)
+    return UpstreamError(SHORT_TEXT)
 
 
 def media_parts(parts: Iterable[bytes]) -> Iterator[bytes]:
@@ -5338,7 +5440,7 @@ def read_bounded(response: requests.Response, start: bytes = b"") -> None:
         for part in parts_of(response, 64 * KIB, start):
             body += part
             if len(body) > PLAYLIST_LIMIT:
-                raise UpstreamError("the origin's playlist is too large")
+                raise UpstreamError(TOO_LARGE_PLAYLIST)
     except Exception as error:
         response.close()
         is_broken_off = isinstance(error, urllib3.exceptions.ProtocolError)
@@ -5702,7 +5804,7 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
             "EXT-X-BYTERANGE": self._byterange is not None,
         }
         if not is_read[tag]:
-            raise BadPlaylist(UNREADABLE)
+            raise BadPlaylist(INVALID_TAG)
         if tag == "EXT-X-MAP" and self._map.byterange and self._map.byterange.offset is None:
             self._map.byterange = self._map.byterange._replace(offset=0)
 
@@ -5714,7 +5816,7 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
     @classmethod
     def parse_byterange(cls, value: str) -> Any:
         if value and not _BYTE_RANGE.fullmatch(value):
-            raise BadPlaylist(UNREADABLE)
+            raise BadPlaylist(INVALID_TAG)
         return super().parse_byterange(value)
 
     @classmethod
@@ -5729,7 +5831,7 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
         if re.fullmatch("[0-9A-Fa-f]{32}", value):
             value = f"0x{value}"
         if not re.fullmatch("0[xX][0-9A-Fa-f]{1,32}", value):
-            raise BadPlaylist(UNREADABLE)
+            raise BadPlaylist(INVALID_TAG)
         return super().parse_hex(value)
 
     def uri(self, uri: str) -> str:
@@ -5957,7 +6059,7 @@ class WatchedWorker(HLSStreamWorker):
         try:
             self._is_empty = True
             super().reload()  # type: ignore[no-untyped-call]
-            self._is_loaded, self.trouble = True, EMPTY if self._is_empty else None
+            self._is_loaded, self.trouble = True, EMPTY_PLAYLIST if self._is_empty else None
         except Exception as error:
             self.trouble = explain(error)
             if self.trouble in EXPIRED or not self._is_loaded:  # otherwise streamlink retries
@@ -5968,7 +6070,7 @@ class WatchedWorker(HLSStreamWorker):
     def _fetch_playlist(self) -> requests.Response:
         response = super()._fetch_playlist()
         if is_short_text(response.content):
-            raise EngineStreamError(TEXT) from text_error(response.content)
+            raise EngineStreamError(SHORT_TEXT) from text_error(response.content)
         return response
 
     def process_segments(self, playlist: Any) -> None:
@@ -6024,12 +6126,12 @@ class WatchedWorker(HLSStreamWorker):
 
 REFUSAL_TIME = 1.0  # seconds of refusals after which the address of a finite stream has expired
 # The answers of origins that allow no more connections; panels use statuses of their own.
-BUSY = frozenset(f"the origin answered {status}" for status in (403, 429, 458, 503, 509))
+BUSY = frozenset(answered(status) for status in (403, 429, 458, 503, 509))
 START_MISSING = 3  # missing segments after which a start fails
 
 
 REFUSALS = EXPIRED | NOT_MEDIA  # a panel also answers 200 with its error message
-UNREACHED = GONE | {TIMED_OUT}
+UNREACHED = NO_SERVER | {TIMED_OUT}
 TROUBLE_TIME = 1.0  # seconds of failed tries of a segment before they show as trouble
 
 
@@ -6093,7 +6195,7 @@ class SegmentDownload(Download):
             return is_lasting and self.is_fatal(tries.failure)
         # Caches list the newest segment before they have it.
         may_come = self._is_map or (self._is_newest and writer.missing < START_MISSING - 1)
-        is_late = tries.failure == NOT_FOUND and may_come
+        is_late = tries.failure == answered(404) and may_come
         return self in writer.downloads[:1] and not is_late
 
     def is_fatal(self, failure: str | None) -> bool:
@@ -6104,7 +6206,7 @@ class SegmentDownload(Download):
         """
         tries, reader = self.tries, self._writer.reader
         nothing_else_answers = self._nothing_else_answers(tries, failure)
-        if failure in GONE and nothing_else_answers:
+        if failure in NO_SERVER and nothing_else_answers:
             return True
         if self._writer.is_start:  # the next one may be there
             return self._writer.missing >= START_MISSING or self._is_newest
@@ -6113,7 +6215,7 @@ class SegmentDownload(Download):
         if reader.worker.playlist_end is None:
             return False
         # A server that stops may still answer on open connections while it refuses new ones.
-        if failure in GONE and self._is_old:
+        if failure in NO_SERVER and self._is_old:
             return True
         if failure is None or not nothing_else_answers:
             return False
@@ -6225,7 +6327,7 @@ def _deciphered(cipher: Any, encrypted: Iterable[bytes]) -> Iterator[bytes]:
             yield plain
             held = held[whole:]
     if len(held) != CIPHER_BLOCK:
-        raise DecryptionError(NOT_WHOLE)
+        raise DecryptionError(CUT_SEGMENT)
     last = cipher.decrypt(held)
     units.feed(last)
     if not units.is_between_units:
@@ -6388,7 +6490,7 @@ class DownloadingWriter(HLSStreamWriter):
                 self._forget(download)
         worker = self.reader.worker
         if worker.playlist_end is None or worker.sequence <= worker.playlist_end:
-            raise UpstreamError("the origin sends no more segments")
+            raise UpstreamError(NO_MORE_SEGMENTS)
 
     def _items_of(
         self, segment: Any, init: SegmentDownload | None, download: SegmentDownload
@@ -6482,7 +6584,7 @@ class DownloadingWriter(HLSStreamWriter):
         """
         is_open = key.key_format in (None, "", "identity") or self.key_uri_override
         if key.method != "AES-128" or not is_open:
-            raise UpstreamError(f"the stream is DRM-protected ({key.method}) and cannot be played")
+            raise UpstreamError(f"{DRM_PROTECTED} ({key.method}) and cannot be played")
         deadline = time.monotonic() + self.patience()
         for pause in pauses(RETRY_PAUSES):
             try:
@@ -6491,7 +6593,7 @@ class DownloadingWriter(HLSStreamWriter):
             except Exception as error:
                 self.key_uri = None  # otherwise a wrong answer would be kept as the key
                 reason = explain(error)
-                is_final = reason in BAD_KEY or (self.is_start and reason in EXPIRED)
+                is_final = reason in HOPELESS_KEY or (self.is_start and reason in EXPIRED)
                 if is_final or time.monotonic() + pause > deadline or not self.wait(pause):
                     raise UpstreamError(f"the key cannot be fetched: {reason}") from error
         return None
@@ -6554,7 +6656,7 @@ class RawUpstream(Upstream):
         if not self.has_end:
             response, start = self._opened
             yield from parts_of(response, self.session.read_size, start)
-            raise UpstreamError(CLOSED)
+            raise UpstreamError(CONNECTION_CLOSED)
         # A stalled body is noticed after `timeout`; the rest of the patience is for one retry.
         patience = self.session.engine.get_option("stream-segment-timeout") + JUDGE_GRACE / 2
         ask = functools.partial(self.session.http.ask, self._arguments)
@@ -6730,9 +6832,9 @@ class ProcessUpstream(Upstream):
         if self._failure:
             raise UpstreamError(self._failure)
         if process and process.wait():
-            raise UpstreamError("ffmpeg failed")
+            raise UpstreamError(FFMPEG_FAILED)
         if not self.has_end:
-            raise UpstreamError(CLOSED)
+            raise UpstreamError(CONNECTION_CLOSED)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7338,8 +7440,6 @@ PRIVATE_WINDOW = 1 * MIB  # bytes between a finite upstream and its viewer: its 
 ZAPPING_PAUSE = 0.5  # seconds between a start's tries while the origin counts a closed connection
 REOPEN_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # seconds between tries; the last one repeats
 HEALTHY_TIME = 60.0  # seconds of media after which the pauses start over
-NO_MEDIA = "the origin sent no media"
-NOT_BACK = "the origin did not recover in time"
 
 
 class State(enum.Enum):
@@ -7529,7 +7629,7 @@ class Channel:
         except Stop:
             pass
         except StreamError as error:
-            ended_by = error.again()  # without the traceback, which keeps the whole channel alive
+            ended_by = error.copy()  # without the traceback, which keeps the whole channel alive
             self.gave_up = error.reason == NOT_BACK
         except Exception:
             log.exception("the feeder failed")
@@ -7826,7 +7926,7 @@ class Channel:
         # If the origin had the quality, or it is the configured one, a transcoder may be starting.
         if self._splicer or self.wanted == self.stream.quality:
             offered = ", ".join(qualities)
-            return UpstreamError(f"the configured quality does not exist; available: {offered}")
+            return UpstreamError(f"{NO_SUCH_QUALITY}; available: {offered}")
         return no_quality_error(qualities)
 
     def _feed(self, upstream: Upstream, deadline: float) -> NoReturn:
@@ -7873,7 +7973,7 @@ class Channel:
         is_relay = self._splicer is not None and not (self._has_end or upstream.workers)
         if items is None:
             if is_relay:
-                raise UpstreamError(CLOSED)
+                raise UpstreamError(CONNECTION_CLOSED)
             return [], True
         return [item for item in items if isinstance(item, bytes)] if is_relay else items, False
 
@@ -7897,7 +7997,7 @@ class Channel:
             raise UpstreamError(trouble)
         patience = max(self.stream.options.timeout, 2 * upstream.target_duration) + JUDGE_GRACE
         if is_late or now - alive > patience:
-            raise UpstreamError(trouble or "the origin sends no data")
+            raise UpstreamError(trouble or NO_DATA)
         insert = self._splicer.insert if self._splicer else None
         if insert and now - self._last_byte > self.stream.options.reconnect:
             raise UpstreamError(switched_to(insert))
@@ -8085,7 +8185,7 @@ def host_of(address: str) -> str:
 
 
 def stopping_error() -> StreamError:
-    return StreamError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", retry_after=5)
+    return StreamError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", RETRY_AFTER)
 
 
 def no_media_error(stream: StreamSettings, trouble: str | None) -> StreamError:
@@ -8360,7 +8460,7 @@ class Channels:
         try:
             channel.start()
         except RuntimeError as error:
-            reason = "the system has no threads left"
+            reason = TOO_MANY_THREADS
             raise LimitReached(reason, "threads", _addresses_of(self._channels)) from error
         self._channels[channel] = None
         return channel
@@ -8394,7 +8494,7 @@ class Channels:
             if now - at > FAILURE_MEMORY:
                 del record.start_errors[quality]
         if wanted in record.start_errors:
-            raise record.start_errors[wanted][1].again()
+            raise record.start_errors[wanted][1].copy()
         is_running = any(channel.is_running for channel in self._channels_of(stream.name))
         is_known = is_running or now - record.resolved < FAILURE_MEMORY
         variants = self._variants_of(stream)
@@ -8512,7 +8612,7 @@ class Channels:
         if not is_served:
             self._detach(channel, viewer)
         if channel.suits(viewer) and channel.error:
-            raise channel.error.again()
+            raise channel.error.copy()
         return viewer in channel.viewers
 
     def _detach(self, channel: Channel, viewer: Viewer) -> None:
@@ -10418,116 +10518,114 @@ def error_page(site: Site, status: HTTPStatus, reason: str, name: str, agent: st
     return _document(title, body)
 
 
-# Advice on each failure, as in README, by parts of the failure's reason.
+# What a person can do about a failure, as in README: reasons, or parts of them, with the advice.
 ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         tuple(sorted(EXPIRED)),
-        "the address has expired or is wrong: get a new one. Some sites want `headers: "
+        "the address has expired or is wrong: get a new one. Some sites require `headers: "
         '{Referer: "https://..."}`, a browser\'s `user_agent`, or a `proxy` in their '
         "country",
     ),
     (
         tuple(sorted(BUSY - EXPIRED)),
-        "your account has no connection left: close other players, or lower "
-        "`max_upstreams` to what it allows",
+        "your account allows no further connection: close other players, or lower "
+        "`max_upstreams` to what the account allows",
     ),
     (
-        (WEB_PAGE, TEXT),
-        "often a login page, an error message or a list of links: open the address in a "
-        "browser and look",
+        (WEB_PAGE, SHORT_TEXT),
+        "this is often a login page, an error message or a list of links: open the address in a "
+        "browser to see it",
     ),
     (
         (CHANNEL_LIST,),
-        "write its address under `playlists:`",
+        "move the address to `playlists:`",
     ),
     (
-        (UNKNOWN,),
-        "look for a typing mistake; check the server's network",
+        (UNKNOWN_HOST,),
+        "check the address for typing mistakes, and the server's network",
     ),
     (
-        (TIMED_OUT, REFUSED, CLOSED),
-        "it is down, or blocks you: try its address elsewhere",
+        (TIMED_OUT, CONNECTION_REFUSED, CONNECTION_CLOSED),
+        "the origin is down, or it blocks you: try the address on another device or network",
     ),
     (
-        ("the stream is DRM-protected",),
-        "it cannot be played",
+        (DRM_PROTECTED,),
+        "only the provider's own players can decrypt it",
     ),
     (
-        ("the configured quality does not exist",),
-        "choose one of those",
+        (NO_SUCH_QUALITY,),
+        "set `quality` to one that is available",
     ),
     (
-        (":// is not supported: use http:// or https://",),
-        "a typing mistake, or what neither HTTP nor a plugin of streamlink brings (`rtsp`, `udp`)",
+        (UNSUPPORTED_SCHEME,),
+        "check the address for typing mistakes; StreamPipe cannot open other protocols, such as "
+        "`rtsp` and `udp`",
     ),
     (
-        (
-            "the origin goes from https to http",
-            "the origin refuses a secure connection",
-        ),
-        "write `http://` in front of the address",
+        (FROM_HTTPS_TO_HTTP, NO_TLS),
+        "begin the address with `http://`",
     ),
     (
-        (
-            "the origin sent something that is not an HLS playlist",
-            "the origin does not speak HTTP",
-        ),
-        "the address is not that of a stream: look for a typing mistake, also in the port",
+        (NOT_HLS, NOT_HTTP, TOO_LARGE_PLAYLIST),
+        "the address does not lead to a stream: check it for typing mistakes, also in the port",
     ),
     (
-        (UNSUPPORTED, UNREADABLE),
-        "its playlist is broken: try another address of the stream",
+        (UNSUPPORTED_ADDRESS, INVALID_TAG),
+        "the playlist is broken: try another address of the stream",
     ),
     (
-        ("the origin's answer cannot be decompressed",),
-        "its web server declares a compression that it does not use: try another address of the "
+        (BAD_COMPRESSION,),
+        "the web server declares a compression that it does not use: try another address of the "
         "stream",
     ),
     (
-        (
-            EMPTY,
-            "the origin's playlist lists no stream that can be played",
-        ),
-        "nothing is broadcast there now: try later, or another address",
+        (EMPTY_PLAYLIST, NO_VARIANT, NO_STREAM),
+        "nothing is broadcast there at the moment: try again later, or use another address",
     ),
     (
-        ("the origin redirects in a loop",),
-        "often a login: open the address in a browser and look",
+        (EMPTY_ANSWER, BROKEN_ANSWER, NO_MEDIA, NO_DATA, NO_MORE_SEGMENTS, NOT_BACK),
+        "the origin has a fault: try again later, or configure a second address as a backup",
+    ),
+    (
+        (REDIRECT_LOOP,),
+        "this often means that a login is required: open the address in a browser to see it",
     ),
     (
         (NO_ROUTE,),
-        "the server has no network, or none of that kind (IPv6): check it",
+        "the server has no network connection, or none of the required kind (IPv6): check it",
     ),
     (
-        ("the proxy does not answer",),
+        (PROXY_FAILED,),
         "check the `proxy` of the stream",
     ),
     (
-        (NOT_A_KEY, WRONG_KEY, NOT_WHOLE),
-        "often the origin wants `headers` for its key, or the address has expired",
+        (NOT_A_KEY, WRONG_KEY, CUT_SEGMENT),
+        "the origin may require `headers` for its key, or the address may have expired",
     ),
     (
-        ("the origin's certificate is not valid",),
-        "check the server's clock; if you trust the origin: `streamlink: {http-ssl-verify: false}`",
+        (BAD_CERTIFICATE,),
+        "check the server's clock; if you trust the origin, set "
+        "`streamlink: {http-ssl-verify: false}`",
     ),
     (
         (LOCAL_FILE,),
-        "it tries to read a file of your server: do not use it",
+        "the origin tries to read a file of your server: do not use this address",
     ),
     (
-        (
-            "the system has no files left: raise the limit of open files",
-            "the system has no threads left",
-        ),
+        (NO_FFMPEG, FFMPEG_NOT_STARTED, FFMPEG_FAILED),
+        "install ffmpeg, and restart StreamPipe; if ffmpeg is installed, see the log",
+    ),
+    (
+        (TOO_MANY_FILES, TOO_MANY_THREADS),
         "raise the limits of the service (`LimitNOFILE`, `TasksMax`)",
     ),
 )
 
 
-# Advice for 503 and 504 if no such part matches.
+# The advice on a 503 or 504 with another reason.
 PATIENCE_ADVICE = (
-    "`max_viewers`, `max_upstreams`, `playlists.NAME.max_upstreams` if your account allows more; "
-    "wait a minute; a longer `timeout`"
+    "raise the limit: `max_viewers`, `max_upstreams` or, if your account allows more, "
+    "`playlists.NAME.max_upstreams`; wait a minute for the list; set a longer `timeout`"
 )
 
 
@@ -10536,8 +10634,9 @@ def advice_for(reason: str, status: HTTPStatus) -> str:
     for parts, advice in ADVICE:
         if any(part in reason for part in parts):
             return advice
-    passes = (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
-    return PATIENCE_ADVICE if status in passes else ""
+    if status in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT):
+        return PATIENCE_ADVICE
+    return ""
 
 
 def _rate(bitrate: float) -> str:
@@ -11166,7 +11265,7 @@ class Handler(BaseHTTPRequestHandler):
             channel.record.add_drop(self.server.channels.drop_reason(channel))
         except ViewerGone as gone:
             ending = gone.reason
-            if gone.label:
+            if gone.label is not None:
                 channel.record.add_drop(gone.label)
         except OSError:
             pass  # it left
@@ -11232,7 +11331,7 @@ class Handler(BaseHTTPRequestHandler):
                 if silence >= SILENCE and filler:
                     blocks = [filler]  # splits no packet: blocks hold whole ones
         except WindowEnded as ending:
-            if not ending.complete:
+            if not ending.is_complete:
                 raise
         if is_chunked:
             self._send_pieces([b"0\r\n\r\n"], channel, viewer)
@@ -11307,7 +11406,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self._send_pieces(list(blocks), channel, request)
         except ViewerGone as gone:
-            channel.record.add_drop(gone.label)
+            if gone.label is not None:
+                channel.record.add_drop(gone.label)
             raise
         self.server.channels.note_poll(channel, request.key, size)
 
@@ -11679,7 +11779,7 @@ REFUSED_PAUSE = 2.0  # seconds until a refused address is tried again
 REFUSED_TRIES = 4
 # Statuses that can only mean that no connection is free.  The others in BUSY may have other
 # reasons, so they count only if another check has already used the same host.
-SURELY_BUSY = frozenset(f"the origin answered {status}" for status in (429, 458, 509))
+SURELY_BUSY = frozenset(answered(status) for status in (429, 458, 509))
 SHOWN_POSITIONS = ("the first", "the second", "the third")
 
 

@@ -185,7 +185,7 @@ class Watcher:
             while True:
                 self.take()
         except pipe.WindowEnded as ending:
-            return Played(self.body, ending.complete, self.channel.record.counts["gaps"])
+            return Played(self.body, ending.is_complete, self.channel.record.counts["gaps"])
         finally:
             self.leave()
 
@@ -1129,7 +1129,7 @@ def test_thread_that_cannot_be_started_leaves_nothing(
     with monkeypatch.context() as patch:
         refused = refuse_threads(patch, pattern, allowed)
         with (
-            pytest.raises(pipe.UpstreamError, match="no threads left"),
+            pytest.raises(pipe.UpstreamError, match="too many threads"),
             opened(address) as upstream,
         ):
             drain(upstream)

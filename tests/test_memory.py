@@ -146,7 +146,9 @@ def test_channel_whose_thread_cannot_be_started_leaves_nothing_behind(
             answer = site.get("/news")
             assert answer.status == 503
             assert int(answer.headers["Retry-After"]) > 0
-            assert answer.json == {"error": "the system has no threads left"}
+            assert answer.json == {
+                "error": "the server has too many threads: raise the limit of threads"
+            }
     assert (channels(site.port), origin.count("*")) == ([], 0)
     assert site.ask("GET", "/health").json["viewers"] == 0
     assert_plays(site)

@@ -330,7 +330,7 @@ def test_master_of_a_master_is_followed_once(origin: Origin, serve: Serve) -> No
     outermost = origin.add_file("/outermost.m3u8", inner.format("/outer.m3u8").encode())
     answer = serve({"news": outermost}).get("/news")
     assert answer.status == 502
-    assert answer.json["error"] == "the origin's playlist lists no stream that can be played"
+    assert answer.json["error"] == "the origin's playlist lists no playable stream"
 
 
 #### Whatever is garbled ####

@@ -154,7 +154,7 @@ def test_unknown_name_is_told(serve: Serve) -> None:
         (ConnectionResetError(errno.ECONNRESET, "reset"), "the origin closed the connection"),
         (
             OSError(errno.EMFILE, "Too many open files"),
-            "the system has no files left: raise the limit of open files",
+            "the server has too many open files: raise the limit of open files",
         ),
     ],
 )
@@ -340,7 +340,7 @@ def failing(origin: Origin, serve: Serve, text: str, **options: object) -> tuple
     return reason(serve({"news": origin.add_file("/list.m3u8", text.encode())}, **options))
 
 
-UNREADABLE = "a key, a map or a byte range that cannot be read"
+UNREADABLE = "an invalid key, map or byte range"
 
 
 def playlist_of(*lines: str) -> str:
@@ -350,14 +350,14 @@ def playlist_of(*lines: str) -> str:
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (["#EXT-X-I-FRAMES-ONLY", "#EXTINF:2,", "1.ts"], "no stream that can be played"),
+        (["#EXT-X-I-FRAMES-ONLY", "#EXTINF:2,", "1.ts"], "no playable stream"),
         (["#EXTINF:2,", "#EXT-X-BYTERANGE:all", "1.ts"], UNREADABLE),
         (["#EXT-X-MAP:BYTERANGE=1", "#EXTINF:2,", "1.m4s"], UNREADABLE),
         (['#EXT-X-MAP:URI="1.mp4",BYTERANGE="-1@0"', "#EXTINF:2,", "1.m4s"], UNREADABLE),
         (['#EXT-X-KEY:URI="key"', "#EXTINF:2,", "1.ts"], UNREADABLE),
         (['#EXT-X-KEY:METHOD=AES-128,URI="key",IV=12', "#EXTINF:2,", "1.ts"], UNREADABLE),
         (["#EXT-X-KEY:METHOD=AES-128", "#EXTINF:2,", "1.ts"], UNREADABLE),
-        (['#EXT-X-I-FRAME-STREAM-INF:BANDWIDTH=1,URI="1.m3u8"'], "no stream that can be played"),
+        (['#EXT-X-I-FRAME-STREAM-INF:BANDWIDTH=1,URI="1.m3u8"'], "no playable stream"),
         (["#EXTINF:2,", "http://["], "an unsupported kind of address"),
     ],
     ids=[
@@ -416,7 +416,7 @@ def test_list_of_channels_is_told(origin: Origin, serve: Serve) -> None:
     channel = origin.add(news())
     body = f'#EXTM3U\n#EXTINF:-1 group-title="News",The News\n{channel.url}\n'
     origin.fault("/get.m3u", Body(body.encode()), times=None)
-    words = "that is a list of channels: put it under playlists:, not under streams:"
+    words = "the address is a channel list: put it under playlists:, not under streams:"
     assert reason(serve({"news": f"{origin.url}/get.m3u"})) == (502, words)
 
 

@@ -733,7 +733,7 @@ def test_viewers_get_the_rest_before_the_end(complete: bool) -> None:
     for _ in range(2):
         with pytest.raises(WindowEnded) as raised:
             window.take(viewer, None)
-        assert raised.value.complete is complete
+        assert raised.value.is_complete is complete
 
 
 def test_each_viewer_learns_of_the_end_by_an_exception_of_its_own() -> None:
@@ -755,7 +755,7 @@ def test_first_end_counts() -> None:
     window.end(False)
     with pytest.raises(WindowEnded) as raised:
         window.take(enter(window), None)
-    assert raised.value.complete
+    assert raised.value.is_complete
 
 
 def test_viewer_that_fell_behind_gets_the_rest_before_the_end() -> None:
@@ -819,7 +819,7 @@ def test_abort_overrides_an_end() -> None:
     window.abort()
     with pytest.raises(WindowEnded) as raised:
         window.take(viewer, None)
-    assert not raised.value.complete
+    assert not raised.value.is_complete
 
 
 @pytest.mark.parametrize("patience", [LONG, math.inf], ids=["live", "private"])
@@ -1081,7 +1081,7 @@ def take_to_the_end(window: Window, viewer: Viewer, rest: Callable[[], None]) ->
         try:
             got += b"".join(window.take(viewer, TIMEOUT))
         except WindowEnded as ending:
-            if not ending.complete:
+            if not ending.is_complete:
                 raise
             return got
         rest()
