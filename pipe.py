@@ -1482,8 +1482,16 @@ class ListParser:
         self._read_line(self._carry)
         self._drop_unfinished()
         if not self._entries:
-            raise ListError(NONE_WANTED if self._has_titles else NO_CHANNELS)
+            raise ListError(self._lack())
         return ChannelList(self._entries, self._guide, self._omitted)
+
+    def _lack(self) -> str:
+        """Why no entry of the list became a channel."""
+        if not self._has_titles:
+            return NO_CHANNELS
+        if self._omitted["films"] or self._omitted["in other groups"]:
+            return NONE_WANTED
+        return f"the list has no usable channels: {_counts(self._omitted)}"
 
     def _read_line(self, line: bytes) -> None:
         if len(line) > LINE_LIMIT:
@@ -1871,7 +1879,9 @@ class Names:
 
     def __init__(self) -> None:
         self._taken = set(RESERVED_NAMES)
-        self._next: dict[str, int] = {}  # the next number to try, by the name without it
+        # The next number to try, by the name without it and the first number: trying all of them
+        # for each of 20,000 entries with one title would take minutes.
+        self._next: dict[tuple[str, int], int] = {}
 
     def claim(self, name: str) -> bool:
         """Reserve exactly this name; returns false if it is taken."""
@@ -1888,11 +1898,12 @@ class Names:
         base = settings.prefix + base if base else ""
         if base and self.claim(base):
             return base
-        number = self._next.get(base, 2 if base else 1)
         start = base or settings.prefix + settings.name
+        first = 2 if base else 1
+        number = self._next.get((start, first), first)
         while not self.claim(f"{start}-{number}"):
             number += 1
-        self._next[base] = number + 1
+        self._next[start, first] = number + 1
         return f"{start}-{number}"
 
 

@@ -572,6 +572,10 @@ def test_wanted_group_is_shown() -> None:
         ("#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4.0,\n1.ts\n", pipe.A_STREAM),
         ("#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\nlow.m3u8\n", pipe.A_STREAM),
         (f"#EXTINF:-1,Film\n{PANEL}/movie/1.mkv\n", pipe.NONE_WANTED),
+        (
+            "#EXTINF:-1,Multicast\nudp://@239.0.0.1:5000\n#EXTINF:-1,A\n",
+            "the list has no usable channels: 1 with another kind of address, 1 without an address",
+        ),
     ],
 )
 def test_text_that_is_no_list(text: str, reason: str) -> None:
@@ -688,6 +692,11 @@ def two_lists(first: str, second: str, **more: Any) -> pipe.Config:
     }
     config = pipe.Config(playlists=playlists, **more)
     return pipe.with_lists(config, {"b": parsed(second), "a": parsed(first)}, {})[0]
+
+
+def test_channels_without_letters_are_counted_in_each_list() -> None:
+    found = two_lists(simple("Ж", "Я"), simple("Ж"))
+    assert list(found.streams) == ["a-1", "a-2", "b-1"]
 
 
 def test_lists_are_in_the_files_order() -> None:
