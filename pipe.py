@@ -1337,7 +1337,7 @@ def _yaml_mistake(error: yaml.YAMLError, text: str) -> tuple[int, str]:
 LIST_LIMIT = 256 * MIB  # bytes of a list
 LINE_LIMIT = 64 * KIB  # bytes of a line; no useful line is that long
 CHANNEL_LIMIT = 20_000  # entries of a list that become streams
-WORDS_LIMIT = 200  # characters of a title, a group or an id
+TEXT_LIMIT = 200  # characters of a title, a group or an id
 NAME_LIMIT = 60  # characters of a name, without its prefix and number
 ADDRESS_LIMIT = 4 * KIB  # characters
 
@@ -1376,8 +1376,9 @@ _OWN_HEADERS = frozenset((
     "accept-encoding", "connection", "content-length", "host", "range", "te", "trailer",
     "transfer-encoding", "upgrade",
 ))  # fmt: skip
+NO_HEADERS: Mapping[str, str] = {}  # shared by all entries without headers
 NOT_A_LIST = "the provider sent a web page, not a list of channels"
-A_STREAM = "that is a single stream, not a list of channels: put it under streams:"
+A_STREAM = "this is a single stream, not a list of channels: put it under streams:"
 NO_CHANNELS = "the list has no channels"
 NONE_WANTED = "the list has none of the wanted channels: check groups: and films:"
 
@@ -1419,7 +1420,7 @@ class ChannelList:
 
 def _counts(omitted: Mapping[str, int]) -> str:
     """The numbers of omissions by kind, the most common first."""
-    kinds = sorted(omitted.items(), key=lambda kind: -kind[1])
+    kinds = Counter(omitted).most_common()
     return ", ".join(f"{count:,} {kind}" for kind, count in kinds)
 
 
@@ -1430,26 +1431,27 @@ class ListParser:
     """
 
     def __init__(self, settings: PlaylistSettings) -> None:
-        self._settings = settings
+        self._wants_films = settings.films
         self._groups = GroupFilter(settings.groups)
+        self._secrets = account_secrets(settings.url)
         self._is_start = True  # too few bytes to know the encoding
         self._utf_16: codecs.IncrementalDecoder | None = None  # if a BOM shows that encoding
         self._carry = b""  # the start of an incomplete line
         self._size = 0  # bytes so far
         self._is_first = True  # no line with text has been read yet
         self._has_titles = False  # an #EXTINF has been read
-        self._seen: set[tuple[object, ...]] = set()  # to find duplicate entries
+        self._seen: set[tuple[object, ...]] = set()  # title, group, address, headers
         self._entries: list[Entry] = []
         self._omitted: Counter[str] = Counter()
         self._guide: str | None = None
-        self._section = ""  # the group of all entries without their own
-        self._forget()
+        self._section = ""  # the group of all entries without their own; empty: none
+        self._begin_entry()
 
-    def _forget(self) -> None:
+    def _begin_entry(self) -> None:
         """Begin a new entry, about which no line has been read yet."""
         self._title: str | None = None  # None until an #EXTINF has been read
         self._attributes: Mapping[str, str] = {}
-        self._group_line = ""
+        self._group_line = ""  # the entry's group in an #EXTGRP; empty: none
         self._headers: dict[str, str] = {}
 
     def feed(self, data: bytes) -> None:
@@ -1496,7 +1498,7 @@ class ListParser:
     def _read_line(self, line: bytes) -> None:
         if len(line) > LINE_LIMIT:
             self._omitted["too long"] += 1
-            self._forget()
+            self._begin_entry()
             return
         try:
             text = line.decode()
@@ -1534,17 +1536,24 @@ class ListParser:
             raise ListError(A_STREAM)
 
     def _read_header(self, text: str) -> None:
+        """Read the list's guide from an #EXTM3U line: its first valid address counts."""
         attributes, _ = read_attributes(text)
-        guides = attributes.get("x-tvg-url") or attributes.get("url-tvg") or ""
+        guides = attributes.get("x-tvg-url", "")
+        if not guides:
+            guides = attributes.get("url-tvg", "")
         for guide in _GUIDE_SEPARATOR.split(guides):
+            if self._guide is not None:
+                return
             with contextlib.suppress(ValueError):
-                self._guide = self._guide or web_url(_checked_address(guide))
+                self._guide = web_url(_checked_address(guide))
 
     def _read_title(self, text: str) -> None:
         self._drop_unfinished()
         self._has_titles = True
         self._attributes, title = read_attributes(text)
-        self._title = clean_text(title) or clean_text(self._attributes.get("tvg-name", ""))
+        self._title = clean_text(title)
+        if not self._title:
+            self._title = clean_text(self._attributes.get("tvg-name", ""))
 
     def _read_group(self, value: str) -> None:
         """Read an #EXTGRP line.
@@ -1563,9 +1572,10 @@ class ListParser:
         if self._title is not None:
             is_heading = _HEADING.fullmatch(self._title)
             self._omitted["headings" if is_heading else "without an address"] += 1
-            self._forget()
+            self._begin_entry()
 
     def _read_address(self, text: str) -> None:
+        """Read the line that completes an entry: `ADDRESS` or `ADDRESS|HEADERS`."""
         address, _, headers = text.partition("|")
         if "=" in headers:
             self._add_headers(headers)
@@ -1576,7 +1586,7 @@ class ListParser:
             self._entries.append(entry)
         else:
             self._omitted[entry] += 1
-        self._forget()
+        self._begin_entry()
 
     def _entry(self, address: str) -> Entry | str:
         """The entry that this address completes, or the kind under which it is omitted."""
@@ -1591,10 +1601,9 @@ class ListParser:
             _checked_address(address)
         except ValueError:
             return "with an invalid address"
-        if _FILM.match(address) and not self._settings.films:
+        if _FILM.match(address) and not self._wants_films:
             return "films"
-        named = attributes.get("group-title") or self._group_line or self._section
-        group = self._groups.choose(clean_text(named, LINE_LIMIT))
+        group = self._groups.choose(clean_text(self._group_text(), LINE_LIMIT))
         if group is None:
             return "in other groups"
         key = title, group, address, *self._headers.items()
@@ -1603,6 +1612,9 @@ class ListParser:
         if len(self._entries) >= CHANNEL_LIMIT:
             return f"beyond the limit of {CHANNEL_LIMIT:,} (choose groups:)"
         self._seen.add(key)
+        headers = NO_HEADERS
+        if self._headers:
+            headers = self._headers
         return Entry(
             title=title,
             address=address,
@@ -1610,8 +1622,15 @@ class ListParser:
             logo=self._logo(attributes.get("tvg-logo", "").strip()),
             number=self._number(),
             group=sys.intern(group) or None,
-            headers=self._headers or NO_HEADERS,
+            headers=headers,
         )
+
+    def _group_text(self) -> str:
+        """The groups of the entry, as the list writes them; empty if it has none."""
+        for text in (self._attributes.get("group-title", ""), self._group_line):
+            if text:
+                return text
+        return self._section
 
     def _logo(self, address: str) -> str | None:
         """The address of a logo that pages and players may load, or None.
@@ -1622,9 +1641,11 @@ class ListParser:
             _checked_address(web_url(address))
         except ValueError:
             return None
-        is_private = "@" in urlsplit(address).netloc
-        is_private |= any(secret in address for secret in account_secrets(self._settings.url))
-        return None if is_private else address
+        if "@" in urlsplit(address).netloc:
+            return None
+        if any(secret in address for secret in self._secrets):
+            return None
+        return address
 
     def _number(self) -> int | None:
         """The channel number of the entry, by the first attribute that has one."""
@@ -1641,21 +1662,24 @@ class ListParser:
             self._add_header(name.strip(), unquote(value.strip()))
 
     def _add_header(self, name: str, value: str) -> None:
-        """Keep a header of the entry if it is valid and not in _OWN_HEADERS; count it otherwise."""
+        """Keep a header of the entry, or count it as omitted."""
         if name.lower() == "referrer":
             name = "Referer"
-        is_allowed = HEADER_NAME.fullmatch(name) and name.lower() not in _OWN_HEADERS
-        try:
-            if not is_allowed or not value:
-                raise ValueError
-            header = {name: header_value(value)}
-        except ValueError:
-            self._omitted["unusable headers"] += 1
+        if _is_usable_header(name, value):
+            self._headers = merged_headers(self._headers, {name: header_value(value)})
         else:
-            self._headers = merged_headers(self._headers, header)
+            self._omitted["unusable headers"] += 1
 
 
-NO_HEADERS: Mapping[str, str] = {}
+def _is_usable_header(name: str, value: str) -> bool:
+    """Whether a list may set this header: it is valid, not empty and not in _OWN_HEADERS."""
+    if not HEADER_NAME.fullmatch(name) or name.lower() in _OWN_HEADERS or not value:
+        return False
+    try:
+        header_value(value)
+    except ValueError:
+        return False
+    return True
 
 
 class AttributeValue(NamedTuple):
@@ -1770,8 +1794,11 @@ class GroupFilter:
         Returns None if the entry is not wanted, and an empty text if it has no group.
         """
         if text not in self._chosen:
-            groups = [clean_text(group) for group in text.split(";")]
-            self._chosen[text] = self._choose([group for group in groups if group] or [""])
+            names = [clean_text(name) for name in text.split(";")]
+            groups = [name for name in names if name]
+            if not groups:
+                groups = [""]  # patterns such as "*" match entries without a group, too
+            self._chosen[text] = self._choose(groups)
         return self._chosen[text]
 
     def _choose(self, groups: Sequence[str]) -> str | None:
@@ -1799,11 +1826,17 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
     return matches
 
 
-def clean_text(text: str, most: int = WORDS_LIMIT) -> str:
-    """A text as one printable line of at most `most` characters, without superfluous blanks."""
+def clean_text(text: str, limit: int = TEXT_LIMIT) -> str:
+    """A text as one printable line of at most `limit` characters, without superfluous blanks."""
     if not text.isprintable():
-        text = "".join(c if c.isprintable() else " " if c.isspace() else "" for c in text)
-    return " ".join(text.split())[:most].rstrip()
+        kept = []
+        for character in text:
+            if character.isprintable():
+                kept.append(character)
+            elif character.isspace():
+                kept.append(" ")
+        text = "".join(kept)
+    return " ".join(text.split())[:limit].rstrip()
 
 
 def _checked_address(text: str) -> str:
@@ -1818,8 +1851,11 @@ def _checked_address(text: str) -> str:
 
 
 def _channel_number(text: str) -> int | None:
-    number = int(text) if re.fullmatch(r"\s*[0-9]{1,9}\s*", text) else 0
-    return number or None
+    """A whole number above 0; None if the text is anything else."""
+    if not re.fullmatch(r"\s*[0-9]{1,9}\s*", text):
+        return None
+    number = int(text)
+    return number if number > 0 else None
 
 
 def account_secrets(address: str) -> list[str]:
@@ -1827,30 +1863,41 @@ def account_secrets(address: str) -> list[str]:
     if "://" not in address:
         return []
     parts = urlsplit(address)
-    user, _, password = parts.netloc.rpartition("@")[0].partition(":")
+    account, _, _ = parts.netloc.rpartition("@")
+    user, _, password = account.partition(":")
     found = [unquote(user), unquote(password)]
-    found += [value for key, value in parse_qsl(parts.query) if key not in ("type", "output")]
+    for key, value in parse_qsl(parts.query):
+        if key not in ("type", "output"):  # they name the list's format: m3u_plus, ts
+            found.append(value)
     return [secret for secret in found if len(secret) >= LEAST_SECRET]
 
 
 def merged_headers(*layers: Mapping[str, str]) -> dict[str, str]:
     """Headers of several sources; a later one wins, and the case of names does not matter."""
-    names: dict[str, str] = {}
     merged: dict[str, str] = {}
+    spellings: dict[str, str] = {}  # the names in `merged`, by the same in lower case
     for layer in layers:
         for name, value in layer.items():
-            if name.lower() in names:
-                del merged[names[name.lower()]]
-            names[name.lower()] = name
+            earlier = spellings.get(name.lower())
+            if earlier is not None:
+                del merged[earlier]
+            spellings[name.lower()] = name
             merged[name] = value
     return merged
 
 
 # Names
 
-# A reload recognises an entry by its playlist, the playlist's prefix, its tvg-id, title and group,
-# and its position among the entries that share all of these.
-Identity = tuple[str, str, str, str, str, int]
+
+class Identity(NamedTuple):
+    """The facts by which a reload recognises an entry."""
+
+    playlist: str
+    prefix: str
+    tvg_id: str | None
+    title: str
+    group: str | None
+    position: int  # among the entries that share all of the above
 
 
 def plain_name(text: str) -> str:
@@ -1865,11 +1912,11 @@ def plain_name(text: str) -> str:
 
 def identities(settings: PlaylistSettings, entries: Iterable[Entry]) -> list[Identity]:
     """The identity of each entry of a list, in the same order."""
-    counts: Counter[tuple[str, str, str]] = Counter()
+    counts: Counter[tuple[str | None, str, str | None]] = Counter()
     found: list[Identity] = []
     for entry in entries:
-        key = entry.tvg_id or "", entry.title, entry.group or ""
-        found.append((settings.name, settings.prefix, *key, counts[key]))
+        key = entry.tvg_id, entry.title, entry.group
+        found.append(Identity(settings.name, settings.prefix, *key, position=counts[key]))
         counts[key] += 1
     return found
 
@@ -1884,7 +1931,7 @@ class Names:
         self._next: dict[tuple[str, int], int] = {}
 
     def claim(self, name: str) -> bool:
-        """Reserve exactly this name; returns false if it is taken."""
+        """Reserve exactly this name; returns False if it is taken."""
         if name in self._taken:
             return False
         self._taken.add(name)
@@ -1893,13 +1940,20 @@ class Names:
     def give(self, settings: PlaylistSettings, entry: Entry) -> str:
         """Reserve a name for a new entry, made of its title, its tvg-id or the playlist's name."""
         base = plain_name(entry.title)
-        if not re.search(r"[a-z]", base):
-            base = plain_name(entry.tvg_id or "")
-        base = settings.prefix + base if base else ""
-        if base and self.claim(base):
-            return base
-        start = base or settings.prefix + settings.name
-        first = 2 if base else 1
+        has_letter = re.search(r"[a-z]", base) is not None
+        if not has_letter and entry.tvg_id is not None:
+            base = plain_name(entry.tvg_id)
+        elif not has_letter:
+            base = ""
+        if not base:
+            return self._numbered(settings.prefix + settings.name, first=1)
+        name = settings.prefix + base
+        if self.claim(name):
+            return name
+        return self._numbered(name, first=2)
+
+    def _numbered(self, start: str, *, first: int) -> str:
+        """Reserve `start` with the next free number, from `first` on."""
         number = self._next.get((start, first), first)
         while not self.claim(f"{start}-{number}"):
             number += 1
@@ -1913,7 +1967,6 @@ class Merged:
 
     sources: list[tuple[PlaylistSettings, Entry]]
     identities: list[Identity]
-    name: str = ""
 
 
 def merge_entries(
@@ -1949,16 +2002,28 @@ def name_entries(found: Sequence[Merged], known: Mapping[Identity, str]) -> dict
     inserted before it; only new entries get new names.
     """
     names = Names()
+    given: dict[Identity, str] = {}
+    new: list[Merged] = []
     for merged in found:
-        for identity in merged.identities:
-            name = known.get(identity, "")
-            if name and names.claim(name):
-                merged.name = name
-                break
-    for merged in found:
-        if not merged.name:
-            merged.name = names.give(*merged.sources[0])
-    return {identity: merged.name for merged in found for identity in merged.identities}
+        name = _kept_name(merged, known, names)
+        if name is None:
+            new.append(merged)
+        else:
+            given.update(dict.fromkeys(merged.identities, name))
+    for merged in new:
+        settings, entry = merged.sources[0]
+        name = names.give(settings, entry)
+        given.update(dict.fromkeys(merged.identities, name))
+    return given
+
+
+def _kept_name(merged: Merged, known: Mapping[Identity, str], names: Names) -> str | None:
+    """Reserve the first free one of the names that these entries had; None if there is none."""
+    for identity in merged.identities:
+        name = known.get(identity)
+        if name is not None and names.claim(name):
+            return name
+    return None
 
 
 # Streams
@@ -1975,37 +2040,54 @@ def with_lists(
     found = merge_entries(config.playlists, lists)
     names = name_entries(found, known)
     streams = dict(config.streams)
-    numbers = {stream.number for stream in streams.values()}
-    numbers |= {given.get("number") for given in config.overrides.values()}
+    numbers = _configured_numbers(config)
     for merged in found:
-        if merged.name in config.streams:
+        name = names[merged.identities[0]]
+        if name in config.streams:
             continue
-        stream = _imported(merged)
-        if stream.number in numbers:
+        stream = _imported(name, merged)
+        number = stream.number
+        if number in numbers:
             stream = replace(stream, number=None)
-        elif stream.number:
+        elif number is not None:
+            numbers.add(number)
+        if name in config.overrides:
+            stream = overridden(stream, config.overrides[name])
+        streams[name] = stream
+    guides: dict[str, str] = {}
+    for playlist in config.playlists:
+        if playlist in lists:
+            guide = lists[playlist].guide
+            if guide is not None:
+                guides[playlist] = guide
+    return replace(config, streams=streams, guides=guides), names
+
+
+def _configured_numbers(config: Config) -> set[int]:
+    """The numbers that the file gives to its own streams, and to imported ones."""
+    numbers: set[int] = set()
+    for stream in config.streams.values():
+        if stream.number is not None:
             numbers.add(stream.number)
-        if given := config.overrides.get(merged.name):
-            stream = overridden(stream, given)
-        streams[merged.name] = stream
-    guides = {name: lists[name].guide for name in config.playlists if name in lists}
-    present = {name: guide for name, guide in guides.items() if guide}
-    return replace(config, streams=streams, guides=present), names
+    for given in config.overrides.values():
+        if "number" in given:
+            numbers.add(given["number"])
+    return numbers
 
 
-def _imported(merged: Merged) -> StreamSettings:
+def _imported(name: str, merged: Merged) -> StreamSettings:
     """The stream of these entries: the first one's, with the addresses of all.
 
     `others` holds the settings for the addresses that the other entries supply.
     """
     settings, entry = merged.sources[0]
-    first = _stream_of(merged.name, settings, entry)
+    first = _stream_of(name, settings, entry)
     urls = [entry.address]
     others: dict[str, StreamSettings] = {}
     for other_settings, other in merged.sources[1:]:
         if other.address not in urls:
             urls.append(other.address)
-            others[other.address] = _stream_of(merged.name, other_settings, other)
+            others[other.address] = _stream_of(name, other_settings, other)
     if not others:
         return first
     return replace(first, urls=tuple(urls), others=others)
@@ -2031,6 +2113,16 @@ def _stream_of(name: str, settings: PlaylistSettings, entry: Entry) -> StreamSet
     )
 
 
+def overridden(stream: StreamSettings, given: Mapping[str, Any]) -> StreamSettings:
+    """An imported stream, overridden by the keys of its entry in `streams:`."""
+    values = dict(given)
+    options = _laid_over(stream.options, _take_options(values))
+    if "headers" in values:
+        values["headers"] = merged_headers(stream.headers, values["headers"])
+    others = {address: overridden(other, given) for address, other in stream.others.items()}
+    return replace(stream, **values, options=options, others=others)
+
+
 # Accounts
 
 
@@ -2051,7 +2143,8 @@ def account_of(config: Config, stream: StreamSettings, address: str) -> Playlist
 
 def _is_of_account(address: str, list_address: str) -> bool:
     """Whether an address has the host, the port and the user of a list's address."""
-    ours, theirs = urlsplit(without_prefixes(address)), urlsplit(list_address)
+    ours = urlsplit(without_prefixes(address))
+    theirs = urlsplit(list_address)
     try:
         is_same_host = (ours.hostname, ours.port) == (theirs.hostname, theirs.port)
     except ValueError:  # the port is not a valid number
@@ -2070,18 +2163,11 @@ def _user_of(address: str) -> str | None:
     parts = urlsplit(without_prefixes(address))
     if parts.username:
         return unquote(parts.username)
-    query = dict(parse_qsl(parts.query))
-    return query.get("username") or query.get("user")
-
-
-def overridden(stream: StreamSettings, given: Mapping[str, Any]) -> StreamSettings:
-    """An imported stream, overridden by the keys of its entry in `streams:`."""
-    values = dict(given)
-    options = _laid_over(stream.options, _take_options(values))
-    if "headers" in values:
-        values["headers"] = merged_headers(stream.headers, values["headers"])
-    others = {address: overridden(other, given) for address, other in stream.others.items()}
-    return replace(stream, **values, options=options, others=others)
+    query = dict(parse_qsl(parts.query))  # without empty values
+    for key in ("username", "user"):
+        if key in query:
+            return query[key]
+    return None
 
 
 # --------------------------------------------------------------------------------------------------
