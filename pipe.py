@@ -6956,8 +6956,8 @@ class InsertFilter:
         self._container = container
         self._init: list[bytes | SegmentEvent] = []  # an initialization section, with its event
         self._held: list[bytes | SegmentEvent] = []  # a segment whose container is not known yet
-        self._start = b""  # its bytes
-        self._is_leaving_out = False  # whether the open segment is left out
+        self._start = b""  # the bytes of that segment
+        self._is_leaving_out = False  # the open segment is left out
         self.insert: Container | None = None  # of the newest segment if that was left out
 
     def pass_on(self, items: Iterable[bytes | SegmentEvent]) -> list[bytes | SegmentEvent]:
@@ -6969,12 +6969,22 @@ class InsertFilter:
             elif item.kind is EventKind.INIT:
                 self._init = [item]
             elif item.kind is EventKind.START:
-                self._held, self._init, self._start = [*self._own_init(), item], [], b""
+                self._start_segment(item)
             else:
-                passed += self._tell(is_all=True)
-                is_insert, self._is_leaving_out = self._is_leaving_out, False
-                passed.append(replace(item, kind=EventKind.GAP) if is_insert else item)
+                passed += self._end_segment(item)
         return passed
+
+    def _start_segment(self, event: SegmentEvent) -> None:
+        self._held = [*self._own_init(), event]
+        self._start = b""
+        self._init = []
+
+    def _end_segment(self, event: SegmentEvent) -> list[bytes | SegmentEvent]:
+        passed = self._pass_held(is_all=True)
+        if self._is_leaving_out:
+            self._is_leaving_out = False
+            event = replace(event, kind=EventKind.GAP)
+        return [*passed, event]
 
     def _own_init(self) -> list[bytes | SegmentEvent]:
         """The held initialization section; empty if it is an insert's.
@@ -6982,7 +6992,8 @@ class InsertFilter:
         A playlist may still name an insert's section when the insert is over.
         """
         data = b"".join(item for item in self._init if isinstance(item, bytes))
-        return self._init if self._fits(sniff(data, is_all=True)) else []
+        container = sniff(data, is_all=True)
+        return self._init if self._fits(container) else []
 
     def _take_bytes(self, data: bytes) -> list[bytes | SegmentEvent]:
         if self._is_leaving_out:
@@ -6994,25 +7005,30 @@ class InsertFilter:
             return [data]
         self._held.append(data)
         self._start += data
-        return self._tell(is_all=False)
+        return self._pass_held(is_all=False)
 
-    def _tell(self, is_all: bool) -> list[bytes | SegmentEvent]:
+    def _pass_held(self, is_all: bool) -> list[bytes | SegmentEvent]:
         """Return the held segment once its container is known; empty if it is left out.
 
         `is_all`: no more bytes of the segment will arrive.
         """
-        told = sniff(self._start, is_all) if self._held else None
-        if told is None:
+        if not self._held:
+            return []
+        container = sniff(self._start, is_all)
+        if container is None:
             return []
         held, self._held = self._held, []
-        if self._fits(told):
+        if self._fits(container):
             self.insert = None
             return held
-        self.insert, self._is_leaving_out = told, True
+        self.insert = container
+        self._is_leaving_out = True
         return []
 
     def _fits(self, container: Container | None) -> bool:
-        return OTHER_MEDIA in (container, self._container) or container is self._container
+        """Whether it is the channel's container, or one of both is unknown media."""
+        is_known = OTHER_MEDIA not in (container, self._container)
+        return container is self._container or not is_known
 
 
 class SpliceState(enum.Enum):
@@ -7073,12 +7089,20 @@ _ROWS: Mapping[Arrival, Sequence[SpliceStep | None]] = {
     Arrival.OTHER_GAP:      (_PASSING, _LOST,      _LOST,      _LOST,      _SEAM_SKIP, _SKIP),
 }  # fmt: skip
 
-STEPS: Mapping[tuple[Arrival, SpliceState], SpliceStep] = {
-    (arrival, state): step
-    for arrival, row in _ROWS.items()
-    for state, step in zip(SpliceState, row, strict=True)
-    if step
-}
+
+def _steps_of(
+    rows: Mapping[Arrival, Sequence[SpliceStep | None]],
+) -> dict[tuple[Arrival, SpliceState], SpliceStep]:
+    """Return the steps of these rows by arrival and state."""
+    steps = {}
+    for arrival, row in rows.items():
+        for state, step in zip(SpliceState, row, strict=True):
+            if step:
+                steps[arrival, state] = step
+    return steps
+
+
+STEPS = _steps_of(_ROWS)
 
 
 class Splicer:
@@ -7106,16 +7130,17 @@ class Splicer:
     """
 
     def __init__(self, window: Window, container: Container, place: object) -> None:
-        self._window, self._container = window, container
+        self._window = window
+        self._container = container
         self.place = place  # the Place whose playlist gave the numbers
         self.number: int | None = None  # of the wanted or open segment; None without segments
-        self._is_clean = False  # of the newest opening: see resume()
+        self._is_clean = False  # a decoder can start with the first byte of the newest opening
         self._framer = container.framer()
         self._filter = InsertFilter(container)
         self._state = SpliceState.PASSING
         self._passed = Fingerprint()  # of the bytes of the open segment that viewers have
         self._repeat = Repeat(self._passed)
-        self._init_section = b""  # the newest that viewers have
+        self._init_section: bytes | None = None  # the newest that viewers have
         self._new_init_section: bytearray | None = None  # one that is arriving
 
     def __repr__(self) -> str:
@@ -7141,7 +7166,8 @@ class Splicer:
         `is_clean`: a decoder can start with its first byte, and it has a clock of its own, so its
         DTS cannot show which media viewers have had.
         """
-        self.place, self._is_clean = place, is_clean
+        self.place = place
+        self._is_clean = is_clean
         self._filter = InsertFilter(self._container)
         self._new_init_section = None
         if self._framer.is_shut:
@@ -7162,7 +7188,9 @@ class Splicer:
         if event.kind is EventKind.INIT:
             self._new_init_section = bytearray()
             return 0
-        skipped = 0 if self.number is None else max(0, event.number - self.number)
+        skipped = 0
+        if self.number is not None:
+            skipped = max(0, event.number - self.number)
         if event.kind is EventKind.START:
             self._start_segment(event)
         else:
@@ -7196,11 +7224,12 @@ class Splicer:
         if new is None:
             self._step(Arrival.DIFFERENT)
             self.number += 1  # viewers resume with the next segment
-        elif self._repeat.is_over:
+            return b""
+        if self._repeat.is_over:
             self._step(Arrival.SAME)
         else:
             self._step(Arrival.BYTES)
-        return new or b""
+        return new
 
     def flush(self) -> None:
         """Pass on the bytes that the framer holds back; called when no more will arrive."""
@@ -7215,15 +7244,13 @@ class Splicer:
         self._state = step.to
 
     def _start_segment(self, event: SegmentEvent) -> None:
-        init_section, self._new_init_section = bytes(self._new_init_section or b""), None
         is_reopened = self._state in REOPENED
-        is_known = is_reopened and init_section == self._init_section
-        is_init_new = bool(init_section) and not is_known
+        init_section = self._take_init_section(is_reopened)
         is_next = event.number == self.number
         self.number = event.number
         if not is_next:
             self._step(Arrival.OTHER)
-        elif is_init_new:
+        elif init_section:
             self._step(Arrival.CHANGED)
         else:
             self._step(Arrival.WANTED)
@@ -7232,7 +7259,7 @@ class Splicer:
             return
         is_apart = event.is_discontinuous or not is_next
         self._framer.expect_jump(is_certain=is_apart)  # if that is uncertain, its counters decide
-        if is_init_new:
+        if init_section:
             self._pass_init_section(init_section)
         self._passed = Fingerprint()
         if self._state is SpliceState.SKIPPING:
@@ -7240,6 +7267,19 @@ class Splicer:
             self.number += 1  # viewers resume with the next segment
         else:
             self._open_segment(event.duration, is_reopened or is_apart)
+
+    def _take_init_section(self, is_reopened: bool) -> bytes | None:
+        """Take the initialization section that has arrived; None if viewers need none.
+
+        A new opening sends its section again, even if viewers already have it.
+        """
+        arrived, self._new_init_section = self._new_init_section, None
+        if not arrived:
+            return None
+        init_section = bytes(arrived)
+        if is_reopened and init_section == self._init_section:
+            return None
+        return init_section
 
     def _open_segment(self, duration: float, is_apart: bool) -> None:
         self._window.append(self._framer.flush())
@@ -7256,8 +7296,9 @@ class Splicer:
         was_passing = self._state is SpliceState.PASSING
         is_whole = event.kind is EventKind.END
         is_wanted = event.number == self.number
+        viewers_have_none = self._passed.size == 0
         # If a seam follows, the seam tells the framer whether a jump is certain.
-        is_before_seam = self._state in REOPENED and not (is_wanted and not self._passed.size)
+        is_before_seam = self._state in REOPENED and not (is_wanted and viewers_have_none)
         if is_whole:
             self._step(Arrival.END)
         elif is_wanted:
@@ -7266,15 +7307,16 @@ class Splicer:
             self._step(Arrival.OTHER_GAP)
         if not is_whole:
             self._framer.drop()
+            if not is_before_seam:
+                self._framer.expect_jump(is_certain=True)
         elif was_passing:
             self._window.append(self._framer.flush())
-        if not is_whole and not is_before_seam:
-            self._framer.expect_jump(is_certain=True)
         if is_whole and was_passing and not self._framer.is_shut:
             self._window.finish(self._framer.preamble)
         else:
             self._window.break_off()
-        self.number, self._passed = event.number + 1, Fingerprint()
+        self.number = event.number + 1
+        self._passed = Fingerprint()
 
     def _start_seam(self) -> None:
         """The next bytes do not continue those that viewers have: resume where decoders can start.
