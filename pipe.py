@@ -89,9 +89,8 @@ Where it is decided
 
 Is it over?
     the server            Server.stopping: nobody new is served; Channels.stop sets it
-    a channel             Channel.stopped: its thread must end; `is_fed`: false from Channels.end()
-                          on, while its thread may still see polling clients off; State.CLOSED: no
-                          media follows
+    a channel             State.CLOSED: no media follows; State.ENDED: its thread has ended, or only
+                          sees polling clients off.  Channel.stopped wakes its thread
     an opening            Session.closed, which its Http, its Upstream and its raw body share
     a track of it         its writer's `closing`, which is streamlink's own
     a handed-over source  ReaderBuffer.closed; is_exhausted once everything was taken
@@ -7551,24 +7550,15 @@ class StreamRecord:
 #   LIVE      shared by all viewers that request this variant
 #   PRIVATE   its source is finite, or late viewers cannot join it: it belongs to its first viewer,
 #             and the others start channels of their own
-#   CLOSED    it receives no more media.  `error` says why a start failed; if a start ended without
-#             media and without an error, its viewers begin again
+#   CLOSED    it was stopped: its viewers are disconnected, and its thread is about to end
+#   ENDED     its thread has reported its end: viewers take the rest.  It is forgotten once it has
+#             no viewers
 #
-#   STARTING -> LIVE | PRIVATE   the first media has arrived                  (go_live)
-#   STARTING -> CLOSED           another channel has the variant (note_variants, go_live); a reload
-#                                changed the stream; all addresses failed; or the server
-#                                stops                                        (end)
-#                                no viewer waits in a pause between two
-#                                tries                                  (close_if_unwatched)
-#                                no viewer waits, and its slot is needed      (_close)
-#   LIVE | PRIVATE -> CLOSED     it had no viewer for its linger time   (close_if_abandoned)
-#                                it has no viewer in a pause between two
-#                                tries                                  (close_if_unwatched)
-#                                it has no viewer, and its slot or its
-#                                connection is needed                         (_close)
-#                                the source ended, or failed for `reconnect`  (end)
-#                                a reload changed the stream, or the server   (stop, end)
-#                                stops
+#   STARTING -> LIVE | PRIVATE     the first media has arrived: Channels.go_live()
+#   STARTING | LIVE | PRIVATE -> CLOSED                         Channels._close()
+#   STARTING | LIVE | PRIVATE | CLOSED -> ENDED                 Channels.end()
+#
+# The table above Channels lists all ways in which a channel ends.
 #
 # A LIVE or PRIVATE channel keeps its state while its origin fails and the failed upstream is
 # reopened: `trouble` says why it has no media, and its viewers keep their connections.
@@ -7586,6 +7576,7 @@ class State(enum.Enum):
     LIVE = "live"
     PRIVATE = "private"
     CLOSED = "closed"
+    ENDED = "ended"
 
 
 class Channel:
@@ -7596,10 +7587,13 @@ class Channel:
         channels: Channels,
         stream: StreamSettings,
         wanted: str,
-        is_private: bool,
+        is_reserved: bool,
         order: Sequence[int],
     ) -> None:
-        """`order` has the positions of the stream's addresses in the order the start tries them."""
+        """Prepare a start.
+
+        `order` has the positions of the stream's addresses in the order the start tries them.
+        """
         self.channels = channels
         self.wanted = wanted  # the requested quality
         self.since = time.monotonic()
@@ -7613,21 +7607,19 @@ class Channel:
         self.address = stream.urls[order[0]]  # of its upstream, or of the last try
         self.account: str | None = None  # name of the playlist in whose account it holds a slot
         self.state = State.STARTING
-        self.is_private = is_private  # the start serves one viewer, whatever its source is
-        self.is_fed = True  # False after Channels.end(); its thread may still wait for pollers
-        self.stopped = threading.Event()  # it must end; set once, in stop(), by any thread
-        self.variant = ""
-        self.variants: Mapping[str, str] = {}  # name to variant; empty until its start finds them
+        self.is_reserved = is_reserved  # its start serves one viewer, whatever its source is
+        self.stopped = threading.Event()  # wakes its thread, which must end; set once, in stop()
+        self.variant: str | None = None  # None until its start finds it
+        self.variants: Mapping[str, str] | None = None  # name to variant; None until it finds them
         self.viewers: dict[Viewer, None] = {}  # in order of arrival
         self.pollers: dict[tuple[str, ...], Viewer] = {}  # those viewers that poll, by key
         self.has_hls = False  # clients can poll it
-        self.idle_since = math.inf  # when the last viewer left
-        self.error: StreamError | None = None  # the answer to viewers of a failed start
+        self.idle_since = self.since  # when its last viewer left; only used while it has none
+        self.error: StreamError | None = None  # why it failed; None: it did not
         self.had_media = False  # it was LIVE or PRIVATE once
         # Written only by its own thread.
         self.note: str | None = None  # the tracks that viewers miss, in words
         self.restarts = 0  # reopened upstreams
-        self.gave_up = False  # its upstream failed for `reconnect` seconds
         self.trouble: str | None = None  # why it has no media; set at the first failed request
         self._session: Session | None = None
         self._upstream: Upstream | None = None
@@ -7652,8 +7644,7 @@ class Channel:
 
     def __repr__(self) -> str:
         name = f"{self.stream.name}/{self.variant or self.wanted}"
-        fed = "fed" if self.is_fed else "not fed"
-        return f"<Channel {name} {self.state.value}, {len(self.viewers)} viewers, {fed}>"
+        return f"<Channel {name} {self.state.value}, {len(self.viewers)} viewers>"
 
     # Any thread
 
@@ -7665,8 +7656,8 @@ class Channel:
     def stop(self) -> None:
         """Disconnect the viewers and stop the thread, even while it waits; returns at once.
 
-        Idempotent.  If the thread creates its session at the same moment, stop() may miss it, but
-        the thread checks `stopped` after it has assigned `_session`.
+        Only Channels._close() calls it.  Idempotent.  If the thread creates its session at the same
+        moment, stop() may miss it, but the thread checks `stopped` once it has assigned `_session`.
         """
         self.window.abort()  # before another window uses its segment numbers
         self.stopped.set()
@@ -7684,10 +7675,9 @@ class Channel:
     @property
     def is_offered(self) -> bool:
         """Whether every viewer that requests its variant may attach."""
-        is_shared = self.state is State.LIVE or (
-            self.state is State.STARTING and not self.is_private
-        )
-        return is_shared and not self.stopped.is_set()
+        if self.state is State.STARTING:
+            return not self.is_reserved
+        return self.state is State.LIVE
 
     @property
     def is_running(self) -> bool:
@@ -7698,7 +7688,7 @@ class Channel:
 
         True for every viewer until the variants are known.  The caller holds channels.changed.
         """
-        if not self.variants or viewer.wanted == self.wanted:
+        if self.variants is None or viewer.wanted == self.wanted:
             return True
         return self.variant == variant_of(viewer.wanted, self.variants)
 
@@ -7728,13 +7718,15 @@ class Channel:
         state, patience = self.state.value, self.stream.options.timeout
         if self.is_running and self.trouble:
             state, patience = "waiting", self.stream.options.reconnect
+        elif self.state is State.ENDED:
+            state = State.CLOSED.value  # a client need not know the difference
         waiting_seconds = gives_up_seconds = None
         if state in ("waiting", "starting"):
             waited = now - self._last_byte
             waiting_seconds = round(waited, 1)
             gives_up_seconds = round(max(0.0, patience - waited), 1)
         return {
-            "variant": self.variant,
+            "variant": self.variant or "",
             "state": state,
             "note": self.note,
             "uptime_seconds": round(now - self.since, 1),
@@ -7769,7 +7761,6 @@ class Channel:
             pass
         except StreamError as error:
             ended_by = error.copy()  # without the traceback, which keeps the whole channel alive
-            self.gave_up = error.reason == NOT_BACK
         except Exception:
             log.exception("the feeder failed")
             ended_by = UpstreamError("StreamPipe failed: see its log")
@@ -8034,9 +8025,8 @@ class Channel:
         """
         name = self._choose(session.canonical)
         if self._splicer is None:
-            variant = session.canonical[name] if name else ""
-            if not self.channels.note_variants(self, session.canonical, variant):
-                raise Stop
+            variant = session.canonical[name] if name else None
+            self.channels.note_variants(self, session.canonical, variant)
         if name is None:
             raise self._quality_error(session.qualities)
         return name
@@ -8055,7 +8045,9 @@ class Channel:
 
     def _choose(self, offered: Collection[str]) -> str | None:
         """The running variant, or else the first wanted one that is offered; None if none is."""
-        for name in (self.variant, *names_in(self.wanted)):
+        if self.variant in offered:
+            return self.variant
+        for name in names_in(self.wanted):
             if name in offered:
                 return name
         return None
@@ -8171,9 +8163,10 @@ class Channel:
     def _go_live(self, upstream: Upstream, container: Container, has_segments: bool) -> None:
         """Make the channel LIVE or PRIVATE with its first media, which waiting viewers then get.
 
-        This decides once whether the source is finite.  Raises Stop if the start must end: see
-        Channels.go_live().
+        This decides once whether the source is finite.  Raises Stop if another channel has the
+        variant, or the channel was stopped.
         """
+        assert self.variant is not None
         window = self.window
         self._has_end = upstream.has_end
         is_private = self._has_end or not (has_segments or container.joins_late)
@@ -8187,8 +8180,7 @@ class Channel:
             numbering = self.record.numbering(self.variant)
             window.offer_hls(container, numbering, upstream.target_duration)
         self._splicer = Splicer(window, container, self._place)
-        if not self.channels.go_live(self, container, has_hls, is_private):
-            raise Stop
+        self.channels.go_live(self, container, has_hls, is_private)
         kind = "has an end" if self._has_end else "for one viewer" if is_private else "live"
         # A variant may be named "live": do not log that word twice.
         what = dict.fromkeys((kind, self.variant, container.media_type))
@@ -8341,6 +8333,44 @@ def no_quality_error(qualities: Iterable[str]) -> StreamError:
 # --------------------------------------------------------------------------------------------------
 # Channels: finds, starts and shares them
 #
+# How a viewer leaves.  The log's line has these words; `reason` is the metric's label.
+#   cause                               decided by                 log                  reason
+#   it closed its connection            Handler._take, or a send;  left                 -
+#                                       at a limit, _let_go
+#   the source ended, and it has all    Window.take                got everything       -
+#   it took no byte for viewer_timeout  Handler._send_pieces       read nothing for ..  timeout
+#   it fell behind, and cannot skip     Window.take                fell behind          fell behind
+#   its channel failed for `reconnect`  drop_reason                disconnected by the  reconnect
+#   its channel failed otherwise        drop_reason                  server             failed
+#   a reload changed its stream         drop_reason                                     reload
+#   the server stops                    drop_reason                                     shutdown
+#   it polls, and was silent for        remove_pollers             left                 -
+#     poll_patience
+#   it polls another channel            _let_go, at a limit        left                 -
+#   it polls, and the source ended      Channel._see_pollers_off   left                 -
+#   it polls, and the channel failed    end                        left                 drop_reason
+#   its start has no media for it       _await_start               a line of the start  -
+#
+# How a channel ends.  _close() makes it CLOSED, and end() makes it ENDED when its thread ends.
+#   cause                               decided by                 first   log
+#   the source ended                    Channel._finish            ENDED   the origin ended ...
+#   all addresses of a start failed     Channel._open_first        ENDED   the reason
+#   a start has no media in time        Channel._judge             ENDED   not started: ...
+#   the wanted quality does not exist   Channel._find_variant      ENDED   not started: ...
+#   another channel has the variant     note_variants, go_live     ENDED   -
+#   no media for `reconnect`            Channel._wait              ENDED   ended: ...
+#   a private source without a length   Channel._keep_going        ENDED   ended: ...
+#     broke off
+#   the rest of a file does not fit     Channel._finish            ENDED   the file changed ...
+#   StreamPipe has a fault              Channel._run               ENDED   the feeder failed
+#   it was idle for its linger time     close_if_abandoned         CLOSED  -
+#   it is idle in an outage's pause     close_if_unwatched         CLOSED  -
+#   it is idle, and its slot is needed  _make_room                 CLOSED  -
+#   it is idle, and its host counts     close_idle_beside          CLOSED  -
+#     its connection
+#   a reload changed its stream         reload                     CLOSED  the reload's line
+#   the server stops                    stop                       CLOSED  shutting down
+#
 # Requests that cannot attach to a running channel at once (_attach):
 #   the server stops                          503 at once
 #   a start failed in the last 2 s            the same answer, from memory
@@ -8374,9 +8404,7 @@ class Room:
     """Whether an upstream may be opened at an address."""
 
     closing: Sequence[Channel] = ()  # channels without viewers that must be closed first
-    refusal: str = ""  # why it may not be opened; empty if it may
-    limit: str = ""  # the one of LIMITS that refuses it
-    held_by: Collection[str] = ()  # addresses of the clients that hold the slots
+    refusal: LimitReached | None = None  # why it may not be opened; None: it may
 
 
 class NoHls(StreamError):
@@ -8395,9 +8423,9 @@ class Channels:
         # start finds its variants, when a channel goes live, and when its thread ends.  Reentrant.
         self.changed = threading.Condition()
         self._config = config
-        self._channels: dict[Channel, None] = {}  # fed, watched or both; in the order they started
+        self._channels: dict[Channel, None] = {}  # not ENDED, or with viewers; oldest start first
         self._records: dict[str, StreamRecord] = {}  # by stream
-        # When a channel without viewers was last closed, by the host and account of its address.
+        # When _close() last closed a channel, by the host and account of its address.
         self._closed: dict[tuple[str, str], float] = {}
         self.stopping = threading.Event()  # set once, under `changed`; any thread may check it
 
@@ -8410,13 +8438,13 @@ class Channels:
         if the stream cannot be served, and ViewerGone if the viewer left meanwhile.
         """
         began = time.monotonic()
-        is_private = False
+        is_reserved = False  # its start must serve this viewer alone: the source is private
         with self.changed:
             while True:
                 if viewer.has_left():
                     raise ViewerGone
                 try:
-                    channel = self._attach(stream.name, quality, viewer, is_private)
+                    channel = self._attach(stream.name, quality, viewer, is_reserved)
                 except LimitReached as refusal:
                     may_zap = viewer.address in refusal.held_by
                     if time.monotonic() - began > ZAPPING_TIME or not may_zap:
@@ -8425,7 +8453,7 @@ class Channels:
                     continue
                 if self._await_start(channel, viewer, began + stream.options.timeout):
                     return channel
-                is_private = channel.state is State.PRIVATE
+                is_reserved = channel.state is State.PRIVATE
 
     def poll(
         self, stream: StreamSettings, quality: str | None, viewer: Viewer, *, anew: bool
@@ -8439,7 +8467,8 @@ class Channels:
         with self.changed:
             channel = None
             for candidate in self.channels_to_poll(stream, quality):
-                if viewer.key in candidate.pollers and (candidate.is_fed or not anew):
+                is_over = candidate.state is State.ENDED
+                if viewer.key in candidate.pollers and not (is_over and anew):
                     channel = candidate
                     break
             if channel is None:
@@ -8455,14 +8484,16 @@ class Channels:
         Otherwise detach it: if its client is a poller already, if the channel has no HLS (raises
         NoHls), or if the channel has ended (raises UpstreamError).
         """
-        is_known = viewer.key in channel.pollers
-        if is_known or not channel.has_hls or not channel.is_fed:
+        is_known = viewer.key in channel.pollers  # another request of this client was faster
+        is_over = channel.state is State.ENDED  # since this thread waited for the lock
+        if is_known or is_over or not channel.has_hls:
             self._detach(channel, viewer)
-            if not channel.is_fed:  # it ended before this thread had the lock again
-                raise UpstreamError(JUST_ENDED)
-            if not channel.has_hls:
-                raise NoHls(channel.stream)
-            return  # another request of this client was faster
+        if is_over:
+            raise UpstreamError(JUST_ENDED)
+        if not channel.has_hls:
+            raise NoHls(channel.stream)
+        if is_known:
+            return
         # Read the patience at every check: the target duration of a raw source grows.
         viewer.has_left = lambda: time.monotonic() - viewer.moved > channel.poll_patience
         channel.pollers[viewer.key] = viewer
@@ -8474,11 +8505,17 @@ class Channels:
         """The running channel for a request, then the ended ones that clients still poll."""
         with self.changed:
             wanted = quality or stream.quality
+            found = []
             running = self._find(stream, wanted)
-            mine = self._channels_of(stream.name)
-            ended = (c for c in mine if c.pollers and not (c.is_fed or c.stopped.is_set()))
-            having = (c for c in ended if c.variant == variant_of(wanted, c.variants))
-            return [*([running] if running else ()), *having]
+            if running:
+                found.append(running)
+            for channel in self._channels_of(stream.name):
+                is_listed = channel.state is State.ENDED and not channel.stopped.is_set()
+                if not (is_listed and channel.pollers and channel.variants):
+                    continue
+                if channel.variant == variant_of(wanted, channel.variants):
+                    found.append(channel)
+            return found
 
     def note_poll(self, channel: Channel, key: tuple[str, ...], size: int) -> None:
         """Count the bytes of a segment that a poller has received."""
@@ -8551,12 +8588,15 @@ class Channels:
                 return "shutdown"
             if channel.stopped.is_set():
                 return "reload"
-            return "reconnect" if channel.gave_up else "failed"
+            if channel.error and channel.error.reason == NOT_BACK:
+                return "reconnect"
+            return "failed"
 
-    def _attach(self, name: str, quality: str | None, viewer: Viewer, is_private: bool) -> Channel:
+    def _attach(self, name: str, quality: str | None, viewer: Viewer, is_reserved: bool) -> Channel:
         """Attach the viewer to a running channel or a new one, without waiting for media.
 
-        Raises StreamError in the cases listed above this class.
+        `is_reserved`: no other viewer may share the channel.  Raises StreamError in the cases that
+        the comment above this section lists.
         """
         if self.stopping.is_set():
             raise stopping_error()
@@ -8565,18 +8605,17 @@ class Channels:
             raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
         viewer.wanted = wanted = quality or stream.quality
         channel = None
-        if not is_private:
+        if not is_reserved:
             channel = self._find(stream, wanted)
         if channel is None:
             self._recall(stream, wanted)
-        if channel is None and not is_private:
+        if channel is None and not is_reserved:
             channel = self._find_start(stream, wanted)
         self._make_seat(viewer)
         if channel is None:
             order = self._make_slot(stream, viewer)
-            channel = self._start(stream, wanted, is_private, order)
+            channel = self._start(stream, wanted, is_reserved, order)
         channel.viewers[viewer] = None
-        channel.idle_since = math.inf
         if not viewer.polls:
             channel.window.enter(viewer)
         watching = sum(len(other.viewers) for other in self._channels_of(name))
@@ -8588,13 +8627,13 @@ class Channels:
         return [channel for channel in self._channels if channel.stream.name == name]
 
     def _start(
-        self, stream: StreamSettings, wanted: str, is_private: bool, order: Sequence[int]
+        self, stream: StreamSettings, wanted: str, is_reserved: bool, order: Sequence[int]
     ) -> Channel:
         """Make a channel and start its thread, which first needs the lock that the caller holds.
 
         Raises LimitReached if the system has no threads left.
         """
-        channel = Channel(self, stream, wanted, is_private, order)
+        channel = Channel(self, stream, wanted, is_reserved, order)
         channel.account = self._account_of(stream, channel.address)
         try:
             channel.start()
@@ -8607,8 +8646,10 @@ class Channels:
     def _find(self, stream: StreamSettings, wanted: str) -> Channel | None:
         """The channel that has, or will have, the first of the wanted qualities that exists."""
         variant = variant_of(wanted, self._variants_of(stream))
+        if variant is None:
+            return None
         for channel in self._channels_of(stream.name):
-            if channel.is_offered and channel.variant and channel.variant == variant:
+            if channel.is_offered and channel.variant == variant:
                 return channel
         return None
 
@@ -8616,15 +8657,17 @@ class Channels:
         """A start to wait for: its variants are unknown, or the same quality was requested."""
         for channel in self._channels_of(stream.name):
             is_start = channel.is_offered and channel.state is State.STARTING
-            if is_start and (not channel.variants or channel.wanted == wanted):
+            if is_start and (channel.variants is None or channel.wanted == wanted):
                 return channel
         return None
 
     def _variants_of(self, stream: StreamSettings) -> Mapping[str, str]:
         """The variants that the newest start found, and all running ones, by name."""
-        mine = self._channels_of(stream.name)
-        running = {channel.variant: channel.variant for channel in mine if channel.is_running}
-        return {**self.known(stream.name).variants, **running}
+        variants = dict(self.known(stream.name).variants)
+        for channel in self._channels_of(stream.name):
+            if channel.is_running and channel.variant is not None:
+                variants[channel.variant] = channel.variant
+        return variants
 
     def _recall(self, stream: StreamSettings, wanted: str) -> None:
         """Raise the error that a start would end with, if it is known without one."""
@@ -8656,15 +8699,18 @@ class Channels:
         address has a slot.
         """
         order = self.record(stream.name).start_order(stream.urls)
-        refusal = limit = ""
+        first: LimitReached | None = None
         held_by: set[str] = set()
         for number, position in enumerate(order):
-            room = self._make_room(stream, stream.urls[position], [viewer])
-            if not room.refusal:
+            try:
+                self._make_room(stream, stream.urls[position], [viewer])
+            except LimitReached as refusal:
+                first = first or refusal
+                held_by.update(refusal.held_by)
+            else:
                 return order[number:] + order[:number]
-            refusal, limit = refusal or room.refusal, limit or room.limit
-            held_by.update(room.held_by)
-        raise LimitReached(refusal, limit, held_by)
+        assert first, "every stream has an address"
+        raise LimitReached(first.reason, first.limit, held_by)
 
     def _let_go(self, newcomers: Collection[Viewer]) -> None:
         """Detach viewers that have left.
@@ -8685,10 +8731,10 @@ class Channels:
     def _holding(self) -> list[Channel]:
         """The channels that hold a slot.
 
-        A stopped channel holds none: its connections are closed, even if its thread still runs.
+        A closed channel holds none: its connections are closed, even if its thread still runs.
         """
-        states = (State.STARTING, State.LIVE, State.PRIVATE)
-        return [c for c in self._channels if c.state in states and not c.stopped.is_set()]
+        over = (State.CLOSED, State.ENDED)
+        return [channel for channel in self._channels if channel.state not in over]
 
     def _account_of(self, stream: StreamSettings, address: str) -> str | None:
         """The name of the playlist whose account an address uses."""
@@ -8704,15 +8750,16 @@ class Channels:
             sharing = [channel for channel in holders if channel.account == playlist.name]
             surplus = _surplus(sharing, playlist.max_upstreams)
             if surplus is None:
-                refusal = _account_is_full(playlist.max_upstreams, sharing)
-                return Room((), refusal, "account", _addresses_of(sharing))
+                reason = _account_is_full(playlist.max_upstreams, sharing)
+                return Room(refusal=LimitReached(reason, "account", _addresses_of(sharing)))
             closing += surplus
         if mover is None:  # a mover already holds a slot of the server
             others = [channel for channel in holders if channel not in closing]
             surplus = _surplus(others, self._config.server.max_upstreams)
             if surplus is None:
-                refusal = "there are too many upstreams"
-                return Room((), refusal, "max_upstreams", _addresses_of(holders))
+                reason = "there are too many upstreams"
+                held_by = _addresses_of(holders)
+                return Room(refusal=LimitReached(reason, "max_upstreams", held_by))
             closing += surplus
         return Room(closing)
 
@@ -8722,15 +8769,20 @@ class Channels:
         address: str,
         newcomers: Collection[Viewer],
         mover: Channel | None = None,
-    ) -> Room:
-        """Like _room_at(), but detach viewers that have left, and close channels that give way."""
+    ) -> None:
+        """Make room for what _room_at() judges: close channels that must give way.
+
+        If there is no room, viewers that have left are detached first.  Raises LimitReached if
+        there is still none.
+        """
         room = self._room_at(stream, address, mover)
         if room.refusal:
             self._let_go(newcomers)
             room = self._room_at(stream, address, mover)
+        if room.refusal:
+            raise room.refusal
         for channel in room.closing:
             self._close(channel)
-        return room
 
     def _await_start(self, channel: Channel, viewer: Viewer, deadline: float) -> bool:
         """Wait until the channel has media for this viewer; False if the viewer must begin again.
@@ -8747,12 +8799,13 @@ class Channels:
                 no_media = no_media_error(channel.stream, channel.trouble)
                 raise no_media if remaining <= 0 else ViewerGone()
             self.changed.wait(min(remaining, START_TICK))
-        is_served = channel.suits(viewer) and channel.had_media
-        if not is_served:
-            self._detach(channel, viewer)
-        if channel.suits(viewer) and channel.error:
+        suits = channel.suits(viewer)
+        if suits and channel.had_media:
+            return viewer in channel.viewers  # go_live() detaches all but one of a private channel
+        self._detach(channel, viewer)
+        if suits and channel.error:
             raise channel.error.copy()
-        return viewer in channel.viewers
+        return False
 
     def _detach(self, channel: Channel, viewer: Viewer) -> None:
         if channel.pollers.get(viewer.key) is viewer:
@@ -8770,7 +8823,7 @@ class Channels:
         self._forget_if_over(channel)
 
     def _forget_if_over(self, channel: Channel) -> None:
-        if not channel.viewers and not channel.is_fed:
+        if not channel.viewers and channel.state is State.ENDED:
             self._channels.pop(channel, None)
 
     def _status(self, stream: StreamSettings) -> dict[str, Any]:
@@ -8778,7 +8831,8 @@ class Channels:
         channels = self._channels_of(stream.name)
         viewers = [viewer for channel in channels for viewer in channel.viewers]
         counts = self.totals(stream)
-        shown = [c.status() for c in channels if c.viewers or c.state is not State.CLOSED]
+        over = (State.CLOSED, State.ENDED)
+        shown = [c.status() for c in channels if c.viewers or c.state not in over]
         states = {channel["state"] for channel in shown}
         at_rest = "failed" if record.has_failed else "idle"
         age = round(time.monotonic() - record.troubled, 1)
@@ -8807,16 +8861,16 @@ class Channels:
         The channel gives its slot of another account back.  Raises LimitReached if none is free.
         """
         with self.changed:
-            room = self._make_room(channel.stream, address, channel.viewers, channel)
-            if room.refusal:
-                raise LimitReached(room.refusal, room.limit, room.held_by)
+            self._make_room(channel.stream, address, channel.viewers, channel)
             channel.address = address
             channel.account = self._account_of(channel.stream, address)
 
-    def note_variants(self, channel: Channel, canonical: Mapping[str, str], variant: str) -> bool:
-        """Record the variants that a start found; `variant` is empty if the wanted one is missing.
+    def note_variants(
+        self, channel: Channel, canonical: Mapping[str, str], variant: str | None
+    ) -> None:
+        """Record the variants that a start found; `variant` is None if the wanted one is missing.
 
-        Viewers that wait for the start and want another variant begin again.  Returns False if
+        Viewers that wait for the start and want another variant begin again.  Raises Stop if
         another channel has this variant: the start must end, and its viewers attach there.
         """
         with self.changed:
@@ -8824,22 +8878,22 @@ class Channels:
             channel.variant = variant
             channel.record.resolved = time.monotonic()
             self.changed.notify_all()
-            is_redundant = channel.is_offered and self._is_offered_by_another(channel)
-            return not is_redundant
+            if channel.is_offered and self._is_offered_by_another(channel):
+                raise Stop
 
     def go_live(
         self, channel: Channel, container: Container, has_hls: bool, is_private: bool
-    ) -> bool:
+    ) -> None:
         """Make a channel that has its first media LIVE or PRIVATE.
 
-        Returns False if the start must end: another channel has its variant, or a reload stopped
-        it and no viewer may find a channel with the old settings.
+        Raises Stop if another channel has its variant, or if the channel was stopped: after a
+        reload, no viewer may find a channel with the old settings.
         """
         with self.changed:
             channel.record.container = channel.container = container
             is_taken = not is_private and self._is_offered_by_another(channel)
-            if is_taken or channel.stopped.is_set():
-                return False
+            if is_taken or channel.state is State.CLOSED:
+                raise Stop
             channel.state = State.PRIVATE if is_private else State.LIVE
             channel.had_media, channel.has_hls = True, has_hls
             if is_private:
@@ -8847,19 +8901,15 @@ class Channels:
                 for viewer in suited[1:]:
                     self._detach(channel, viewer)
             self.changed.notify_all()
-            return True
 
     def end(self, channel: Channel, is_complete: bool, error: StreamError | None) -> None:
         """Record that a channel's thread ends, and how; called once for each channel."""
         with self.changed:
-            if self.stopping.is_set():
-                error = stopping_error()
-            elif channel.stopped.is_set():
-                error = None  # a reload or _close() cut the upstream: that is no failure
+            if channel.state is not State.CLOSED:  # or stop() cut the upstream: that is no failure
+                channel.error = error
             if channel.state is State.STARTING and error:
-                self._fail_start(channel, error)
-            channel.state = State.CLOSED
-            channel.is_fed = False
+                self._remember_failure(channel, error)
+            channel.state = State.ENDED
             # Detach pollers here, so that no request finds them.  If the source truly ended, they
             # stay until _see_pollers_off() detaches them.
             if not is_complete:
@@ -8870,9 +8920,8 @@ class Channels:
             self.changed.notify_all()
         channel.window.end(is_complete)
 
-    def _fail_start(self, channel: Channel, error: StreamError) -> None:
-        """Remember the error for every requested quality that the start would have served."""
-        channel.error = error
+    def _remember_failure(self, channel: Channel, error: StreamError) -> None:
+        """Remember a start's error for every requested quality that it would have served."""
         if isinstance(error, LimitReached):  # a slot may be free again at any moment
             return
         qualities = {viewer.wanted for viewer in channel.viewers if channel.suits(viewer)}
@@ -8913,8 +8962,9 @@ class Channels:
         """Close a channel that had no viewers for its linger time; none can attach after that."""
         with self.changed:
             self.remove_pollers(channel)
-            is_idle = time.monotonic() - channel.idle_since >= channel.linger
-            if is_idle and not channel.viewers and channel.state is not State.STARTING:
+            if channel.viewers or channel.state is State.STARTING:
+                return
+            if time.monotonic() - channel.idle_since >= channel.linger:
                 self._close(channel)
 
     def close_if_unwatched(self, channel: Channel) -> None:
@@ -8925,22 +8975,27 @@ class Channels:
         """
         with self.changed:
             self.remove_pollers(channel)
-            if not channel.viewers and channel.state is not State.CLOSED:
+            if not channel.viewers:
                 self._close(channel)
 
     def _is_offered_by_another(self, channel: Channel) -> bool:
         """Whether another channel of the stream has, or will have, this one's variant."""
+        if channel.variant is None:
+            return False
         for other in self._channels_of(channel.stream.name):
-            has_same = other.variant == channel.variant != ""
-            if has_same and other is not channel and other.is_offered:
+            if other is not channel and other.is_offered and other.variant == channel.variant:
                 return True
         return False
 
     def _close(self, channel: Channel) -> None:
-        """Close a channel without viewers, so that its connections close before others open."""
-        channel.state = State.CLOSED
-        for place in _counted_by(channel.address, channel.account):
-            self._closed[place] = time.monotonic()
+        """Stop a channel: its connections are closed before others open.  Idempotent.
+
+        If it has ended already, polling clients lose the rest of its playlist.
+        """
+        if channel.state is not State.ENDED:
+            channel.state = State.CLOSED
+            for place in _counted_by(channel.address, channel.account):
+                self._closed[place] = time.monotonic()
         channel.stop()
 
     # Main
@@ -8959,7 +9014,7 @@ class Channels:
                     channel.stream = stream
                     channel.account = self._account_of(stream, channel.address)
                 else:
-                    channel.stop()
+                    self._close(channel)
             in_use = {channel.stream.name for channel in self._channels}
             for name in self._records.keys() - config.streams.keys() - in_use:
                 del self._records[name]
@@ -8973,8 +9028,11 @@ class Channels:
         with self.changed:
             self.stopping.set()
             for channel in self._channels:
-                channel.stop()
-            return self.changed.wait_for(lambda: not any(c.is_fed for c in self._channels), timeout)
+                self._close(channel)
+            return self.changed.wait_for(self._have_all_ended, timeout)
+
+    def _have_all_ended(self) -> bool:
+        return all(channel.state is State.ENDED for channel in self._channels)
 
 
 def _surplus(holders: Sequence[Channel], limit: int) -> list[Channel] | None:
@@ -11245,7 +11303,7 @@ class Handler(BaseHTTPRequestHandler):
             viewer = self._viewer(stream, polls=True)
             channel, viewer = channels.poll(stream, quality, viewer, anew=True)
             viewer.listed = None  # a new page has had no segment yet
-            watched = Watched(quality, channel.variant, f"{stream.name}.m3u8")
+            watched = Watched(quality, channel.variant or "", f"{stream.name}.m3u8")
         except NoHls:
             is_played = channels.known(stream.name).container.plays_bare
             watched = Watched(quality, path=stream.name if is_played else "", has_hls=False)

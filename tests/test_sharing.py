@@ -361,13 +361,14 @@ class Census(pipe.Channels):
         self.joined.add(channel.state)
         return channel
 
-    def note_variants(self, channel: pipe.Channel, *arguments: Any, **more: Any) -> bool:
-        is_needed = super().note_variants(channel, *arguments, **more)
-        with self.changed:
-            states = [channel.state for channel in self._channels if channel.is_fed]
-        is_open = [state in (pipe.State.STARTING, pipe.State.LIVE) for state in states]
-        self.most_open = max(self.most_open, sum(is_open))
-        return is_needed
+    def note_variants(self, channel: pipe.Channel, *arguments: Any, **more: Any) -> None:
+        try:
+            super().note_variants(channel, *arguments, **more)
+        finally:
+            with self.changed:
+                states = [channel.state for channel in self._channels]
+            is_open = [state in (pipe.State.STARTING, pipe.State.LIVE) for state in states]
+            self.most_open = max(self.most_open, sum(is_open))
 
     def close_if_abandoned(self, channel: pipe.Channel) -> None:
         super().close_if_abandoned(channel)

@@ -20,7 +20,16 @@ import yaml
 
 import pipe
 from tests import media
-from tests.origin import Multivariant, Origin, Playlist, Stall, StallHeaders, Status, master
+from tests.origin import (
+    Multivariant,
+    OneAtATime,
+    Origin,
+    Playlist,
+    Stall,
+    StallHeaders,
+    Status,
+    master,
+)
 from tests.program import eventually
 from tests.server import TIMEOUT, Site, Watch
 from tests.threads import Task
@@ -589,6 +598,31 @@ def test_qualities_that_a_reload_brings_are_there_at_once(
     tiny = Playlist("tiny", media.ts_segments(), mode="live", clock=True)
     reload(site, {"url": origin.add(master("other", {"240p": tiny})).url})
     watch(site, "/news?quality=240p")
+
+
+def test_qualities_that_a_reload_brings_are_there_while_the_old_channel_ends(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end = threads_end_late(monkeypatch)
+    site = serve({"news": two_qualities(origin, "news").url})
+    watch(site, "/news")
+    tiny = Playlist("tiny", media.ts_segments(), mode="live", clock=True)
+    reload(site, {"url": origin.add(master("other", {"240p": tiny})).url})
+    watch(site, "/news?quality=240p")
+    may_end.set()
+
+
+def test_panel_may_still_count_the_connection_of_a_channel_that_a_reload_ended(
+    origin: Origin, serve: Serve
+) -> None:
+    origin.rate = 2_000_000
+    source = relay(origin, "a")
+    origin.habit("/a", OneAtATime(origin, 458, "/a", 0.3))
+    site = serve({"news": source})
+    watch(site, "/news")
+    reload(site, {"url": source, "headers": {"X-New": "yes"}})
+    watch(site, "/news")
+    assert any(request.status == 458 for request in origin.requests), "it was not too easy"
 
 
 def test_slot_of_a_channel_that_a_reload_ends_is_free_at_once(
