@@ -3342,6 +3342,8 @@ class EventKind(enum.Enum):
 
 @dataclass(frozen=True)
 class SegmentEvent:
+    """An event between two bytes of a stream."""
+
     kind: EventKind
     number: int  # media sequence number
     is_discontinuous: bool = False  # EXT-X-DISCONTINUITY precedes it
@@ -3351,53 +3353,71 @@ class SegmentEvent:
 class ReaderBuffer:
     """A bounded queue of bytes and segment events from one thread to another.
 
-    The writer waits while the queue is full, which is the back-pressure on every download.  Only
-    the first end() counts.  streamlink requires write, wait_free, close and closed of a reader's
-    buffer.
+    The writing thread waits while the queue is full, which is the back-pressure on every download.
+    Only the first end() counts.  streamlink requires write, wait_free, close and closed of a
+    reader's buffer.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit  # bytes; never changes
         # _lock guards everything below.
         self._lock = threading.Lock()
-        self._not_full = threading.Condition(self._lock)  # the writer waits; take(), end() notify
-        self._not_empty = threading.Condition(self._lock)  # take() waits; the others notify
-        self._items: deque[bytes | SegmentEvent] = deque()
-        self._woken = False
-        self.length = 0  # bytes
+        # write() and wait_free() wait until there is room; take() and end() notify.
+        self._not_full = threading.Condition(self._lock)
+        # take() waits for an item; write(), put_event(), end() and wake() notify.
+        self._not_empty = threading.Condition(self._lock)
+        self._items: deque[bytes | SegmentEvent] = deque()  # not taken yet
+        self._is_woken = False  # the waiting take(), or the next one, returns at once
+        self.length = 0  # bytes that wait to be taken
         self.closed = False
-        self.failure: str | None = None  # why it broke off, once closed; None: it did not
+        self.failure: str | None = None  # why the source broke off, once closed; None: it did not
 
     def __repr__(self) -> str:
-        state = self.failure or ("ended" if self.closed else "open")
+        state = "open"
+        if self.closed:
+            state = self.failure or "complete"
         return f"<ReaderBuffer: {state}, {self.length} of {self.limit} bytes>"
 
-    # The writer
+    # The caller holds _lock
+
+    def _has_room(self) -> bool:
+        """Whether a writing thread need not wait; a closed buffer drops all that is written."""
+        return self.length < self.limit or self.closed
+
+    def _has_news(self) -> bool:
+        """Whether take() need not wait."""
+        return bool(self._items) or self.closed or self._is_woken
+
+    # The writing thread
 
     def write(self, data: bytes) -> None:
         """Append data; blocks without a limit while the buffer is full.  Drops data if closed."""
         if not data:
             return
         with self._lock:
-            self._not_full.wait_for(lambda: self.length < self.limit or self.closed)
+            self._not_full.wait_for(self._has_room)
             if not self.closed:
-                self._items.append(bytes(data))
+                self._items.append(data)
                 self.length += len(data)
                 self._not_empty.notify()
 
     def put_event(self, event: SegmentEvent) -> None:
+        """Append an event, even to a full buffer.  Drops it if closed.
+
+        Otherwise a segment could seem complete although its bytes were dropped.
+        """
         with self._lock:
-            if not self.closed:  # else a segment whose bytes were dropped could get an end
+            if not self.closed:
                 self._items.append(event)
                 self._not_empty.notify()
 
     def wait_free(self, timeout: float | None = None) -> bool:
         """Block until there is room; streamlink loads the next playlist only then.
 
-        Returns false after `timeout` seconds without room; None: no limit.
+        Returns False after `timeout` seconds without room; None: no limit.
         """
         with self._lock:
-            return self._not_full.wait_for(lambda: self.length < self.limit or self.closed, timeout)
+            return self._not_full.wait_for(self._has_room, timeout)
 
     # Any thread
 
@@ -3407,50 +3427,61 @@ class ReaderBuffer:
         Items already in the buffer can still be taken.  Only the first call counts.
         """
         with self._lock:
-            if not self.closed:
-                self.closed, self.failure = True, failure
-                self._not_full.notify_all()
-                self._not_empty.notify_all()
+            if self.closed:
+                return
+            self.closed = True
+            self.failure = failure
+            self._not_full.notify_all()
+            self._not_empty.notify_all()
 
     def close(self) -> None:
-        """Called by streamlink to end the buffer; if a reason is known, end() had it before."""
+        """Close the buffer for streamlink, which knows no reason.
+
+        If our own code knows one, it has called end() before.
+        """
         self.end(NO_MORE_SEGMENTS)
 
     def discard(self) -> None:
-        """Drop all waiting items and everything written later: nothing takes them any more."""
+        """Close the buffer, and drop all items that wait: no thread takes them any more."""
         self.end("closed")
         with self._lock:
             self._items.clear()
             self.length = 0
 
-    # The taker
+    # The taking thread
 
     def take(self, limit: int, timeout: float | None) -> list[bytes | SegmentEvent]:
         """Return waiting items, about `limit` bytes at most; blocks until there are some.
 
-        Returns none after `timeout` seconds (None: no limit), after a wake(), or at the end.
+        Returns an empty list after `timeout` seconds (None: no limit), after a wake(), or at the
+        end.
         """
+        items: list[bytes | SegmentEvent] = []
+        size = 0
         with self._lock:
-            self._not_empty.wait_for(lambda: self._items or self.closed or self._woken, timeout)
-            self._woken = False
-            items: list[bytes | SegmentEvent] = []
-            size = 0
+            self._not_empty.wait_for(self._has_news, timeout)
+            self._is_woken = False
             while self._items and size < limit:
-                items.append(self._items.popleft())
-                size += 0 if isinstance(items[-1], SegmentEvent) else len(items[-1])
+                item = self._items.popleft()
+                items.append(item)
+                if isinstance(item, bytes):
+                    size += len(item)
             self.length -= size
             if self.length < self.limit:
                 self._not_full.notify_all()
-            return items
+        return items
+
+    # Any thread
 
     def wake(self) -> None:
-        """Make a waiting take(), or the next one, return.  May be called from any thread."""
+        """Make the waiting take(), or the next one, return."""
         with self._lock:
-            self._woken = True
+            self._is_woken = True
             self._not_empty.notify()
 
     @property
     def is_exhausted(self) -> bool:
+        """Whether it is closed and all items were taken or dropped."""
         with self._lock:
             return self.closed and not self._items
 
@@ -3459,9 +3490,9 @@ Items = Generator[bytes | SegmentEvent, None, None]
 
 
 def fill(buffer: Any, items: Items) -> None:
-    """Write items into a buffer until it is closed, and end it as the items end.
+    """Write items into a buffer until it is closed, and end it when they end.
 
-    An error that they raise becomes the buffer's failure; none is raised here.
+    An error that the generator raises becomes the buffer's failure; this function raises none.
     """
     try:
         with contextlib.closing(items):
