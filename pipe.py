@@ -3531,9 +3531,10 @@ KEY_FRAME_BACK = 6.0  # seconds; libavformat reads 5 s of a stream before it sho
 class Viewer:
     """One response that receives a channel, and its position in the channel's window.
 
-    The window's lock guards the fields from `next` to `skips`.  Only the viewer's own thread writes
-    `sent` and `moved`.  A polling client may have several requests at once: channels.changed guards
-    its `sent`; the requests assign `moved` and `listed` without a lock, as the last one may win.
+    The window's lock guards the fields from `next` to `has_torn_segment`.  Only the viewer's own
+    thread writes `sent` and `moved`.  A polling client may have several requests at once:
+    channels.changed guards its `sent`; the requests assign `moved` and `listed` without a lock, as
+    the last one may win.
     """
 
     address: str = ""
@@ -3548,6 +3549,7 @@ class Viewer:
     is_waiting: bool = True  # for blocks: it is not paused, however long ago it moved
     has_caught_up: bool = False  # it has had the newest block at least once
     skips: int = 0  # how often it fell behind
+    has_torn_segment: bool = False  # it got the start of a segment whose rest cannot follow
     polls: bool = False  # it is a polling client (HLS), which is in no window
     listed: int | None = None  # number of the newest segment in the last playlist it got
 
@@ -3900,10 +3902,31 @@ class Window:
             self._joins.append(join)
 
     def _break_off(self) -> None:
+        if self._open and not self.can_skip:
+            self._remove_open(self._open)
         self._next_joins.clear()
         self._open = None
         self._is_apart = True
         self._update_needed()
+
+    def _remove_open(self, segment: Segment) -> None:
+        """Remove the blocks of the open segment, whose rest will not arrive.
+
+        In fMP4 they end within a box, whose missing bytes a player would take from the segments
+        that follow: it would never find another box.  So no viewer may go on behind them.  Those
+        that have some of them are disconnected, and the others continue with the next segment.
+        """
+        for viewer in tuple(self._viewers):
+            if viewer.next is not None and viewer.next > segment.first:
+                viewer.has_torn_segment = True
+                del self._viewers[viewer]
+        while self._blocks and self._next > segment.first:
+            self._size -= len(self._blocks.pop())
+        while self._joins and self._joins[-1].block >= segment.first:
+            self._joins.pop()
+        if self._segments and self._segments[-1] is segment:  # it is not after abort()
+            self._segments.pop()
+        self._grown.notify_all()
 
     # Segments that the window cuts: at join points, timed by their DTS
 
@@ -4169,6 +4192,8 @@ class Window:
             viewer.is_waiting = True
             self._grown.wait_for(lambda: self._has_news(viewer), timeout)
             viewer.is_waiting = False
+            if viewer.has_torn_segment:
+                raise ViewerGone("got half a segment", label="torn")
             if viewer not in self._viewers:
                 raise ViewerGone
             if self._has_ended_for(viewer):

@@ -292,6 +292,24 @@ def test_segment_of_vod_that_fails_for_ever_is_one_gap(
     audience.expect_end(media.spliced(segments(0, 3) + segment(3)[:size], segments(4, 6)))
 
 
+def test_fmp4_viewer_does_not_go_on_within_a_segment(origin: Origin, serve: Serve) -> None:
+    """A player would look for the rest of the box in the segments that follow, for ever."""
+    init, fragments = media.fmp4(SEGMENTS)
+    live = Playlist("news", fragments, mode="live", init=init, extension=".m4s")
+    origin.add(live)
+    origin.fault(live.segment_path(4), NoRange(), Stall(CUT), times=None)
+    site = serve(both(live.url), **{**QUICK, "timeout": 6, "linger": 20})
+    audience = Audience(site)
+    audience.expect(init + live.plain(2, 4) + live.plain(4, 5)[:CUT])
+    audience.expect_end(is_complete=False)
+    live.advance()
+    late = site.watch("/one")
+    wanted = init + live.plain(2, 4) + live.plain(5, 6)
+    assert late.read(len(wanted)) == wanted
+    dropped = b'streampipe_viewer_drops_total{stream="three",reason="torn"} 3'
+    eventually(lambda: dropped in site.get("/metrics").body, "three drops are counted")
+
+
 def test_segment_is_tried_no_longer_than_it_is_listed(origin: Origin, serve: Serve) -> None:
     """Two target durations would be 20 s."""
     live = origin.add(news(window=4, target_duration=10))

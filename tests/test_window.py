@@ -710,6 +710,26 @@ def test_viewer_that_cannot_skip_is_let_go(taken: int) -> None:
         window.take(viewer, 0)
 
 
+def test_torn_segment_disconnects_only_viewers_that_have_a_part() -> None:
+    """fMP4: the others continue with the next segment, and so do viewers that arrive later."""
+    window = Window(100 * SIZE)
+    window.can_skip = False
+    begun, behind = enter(window), enter(window)
+    segments(window, 0, 2)
+    assert take(window, begun) == take(window, behind) == text(0, 2)
+    segments(window, 2, 5)  # block 4 begins a segment
+    assert take(window, begun) == text(2, 5)
+    window.break_off()
+    with pytest.raises(ViewerGone, match="half a segment"):
+        window.take(begun, 0)
+    assert window.held()[0] == 4 * SIZE
+    late = enter(window)
+    begin(window, 6)
+    append(window, 6, 8)
+    assert take(window, behind) == text(2, 4) + text(6, 8)
+    assert take(window, late) == preamble(0) + text(0, 4) + text(6, 8)
+
+
 def test_viewer_that_cannot_skip_goes_on_while_it_keeps_up() -> None:
     window = Window(100 * SIZE)
     window.can_skip = False
