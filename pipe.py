@@ -4428,24 +4428,29 @@ def media_playlist(window: Window, name: str, tail: str, had: int | None = None)
 # --------------------------------------------------------------------------------------------------
 
 PART_LIMIT = 256 * KIB  # bytes of one read; larger reads save little and delay the first
+CODED_PART_LIMIT = 4 * KIB  # bytes of a compressed body's read: urllib3 up to 2.5 decodes all of it
 BODY_LIMIT = 8 * MIB  # bytes of a body that are buffered; the rest stays at the origin
 SLOW_TIME = 2.0  # seconds spent waiting for a body before its rate is judged
+LEAST_WAIT = 0.001  # seconds that count at least as spent waiting: a body may be there at once
+LEAST_TIMEOUT = 0.1  # seconds of a request's time-out at least: libraries refuse zero and less
 RETRY_PAUSES = (0.1, 0.2, 0.4, 0.8)  # seconds; the last one repeats
+SAMPLE_STEP = 64  # bytes from one byte of a Fingerprint to the next
 
 
 @dataclass
 class Fingerprint:
     """A checksum of the first bytes of a body, to recognize them when they are sent again.
 
-    It covers every 64th byte: different media differs in nearly all of them, and a checksum of all
-    bytes would cost 0.4 s of CPU per GB, a fifth of the CPU for pulling it.
+    It covers one byte in SAMPLE_STEP: different media differs in nearly all of them, and a checksum
+    of all bytes would cost 0.4 s of CPU per GB, a fifth of the CPU for pulling it.
     """
 
     size: int = 0  # bytes
     value: int = 0
 
     def add(self, data: bytes) -> None:
-        self.value = zlib.crc32(data[-self.size % 64 :: 64], self.value)
+        first_sample = -self.size % SAMPLE_STEP  # its position in `data`
+        self.value = zlib.crc32(data[first_sample::SAMPLE_STEP], self.value)
         self.size += len(data)
 
 
@@ -4468,12 +4473,16 @@ class Repeat:
         """
         left = self._had.size - self._again.size
         self._again.add(data[:left])
-        return None if self.is_over and self._again != self._had else data[left:]
+        if self.is_over and self._again != self._had:
+            return None
+        return data[left:]
 
 
 def pauses(seconds: Sequence[float]) -> Iterator[float]:
     """Yield each of these, then repeat the last one forever."""
-    return itertools.chain(seconds, itertools.repeat(seconds[-1]))
+    yield from seconds
+    while True:
+        yield seconds[-1]
 
 
 class DownloadError(PipeError):
@@ -4500,7 +4509,9 @@ class Tries(NamedTuple):
     def ask(self) -> Tries:
         """The history once another try has begun."""
         now = time.monotonic()
-        return self._replace(began=self.began or now, asked=now)
+        if not self.began:
+            return self._replace(began=now, asked=now)
+        return self._replace(asked=now)
 
     def answer(self) -> Tries:
         """The history once the newest try was answered with media."""
@@ -4526,7 +4537,7 @@ class Pace(NamedTuple):
     @property
     def rate(self) -> float:
         """Bytes per second."""
-        return self.size / max(self.waited, 1e-3)
+        return self.size / max(self.waited, LEAST_WAIT)
 
 
 class Download:
@@ -4537,7 +4548,8 @@ class Download:
     abandoned.
     """
 
-    empty_time = 0.0  # seconds during which an empty body is requested again; 0: it may be empty
+    # Seconds during which an empty body is requested again; None: the body may be empty.
+    empty_time: float | None = None
     cipher_block = 1  # bytes; an encrypted body is a multiple of this
 
     def __init__(
@@ -4549,11 +4561,14 @@ class Download:
         opened: Opened | None = None,
     ) -> None:
         self._request, self._closing, self._patience = request, closing, patience
-        # The range of the resource's bytes; EXT-X-MAP may omit an offset of 0.
-        self._first: int = (byte_range.offset or 0) if byte_range else 0
-        self._size: int | None = byte_range.range if byte_range else None
+        # The range to fetch: its position in the resource, and its bytes; None: all from there on.
+        self._first = 0
+        self._range_size: int | None = None
+        if byte_range:
+            self._first = byte_range.offset or 0  # EXT-X-MAP may omit an offset of 0
+            self._range_size = byte_range.range
         self._opened = opened  # the first response, if there is one already
-        self._had = Fingerprint()
+        self._received = Fingerprint()
         self._moved = 0.0  # when the newest byte was passed on, or the first try began
         # The download's thread replaces these two values.  Other threads read each of them once per
         # decision, so that none sees half of a change.
@@ -4561,15 +4576,16 @@ class Download:
         self._pace = Pace()  # of the newest try
         self._slow_time = SLOW_TIME  # seconds of waiting after which a slow try is ended
         self._validator: str | None = None  # for If-Range; None: the rest cannot be requested
-        self._length = 0  # bytes of the whole resource, if a partial response stated them; else 0
+        # Bytes of the whole resource; None until a partial response states them.
+        self._resource_size: int | None = None
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self.size} bytes came, {self.tries.failure}>"
+        return f"<{type(self).__name__}: {self.size} bytes received, failure: {self.tries.failure}>"
 
     @property
     def size(self) -> int:
         """Bytes received so far."""
-        return self._had.size
+        return self._received.size
 
     @property
     def rate(self) -> float:
@@ -4598,13 +4614,15 @@ class Download:
                 raise
             except Exception as error:  # of requests, urllib3, streamlink or the system
                 log.debug("a download broke off", exc_info=True)
-                refusal = refused_range(error)
+                reason = explain(error)
+                refusal = range_refusal(error)
                 if refusal is not None:
                     self._validator = None
-                has_all = refusal is not None and self._has_all(refusal)
-                if has_all and not self._is_cut_off:
-                    return
-                self._judge(CUT_SEGMENT if has_all else explain(error), pause)
+                    if self._has_all(refusal):
+                        if not self._is_cut_off:
+                            return
+                        reason = CUT_SEGMENT
+                self._judge(reason, pause)
             if self._closing.wait(pause):
                 raise DownloadError("closed")
 
@@ -4618,28 +4636,45 @@ class Download:
     @property
     def _is_cut_off(self) -> bool:
         """Whether the body ended within a cipher block.  The length of a byte range is given."""
-        return self._size is None and self._had.size % self.cipher_block != 0
+        return self._range_size is None and self.size % self.cipher_block != 0
 
     def _has_all(self, refusal: requests.Response) -> bool:
         """Whether a range was refused at the body's end: its stated length was too large."""
-        end = self._first + self._had.size
-        return bool(self._had.size and refusal.headers.get("Content-Range") == f"bytes */{end}")
+        if self.size == 0:
+            return False
+        end = self._first + self.size
+        return refusal.headers.get("Content-Range") == f"bytes */{end}"
+
+    @property
+    def _next_position(self) -> int:
+        """The position in the resource of the first byte to request.
+
+        Only a validator ensures that the rest is of the same body.
+        """
+        if self._validator:
+            return self._first + self.size
+        return self._first
 
     def _open(self) -> Opened:
         """Request the body, or only the rest of it if that is possible."""
         opened, self._opened = self._opened, None
         if opened:
             return opened
+
         headers = {}
-        first, last = self._first, "" if self._size is None else str(self._first + self._size - 1)
-        if self._had.size and self._validator:
-            first += self._had.size
+        first = self._next_position
+        if first > self._first and self._validator:
             headers["If-Range"] = self._validator  # RFC 9110, 13.1.5: the whole if it changed
-        if first or last:
+        if self._range_size is not None:
+            last = self._first + self._range_size - 1
             headers["Range"] = f"bytes={first}-{last}"
+        elif first > 0:
+            headers["Range"] = f"bytes={first}-"
+
+        # One request may take half of the patience, so that another one can follow.
         patience = self._patience()
         left = self._moved + patience - time.monotonic()
-        return self._request(headers, max(0.1, min(patience / 2, left))), b""
+        return self._request(headers, max(LEAST_TIMEOUT, min(patience / 2, left))), b""
 
     def _read_head(self, response: requests.Response) -> int:
         """Note the length and the validator of a response.
@@ -4647,61 +4682,85 @@ class Download:
         Returns its offset in bytes from our range: negative if it starts before that.  Raises
         PipeError if the range is neither the requested one nor the whole resource.
         """
-        start = 0
+        position: int | None = 0  # of the response in the resource; None: of no use
         is_coded = response.headers.get("Content-Encoding", "identity") != "identity"
         if response.status_code == HTTPStatus.PARTIAL_CONTENT:
+            position = None
             sent = response.headers.get("Content-Range", "")
             match = re.match(r"bytes (\d+)-\d+/(\d+|\*)", sent)
-            if match and match[2] != "*" and self._size is None:
-                self._length = int(match[2])
-            # A part of a compressed body is useless: our offsets count decompressed bytes.
-            start = int(match[1]) if match and not is_coded else -1
-        offset = start - self._first
-        if offset not in (self._had.size if self._validator else 0, -self._first):
+            # A part of a compressed body is useless: our positions count decompressed bytes.
+            if match and not is_coded:
+                position = int(match[1])
+            if match and match[2] != "*" and self._range_size is None:
+                self._resource_size = int(match[2])
+        if position is None or position not in (0, self._next_position):
             self._validator = None
             raise PipeError("the origin sent a different range than requested")
-        if not self._had.size and not is_coded:
+
+        if self.size == 0 and not is_coded:
             etag = response.headers.get("ETag", "")
             is_strong = etag and not etag.startswith("W/")
             self._validator = etag if is_strong else response.headers.get("Last-Modified")
-        return offset
+        return position - self._first
 
     def _new_parts(self, response: requests.Response, start: bytes) -> Iterator[bytes]:
         """Yield the new bytes of a response, whose first bytes, `start`, were already read."""
         offset = self._read_head(response)
-        before = max(0, -offset)  # bytes still to skip in front of our range
-        repeat = Repeat(self._had if offset <= 0 else Fingerprint())
+        to_skip = max(0, -offset)  # bytes in front of our range
         parts = parts_of(response, PART_LIMIT, start)
-        if offset <= 0:  # otherwise it continues a body whose start was checked
+        if offset > 0:  # the rest of a body whose start was checked
+            repeat = Repeat(Fingerprint())
+        else:
+            repeat = Repeat(self._received)
             parts = media_parts(parts)
+
         self._pace = Pace()
-        while self._had.size != self._size and (part := self._wait_for(parts)):
+        while self.size != self._range_size:
+            part = self._wait_for(parts)
+            if not part:
+                break
             # Only media counts as an answer; media_parts() raises an error for a page or a text.
             if self.tries.answered != self.tries.asked:
                 self.tries = self.tries.answer()
-            part, before = part[before:], max(0, before - len(part))
+            if to_skip:
+                skipped = min(to_skip, len(part))
+                part = part[skipped:]
+                to_skip -= skipped
             new = repeat.pass_on(part)
             if new is None:
-                raise DownloadError("it changed in the meantime")
-            if new := new[: (self._size or sys.maxsize) - self._had.size]:
-                self._had.add(new)
+                raise DownloadError("the body changed between two requests")
+            if self._range_size is not None:
+                new = new[: self._range_size - self.size]
+            if new:
+                self._received.add(new)
                 yield new
                 self._moved = time.monotonic()
-        if before or not repeat.is_over:
-            raise DownloadError("it became shorter in the meantime")
-        if self._had.size < (self._size or self._length):
+        self._check_end(is_short=to_skip > 0 or not repeat.is_over)
+
+    def _check_end(self, is_short: bool) -> None:
+        """Raise an error if a response has ended, but the body is not complete.
+
+        `is_short`: it ended before the first new byte.  DownloadError means that no try can help.
+        """
+        if is_short:
+            raise DownloadError("the body became shorter between two requests")
+        size = self._range_size if self._range_size is not None else self._resource_size
+        if size is not None and self.size < size:
             raise ConnectionError("the range ended early")
         if self._is_cut_off:
             raise PipeError(CUT_SEGMENT)
-        if not self._had.size and self.empty_time:
-            is_late = time.monotonic() - self.tries.began > self.empty_time
-            raise (DownloadError if is_late else PipeError)("the origin sent an empty segment")
+        if self.size == 0 and self.empty_time is not None:
+            reason = "the origin sent an empty segment"
+            if time.monotonic() - self.tries.began > self.empty_time:
+                raise DownloadError(reason)
+            raise PipeError(reason)
 
     def _wait_for(self, parts: Iterator[bytes]) -> bytes:
+        """Return the next bytes, empty at the end; raises PipeError if the try is too slow."""
         if self._pace.waited > self._slow_time and self.is_slow():
             # Double it each time: without Range support, every try starts from zero.
             self._slow_time *= 2
-            raise PipeError("it arrives too slowly")
+            raise PipeError("the body arrives too slowly")
         asked = time.monotonic()
         part = next(parts, b"")
         waited = self._pace.waited + time.monotonic() - asked
@@ -4709,7 +4768,7 @@ class Download:
         return part
 
 
-def refused_range(error: Exception) -> requests.Response | None:
+def range_refusal(error: Exception) -> requests.Response | None:
     """The origin's response that no such range exists (416); None for any other error."""
     answer: requests.Response | None = getattr(getattr(error, "err", None), "response", None)
     if answer is None or answer.status_code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
@@ -4719,11 +4778,14 @@ def refused_range(error: Exception) -> requests.Response | None:
 
 def parts_of(response: requests.Response, size: int, start: bytes = b"") -> Iterator[bytes]:
     """Yield `start`, which was already read, then the rest, at most `size` bytes at once."""
-    is_coded = "Content-Encoding" in response.headers  # urllib3 copies bytes that it may decode
-    if is_coded:  # up to 2.5, urllib3 decodes all that it read at once: a thousand times as much
-        size = min(size, 4 * KIB)
-    read = functools.partial(response.raw.read1, size, decode_content=is_coded)
-    return itertools.chain(filter(None, [start]), iter(read, b""))
+    if start:
+        yield start
+    is_coded = "Content-Encoding" in response.headers
+    if is_coded:
+        size = min(size, CODED_PART_LIMIT)
+    # Decoding copies every byte, so it is only switched on if it is needed.  This iterator keeps no
+    # reference to the bytes that it has yielded, as a loop here would.
+    yield from iter(functools.partial(response.raw.read1, size, decode_content=is_coded), b"")
 
 
 # --------------------------------------------------------------------------------------------------
