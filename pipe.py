@@ -2175,7 +2175,7 @@ def _user_of(address: str) -> str | None:
 # A framer receives an upstream's bytes in order and hands all of them on in blocks, except ID3
 # tags.  A block of MPEG-TS ends where a packet ends, so a viewer that moves from one block to
 # another never gets half a packet.  A mark (Join) stands between two blocks wherever a decoder can
-# start, so no block is ever cut for a viewer.
+# start, so no block is ever split for a viewer.
 # --------------------------------------------------------------------------------------------------
 
 Block = bytes | memoryview  # bytes appended to a window at once
@@ -2283,9 +2283,11 @@ class Framer:
 
 # MPEG-TS (ISO/IEC 13818-1)
 
-DISCONTINUITY_FLAG, RANDOM_ACCESS_FLAG, PCR_FLAG = 0x80, 0x40, 0x10  # see has_adaptation_flag()
+# Flags in the second byte of an adaptation field (2.4.3.4).
+DISCONTINUITY_FLAG, RANDOM_ACCESS_FLAG, PCR_FLAG = 0x80, 0x40, 0x10
 SHORTEST_SECTION = 12  # bytes of a PAT or PMT without entries (2.4.4.3)
 SECTION_PACKETS = 8  # packets of a section at most: it has no more than 1,024 bytes
+# Stream types of video: those of table 2-34, and those of AVS, Dirac and VC-1.
 VIDEO_TYPES = frozenset({0x01, 0x02, 0x10, 0x1B, 0x20, 0x24, 0x33, 0x42, 0xD1, 0xEA})
 _UNIT_START = re.compile(rb"[\x40-\x7f\xc0-\xff]")  # second byte: see starts_unit()
 _ANY_BYTE = re.compile(rb".", re.DOTALL)
@@ -3539,11 +3541,11 @@ class Viewer:
 
     address: str = ""
     agent: str = ""
-    has_left: Callable[[], bool] = lambda: False  # disconnected or silent; never blocks
+    is_gone: Callable[[], bool] = lambda: False  # disconnected or silent; never blocks
     wanted: str = ""  # the quality requested; guarded by channels.changed
     since: float = field(default_factory=time.monotonic)
     sent: int = 0  # bytes of media
-    moved: float = 0.0  # when it last took a byte or polled
+    moved: float = field(default_factory=time.monotonic)  # when it last took a byte or polled
     next: int | None = 0  # number of the next block; None: it waits for a join point
     pending: list[Block] = field(default_factory=list)  # to be sent before that block
     is_waiting: bool = True  # for blocks: it is not paused, however long ago it moved
@@ -4145,12 +4147,12 @@ class Window:
             self._playlist.popleft()
             if len(self._playlist) < LEAST_LISTED and self._is_polled:
                 self._lacks_room = True
-        while self._segments and self._is_gone(self._segments[0]):
+        while self._segments and self._is_outdated(self._segments[0]):
             self._segments.popleft()
         if self._first_needed is not None and self._first_needed < self._first:
             self._update_needed()
 
-    def _is_gone(self, segment: Segment) -> bool:
+    def _is_outdated(self, segment: Segment) -> bool:
         """Whether no viewer can start in it any more."""
         if segment is self._open or segment.first >= self._first:
             return False
@@ -7097,6 +7099,7 @@ class InsertFilter:
         self._init = []
 
     def _end_segment(self, event: SegmentEvent) -> list[bytes | SegmentEvent]:
+        """Return the rest of the open segment, and its end; that is a gap if it was left out."""
         passed = self._pass_held(is_all=True)
         if self._is_leaving_out:
             self._is_leaving_out = False
@@ -8559,7 +8562,7 @@ class Channels:
         is_reserved = False  # its start must serve this viewer alone: the source is private
         with self.changed:
             while True:
-                if viewer.has_left():
+                if viewer.is_gone():
                     raise ViewerGone
                 try:
                     channel = self._attach(stream.name, quality, viewer, is_reserved)
@@ -8613,7 +8616,7 @@ class Channels:
         if is_known:
             return
         # Read the patience at every check: the target duration of a raw source grows.
-        viewer.has_left = lambda: time.monotonic() - viewer.moved > channel.poll_patience
+        viewer.is_gone = lambda: time.monotonic() - viewer.moved > channel.poll_patience
         channel.pollers[viewer.key] = viewer
         channel.record.add("arrivals")
         label = viewer_label(viewer.address)
@@ -8839,7 +8842,7 @@ class Channels:
         for channel in tuple(self._channels):
             for viewer in tuple(channel.viewers):
                 is_elsewhere = viewer.polls and viewer.key in keys and viewer not in newcomers
-                if is_elsewhere or viewer.has_left():
+                if is_elsewhere or viewer.is_gone():
                     self._detach(channel, viewer)
 
     def _has_seat(self) -> bool:
@@ -8912,7 +8915,7 @@ class Channels:
             return True
         while channel.state is State.STARTING and channel.suits(viewer):
             remaining = deadline - time.monotonic()
-            if remaining <= 0 or viewer.has_left():
+            if remaining <= 0 or viewer.is_gone():
                 self._detach(channel, viewer)
                 no_media = no_media_error(channel.stream, channel.trouble)
                 raise no_media if remaining <= 0 else ViewerGone()
@@ -9073,7 +9076,7 @@ class Channels:
         """Detach the pollers that have left, or all of them."""
         with self.changed:
             for viewer in tuple(channel.pollers.values()):
-                if all_of_them or viewer.has_left():
+                if all_of_them or viewer.is_gone():
                     self._detach(channel, viewer)
 
     def close_if_abandoned(self, channel: Channel) -> None:
@@ -11613,7 +11616,7 @@ class Handler(BaseHTTPRequestHandler):
         Raises ViewerGone if the viewer has left by then.
         """
         blocks = channel.window.take(viewer, 1.0)
-        if not blocks and viewer.has_left():
+        if not blocks and viewer.is_gone():
             raise ViewerGone
         return blocks
 
