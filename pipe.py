@@ -544,26 +544,27 @@ def _many(count: int, word: str) -> str:
 #
 # The reader works on the YAML library's nodes, not on YAML 1.1 values.  It takes a scalar as
 # written, so `on:` and `007:` are names and `token: 0123` is text.  Every node knows its line.
-# No message quotes a possible secret: an address, a token, a header, an odd key, the value of an
-# environment variable.
+# No message quotes anything that may be a secret: an address, a token, a header, a key with unusual
+# characters, or the value of an environment variable.
 # --------------------------------------------------------------------------------------------------
 
-# The options that the upstream's engine offers under `streamlink:`.  Each has an example value of
-# its type, or `...` if only StreamPipe may set it.
+# The options of the upstream's engine that may stand under `streamlink:`, by name.  Each has an
+# example value of its type, or `...` if only StreamPipe may set it.
 EngineOptions = Mapping[str, Any]
 GLOBAL_ENGINE_OPTIONS = frozenset({"ipv4", "ipv6"})  # they affect the whole process
 
-# A parser turns a text into a value.  A reader turns a node of the file into one; None stands for
-# the default.  Both raise ValueError with the message to show.
+# A parser turns a text into a value.  A reader turns a node of the file into a value, or into None,
+# which stands for the default.  Both raise ValueError with the message to show.
 Parse = Callable[[str], Any]
 Read = Callable[["ConfigReader", yaml.Node], Any]
 Section = dict[str, tuple[yaml.Node, yaml.Node]]  # by key: the nodes of the key and its value
 
-NULL = "tag:yaml.org,2002:null"
-STREAM_NAMES = (
-    "a stream name may only contain a-z, 0-9 and -, e.g. channel-1; use title: for what people see"
+NULL_TAG = "tag:yaml.org,2002:null"  # of `null`, `~` and an empty value
+STREAM_NAME_RULE = (
+    "a stream name may only contain a-z, 0-9 and -, e.g. channel-1; "
+    "use title: for the name that people see"
 )
-PLAYLIST_NAMES = "a playlist's name may only contain a-z, 0-9 and -, e.g. provider-1"
+PLAYLIST_NAME_RULE = "a playlist's name may only contain a-z, 0-9 and -, e.g. provider-1"
 
 
 class TaggedNode(yaml.Node):
@@ -584,7 +585,8 @@ class NodeLoader(yaml.SafeLoader):
         return tagged
 
 
-KINDS = {
+# What each kind of node is called in messages.
+NODE_KINDS = {
     yaml.ScalarNode: "text",
     yaml.SequenceNode: "a list",
     yaml.MappingNode: "a section",
@@ -592,7 +594,7 @@ KINDS = {
     "or write ${NAME} for an environment variable",
 }
 
-CURLY_QUOTES = 'use straight quotes (") in place of curly ones'
+CURLY_QUOTES = 'use straight quotes (") instead of curly quotes'
 # Matches a whole text that begins with a curly quote.  After a double one, another double one may
 # only be at the end; after a single one, the text must end with a single one.  So the titles
 # "Best of" TV and 't Journaal do not match if their quotes are curly.
@@ -602,20 +604,47 @@ _IN_CURLY_QUOTES = re.compile(rf"{_DOUBLE}[^\u201c-\u201e]*{_DOUBLE}?|{_SINGLE}.
 # Matches `$${`, `${NAME}`, and any other `${`, which is a mistake.
 _VARIABLE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)\}|\$\{")
 
-# Common mistakes: a pattern of the YAML library's message, a pattern of the line to report, and the
-# advice.  That line is the nearest match, searched backwards from the place that the library names.
+
+class YamlSlip(NamedTuple):
+    """A common mistake in YAML: how to recognize it, and the advice to show.
+
+    The mistake is often in a line above the place that the library names.  The reported line is
+    the nearest one that matches `line`, searched backwards from that place.
+    """
+
+    problem: str  # a pattern of the library's message
+    line: str  # a pattern of the line to report; an empty one matches every line
+    advice: str
+
+
 YAML_SLIPS = (
-    (r"'\\t'", r".*\t", "found a tab: use spaces"),
-    ("mapping values", rf".*[:,[{{-]\s*(?:{_DOUBLE}|{_SINGLE})", CURLY_QUOTES),
-    ("tag handle|URI escape|expected '>'", r".*\s!", "put quotes around a text that begins with !"),
-    (r"got '\{'", r".*\$\{", "put quotes around a value with ${ within brackets"),
-    ("end of stream|'<scalar>'", r""".*[:,[{-]\s*(["'])(?:(?!\1).)*$""", "this quote never ends"),
-    ("mapping values|expected ':'", r"\s*[\w.-]+:[^\s/]", "put a space after the colon"),
-    ("'<scalar>'", "", "text after a closing quote: use the other kind of quotes"),
-    ("mapping values|<block ", "", "indent it like the lines above, or quote a value with colons"),
-    ("cannot start any token", "", "put quotes around this value"),
-    ("another document", "", "found a second document: remove it"),
-    ("second occurrence", "", "duplicate anchor"),
+    YamlSlip(r"'\\t'", r".*\t", "found a tab: use spaces"),
+    YamlSlip("mapping values", rf".*[:,[{{-]\s*(?:{_DOUBLE}|{_SINGLE})", CURLY_QUOTES),
+    YamlSlip(
+        "tag handle|URI escape|expected '>'",
+        r".*\s!",
+        "put quotes around a text that begins with !",
+    ),
+    YamlSlip(r"got '\{'", r".*\$\{", "put quotes around a value with ${ inside brackets"),
+    YamlSlip(
+        "end of stream|'<scalar>'",
+        r""".*[:,[{-]\s*(["'])(?:(?!\1).)*$""",
+        "this quoted text has no closing quote",
+    ),
+    YamlSlip("mapping values|expected ':'", r"\s*[\w.-]+:[^\s/]", "put a space after the colon"),
+    YamlSlip(
+        "'<scalar>'",
+        "",
+        "found text after a closing quote: use the other kind of quotes around the value",
+    ),
+    YamlSlip(
+        "mapping values|<block ",
+        "",
+        "align this line with those above, or put quotes around a value with a colon",
+    ),
+    YamlSlip("cannot start any token", "", "put quotes around this value"),
+    YamlSlip("another document", "", "found a second document: remove it"),
+    YamlSlip("second occurrence", "", "duplicate anchor"),
 )
 
 
@@ -625,8 +654,8 @@ def text_of(node: yaml.Node) -> str:
     Raises ValueError for any other node, and for a text in curly quotes.
     """
     if not isinstance(node, yaml.ScalarNode):
-        raise ValueError(f"expected a single value, got {KINDS[type(node)]}")
-    if node.tag == NULL:
+        raise ValueError(f"expected a single value, got {NODE_KINDS[type(node)]}")
+    if node.tag == NULL_TAG:
         return ""
     if node.style is None and _IN_CURLY_QUOTES.fullmatch(node.value):
         raise ValueError(CURLY_QUOTES)
@@ -652,7 +681,7 @@ def with_environment(text: str) -> str:
             raise ValueError(f"the environment variable {name} is not set")
         if not value.isprintable():
             raise ValueError(
-                f"the environment variable {name} has a character that cannot be printed"
+                f"the environment variable {name} contains a character that cannot be printed"
             )
         return value
 
@@ -682,38 +711,72 @@ def checked(check: Callable[[str], object], message: str) -> Parse:
     return parse
 
 
-def number(kind: type[int] | type[float], least: float, most: float = math.inf) -> Parse:
-    bounds = f", {least} or more" if most == math.inf else f" from {least} to {most}"
-    expected = f"expected {'a whole number' if kind is int else 'a number'}{bounds}"
+def number_from(kind: type[int] | type[float], least: float, most: float | None = None) -> Parse:
+    """A parser of numbers from `least` to `most`, or without an upper limit."""
+    expected = "expected a whole number" if kind is int else "expected a number"
+    if most is None:
+        expected += f", {least} or more"
+    else:
+        expected += f" from {least} to {most}"
 
     def parse(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            value = kind(text) if re.fullmatch(r"[-+.\d_eE]+", text) else math.nan
-            if least <= value <= most and value != math.inf:
-                return value
-        got = f', got "{text}"' if re.fullmatch(r"[\w.+-]{0,20}", text) else ""
+        value = _finite_number(kind, text)
+        if value is not None and value >= least and (most is None or value <= most):
+            return value
+        got = ""
+        if re.fullmatch(r"[\w.+-]{0,20}", text):  # too short and plain to be a secret
+            got = f', got "{text}"'
         raise ValueError(expected + got)
 
     return parse
 
 
+def _finite_number(kind: type[int] | type[float], text: str) -> float | None:
+    """A number as written, or None for any other text, also for `nan` and `inf`."""
+    if not re.fullmatch(r"[-+.\d_eE]+", text):
+        return None
+    try:
+        value = kind(text)
+    except ValueError:
+        return None
+    return None if abs(value) == math.inf else value  # 1e999 is infinite
+
+
+def refused(message: str) -> Parse:
+    """A parser that accepts no value."""
+
+    def parse(text: str) -> NoReturn:
+        raise ValueError(message)
+
+    return parse
+
+
 def true_or_false(text: str) -> bool:
-    if text.lower() not in yaml.SafeLoader.bool_values:
+    value = yaml.SafeLoader.bool_values.get(text.lower())
+    if value is None:
         raise ValueError("expected true or false")
-    return yaml.SafeLoader.bool_values[text.lower()]
+    return value
+
+
+NO_SCHEME = "begin the address with http:// or https://"
+NOT_HTTP_ADDRESS = "expected an address that starts with http:// or https://"
+# A scheme, or several: a prefix of streamlink stands before the address (`hls://https://...`).
+_SCHEMES = re.compile(r"^([\w.+-]+://)+")
+_SCHEMES_BUT_FILE = re.compile(r"^((?!file:)[\w.+-]+://)+", re.I)
+# A file: address, or a path: ~/a, /a, ./a, ../a, c:/a, or the same with backslashes; but not //.
+_LOCAL_PATH = re.compile(r"file:|~|\.{0,2}[/\\](?!/)|[a-z]:[/\\]", re.I)
 
 
 def check_port(address: str) -> None:
     """Raise ValueError if an address names a port that does not exist."""
-    target = re.sub(r"^([\w.+-]+://)+", "", address)
-    host = re.split(r"[/?#\s]", target)[0].rpartition("@")[2]
+    target = _SCHEMES.sub("", address)
+    authority = re.split(r"[/?#\s]", target)[0]
+    host = authority.rpartition("@")[2]
     port = re.fullmatch(r"(?:\[.*\]|[^:\[]*):(.+)", host)
     if port is None:
         return
     if not re.fullmatch(r"[0-9]{1,5}", port[1]) or not 1 <= int(port[1]) <= 65535:
-        raise ValueError(
-            "the address names a port that does not exist: expected one from 1 to 65535"
-        )
+        raise ValueError("the address has an invalid port: expected a number from 1 to 65535")
 
 
 def with_port(parse: Parse) -> Parse:
@@ -732,15 +795,15 @@ def stream_address(text: str) -> str:
     Raises ValueError for a local file or a malformed address.
     """
     address = text.strip()
-    target = re.sub(r"^((?!file:)[\w.+-]+://)+", "", address, flags=re.I)
+    target = _SCHEMES_BUT_FILE.sub("", address)
     if not target:
         raise ValueError("the address is missing")
-    if re.match(r"file:|~|\.{0,2}[/\\](?!/)|[a-z]:[/\\]", target, re.I):
+    if _LOCAL_PATH.match(target):
         raise ValueError("local files are never opened: use an http:// or https:// address")
-    if re.match(r"\w+:\w+://", address):
+    if re.match(r"\w+:\w+://", address):  # news:http://...
         raise ValueError("put a space after the first colon")
     if target == address:
-        raise ValueError("write http:// or https:// in front of the address")
+        raise ValueError(NO_SCHEME)
     if not address.isprintable():
         raise ValueError("the address contains a control character")
     check_port(address)
@@ -752,11 +815,11 @@ def list_address(text: str) -> str:
     address = text.strip()
     if "://" not in address:
         if not re.search(r"\.m3u8?$", address, re.I):
-            raise ValueError("write http:// in front of the address; a local file ends in .m3u")
+            raise ValueError(
+                "begin the address with http://, or name a local file that ends in .m3u"
+            )
         return address
-    if _split(stream_address(address))[0] not in ("http", "https"):
-        raise ValueError("expected an address that starts with http:// or https://")
-    return address
+    return str(web_url(stream_address(address)))
 
 
 def without_prefixes(address: str) -> str:
@@ -764,13 +827,32 @@ def without_prefixes(address: str) -> str:
     return re.sub(r"^(?:hls|hlsvariant|httpstream|dash)://(?=\w+://)", "", address)
 
 
-def _split(address: str) -> tuple[str, str]:
+def _scheme_and_host(address: str) -> tuple[str, str]:
     """Scheme and host of an address; two empty strings if it is malformed or has no host."""
     with contextlib.suppress(ValueError):
         parts = urlsplit(address)
         if parts.hostname and parts.port != 0:
             return parts.scheme, parts.hostname
     return "", ""
+
+
+def _is_web_address(address: str) -> bool:
+    scheme, _ = _scheme_and_host(address)
+    return scheme in ("http", "https")
+
+
+def _is_proxy_address(address: str) -> bool:
+    scheme, _ = _scheme_and_host(address)
+    return scheme in ("http", "https", "socks4", "socks4a", "socks5", "socks5h")
+
+
+def _is_header_value(text: str) -> bool:
+    """Whether HTTP can carry a value (RFC 9110, 5.5)."""
+    return text.isprintable() and text.isascii() and text.strip() == text
+
+
+def _is_file(path: str) -> bool:
+    return Path(path).is_file()
 
 
 def _is_cookies_file(file: str) -> bool:
@@ -818,7 +900,7 @@ def _is_own_interface(text: str) -> bool:
 
 
 # An empty token would let everyone in.
-filled_text = checked(bool, "empty value: fill it in or remove the key")
+filled_text = checked(bool, "the value is empty: fill it in, or remove the key")
 own_address = checked(
     re.compile(r"[\w.:%-]+").fullmatch, "expected an address of this machine, like 0.0.0.0"
 )
@@ -827,38 +909,25 @@ own_address = checked(
 def host_address(text: str) -> str:
     """An address of this machine, without a port; raises ValueError otherwise."""
     if re.fullmatch(r"[^:]*:[0-9]+", text):
-        raise ValueError("write the port under port:, and the host without it")
+        raise ValueError("write the port under port:, not after the host")
     return str(own_address(text))
 
 
 network = checked(ipaddress.ip_network, "expected a network like 192.168.0.0/16")
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.1
-# A value that HTTP can carry (RFC 9110, 5.5).
 header_value = checked(
-    lambda value: value.isprintable() and value.isascii() and value.strip() == value,
-    "a header value must be one line of ASCII text without surrounding blanks",
+    _is_header_value, "a header value must be one line of ASCII text without surrounding blanks"
 )
-web_url = with_port(
-    checked(
-        lambda address: _split(address)[0] in ("http", "https"),
-        "expected an address that starts with http:// or https://",
-    )
-)
+web_url = with_port(checked(_is_web_address, NOT_HTTP_ADDRESS))
 proxy_url = with_port(
-    checked(
-        lambda address: re.fullmatch("https?|socks5h?|socks4a?", _split(address)[0]),
-        "expected an address that starts with http:// or socks5h://",
-    )
-)
-global_option = checked(
-    lambda _: False, "this affects the whole process: set it under options.streamlink"
+    checked(_is_proxy_address, "expected an address that starts with http:// or socks5h://")
 )
 name_prefix = checked(
     re.compile(r"[a-z0-9-]*").fullmatch, "a prefix may only contain a-z, 0-9 and -, e.g. uk-"
 )
-thread_count = number(int, 1, 64)
-ring_size = number(int, 256 * KIB, 4096 * MIB)  # bytes
-request_time = number(float, 0.1, 3600)  # seconds
+thread_count = number_from(int, 1, 64)
+ring_size = number_from(int, 256 * KIB, 4096 * MIB)  # bytes
+request_time = number_from(float, 0.1, 3600)  # seconds
 
 
 def reader_of(parse: Parse, example: Any) -> Read:
@@ -874,16 +943,23 @@ def reader_of(parse: Parse, example: Any) -> Read:
 
 
 def read_single(parse: Parse, reader: ConfigReader, node: yaml.Node) -> Any:
-    return None if node.tag == NULL else parsed(parse, node)
+    if node.tag == NULL_TAG:
+        return None
+    return parsed(parse, node)
 
 
 def read_list(parse: Parse, reader: ConfigReader, node: yaml.Node) -> tuple[Any, ...] | None:
-    if node.tag == NULL:
+    if node.tag == NULL_TAG:
         return None
     if not isinstance(node, yaml.SequenceNode):
-        raise ValueError(f"expected a list like [a, b], got {KINDS[type(node)]}")
+        raise ValueError(f"expected a list like [a, b], got {NODE_KINDS[type(node)]}")
+    return _read_items(parse, reader, node.value)
+
+
+def _read_items(parse: Parse, reader: ConfigReader, items: Iterable[yaml.Node]) -> tuple[Any, ...]:
+    """Parse each item; one with a mistake is left out."""
     found = []
-    for item in node.value:
+    for item in items:
         with reader.at(item):
             found.append(parsed(parse, item))
     return tuple(found)
@@ -895,47 +971,51 @@ def read_map(parse: Parse, reader: ConfigReader, node: yaml.Node) -> dict[str, A
     for name, (key, value) in reader.section(node).items():
         with reader.at(key, name):
             if not HEADER_NAME.fullmatch(name):
-                raise ValueError("not a valid header name")
+                raise ValueError("this is not a valid header name")
             found[name] = parsed(parse, value)
     return found
 
 
-def read_addresses(reader: ConfigReader, node: yaml.Node) -> Any:
-    """Read one address or a list of addresses; returns a tuple."""
+def read_addresses(reader: ConfigReader, node: yaml.Node) -> tuple[Any, ...]:
+    """Read one address or a list of addresses."""
     if not isinstance(node, yaml.SequenceNode):
-        node = yaml.SequenceNode("", [node])
-    elif not node.value:
+        return _read_items(stream_address, reader, [node])
+    if not node.value:
         raise ValueError("the list of addresses is empty")
-    return read_list(stream_address, reader, node)
+    return _read_items(stream_address, reader, node.value)
 
 
 def read_engine_options(reader: ConfigReader, node: yaml.Node) -> dict[str, Any]:
     """Read the `streamlink:` map."""
+    is_global = reader.path[0] == "options"
     readers: dict[str, Read] = {}
     for name, example in reader.engine.items():
-        parse = ENGINE_PARSERS.get(name) or ENGINE_PARSERS.get(type(example), str)
+        if name in GLOBAL_ENGINE_OPTIONS and not is_global:
+            parse = refused("this affects the whole process: set it under options.streamlink")
+        elif name in ENGINE_PARSERS:
+            parse = ENGINE_PARSERS[name]
+        else:
+            parse = ENGINE_PARSERS.get(type(example), str)
         readers[name] = reader_of(parse, example)
-        if name in GLOBAL_ENGINE_OPTIONS and reader.path[0] != "options":
-            readers[name] = reader_of(global_option, example)
     return reader.table(node, readers)
 
 
 # Parsers by type, or by name if streamlink would raise, hang or do nothing for some values of the
 # type.
 ENGINE_PARSERS: dict[str | type, Parse] = {
-    type(...): checked(lambda _: False, "StreamPipe sets this itself for safety: remove it"),
+    type(...): refused("StreamPipe sets this itself, for safety: remove it"),
     bool: true_or_false,
-    int: number(int, 0),
-    float: number(float, 0),
+    int: number_from(int, 0),
+    float: number_from(float, 0),
     dict: header_value,
     "ringbuffer-size": ring_size,
     "stream-segment-threads": thread_count,
     "stream-segment-timeout": request_time,
-    "stream-segmented-queue-deadline": number(float, 0),  # target durations
+    "stream-segmented-queue-deadline": number_from(float, 0),  # target durations
     "stream-timeout": request_time,
     "http-timeout": request_time,
     "http-proxy": proxy_url,
-    "http-ssl-cert": checked(lambda file: Path(file).is_file(), "no such file"),
+    "http-ssl-cert": checked(_is_file, "there is no such file"),
     "http-cookies-files": checked(
         _is_cookies_file, "expected a readable cookies.txt file in Netscape format"
     ),
@@ -943,15 +1023,15 @@ ENGINE_PARSERS: dict[str | type, Parse] = {
     "interface": checked(_is_own_interface, "expected an interface or address of this machine"),
     "ffmpeg-loglevel": checked(
         re.compile("quiet|panic|fatal|error|warning|info|verbose|debug|trace").fullmatch,
-        "expected a level of ffmpeg's log, like error",
+        "expected a log level of ffmpeg, like error",
     ),
     "hls-playlist-reload-time": checked(
         _is_reload_time,
         "expected segment, live-edge, default or a number of seconds, 2 or more: "
         "streamlink ignores a shorter interval",
     ),
-    "hls-live-edge": number(int, 1),
-    "hls-start-offset": number(float, -604800, 604800),  # seconds; negative: from a film's end
+    "hls-live-edge": number_from(int, 1),
+    "hls-start-offset": number_from(float, -604800, 604800),  # seconds; negative: from a film's end
 }
 
 
@@ -959,7 +1039,10 @@ ENGINE_PARSERS: dict[str | type, Parse] = {
 
 
 def setting(parse: Parse, default: Any) -> Any:
-    """A field for a key whose value is shaped like `default`; `parse` parses each text in it."""
+    """A field for a key whose value is shaped like `default`; `parse` parses each text in it.
+
+    A default may be a map, which a dataclass does not accept as it is.
+    """
     return field(default_factory=lambda: default, metadata={"read": reader_of(parse, default)})
 
 
@@ -969,15 +1052,18 @@ def readers_of(settings: type[Any]) -> dict[str, Read]:
 
 
 def read_section(settings: type[Any], reader: ConfigReader, node: yaml.Node) -> Any:
+    """Read a section into its dataclass, `settings`."""
     return settings(**reader.table(node, readers_of(settings)))
 
 
 @dataclass(frozen=True)
 class ServerSettings:
+    """The section `server:`."""
+
     host: str = setting(host_address, "0.0.0.0")
-    port: int = setting(number(int, 0, 65535), 8080)
-    max_viewers: int = setting(number(int, 0), 1000)  # 0 = no limit
-    max_upstreams: int = setting(number(int, 0), 64)  # 0 = no limit
+    port: int = setting(number_from(int, 0, 65535), 8080)
+    max_viewers: int = setting(number_from(int, 0), 1000)  # 0 = no limit
+    max_upstreams: int = setting(number_from(int, 0), 64)  # 0 = no limit
     token: str | None = setting(filled_text, None)
     trusted: tuple[str, ...] = setting(network, ())  # CIDR
     public_url: str | None = setting(web_url, None)
@@ -988,14 +1074,16 @@ class ServerSettings:
 
 @dataclass(frozen=True)
 class Options:
+    """The section `options:`, or the options of one stream or playlist."""
+
     user_agent: str = setting(header_value, "StreamPipe/1.0")
     threads: int = setting(thread_count, 4)
     timeout: float = setting(request_time, 20.0)  # seconds
-    buffer_size: int = setting(number(int, 1, 64 * MIB), 8192)  # bytes
+    buffer_size: int = setting(number_from(int, 1, 64 * MIB), 8192)  # bytes
     ringbuffer_size: int = setting(ring_size, 16 * MIB)  # bytes
-    linger: float = setting(number(float, 0, 86400), 10.0)  # seconds
-    reconnect: float = setting(number(float, 0, 86400), 60.0)  # seconds
-    viewer_timeout: float = setting(number(float, 0.1, 86400), 600.0)  # seconds
+    linger: float = setting(number_from(float, 0, 86400), 10.0)  # seconds
+    reconnect: float = setting(number_from(float, 0, 86400), 60.0)  # seconds
+    viewer_timeout: float = setting(number_from(float, 0.1, 86400), 600.0)  # seconds
     streamlink: Mapping[str, Any] = field(
         default_factory=dict, metadata={"read": read_engine_options}
     )
@@ -1011,7 +1099,7 @@ class StreamSettings:
     logo: str | None = setting(web_url, None)
     group: str | None = setting(str, None)
     tvg_id: str | None = setting(str, None)
-    number: int | None = setting(number(int, 1), None)  # no other stream has it
+    number: int | None = setting(number_from(int, 1), None)  # no other stream has it
     quality: str = setting(filled_text, "best")
     headers: Mapping[str, str] = setting(header_value, {})
     proxy: str | None = setting(proxy_url, None)
@@ -1044,8 +1132,8 @@ class PlaylistSettings:
     name: str
     url: str  # or the path of a local file
     groups: tuple[str, ...] = setting(filled_text, ())  # patterns; "!" excludes; (): all
-    refresh: float = setting(number(float, 0), 21600.0)  # seconds; 0 = on a config reload only
-    max_upstreams: int = setting(number(int, 0), 1)  # 0 = no limit
+    refresh: float = setting(number_from(float, 0), 21600.0)  # seconds; 0 = on a config reload only
+    max_upstreams: int = setting(number_from(int, 0), 1)  # 0 = no limit
     prefix: str = setting(name_prefix, "")
     merge: bool = setting(true_or_false, False)
     films: bool = setting(true_or_false, False)
@@ -1057,6 +1145,8 @@ class PlaylistSettings:
 
 @dataclass(frozen=True)
 class Config:
+    """The whole configuration, with the streams of all channel lists that are loaded."""
+
     server: ServerSettings = field(default_factory=ServerSettings)
     streams: Mapping[str, StreamSettings] = field(default_factory=dict)
     playlists: Mapping[str, PlaylistSettings] = field(default_factory=dict)
@@ -1072,39 +1162,51 @@ def changes_between(old: Config, new: Config) -> str:
     A stream counts as changed if its `pulled` differs: its viewers are then disconnected.  Keys are
     named, but values never are, because one may be a secret.
     """
-    both = old.streams.keys() & new.streams.keys()
-    changed = {name for name in both if old.streams[name].pulled != new.streams[name].pulled}
-    updated = {name for name in both - changed if old.streams[name] != new.streams[name]}
-    for name in old.overrides.keys() | new.overrides.keys():
-        is_waiting = name not in old.streams and name not in new.streams  # for its list to load
-        if is_waiting and old.overrides.get(name) != new.overrides.get(name):
-            updated.add(name)
-    counts = {
-        "added": len(new.streams.keys() - both),
-        "removed": len(old.streams.keys() - both),
-        "changed": len(changed),
-        "with new details": len(updated),
-    }
-    parts = _counted("stream", counts)
-    both = old.playlists.keys() & new.playlists.keys()
-    counts = {
-        "added": len(new.playlists.keys() - both),
-        "removed": len(old.playlists.keys() - both),
-        "changed": sum(old.playlists[name] != new.playlists[name] for name in both),
-    }
-    parts += _counted("playlist", counts)
+    parts = _counted("stream", _stream_changes(old, new))
+    parts += _counted("playlist", _playlist_changes(old, new))
     parts += _changed_keys(old.server, new.server)
     parts += _changed_keys(old.options, new.options)
     return ", ".join(parts) or "no change"
 
 
+def _stream_changes(old: Config, new: Config) -> dict[str, int]:
+    """Numbers of streams, by the kind of their change."""
+    kept = old.streams.keys() & new.streams.keys()
+    changed = {name for name in kept if old.streams[name].pulled != new.streams[name].pulled}
+    updated = {name for name in kept - changed if old.streams[name] != new.streams[name]}
+    for name in old.overrides.keys() | new.overrides.keys():
+        is_waiting = name not in old.streams and name not in new.streams  # for its list to load
+        if is_waiting and old.overrides.get(name) != new.overrides.get(name):
+            updated.add(name)
+    return {
+        "added": len(new.streams.keys() - kept),
+        "removed": len(old.streams.keys() - kept),
+        "changed": len(changed),
+        "with new details": len(updated),
+    }
+
+
+def _playlist_changes(old: Config, new: Config) -> dict[str, int]:
+    """Numbers of playlists, by the kind of their change."""
+    kept = old.playlists.keys() & new.playlists.keys()
+    changed = [name for name in kept if old.playlists[name] != new.playlists[name]]
+    return {
+        "added": len(new.playlists.keys() - kept),
+        "removed": len(old.playlists.keys() - kept),
+        "changed": len(changed),
+    }
+
+
 def _counted(word: str, counts: Mapping[str, int]) -> list[str]:
     """Texts such as `2 streams added`, `1 changed`; only the first one contains `word`."""
     parts: list[str] = []
-    for what, count in counts.items():
-        if count:
-            number = str(count) if parts else _many(count, word)
-            parts.append(f"{number} {what}")
+    for change, count in counts.items():
+        if count == 0:
+            continue
+        if parts:
+            parts.append(f"{count} {change}")
+        else:
+            parts.append(f"{_many(count, word)} {change}")
     return parts
 
 
@@ -1147,13 +1249,13 @@ class ConfigReader:
         config = Config()
         try:
             root = yaml.compose(text, NodeLoader)
-            if root is not None and root.tag != NULL:
+            if root is not None and root.tag != NULL_TAG:
                 with self.at(root):
                     config = self._config(root)
         except yaml.YAMLError as error:
             self.mistakes = {_yaml_mistake(error, text)}
         except RecursionError:
-            self.mistakes = {(1, "broken YAML: nested too deeply")}
+            self.mistakes = {(1, "invalid YAML: nested too deeply")}
         if self.mistakes:
             lines = [f"{self.file}:{line}: {text}" for line, text in sorted(self.mistakes)]
             raise ConfigError(lines)
@@ -1166,21 +1268,34 @@ class ConfigReader:
         try:
             yield
         except ValueError as error:
-            shown = [k if re.fullmatch(r"[\w .%/<-]{0,64}", k) else "(a key)" for k in self.path]
-            where = f"{'.'.join(shown)}: " if shown else ""
-            self.mistakes.add((node.start_mark.line + 1, f"{where}{error}"))
+            message = str(error)
+            if self.path:
+                message = f"{self._shown_path()}: {message}"
+            self.mistakes.add((node.start_mark.line + 1, message))
         finally:
             del self.path[len(self.path) - len(keys) :]
 
+    def _shown_path(self) -> str:
+        """The path for a message; a key with unusual characters may be a misplaced secret."""
+        shown = []
+        for key in self.path:
+            is_plain = re.fullmatch(r"[\w .%/<-]{0,64}", key)
+            shown.append(key if is_plain else "(a key)")
+        return ".".join(shown)
+
     def section(self, node: yaml.Node) -> Section:
         """A section's entries, including those that `<<` merges in; may raise ValueError."""
-        if node.tag == NULL:
-            raise ValueError("this section is empty: indent what belongs to it, or remove it")
+        if node.tag == NULL_TAG:
+            raise ValueError(
+                "this section is empty: indent the lines that belong to it, or remove it"
+            )
         if not isinstance(node, yaml.MappingNode):
-            raise ValueError(f'expected "key: value" lines, got {KINDS[type(node)]}')
+            raise ValueError(f'expected "key: value" lines, got {NODE_KINDS[type(node)]}')
         entries: Section = {}
         for key, value in node.value:
-            name = key.value if isinstance(key, yaml.ScalarNode) else "[]"  # no key has that name
+            name = "[]"  # a list or a section as a key: no known key has this name
+            if isinstance(key, yaml.ScalarNode):
+                name = key.value
             with self.at(key, name):
                 if name in entries:
                     raise ValueError("duplicate key")
@@ -1200,14 +1315,19 @@ class ConfigReader:
         for name, (key, value) in self.section(node).items():
             with self.at(key, name):
                 if name not in readers:
-                    is_scalar = isinstance(value, yaml.ScalarNode)
-                    if is_scalar and len(self.path) == 1 and "://" in value.value:
-                        raise ValueError("unknown key; if it is a stream, put it under streams:")
-                    if close := difflib.get_close_matches(name, sorted(readers), 1):
-                        raise ValueError(f"unknown key, did you mean {close[0]}?")
-                    raise ValueError("unknown key")
+                    raise ValueError(self._unknown_key(name, value, readers))
                 values[name] = readers[name](self, value)
         return {name: value for name, value in values.items() if value is not None}
+
+    def _unknown_key(self, name: str, value: yaml.Node, known: Collection[str]) -> str:
+        """The message for an unknown key."""
+        is_top_level = len(self.path) == 1
+        if is_top_level and isinstance(value, yaml.ScalarNode) and "://" in value.value:
+            return "unknown key; if it is a stream, put it under streams:"
+        close = difflib.get_close_matches(name, sorted(known), 1)
+        if close:
+            return f"unknown key: did you mean {close[0]}?"
+        return "unknown key"
 
     def _config(self, root: yaml.Node) -> Config:
         readers: dict[str, Read] = {
@@ -1216,46 +1336,47 @@ class ConfigReader:
             "playlists": ConfigReader.section,
             "options": functools.partial(read_section, Options),
         }
-        sections = {"options": Options(), **self.table(root, readers)}
-        shared = sections["options"]
-        playlists: dict[str, PlaylistSettings] = {}
-        for name, (key, node) in sections.get("playlists", {}).items():
-            with self.at(key, "playlists", name):
-                _check_name(name, PLAYLIST_NAMES)
-                playlists[name] = self._playlist(name, node, shared)
+        sections = self.table(root, readers)
+        options = sections.get("options", Options())
+        playlists = self._playlists(sections.get("playlists", {}), options)
         streams: dict[str, StreamSettings] = {}
         overrides: dict[str, Mapping[str, Any]] = {}
         for name, (key, node) in sections.get("streams", {}).items():
             with self.at(key, "streams", name):
-                _check_name(name, STREAM_NAMES)
+                _check_name(name, STREAM_NAME_RULE)
                 values = self._stream_values(name, node)
                 if "url" in values:
-                    streams[name] = _stream(name, values, shared)
+                    streams[name] = _stream(name, values, options)
                 elif isinstance(node, yaml.MappingNode) and "url" in self.section(node):
                     continue  # its mistakes have been recorded
                 elif sections.get("playlists"):
                     overrides[name] = values
                 else:
                     raise ValueError("url is missing")
-        return Config(
-            **{**sections, "streams": streams, "playlists": playlists, "overrides": overrides}
-        )
+        server = sections.get("server", ServerSettings())
+        return Config(server, streams, playlists, options, overrides)
 
-    def _playlist(self, name: str, node: yaml.Node, shared: Options) -> PlaylistSettings:
+    def _playlists(self, entries: Section, options: Options) -> dict[str, PlaylistSettings]:
+        playlists: dict[str, PlaylistSettings] = {}
+        for name, (key, node) in entries.items():
+            with self.at(key, "playlists", name):
+                _check_name(name, PLAYLIST_NAME_RULE)
+                playlists[name] = self._playlist(name, node, options)
+        return playlists
+
+    def _playlist(self, name: str, node: yaml.Node, options: Options) -> PlaylistSettings:
         readers: dict[str, Read] = {"url": functools.partial(read_single, list_address)}
         readers |= readers_of(PlaylistSettings) | readers_of(Options)
+        earlier = len(self.mistakes)
         if isinstance(node, yaml.MappingNode):
-            count = len(self.mistakes)
             values = self.table(node, readers)
-            is_read = len(self.mistakes) == count
         else:
             values = {"url": read_single(list_address, self, node)}
-            is_read = True
         own = _take_options(values)
         url = values.pop("url", None)
-        if is_read and url is None:
+        if url is None and len(self.mistakes) == earlier:
             raise ValueError("url is missing")
-        return PlaylistSettings(name, url or "", **values, options=_laid_over(shared, own))
+        return PlaylistSettings(name, url or "", **values, options=_laid_over(options, own))
 
     def _stream_values(self, name: str, node: yaml.Node) -> dict[str, Any]:
         """The values of a stream by key; an address alone is the value of `url`."""
@@ -1298,27 +1419,30 @@ def _laid_over(options: Options, own: Mapping[str, Any]) -> Options:
     return replace(options, **{**own, "streamlink": streamlink})
 
 
-def _stream(name: str, values: dict[str, Any], shared: Options) -> StreamSettings:
+def _stream(name: str, values: dict[str, Any], options: Options) -> StreamSettings:
     own = _take_options(values)
     urls = values.pop("url")
     values["title"] = values.get("title") or name
-    return StreamSettings(name, urls, **values, options=_laid_over(shared, own))
+    return StreamSettings(name, urls, **values, options=_laid_over(options, own))
 
 
 def _yaml_mistake(error: yaml.YAMLError, text: str) -> tuple[int, str]:
     """Line and message of the mistake that the YAML library found."""
-    lines = text.splitlines()
     mark = getattr(error, "problem_mark", None)
-    position = getattr(error, "position", 0)  # of a character that YAML does not allow
-    last = mark.line if mark else text.count("\n", 0, position)
+    # Without a mark, the text has a character that YAML does not allow, at `position`.
+    named = text.count("\n", 0, getattr(error, "position", 0))
+    if mark:
+        named = mark.line
     problem = (getattr(error, "problem", None) or str(error)).splitlines()[0]
-    for said, looks, advice in YAML_SLIPS:
-        if re.search(said, problem):
-            for line in range(min(last, len(lines) - 1), -1, -1):
-                if re.match(looks, lines[line]):
-                    return line + 1, f"broken YAML: {advice}"
+    lines = text.splitlines()[: named + 1]
+    for slip in YAML_SLIPS:
+        if not re.search(slip.problem, problem):
+            continue
+        for number, line in reversed(list(enumerate(lines, 1))):
+            if re.match(slip.line, line):
+                return number, f"invalid YAML: {slip.advice}"
     problem = re.sub(r"(alias|handle) ['\"].*", r"\1", problem)  # the name may be part of a secret
-    return last + 1, f"broken YAML: {problem}"
+    return named + 1, f"invalid YAML: {problem}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1844,7 +1968,7 @@ def _checked_address(text: str) -> str:
     Raises ValueError if it is malformed, has no host or is longer than ADDRESS_LIMIT.
     """
     address = stream_address(text)
-    if len(address) > ADDRESS_LIMIT or not _split(address)[1]:
+    if len(address) > ADDRESS_LIMIT or not _scheme_and_host(address)[1]:
         raise ValueError("not an address")
     return address
 
@@ -8433,7 +8557,7 @@ def variant_of(quality: str, variants: Mapping[str, str]) -> str | None:
 
 def host_of(address: str) -> str:
     """The host of an address, without streamlink's prefixes; empty if it has none."""
-    return _split(without_prefixes(address))[1]
+    return _scheme_and_host(without_prefixes(address))[1]
 
 
 def stopping_error() -> StreamError:
@@ -12527,7 +12651,7 @@ def _check_word(name: str, address: str) -> None:
     if "://" in address:
         stream_address(address)
     elif not address.lower().endswith((".m3u", ".m3u8")):
-        raise ValueError("write http:// or https:// in front of the address")
+        raise ValueError(NO_SCHEME)
     elif not Path(address).expanduser().is_file():
         raise ValueError("no such file")
 

@@ -575,7 +575,7 @@ def test_every_mistake_of_the_file_is_a_line(run: Run, configure: Configure) -> 
     assert program.errors() == [
         'config.yml:1: server.port: expected a whole number from 0 to 65535, got "99999"',
         "config.yml:3: streams.health: this name is reserved: choose another",
-        "config.yml:4: streams.a.titel: unknown key, did you mean title?",
+        "config.yml:4: streams.a.titel: unknown key: did you mean title?",
         "config.yml:4: streams.a: url is missing",
     ]
     assert program.output() == ""
@@ -585,7 +585,7 @@ def test_broken_yaml_is_a_line(run: Run, configure: Configure) -> None:
     configure("streams:\n\tnews: u\n")
     program = run()
     assert program.wait() == 2
-    assert program.errors() == ["config.yml:2: broken YAML: found a tab: use spaces"]
+    assert program.errors() == ["config.yml:2: invalid YAML: found a tab: use spaces"]
 
 
 def test_demo_beside_a_stream_of_its_name_is_a_mistake(run: Run, configure: Configure) -> None:

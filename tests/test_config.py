@@ -319,7 +319,7 @@ ENGINE_BOUNDS: list[tuple[str, str, list[str], list[str]]] = [  # good and bad v
     ("http-proxy", "an address that starts with http:// or socks5h://",
      ["http://p:1", "socks5h://p:1"], ["p:1", "ftp://p", "''"]),
     ("locale", "a language and a country", ["en_US", "de_AT"], ["xx_YY_zz", "xx_YY", "de", "''"]),
-    ("ffmpeg-loglevel", "a level of ffmpeg's log", ["error", "quiet"], ["loud", "''"]),
+    ("ffmpeg-loglevel", "a log level of ffmpeg", ["error", "quiet"], ["loud", "''"]),
     ("hls-playlist-reload-time", "segment, live-edge, default or a number",
      ["segment", "live-edge", "default", "2", "2.5"], ["often", "-1", "''", "0", "1", "1.9"]),
 ]  # fmt: skip
@@ -400,7 +400,7 @@ def test_odd_path_of_a_file_of_cookies(value: str) -> None:
 def test_certificate_that_does_not_exist(tmp_path: Path) -> None:
     file = tmp_path / "me.pem"
     text = engine(f"http-ssl-cert: '{file}'")
-    assert mistakes(text) == ["test.yml:1: options.streamlink.http-ssl-cert: no such file"]
+    assert mistakes(text) == ["test.yml:1: options.streamlink.http-ssl-cert: there is no such file"]
     file.touch()
     assert read(text).options.streamlink == {"http-ssl-cert": str(file)}
 
@@ -555,14 +555,14 @@ def test_environment_variable_that_is_not_set(text: str, environment: Environmen
 def test_environment_variable_of_a_token_that_is_empty(environment: Environment) -> None:
     """It would let everybody in."""
     environment(TV_TOKEN="")
-    expected = "test.yml:1: server.token: empty value: fill it in or remove the key"
+    expected = "test.yml:1: server.token: the value is empty: fill it in, or remove the key"
     assert mistakes(server("token: '${TV_TOKEN}'")) == [expected]
 
 
 @pytest.mark.parametrize("value", ["s3cret\n", "a\tb", "\udcff"])
 def test_environment_variable_with_odd_characters(value: str, environment: Environment) -> None:
     environment(TV_TOKEN=value)
-    expected = "the environment variable TV_TOKEN has a character that cannot be printed"
+    expected = "the environment variable TV_TOKEN contains a character that cannot be printed"
     assert mistakes(server("token: '${TV_TOKEN}'")) == [f"test.yml:1: server.token: {expected}"]
 
 
@@ -588,7 +588,7 @@ def test_value_of_an_environment_variable_is_never_shown(
     "text", ["server: {token: ${A}}", "server: {trusted: [${A}, b]}", stream("title: x${A}")]
 )
 def test_variable_that_needs_quotes(text: str) -> None:
-    expected = "test.yml:1: broken YAML: put quotes around a value with ${ within brackets"
+    expected = "test.yml:1: invalid YAML: put quotes around a value with ${ inside brackets"
     assert mistakes(text) == [expected]
 
 
@@ -598,17 +598,17 @@ def test_variable_that_needs_quotes(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "mistake"),
     [
-        ("sever: {}", "sever: unknown key, did you mean server?"),
+        ("sever: {}", "sever: unknown key: did you mean server?"),
         ("x: 1", "x: unknown key"),
-        (f"stream: {{a: '{URL}'}}", "stream: unknown key, did you mean streams?"),
+        (f"stream: {{a: '{URL}'}}", "stream: unknown key: did you mean streams?"),
         (f"news: '{URL}'", "news: unknown key; if it is a stream, put it under streams:"),
-        ("server: {prt: 1}", "server.prt: unknown key, did you mean port?"),
-        ("options: {thread: 1}", "options.thread: unknown key, did you mean threads?"),
-        (stream("qualty: x"), "streams.a.qualty: unknown key, did you mean quality?"),
+        ("server: {prt: 1}", "server.prt: unknown key: did you mean port?"),
+        ("options: {thread: 1}", "options.thread: unknown key: did you mean threads?"),
+        (stream("qualty: x"), "streams.a.qualty: unknown key: did you mean quality?"),
         (stream("host: x"), "streams.a.host: unknown key"),
         (
             "options: {streamlink: {hls-liv-edge: 2}}",
-            "options.streamlink.hls-liv-edge: unknown key, "
+            "options.streamlink.hls-liv-edge: unknown key: "
             "did you mean hls-live-edge?",
         ),
     ],
@@ -751,11 +751,11 @@ def test_tag_is_a_mistake_wherever_an_alias_brings_it() -> None:
 
 @pytest.mark.parametrize("value", ["!a!b", "!pa%zz", "!<x"])
 def test_text_that_begins_like_a_tag_and_is_none(value: str) -> None:
-    expected = "test.yml:2: broken YAML: put quotes around a text that begins with !"
+    expected = "test.yml:2: invalid YAML: put quotes around a text that begins with !"
     assert mistakes(f"server:\n  token: {value}\n") == [expected]
 
 
-CURLY = 'use straight quotes (") in place of curly ones'
+CURLY = 'use straight quotes (") instead of curly quotes'
 
 
 @pytest.mark.parametrize(
@@ -780,7 +780,7 @@ def test_curly_quotes_are_a_mistake(text: str, path: str) -> None:
 
 def test_colon_in_curly_quotes() -> None:
     text = "streams:\n  a:\n    url: hls://u\n    title: “News: today”\n"
-    assert mistakes(text) == [f"test.yml:4: broken YAML: {CURLY}"]
+    assert mistakes(text) == [f"test.yml:4: invalid YAML: {CURLY}"]
 
 
 @pytest.mark.parametrize(
@@ -818,7 +818,7 @@ def test_address_of_the_server_that_is_none(key: str, value: str) -> None:
     assert mistakes(server(f"{key}: {value}")) == [f"test.yml:1: {expected}"]
 
 
-NO_PORT = "the address names a port that does not exist: expected one from 1 to 65535"
+NO_PORT = "the address has an invalid port: expected a number from 1 to 65535"
 
 
 @pytest.mark.parametrize("port", ["188100", "65536", "0", "port", "80a"])
@@ -857,12 +857,13 @@ def test_address_with_a_port_that_exists_or_none(address: str) -> None:
 
 @pytest.mark.parametrize("host", ["192.168.1.2:8080", "localhost:188100", ":8080"])
 def test_port_in_the_host(host: str) -> None:
-    expected = "test.yml:1: server.host: write the port under port:, and the host without it"
+    expected = "test.yml:1: server.host: write the port under port:, not after the host"
     assert mistakes(server(f"host: '{host}'")) == [expected]
 
 
 NAME_RULE = (
-    "a stream name may only contain a-z, 0-9 and -, e.g. channel-1; use title: for what people see"
+    "a stream name may only contain a-z, 0-9 and -, e.g. channel-1; "
+    "use title: for the name that people see"
 )
 
 
@@ -983,7 +984,7 @@ def test_local_file_is_refused(address: str) -> None:
     ],
 )
 def test_address_without_a_scheme_is_refused(address: str) -> None:
-    expected = "test.yml:1: streams.a: write http:// or https:// in front of the address"
+    expected = "test.yml:1: streams.a: begin the address with http:// or https://"
     assert mistakes(f"streams: {{a: '{address}'}}") == [expected]
 
 
@@ -1015,7 +1016,7 @@ def test_control_character_in_an_address() -> None:
 def test_bad_name_of_a_header(name: str) -> None:
     (mistake,) = mistakes(stream(f'headers: {{"{name}": x}}'))
     assert mistake.startswith("test.yml:1: streams.a.headers")
-    assert mistake.endswith(": not a valid header name")
+    assert mistake.endswith(": this is not a valid header name")
 
 
 @pytest.mark.parametrize(
@@ -1062,7 +1063,7 @@ def test_ip_version_is_no_option_of_a_stream(option: str) -> None:
     ],
 )
 def test_empty_section(text: str, path: str) -> None:
-    expected = "this section is empty: indent what belongs to it, or remove it"
+    expected = "this section is empty: indent the lines that belong to it, or remove it"
     assert mistakes(text) == [f"test.yml:1: {path}: {expected}"]
 
 
@@ -1070,78 +1071,79 @@ def test_value_that_is_left_out_is_no_empty_section() -> None:
     assert mistakes("server:\n  token:\n  x: 1\n") == ["test.yml:3: server.x: unknown key"]
 
 
-INDENT = "indent it like the lines above, or quote a value with colons"
+INDENT = "align this line with those above, or put quotes around a value with a colon"
 SPACE = "put a space after the colon"
-QUOTE = "this quote never ends"
+QUOTE = "this quoted text has no closing quote"
 
 
 @pytest.mark.parametrize(
     ("text", "mistake"),
     [
         pytest.param(
-            "streams:\n\ta: u\n", "2: broken YAML: found a tab: use spaces", id="tab",
+            "streams:\n\ta: u\n", "2: invalid YAML: found a tab: use spaces", id="tab",
         ),
         pytest.param(
-            "streams:\n  a: {\n  url: [u}\n", "3: broken YAML: expected ',' or ']', but got '}'",
+            "streams:\n  a: {\n  url: [u}\n", "3: invalid YAML: expected ',' or ']', but got '}'",
             id="bracket closed by another",
         ),
         pytest.param(
-            "streams:\n  a: [u\n", "3: broken YAML: expected ',' or ']', but got '<stream end>'",
+            "streams:\n  a: [u\n", "3: invalid YAML: expected ',' or ']', but got '<stream end>'",
             id="bracket never closed",
         ),
         pytest.param(
             "streams:\n  a: hls://u\n   b: hls://v\n",
-            f"3: broken YAML: {INDENT}",
+            f"3: invalid YAML: {INDENT}",
             id="indented too much",
         ),
         pytest.param(
-            "streams:\n    a: hls://u\n  b: hls://v\n", f"3: broken YAML: {INDENT}",
+            "streams:\n    a: hls://u\n  b: hls://v\n", f"3: invalid YAML: {INDENT}",
             id="indented too little",
         ),
         pytest.param(
             "streams:\n  a:\n    url:\n      - hls://u\n     - hls://v\n",
-            f"5: broken YAML: {INDENT}", id="list indented too little",
+            f"5: invalid YAML: {INDENT}", id="list indented too little",
         ),
         pytest.param(
             "streams:\n  a:\n    url: hls://u\n    title: News: today\n",
-            f"4: broken YAML: {INDENT}", id="colon in a value",
+            f"4: invalid YAML: {INDENT}", id="colon in a value",
         ),
         pytest.param(
-            "server:\n  port:8080\n  host: x\n", f"2: broken YAML: {SPACE}", id="space, first line"
+            "server:\n  port:8080\n  host: x\n", f"2: invalid YAML: {SPACE}", id="space, first line"
         ),
         pytest.param(
-            "server:\n  host: x\n  port:8080\n\n  name: x\n", f"3: broken YAML: {SPACE}",
+            "server:\n  host: x\n  port:8080\n\n  name: x\n", f"3: invalid YAML: {SPACE}",
             id="space in the middle",
         ),
         pytest.param(
-            "server:\n  host: x\n  port:8080\n", f"3: broken YAML: {SPACE}", id="space, last line"
+            "server:\n  host: x\n  port:8080\n", f"3: invalid YAML: {SPACE}", id="space, last line"
         ),
         pytest.param(
-            "streams:\n  a:\n    url:http://u\n    title: A\n", f"3: broken YAML: {SPACE}",
+            "streams:\n  a:\n    url:http://u\n    title: A\n", f"3: invalid YAML: {SPACE}",
             id="space before an address",
         ),
-        pytest.param("a: 'hls://u\nb: c\n", f"1: broken YAML: {QUOTE}", id="quote never closed"),
+        pytest.param("a: 'hls://u\nb: c\n", f"1: invalid YAML: {QUOTE}", id="quote never closed"),
         pytest.param(
-            'streams:\n  a: "hls://u\n\n  b: "hls://v"\n', f"2: broken YAML: {QUOTE}",
+            'streams:\n  a: "hls://u\n\n  b: "hls://v"\n', f"2: invalid YAML: {QUOTE}",
             id="quote closed by the next",
         ),
         pytest.param(
             'streams:\n  a: {url: ["hls://u, hls://v]}\n  b: "hls://v"\n',
-            f"2: broken YAML: {QUOTE}", id="quote in a list",
+            f"2: invalid YAML: {QUOTE}", id="quote in a list",
         ),
         pytest.param(
             "streams:\n  a:\n    url: hls://u\n    title: 'it's'\n",
-            "4: broken YAML: text after a closing quote: use the other kind of quotes",
+            "4: invalid YAML: found text after a closing quote: "
+            "use the other kind of quotes around the value",
             id="quote in quotes",
         ),
         pytest.param(
-            "server:\n  name: @x\n", "2: broken YAML: put quotes around this value", id="odd start"
+            "server:\n  name: @x\n", "2: invalid YAML: put quotes around this value", id="odd start"
         ),
         pytest.param(
-            "a: 1\n---\nb: 2\n", "2: broken YAML: found a second document: remove it", id="two"
+            "a: 1\n---\nb: 2\n", "2: invalid YAML: found a second document: remove it", id="two"
         ),
         pytest.param(
-            "a: &x 1\nb: &x 2\n", "2: broken YAML: duplicate anchor", id="anchor twice"
+            "a: &x 1\nb: &x 2\n", "2: invalid YAML: duplicate anchor", id="anchor twice"
         ),
     ],
 )  # fmt: skip
@@ -1151,7 +1153,7 @@ def test_broken_yaml_is_one_line_at_its_place(text: str, mistake: str) -> None:
 
 def test_control_character_in_yaml_is_reported_at_its_line() -> None:
     (mistake,) = mistakes("streams:\n  a: hls://u\n  b: '\x07'\n")
-    assert mistake.startswith("test.yml:3: broken YAML: ")
+    assert mistake.startswith("test.yml:3: invalid YAML: ")
 
 
 def test_space_that_is_missing_before_the_address() -> None:
@@ -1402,11 +1404,11 @@ def test_list_may_be_a_local_file(path: str) -> None:
         ("null", "playlists.p: url is missing"),
         (
             "'panel.example/get.php?password=hunter2'",
-            "playlists.p: write http:// in front of the address; a local file ends in .m3u",
+            "playlists.p: begin the address with http://, or name a local file that ends in .m3u",
         ),
         (
             "/etc/passwd",
-            "playlists.p: write http:// in front of the address; a local file ends in .m3u",
+            "playlists.p: begin the address with http://, or name a local file that ends in .m3u",
         ),
         (
             "file:///srv/a.m3u",
@@ -1424,7 +1426,7 @@ def test_list_may_be_a_local_file(path: str) -> None:
             f"{{url: '{LIST}', refresh: -1}}",
             'playlists.p.refresh: expected a number, 0 or more, got "-1"',
         ),
-        (f"{{url: '{LIST}', group: x}}", "playlists.p.group: unknown key, did you mean groups?"),
+        (f"{{url: '{LIST}', group: x}}", "playlists.p.group: unknown key: did you mean groups?"),
     ],
 )
 def test_mistakes_of_a_playlist(entry: str, mistake: str) -> None:

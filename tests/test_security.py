@@ -723,7 +723,7 @@ def test_broken_file_changes_nothing(origin: Origin, tmp_path: Path) -> None:
             service.write(text)
             service.send(signal.SIGHUP)
             service.wait_for_count("not reloaded: config.yml:", count)
-        service.wait_for("not reloaded: .*server.prot: unknown key, did you mean port")
+        service.wait_for("not reloaded: .*server.prot: unknown key: did you mean port")
         news.advance()
         news.end()
         assert viewer.read_all() == (news.plain(5, 6), True)
