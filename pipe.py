@@ -9546,7 +9546,7 @@ class Lists:
             if loaded and not reason:
                 self._accept(each, loaded)
             else:
-                self._refuse(each, reason)
+                self._refuse(each, reason, is_doubt=loaded is not None)
                 return
         self._publish()
 
@@ -9584,7 +9584,7 @@ class Lists:
         refresh = each.settings.refresh
         each.due = min(each.due, time.monotonic() + (refresh or math.inf))
 
-    def _refuse(self, each: LoadingList, reason: str) -> None:
+    def _refuse(self, each: LoadingList, reason: str, *, is_doubt: bool) -> None:
         """Keep the previous list, and retry after a pause.  The caller holds _changed."""
         is_first = each.trouble is None
         each.trouble = reason
@@ -9592,7 +9592,7 @@ class Lists:
         kept = "; the previous list stays" if each.list else ""
         log.log(level, "%s: the list is not used: %s%s", each.settings.name, reason, kept)
         pause = LIST_PAUSES[min(each.refusals, len(LIST_PAUSES) - 1)]
-        if each.shrunk:
+        if is_doubt and each.shrunk:
             pause = max(0.0, each.shrunk + SHRUNK_TIME - time.monotonic())
         each.refusals += 1
         each.due = min(each.due, time.monotonic() + pause)

@@ -409,6 +409,29 @@ def test_list_that_was_short_for_a_moment(
     assert list(site.server.config.streams) == list("abcde")
 
 
+def test_short_list_that_then_fails_is_not_loaded_all_the_time(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After ten minutes, the pauses are those of any other failure."""
+    monkeypatch.setattr(pipe, "LIST_PAUSES", (600.0,))
+    address = add_list(origin, listing(origin, *"ABCDE"))
+    site = serve({}, playlists={"tv": address})
+    loaded(site, *"abcde")
+    add_list(origin, listing(origin, "A"))
+    reload(site)
+    each = site.server.lists._lists["tv"]
+    eventually(lambda: each.shrunk is not None, "the doubt")
+    failing = origin.fault(LIST, Status(403), times=None)
+    with site.server.lists._changed:
+        each.shrunk = (each.shrunk or 0.0) - 600
+        each.due = 0.0
+        site.server.lists._changed.notify_all()
+    eventually(lambda: status(site)["last_error"] == "the origin answered 403", "the failure")
+    with site.server.lists._changed:
+        assert 500 < each.due - time.monotonic() <= 600
+    assert failing.taken == 1
+
+
 def test_other_settings_may_bring_fewer_channels(origin: Origin, serve: Serve) -> None:
     address = add_list(origin, listing(origin, *"ABCDE"))
     other = origin.add_file("/other.m3u", listing(origin, "A"))
