@@ -68,7 +68,7 @@ Locks
 Where it is decided
     meaning of a configuration key   Configuration: the dataclasses, with each key's parser
     a list's entry becomes a stream  Channel lists: ListParser, name_entries, with_lists
-    a list is loaded, used, doubted  Lists._accept, _refuse, _doubt
+    a list is loaded, used, doubted  Lists._judge, _accept, _refuse
     start of a viewer                Window._choose_join; join points: Join, TsFramer._join_at
     eviction, and waiting viewers    Window._make_room and _foremost_wait, with their cases
     blocks kept for late viewers     Window._update_needed
@@ -9340,22 +9340,26 @@ def load_list(settings: PlaylistSettings, fetch: Fetch) -> ChannelList:
 
     A request blocks for the time of `fetch` at most.
     """
-    parser = ListParser(settings)
     if "://" in settings.url:
         fetch.open({"Accept-Encoding": "gzip, deflate"})
-        for part in fetch.parts():
-            parser.feed(part)
-        return parser.finish()
-    path = Path(settings.url).expanduser()
+        parts = fetch.parts()
+    else:
+        parts = _parts_of_file(Path(settings.url).expanduser())
+    parser = ListParser(settings)
+    for part in parts:
+        parser.feed(part)
+    return parser.finish()
+
+
+def _parts_of_file(path: Path) -> Iterator[bytes]:
     try:
         if path.exists() and not path.is_file():  # reading a device might never end
-            raise ListError("that is not a file")
+            raise ListError("the path is not that of a file")
         with path.open("rb") as file:
             while part := file.read(64 * KIB):
-                parser.feed(part)
+                yield part
     except OSError as error:
         raise ListError(f"the file cannot be read: {error.strerror}") from error
-    return parser.finish()
 
 
 def fetch_for(settings: PlaylistSettings, address: str, seconds: float) -> Fetch:
@@ -9376,9 +9380,9 @@ class LoadingList:
     def __init__(self, settings: PlaylistSettings) -> None:
         self.settings = settings
         self.since = time.monotonic()  # when it was configured
-        self.due = self.since  # when it must be loaded next
+        self.due: float | None = self.since  # when it must be loaded next; None: on a reload
         self.list: ChannelList | None = None  # the newest accepted list
-        self.loaded = -math.inf  # when that was accepted
+        self.loaded: float | None = None  # when that was accepted
         self.trouble: str | None = None  # why the newest load was refused
         self.refusals = 0  # loads refused in a row
         self.shrunk: float | None = None  # when it was first found to have lost half its channels
@@ -9387,13 +9391,36 @@ class LoadingList:
         self.fetch: Fetch | None = None  # the request in progress
         self.thread: threading.Thread | None = None
 
+    @property
+    def channel_count(self) -> int:
+        """The number of channels of the accepted list."""
+        return 0 if self.list is None else len(self.list.entries)
+
+    def has_lost_half(self, loaded: ChannelList) -> bool:
+        """Whether a new list has less than half of the accepted list's channels.
+
+        A list with other settings, such as other `groups:`, may be as short as it likes.
+        """
+        return not self.is_new and len(loaded.entries) * 2 < self.channel_count
+
+    def load_in(self, seconds: float) -> None:
+        """Let it be due after this time, unless a reload has made it due earlier."""
+        due = time.monotonic() + seconds
+        if self.due is None or due < self.due:
+            self.due = due
+
     def report(self) -> dict[str, Any]:
         """This list as /status prints it."""
-        age = round(time.monotonic() - self.loaded, 1) if self.list else None
+        omitted: dict[str, int] = {}
+        if self.list is not None:
+            omitted = dict(self.list.omitted)
+        age = None
+        if self.loaded is not None:
+            age = round(time.monotonic() - self.loaded, 1)
         return {
             "playlist": self.settings.name,
-            "channels": len(self.list.entries) if self.list else 0,
-            "omitted": dict(self.list.omitted) if self.list else {},
+            "channels": self.channel_count,
+            "omitted": omitted,
             "loaded_seconds": age,
             "last_error": self.trouble,
         }
@@ -9431,31 +9458,30 @@ class Lists:
     def reload(self, config: Config) -> None:
         """Apply another configuration with the lists loaded so far, and load all lists again."""
         with self._changed:
-            old, self._lists = self._lists, {}
+            removed = self._lists
+            self._lists = {}
             for name, settings in config.playlists.items():
-                each = old.pop(name, None) or LoadingList(settings)
-                if each.settings != settings:
-                    if each.settings.url != settings.url:  # its failures are not the new address's
-                        each.trouble, each.refusals = None, 0
-                    each.settings = settings
-                    each.is_new, each.shrunk = True, None
-                    self._cut(each)
+                each = removed.pop(name, None)
+                if each is None:
+                    each = LoadingList(settings)
+                elif each.settings != settings:
+                    self._change(each, settings)
                 each.due = time.monotonic()
                 self._lists[name] = each
                 self._start(each)
-            for each in old.values():
+            for each in removed.values():
                 each.is_over = True
-                self._cut(each)
+                self._end_request(each)
             self._config = config
             self._changed.notify_all()
-        self._publish(is_asked=True)
+        self._publish(is_reload=True)
 
     def stop(self, timeout: float) -> bool:
         """End all threads; False if one still runs after `timeout` seconds."""
         with self._changed:
             for each in self._lists.values():
                 each.is_over = True
-                self._cut(each)
+                self._end_request(each)
             threads = [each.thread for each in self._lists.values() if each.thread]
             self._changed.notify_all()
         ends = time.monotonic() + timeout
@@ -9470,9 +9496,19 @@ class Lists:
             each.thread = threading.Thread(target=self._run, args=(each,), name=name, daemon=True)
             each.thread.start()
 
-    def _cut(self, each: LoadingList) -> None:
+    def _change(self, each: LoadingList, settings: PlaylistSettings) -> None:
+        """Use other settings for a list from now on.  The caller holds _changed."""
+        if each.settings.url != settings.url:  # the new address has not failed yet
+            each.trouble = None
+            each.refusals = 0
+        each.settings = settings
+        each.is_new = True
+        each.shrunk = None
+        self._end_request(each)
+
+    def _end_request(self, each: LoadingList) -> None:
         """End a list's request, if there is one.  The caller holds _changed."""
-        if each.fetch:
+        if each.fetch is not None:
             each.fetch.close()
 
     # Viewers' threads
@@ -9508,29 +9544,30 @@ class Lists:
         """Wait until a list is due; False if it is over."""
         with self._changed:
             while not each.is_over:
-                remaining = each.due - time.monotonic()
-                if remaining <= 0:
-                    return True
-                self._changed.wait(None if remaining == math.inf else remaining)
+                remaining = None
+                if each.due is not None:
+                    remaining = each.due - time.monotonic()
+                    if remaining <= 0:
+                        return True
+                self._changed.wait(remaining)
             return False
 
     def _load(self, each: LoadingList) -> None:
         """Load a list once; accept and publish it, or refuse it."""
         with self._changed:
             settings = each.settings
-            each.due = math.inf
+            each.due = None
         fetch = fetch_for(settings, settings.url, LIST_TIME)
         with self._changed:
             each.fetch = fetch
             if each.is_over or each.settings is not settings:
                 fetch.close()
-        loaded: ChannelList | None = None
-        reason = ""
+        outcome: ChannelList | str  # the list, or why it cannot be loaded
         try:
-            loaded = load_list(settings, fetch)
+            outcome = load_list(settings, fetch)
         except Exception as error:
             log.debug("%s: cannot load the list", settings.name, exc_info=True)
-            reason = explain(error)
+            outcome = explain(error)
         finally:
             fetch.close()
         with self._changed:
@@ -9540,79 +9577,77 @@ class Lists:
             if each.settings is not settings:  # a reload changed them meanwhile
                 each.due = time.monotonic()
                 return
-            if loaded:
-                self._note_size(each, loaded)
-                reason = self._doubt(each, loaded)
-            if loaded and not reason:
-                self._accept(each, loaded)
-            else:
-                self._refuse(each, reason, is_doubt=loaded is not None)
-                return
-        self._publish()
+            is_accepted = self._judge(each, outcome)
+        if is_accepted:
+            self._publish()
 
-    def _note_size(self, each: LoadingList, loaded: ChannelList) -> None:
-        """Note when a list was first found to have lost half its channels.
+    def _judge(self, each: LoadingList, outcome: ChannelList | str) -> bool:
+        """Accept or refuse the outcome of a load; returns whether it was accepted.
 
         The caller holds _changed.
         """
-        before = len(each.list.entries) if each.list else 0
-        has_shrunk = not each.is_new and len(loaded.entries) * 2 < before
-        if has_shrunk and each.shrunk is None:
-            each.shrunk = time.monotonic()
-
-    def _doubt(self, each: LoadingList, loaded: ChannelList) -> str:
-        """Why a list is not accepted yet; empty if it can be.  The caller holds _changed."""
-        before, now = len(each.list.entries) if each.list else 0, len(loaded.entries)
-        if each.is_new or now * 2 >= before:
-            return ""
-        assert each.shrunk is not None
-        if time.monotonic() - each.shrunk >= SHRUNK_TIME:
-            return ""
-        return (
-            f"it has only {_many(now, 'channel')} instead of {before}: "
-            "that counts if it is still so in 10 minutes"
-        )
+        if isinstance(outcome, str):
+            pause = LIST_PAUSES[min(each.refusals, len(LIST_PAUSES) - 1)]
+            self._refuse(each, outcome, pause)
+            return False
+        if each.has_lost_half(outcome):
+            now = time.monotonic()
+            if each.shrunk is None:
+                each.shrunk = now
+            pause = each.shrunk + SHRUNK_TIME - now
+            if pause > 0:
+                doubt = (
+                    f"the list has only {_many(len(outcome.entries), 'channel')} instead of "
+                    f"{each.channel_count}: it is accepted if it is as short in 10 minutes"
+                )
+                self._refuse(each, doubt, pause)
+                return False
+        self._accept(each, outcome)
+        return True
 
     def _accept(self, each: LoadingList, loaded: ChannelList) -> None:
         """Use a list from now on.  The caller holds _changed."""
-        name, summary = each.settings.name, loaded.summary()
-        is_news = each.list is None or each.trouble or each.list.summary() != summary
+        is_news = True
+        if each.list is not None and each.trouble is None:
+            is_news = each.list.summary() != loaded.summary()
         level = logging.INFO if is_news else logging.DEBUG
-        log.log(level, "%s: loaded the list: %s", name, summary)
-        each.list, each.loaded, each.is_new = loaded, time.monotonic(), False
-        each.trouble, each.refusals, each.shrunk = None, 0, None
-        refresh = each.settings.refresh
-        each.due = min(each.due, time.monotonic() + (refresh or math.inf))
+        log.log(level, "%s: loaded the list: %s", each.settings.name, loaded.summary())
+        each.list = loaded
+        each.loaded = time.monotonic()
+        each.is_new = False
+        each.trouble = None
+        each.refusals = 0
+        each.shrunk = None
+        if each.settings.refresh > 0:
+            each.load_in(each.settings.refresh)
 
-    def _refuse(self, each: LoadingList, reason: str, *, is_doubt: bool) -> None:
+    def _refuse(self, each: LoadingList, reason: str, pause: float) -> None:
         """Keep the previous list, and retry after a pause.  The caller holds _changed."""
         is_first = each.trouble is None
-        each.trouble = reason
         level = logging.WARNING if is_first else logging.DEBUG
         kept = "; the previous list stays" if each.list else ""
         log.log(level, "%s: the list is not used: %s%s", each.settings.name, reason, kept)
-        pause = LIST_PAUSES[min(each.refusals, len(LIST_PAUSES) - 1)]
-        if is_doubt and each.shrunk:
-            pause = max(0.0, each.shrunk + SHRUNK_TIME - time.monotonic())
+        each.trouble = reason
         each.refusals += 1
-        each.due = min(each.due, time.monotonic() + pause)
+        each.load_in(pause)
 
     # Any thread
 
-    def _publish(self, *, is_asked: bool = False) -> None:
+    def _publish(self, *, is_reload: bool = False) -> None:
         """Build the configuration with the streams of all lists, and apply it if it has changed.
 
-        `is_asked`: apply it even if it has not.
+        A reload applies it even if it has not: the caller waits for that.
         """
         with self._applying:
             with self._changed:
-                config, is_waiting = self._config, self._is_waiting()
+                config = self._config
+                is_waiting = self._is_waiting()
                 lists = {name: each.list for name, each in self._lists.items() if each.list}
                 is_complete = len(lists) == len(self._lists)
             config, names = with_lists(config, lists, self._names)
             if not is_waiting:  # before that, a list configured earlier may claim better names
                 self._names = names
-            if is_asked or config != self._applied:
+            if is_reload or config != self._applied:
                 self._apply(config)
                 self._applied = config
             if is_complete:
