@@ -3203,14 +3203,14 @@ def sniff(start: bytes, is_all: bool = False, media_type: str = "") -> Container
     if at > len(start) >= TAG_LIMIT:
         return MPEG_AUDIO  # only a music file with a cover has a tag that large
     start = start[at:]
-    found = _beginning_container(start, (MPEG_TS, FMP4, MATROSKA))
+    found = _container_that_begins(start, (MPEG_TS, FMP4, MATROSKA))  # these are never mistaken
     if found:
         return found
     if not is_all and len(start) < SNIFF_LIMIT:
         return None
     if _PACKETS.match(start):  # before audio: these may look like a frame
         return MPEG_TS
-    found = _beginning_container(start, PACKED_AUDIO)
+    found = _container_that_begins(start, PACKED_AUDIO)
     if found is None:
         found = _named_audio(media_type)
     if found:
@@ -3221,7 +3221,7 @@ def sniff(start: bytes, is_all: bool = False, media_type: str = "") -> Container
     return MPEG_TS if has_packets else OTHER_MEDIA
 
 
-def _beginning_container(start: bytes, containers: Iterable[Container]) -> Container | None:
+def _container_that_begins(start: bytes, containers: Iterable[Container]) -> Container | None:
     """Return the first of these containers that begins like these bytes, or None."""
     for container in containers:
         if container.begins(start):
@@ -3271,6 +3271,22 @@ def media_in(start: bytes, is_all: bool = False) -> bytes | None:
     return _behind_spoiled_bytes(start)
 
 
+def _behind_spoiled_bytes(start: bytes) -> bytes:
+    """Return the media from its first intact fragment or frame on; empty if there is none."""
+    fragment = _FRAGMENT.search(start, 0, NOISE_LIMIT)
+    if fragment:
+        return start[fragment.start() :]
+    for container in PACKED_AUDIO:
+        assert container.first_bytes
+        frames: dict[bytes, list[int]] = {}  # start positions, by their first two bytes
+        for frame in container.first_bytes.finditer(start, 0, NOISE_LIMIT):
+            frames.setdefault(frame[0][:2], []).append(frame.start())
+        for places in frames.values():
+            if len(places) >= PROVING_FRAMES:
+                return start[places[0] :]
+    return b""
+
+
 # PNG (RFC 2083, 3.1), JPEG, GIF: the formats that image hosts accept.
 _IMAGE = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a")
 IMAGE_HEADER = 8  # bytes needed to detect an image
@@ -3301,27 +3317,11 @@ def behind_image(pieces: Iterable[bytes]) -> Iterator[bytes]:
     yield from remaining
 
 
-def _behind_spoiled_bytes(start: bytes) -> bytes:
-    """Return the media from its first intact fragment or frame on; empty if there is none."""
-    fragment = _FRAGMENT.search(start, 0, NOISE_LIMIT)
-    if fragment:
-        return start[fragment.start() :]
-    for container in PACKED_AUDIO:
-        assert container.first_bytes
-        frames: dict[bytes, list[int]] = {}  # start positions, by their first two bytes
-        for frame in container.first_bytes.finditer(start, 0, NOISE_LIMIT):
-            frames.setdefault(frame[0][:2], []).append(frame.start())
-        for places in frames.values():
-            if len(places) >= PROVING_FRAMES:
-                return start[places[0] :]
-    return b""
-
-
 # The end of a segment: padding, or media that looks like it
 
 _BOX = re.compile(rb".{4}[a-z0-9]{4}", re.DOTALL)  # ISO/IEC 14496-12, 4.2
 BOX_HEADER, LARGE_BOX_HEADER = 8, 16  # bytes; the size of a large box follows its type
-IS_LARGE_BOX = 1  # stands in place of its size
+IS_LARGE_BOX = 1  # in place of its size
 NO_UNIT = 0  # a size that no unit has
 
 
@@ -3869,17 +3869,18 @@ class Window:
         self.growth_factor = 1
         self.paused_after = math.inf
 
-    def offer_hls(self, container: Container, numbering: Numbering, target: float) -> None:
+    def offer_hls(self, container: Container, numbering: Numbering, target_duration: float) -> None:
         """Number and list complete segments from now on.
 
-        `numbering` must not be in use by another window that is still fed.  `target` is the least
-        target duration in seconds.
+        `numbering` must not be in use by another window that is still fed.  `target_duration`, in
+        seconds, is what the playlist says at least.
         """
         with self._lock:
             if self._ending is WindowEnd.ABORTED:
                 return
-            self._container, self._numbering = container, numbering
-            self.target_duration = max(1, round(target))
+            self._container = container
+            self._numbering = numbering
+            self.target_duration = max(1, round(target_duration))
 
     def begin(self, duration: float = 0.0, *, is_apart: bool = False) -> None:
         """Open a segment of the origin's that starts with the next block.
@@ -3943,7 +3944,8 @@ class Window:
             self._break_off()
             self._has_segments = False
             for segment in self._segments:
-                segment.start = segment.makeshift = None
+                segment.start = None
+                segment.makeshift = None
             self._update_needed()
 
     def list_rest(self, dts: int | None) -> None:
@@ -4028,6 +4030,7 @@ class Window:
             self._joins.append(join)
 
     def _break_off(self) -> None:
+        """Like break_off(); the caller holds _lock."""
         if self._open and not self.can_skip:
             self._remove_open(self._open)
         self._next_joins.clear()
@@ -4038,9 +4041,9 @@ class Window:
     def _remove_open(self, segment: Segment) -> None:
         """Remove the blocks of the open segment, whose rest will not arrive.
 
-        In fMP4 they end within a box, whose missing bytes a player would take from the segments
-        that follow: it would never find another box.  So no viewer may go on behind them.  Those
-        that have some of them are disconnected, and the others continue with the next segment.
+        In fMP4 they end within a box.  A player would take the missing bytes of that box from the
+        segments that follow, and would never find another box.  So viewers that have some of these
+        blocks are disconnected, and the others continue with the next segment.
         """
         for viewer in tuple(self._viewers):
             if viewer.next is not None and viewer.next > segment.first:
@@ -4119,7 +4122,7 @@ class Window:
         if self._is_apart:
             numbering.discontinuities += 1
         if self._newest_map is None or self._newest_map[0] != preamble:
-            self._newest_map = preamble, number
+            self._newest_map = (preamble, number)
         segment = HlsSegment(
             number=number,
             first=first,
