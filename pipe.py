@@ -113,7 +113,7 @@ How long may this take?
     a key                 as a segment, all tries together: DownloadingWriter._decryptor
     a silent HLS client   three target durations: Channels.remove_pollers
     an ended playlist     as long, or `linger`: Channel._see_pollers_off
-    a shutdown            EXIT_TIME + DRAIN_TIME: close()
+    a shutdown            STOP_TIME + DRAIN_TIME: close()
 
 What goes wrong, in four words
     failure        why something ended, in words for people: an upstream, a download, a start
@@ -253,7 +253,7 @@ START_TICK = 0.5  # seconds between two checks whether a waiting client is still
 FEEDER_TICK = 1.0  # seconds between two checks of a feeder, at most: its viewers, its upstream
 LISTED_TIME = 60.0  # seconds that a live playlist covers at most; a longer one is rare
 JUDGE_GRACE = 1.5  # extra seconds for Channel._judge: a download must abandon a segment first
-EXIT_TIME = 4.0  # seconds for all upstreams to end, so that the process exits within 5 s
+STOP_TIME = 4.0  # seconds that Channels.stop() may take, so that the process exits within 5 s
 
 STREAM_NAME = re.compile(r"[a-z0-9-]+")
 RESERVED_NAMES = frozenset({"health", "status", "metrics", "playlist"})  # paths of the server
@@ -1038,17 +1038,24 @@ ENGINE_PARSERS: dict[str | type, Parse] = {
 # The settings: each field that is a key of the file holds its reader and its default.
 
 
-def setting(parse: Parse, default: Any) -> Any:
+def setting(parse: Parse, default: Any, *, restarts: bool = True) -> Any:
     """A field for a key whose value is shaped like `default`; `parse` parses each text in it.
 
     A default may be a map, which a dataclass does not accept as it is.
+    `restarts`: an open upstream depends on it, so a reload that changes it ends the channel.
     """
-    return field(default_factory=lambda: default, metadata={"read": reader_of(parse, default)})
+    metadata = {"read": reader_of(parse, default), "restarts": restarts}
+    return field(default_factory=lambda: default, metadata=metadata)
 
 
 def readers_of(settings: type[Any]) -> dict[str, Read]:
     """The reader of each key, by the key's name."""
     return {item.name: item.metadata["read"] for item in fields(settings) if item.metadata}
+
+
+def restarting_keys(settings: type[Any]) -> list[str]:
+    """The keys that an open upstream depends on."""
+    return [item.name for item in fields(settings) if item.metadata.get("restarts")]
 
 
 def read_section(settings: type[Any], reader: ConfigReader, node: yaml.Node) -> Any:
@@ -1081,11 +1088,13 @@ class Options:
     timeout: float = setting(request_time, 20.0)  # seconds
     buffer_size: int = setting(number_from(int, 1, 64 * MIB), 8192)  # bytes
     ringbuffer_size: int = setting(ring_size, 16 * MIB)  # bytes
-    linger: float = setting(number_from(float, 0, 86400), 10.0)  # seconds
-    reconnect: float = setting(number_from(float, 0, 86400), 60.0)  # seconds
-    viewer_timeout: float = setting(number_from(float, 0.1, 86400), 600.0)  # seconds
+    linger: float = setting(number_from(float, 0, 86400), 10.0, restarts=False)  # seconds
+    reconnect: float = setting(number_from(float, 0, 86400), 60.0, restarts=False)  # seconds
+    viewer_timeout: float = setting(
+        number_from(float, 0.1, 86400), 600.0, restarts=False
+    )  # seconds
     streamlink: Mapping[str, Any] = field(
-        default_factory=dict, metadata={"read": read_engine_options}
+        default_factory=dict, metadata={"read": read_engine_options, "restarts": True}
     )
 
 
@@ -1095,15 +1104,18 @@ class StreamSettings:
 
     name: str
     urls: tuple[str, ...]
-    title: str = setting(str, "")
-    logo: str | None = setting(web_url, None)
-    group: str | None = setting(str, None)
-    tvg_id: str | None = setting(str, None)
-    number: int | None = setting(number_from(int, 1), None)  # no other stream has it
+    title: str = setting(str, "", restarts=False)
+    logo: str | None = setting(web_url, None, restarts=False)
+    group: str | None = setting(str, None, restarts=False)
+    tvg_id: str | None = setting(str, None, restarts=False)
+    number: int | None = setting(
+        number_from(int, 1), None, restarts=False
+    )  # no other stream has it
     quality: str = setting(filled_text, "best")
     headers: Mapping[str, str] = setting(header_value, {})
     proxy: str | None = setting(proxy_url, None)
-    hide: bool = setting(true_or_false, False)  # if true, neither in playlists nor on pages
+    # If true, it is neither in playlists nor on pages.
+    hide: bool = setting(true_or_false, False, restarts=False)
     options: Options = field(default_factory=Options)
     # The playlist that the stream was imported from; None if it is an entry of `streams:`.
     playlist: str | None = None
@@ -1116,13 +1128,18 @@ class StreamSettings:
 
         If a reload leaves it equal, the channel keeps running.
         """
-        options = replace(self.options, linger=0.0, reconnect=0.0, viewer_timeout=0.0)
+        own = [getattr(self, key) for key in RESTARTING_KEYS]
+        options = [getattr(self.options, key) for key in RESTARTING_OPTIONS]
         others = [other.pulled for other in self.others.values()]
-        return self.urls, self.quality, self.headers, self.proxy, options, others
+        return self.urls, own, options, others
 
     def at(self, address: str) -> StreamSettings:
         """The settings for opening one of the stream's addresses."""
         return self.others.get(address, self)
+
+
+RESTARTING_KEYS = restarting_keys(StreamSettings)  # beside `url`
+RESTARTING_OPTIONS = restarting_keys(Options)
 
 
 @dataclass(frozen=True)
@@ -7597,6 +7614,32 @@ LONGEST_PIECE = 2.0  # seconds after which bytes without a pause are divided int
 FIRST_BYTE_BOUNDS = ("0.01", "0.05", "0.1", "0.25", "0.5", "1.0", "2.5", "5.0", "10.0", "+Inf")
 
 
+class LineLimit:
+    """Allows one log line in REPEAT_TIME for each subject, such as a client's address.
+
+    The owner guards it.  Once `most` subjects are known, a new one displaces the oldest.
+    """
+
+    def __init__(self, most: int = 1) -> None:
+        self._most = most
+        self._logged: dict[str, float] = {}  # when each subject had a line, the oldest first
+
+    def allow(self, subject: str = "") -> bool:
+        """Take note of an event; false if its subject had a line within REPEAT_TIME."""
+        now = time.monotonic()
+        logged = self._logged.get(subject)
+        if logged is not None and now - logged <= REPEAT_TIME:
+            return False
+        while self._logged:
+            oldest = next(iter(self._logged))
+            is_recent = now - self._logged[oldest] <= REPEAT_TIME
+            if is_recent and len(self._logged) < self._most:
+                break
+            del self._logged[oldest]
+        self._logged[subject] = now
+        return True
+
+
 class Bitrate:
     """The bits per second that a channel receives, averaged over whole pieces.
 
@@ -7688,7 +7731,7 @@ class StreamRecord:
         self.failure_times: dict[str, float] = {}  # when each address last failed
         self._good_copy = "", 0  # the address that had media last, and the copy of its variant
         self._slots: deque[tuple[int, int]] = deque(maxlen=SLOTS + 1)  # number and bytes of each
-        self._warned = -math.inf  # when choose_level() last chose a warning
+        self._warnings = LineLimit()  # used by choose_level()
 
     def add(self, name: str, amount: int = 1) -> None:
         with self._lock:
@@ -7782,12 +7825,10 @@ class StreamRecord:
 
         Returns WARNING, and then DEBUG for REPEAT_TIME.
         """
-        now = time.monotonic()
         with self._lock:
-            if now - self._warned <= REPEAT_TIME:
-                return logging.DEBUG
-            self._warned = now
-        return logging.WARNING
+            if self._warnings.allow():
+                return logging.WARNING
+            return logging.DEBUG
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7813,6 +7854,7 @@ class StreamRecord:
 # --------------------------------------------------------------------------------------------------
 
 WINDOW_GROWTH = 8  # times `ringbuffer_size` that a window may hold to keep enough segments
+ONLY_VARIANT = "live"  # the name that streamlink gives to the stream of a source without variants
 PRIVATE_WINDOW = 1 * MIB  # bytes between a finite upstream and its viewer: its downloads read ahead
 ZAPPING_PAUSE = 0.5  # seconds between a start's tries while the origin counts a closed connection
 REOPEN_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # seconds between tries; the last one repeats
@@ -7881,7 +7923,7 @@ class Channel:
         self._first_copy = 0  # position of the copy that is tried before the others
         self._copies = 1  # number of copies that the address offered last
         self._last_byte = self.since  # last arrival of media, or the start; status() reads it
-        self._troubled_since = math.inf
+        self._troubled_since: float | None = None  # when `trouble` was first set in this outage
         self._told: set[tuple[Place, str]] = set()  # reasons logged since then, and their places
         self._gaps = 0  # segments lost since then
         self._losses = Losses()  # of the upstream's tracks, as counted so far
@@ -8010,7 +8052,7 @@ class Channel:
         except StreamError as error:
             ended_by = error.copy()  # without the traceback, which keeps the whole channel alive
         except Exception:
-            log.exception("the feeder failed")
+            log.exception("%s: the feeder failed", self.stream.name)
             ended_by = UpstreamError("StreamPipe failed: see its log")
         finally:  # after any failure: waiting viewers must be notified
             try:
@@ -8190,13 +8232,13 @@ class Channel:
 
     def _note_recovery(self) -> None:
         """Log that media arrives again, and end the outage."""
-        is_other = any(place != self._place for place, _ in self._told)
-        log.info(
-            "%s: %sgoes on after %.1f s%s", self.stream.name,
-            f"{self._origin}: " if is_other else "", time.monotonic() - self._last_byte,
-            f", {_many(self._gaps, 'segment')} lost" if self._gaps else "",
-        )  # fmt: skip
-        self.trouble, self._troubled_since, self._gaps = None, math.inf, 0
+        line = f"recovered after {time.monotonic() - self._last_byte:.1f} s"
+        if any(place != self._place for place, _ in self._told):
+            line = f"{self._origin}: {line}"
+        if self._gaps:
+            line += f"; {_many(self._gaps, 'segment')} lost"
+        log.info("%s: %s", self.stream.name, line)
+        self.trouble, self._troubled_since, self._gaps = None, None, 0
         self._told.clear()
 
     def _choose_level(self) -> int:
@@ -8371,9 +8413,10 @@ class Channel:
             error = no_media_error(self.stream, trouble)
             self.record.add_failure(error.reason)
             raise error
-        refused = now - max(self._troubled_since, alive)
-        if trouble and self._has_backup and refused > 2 * upstream.target_duration:
-            raise UpstreamError(trouble)
+        if trouble and self._has_backup and self._troubled_since is not None:
+            refused_time = now - max(self._troubled_since, alive)
+            if refused_time > 2 * upstream.target_duration:
+                raise UpstreamError(trouble)
         patience = max(self.stream.options.timeout, 2 * upstream.target_duration) + JUDGE_GRACE
         if is_late or now - alive > patience:
             raise UpstreamError(trouble or NO_DATA)
@@ -8414,6 +8457,7 @@ class Channel:
         This decides once whether the source is finite.  Raises Stop if another channel has the
         variant, or the channel was stopped.
         """
+        assert self.variants is not None
         assert self.variant is not None
         window = self.window
         self._has_end = upstream.has_end
@@ -8429,10 +8473,15 @@ class Channel:
             window.offer_hls(container, numbering, upstream.target_duration)
         self._splicer = Splicer(window, container, self._place)
         self.channels.go_live(self, container, has_hls, is_private)
-        kind = "has an end" if self._has_end else "for one viewer" if is_private else "live"
-        # A variant may be named "live": do not log that word twice.
-        what = dict.fromkeys((kind, self.variant, container.media_type))
-        log.info("%s: %s", self.stream.name, ", ".join(what))
+        kind = "live"
+        if self._has_end:
+            kind = "finite"
+        elif is_private:
+            kind = "private"
+        variant = self.variant
+        if set(self.variants.values()) == {ONLY_VARIANT}:
+            variant = "single quality"
+        log.info("%s: %s, %s, %s", self.stream.name, kind, variant, container.media_type)
 
     def _move(self, upstream: Upstream, items: list[bytes | SegmentEvent]) -> None:
         assert self._splicer
@@ -8519,7 +8568,7 @@ class Channel:
         assert self._splicer
         self._splicer.flush()
         if self._splicer.is_skipping and not upstream.workers:
-            log.warning("%s: the file changed in the meantime", self.stream.name)
+            log.warning("%s: the file changed during the outage", self.stream.name)
             raise Stop
         if not self._has_end:
             log.info("%s: the origin ended the stream", self.stream.name)
@@ -12101,14 +12150,14 @@ class Server(ThreadingHTTPServer):
         self._learn = learn
         self.started = time.monotonic()
         self.numbers = itertools.count(1)  # for threads' names
-        self._files_warned: float | None = None  # when it was logged; used by the listener alone
+        self._file_warnings = LineLimit()  # used by the listener alone
         # _counts_lock guards the five below.
         self._counts_lock = threading.Lock()
         self.answers: Counter[int] = Counter()  # by status
         self.refusals: Counter[str] = Counter()  # by limit
         self.first_bytes: Counter[str] = Counter()  # by bound
         self.first_byte_sum = 0.0  # seconds
-        self._wrong_tokens: dict[str, float] = {}  # when each address was logged, oldest first
+        self._wrong_tokens = LineLimit(GUESSERS)  # by the address of their client
         # _open_lock guards _open, the sockets of all connections.
         self._open_lock = threading.Lock()
         self._open: set[socket.socket] = set()
@@ -12134,16 +12183,9 @@ class Server(ThreadingHTTPServer):
     def note_wrong_token(self, address: str) -> None:
         """Log a wrong token, for fail2ban: at most one line in REPEAT_TIME per address."""
         client = str(ip_of(address))
-        now = time.monotonic()
         with self._counts_lock:
-            for each, logged in tuple(self._wrong_tokens.items()):
-                if now - logged <= REPEAT_TIME and len(self._wrong_tokens) < GUESSERS:
-                    break  # all after it are younger
-                del self._wrong_tokens[each]
-            is_first = client not in self._wrong_tokens
-            if is_first:
-                self._wrong_tokens[client] = now
-        if is_first:
+            is_allowed = self._wrong_tokens.allow(client)
+        if is_allowed:
             log.warning("wrong token from %s", client)
 
     def note_refusal(self, limit: str) -> None:
@@ -12174,9 +12216,7 @@ class Server(ThreadingHTTPServer):
 
     def _warn_of_files(self) -> None:
         """Log at most once in REPEAT_TIME that no connection can be accepted."""
-        now = time.monotonic()
-        if self._files_warned is None or now - self._files_warned > REPEAT_TIME:
-            self._files_warned = now
+        if self._file_warnings.allow():
             log.warning("no connection can be accepted: raise the limit of open files")
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -12307,7 +12347,7 @@ def _check_once(check: Check) -> Finding:
     except StreamError as error:
         return Finding(False, error.reason, error.reason)
     finally:
-        channels.stop(EXIT_TIME)
+        channels.stop(STOP_TIME)
     qualities = ", ".join(dict.fromkeys(channels.record(stream.name).variants.values()))
     words = [channel.container.media_type, qualities, f"first byte after {seconds:.2f} s"]
     if channel.note:
@@ -13198,16 +13238,16 @@ def announce(config: Config, server: Server) -> None:
 def close(server: Server, channels: Channels) -> None:
     """Disconnect the viewers and stop everything.
 
-    Blocks for about EXIT_TIME at most: if something hangs, the process ends DRAIN_TIME later.
+    Blocks for about STOP_TIME at most: if something hangs, the process ends DRAIN_TIME later.
     """
-    last_resort = threading.Timer(EXIT_TIME + DRAIN_TIME, os._exit, (EXIT_OK,))
+    last_resort = threading.Timer(STOP_TIME + DRAIN_TIME, os._exit, (EXIT_OK,))
     last_resort.daemon = True
     with contextlib.suppress(RuntimeError):  # the system has no threads left
         last_resort.start()
     log.info("shutting down")
     began = time.monotonic()
     server.lists.stop(0.0)
-    if not channels.stop(timeout=EXIT_TIME):
+    if not channels.stop(timeout=STOP_TIME):
         log.warning("an upstream did not end in time")
     # Until DRAIN_TIME has passed, a load balancer can still read from /health that we are stopping.
     time.sleep(max(0.0, began + DRAIN_TIME - time.monotonic()))

@@ -54,6 +54,24 @@ def read_stream(keys: str) -> pipe.StreamSettings:
     return read(stream(keys)).streams["a"]
 
 
+def test_only_keys_that_no_upstream_depends_on_are_applied_to_a_running_channel() -> None:
+    keys = [item.name for item in dataclasses.fields(pipe.StreamSettings)]
+    options = [item.name for item in dataclasses.fields(pipe.Options)]
+    one = pipe.StreamSettings("news", (URL,))
+    other: Any = object()
+    changed = {
+        key: dataclasses.replace(one, **{key: other}) for key in keys[1:] if key != "options"
+    }
+    changed["others"] = dataclasses.replace(one, others={URL: one})
+    for key in options:
+        changed[key] = dataclasses.replace(
+            one, options=dataclasses.replace(one.options, **{key: other})
+        )
+    kept = {key for key, stream in changed.items() if stream.pulled == one.pulled}
+    shown = {"title", "logo", "group", "tvg_id", "number", "hide", "playlist"}
+    assert kept == shown | {"linger", "reconnect", "viewer_timeout"}
+
+
 #### Defaults ####
 
 

@@ -168,10 +168,10 @@ class Journal(logging.Handler):
     def wait_failed(self, position: str = "1 of 1") -> None:
         """Until both channels have seen that address fail."""
         for name in NAMES:
-            self.wait_for(rf"^{name}: address {position} \(\S+\): (?!goes on)")
+            self.wait_for(rf"^{name}: address {position} \(\S+\): (?!recovered)")
 
     def failures(self) -> int:
-        return self.count(r"^\w+: address \d of \d \(\S+\): (?!goes on)")
+        return self.count(r"^\w+: address \d of \d \(\S+\): (?!recovered)")
 
 
 @pytest.fixture
@@ -867,7 +867,7 @@ def test_backup_gets_its_full_time(
     backup.delay = 0.8
     journal.wait_failed("1 of 2")
     audience.expect(live.plain(5, 6))
-    assert journal.count(r"address 2 of 2 \(\S+\): (?!goes on)") == 0
+    assert journal.count(r"address 2 of 2 \(\S+\): (?!recovered)") == 0
 
 
 #### Starting with several addresses ####
@@ -1102,7 +1102,7 @@ def test_vod_goes_on_after_an_outage(origin: Origin, serve: Serve, journal: Jour
     audience.expect((segments(0, 2))[: len(segment(0)) + WHOLE])
     origin.stop()
     for name, count in (("one", 1), ("three", 3)):
-        journal.wait_for(rf"^{name}: address 1 of 1 \(\S+\): (?!goes on)", count)
+        journal.wait_for(rf"^{name}: address 1 of 1 \(\S+\): (?!recovered)", count)
     origin.start()
     audience.expect_end(segments(0, 6)[len(audience.got) :])
     audience.assert_time_goes_on(6 * media.FPS)
@@ -1322,7 +1322,7 @@ def test_separate_sound_goes_on_after_an_outage(
     apart = Apart(origin)
     viewer = apart.serve(serve).watch("/news")
     apart.fail(fault)
-    journal.wait_for(r"^news: address 1 of 1 \(\S+\): (?!goes on)")
+    journal.wait_for(r"^news: address 1 of 1 \(\S+\): (?!recovered)")
     apart.advance(4)
     apart.end()
     origin.clear_faults()
@@ -1368,7 +1368,7 @@ def test_track_that_ends_alone_is_a_failure(
     viewer = apart.serve(serve, timeout=60, reconnect=60).watch("/news")
     ended: Playlist = getattr(apart, track)
     origin.fault(ended.path, Status(410))
-    journal.wait_for(r"^news: address 1 of 1 \(\S+\): (?!goes on)")
+    journal.wait_for(r"^news: address 1 of 1 \(\S+\): (?!recovered)")
     apart.advance(4)
     apart.end()
     body, is_complete = viewer.read_all()

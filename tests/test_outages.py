@@ -199,7 +199,7 @@ def test_short_outage_is_two_lines_that_tell_what_was_lost(
     ]
     assert len(told) == 2, told
     assert re.fullmatch(r"news: address 1 of 1 \(127\.0\.0\.1\): .+", told[0])
-    assert re.fullmatch(r"news: goes on after \d+\.\d s, 3 segments lost", told[1])
+    assert re.fullmatch(r"news: recovered after \d+\.\d s; 3 segments lost", told[1])
     assert status(site)["gaps"] == 3
     assert status(site)["last_error"]
 
@@ -219,10 +219,10 @@ def test_single_failed_reload_shows_and_clears(
         news.advance()
         assert viewer.read(len(segments(number, number + 1))) == segments(number, number + 1)
         eventually(lambda: status(site)["state"] == "live", "it clears")
-    told = [re.sub(r"[\d.]+ s", "N s", line) for line in lines("1 of 1 |goes on")]
+    told = [re.sub(r"[\d.]+ s", "N s", line) for line in lines("1 of 1 |recovered")]
     assert told == 2 * [
         "news: address 1 of 1 (127.0.0.1): the origin answered 503",
-        "news: goes on after N s",
+        "news: recovered after N s",
     ]
 
 
@@ -243,7 +243,7 @@ def test_segments_lost_between_two_reloads_are_told(
     eventually(lambda: down.taken == 2, "it is down")
     news.advance()
     assert read_stream(viewer, len(segments(8, 9))) == segments(8, 9)
-    eventually(lambda: bool(lines("goes on after [0-9]")), "it goes on")
+    eventually(lambda: bool(lines("recovered after [0-9]")), "it goes on")
     assert lines("lost") == ["news: 2 segments lost between two loads of the playlist"], (
         "none in the outage"
     )
@@ -272,9 +272,9 @@ def test_lost_segments_are_counted_whatever_the_playlist_says_of_their_lengths(
     eventually(lambda: down.taken == 2, "it is down")
     news.advance(missing + 3)
     read_stream(viewer, media.PACKET)
-    eventually(lambda: bool(lines("goes on after [0-9]")), "it goes on")
+    eventually(lambda: bool(lines("recovered after [0-9]")), "it goes on")
     assert status(site)["gaps"] == missing
-    assert lines("goes on after [0-9]")[0].endswith(f", {missing} segments lost")
+    assert lines("recovered after [0-9]")[0].endswith(f"; {missing} segments lost")
 
 
 def test_gaps_are_those_of_one_numbering(origin: Origin, serve: Serve, backup: Origin) -> None:

@@ -482,7 +482,7 @@ def test_film_goes_on_at_its_segment(
     stall.wait_held(2 if tracks == "*" else 1)
     stall.clear()
     origin.stop()
-    journal.wait_for(r"address 1 of 1 \(\S+\): (?!goes on)")
+    journal.wait_for(r"address 1 of 1 \(\S+\): (?!recovered)")
     origin.start()
     body, is_complete = viewer.read_all()
     assert is_complete
@@ -497,7 +497,7 @@ def test_live_channel_goes_on_at_its_segment(
     apart = live(origin, 20, 1.0, listed=8)
     viewer = serve({"news": apart.url}, streamlink={"hls-live-edge": 8}).watch("/news")
     away = [origin.fault(p.path, Status(404), times=None) for p in (apart.picture, apart.sound)]
-    journal.wait_for(r"address 1 of 1 \(\S+\): (?!goes on)")
+    journal.wait_for(r"address 1 of 1 \(\S+\): (?!recovered)")
     for playlist in (apart.picture, apart.sound):
         playlist.advance(12)
         playlist.end()
