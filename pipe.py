@@ -11889,12 +11889,26 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_playlist(self, stream: StreamSettings, quality: str | None) -> None:
         """Answer with the media playlist.  Raises StreamError if there is none within `timeout`."""
-        viewer = self._viewer(stream, polls=True)
-        channel, viewer = self.server.channels.poll(stream, quality, viewer, anew=False)
+        text = ""
+        while not text:
+            viewer = self._viewer(stream, polls=True)
+            channel, viewer = self.server.channels.poll(stream, quality, viewer, anew=False)
+            try:
+                text = self._playlist_text(channel, viewer, quality)
+            except WindowEnded:
+                if self.server.channels.drop_reason(channel) != "reload":
+                    raise
+                # Some players stop at an error, so the client gets the changed stream's playlist.
+                stream = self.server.config.streams.get(stream.name, stream)
+        self.answer(Page(text.encode(), PLAYLIST_TYPE), headers=HLS_HEADERS)
+
+    def _playlist_text(self, channel: Channel, viewer: Viewer, quality: str | None) -> str:
+        """Return the media playlist once it has news; raises like _await_news() and WindowEnded."""
         self._await_news(channel, viewer)
         tail = self.site().query(quality=quality)
-        viewer.listed, text = media_playlist(channel.window, stream.name, tail, viewer.listed)
-        self.answer(Page(text.encode(), PLAYLIST_TYPE), headers=HLS_HEADERS)
+        name = channel.stream.name
+        viewer.listed, text = media_playlist(channel.window, name, tail, viewer.listed)
+        return text
 
     def _await_news(self, channel: Channel, viewer: Viewer) -> None:
         """Wait for the first playlist; later, wait briefly for one that the client has not had.

@@ -9,8 +9,10 @@ import itertools
 import logging
 import re
 import struct
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -25,6 +27,7 @@ from tests import media
 from tests.origin import Body, Origin, Playlist, Segment, Stall, StallHeaders, Status, master
 from tests.server import BROWSER, Answer, Site
 from tests.test_sharing import eventually
+from tests.threads import Task
 
 Serve = Callable[..., Site]
 Fetch = Callable[[str], bytes | None]
@@ -822,6 +825,27 @@ def test_end_stays_where_another_start_finds_other_qualities(origin: Origin, ser
     assert site.ask("GET", "/news.m3u8", **{"User-Agent": "another"}).status == 200
     assert site.get(f"/{listed[-1].address}").status == 200
     assert "#EXT-X-ENDLIST" in site.get("/news.m3u8").body.decode()
+
+
+def runs(function: str) -> bool:
+    """Whether a thread is in a function of this name."""
+    stacks = (traceback.walk_stack(frame) for frame in sys._current_frames().values())
+    return any(frame.f_code.co_name == function for stack in stacks for frame, _ in stack)
+
+
+@pytest.mark.parametrize("listed", [LEAST, LEAST - 1], ids=["next playlist", "first playlist"])
+def test_client_that_waits_for_a_playlist_gets_that_of_the_changed_stream(
+    origin: Origin, serve: Serve, listed: int
+) -> None:
+    """Many players stop at an error."""
+    playlist = live(origin, segments=SIXTEEN, window=listed, target_duration=10)
+    other = live(origin, "other", segments=SIXTEEN)
+    site, another = serve({"news": playlist.url}), serve({"news": other.url})
+    before = newest_of(site, "/news.m3u8") if listed == LEAST else 0
+    request = Task(lambda: newest_of(site, "/news.m3u8"))
+    eventually(lambda: runs("await_listed"), "the request waits for a segment")
+    site.server.reload(another.config)
+    assert request.result() > before
 
 
 def test_reload_that_changes_what_has_ended_is_no_error(origin: Origin, serve: Serve) -> None:
