@@ -4956,6 +4956,7 @@ SAFETY_OPTIONS: Mapping[str, Any] = {
 engine_version = importlib.metadata.version("streamlink")
 LEAST_STREAMLINK = (8, 6, 2)  # older versions follow a redirect to a local file
 ALIASES = ("best", "worst", "best-unfiltered", "worst-unfiltered")  # second names of streams
+READ_SIZE = 64 * KIB  # bytes of one read of a list, a playlist or ffmpeg's output
 
 TURN_LIMIT = 1 * MIB  # bytes that a feeder takes from its buffer at once: more delays viewers
 PLAYLIST_LIMIT = 8 * MIB  # bytes of a playlist, key or page; a larger one is an attack or a mistake
@@ -4987,18 +4988,22 @@ HOOKS: tuple[tuple[Any, Mapping[str, str]], ...] = (
 
 def check_engine() -> None:
     """Raise PipeError if the installed streamlink is unsafe or incompatible."""
-    numbers = tuple(int(n) for n in re.findall(r"\d+", engine_version)[:3])
-    has_hooks = all(
-        hasattr(owner, name)
-        and " ".join(inspect.signature(getattr(owner, name)).parameters) == parameters
-        for owner, methods in HOOKS
-        for name, parameters in methods.items()
-    )
-    if numbers < LEAST_STREAMLINK or not has_hooks:
+    numbers = tuple(int(number) for number in re.findall(r"\d+", engine_version)[:3])
+    if numbers < LEAST_STREAMLINK or not has_hooks():
         raise PipeError(
             f"StreamPipe does not work with streamlink {engine_version}: "
             "run pip install -r requirements.txt"
         )
+
+
+def has_hooks() -> bool:
+    """Whether the installed libraries have all functions in HOOKS, with these parameters."""
+    for owner, methods in HOOKS:
+        for name, parameters in methods.items():
+            method = getattr(owner, name, None)
+            if method is None or " ".join(inspect.signature(method).parameters) != parameters:
+                return False
+    return True
 
 
 def warm_up() -> None:
@@ -5027,7 +5032,7 @@ class Session:
 
     def __init__(self, stream: StreamSettings, timeout: float) -> None:
         self.name = stream.name
-        self.read_size = max(stream.options.buffer_size, 64 * KIB)
+        self.read_size = max(stream.options.buffer_size, READ_SIZE)
         self._ends = time.monotonic() + timeout  # when resolving and opening must be done
         self.engine = Streamlink()
         self.engine.http = self.http = Http()
@@ -5059,9 +5064,15 @@ class Session:
             raise UpstreamError(NO_STREAM)
         self.http.is_resolving = False
         self._streams = streams
-        self.qualities = [name for name in streams if name not in ALIASES] or list(streams)
-        names = {id(streams[name]): name for name in reversed(self.qualities)}
-        self.canonical = {name: names.get(id(stream), name) for name, stream in streams.items()}
+        self.qualities = [name for name in streams if name not in ALIASES]
+        if not self.qualities:
+            self.qualities = list(streams)
+
+        first_names: dict[int, str] = {}  # by the id() of a stream
+        for name in self.qualities:
+            first_names.setdefault(id(streams[name]), name)
+        for name, stream in streams.items():
+            self.canonical[name] = first_names.get(id(stream), name)
 
     def open(
         self,
@@ -5084,9 +5095,10 @@ class Session:
         deadline = Deadline(self.http, self._ends - time.monotonic())
         try:
             with deadline:
-                stream = self._follow(self._copy_of(name, copy))
+                copies = self._copies_of(name)
+                stream = self._follow(copies[copy % len(copies)])
                 upstream = self._upstream_of(stream, first, tracks, left_out)
-            upstream.missing = self._missing(stream)
+            upstream.missing = self._what_is_missing(stream)
             upstream.start()
         except Exception as error:
             log.debug("cannot open", exc_info=True)
@@ -5097,29 +5109,31 @@ class Session:
 
     def count_copies(self, name: str) -> int:
         """The number of addresses that a quality has."""
-        return len(self._copies.get(self.canonical[name], [name]))
+        return len(self._copies_of(name))
 
     @property
     def remaining(self) -> float:
-        """Seconds left for resolving and opening, at least 0.1."""
-        return max(0.1, self._ends - time.monotonic())
+        """Seconds left for resolving and opening, at least LEAST_TIMEOUT."""
+        return max(LEAST_TIMEOUT, self._ends - time.monotonic())
 
     def shorten(self, seconds: float) -> None:
         """Limit the time left for opening to `seconds`."""
         self._ends = min(self._ends, time.monotonic() + seconds)
 
-    def _copy_of(self, name: str, copy: int) -> Any:
-        copies = self._copies.get(self.canonical[name], [self._streams[name]])
-        return copies[copy % len(copies)]
+    def _copies_of(self, name: str) -> Sequence[Any]:
+        """The streams of a quality: one for each of its addresses."""
+        return self._copies.get(self.canonical[name], [self._streams[name]])
 
-    def _missing(self, stream: Any) -> str | None:
+    def _what_is_missing(self, stream: Any) -> str | None:
         """A note on what this stream lacks and why; None if it is complete."""
         if not isinstance(stream, HLSStream) or stream.multivariant is None:
             return None
-        playlist = next((p for p in stream.multivariant.playlists if p.uri == stream.url), None)
-        has_sound_apart = playlist and any(m.type == "AUDIO" and m.uri for m in playlist.media)
-        if has_sound_apart and not FFMPEGMuxer.is_usable(self.engine):
-            return "no sound: install ffmpeg"
+        for variant in stream.multivariant.playlists:
+            if variant.uri == stream.url:
+                has_separate_sound = any(m.type == "AUDIO" and m.uri for m in variant.media)
+                if has_separate_sound and not FFMPEGMuxer.is_usable(self.engine):
+                    return "no sound: install ffmpeg"
+                break
         return None
 
     def _upstream_of(
@@ -5134,10 +5148,10 @@ class Session:
         if isinstance(stream, HTTPStream):
             opened = self._raw or self._open_raw(stream.args)
             return RawUpstream(self, stream.args, opened)
-        has_both = isinstance(stream, DASHStream) and (
-            stream.video_representation and stream.audio_representation
-        )
-        if has_both or isinstance(stream, MuxedStream):
+        needs_muxing = isinstance(stream, MuxedStream)
+        if isinstance(stream, DASHStream):
+            needs_muxing = bool(stream.video_representation and stream.audio_representation)
+        if needs_muxing:
             self._check_muxing()
         return ProcessUpstream(self, stream, tracks, left_out)
 
@@ -5162,7 +5176,8 @@ class Session:
             response, start = self._open_raw({"url": address})
             if not is_playlist(start):
                 self._raw = response, start
-                return dict.fromkeys(("live", "best", "worst"), HTTPStream(self.engine, address))
+                raw_stream = HTTPStream(self.engine, address)
+                return {"live": raw_stream, "best": raw_stream, "worst": raw_stream}
             read_bounded(response, start)
             self.http.keep(address, response)
             address = f"hls://{address}"
@@ -5184,7 +5199,7 @@ class Session:
         self._copies = self._variants(url, parameters)
         if not self._copies:
             live = VariantStream(self.engine, url, **parameters)
-            return dict.fromkeys(("live", "worst", "best"), live)
+            return {"live": live, "worst": live, "best": live}
         return _with_aliases({name: copies[0] for name, copies in self._copies.items()})
 
     def _variants(self, url: str, parameters: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -5195,15 +5210,15 @@ class Session:
         master: Any = next(iter(found.values())).multivariant
         variants = {variant.key: variant for variant in master.playlists if not variant.is_iframe}
         copies: dict[str, list[Any]] = {}
-        names: dict[object, str] = {}  # by the variants' traits
+        name_by_traits: dict[object, str] = {}
         addresses = set()
         for key, stream in found.items():
             variant = variants[key]
-            name = names.get(variant.traits)
+            name = name_by_traits.get(variant.traits)
             if name is None or variant.uri in addresses:
                 name = _quality_name(variant, copies)
             if variant.traits:
-                names.setdefault(variant.traits, name)
+                name_by_traits.setdefault(variant.traits, name)
             addresses.add(variant.uri)
             copies.setdefault(name, []).append(stream)
         return copies
@@ -5222,7 +5237,8 @@ class Session:
         if b"#EXT-X-STREAM-INF" in response.content:
             variants = self._variants(url, {})
             if variants:
-                stream = _with_aliases({name: c[0] for name, c in variants.items()})["best"]
+                streams = {name: copies[0] for name, copies in variants.items()}
+                stream = _with_aliases(streams)["best"]
         self.http.is_resolving = False
         return stream
 
@@ -5269,10 +5285,10 @@ class Fetch:
         assert self._response
         try:
             if is_decoded:
-                yield from parts_of(self._response, 64 * KIB)
+                yield from parts_of(self._response, READ_SIZE)
                 return
             read = self._response.raw.read1
-            while part := read(64 * KIB, decode_content=False):
+            while part := read(READ_SIZE, decode_content=False):
                 yield part
         except (OSError, urllib3.exceptions.HTTPError) as error:
             log.debug("cannot fetch", exc_info=True)
@@ -5287,8 +5303,7 @@ class Fetch:
 def _own_options(stream: StreamSettings, timeout: float) -> dict[str, Any]:
     """A stream's settings as streamlink's options."""
     options = stream.options
-    proxy = {"http-proxy": stream.proxy} if stream.proxy else {}
-    return proxy | {
+    found = {
         "http-headers": {"User-Agent": options.user_agent, **stream.headers},
         "http-timeout": timeout,
         "stream-timeout": timeout,
@@ -5300,6 +5315,9 @@ def _own_options(stream: StreamSettings, timeout: float) -> dict[str, Any]:
         "hls-playlist-reload-attempts": 0,
         "ffmpeg-fout": "mpegts",  # few set-top boxes play the default, Matroska
     }
+    if stream.proxy:
+        found["http-proxy"] = stream.proxy
+    return found
 
 
 class Http(HTTPSession):
@@ -5351,14 +5369,15 @@ class Http(HTTPSession):
         self, arguments: Mapping[str, Any], headers: Mapping[str, str], timeout: float
     ) -> requests.Response:
         """Request a body, which the caller must read; raises the errors of streamlink's request."""
-        given = arguments.get("headers") or {}
-        headers = {**given, "Accept-Encoding": "identity", **headers}  # so that it can be resumed
-        arguments = {"method": "GET", **arguments, "headers": headers, "timeout": timeout}
-        return cast(requests.Response, self.request(**arguments, stream=True))
+        all_headers = dict(arguments.get("headers") or {})
+        all_headers["Accept-Encoding"] = "identity"  # only an uncompressed body can be resumed
+        all_headers.update(headers)
+        complete = {"method": "GET", **arguments, "headers": all_headers, "timeout": timeout}
+        return cast(requests.Response, self.request(**complete, stream=True))
 
     def request(self, method: str, url: str, **arguments: Any) -> Any:  # type: ignore[override]
         """Send a request as streamlink does, but limit the size of the body."""
-        is_streamed = arguments.get("stream")
+        is_streamed = bool(arguments.get("stream"))
         # Among requests that are not streamed, only those for DASH segments have their own
         # time-out.  A segment may have any size.
         has_timeout = bool(arguments.get("timeout"))
@@ -5366,11 +5385,12 @@ class Http(HTTPSession):
         if is_segment and not is_streamed:
             arguments["hooks"] = {"response": self._bound_error}
             return super().request(method, url, **arguments)
+
         timeout = getattr(self._thread, "timeout", None)
         if timeout is not None:
             arguments["timeout"] = timeout
-        is_plugins = method != "GET" or arguments.get("schema")
-        if is_streamed or is_plugins:
+        is_of_a_plugin = method != "GET" or arguments.get("schema")
+        if is_streamed or is_of_a_plugin:
             return super().request(method, url, **arguments)
         return self._load(url, arguments)
 
@@ -5379,8 +5399,9 @@ class Http(HTTPSession):
         kept = self._kept.get(url)
         if not self.is_resolving:
             self._kept.clear()
-        if kept:
+        if kept is not None:
             return kept
+
         response = super().request("GET", url, **arguments)
         # Streamlink passes one of these two for playlists and keys; plugins pass others for pages.
         kind = arguments.get("exception")
@@ -5553,14 +5574,15 @@ def connect_fastest(connection: Any, http_session: Http) -> socket.socket:
         raise urllib3.exceptions.NewConnectionError(connection, str(error)) from error
 
     with _answered_lock:
-        _answered.pop((name, port), None)
+        _answered.pop((name, port), None)  # the newest is the last
         _answered[name, port] = address
         if len(_answered) > ANSWERED_LIMIT:
-            del _answered[next(iter(_answered))]
+            oldest = next(iter(_answered))
+            del _answered[oldest]
     if address != found[0]:
         log.warning("%s: the address tried first does not answer, another one does", name)
     # Do not call time_left() here: if it raised an error, the socket would stay open.
-    sock.settimeout(max(0.1, ends - time.monotonic()))
+    sock.settimeout(max(LEAST_TIMEOUT, ends - time.monotonic()))
     return sock
 
 
@@ -5638,8 +5660,10 @@ def first_to_answer(
                 sock.close()
                 errors.append(OSError(number, os.strerror(number)))
                 due = now
-    refusals = [error for error in errors if isinstance(error, ConnectionRefusedError)]
-    raise (refusals + errors)[0]
+    for failure in errors:
+        if isinstance(failure, ConnectionRefusedError):
+            raise failure
+    raise errors[0]
 
 
 def begin_attempt(address: Any, source: tuple[str, int] | None, options: Any) -> socket.socket:
@@ -5660,16 +5684,21 @@ def begin_attempt(address: Any, source: tuple[str, int] | None, options: Any) ->
     return sock
 
 
+ICY_STATUS = b"ICY 200"  # the beginning of a Shoutcast server's status line
+ICY_LINE_LIMIT = 1 * KIB  # bytes of this line
+
+
 class Response(http.client.HTTPResponse):
     """Also accepts "ICY 200" as HTTP/1.0: early Shoutcast servers, run by many radios, send it."""
 
     def _read_status(self) -> Any:
-        if not self.fp.peek(7).startswith(b"ICY 200"):
+        if not self.fp.peek(len(ICY_STATUS)).startswith(ICY_STATUS):
             return super()._read_status()  # type: ignore[misc]
-        self.fp.readline(SNIFF_LIMIT)
+        self.fp.readline(ICY_LINE_LIMIT)
         return "HTTP/1.0", 200, "OK"
 
 
+# The value of SO_LINGER (on, for 0 seconds) with which close() sends a reset.
 NO_LINGER = struct.pack("HH" if os.name == "nt" else "ii", 1, 0)
 
 
@@ -5797,7 +5826,7 @@ def read_bounded(response: requests.Response, start: bytes = b"") -> None:
     """
     body = bytearray()
     try:
-        for part in parts_of(response, 64 * KIB, start):
+        for part in parts_of(response, READ_SIZE, start):
             body += part
             if len(body) > PLAYLIST_LIMIT:
                 raise UpstreamError(TOO_LARGE_PLAYLIST)
