@@ -433,6 +433,8 @@ TOO_MANY_THREADS = "the server has too many threads: raise the limit of threads"
 NO_SERVER = frozenset({CONNECTION_REFUSED, UNKNOWN_HOST, NO_ROUTE, CONNECTION_CLOSED})
 # The address may have expired: it must be resolved again.
 EXPIRED = frozenset(answered(status) for status in (401, 403, 404, 410))
+# The origin may allow no more connections; panels use statuses of their own.
+BUSY = frozenset(answered(status) for status in (403, 429, 458, 503, 509))
 NOT_MEDIA = frozenset({WEB_PAGE, SHORT_TEXT})
 # Another try to fetch the key cannot help.
 HOPELESS_KEY = NOT_MEDIA | {UNSUPPORTED_ADDRESS, LOCAL_FILE, NOT_A_KEY, INVALID_TAG}
@@ -6324,7 +6326,7 @@ def _missing_name(attributes: Mapping[str, str]) -> str:
 
 
 class Losses(NamedTuple):
-    """Numbers of segments that tracks have lost."""
+    """How many segments tracks have lost."""
 
     gaps: int = 0  # left out or abandoned, each reported by an event
     skipped: int = 0  # not reported by any event
@@ -6339,11 +6341,11 @@ class SegmentReader(HLSStreamReader):
         self.first = first  # number of the segment to begin with, if the playlist lists it
         self.slack = slack  # how many numbers the playlist may be behind `first`
         self.is_track = fail is not None
-        self._fail = fail  # a weak reference to the method that reports a track's failure
+        self._fail_upstream = fail  # a track's: a weak reference to ProcessUpstream._fail
+        self.start = b""  # the first bytes of media; empty until the writer's thread has some
+        # Of a track.  The thread that reads it replaces these values; other threads read them.
         self._number: int | None = None  # of the segment being read, or between two, of the next
-        # A track's.  The thread that reads the track replaces this value; others only read it.
         self.losses = Losses()
-        self.start = b""  # the first bytes of media
         super().__init__(stream, name=name)
         self.timeout = 2.0  # seconds that close() waits for each of two threads
         self.buffer: Any = buffer  # a ReaderBuffer
@@ -6357,26 +6359,35 @@ class SegmentReader(HLSStreamReader):
         track before it returns empty bytes.
         """
         while not self.buffer.is_exhausted:
-            items = self.buffer.take(size, None)
-            for event in (item for item in items if isinstance(item, SegmentEvent)):
-                self._note(event)
-            if data := b"".join(item for item in items if isinstance(item, bytes)):
-                return data
-        if self.buffer.failure and (fail := self._fail()):
-            fail(self.buffer.failure)
+            pieces = []
+            for item in self.buffer.take(size, None):
+                if isinstance(item, SegmentEvent):
+                    self._note(item)
+                else:
+                    pieces.append(item)
+            if pieces:
+                return b"".join(pieces)
+        if self.buffer.failure:
+            fail = self._fail_upstream()
+            if fail is not None:  # otherwise the upstream was closed, and nothing refers to it
+                fail(self.buffer.failure)
         return b""
 
     def _note(self, event: SegmentEvent) -> None:
         """Update the track's position and its losses."""
-        expected = self.first if self._number is None else self._number
+        expected = self._number
+        if expected is None:
+            expected = self.first
         gaps, skipped = self.losses
-        if expected is not None:
-            skipped += max(0, event.number - expected)
+        if expected is not None and event.number > expected:
+            skipped += event.number - expected
         if event.kind is EventKind.GAP:
             gaps += 1
         self.losses = Losses(gaps, skipped)
-        is_begun = event.kind in (EventKind.INIT, EventKind.START)
-        self._number = event.number if is_begun else event.number + 1
+        if event.kind in (EventKind.INIT, EventKind.START):
+            self._number = event.number
+        else:  # the segment is over
+            self._number = event.number + 1
 
     @property
     def number(self) -> int | None:
@@ -6384,8 +6395,10 @@ class SegmentReader(HLSStreamReader):
 
         For a complete track, that is its last segment, because ffmpeg needs media of every track.
         """
-        is_whole = self.buffer.closed and self.buffer.failure is None
-        return self._number if self._number is None else self._number - is_whole
+        if self._number is None:
+            return None
+        is_complete = self.buffer.closed and self.buffer.failure is None
+        return self._number - 1 if is_complete else self._number
 
     @property
     def has_clock(self) -> bool:
@@ -6396,12 +6409,12 @@ class SegmentReader(HLSStreamReader):
         return has_tag or not is_bare
 
     def fail(self, reason: str) -> None:
-        """Break off for this reason; the worker calls it when it can put no more segments."""
+        """Break off for this reason; the worker calls it if it cannot queue any more segments."""
         self.buffer.end(reason)
         self.close()
 
     def abandon(self) -> None:
-        """Tell the threads to end, and drop all that they still write; returns at once."""
+        """Tell the threads to end, and drop everything that they still write; returns at once."""
         self.buffer.discard()
         self.worker.closed = True
         self.worker._wait.set()
@@ -6411,13 +6424,17 @@ class SegmentReader(HLSStreamReader):
 
         Does nothing if one of the threads is still running.
         """
-        if not (self.worker.is_alive() or self.writer.is_alive()):
-            cast(Any, self.writer).downloads.clear()
-            del self.worker.reader, self.worker.writer, self.writer.reader, self.buffer
+        if self.worker.is_alive() or self.writer.is_alive():
+            return
+        cast(Any, self.writer).downloads.clear()
+        del self.worker.reader, self.worker.writer, self.writer.reader, self.buffer
 
 
 LEAST_INTERVAL = 0.5  # seconds at least between two loads of a playlist
 SHORT_PLAYLIST = 3  # segments; a playlist with fewer is loaded twice as often
+# Successive playlists that end below the last number queued, after which the origin has restarted
+# its numbering.  Fewer prove nothing: caches serve playlists that are a number or two old.
+LOWER_PLAYLISTS = 3
 
 
 class WatchedWorker(HLSStreamWorker):
@@ -6431,8 +6448,8 @@ class WatchedWorker(HLSStreamWorker):
     trouble: str | None = None  # why the newest playlist could not be loaded or used
     _is_loaded = False  # the first playlist has been loaded
     _is_empty = True  # the newest playlist lists no segments
-    _below = 0  # successive playlists that end below the last number queued
-    _hurry = 1  # divisor of the interval between two loads
+    _lower_playlists = 0  # successive playlists that end below the last number queued
+    _interval_divisor = 1  # of the interval between two loads; doubled whenever segments were lost
     segment_time: float | None = None  # measured seconds from one segment to the next
     # A time, and the newest number that the playlist listed then: where measuring began.
     _measured_from: tuple[float, int] | None = None
@@ -6448,7 +6465,8 @@ class WatchedWorker(HLSStreamWorker):
         try:
             self._is_empty = True
             super().reload()  # type: ignore[no-untyped-call]
-            self._is_loaded, self.trouble = True, EMPTY_PLAYLIST if self._is_empty else None
+            self._is_loaded = True
+            self.trouble = EMPTY_PLAYLIST if self._is_empty else None
         except Exception as error:
             self.trouble = explain(error)
             if self.trouble in EXPIRED or not self._is_loaded:  # otherwise streamlink retries
@@ -6463,28 +6481,37 @@ class WatchedWorker(HLSStreamWorker):
         return response
 
     def process_segments(self, playlist: Any) -> None:
+        """Use a playlist that lists segments, and decide when to load the next one."""
         self._is_empty = False
-        first, last, wanted = playlist.segments[0].num, playlist.segments[-1].num, self.reader.first
-        if self.sequence < 0 and wanted is not None:
-            # Continue where another opening stopped, unless its number does not fit this playlist.
-            self.duration_offset_start = 0.0
-            if first <= wanted <= last + 1 + self.reader.slack:
-                self.sequence = wanted
-        elif last < self.sequence - 1:  # caches serve playlists a number or two old
-            self._below += 1
+        first, last = playlist.segments[0].num, playlist.segments[-1].num
+        is_start = self.sequence < 0
+        if is_start and self.reader.first is not None:
+            self._continue_another_opening(first, last)
+        elif last < self.sequence - 1:
             playlist.is_endlist = False  # it is not the end of this stream
-            if self._below == 3 or self.trouble:
+            self._lower_playlists += 1
+            if self._lower_playlists == LOWER_PLAYLISTS or self.trouble:
                 self.reader.fail("the origin restarted its numbering")
                 return
         else:
-            self._below = 0
+            self._lower_playlists = 0
+
         is_skipping = 0 <= self.sequence < first
         if is_skipping and not self.trouble:  # an outage is no reason to load more often
-            self._hurry *= 2
+            self._interval_divisor *= 2
         self._measure(last, is_skipping)
         has_news = last >= self.sequence
         super().process_segments(playlist)
         self._reload_time = self._interval(playlist, has_news)
+
+    def _continue_another_opening(self, first: int, last: int) -> None:
+        """Start at the number that another opening reached, if it fits this playlist.
+
+        `first` and `last` are the numbers that the playlist lists.
+        """
+        self.duration_offset_start = 0.0
+        if first <= self.reader.first <= last + 1 + self.reader.slack:
+            self.sequence = self.reader.first
 
     def _measure(self, newest: int, is_skipping: bool) -> None:
         """Measure how long segments last, because the durations in the playlist may be wrong.
@@ -6502,7 +6529,7 @@ class WatchedWorker(HLSStreamWorker):
     def _interval(self, playlist: Any, has_news: bool) -> float:
         """Seconds from this load of the playlist to the next.
 
-        The newest segment's duration is enough; RFC 8216, 6.3.4, says the target duration.  Many
+        It is the newest segment's duration.  RFC 8216, 6.3.4, says the target duration, but many
         packagers declare one far above it, and a short playlist drops segments in that time.
         """
         if self.reload_time:  # set by the configuration or by a plugin
@@ -6510,25 +6537,19 @@ class WatchedWorker(HLSStreamWorker):
         seconds = float(min(playlist.segments[-1].duration, playlist.targetduration))
         if not has_news or len(playlist.segments) < SHORT_PLAYLIST:
             seconds /= 2
-        return max(seconds / self._hurry, LEAST_INTERVAL)
-
-
-REFUSAL_TIME = 1.0  # seconds of refusals after which the address of a finite stream has expired
-# The answers of origins that allow no more connections; panels use statuses of their own.
-BUSY = frozenset(answered(status) for status in (403, 429, 458, 503, 509))
-START_MISSING = 3  # missing segments after which a start fails
+        return max(seconds / self._interval_divisor, LEAST_INTERVAL)
 
 
 REFUSALS = EXPIRED | NOT_MEDIA  # a panel also answers 200 with its error message
-UNREACHED = NO_SERVER | {TIMED_OUT}
-TROUBLE_TIME = 1.0  # seconds of failed tries of a segment before they show as trouble
+REFUSAL_TIME = 1.0  # seconds of refusals after which the address of a finite stream has expired
+START_MISSING = 3  # missing segments after which a start fails
 
 
 class SegmentDownload(Download):
     """The download of a segment or of an initialization section, one of those its writer runs.
 
-    One thread fills its buffer while another takes the bytes.  To streamlink it looks like a
-    response of requests, as far as streamlink uses one.
+    One thread fills its buffer while another takes the bytes.  It has those methods of a requests
+    response that streamlink calls.
 
     When a try fails (is_hopeless, Download) or is too slow (is_slow), the download is abandoned or
     retried:
@@ -6555,26 +6576,31 @@ class SegmentDownload(Download):
     empty_time = REFUSAL_TIME
 
     def __init__(self, writer: DownloadingWriter, segment: Any, part: Any) -> None:
-        self._writer, self._segment, self._is_map = writer, segment, part is not segment
+        self._writer = writer
+        self._segment = segment
+        self._is_map = part is not segment  # it is the segment's initialization section
         self.buffer = ReaderBuffer(BODY_LIMIT)
         self._content: bytes | None = None  # an initialization section, once it has been read
         request = functools.partial(writer.request, segment, part)
         super().__init__(request, writer.closing, writer.patience, part.byterange)
-        if writer.decrypts(part.key):
+        if writer.must_decrypt(part.key):
             self.cipher_block = CIPHER_BLOCK
 
     @property
     def _others(self) -> list[SegmentDownload]:
-        return [other for other in tuple(self._writer.downloads) if other is not self]
+        """The other downloads of its writer."""
+        downloads = tuple(self._writer.downloads)  # a copy, because other threads change the list
+        return [other for other in downloads if other is not self]
 
     @property
     def _is_newest(self) -> bool:
+        """Whether the playlist lists no segment after this one."""
         listed = self._writer.reader.worker.playlist_segments
         return bool(self._segment.num >= listed[-1].num)
 
     def is_hopeless(self) -> bool:
         writer = self._writer
-        if not writer.lists(self._segment):
+        if not writer.is_listed(self._segment):
             return True
         tries = self.tries
         if tries.failure not in REFUSALS:
@@ -6582,26 +6608,34 @@ class SegmentDownload(Download):
         if not writer.is_start:
             is_lasting = tries.asked - tries.failing_since > REFUSAL_TIME
             return is_lasting and self.is_fatal(tries.failure)
-        # Caches list the newest segment before they have it.
-        may_come = self._is_map or (self._is_newest and writer.missing < START_MISSING - 1)
-        is_late = tries.failure == answered(404) and may_come
-        return self in writer.downloads[:1] and not is_late
+        return writer.oldest is self and not self._may_be_late(tries.failure)
+
+    def _may_be_late(self, failure: str | None) -> bool:
+        """Whether the origin may have it soon: caches list the newest segment before they have it.
+
+        A start does not wait for the last of the missing segments that it allows.
+        """
+        if failure != answered(404):
+            return False
+        is_last_chance = self._writer.missing >= START_MISSING - 1
+        return self._is_map or (self._is_newest and not is_last_chance)
 
     def is_fatal(self, failure: str | None) -> bool:
         """Whether the upstream must end, because more than this one segment is affected.
 
-        Called when this one cannot be fetched or is of no use.  `failure` is the failure of its
-        newest try; None if that try was answered.
+        Call it when this segment cannot be fetched or is of no use.  `failure` is the failure of
+        its newest try; None if that try was answered.
         """
-        tries, reader = self.tries, self._writer.reader
+        writer, tries = self._writer, self.tries
         nothing_else_answers = self._nothing_else_answers(tries, failure)
         if failure in NO_SERVER and nothing_else_answers:
             return True
-        if self._writer.is_start:  # the next one may be there
-            return self._writer.missing >= START_MISSING or self._is_newest
-        if not self._writer.lists(self._segment):  # a live stream that has ended since
+        if writer.is_start:  # the next one may be there
+            return writer.missing >= START_MISSING or self._is_newest
+        if not writer.is_listed(self._segment):  # a live stream that has ended since
             return False
-        if reader.worker.playlist_end is None:
+        is_finite = writer.reader.worker.playlist_end is not None
+        if not is_finite:
             return False
         # A server that stops may still answer on open connections while it refuses new ones.
         if failure in NO_SERVER and self._is_old:
@@ -6613,18 +6647,20 @@ class SegmentDownload(Download):
             return True
         # If only this segment is refused, although its address was just resolved for it, the
         # segment is missing.  The same holds for a track's segment, because a track cannot resume
-        # at its position.  Any other failure may affect more than this segment if another one
-        # waited until this one was abandoned.
+        # at its position.  Any other failure may affect more than this segment if the download of
+        # another one had not begun before the newest try of this one.
         if failure in REFUSALS:
             return self._may_have_expired
-        has_waited = any(not 0 < other.began < tries.asked for other in others)
-        return self._is_old and has_waited
+        began_before = [other for other in others if 0 < other.began < tries.asked]
+        has_waiting = len(began_before) < len(others)
+        return self._is_old and has_waiting
 
     @property
     def _is_old(self) -> bool:
         """Whether resolving its address again may help."""
         reader = self._writer.reader
-        return bool(self._segment.num != reader.first and not reader.is_track)
+        is_first = self._segment.num == reader.first
+        return not is_first and not reader.is_track
 
     @property
     def _may_have_expired(self) -> bool:
@@ -6641,18 +6677,21 @@ class SegmentDownload(Download):
 
         An older request proves nothing: a server that stops completes its running transfers first.
         On a busy machine, much time may pass between the beginning of a try and its connection, so
-        a request counts only if it began once this one was seen to fail.  At a start, and after a
-        reopening for this segment, all requests begin at once, in any order, and the others may
-        be over by then.  If the origin refuses this one with an answer, each other request of this
-        opening counts; if it is gone, those count that began after this one.
+        a request counts only if it began once this one was seen to fail.
+
+        At a start, and after a reopening for this segment, all requests begin at once, in any
+        order, and the others may be over by then.  So if the origin refuses this one with an
+        answer, every other answered request of this opening counts.  If there is no server, those
+        count that began after this one.
         """
-        answered = [other.tries.answered for other in self._others]
+        # For each other request: when the newest try that was answered began; 0 if none was.
+        times = [other.tries.answered for other in self._others]
         if failure in REFUSALS and not self._may_have_expired:
-            return not any(answered)
+            return not any(times)
         since = tries.failing_since
         if self._is_old and not self._writer.is_start:
             since = tries.failed
-        return not any(since < time_asked < tries.asked for time_asked in answered)
+        return not any(since < began < tries.asked for began in times)
 
     def is_slow(self) -> bool:
         """Whether it arrives more slowly than it plays, while a later request is twice as fast.
@@ -6661,10 +6700,11 @@ class SegmentDownload(Download):
         """
         size = self._segment.duration * self.rate  # bytes that arrive in the time it plays
         began = self.tries.began
-        return any(
-            other.tries.asked > began and other.size > size and other.rate > 2 * self.rate
-            for other in self._others
-        )
+        for other in self._others:
+            is_later = other.tries.asked > began
+            if is_later and other.size > size and other.rate > 2 * self.rate:
+                return True
+        return False
 
     def iter_content(self, chunk_size: int = 1) -> Iterator[bytes]:
         """Yield the bytes as they arrive; raises DownloadError if the rest cannot be fetched."""
@@ -6676,7 +6716,7 @@ class SegmentDownload(Download):
     def read_all(self) -> bytes:
         """Return the whole initialization section; blocks until it is fetched.
 
-        Raises UpstreamError if it cannot be fetched.
+        Raises UpstreamError if it cannot be fetched.  May be called again.
         """
         if self._content is not None:
             return self._content
@@ -6693,11 +6733,12 @@ class SegmentDownload(Download):
         return content
 
 
-CIPHER_BLOCK = AES_128_KEY = 16  # bytes
+CIPHER_BLOCK = 16  # bytes of a block of AES
+AES_128_KEY = 16  # bytes
 
 
 def _deciphered(cipher: Any, encrypted: Iterable[bytes]) -> Iterator[bytes]:
-    """Decrypt the bytes as they arrive, holding back the last block, which has the padding.
+    """Decrypt the bytes as they arrive, but hold back the last block, which has the padding.
 
     Some packagers, such as SRS, pad a segment only if its length is not a multiple of 16: then a
     last block without padding is media.  So is a last block that looks like padding by chance, if
@@ -6709,12 +6750,13 @@ def _deciphered(cipher: Any, encrypted: Iterable[bytes]) -> Iterator[bytes]:
     units = UnitCounter()
     for piece in encrypted:
         held += piece
-        whole = max(0, len(held) - 1) // CIPHER_BLOCK * CIPHER_BLOCK
-        if whole:
-            plain = cipher.decrypt(held[:whole])
+        blocks = max(0, len(held) - 1) // CIPHER_BLOCK  # whole ones that more bytes follow
+        if blocks:
+            size = blocks * CIPHER_BLOCK
+            plain = cipher.decrypt(held[:size])
             units.feed(plain)
             yield plain
-            held = held[whole:]
+            held = held[size:]
     if len(held) != CIPHER_BLOCK:
         raise DecryptionError(CUT_SEGMENT)
     last = cipher.decrypt(held)
@@ -6726,7 +6768,7 @@ def _deciphered(cipher: Any, encrypted: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _data_of(uri: str) -> bytes:
-    """The bytes in a data: URI (RFC 2397); raises UpstreamError if they cannot be read."""
+    """Return the bytes in a data: URI (RFC 2397); raises UpstreamError if it is malformed."""
     head, _, text = uri.partition(",")
     data = unquote_to_bytes(text)
     if not head.lower().endswith(";base64"):
@@ -6735,6 +6777,19 @@ def _data_of(uri: str) -> bytes:
         return base64.b64decode(data + b"==")  # some origins omit the padding
     except binascii.Error as error:
         raise UpstreamError(NOT_A_KEY) from error
+
+
+class QueuedSegment(NamedTuple):
+    """A segment that the writer hands on in its turn: its download, or the event replacing it."""
+
+    segment: Any  # streamlink's
+    download: SegmentDownload | None = None
+    init: SegmentDownload | None = None  # the initialization section to hand on before it
+    event: EventKind | None = None  # it is not downloaded
+
+
+TROUBLE_TIME = 1.0  # seconds of failed tries of a segment before they show as trouble
+UNREACHED = NO_SERVER | {TIMED_OUT}  # failures that show as trouble
 
 
 class DownloadingWriter(HLSStreamWriter):
@@ -6754,12 +6809,10 @@ class DownloadingWriter(HLSStreamWriter):
         self.retries = 0  # of key requests: close() could not interrupt streamlink's pauses
         self.is_start = reader.first is None  # until the first media arrives
         self.missing = 0  # segments abandoned
-        self._map: tuple[object, SegmentDownload] | None = None  # the newest EXT-X-MAP
-        # Segments in order: each with the initialization section to hand on before it, if any, and
-        # with its download, or the event that replaces it.  None: the end.
-        self._queued: queue.SimpleQueue[
-            tuple[Any, SegmentDownload | None, SegmentDownload | EventKind] | None
-        ] = queue.SimpleQueue()
+        self._map: SegmentDownload | None = None  # the newest initialization section
+        self._map_place: object = None  # its address and byte range
+        # Segments to hand on, in order; None: the end.
+        self._queued: queue.SimpleQueue[QueuedSegment | None] = queue.SimpleQueue()
         self.closing = self._wait
         # _lock is held to change these, and to set `closing`.
         self._lock = threading.Lock()
@@ -6781,28 +6834,31 @@ class DownloadingWriter(HLSStreamWriter):
             segment = self._waiting.popleft()
             if segment is None:
                 self._queued.put(None)
-            elif kind := self._left_out(segment):
-                self._queued.put((segment, None, kind))
-            else:
-                init = self._begin_map(segment) if segment.map else None
-                self._queued.put((segment, init, self._begin(segment, segment)))
+                continue
+            event = self._replacing_event(segment)
+            if event is not None:
+                self._queued.put(QueuedSegment(segment, event=event))
+                continue
+            init = self._begin_map(segment) if segment.map else None
+            download = self._begin(segment, segment)
+            self._queued.put(QueuedSegment(segment, download, init))
 
-    def _left_out(self, segment: Any) -> EventKind | None:
+    def _replacing_event(self, segment: Any) -> EventKind | None:
         """The event that replaces a segment that is not requested; None for any other segment."""
         if getattr(segment, "is_gap", False):  # a plugin's own segments may lack it
             return EventKind.GAP
         if self.should_filter_segment(segment):
             return EventKind.FILTERED
-        if self.lists(segment) or not self._needs_map(segment):
+        if self.is_listed(segment) or not self._needs_map(segment):
             return None
-        log.warning("gave up segment %d: the playlist no longer lists it", segment.num)
+        log.warning("abandoned segment %d: the playlist no longer lists it", segment.num)
         return EventKind.GAP
 
     def _needs_map(self, segment: Any) -> bool:
         """Whether the segment needs an initialization section other than the newest one."""
-        return bool(segment.map) and (
-            self._map is None or self._map[0] != (segment.map.uri, segment.map.byterange)
-        )
+        if not segment.map:
+            return False
+        return self._map is None or self._map_place != (segment.map.uri, segment.map.byterange)
 
     def _begin_map(self, segment: Any) -> SegmentDownload | None:
         """Return the download of the initialization section to hand on before a segment, if any.
@@ -6810,13 +6866,13 @@ class DownloadingWriter(HLSStreamWriter):
         A changed section is downloaded.  At a discontinuity, an unchanged one is handed on again.
         """
         if self._needs_map(segment):
-            key = segment.map.uri, segment.map.byterange
-            self._map = key, self._begin(segment, segment.map)
-        elif self._map is None or not segment.discontinuity:
+            self._map = self._begin(segment, segment.map)
+            self._map_place = segment.map.uri, segment.map.byterange
+            return self._map
+        if self._map is None or not segment.discontinuity:
             return None
-        else:
-            self.downloads.append(self._map[1])
-        return self._map[1]
+        self.downloads.append(self._map)
+        return self._map
 
     def _begin(self, segment: Any, part: Any) -> SegmentDownload:
         """Submit the download of a segment, or of its map, to the executor."""
@@ -6835,15 +6891,30 @@ class DownloadingWriter(HLSStreamWriter):
         A segment is requested at its address in the newest playlist, because the tokens in
         addresses are valid only for seconds.
         """
-        listed = self.reader.worker.playlist_segments if part is segment else ()
-        same = (s for s in listed if (s.num, s.byterange) == (segment.num, segment.byterange))
-        arguments = {**self.reader.request_params, "url": next(same, part).uri}
+        address = part.uri
+        if part is segment:
+            for listed in self.reader.worker.playlist_segments:
+                if (listed.num, listed.byterange) == (segment.num, segment.byterange):
+                    address = listed.uri
+                    break
+        arguments = {**self.reader.request_params, "url": address}
         return cast(Http, self.session.http).ask(arguments, headers, min(timeout, self.timeout))
 
+    # Any thread
+
     def patience(self) -> float:
+        """Seconds without a new byte after which a download, or a key, is abandoned."""
         worker = self.reader.worker
-        is_film = worker.playlist_end is not None
-        return float(self.timeout if is_film else 2 * (worker.playlist_targetduration or 1.0))
+        is_finite = worker.playlist_end is not None
+        if is_finite:
+            return float(self.timeout)
+        return 2 * float(worker.playlist_targetduration or 1.0)
+
+    @property
+    def oldest(self) -> SegmentDownload | None:
+        """The download that is being handed on, or is the next; None if none has begun."""
+        first = self.downloads[:1]  # one step, because other threads change the list
+        return first[0] if first else None
 
     @property
     def trouble(self) -> str | None:
@@ -6851,14 +6922,15 @@ class DownloadingWriter(HLSStreamWriter):
 
         Failures count only after TROUBLE_TIME.
         """
-        for download in self.downloads[:1]:
-            tries = download.tries
-            is_lasting = time.monotonic() - tries.failing_since > TROUBLE_TIME
-            if tries.failure in UNREACHED and is_lasting:
-                return tries.failure
-        return None
+        download = self.oldest
+        if download is None:
+            return None
+        tries = download.tries
+        is_lasting = time.monotonic() - tries.failing_since > TROUBLE_TIME
+        return tries.failure if is_lasting and tries.failure in UNREACHED else None
 
-    def lists(self, segment: Any) -> bool:
+    def is_listed(self, segment: Any) -> bool:
+        """Whether the newest playlist lists the segment, or may list it later."""
         listed = self.reader.worker.playlist_segments
         return not listed or segment.num >= listed[0].num
 
@@ -6871,12 +6943,12 @@ class DownloadingWriter(HLSStreamWriter):
 
     def _items(self) -> Items:
         """Yield all events and bytes in order; raises UpstreamError if the stream breaks off."""
-        for segment, init, download in iter(self._queued.get, None):
-            if isinstance(download, EventKind):
-                yield SegmentEvent(download, segment.num)
-            else:
-                yield from self._items_of(segment, init, download)
-                self._forget(download)
+        while (queued := self._queued.get()) is not None:
+            if queued.event is not None:
+                yield SegmentEvent(queued.event, queued.segment.num)
+            if queued.download is not None:
+                yield from self._items_of(queued.segment, queued.init, queued.download)
+                self._forget(queued.download)
         worker = self.reader.worker
         if worker.playlist_end is None or worker.sequence <= worker.playlist_end:
             raise UpstreamError(NO_MORE_SEGMENTS)
@@ -6893,22 +6965,26 @@ class DownloadingWriter(HLSStreamWriter):
                 EventKind.START, segment.num, segment.discontinuity, segment.duration
             )
             for piece in self._media(segment, download):
-                self.is_start, self.reader.start = False, self.reader.start or piece
+                self.is_start = False
+                if not self.reader.start:
+                    self.reader.start = piece
                 yield piece
                 self.reader.buffer.event_used.set()
             yield SegmentEvent(EventKind.END, segment.num)
         except UpstreamError:
             raise
         except Exception as error:
-            download.buffer.discard()  # nobody takes the rest
+            download.buffer.discard()  # no thread takes the rest
             reason = explain(error)
-            is_fetched = isinstance(error, DecryptionError)
+            failure = download.tries.failure
+            if isinstance(error, DecryptionError):  # its newest try was answered
+                failure = None
             self.missing += 1
-            if download.is_fatal(None if is_fetched else download.tries.failure):
+            if download.is_fatal(failure):
                 raise UpstreamError(reason) from error
-            is_cut = cast(Http, self.session.http).closed.is_set()  # we caused the failure
-            if not (is_cut or self.closing.is_set()):
-                log.warning("gave up segment %d: %s", segment.num, reason)
+            is_closed = cast(Http, self.session.http).closed.is_set() or self.closing.is_set()
+            if not is_closed:  # otherwise we caused the failure ourselves
+                log.warning("abandoned segment %d: %s", segment.num, reason)
             yield SegmentEvent(EventKind.GAP, segment.num)
 
     def _init(self, segment: Any, init: SegmentDownload) -> Iterator[bytes]:
@@ -6928,16 +7004,17 @@ class DownloadingWriter(HLSStreamWriter):
             self._begin_waiting()
 
     def _media(self, segment: Any, download: SegmentDownload) -> Iterator[bytes]:
+        """Yield a segment's media: decrypted, without an image or tags in front of it."""
         encrypted = self.iter_segment_content(segment, cast(Any, download))
         pieces = behind_image(self._decrypted(segment.key, segment.num, encrypted))
         if self.reader.is_track and self.stream.parse_packed_audio:
-            start, pieces = itertools.tee(pieces)
+            start, pieces = itertools.tee(pieces)  # `pieces` begins anew if the tags are unreadable
             with contextlib.suppress(ID3v2Error):  # tags before version 4, which stay in the media
                 pieces = self._parse_packed_audio_timestamp(start)
         return pieces
 
-    def decrypts(self, key: Any) -> bool:
-        """Whether this writer decrypts a segment or a map that has this key (streamlink's)."""
+    def must_decrypt(self, key: Any) -> bool:
+        """Whether a segment or a map that has this key (streamlink's) must be decrypted."""
         return bool(key) and key.method != "NONE" and not self.passthrough_encrypted
 
     def _decrypted(self, key: Any, number: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -6946,11 +7023,12 @@ class DownloadingWriter(HLSStreamWriter):
         Holds back the first bytes until they prove that the key is right, so that no viewer
         receives noise.
         """
-        if not self.decrypts(key):
+        if not self.must_decrypt(key):
             yield from pieces
             return
         decrypted = _deciphered(self._decryptor(key, number), pieces)
-        start, media = b"", None
+        start = b""
+        media = None  # the media in `start`; None until that is known
         for piece in decrypted:
             start += piece
             media = media_in(start)
@@ -6969,7 +7047,7 @@ class DownloadingWriter(HLSStreamWriter):
         """Return a cipher for a segment, fetching its key; blocks meanwhile.
 
         A stream cannot continue without its key, so failed requests are retried for as long as
-        those of a segment.  Then, or at once if no retry can help, raises UpstreamError.
+        those of a segment.  Raises UpstreamError after that, or at once if no retry can help.
         """
         is_open = key.key_format in (None, "", "identity") or self.key_uri_override
         if key.method != "AES-128" or not is_open:
@@ -6985,21 +7063,24 @@ class DownloadingWriter(HLSStreamWriter):
                 is_final = reason in HOPELESS_KEY or (self.is_start and reason in EXPIRED)
                 if is_final or time.monotonic() + pause > deadline or not self.wait(pause):
                     raise UpstreamError(f"the key cannot be fetched: {reason}") from error
-        return None
+        raise AssertionError("the pauses never end")
 
     def _cipher(self, key: Any, number: int) -> Any:
         """Return streamlink's cipher for a key, which may end in a line break or be a data: URI.
 
         Raises UpstreamError if it is not an AES-128 key.
         """
-        if key.uri and key.uri[:5].lower() == "data:" and not self.key_uri_override:
-            self.key_data, self.key_uri = _data_of(key.uri), key.uri
+        is_data = bool(key.uri) and key.uri.lower().startswith("data:")
+        if is_data and not self.key_uri_override:
+            self.key_data = _data_of(key.uri)
+            self.key_uri = key.uri  # so that streamlink takes key_data
         cipher = None
         with contextlib.suppress(ValueError):  # AES has no key of that length
             cipher = self.create_decryptor(key, number)
         if cipher and len(self.key_data) == AES_128_KEY:
             return cipher
-        if self.key_data[AES_128_KEY:] not in (b"\n", b"\r", b"\r\n"):
+        line_end = self.key_data[AES_128_KEY:]
+        if line_end not in (b"\n", b"\r", b"\r\n"):
             raise UpstreamError(NOT_A_KEY)  # includes 24 and 32 bytes, which other kinds of AES use
         self.key_data = self.key_data[:AES_128_KEY]
         return self.create_decryptor(key, number)
@@ -7007,7 +7088,7 @@ class DownloadingWriter(HLSStreamWriter):
     # Any thread
 
     def close(self) -> None:
-        """Wake all threads that wait here, drop all bytes not taken, then close as streamlink does.
+        """Wake all threads that wait here, drop all bytes not taken, and close as streamlink does.
 
         The first call blocks until the executor's threads have ended.
         """

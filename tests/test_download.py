@@ -236,7 +236,7 @@ def of(origin: Origin, path: str) -> list[Request]:
 def given_up(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What was logged of segments that were given up."""
     messages = [record.getMessage() for record in caplog.records]
-    return [message for message in messages if "gave up segment" in message]
+    return [message for message in messages if "abandoned segment" in message]
 
 
 #### Bodies that break off ####

@@ -218,7 +218,7 @@ def test_body_that_stays_cut_off_is_a_gap(origin: Origin, serve: Serve, journal:
     assert body.startswith(film.plain(0, 3) + film.plain(3, 4)[:1000])
     assert cut.taken > 1
     assert gaps(site) == 1
-    journal.wait_for(f"gave up segment 3: {CUT_OFF}")
+    journal.wait_for(f"abandoned segment 3: {CUT_OFF}")
 
 
 def test_byte_range_that_ends_within_a_block_is_a_gap(origin: Origin, serve: Serve) -> None:

@@ -330,7 +330,8 @@ def test_dripping_head_of_a_segment_is_noticed_by_the_channel(
     live.advance()
     assert viewer.read(len(live.plain(5, 6))) == live.plain(5, 6)
     assert (dripping.taken, site.channels.record("news").counts["restarts"]) == (1, 1)
-    assert "gave up" not in caplog.text, "a download that we cut tells nothing of the origin"
+    # A download that we cut tells nothing of the origin.
+    assert "abandoned segment" not in caplog.text
 
 
 #### Nothing to play ####

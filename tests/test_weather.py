@@ -132,7 +132,7 @@ def test_segment_that_is_given_up_is_told_with_its_channel(origin: Origin, tmp_p
     with Service(tmp_path, {"film": film.url}, options={"timeout": 1}) as service:
         with urllib.request.urlopen(f"http://127.0.0.1:{service.port}/film") as response:
             response.read()
-        service.wait_for_count(r" warning film: gave up segment 3: the origin answered 403$", 1)
+        service.wait_for_count(r" warning film: abandoned segment 3: the origin answered 403$", 1)
 
 
 def test_stop_blames_no_origin(origin: Origin, tmp_path: Path) -> None:
