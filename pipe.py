@@ -10227,6 +10227,7 @@ MOST_CARDS = 200  # in such a page
 MOST_LINES = 50  # in the list of streams and lists that need attention
 MOST_PLAYING = 24  # cards of playing streams while no group is open
 MOST_VIEWERS = 200  # rows of the table of viewers
+HUES = 24  # colors behind initials
 UNFOLDED_LINES = 3  # in that list; if there are more, it is folded
 FRESH = 600.0  # seconds during which a failure needs attention
 HELP = """<p>No picture? Chrome and Edge play this from version 142 on, as do Safari and Android's
@@ -10234,15 +10235,19 @@ browsers. Firefox on a desktop does not. Page Up and Page Down change the channe
 NO_HLS = "Firefox on a desktop does not play this kind of stream (HLS). Chrome, Edge and Safari do."
 PAGE_STYLE = """
 :root{color-scheme:light dark;--bg:#f4f5f7;--card:#fff;--ink:#1b1f24;--soft:#59636e;--line:#d5dae0;
---live:#1a7f4b;--wait:#a15200;--bad:#c0262d;--mark:#2563c9;--halo:#0007}
+--live:#1a7f4b;--wait:#a15200;--bad:#c0262d;--mark:#2563c9;--halo:#0007;
+--tile:45% 90%;--letters:60% 24%}
 @media (prefers-color-scheme:dark){:root{--bg:#14171b;--card:#1e2227;--ink:#e8eaed;--soft:#9aa4b0;
---line:#343b43;--live:#4cc38a;--wait:#f0a04b;--bad:#ff8080;--mark:#7db2ff;--halo:#fff9}}
+--line:#343b43;--live:#4cc38a;--wait:#f0a04b;--bad:#ff8080;--mark:#7db2ff;--halo:#fff9;
+--tile:30% 24%;--letters:60% 84%}}
 *{box-sizing:border-box;overflow-wrap:anywhere}[hidden]{display:none!important}
 html{scroll-padding:1rem}@media (min-width:1600px){html{font-size:calc(8px + .9vw)}}
 body{margin:0;background:var(--bg);color:var(--ink);
 font:1rem/1.35 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{padding:1rem;max-width:80rem;margin:0 auto}p{margin:.25rem 0}a{color:inherit}
-h1{font-size:1.4rem;line-height:1.2;margin:0}h2{font-size:1rem;margin:0;color:var(--soft)}
+h1,.home{font-size:1.4rem;line-height:1.2;margin:0}.home{font-weight:600}
+.sorry{padding:15vh 0;text-align:center}.sorry nav{justify-content:center}
+h2{font-size:1rem;margin:0;color:var(--soft)}
 :focus-visible,li a:focus-visible::after{outline:3px solid var(--mark);outline-offset:2px}
 li a:focus-visible{outline:0}summary{cursor:pointer;min-height:44px;padding:.7rem 0}
 b{font-weight:600}.facts,.note,.more,td,th{font-size:.875rem;color:var(--soft)}
@@ -10267,40 +10272,48 @@ nav{display:flex;flex-wrap:wrap;gap:.5rem;margin:.75rem 0}
 .group>summary::-webkit-details-marker{color:var(--soft)}.group h2{display:inline}
 ul{list-style:none;margin:0;padding:0}.cards{display:grid;gap:.6rem;
 grid-template-columns:repeat(auto-fill,minmax(min(100%,15rem),1fr))}
-.cards li{position:relative;min-width:0;padding:.5rem .75rem;background:var(--card);
-border:1px solid var(--line);border-radius:.75rem}
+.cards:has(.chart){align-items:start}
+.cards li{display:grid;align-content:center;position:relative;min-width:0;
+padding:.5rem .75rem;background:var(--card);border:1px solid var(--line);border-radius:.75rem}
 .cards li:hover,li:target{border-color:var(--mark)}
 .cards a{display:flex;align-items:center;gap:.75rem;min-height:2.75rem;font-weight:600;
 text-decoration:none;line-height:1.2}.cards a::after{content:"";position:absolute;top:0;
 right:0;bottom:0;left:0;border-radius:.75rem}
 .logo{flex:none;position:relative;width:4rem;height:2.25rem;border-radius:.4rem;overflow:hidden;
-background:var(--bg);color:var(--soft);line-height:0}
+line-height:0}
 .logo b{position:absolute;top:0;right:0;bottom:0;left:0;display:grid;place-items:center;
-line-height:1}
+font-size:.9375rem;line-height:1;background:hsl(var(--hue) var(--tile));
+color:hsl(var(--hue) var(--letters))}
 .logo img{position:relative;width:4rem;min-height:2.25rem;max-height:2.25rem;object-fit:contain;
-background:var(--card);filter:drop-shadow(0 0 1px var(--halo))}.js .logo img:not(.loaded){opacity:0}
-.watch .logo{background:var(--card)}.watch .logo img{background:var(--bg)}
+background:var(--card);filter:drop-shadow(0 0 1px var(--halo))}
+@media (scripting:enabled){.logo img:not(.loaded){opacity:0}}
+.watch .logo img{background:var(--bg)}
 .name{flex:1;min-width:0;display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:3;
-overflow:hidden}.name b{color:var(--soft);margin-right:.4rem}
+overflow:hidden;unicode-bidi:plaintext}.name b{color:var(--soft);margin-inline-end:.15rem}
+.name small{display:block;font-size:.8125rem;font-weight:400;color:var(--soft)}
 .now p{margin:.2rem 0 0}.note::first-letter{text-transform:uppercase}
 .chart{margin-top:.4rem;font-size:.75rem;color:var(--soft)}.chart p{display:flex;margin:0;
 justify-content:space-between}.chart svg{display:block;width:100%;height:2.25rem;fill:var(--live);
 border:solid var(--line);border-width:1px 0}
 #Attention{margin:.75rem 0;padding:0 .75rem;background:var(--card);border:1px solid var(--line);
-border-radius:.75rem}#Attention li{padding:.35rem 0;border-top:1px solid var(--line)}
-#Attention a{display:inline-block;padding:.6rem 0;font-weight:600}
+border-radius:.75rem}
+#Attention li{display:flex;gap:.6rem;align-items:baseline;border-top:1px solid var(--line);
+white-space:nowrap;font-size:.875rem}#Attention span{flex:none}
+#Attention a,#Attention i{overflow:hidden;text-overflow:ellipsis;font-style:normal}
+#Attention a{flex:0 1 auto;min-width:5rem;padding:.8rem 0;font-weight:600;font-size:1rem}
+#Attention i{flex:1 9 0;color:var(--soft)}
 #Attention summary{font-weight:600}table{border-collapse:collapse;width:100%}
 .wide{overflow-x:auto}td,th{text-align:left;padding:.3rem .75rem .3rem 0;overflow-wrap:normal;
 border-top:1px solid var(--line);white-space:nowrap}.more{margin-top:1.25rem}
-#Nothing,#Hint{display:none}#List:not(:has(li:not([hidden])))>#Nothing,
-#List:not(:has(.group[open]))>#Hint{display:block}#Playing h2{margin:1rem 0 .6rem}
+#List>h2,#Playing h2{margin:1rem 0 .6rem}
 main:has(.group[open]) #Playing,
 main:has([type=search]:not(:placeholder-shown)) #Playing{display:none}
 .watch{max-width:none;padding:0;display:grid;grid-template-columns:minmax(0,1fr)}
 .watch>*{margin:.6rem 1rem}
 .watch header{justify-content:start;flex-wrap:nowrap;gap:.75rem;min-width:0}
 .watch header div{min-width:0}.watch h1{font-size:1.1rem}.watch .more{color:var(--soft)}
-.screen{position:relative;margin:0!important}
+.screen{position:relative;margin:0!important}.watch .button[rel]{flex:1 1 40%}
+.screen .said b{font-size:1.25rem}
 video{display:block;width:100%;aspect-ratio:16/9;max-height:calc(100vh - 9rem);background:#000}
 .said{padding:.5rem 1rem;max-width:60rem;margin:0}.said p{margin:.5rem 0}
 .said p::first-letter,p.said::first-letter{text-transform:uppercase}
@@ -10311,7 +10324,7 @@ padding:.5rem 1rem;border-radius:.75rem;background:var(--card)}
 min-height:56.25vw;padding:1rem 0;background:var(--card);text-align:center;text-wrap:balance}
 @media (min-width:700px){.watch{grid-template-columns:minmax(0,auto) minmax(14rem,1fr)}
 .screen,.watch .more{grid-column:1/3}.watch header{order:1;justify-self:end}.watch .more{order:2}
-.watch nav{align-items:center}
+.watch nav{align-items:center}.watch .button[rel]{flex:none;width:11rem}
 video{aspect-ratio:auto;height:calc(100vh - 4.2rem);max-height:none}
 .watch .button{max-width:13rem}.watch:has(header .note) video{height:calc(100vh - 5.7rem)}
 .watch:not(:has(video:not([hidden]))) header{order:0;grid-column:1/3;justify-self:start}
@@ -10325,21 +10338,19 @@ video{aspect-ratio:auto;height:calc(100vh - 4.2rem);max-height:none}
 # A browser runs no other script: the policy has only the hash of this one.
 PAGE_SCRIPT = r"""
 "use strict"
-// The pages work without this script.  It updates states and figures, finds channels while a person
-// types, follows a remote control, and loads a video again that failed or stopped.
+// The pages work without this script; it makes them comfortable.
 const one = (selector, inside = document) => inside.querySelector(selector)
 const all = (selector, inside = document) => [...inside.querySelectorAll(selector)]
 const about = one("main").dataset, video = one("video"), search = one("[type=search]")
 let state = about.state  // of the watched stream
 
-document.documentElement.className = "js"
 const reveal = ({target}) => target.naturalWidth && target.classList.add("loaded")
 document.addEventListener("load", reveal, true)
 all("img").forEach(target => reveal({target}))
 
 // States and figures
 
-// Replaces only what changed, so that the focus and the place stay.
+// Replaces only what changed: the focus and the place stay.
 function show(place, html) {
   if (!place || (place.html ?? place.innerHTML) === html) return
   const {tagName, href} = document.activeElement, hadFocus = place.contains(document.activeElement)
@@ -10351,7 +10362,7 @@ function show(place, html) {
 function showNews({parts, streams}) {
   for (const id in parts) show(document.getElementById(id), parts[id])
   const known = new Map(streams.map(stream => [stream.stream, stream]))
-  for (const card of all(".group li")) {
+  for (const card of all("#List li")) {
     const html = known.get(card.id)?.html ?? ""
     if (html && !one(".now", card)) card.insertAdjacentHTML("beforeend", "<div class=now></div>")
     show(one(".now", card), html)
@@ -10376,7 +10387,8 @@ if (about.status) update()
 
 const ways = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}
 const zaps = {PageUp: "next", ChannelUp: "next", PageDown: "prev", ChannelDown: "prev"}
-const box = element => (element.closest("li") ?? element).getBoundingClientRect()
+const starts = {ArrowUp: "#Sound:not([hidden])", ArrowRight: "[rel~=next]"}
+const box = element => (element.closest("li, .screen") ?? element).getBoundingClientRect()
 
 // Moves the focus to the nearest element in a direction.
 function move([x, y]) {
@@ -10403,73 +10415,85 @@ const zap = link => {
 one(`a[rel="${sessionStorage.rel}"]`)?.focus()
 all("a[rel]").forEach(link => link.onclick = () => zap(link) ?? false)
 
+// Digits find a channel by its number.
+let number = "", dialing
+
+function dial(digit) {
+  clearTimeout(dialing)
+  dialing = setTimeout(() => { number = "" }, 2000)
+  focusFound(number += digit)
+}
+
 document.onkeydown = event => {
   if (event.ctrlKey || event.altKey || event.metaKey) return
-  const here = document.activeElement, way = ways[event.key]
-  const link = one(`a[rel~=${zaps[event.key] ?? "none"}]`)
+  const {key} = event, here = document.activeElement, way = ways[key]
+  const link = one(`a[rel~=${zaps[key] ?? "none"}]`)
   if (link) zap(link)
-  else if (!way || (here === video ? event.key !== "ArrowDown" : way[0] && here.value)) return
+  else if (/^\d$/.test(key) && about.list && here !== search) dial(key)
+  else if (!way || (here === video ? key !== "ArrowDown" : way[0] && here.value)) return
   else if (here !== document.body) move(way)
-  else if (video || innerWidth >= 1600) (one("nav a") ?? search)?.focus()
+  else if (video || innerWidth >= 1600) (one(starts[key] ?? "nav a") ?? search)?.focus()
   else return
   event.preventDefault()
 }
 
 // The list of channels
 
-const fold = text => text.normalize("NFD").replace(/\p{M}/gu, "").toLowerCase()
-const textOf = card => card.text ??= fold([one(".name", card).textContent, card.id,
-  one("h2", card.closest(".group")).textContent].join(" "))
-let chosen = about.chosen  // the id of the only group that is shown
+let newest  // request for a list
 
-function filter() {
-  const words = fold(search.value).split(/\s+/).filter(Boolean)
-  for (const group of all(".group")) {
-    const cards = all("li", group)
-    for (const card of cards) card.hidden = !words.every(word => textOf(card).includes(word))
-    group.open = words.length ? cards.some(card => !card.hidden)
-      : chosen ? group.id === chosen : !one(".many")
-    group.hidden = !group.open && !!(words.length || chosen)
-  }
-  for (const link of all("nav a"))
-    link.ariaCurrent = !words.length && link.hash.slice(1) === chosen ? "true" : null
+async function listAt({search}) {
+  const answer = await fetch(about.list + search.replace("?", "&"))
+  return new DOMParser().parseFromString(await answer.text(), "text/html")
 }
 
-async function find() {
-  const wanted = search.value, address = new URL(about.list, location)
-  address.searchParams.set("q", wanted)
-  history.replaceState(null, "", address)
-  if (about.all) return filter()
-  // Of thousands, the page has only some.
-  const text = await (await fetch(address)).text()
-  const list = one("#List", new DOMParser().parseFromString(text, "text/html"))
-  if (wanted === search.value) one("#List").replaceWith(list)
+const searchFor = words => new URL(about.list + encodeURIComponent(words), location)
+
+// Shows a group, or the result of a search, in this page: the focus stays.
+async function showList(address, enter = "replaceState") {
+  newest = address
+  const page = await listAt(address), links = all("nav a", page)
+  if (newest !== address) return
+  one("#List").replaceWith(one("#List", page))
+  all("nav a").forEach((link, n) => { link.ariaCurrent = links[n].ariaCurrent })
+  search.value = one("[type=search]", page).value
+  history[enter](null, "", address.href)
 }
 
-function choose(group) {
-  search.value = ""
-  chosen = group
-  filter()
+async function focusFound(words) {
+  await showList(searchFor(words))
+  one("#Found a")?.focus()
 }
 
-if (search) {
+// Back from a channel, the focus is on its card.
+async function focusLast(name) {
+  const shown = () => all(".cards a").find(each =>
+    each.offsetParent && each.pathname.endsWith("/" + name))
+  const group = document.getElementById(name)?.closest(".group")
+  if (group && !shown()) await showList(one(`nav a[href$="#${group.id}"]`))
+  const link = shown() ?? one("#Found a")
+  link?.focus()
+  link?.scrollIntoView({block: "center"})
+}
+
+if (about.list) {
   let timer
   search.oninput = () => {
+    newest = ""
     clearTimeout(timer)
-    timer = setTimeout(find, about.all ? 0 : 250)
+    timer = setTimeout(() => showList(searchFor(search.value)), 150)
   }
-  if (about.all && search.value) filter()
-  for (const link of about.all ? all("nav a") : []) link.onclick = () => {
-    choose(link.hash.slice(1))
-    history.replaceState(null, "", link.href)
+  search.form.onsubmit = () => {
+    clearTimeout(timer)
+    focusFound(search.value)
     return false
   }
-  // Back from a channel, the focus is on its card.
-  const card = all(".group li").find(each => each.id === sessionStorage.last)
+  for (const link of all("nav a")) link.onclick = () => {
+    showList(link, "pushState")
+    return false
+  }
+  onpopstate = () => showList(location)
+  if (sessionStorage.last) focusLast(sessionStorage.last)
   sessionStorage.last = ""
-  if (card && !card.offsetParent) choose(card.closest(".group").id)
-  if (card) one("a", card).focus()
-  card?.scrollIntoView({block: "center"})
 }
 
 // The video
@@ -10599,16 +10623,25 @@ class Choice:
     words: Sequence[str]
     group: str
 
-    @property
-    def is_asked(self) -> bool:
-        return bool(self.words or self.group)
-
     def has(self, stream: StreamSettings) -> bool:
-        """Whether the selection includes a stream; without a selection, every stream."""
-        if self.words:
-            text = _search_text(stream)
-            return all(word in text for word in self.words)
-        return not self.group or self.group == _group_of(stream)
+        """Whether a search finds a stream: it has all words."""
+        text = _search_text(stream)
+        return all(word in text for word in self.words)
+
+    def rank(self, stream: StreamSettings) -> int:
+        """Return the place of a found stream among the others: 0 for the best ones."""
+        phrase, title = " ".join(self.words), _folded(stream.title)
+        if phrase in (title, str(stream.number)):
+            return 0
+        if re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", title):
+            return 1
+        if title.startswith(phrase):
+            return 2
+        if phrase in title:
+            return 3
+        if phrase in _folded(_group_of(stream)):
+            return 4
+        return 5
 
 
 def _group_of(stream: StreamSettings) -> str:
@@ -10670,8 +10703,7 @@ class Board:
             if status["bitrate"]:  # zero in the first seconds
                 facts.append(_whole(_rate(status["bitrate"])))
             uptime = max(channel["uptime_seconds"] for channel in status["channels"])
-            facts.append(_whole(f"{_duration(uptime)} up"))
-            chart = _chart(self.site.record(stream).bitrates(), self.scale)
+            chart = _chart(self.site.record(stream).bitrates(), self.scale, uptime)
         notes = "".join(f'<p class="note">{note}</p>' for note in self._notes(status))
         # The no-break space keeps a dot from beginning a line.
         shown = "\u00a0· ".join(f"<span>{fact}</span>" for fact in facts)
@@ -10754,7 +10786,7 @@ class Board:
                 title = html.escape(stream.title)
                 lines.append(
                     f'<li><a href="{stream.name}{self.query}">{title}</a> '
-                    f"{self._state(stream)}: {trouble}</li>"
+                    f"{self._state(stream)} <i>{trouble}</i></li>"
                 )
         if not lines:
             return ""
@@ -10815,8 +10847,12 @@ def _viewer_row(title: str, viewer: Mapping[str, Any]) -> str:
     return f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
 
 
-def _chart(bitrates: Sequence[float], scale: float) -> str:
-    """Return the last five minutes as bars; `scale` is the bits per second at the top."""
+def _chart(bitrates: Sequence[float], scale: float, uptime: float) -> str:
+    """Return the last five minutes as bars; `scale` is the bits per second at the top.
+
+    The line above the bars also has `uptime`, in seconds, which would need a line of its own
+    among the figures of a narrow card.
+    """
     bars = ""
     for n, rate in enumerate(bitrates):
         if rate:
@@ -10826,7 +10862,8 @@ def _chart(bitrates: Sequence[float], scale: float) -> str:
     minutes = f"{SLOT * SLOTS // 60} minutes"
     return (
         f'<div class="chart" role="img" aria-label="Bitrate of the last {minutes}, on a scale to '
-        f'{top}"><p>{top}</p><svg viewBox="0 0 {4 * SLOTS} 36" preserveAspectRatio="none">'
+        f'{top}"><p>{top}<span>{_duration(uptime)} up</span></p>'
+        f'<svg viewBox="0 0 {4 * SLOTS} 36" preserveAspectRatio="none">'
         f'<path d="{bars}"/></svg><p>{minutes} ago<span>now</span></p></div>'
     )
 
@@ -10837,20 +10874,19 @@ def status_page(site: Site) -> Page:
     board = Board(site, site.streams)
     choice = Choice(_folded(words).split(), site.wants("group"))
     count, parts = len(board.streams), board.parts()
+    has_search = count > 1
     is_unfolded = parts["Attention"].count("<li>") <= UNFOLDED_LINES
     about = {
         "status": site.local("status", active="1", html="1"),
-        "list": site.local("./"),
-        "chosen": "" if choice.words else _anchor(choice.group),
-        "all": "1" if count <= ALL_SENT else "",
+        "list": _search_address(site) if has_search else "",
     }
     body = f"""<header><div><h1>{name}</h1>
 <p class="facts" id="Summary">{parts["Summary"]}</p></div>
-{_search_form(site, words) if count > 1 else ""}</header>
+{_search_form(site, words) if has_search else ""}</header>
 <details id="Attention"{_flag("open", is_unfolded)}{_flag("hidden", not parts["Attention"])}>\
 {parts["Attention"]}</details>
 {_group_links(site, choice)}
-<div id="List">{_groups(board, choice)}</div>
+<div id="List">{_found(board, choice) if choice.words else _groups(board, choice.group)}</div>
 <div id="Playing"{_flag("hidden", not parts["Playing"])}>{parts["Playing"]}</div>
 {"" if count else f"<p>{NO_STREAMS.capitalize()}.</p>"}
 <div class="more"><details id="Viewers"{_flag("hidden", not parts["Viewers"])}>\
@@ -10865,11 +10901,17 @@ def _flag(name: str, is_set: bool) -> str:
     return f" {name}" if is_set else ""
 
 
-def _search_form(site: Site, words: str) -> str:
+def _search_address(site: Site) -> str:
+    """Return the address of a search for the page's script, which adds the words to its end."""
+    query = site.query()
+    return f"./{query}&q=" if query else "./?q="
+
+
+def _search_form(site: Site, words: str = "", home: str = "./") -> str:
     token = site.config.server.token if site.is_trusted else None
     field = f'<input type="hidden" name="token" value="{html.escape(token)}">' if token else ""
     return (
-        '<form role="search" action="./"><input type="search" name="q" autocomplete="off" '
+        f'<form role="search" action="{home}"><input type="search" name="q" autocomplete="off" '
         f'aria-label="Channel" placeholder="Title, group or number" value="{html.escape(words)}">'
         f"{field}<button>Search</button></form>"
     )
@@ -10896,64 +10938,92 @@ def _group_links(site: Site, choice: Choice) -> str:
     return f'<nav aria-label="Groups">{"".join(links)}</nav>'
 
 
-def _groups(board: Board, choice: Choice) -> str:
+def _found(board: Board, choice: Choice) -> str:
+    """Return the cards of the streams that a search finds, the best ones first."""
+    found = [stream for stream in board.streams if choice.has(stream)]
+    if not found:
+        return '<p id="Nothing">No channel matches. Try fewer or shorter words.</p>'
+
+    found.sort(key=choice.rank)
+    cards = "".join(_card(board, stream, has_group=True) for stream in found[:MOST_CARDS])
+    more = ""
+    if len(found) > MOST_CARDS:
+        more = f"<p>{len(found) - MOST_CARDS} more: search for them.</p>"
+    heading = f"<h2>{_many(len(found), 'channel')} found</h2>"
+    return f'{heading}<ul class="cards" id="Found">{cards}</ul>{more}'
+
+
+def _groups(board: Board, chosen: str) -> str:
     """Return the cards by group; groups and cards keep the order of the file."""
-    is_asked, has_all = choice.is_asked, len(board.streams) <= ALL_SENT
-    wanted = [stream for stream in board.streams if choice.has(stream)]
-    hint = "" if len(board.streams) <= ALL_OPEN else '<p id="Hint">Choose a group, or search.</p>'
-    if not (is_asked or has_all):
-        return hint
     groups: dict[str, list[StreamSettings]] = {}
-    for stream in board.streams if has_all else wanted[:MOST_CARDS]:
+    for stream in board.streams:
         groups.setdefault(_group_of(stream), []).append(stream)
-    names = {stream.name for stream in wanted}
+
     is_many = len(board.streams) > ALL_OPEN
+    if is_many and len(groups) == 1:  # without links to groups
+        (chosen,) = groups
+    has_all = len(board.streams) <= ALL_SENT
     text = ""
     for group, streams in groups.items():
-        cards = ""
-        for stream in streams:
-            is_hidden = bool(choice.words) and stream.name not in names
-            cards += _card(board, stream, is_hidden=is_hidden)
-        is_wanted = any(stream.name in names for stream in streams)
-        is_open = is_wanted and (is_asked or not is_many)
+        is_chosen = group == chosen
+        if not (is_chosen or has_all):
+            continue
+        shown = streams if has_all else streams[:MOST_CARDS]
+        cards = "".join(_card(board, stream) for stream in shown)
+        is_open = is_chosen or not (chosen or is_many)
+        is_hidden = bool(chosen) and not is_chosen
         # If there are many streams, closed groups are hidden.  A heading must not take the focus:
         # a person who closed its group could not open it again.
         fixed = ' tabindex="-1"' if is_many else ""
         text += (
             f'<details class="group" id="{_anchor(group)}"{_flag("open", is_open)}'
-            f"{_flag('hidden', not is_wanted)}><summary{fixed}><h2>{html.escape(group)}</h2>"
+            f"{_flag('hidden', is_hidden)}><summary{fixed}><h2>{html.escape(group)}</h2>"
             f'</summary><ul class="cards">{cards}</ul></details>\n'
         )
-    if len(wanted) > MOST_CARDS and not has_all:
-        text += f"<p>{len(wanted) - MOST_CARDS} more: search for them.</p>"
-    nothing = '<p id="Nothing">No channel matches.</p>' if board.streams else ""
-    return text + hint + nothing
+        if len(streams) > len(shown):
+            text += f"<p>{len(streams) - len(shown)} more: search for them.</p>"
+
+    if is_many and chosen not in groups:
+        text += '<p id="Hint">Choose a group, or search.</p>'
+    return text
 
 
-def _card(board: Board, stream: StreamSettings, *, is_hidden: bool) -> str:
+def _card(board: Board, stream: StreamSettings, *, has_group: bool = False) -> str:
     """Return a stream's card.  All of its area is a link to the watch page."""
     now = board.now(stream)
     shown = f'<div class="now">{now}</div>' if now else ""
-    return f'<li id="{stream.name}"{_flag("hidden", is_hidden)}>{_link(board, stream)}{shown}</li>'
+    return f'<li id="{stream.name}">{_link(board, stream, has_group=has_group)}{shown}</li>'
 
 
-def _link(board: Board, stream: StreamSettings) -> str:
+def _link(board: Board, stream: StreamSettings, *, has_group: bool = False) -> str:
     """Return the logo, number and title of a stream as a link to its watch page."""
-    number = f"<b>{stream.number}</b>" if stream.number else ""
+    group = f"<small>{html.escape(_group_of(stream))}</small>" if has_group else ""
+    number = f"<b>{stream.number}</b> " if stream.number else ""
     return (
         f'<a href="{stream.name}{board.query}">{_logo(stream)}'
-        f'<span class="name">{number}{html.escape(stream.title)}</span></a>'
+        f'<span class="name">{group}{number}{html.escape(stream.title)}</span></a>'
     )
 
 
 def _logo(stream: StreamSettings) -> str:
-    """Return the logo over initials, which show until the logo has loaded."""
-    initials = "".join(word[0] for word in stream.title.split()[:2]).upper()
+    """Return the logo over initials on a color of the stream's own, until the logo has loaded."""
+    hue = zlib.crc32(stream.name.encode()) % HUES * 360 // HUES
     image = ""
     if stream.logo:
         address = html.escape(stream.logo)
         image = f'<img src="{address}" alt="" loading="lazy" referrerpolicy="no-referrer">'
-    return f'<span class="logo" aria-hidden="true"><b>{html.escape(initials)}</b>{image}</span>'
+    initials = f"<b>{html.escape(_initials(stream.title))}</b>"
+    return f'<span class="logo" style="--hue:{hue}" aria-hidden="true">{initials}{image}</span>'
+
+
+def _initials(title: str) -> str:
+    """Return up to five letters and digits for a title: "ZDF", or "C12" for "Channel 12"."""
+    words = re.findall(r"\w+", title)
+    if len(words) == 1 and len(title) <= 4:
+        return title.upper()
+    letters = [word[0] for word in words if not word[0].isdigit()]
+    number = re.search("[0-9]{1,3}", title)
+    return "".join(letters[:2]).upper() + (number[0] if number else "")
 
 
 def update_page(site: Site) -> Page:
@@ -11064,10 +11134,10 @@ def _screen(site: Site, stream: StreamSettings, watched: Watched, source: str, a
     poster = f' poster="{html.escape(stream.logo)}"' if stream.logo else ""  # radio has only this
     loads = "hidden" if watched.trouble else f'src="{html.escape(source)}"'
     return (
+        '<button id="Sound" hidden>Switch the sound on</button>'
         f"<video controls autoplay muted playsinline{poster} {loads}></video>"
         f"{_trouble(site, stream, watched) if watched.trouble else ''}"
         '<p class="said" id="Said" role="status" hidden></p>'
-        '<button id="Sound" hidden>Switch the sound on</button>'
     )
 
 
@@ -11152,8 +11222,15 @@ def error_page(site: Site, status: HTTPStatus, reason: str, name: str, agent: st
         return watch_page(site, stream, watched, agent)
     may_pass = status >= HTTPStatus.INTERNAL_SERVER_ERROR
     title = "Not playing now" if may_pass else status.phrase.capitalize()
-    body = f"""<h1>{title}</h1><p class="note">{html.escape(reason)}</p>
-<nav>{_button(f"./{site.query()}", "All streams") if site.is_trusted else ""}</nav>"""
+    head = links = ""
+    if site.is_trusted:  # the links would lead a stranger to the same page
+        home = "../" * name.count("/") or "./"
+        shown = html.escape(site.config.server.name)
+        search = _search_form(site, home=home) if len(site.streams) > 1 else ""
+        head = f'<header><p class="home">{shown}</p>{search}</header>'
+        links = f"<nav>{_button(home + site.query(), 'All streams')}</nav>"
+    body = f"""{head}<div class="sorry"><h1>{title}</h1><p class="note">{html.escape(reason)}</p>
+{links}</div>"""
     return _document(title, body)
 
 

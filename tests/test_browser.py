@@ -227,7 +227,7 @@ def test_states_and_figures_are_kept_current(origin: Origin, serve: Serve, look:
     visit.page.locator("#news a").focus()
     place = visit.measure("scrollY")
     assert place > 100
-    assert visit.page.locator("#news").inner_text().strip() == "N\nnews"
+    assert visit.page.locator("#news").inner_text().strip() == "NEWS\nnews"
     assert visit.page.locator("#Attention").is_hidden()
     site.watch("/news").read(188)
     origin.fault("/bad*", Status(404), times=None)
@@ -328,15 +328,17 @@ def test_sixty_streams_are_not_far_away_on_a_phone(
     assert shown_cards(visit) == 60
     for name in ("Films and series", "News"):
         visit.page.locator("nav a", has_text=name).click()
+        visit.page.wait_for_url(re.compile("group=" + name.partition(" ")[0]))
         heading = visit.page.locator("h2:visible")
         assert heading.all_inner_texts() == [name]
         assert 0 < shown_cards(visit) < 30
     visit.page.locator("nav a", has_text="All").click()
+    visit.page.wait_for_url(re.compile("/#$"))
     assert shown_cards(visit) == 60
 
 
 def shown_cards(visit: Visit) -> int:
-    return visit.page.locator(".group li:visible").count()
+    return visit.page.locator("#List li:visible").count()
 
 
 def three_hundred() -> dict[str, object]:
@@ -416,12 +418,12 @@ def test_search_finds_any_of_thousands(serve: Serve, look: Look, has_script: boo
     """The page has the cards that were asked for alone."""
     streams = {f"s{n}": {"url": NOWHERE, "group": f"Group {n % 7}"} for n in range(2000)}
     visit = look(serve(streams).url, has_script=has_script)
-    assert visit.page.locator(".group li").count() == 0
+    assert visit.page.locator("#List li").count() == 0
     visit.page.locator("[type=search]").fill("S1234")
     if not has_script:
         visit.page.keyboard.press("Enter")
     visit.page.locator("#s1234").wait_for()
-    assert visit.page.locator(".group li").count() == 1
+    assert visit.page.locator("#List li").count() == 1
     visit.page.locator("nav a", has_text="Group 3").click()
     visit.page.wait_for_url(re.compile("group=Group%203"))
     assert visit.page.locator(".group li").count() == 200

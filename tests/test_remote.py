@@ -105,6 +105,85 @@ def test_a_person_with_a_remote_control_finds_a_channel_and_zaps(site: Site, loo
     assert 0 < box["y"] < 1000
 
 
+def test_digits_find_a_channel_by_its_number(site: Site, look: Look) -> None:
+    """Four presses to any channel; Back leads to what the digits found."""
+    visit = look(site.url, **TELEVISION)
+    page = visit.page
+    for digit in "217":
+        page.keyboard.press(digit)
+    visit.until(lambda: focused(page) == "C217 Group 8 217 Channel 217", "the best has the focus")
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile("/s217$"))
+    page.keyboard.press("PageUp")
+    page.wait_for_url(re.compile("/s218$"))
+    page.go_back()
+    page.wait_for_url(re.compile(r"\?q=217$"))
+    visit.until(lambda: "Channel 217" in focused(page), "there is a focus to start from")
+
+
+def test_digits_in_the_search_field_are_text(site: Site, look: Look) -> None:
+    page = look(site.url).page
+    page.locator("[type=search]").press_sequentially("group 11", delay=20)
+    page.locator("#Found").wait_for()
+    assert page.locator("[type=search]").input_value() == "group 11"
+    groups = page.locator("#Found small").all_inner_texts()
+    assert groups[:25] == ["Group 11"] * 25
+    page.keyboard.press("Enter")
+    page.locator("#Found a:focus").wait_for()
+    assert "group+11" in page.url or "group%2011" in page.url
+
+
+def test_sound_is_in_reach_of_a_remote_control(site: Site, look: Look) -> None:
+    visit = look(f"{site.url}/s2", **TELEVISION)
+    page = visit.page
+    page.locator("#Sound").wait_for()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowUp")
+    assert focused(page) == "Switch the sound on"
+    page.keyboard.press("Enter")
+    page.locator("#Sound").wait_for(state="hidden")
+    assert not page.evaluate("document.querySelector('video').muted")
+    page.keyboard.press("ArrowRight")
+    assert focused(page) == "Channel 3 \u203a", "the way to zap, at once"
+
+
+def test_back_leads_from_a_group_to_all(site: Site, look: Look) -> None:
+    visit = look(site.url, **TELEVISION)
+    page = visit.page
+    go_to(page, "nav a:has-text('Group 8')")
+    page.keyboard.press("Enter")
+    page.locator("#s217").wait_for()
+    assert "Group 8" in focused(page), "the focus stays"
+    page.go_back()
+    page.locator("#Hint").wait_for()
+    assert page.locator(".group li:visible").count() == 0
+
+
+def test_channel_in_another_group_than_the_list_shows_is_found_again(
+    site: Site, look: Look
+) -> None:
+    visit = look(f"{site.url}/?group=Group+8", **TELEVISION)
+    page = visit.page
+    page.locator("#s225 a").click()
+    page.wait_for_url(re.compile("/s225$"))
+    page.keyboard.press("PageUp")
+    page.wait_for_url(re.compile("/s226$"))
+    page.go_back()
+    visit.until(lambda: "Channel 226" in focused(page), "its group is open")
+    page.wait_for_url(re.compile("Group%209"))
+
+
+@pytest.mark.parametrize(("width", "height"), [(1920, 1080), (390, 844)])
+def test_keys_to_zap_stay_in_place(site: Site, look: Look, width: int, height: int) -> None:
+    """Also under a mouse, however long the titles of the neighbours are."""
+    places = []
+    for name in ("s2", "s99", "s300"):
+        box = look(f"{site.url}/{name}", width, height=height).page.locator("[rel=next]")
+        places.append(box.bounding_box())
+    assert places[0]
+    assert places[0] == places[1] == places[2]
+
+
 @pytest.mark.parametrize(("key", "name"), [("ChannelUp", "s3"), ("ChannelDown", "s1")])
 def test_channel_keys_zap(site: Site, look: Look, key: str, name: str) -> None:
     page = look(f"{site.url}/s2").page

@@ -301,9 +301,23 @@ def error_page(answer: Answer, status: int, reason: str) -> Document:
 def test_stream_that_does_not_exist_is_a_page_for_people(serve: Serve, path: str) -> None:
     site = serve({"news": NOWHERE}, server={"token": TOKEN})
     found = error_page(site.ask("GET", path + QUERY, **HTML), 404, "there is no such stream")
-    assert found.links() == [f"./{QUERY}"]
+    home = "./" if path.count("/") == 1 else "../"
+    assert found.links() == [f"{home}{QUERY}"]
+    assert found.all("form") == [], "one stream needs no search"
     answer = site.ask("GET", path + QUERY)
     assert (answer.status, answer.json) == (404, {"error": "there is no such stream"})
+
+
+def test_page_that_does_not_exist_has_a_search(serve: Serve) -> None:
+    site = serve({"news": NOWHERE, "sport": NOWHERE}, server={"name": "My TV", "token": TOKEN})
+    answer = site.ask("GET", "/no/body" + QUERY, **HTML)
+    found = error_page(answer, 404, "there is no such stream")
+    assert "My TV" in found.text
+    assert [form["action"] for form in found.all("form")] == ["../"]
+    assert [field["value"] for field in found.all("input", type="hidden")] == [TOKEN]
+    stranger = Document(site.ask("GET", "/nobody", **HTML).body)
+    assert stranger.all("form") == []
+    assert "My TV" not in stranger.text
 
 
 def test_fault_that_may_pass_is_a_page_that_tries_again(serve: Serve) -> None:
