@@ -10228,6 +10228,7 @@ MOST_LINES = 50  # in the list of streams and lists that need attention
 MOST_PLAYING = 24  # cards of playing streams while no group is open
 MOST_VIEWERS = 200  # rows of the table of viewers
 HUES = 24  # colors behind initials
+FEW_GROUPS = 24  # if there are more, their links would push the results of a search off the screen
 UNFOLDED_LINES = 3  # in that list; if there are more, it is folded
 FRESH = 600.0  # seconds during which a failure needs attention
 HELP = """<p>No picture? Chrome and Edge play this from version 142 on, as do Safari and Android's
@@ -10312,7 +10313,9 @@ main:has([type=search]:not(:placeholder-shown)) #Playing{display:none}
 .watch>*{margin:.6rem 1rem}
 .watch header{justify-content:start;flex-wrap:nowrap;gap:.75rem;min-width:0}
 .watch header div{min-width:0}.watch h1{font-size:1.1rem}.watch .more{color:var(--soft)}
-.screen{position:relative;margin:0!important}.watch .button[rel]{flex:1 1 40%}
+.screen{position:relative;margin:0!important}
+.watch .button[rel]{flex:1 1 40%;display:flex;justify-content:center;gap:.4rem}
+.button span{overflow:hidden;text-overflow:ellipsis}
 .screen .said b{font-size:1.25rem}
 video{display:block;width:100%;aspect-ratio:16/9;max-height:calc(100vh - 9rem);background:#000}
 .said{padding:.5rem 1rem;max-width:60rem;margin:0}.said p{margin:.5rem 0}
@@ -10330,6 +10333,7 @@ video{aspect-ratio:auto;height:calc(100vh - 4.2rem);max-height:none}
 .watch:not(:has(video:not([hidden]))) header{order:0;grid-column:1/3;justify-self:start}
 .screen:not(:has(video:not([hidden]))){min-height:calc(100vh - 8.2rem)}}
 @media (max-width:600px){.many:has([type=search]:not(:placeholder-shown)) nav{display:none}}
+.vast:has([type=search]:not(:placeholder-shown)) nav{display:none}
 .watch:has(#Trouble) header .note{display:none}
 """
 # A logo that fails to load takes no space, so the initials behind it show: an image with neither
@@ -10338,7 +10342,7 @@ video{aspect-ratio:auto;height:calc(100vh - 4.2rem);max-height:none}
 # A browser runs no other script: the policy has only the hash of this one.
 PAGE_SCRIPT = r"""
 "use strict"
-// The pages work without this script; it makes them comfortable.
+// The pages work without it, in less comfort.
 const one = (selector, inside = document) => inside.querySelector(selector)
 const all = (selector, inside = document) => [...inside.querySelectorAll(selector)]
 const about = one("main").dataset, video = one("video"), search = one("[type=search]")
@@ -10390,6 +10394,11 @@ const zaps = {PageUp: "next", ChannelUp: "next", PageDown: "prev", ChannelDown: 
 const starts = {ArrowUp: "#Sound:not([hidden])", ArrowRight: "[rel~=next]"}
 const box = element => (element.closest("li, .screen") ?? element).getBoundingClientRect()
 
+function goTo(element, block = "center") {
+  element?.focus()
+  element?.scrollIntoView({block})
+}
+
 // Moves the focus to the nearest element in a direction.
 function move([x, y]) {
   const from = box(document.activeElement)
@@ -10403,8 +10412,7 @@ function move([x, y]) {
     if (!each.offsetParent || ahead < -3 || ahead + 4 * aside >= least) continue
     [best, least] = [each, ahead + 4 * aside]
   }
-  best?.focus()
-  best?.scrollIntoView({block: "nearest"})
+  goTo(best, "nearest")
 }
 
 // Channels replace each other in the history: Back leads to the list.  The focus stays.
@@ -10421,7 +10429,7 @@ let number = "", dialing
 function dial(digit) {
   clearTimeout(dialing)
   dialing = setTimeout(() => { number = "" }, 2000)
-  focusFound(number += digit)
+  enterList(searchFor(number += digit))
 }
 
 document.onkeydown = event => {
@@ -10448,7 +10456,7 @@ async function listAt({search}) {
 
 const searchFor = words => new URL(about.list + encodeURIComponent(words), location)
 
-// Shows a group, or the result of a search, in this page: the focus stays.
+// Shows a group or what a search found.
 async function showList(address, enter = "replaceState") {
   newest = address
   const page = await listAt(address), links = all("nav a", page)
@@ -10459,9 +10467,9 @@ async function showList(address, enter = "replaceState") {
   history[enter](null, "", address.href)
 }
 
-async function focusFound(words) {
-  await showList(searchFor(words))
-  one("#Found a")?.focus()
+async function enterList(address, enter) {
+  await showList(address, enter)
+  goTo(one("#Found a, .group[open] a"))
 }
 
 // Back from a channel, the focus is on its card.
@@ -10470,9 +10478,7 @@ async function focusLast(name) {
     each.offsetParent && each.pathname.endsWith("/" + name))
   const group = document.getElementById(name)?.closest(".group")
   if (group && !shown()) await showList(one(`nav a[href$="#${group.id}"]`))
-  const link = shown() ?? one("#Found a")
-  link?.focus()
-  link?.scrollIntoView({block: "center"})
+  goTo(shown() ?? one("#Found a"))
 }
 
 if (about.list) {
@@ -10484,11 +10490,11 @@ if (about.list) {
   }
   search.form.onsubmit = () => {
     clearTimeout(timer)
-    focusFound(search.value)
+    enterList(searchFor(search.value))
     return false
   }
   for (const link of all("nav a")) link.onclick = () => {
-    showList(link, "pushState")
+    enterList(link, "pushState")
     return false
   }
   onpopstate = () => showList(location)
@@ -10893,7 +10899,12 @@ def status_page(site: Site) -> Page:
 {parts["Viewers"]}</details>
 <p>For TVs and players, enter <code>{html.escape(site.typed("playlist.m3u"))}</code></p>
 {_lists(board)}</div>"""
-    return _document(name, body, "many" if count > ALL_OPEN else "", about)
+    kinds = []
+    if count > ALL_OPEN:
+        kinds.append("many")
+    if len({_group_of(stream) for stream in board.streams}) > FEW_GROUPS:
+        kinds.append("vast")
+    return _document(name, body, " ".join(kinds), about)
 
 
 def _flag(name: str, is_set: bool) -> str:
@@ -11181,10 +11192,18 @@ def _zap_links(site: Site, stream: StreamSettings) -> str:
     before, after = streams[at - 1], streams[(at + 1) % len(streams)]
     links = ""
     if before != after:
-        links += _button(f"{before.name}{query}", f"\u2039 {before.title}", ' rel="prev"')
+        title = html.escape(before.title)
+        links += (
+            f'<a class="button" rel="prev" href="{before.name}{html.escape(query)}">'
+            f"\u2039 <span>{title}</span></a>"
+        )
     if after != stream:
         roles = "next" if before != after else "prev next"
-        links += _button(f"{after.name}{query}", f"{after.title} \u203a", f' rel="{roles}"')
+        title = html.escape(after.title)
+        links += (
+            f'<a class="button" rel="{roles}" href="{after.name}{html.escape(query)}">'
+            f"<span>{title}</span> \u203a</a>"
+        )
     return links + _button(
         f"./{site.query(group=_list_group(site, stream))}#{stream.name}", "All streams"
     )

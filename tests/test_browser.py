@@ -430,6 +430,31 @@ def test_search_finds_any_of_thousands(serve: Serve, look: Look, has_script: boo
     assert "86 more" in visit.page.locator("#List").inner_text()
 
 
+def test_results_of_a_search_are_in_sight_among_many_groups(serve: Serve, look: Look) -> None:
+    streams = {f"s{n}": {"url": NOWHERE, "group": f"Group number {n % 60}"} for n in range(600)}
+    visit = look(serve(streams).url, height=720)
+    visit.page.locator("nav a", has_text="Group number 59").click()
+    visit.page.locator("#s59").wait_for()
+    visit.until(lambda: visit.measure("scrollY") > 0, "the group is in sight")
+    card = visit.page.locator("#s59").bounding_box()
+    assert card
+    assert 0 < card["y"] < 720
+    visit.page.locator("[type=search]").fill("s123")
+    visit.page.locator("#s123").wait_for()
+    found = visit.page.locator("#s123").bounding_box()
+    assert found
+    assert 0 < found["y"] < 400
+
+
+def test_arrows_of_the_links_to_zap_show_beside_long_titles(serve: Serve, look: Look) -> None:
+    visit = look(
+        f"{serve({'a': NOWHERE, 'b': {'url': NOWHERE, 'title': LONG}, 'c': NOWHERE}).url}/a"
+    )
+    link = visit.page.locator("[rel=next]")
+    assert link.evaluate("link => link.scrollWidth <= link.clientWidth"), "nothing is cut off"
+    assert link.inner_text().endswith("\u203a")
+
+
 #### Logos ####
 
 

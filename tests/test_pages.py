@@ -1244,7 +1244,7 @@ def test_search_finds_streams(serve: Serve, words: str, found: list[str]) -> Non
 )
 def test_search_shows_the_best_first(serve: Serve, words: str, found: list[str]) -> None:
     """In one list, whatever the groups; each card tells its group."""
-    streams = {
+    streams: dict[str, dict[str, object]] = {
         "group": {"title": "Twelve", "group": "Kanal 12"},
         "old": {"title": "The oldZDF", "group": "A"},
         "n112": {"title": "x", "number": 112, "group": "B"},
