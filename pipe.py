@@ -68,7 +68,7 @@ Locks
 Where it is decided
     meaning of a configuration key   Configuration: the dataclasses, with each key's parser
     a list's entry becomes a stream  Channel lists: ListParser, name_entries, with_lists
-    a list is loaded, used, doubted  Lists._judge, _accept, _refuse
+    a list is loaded, used, doubted  Lists._accept_or_refuse
     start of a viewer                Window._choose_join; join points: Join, TsFramer._join_at
     eviction, and waiting viewers    Window._make_room and _foremost_wait, with their cases
     blocks kept for late viewers     Window._update_needed
@@ -76,7 +76,7 @@ Where it is decided
     refusing and giving way          Channels._attach; the cases stand above Channels
     holders of a slot                Channels._holding and _room_at, for the server and each account
     a source has ended               the table above Upstream; Channel._read and _finish
-    an upstream has failed           Channel._judge; within a segment Download._judge
+    an upstream has failed           Channel._judge; within a segment Download._note_failed_try
     the next try, and its time       Channel._open_first and _keep_going
     a seam, as viewers see it        Splicer; its docstring has the table of its states
     segments of HLS                  Window.begin and finish; without segments: Window._cut_at
@@ -102,7 +102,8 @@ How long may this take?
     a start               `timeout` in all, shared by addresses and copies: Channel._open_first
     an opening            its part of that: the Deadline of Session.resolve() and open()
     a request             its time-out is for each wait, not for the whole of it
-    a segment             two target durations (a film: `timeout`) without a byte: Download._judge
+    a segment             two target durations (a film: `timeout`) without a byte:
+                          Download._note_failed_try
     a silent source       `timeout` or two target durations: Channel._judge
     an outage             `reconnect` since the last byte: Channel._keep_going
     an idle channel       `linger`: Channels.close_if_abandoned; no time at all if it is PRIVATE, or
@@ -4610,7 +4611,7 @@ class Repeat:
         self._again = Fingerprint()
 
     @property
-    def is_over(self) -> bool:
+    def is_whole(self) -> bool:
         """Whether all the earlier bytes were sent again."""
         return self._again.size == self._had.size
 
@@ -4621,7 +4622,7 @@ class Repeat:
         """
         left = self._had.size - self._again.size
         self._again.add(data[:left])
-        if self.is_over and self._again != self._had:
+        if self.is_whole and self._again != self._had:
             return None
         return data[left:]
 
@@ -4770,11 +4771,11 @@ class Download:
                         if not self._is_cut_off:
                             return
                         reason = CUT_SEGMENT
-                self._judge(reason, pause)
+                self._note_failed_try(reason, pause)
             if self._closing.wait(pause):
                 raise DownloadError("closed")
 
-    def _judge(self, reason: str, pause: float) -> None:
+    def _note_failed_try(self, reason: str, pause: float) -> None:
         """Note a failed try; raises DownloadError if another one after this pause is useless."""
         self.tries = self.tries.fail(reason)
         is_late = time.monotonic() + pause - self._moved > self._patience()
@@ -4883,7 +4884,7 @@ class Download:
                 self._received.add(new)
                 yield new
                 self._moved = time.monotonic()
-        self._check_end(is_short=to_skip > 0 or not repeat.is_over)
+        self._check_end(is_short=to_skip > 0 or not repeat.is_whole)
 
     def _check_end(self, is_short: bool) -> None:
         """Raise an error if a response has ended, but the body is not complete.
@@ -7599,7 +7600,7 @@ class Splicer:
             self._step(Arrival.DIFFERENT)
             self.number += 1  # viewers resume with the next segment
             return b""
-        if self._repeat.is_over:
+        if self._repeat.is_whole:
             self._step(Arrival.SAME)
         else:
             self._step(Arrival.BYTES)
@@ -9739,11 +9740,11 @@ class Lists:
             if each.settings is not settings:  # a reload changed them meanwhile
                 each.due = time.monotonic()
                 return
-            is_accepted = self._judge(each, outcome)
+            is_accepted = self._accept_or_refuse(each, outcome)
         if is_accepted:
             self._publish()
 
-    def _judge(self, each: LoadingList, outcome: ChannelList | str) -> bool:
+    def _accept_or_refuse(self, each: LoadingList, outcome: ChannelList | str) -> bool:
         """Accept or refuse the outcome of a load; returns whether it was accepted.
 
         The caller holds _changed.
