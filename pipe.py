@@ -885,21 +885,32 @@ def _is_reload_time(text: str) -> bool:
 
 def _is_own_interface(text: str) -> bool:
     """Return true if this machine has an interface or address; raises OSError otherwise."""
-    name, host = "", text
-    if sys.platform != "win32":
-        kind, _, rest = text.rpartition("!")
-        if text.startswith("ifhost!"):
-            name, host = kind.removeprefix("ifhost!"), rest
-        elif kind == "if" or (kind != "host" and not re.search(r"[.:]", rest)):
-            name, host = rest, ""
-        else:
-            host = rest
+    name, host = _interface_and_host(text)
     if name:
         socket.if_nametoindex(name)
     if host:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.bind((host, 0))
     return True
+
+
+def _interface_and_host(text: str) -> tuple[str | None, str | None]:
+    """The interface and the address of streamlink's option `interface`, as streamlink reads it."""
+    if sys.platform == "win32":
+        return None, text
+    kind, _, rest = text.partition("!")
+    if kind == "if":
+        return rest, None
+    if kind == "host":
+        return None, rest
+    if kind == "ifhost" and "!" in rest:
+        name, _, host = rest.partition("!")
+        return name, host
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return text, None  # also that of a VLAN, such as eth0.100
+    return None, text
 
 
 # An empty token would let everyone in.

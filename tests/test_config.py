@@ -376,6 +376,16 @@ def test_interface_of_this_machine(value: str) -> None:
     Streamlink().set_option("interface", value)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="streamlink takes only addresses there")
+@pytest.mark.parametrize("value", ["eth0.100", "if!eth0.100"])
+def test_interface_of_a_vlan_has_a_dot(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a name is not an address.  A test may not add an interface to its machine."""
+    asked: list[str] = []
+    monkeypatch.setattr("socket.if_nametoindex", asked.append)
+    assert read(engine(f"interface: {value}")).options.streamlink == {"interface": value}
+    assert asked == ["eth0.100"]
+
+
 @pytest.mark.parametrize(
     "value",
     ["nope0", "if!nope0", "192.0.2.7", "host!192.0.2.7", "2001:db8::7", "ifhost!nope0!127.0.0.1"],
