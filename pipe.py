@@ -551,6 +551,8 @@ def _many(count: int, word: str) -> str:
 # characters, or the value of an environment variable.
 # --------------------------------------------------------------------------------------------------
 
+HOUR, DAY = 3600, 86_400  # seconds
+
 # The options of the upstream's engine that may stand under `streamlink:`, by name.  Each has an
 # example value of its type, or `...` if only StreamPipe may set it.
 EngineOptions = Mapping[str, Any]
@@ -939,9 +941,9 @@ proxy_url = with_port(
 name_prefix = checked(
     re.compile(r"[a-z0-9-]*").fullmatch, "a prefix may only contain a-z, 0-9 and -, e.g. uk-"
 )
-thread_count = number_from(int, 1, 64)
+thread_count = number_from(int, 1, 64)  # more connections would look like an attack
 ring_size = number_from(int, 256 * KIB, 4096 * MIB)  # bytes
-request_time = number_from(float, 0.1, 3600)  # seconds
+request_time = number_from(float, 0.1, HOUR)  # seconds
 
 
 def reader_of(parse: Parse, example: Any) -> Read:
@@ -1045,7 +1047,7 @@ ENGINE_PARSERS: dict[str | type, Parse] = {
         "streamlink ignores a shorter interval",
     ),
     "hls-live-edge": number_from(int, 1),
-    "hls-start-offset": number_from(float, -604800, 604800),  # seconds; negative: from a film's end
+    "hls-start-offset": number_from(float, -7 * DAY, 7 * DAY),  # seconds; negative: from the end
 }
 
 
@@ -1102,11 +1104,10 @@ class Options:
     timeout: float = setting(request_time, 20.0)  # seconds
     buffer_size: int = setting(number_from(int, 1, 64 * MIB), 8192)  # bytes
     ringbuffer_size: int = setting(ring_size, 16 * MIB)  # bytes
-    linger: float = setting(number_from(float, 0, 86400), 10.0, restarts=False)  # seconds
-    reconnect: float = setting(number_from(float, 0, 86400), 60.0, restarts=False)  # seconds
-    viewer_timeout: float = setting(
-        number_from(float, 0.1, 86400), 600.0, restarts=False
-    )  # seconds
+    linger: float = setting(number_from(float, 0, DAY), 10.0, restarts=False)  # seconds
+    reconnect: float = setting(number_from(float, 0, DAY), 60.0, restarts=False)  # seconds
+    # In seconds.
+    viewer_timeout: float = setting(number_from(float, 0.1, DAY), 600.0, restarts=False)
     streamlink: Mapping[str, Any] = field(
         default_factory=dict, metadata={"read": read_engine_options, "restarts": True}
     )
@@ -1122,9 +1123,8 @@ class StreamSettings:
     logo: str | None = setting(web_url, None, restarts=False)
     group: str | None = setting(str, None, restarts=False)
     tvg_id: str | None = setting(str, None, restarts=False)
-    number: int | None = setting(
-        number_from(int, 1), None, restarts=False
-    )  # no other stream has it
+    # Different for each stream.
+    number: int | None = setting(number_from(int, 1), None, restarts=False)
     quality: str = setting(filled_text, "best")
     headers: Mapping[str, str] = setting(header_value, {})
     proxy: str | None = setting(proxy_url, None)
@@ -1407,6 +1407,7 @@ class ConfigReader:
         url = values.pop("url", None)
         if url is None and len(self.mistakes) == earlier:
             raise ValueError("url is missing")
+        # Without a url, a mistake has been recorded, and the result is never used.
         return PlaylistSettings(name, url or "", **values, options=_laid_over(options, own))
 
     def _stream_values(self, name: str, node: yaml.Node) -> dict[str, Any]:
@@ -12837,11 +12838,11 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "-c", "--config", metavar="FILE", type=Path, help="configuration file (default: config.yml)"
     )
-    add("--host", metavar="ADDR", help="listen on this address instead of the file's")
-    add("--port", metavar="N", type=_port, help="listen on this port instead of the file's")
+    add("--host", metavar="ADDR", help="listen on this address instead of the configured one")
+    add("--port", metavar="N", type=_port, help="listen on this port instead of the configured one")
     text = f"serve /{DEMO_STREAM}, a channel that needs no network"
     add("--demo", action="store_true", help=text)
-    text = "test every stream, or those named, print the result and exit"
+    text = "test every stream, or only those named, print the results and exit"
     add("--check", action="store_true", help=text)
     levels = ("debug", "info", "warning", "error")
     text = "debug, info, warning or error (default: info)"
