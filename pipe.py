@@ -5882,7 +5882,9 @@ class Upstream:
         self.live_edge: int = session.engine.get_option("hls-live-edge")
         self._files: list[Any] = []  # streamlink's files to close, in the order of their opening
         self._pump: threading.Thread | None = None  # moves the source's bytes to the buffer
-        self.is_clean = False  # see Splicer.resume
+        # A decoder can start with its first byte, and its DTS follow a clock of their own, so they
+        # cannot show which media viewers have had.
+        self.is_clean = False
         self.missing: str | None = None  # a note on what the stream lacks; None: nothing
         self.left_out: Collection[int] = ()  # the positions of the tracks that were left out
         self._unused: list[Any] = []  # the files of these tracks
@@ -5892,14 +5894,11 @@ class Upstream:
         return f"<{type(self).__name__} {self.session.name}, {state}: {self.buffer}>"
 
     @property
-    def has_end(self) -> bool:
+    def is_finite(self) -> bool:
         """Whether this source is finite; known once its first bytes were received."""
-        workers = self.workers
-        return bool(workers) and all(
-            getattr(worker, "playlist_end", None) is not None
-            or getattr(getattr(worker, "mpd", None), "type", None) == "static"
-            for worker in workers
-        )
+        if not self.workers:
+            return False
+        return all(has_finite_source(worker) for worker in self.workers)
 
     @property
     def media_type(self) -> str:
@@ -5919,8 +5918,12 @@ class Upstream:
     @property
     def segment_time(self) -> float | None:
         """Seconds from one segment to the next, as the origin lists them; None if not yet known."""
-        times = (getattr(worker, "segment_time", None) for worker in self.workers)
-        return max((seconds for seconds in times if seconds is not None), default=None)
+        longest: float | None = None
+        for worker in self.workers:
+            seconds: float | None = getattr(worker, "segment_time", None)
+            if seconds is not None and (longest is None or seconds > longest):
+                longest = seconds
+        return longest
 
     @property
     def target_duration(self) -> float:
@@ -5952,7 +5955,8 @@ class Upstream:
     def start(self) -> None:
         """Open the source.  May raise any exception; the caller must call close() in any case."""
         self._pump = threading.Thread(
-            target=lambda: fill(self.buffer, self._items()),
+            target=fill,
+            args=(self.buffer, self._items()),
             name=f"pump-{self.session.name}-0",
             daemon=True,
         )
@@ -5968,11 +5972,11 @@ class Upstream:
         Raises SourceEnded if the source truly ended, and UpstreamError if it broke off.
         """
         items = self.buffer.take(TURN_LIMIT, timeout)
-        if items or not self.buffer.is_exhausted:
-            return items
-        if self.buffer.failure:
-            raise UpstreamError(self.buffer.failure)
-        raise SourceEnded
+        if not items and self.buffer.is_exhausted:
+            if self.buffer.failure:
+                raise UpstreamError(self.buffer.failure)
+            raise SourceEnded
+        return items
 
     def close(self) -> None:
         """End everything and drop all bytes that were not read.  Call it once.
@@ -5993,15 +5997,17 @@ class Upstream:
 
     def _close(self) -> None:
         """Close all files and wait for their threads; blocks for a few seconds at most."""
-        for file in reversed([*self._files, *self._unused]):
+        files = [*self._files, *self._unused]
+        for file in reversed(files):
             try:
                 file._opened = True  # so that close() also ends a writer whose worker did not start
                 file.close()
             except Exception:
                 log.debug("cannot close", exc_info=True)
-        for file in (*self._files, *self._unused):
+        for file in files:
             if isinstance(file, SegmentReader):
                 file.let_go()
+        files.clear()
         self._files.clear()
         self._unused.clear()
         if self._pump and self._pump.ident:
@@ -6009,25 +6015,40 @@ class Upstream:
 
     def _remember(self, stream: Any) -> None:
         """Note each file that a stream opens: if it fails half-way, it forgets those files."""
-        files, maker = self._files, "__reader__" if hasattr(stream, "__reader__") else "open"
+        files = self._files
+        maker = "__reader__" if hasattr(stream, "__reader__") else "open"
         make = getattr(stream, maker)
 
         def make_and_note(*arguments: Any, **more: Any) -> Any:
-            files.append(make(*arguments, **more))
-            if isinstance(files[-1], DASHStreamReader):
+            file = make(*arguments, **more)
+            files.append(file)
+            if isinstance(file, DASHStreamReader):
                 # A DASH track must wait as SegmentReader.read does: a time-out is not an end.
-                vars(files[-1])["read"] = files[-1].buffer.read
-            return files[-1]
+                vars(file)["read"] = file.buffer.read
+            return file
 
         vars(stream)[maker] = make_and_note
+
+
+def has_finite_source(worker: Any) -> bool:
+    """Whether a worker's playlist has ended, or its DASH manifest is that of a recording."""
+    if getattr(worker, "playlist_end", None) is not None:
+        return True
+    manifest = getattr(worker, "mpd", None)
+    return getattr(manifest, "type", None) == "static"
+
+
+FIFO_TIME = 2.0  # seconds that a thread may take to stop waiting for its FIFO
+FIFO_TICK = 0.02  # seconds between two attempts to wake it
 
 
 def end_muxer(muxer: Any) -> None:
     """Kill ffmpeg, and remove its FIFOs once no thread waits for them.
 
-    Blocks for 2 s per FIFO at most, and until ffmpeg has ended.
+    Blocks for FIFO_TIME per FIFO at most, and until ffmpeg has ended.
     """
-    if process := muxer.process:
+    process = muxer.process
+    if process:
         process.kill()
         process.stdin.close()
         process.stdout.close()
@@ -6036,13 +6057,13 @@ def end_muxer(muxer: Any) -> None:
         if isinstance(stream, SegmentedStreamReader):
             stream.buffer.close()
     for pipe, thread in zip(muxer.pipes, muxer.pipe_threads, strict=True):
-        deadline = time.monotonic() + 2.0
+        deadline = time.monotonic() + FIFO_TIME
         while thread.is_alive() and time.monotonic() < deadline:
             # The thread may be waiting for ffmpeg to open the other end, so open that here.
             # (Windows has neither the flag nor this wait.)
             with contextlib.suppress(OSError, AttributeError):
                 os.close(os.open(pipe.path, os.O_RDONLY | os.O_NONBLOCK))
-            thread.join(0.02)
+            thread.join(FIFO_TICK)
         with contextlib.suppress(OSError):
             pipe.path.unlink()
     muxer.process = None  # so that streamlink's close() does not end it again
@@ -6054,26 +6075,26 @@ class SegmentedUpstream(Upstream):
     def __init__(self, session: Session, stream: HLSStream, first: int | None = None) -> None:
         super().__init__(session)
         self._stream = stream
-        hook(stream, session, buffer=self.buffer, first=first, fail=None)
+        use_own_reader(stream, session, buffer=self.buffer, first=first, fail=None)
         self._remember(stream)
 
     def start(self) -> None:
         self._stream.open()
 
 
-def hook(stream: Any, session: Session, track: str = "", **reading: Any) -> None:
+def use_own_reader(stream: Any, session: Session, track: str = "", **reading: Any) -> None:
     """Put our downloads into an HLS stream, perhaps a plugin's own, before it is opened.
 
     `reading` holds the other arguments of SegmentReader.
     """
     stream.name = session.name + track  # part of the names of its threads, and so of log lines
-    reader = _hooked(type(stream).__reader__)
+    reader = _own_reader(type(stream).__reader__)
     vars(stream)["__reader__"] = functools.partial(reader, slack=session.slack, **reading)
-    vars(stream)["__parser__"] = _parser(type(stream).__parser__)
+    vars(stream)["__parser__"] = _own_parser(type(stream).__parser__)
 
 
 @functools.cache
-def _hooked(base: Any) -> Any:
+def _own_reader(base: Any) -> Any:
     """A subclass of a stream's reader, with subclasses of its writer and worker.
 
     So a plugin's own readers and writers (Twitch's advertisement filter) stay in the class chain.
@@ -6087,6 +6108,7 @@ def _hooked(base: Any) -> Any:
 
 
 LONGEST_SEGMENT = 86_400.0  # seconds; for a film that is a single segment
+DEFAULT_TARGET = 1.0  # seconds; the target duration of a playlist that tells no durations
 
 
 def _with_true_lengths(playlist: Any) -> Any:
@@ -6094,13 +6116,23 @@ def _with_true_lengths(playlist: Any) -> Any:
 
     The program waits for these durations, but packagers write a day if a clock wraps.
     """
-    lengths = sorted(segment.duration for segment in playlist.segments)
+    segments = playlist.segments
+    if not segments:
+        return playlist
     most = LONGEST_SEGMENT if playlist.is_endlist else LISTED_TIME
-    for segment in playlist.segments:
+
+    lengths = sorted(segment.duration for segment in segments)
+    median = lengths[len(lengths) // 2]
+    for segment in segments:
         if segment.duration > most:
-            segment.duration = min(most, lengths[len(lengths) // 2])
-    if lengths and not 0 < (playlist.targetduration or 0) <= most:
-        playlist.targetduration = max(segment.duration for segment in playlist.segments) or 1.0
+            segment.duration = min(most, median)
+
+    target = playlist.targetduration
+    if target is None or not 0 < target <= most:
+        target = max(segment.duration for segment in segments)
+        if target == 0:
+            target = DEFAULT_TARGET
+        playlist.targetduration = target
     return playlist
 
 
@@ -6133,7 +6165,7 @@ class BadPlaylist(PipeError, ValueError):
     """A playlist that cannot be played; the text is the reason."""
 
 
-_ParserBase: Any = object  # in fact the parser that _parser() combines it with
+_ParserBase: Any = object  # in fact the parser that _own_parser() combines it with
 
 
 class PlaylistParser(_ParserBase):  # type: ignore[misc]
@@ -6164,11 +6196,13 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
     def parse_line(self, line: str) -> None:
         if not line.startswith("#"):
             # Each address in a media playlist is a segment (RFC 8216, 4.1).
-            self._expect_segment |= self.is_media and not self._expect_playlist
+            if self.is_media and not self._expect_playlist:
+                self._expect_segment = True
             super().parse_line(line)
             return
         tag, _, value = line[1:].partition(":")
-        self.is_media |= tag in _MEDIA_TAGS
+        if tag in _MEDIA_TAGS:
+            self.is_media = True
         try:
             self._parse_tag(tag, value.strip(), line)
         except (ValueError, OverflowError) as error:
@@ -6181,14 +6215,11 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
     def _parse_tag(self, tag: str, value: str, line: str) -> None:
         if tag == "EXT-X-I-FRAME-STREAM-INF" and self._expect_playlist:
             return  # streamlink would give it the attributes of the variant whose address follows
-        if tag == "EXT-X-MEDIA":
-            line += _missing_name(self.parse_attributes(value))
-        if tag == "EXT-X-KEY" and self.parse_attributes(value).get("METHOD", "").upper() == "NONE":
-            line = "#EXT-X-KEY:METHOD=NONE"  # other attributes do not matter (RFC 8216, 4.3.2.4)
         section = self._map
-        super().parse_line(line)
+        super().parse_line(self._readable(tag, value, line))
         if tag == "EXTINF":
-            self.has_negative_length |= value.startswith("-")
+            if value.startswith("-"):
+                self.has_negative_length = True
         elif tag == "EXT-X-GAP":
             self.is_gap = True
         elif tag == "EXT-X-DISCONTINUITY":
@@ -6196,19 +6227,32 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
         elif tag == "EXT-X-MEDIA-SEQUENCE":
             # Some packagers count up from a negative number: read it as unsigned.
             self.m3u8.media_sequence %= 1 << 64
-        elif tag == "EXT-X-TARGETDURATION" and not self.m3u8.targetduration < math.inf:
+        elif tag == "EXT-X-TARGETDURATION" and not math.isfinite(self.m3u8.targetduration):
             self.m3u8.targetduration = None
         elif tag in _NEEDED_TAGS:
             self._check_needed(tag, self.parse_attributes(value))
 
+    def _readable(self, tag: str, value: str, line: str) -> str:
+        """A tag's line as streamlink can read it."""
+        if tag == "EXT-X-MEDIA":
+            return line + _missing_name(self.parse_attributes(value))
+        if tag == "EXT-X-KEY":
+            method = self.parse_attributes(value).get("METHOD", "")
+            if method.upper() == "NONE":
+                return "#EXT-X-KEY:METHOD=NONE"  # the rest does not matter (RFC 8216, 4.3.2.4)
+        return line
+
     def _check_needed(self, tag: str, attributes: Mapping[str, str]) -> None:
-        is_read = {
-            "EXT-X-KEY": bool(attributes.get("METHOD")),
-            "EXT-X-MAP": bool(attributes.get("URI")),
-            "EXT-X-BYTERANGE": self._byterange is not None,
-        }
-        if not is_read[tag]:
+        """Raise BadPlaylist if streamlink could not read one of _NEEDED_TAGS."""
+        if tag == "EXT-X-KEY":
+            is_read = bool(attributes.get("METHOD"))
+        elif tag == "EXT-X-MAP":
+            is_read = bool(attributes.get("URI"))
+        else:
+            is_read = self._byterange is not None
+        if not is_read:
             raise BadPlaylist(INVALID_TAG)
+
         if tag == "EXT-X-MAP" and self._map.byterange and self._map.byterange.offset is None:
             self._map.byterange = self._map.byterange._replace(offset=0)
 
@@ -6250,8 +6294,10 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
 
     def get_segment(self, uri: str, **data: Any) -> Any:
         segment = super().get_segment(uri, **data)
-        segment.is_gap, self.is_gap = self.is_gap, False
-        if part := segment.byterange:
+        segment.is_gap = self.is_gap
+        self.is_gap = False
+        part = segment.byterange
+        if part:
             if part.offset is None:  # after the previous one (RFC 8216, 4.3.2.2)
                 part = part._replace(offset=self._range_ends.get(uri, 0))
             segment.byterange = part
@@ -6259,12 +6305,11 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
         return segment
 
     def get_playlist(self, uri: str, **data: Any) -> Any:
-        given = self._streaminf or {}
-        attributes = {
-            name: value
-            for name, value in given.items()
-            if name not in _VARIANT_NUMBERS or _VARIANT_NUMBERS[name].fullmatch(value)
-        }
+        attributes = {}
+        for name, value in (self._streaminf or {}).items():
+            pattern = _VARIANT_NUMBERS.get(name)
+            if pattern is None or pattern.fullmatch(value):
+                attributes[name] = value
         self._streaminf = attributes
         playlist = super().get_playlist(uri, **data)
         playlist.attributes = attributes
@@ -6272,7 +6317,8 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
 
 
 @functools.cache
-def _parser(base: Any) -> Any:
+def _own_parser(base: Any) -> Any:
+    """A subclass of a stream's parser, tolerant of errors."""
     if issubclass(base, PlaylistParser):
         return base
     return type(base.__name__, (PlaylistParser, base), {})
@@ -6290,8 +6336,12 @@ class Variant(HLSPlaylist):
         """The properties that the copies of a variant share; None if it has no BANDWIDTH."""
         if "BANDWIDTH" not in self.attributes:
             return None
-        names = ("BANDWIDTH", "RESOLUTION", "CODECS")
-        return self.quality, *(self.attributes.get(name) for name in names)
+        return (
+            self.quality,
+            self.attributes["BANDWIDTH"],
+            self.attributes.get("RESOLUTION"),
+            self.attributes.get("CODECS"),
+        )
 
     def get_name(self, **how: Any) -> str:
         self.quality = super().get_name(**how) or ""
@@ -6307,14 +6357,20 @@ class VariantStream(HLSStream):
 
 def _quality_name(variant: Variant, taken: Collection[str]) -> str:
     """Streamlink's name for a variant, with `_alt` if it is taken; if it has none, a number."""
-    match = re.match("[A-z0-9_+]+", variant.quality)
+    match = re.match("[A-z0-9_+]+", variant.quality)  # as Plugin.streams() of streamlink has it
     if match is None:
-        return next(name for n in itertools.count(1) if (name := f"variant-{n}") not in taken)
+        number = 1
+        while f"variant-{number}" in taken:
+            number += 1
+        return f"variant-{number}"
+
     name = match[0].lower()
     if name not in taken:
         return name
-    count = sum(other.startswith(f"{name}_alt") for other in taken) + 1
-    return f"{name}_alt{count if count > 1 else ''}"
+    earlier = sum(other.startswith(f"{name}_alt") for other in taken)
+    if earlier == 0:
+        return f"{name}_alt"
+    return f"{name}_alt{earlier + 1}"
 
 
 def _with_aliases(streams: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -6322,11 +6378,16 @@ def _with_aliases(streams: Mapping[str, Any]) -> Mapping[str, Any]:
 
     If no name has a known weight, the first stream is `best`: players take that one, too.
     """
-    names = sorted(streams, key=lambda name: stream_weight(name)[0])
-    weighed = [name for name in names if stream_weight(name)[0]]
-    worst, best = names[-1], names[0]
+
+    def weight(name: str) -> float:
+        return stream_weight(name)[0]
+
+    names = sorted(streams, key=weight)
+    weighed = [name for name in names if weight(name)]
     if weighed:
         worst, best = weighed[0], weighed[-1]
+    else:
+        worst, best = names[-1], names[0]
     found = {name: streams[name] for name in names}
     return found | {"worst": streams[worst], "best": streams[best]}
 
@@ -6335,7 +6396,8 @@ def _missing_name(attributes: Mapping[str, str]) -> str:
     """A NAME attribute for a rendition that has none: streamlink would drop the rendition."""
     if attributes.get("NAME"):
         return ""
-    return f',NAME="{attributes.get("LANGUAGE") or attributes.get("TYPE") or ""}"'
+    name = attributes.get("LANGUAGE") or attributes.get("TYPE") or ""
+    return f',NAME="{name}"'
 
 
 class Losses(NamedTuple):
@@ -7128,7 +7190,7 @@ class RawUpstream(Upstream):
         self._files.append(opened[0])
 
     @property
-    def has_end(self) -> bool:
+    def is_finite(self) -> bool:
         return "Content-Length" in self._opened[0].headers
 
     @property
@@ -7136,14 +7198,18 @@ class RawUpstream(Upstream):
         return self._opened[0].headers.get("Content-Type", "")
 
     def _items(self) -> Items:
-        if not self.has_end:
+        if not self.is_finite:
             response, start = self._opened
             yield from parts_of(response, self.session.read_size, start)
             raise UpstreamError(CONNECTION_CLOSED)
-        # A stalled body is noticed after `timeout`; the rest of the patience is for one retry.
-        patience = self.session.engine.get_option("stream-segment-timeout") + JUDGE_GRACE / 2
+
+        def patience() -> float:
+            # A stalled body is noticed after `timeout`; the rest is for one retry.
+            timeout: float = self.session.engine.get_option("stream-segment-timeout")
+            return timeout + JUDGE_GRACE / 2
+
         ask = functools.partial(self.session.http.ask, self._arguments)
-        download = Download(ask, self.session.closed, lambda: patience, opened=self._opened)
+        download = Download(ask, self.session.closed, patience, opened=self._opened)
         yield SegmentEvent(EventKind.START, 0)
         yield from download.parts()
         yield SegmentEvent(EventKind.END, 0)
@@ -7153,20 +7219,34 @@ def leave_out(stream: Any, places: Collection[int]) -> None:
     """Remove tracks from a muxed stream by their positions, before or after it is opened."""
     tracks = [*stream.substreams, *stream.subtitles.values()]
     kept = [place for place in range(len(tracks)) if place not in places]
-    picked = [tracks[place] for place in kept]
-    stream.substreams = [track for track in stream.substreams if track in picked]
-    stream.subtitles = {name: t for name, t in stream.subtitles.items() if t in picked}
-    numbers = {str(old): str(new) for new, old in enumerate(kept)}  # of ffmpeg's inputs
-    maps = (str(entry).partition(":") for entry in stream.options.get("maps", []))
-    stream.options["maps"] = [
-        numbers[number] + colon + rest for number, colon, rest in maps if number in numbers
-    ]
-    if offsets := stream.options.get("itsoffset"):
+    kept_tracks = [tracks[place] for place in kept]
+    stream.substreams = [track for track in stream.substreams if track in kept_tracks]
+    subtitles = {}
+    for language, track in stream.subtitles.items():
+        if track in kept_tracks:
+            subtitles[language] = track
+    stream.subtitles = subtitles
+
+    # ffmpeg numbers its inputs in order, and so the tracks behind one that is left out move up.
+    new_numbers = {str(old): str(new) for new, old in enumerate(kept)}
+    maps = []
+    for entry in stream.options.get("maps", []):
+        number, colon, rest = str(entry).partition(":")
+        if number in new_numbers:
+            maps.append(new_numbers[number] + colon + rest)
+    stream.options["maps"] = maps
+
+    offsets = stream.options.get("itsoffset")
+    if offsets:
         stream.options["itsoffset"] = [offsets[place] for place in kept]
-    metadata = stream.options.get("metadata", {})
-    others = {key: value for key, value in metadata.items() if not key.startswith("s:s:")}
-    words = {f"s:s:{n}": [f"language={name}"] for n, name in enumerate(stream.subtitles)}
-    stream.options["metadata"] = others | words
+
+    metadata = {}
+    for key, value in stream.options.get("metadata", {}).items():
+        if not key.startswith("s:s:"):  # of a subtitle
+            metadata[key] = value
+    for place, language in enumerate(subtitles):
+        metadata[f"s:s:{place}"] = [f"language={language}"]
+    stream.options["metadata"] = metadata
 
 
 class ProcessUpstream(Upstream):
@@ -7215,22 +7295,35 @@ class ProcessUpstream(Upstream):
         of the one that is furthest behind.  A track more than TRACK_LEAD ahead of it keeps its own
         number: its packager numbers the renditions independently.
         """
-        numbers = [track.number for track in self._tracks if track.number is not None]
+        numbers = []
+        for track in self._tracks:
+            number = track.number
+            if number is None:
+                return ()
+            numbers.append(number)
+
         least = min(numbers, default=0)
-        is_known = len(numbers) == len(self._tracks)
-        return [least if n - least <= TRACK_LEAD else n for n in numbers] if is_known else ()
+        return [least if number - least <= TRACK_LEAD else number for number in numbers]
 
     @property
     def losses(self) -> Losses:
-        found = [track.losses for track in self._tracks]
-        return Losses(sum(one.gaps for one in found), sum(one.skipped for one in found))
+        gaps, skipped = 0, 0
+        for track in self._tracks:
+            losses = track.losses
+            gaps += losses.gaps
+            skipped += losses.skipped
+        return Losses(gaps, skipped)
 
     def _prepare_tracks(self, stream: Any) -> None:
         tracks = (*stream.substreams, *stream.subtitles.values())
-        for index, (track, first) in enumerate(itertools.zip_longest(tracks, self._first)):
+        for index, track in enumerate(tracks):
             if isinstance(track, HLSStream):
-                buffer, fail = ReaderBuffer(self.buffer.limit), weakref.WeakMethod(self._fail)
-                hook(track, self.session, f"--{index}", buffer=buffer, first=first, fail=fail)
+                first = self._first[index] if index < len(self._first) else None
+                buffer = ReaderBuffer(self.buffer.limit)
+                fail = weakref.WeakMethod(self._fail)
+                use_own_reader(
+                    track, self.session, f"--{index}", buffer=buffer, first=first, fail=fail
+                )
             self._remember(track)
 
     def _open_tracks(self, stream: Any) -> Sequence[Any]:
@@ -7251,9 +7344,11 @@ class ProcessUpstream(Upstream):
             is_needed = track is picture or not self._is_start
             if is_failed and is_needed and not track.start:
                 raise UpstreamError(track.buffer.failure)
-        if not self._is_start or not (isinstance(picture, SegmentReader) and picture.start):
+        has_picture = isinstance(picture, SegmentReader) and bool(picture.start)
+        if not (self._is_start and has_picture):
             return files
-        unused = [f for f in others if isinstance(f, SegmentReader) and not f.start]
+
+        unused = [file for file in others if isinstance(file, SegmentReader) and not file.start]
         if unused:
             self._do_without(stream, files, unused)
         return [file for file in files if file not in unused]
@@ -7291,8 +7386,8 @@ class ProcessUpstream(Upstream):
         self.is_clean = "-copyts" not in muxer._cmd  # the configuration may set it, too
         for file, pipe in zip(files[1:], muxer.pipes[1:], strict=True):
             if self.is_clean and isinstance(file, SegmentReader) and file.has_clock:
-                at = muxer._cmd.index(str(pipe.path)) - 1
-                muxer._cmd[at:at] = ["-isync", "0"]
+                place = muxer._cmd.index(str(pipe.path)) - 1  # of its -i
+                muxer._cmd[place:place] = ["-isync", "0"]
         return muxer
 
     def _fail(self, reason: str) -> None:
@@ -7303,20 +7398,24 @@ class ProcessUpstream(Upstream):
         if self.session.closed.wait(MUXER_LAG) or not self._first_failure.acquire(blocking=False):
             return
         self._failure = reason
-        if process := self._file.process:  # close() may end it meanwhile
+        process = self._file.process
+        if process:  # close() may end it meanwhile
             process.terminate()  # once: at a second signal ffmpeg would drop what it has read
         for track in self._tracks:
             track.buffer.discard()
 
     def _items(self) -> Items:
-        process: Any = self._file.process if isinstance(self._file, FFMPEGMuxer) else None
-        read = process.stdout.read1 if process else self._file.read
-        yield from iter(functools.partial(read, 64 * KIB), b"")
+        process: Any = None
+        read = self._file.read
+        if isinstance(self._file, FFMPEGMuxer):
+            process = self._file.process
+            read = process.stdout.read1
+        yield from iter(functools.partial(read, READ_SIZE), b"")
         if self._failure:
             raise UpstreamError(self._failure)
         if process and process.wait():
             raise UpstreamError(FFMPEG_FAILED)
-        if not self.has_end:
+        if not self.is_finite:
             raise UpstreamError(CONNECTION_CLOSED)
 
 
@@ -8583,7 +8682,7 @@ class Channel:
         assert self.variants is not None
         assert self.variant is not None
         window = self.window
-        self._has_end = upstream.has_end
+        self._has_end = upstream.is_finite
         is_private = self._has_end or not (has_segments or container.joins_late)
         window.live_edge = max(1, upstream.live_edge)
         window.can_skip = container.can_skip
