@@ -81,6 +81,7 @@ Where it is decided
     a seam, as viewers see it        Splicer; its docstring has the table of its states
     segments of HLS                  Window.begin and finish; without segments: Window._cut_at
     length of a playlist             Window._trim_list; its text: media_playlist
+    a viewer leaves, a channel ends  the tables above Channels list all ways
     a polling client has left        Channels.remove_pollers
     end of a playlist                Channel._see_pollers_off; clients that get it: Channels.poll
     an answer                        Handler._route, _answer_path, _answer_stream; documents: Pages
@@ -89,8 +90,8 @@ Where it is decided
 
 Is it over?
     the server            Server.stopping: nobody new is served; Channels.stop sets it
-    a channel             State.CLOSED: no media follows; State.ENDED: its thread has ended, or only
-                          sees polling clients off.  Channel.stopped wakes its thread
+    a channel             Channel.is_over: it is CLOSED, or ENDED: then its thread has ended, or
+                          only sees polling clients off.  Channel.stopped wakes its thread
     an opening            Session.closed, which its Http, its Upstream and its raw body share
     a track of it         its writer's `closing`, which is streamlink's own
     a handed-over source  ReaderBuffer.closed; is_exhausted once everything was taken
@@ -7875,33 +7876,41 @@ class Bitrate:
     def __init__(self) -> None:
         self._pieces: deque[tuple[int, float]] = deque()  # bytes and seconds, the oldest first
         self._size = 0  # bytes of the open piece
-        self._duration = 0.0  # seconds, if the open piece is a segment whose duration is known
+        self._duration: float | None = None  # seconds of the open segment; None: no open segment
         self._burst_began: float | None = None
         self._is_first_burst = True  # it may contain a start's backlog, which shows no rate
-        self._arrived = 0.0  # when the newest byte arrived
-        self._current = 0.0, 0.0  # the rate, and when it expires; replaced as a whole
+        self._arrived = 0.0  # when the newest byte arrived; only used within a burst
+        # The rate, and when it expires; replaced as a whole.  None: no piece is complete yet.
+        self._current: tuple[float, float] | None = None
 
     def value(self) -> int:
         """The rate in bits per second; 0 if it is not known yet, or the next piece is overdue."""
-        rate, until = self._current
+        current = self._current
+        if current is None:
+            return 0
+        rate, until = current
         return round(rate) if time.monotonic() < until else 0
 
     def start_segment(self, duration: float) -> None:
         """Begin a segment.  `duration`: seconds, as its playlist says; 0 if it does not say."""
+        if not duration:
+            self._duration = None
+            return
         self._duration = duration
-        if duration:
-            self._size, self._burst_began = 0, None
+        self._size, self._burst_began = 0, None
 
     def end_segment(self, *, is_whole: bool) -> None:
-        if self._duration and is_whole:
+        """End the segment, if one was begun; it is a piece if it is whole."""
+        if self._duration is None:
+            return
+        if is_whole:
             self._add_piece(self._size, self._duration)
-        if self._duration:
-            self._size, self._duration = 0, 0.0
+        self._size, self._duration = 0, None
 
     def add(self, size: int) -> None:
         """Count bytes that have just arrived."""
         now = time.monotonic()
-        if not self._duration:
+        if self._duration is None:
             self._divide_into_bursts(now)
         self._size += size
         self._arrived = now
@@ -7913,7 +7922,9 @@ class Bitrate:
         elif now - self._arrived > PAUSE or now - began > LONGEST_PIECE:
             if not self._is_first_burst:
                 self._add_piece(self._size, now - began)
-            self._size, self._burst_began, self._is_first_burst = 0, now, False
+            self._size = 0
+            self._burst_began = now
+            self._is_first_burst = False
 
     def _add_piece(self, size: int, seconds: float) -> None:
         self._pieces.append((size, seconds))
@@ -7923,6 +7934,15 @@ class Bitrate:
         longest = max(seconds for _, seconds in self._pieces)
         until = time.monotonic() + max(AVERAGED_TIME, 2 * longest)
         self._current = 8 * sum(size for size, _ in self._pieces) / total, until
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why a stream has no media, and when that was noted."""
+
+    reason: str
+    noted: float  # time.monotonic()
+    unix_time: float
 
 
 class StreamRecord:
@@ -7939,19 +7959,18 @@ class StreamRecord:
         self.failures: Counter[str] = Counter()  # of upstreams, by reason
         self.drops: Counter[str] = Counter()  # of viewers, by reason
         self.peak = 0  # the most viewers at once
-        self.last_error: str | None = None
-        self.troubled = -math.inf  # when last_error was noted
-        self.trouble_time: float | None = None  # the same as a Unix time
+        self.last_trouble: Trouble | None = None  # replaced as a whole
         self.container = MPEG_TS  # of the newest media
         self.unplayed: Sequence[str] = ()  # codecs in it that no browser plays
         self.has_failed = False  # an upstream failed, and no bytes have arrived since
         self.variants: Mapping[str, str] = {}  # of the newest start: name to variant
-        self.resolved = -math.inf  # when that start found them
+        self.resolved: float | None = None  # when that start found them
         # By wanted quality: when a start failed, and the error that answers its viewers.
         self.start_errors: dict[str, tuple[float, StreamError]] = {}
         self.numberings: dict[str, Numbering] = {}  # of HLS, by variant
         self.failure_times: dict[str, float] = {}  # when each address last failed
-        self._good_copy = "", 0  # the address that had media last, and the copy of its variant
+        # The address that had media last, and the copy of its variant.
+        self._good_copy: tuple[str, int] | None = None
         self._slots: deque[tuple[int, int]] = deque(maxlen=SLOTS + 1)  # number and bytes of each
         self._warnings = LineLimit()  # used by choose_level()
 
@@ -7972,12 +7991,15 @@ class StreamRecord:
         with self._lock:
             self.drops[reason] += 1
 
-    def add_failure(self, reason: str, address: str = "") -> None:
+    def add_failure(self, reason: str, address: str | None = None) -> None:
         """Count an upstream's failure.  `address`: the address that failed, if one did."""
         now = time.monotonic()
         with self._lock:
-            recent = {which: at for which, at in self.failure_times.items() if at > now - BAD_TIME}
-            self.failure_times = {**recent, address: now}
+            for known, failed in tuple(self.failure_times.items()):
+                if failed <= now - BAD_TIME:
+                    del self.failure_times[known]
+            if address is not None:
+                self.failure_times[address] = now
             self.failures[reason.partition(";")[0]] += 1  # the label omits the qualities on offer
             self.has_failed = True
             self.note_trouble(reason)  # under the same lock: a failed stream always has a reason
@@ -7985,14 +8007,13 @@ class StreamRecord:
     def note_trouble(self, reason: str) -> None:
         """Remember why a stream has no media, whether or not its upstream has ended."""
         with self._lock:
-            self.last_error, self.troubled = reason, time.monotonic()
-            self.trouble_time = time.time()
+            self.last_trouble = Trouble(reason, time.monotonic(), time.time())
 
     def forget_failures(self) -> None:
         """Forget failures that prove nothing any more, because the upstream's settings changed."""
         with self._lock:
             self.start_errors.clear()
-            self.resolved = -math.inf
+            self.resolved = None
             self.has_failed = False
 
     def start_order(self, addresses: Sequence[str]) -> list[int]:
@@ -8003,7 +8024,13 @@ class StreamRecord:
         since = time.monotonic() - BAD_TIME
         with self._lock:
             failed = {address for address, at in self.failure_times.items() if at > since}
-        return sorted(range(len(addresses)), key=lambda n: addresses[n] in failed)
+        good, bad = [], []
+        for position, address in enumerate(addresses):
+            if address in failed:
+                bad.append(position)
+            else:
+                good.append(position)
+        return good + bad
 
     def note_good_copy(self, address: str, copy: int) -> None:
         """Remember that this copy (a position) of an address's variant has media."""
@@ -8013,8 +8040,10 @@ class StreamRecord:
     def good_copy(self, address: str) -> int:
         """The position of the copy to try first: that with media last time, or else the first."""
         with self._lock:
-            known, copy = self._good_copy
-        return copy if known == address else 0
+            known = self._good_copy
+        if known and known[0] == address:
+            return known[1]
+        return 0
 
     def add_received(self, size: int) -> None:
         slot = int(time.monotonic() / SLOT)
@@ -8076,6 +8105,8 @@ class StreamRecord:
 # --------------------------------------------------------------------------------------------------
 
 WINDOW_GROWTH = 8  # times `ringbuffer_size` that a window may hold to keep enough segments
+LEAST_REQUEST_TIME = 0.1  # seconds that each request of an opening gets, even after its deadline
+LEAST_TICK = 0.05  # seconds between two checks of a feeder, at least: `linger` may be 0
 ONLY_VARIANT = "live"  # the name that streamlink gives to the stream of a source without variants
 PRIVATE_WINDOW = 1 * MIB  # bytes between a finite upstream and its viewer: its downloads read ahead
 ZAPPING_PAUSE = 0.5  # seconds between a start's tries while the origin counts a closed connection
@@ -8195,6 +8226,11 @@ class Channel:
     def is_running(self) -> bool:
         return self.state in (State.LIVE, State.PRIVATE)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it receives no more media."""
+        return self.state in (State.CLOSED, State.ENDED)
+
     def suits(self, viewer: Viewer) -> bool:
         """Whether this start has, or may have, the variant that a waiting viewer wants.
 
@@ -8227,12 +8263,14 @@ class Channel:
         """The channel as /status prints it.  The caller holds channels.changed."""
         now = time.monotonic()
         held, seconds = self.window.held()
-        state, patience = self.state.value, self.stream.options.timeout
+        options = self.stream.options
+        state, patience = self.state.value, options.timeout
         if self.is_running and self.trouble:
-            state, patience = "waiting", self.stream.options.reconnect
+            state, patience = "waiting", options.reconnect
         elif self.state is State.ENDED:
             state = State.CLOSED.value  # a client need not know the difference
-        waiting_seconds = gives_up_seconds = None
+        waiting_seconds: float | None = None
+        gives_up_seconds: float | None = None
         if state in ("waiting", "starting"):
             waited = now - self._last_byte
             waiting_seconds = round(waited, 1)
@@ -8296,9 +8334,11 @@ class Channel:
         """
         if self.has_hls and is_complete:
             deadline = time.monotonic() + self.poll_patience
-            while self.pollers and not self.stopped.is_set() and time.monotonic() < deadline:
-                self.stopped.wait(min(FEEDER_TICK, max(0.0, deadline - time.monotonic())))
+            remaining = self.poll_patience
+            while self.pollers and not self.stopped.is_set() and remaining > 0:
+                self.stopped.wait(min(FEEDER_TICK, remaining))
                 self.channels.remove_pollers(self)
+                remaining = deadline - time.monotonic()
         self.window.close_hls()
         self.channels.remove_pollers(self, all_of_them=True)
 
@@ -8311,20 +8351,18 @@ class Channel:
         """
         order = deque(self._order)
         timeout = self.stream.options.timeout / len(order)
-        reason, is_full, limit = "", False, ""
+        failure: StreamError = UpstreamError(NO_MEDIA)  # of the last address
         busy: int | None = None  # position of the address to try again
         while order:
             self._begin_address(order.popleft())
             try:
-                reason = self._open_copies(timeout)
-                is_full = False
+                failure = UpstreamError(self._open_copies(timeout))
             except LimitReached as refusal:
-                reason, limit = refusal.reason, refusal.limit
-                is_full = True
-                self._note_trouble(reason)
+                failure = refusal.copy()
+                self._note_trouble(refusal.reason)
             if self._splicer:
                 return
-            if reason in BUSY:
+            if failure.reason in BUSY:
                 busy = self._address
             if order or busy is None:
                 continue
@@ -8332,10 +8370,8 @@ class Channel:
             self.channels.close_idle_beside(self, address)
             if self.channels.was_just_closed(self, address):
                 order.append(busy)
-                self._wait(ZAPPING_PAUSE, math.inf)
-        if is_full:
-            raise LimitReached(reason, limit)
-        raise UpstreamError(reason)
+                self._wait(ZAPPING_PAUSE)
+        raise failure
 
     def _open_copies(self, timeout: float) -> str:
         """Try the copies of an address's variant in order, all within `timeout`.
@@ -8345,7 +8381,7 @@ class Channel:
         deadline = time.monotonic() + timeout
         while True:
             try:
-                self._open_and_feed(max(deadline - time.monotonic(), 0.1), deadline)
+                self._open_and_feed(deadline - time.monotonic(), deadline)
             except UpstreamError as error:
                 reason = error.reason
                 self._note_failure(reason)
@@ -8373,7 +8409,7 @@ class Channel:
             began = time.monotonic()
             try:
                 timeout = min(self.stream.options.timeout, deadline - began)
-                self._open_and_feed(max(timeout, 0.1), deadline)
+                self._open_and_feed(timeout, deadline)
             except UpstreamError as error:
                 self._note_failure(error.reason)
             except LimitReached as refusal:
@@ -8414,30 +8450,33 @@ class Channel:
         """Whether all copies that the address in use offers were tried since the first one."""
         return self._next_copy == self._first_copy % self._copies
 
-    def _wait(self, seconds: float, deadline: float) -> None:
+    def _wait(self, seconds: float, deadline: float | None = None) -> None:
         """Pause for `seconds` before a try.
 
         Raises UpstreamError if the deadline passes first, and Stop if the channel was stopped or
         has no viewers.
         """
-        until = min(time.monotonic() + seconds, deadline)
+        until = time.monotonic() + seconds
+        is_last_pause = deadline is not None and deadline <= until
+        if deadline is not None:
+            until = min(until, deadline)
         while True:
             self.channels.close_if_unwatched(self)
             if self.stopped.is_set():
                 raise Stop
             remaining = until - time.monotonic()
-            if remaining <= 0 and until < deadline:
-                return
             if remaining <= 0:
-                raise UpstreamError(NOT_BACK)
+                break
             self.stopped.wait(min(remaining, FEEDER_TICK))
+        if is_last_pause:
+            raise UpstreamError(NOT_BACK)
 
     def _note_failure(self, reason: str) -> None:
         self._close_upstream()
         if self.stopped.is_set():  # stop() cut the upstream: the address may be good
             raise Stop
         # The address may be good as long as a copy is untried.
-        address = self.stream.urls[self._address] if self._is_last_copy else ""
+        address = self.stream.urls[self._address] if self._is_last_copy else None
         self.record.add_failure(reason, address)
         self._note_trouble(reason)
 
@@ -8492,11 +8531,18 @@ class Channel:
         session, self._session = self._session, None
         self._losses = Losses()
         if upstream:
-            self._tracks = upstream.tracks or self._tracks
-            self._segment_time = upstream.segment_time or self._segment_time
+            if upstream.tracks:
+                self._tracks = upstream.tracks
+            self._note_segment_time(upstream)
             upstream.close()
         elif session:
             session.http.cut()
+
+    def _note_segment_time(self, upstream: Upstream) -> None:
+        """Remember the time between two segments, if this opening has measured it."""
+        seconds = upstream.segment_time
+        if seconds:
+            self._segment_time = seconds
 
     # Its thread: one opening
 
@@ -8510,6 +8556,7 @@ class Channel:
         """
         address = self.stream.urls[self._address]
         self.channels.take_slot(self, address)
+        timeout = max(timeout, LEAST_REQUEST_TIME)
         session = self._session = Session(self.stream.at(address), timeout)
         if self.stopped.is_set():
             raise Stop
@@ -8597,10 +8644,9 @@ class Channel:
                 self._note_trouble(trouble)  # a request that stop() cut is no trouble
             if is_all:
                 self._finish(upstream)
-            # Bytes are a sign of life, and so is a segment that was left out on purpose.
-            if any(isinstance(item, bytes) or item.kind is EventKind.FILTERED for item in items):
+            if any(_is_sign_of_life(item) for item in items):
                 alive = time.monotonic()
-            self._judge(upstream, alive, deadline if start is not None else math.inf)
+            self._judge(upstream, alive, deadline if start is not None else None)
 
     def _read(self, upstream: Upstream) -> tuple[list[bytes | SegmentEvent], bool]:
         """The next items, and whether the source has ended; raises UpstreamError if it broke off.
@@ -8608,19 +8654,23 @@ class Channel:
         A live source without a playlist never ends.  If a reopening gets a finite answer (an empty
         one, or a clip of a few seconds), a relay sent it because its own source is down.
         """
-        items = None
-        # A viewer that leaves wakes the buffer; the end of the linger time does not.
-        tick = FEEDER_TICK if self.viewers else min(FEEDER_TICK, max(self.linger, 0.05))
-        with contextlib.suppress(SourceEnded):
+        tick = FEEDER_TICK
+        if not self.viewers:  # the end of the linger time, unlike a departure, wakes no buffer
+            tick = min(FEEDER_TICK, max(self.linger, LEAST_TICK))
+        items: list[bytes | SegmentEvent] = []
+        is_all = False
+        try:
             items = upstream.read(tick)
+        except SourceEnded:
+            is_all = True
         is_relay = self._splicer is not None and not (self._has_end or upstream.workers)
-        if items is None:
-            if is_relay:
-                raise UpstreamError(CONNECTION_CLOSED)
-            return [], True
-        return [item for item in items if isinstance(item, bytes)] if is_relay else items, False
+        if is_relay and is_all:
+            raise UpstreamError(CONNECTION_CLOSED)
+        if is_relay:
+            items = [item for item in items if isinstance(item, bytes)]
+        return items, is_all
 
-    def _judge(self, upstream: Upstream, alive: float, deadline: float) -> None:
+    def _judge(self, upstream: Upstream, alive: float, deadline: float | None) -> None:
         """Raise StreamError if an upstream has failed without saying so.
 
         It has failed if a start or a reopening has no media by `deadline`; if nothing new arrived
@@ -8629,7 +8679,7 @@ class Channel:
         `reconnect` seconds.  `alive` is when the upstream last showed a sign of life.
         """
         now = time.monotonic()
-        is_late = now > deadline
+        is_late = deadline is not None and now > deadline
         trouble = upstream.trouble
         if is_late and self._splicer is None and not self._has_backup:
             error = no_media_error(self.stream, trouble)
@@ -8708,26 +8758,36 @@ class Channel:
     def _move(self, upstream: Upstream, items: list[bytes | SegmentEvent]) -> None:
         assert self._splicer
         self.record.add_received(sum(len(item) for item in items if isinstance(item, bytes)))
-        for is_event, group in itertools.groupby(
-            self._splicer.without_inserts(items), lambda item: isinstance(item, SegmentEvent)
-        ):
-            if is_event:
-                for event in cast(Iterator[SegmentEvent], group):
-                    self._note_segment(event)
-                    skipped = self._splicer.pass_event(event)
-                    self._count_skipped(skipped, upstream, event.duration)
-                    if event.kind is EventKind.GAP:
-                        self._count_gaps(1)
-            else:
-                data = b"".join(cast(Iterator[bytes], group))
-                if self._splicer.pass_bytes(data):
-                    if self.trouble and not upstream.trouble:
-                        self._note_recovery()
-                    self._last_byte = time.monotonic()
-                self._bitrate.add(len(data))
-                self.record.note_unplayed(self._splicer.unplayed)
+        pieces: list[bytes] = []  # adjacent bytes are passed on at once
+        for item in self._splicer.without_inserts(items):
+            if isinstance(item, bytes):
+                pieces.append(item)
+                continue
+            if pieces:
+                self._pass_bytes(upstream, b"".join(pieces))
+                pieces.clear()
+            self._pass_event(upstream, item)
+        if pieces:
+            self._pass_bytes(upstream, b"".join(pieces))
         if self._splicer.insert and self.trouble is None:
             self._note_trouble(switched_to(self._splicer.insert))
+
+    def _pass_event(self, upstream: Upstream, event: SegmentEvent) -> None:
+        assert self._splicer
+        self._note_segment(event)
+        skipped = self._splicer.pass_event(event)
+        self._count_skipped(skipped, upstream, event.duration)
+        if event.kind is EventKind.GAP:
+            self._count_gaps(1)
+
+    def _pass_bytes(self, upstream: Upstream, data: bytes) -> None:
+        assert self._splicer
+        if self._splicer.pass_bytes(data):
+            if self.trouble and not upstream.trouble:
+                self._note_recovery()
+            self._last_byte = time.monotonic()
+        self._bitrate.add(len(data))
+        self.record.note_unplayed(self._splicer.unplayed)
 
     def _note_segment(self, event: SegmentEvent) -> None:
         """Measure a live channel's bitrate by its segments.
@@ -8754,10 +8814,11 @@ class Channel:
         """
         if segments <= 0:
             return
-        self._segment_time = upstream.segment_time or self._segment_time
+        self._note_segment_time(upstream)
         # The listed durations are often too long; the measured one is too long after a stall.
-        lengths = [upstream.target_duration, duration, self._segment_time]
-        length = max(LEAST_INTERVAL, min((one for one in lengths if one), default=0.0))
+        lengths = (upstream.target_duration, duration, self._segment_time)
+        known = [length for length in lengths if length]
+        length = max(LEAST_INTERVAL, min(known, default=LEAST_INTERVAL))
         silent = time.monotonic() - self._last_byte
         if segments * length > silent + LISTED_TIME:
             return
@@ -8803,6 +8864,11 @@ def _reopen_pauses() -> Iterator[float]:
         yield pause * random.uniform(0.8, 1.2)
 
 
+def _is_sign_of_life(item: bytes | SegmentEvent) -> bool:
+    """Whether an item shows that its upstream works: bytes, or a segment left out on purpose."""
+    return isinstance(item, bytes) or item.kind is EventKind.FILTERED
+
+
 def switched_to(container: Container) -> str:
     return f"the origin switched to {container.media_type}"
 
@@ -8826,7 +8892,10 @@ def names_in(quality: str) -> list[str]:
 
 def variant_of(quality: str, variants: Mapping[str, str]) -> str | None:
     """The variant of the first name in `quality` that `variants` has; None if it has none."""
-    return next((variants[name] for name in names_in(quality) if name in variants), None)
+    for name in names_in(quality):
+        if name in variants:
+            return variants[name]
+    return None
 
 
 def host_of(address: str) -> str:
@@ -8868,6 +8937,7 @@ def no_quality_error(qualities: Iterable[str]) -> StreamError:
 #   it polls another channel            _let_go, at a limit        left                 -
 #   it polls, and the source ended      Channel._see_pollers_off   left                 -
 #   it polls, and the channel failed    end                        left                 drop_reason
+#   its segment of fMP4 broke off       Window.take                got half a segment   torn
 #   its start has no media for it       _await_start               a line of the start  -
 #
 # How a channel ends.  _close() makes it CLOSED, and end() makes it ENDED when its thread ends.
@@ -8986,8 +9056,8 @@ class Channels:
         with self.changed:
             channel = None
             for candidate in self.channels_to_poll(stream, quality):
-                is_over = candidate.state is State.ENDED
-                if viewer.key in candidate.pollers and not (is_over and anew):
+                has_ended = candidate.state is State.ENDED
+                if viewer.key in candidate.pollers and not (has_ended and anew):
                     channel = candidate
                     break
             if channel is None:
@@ -9004,17 +9074,21 @@ class Channels:
         NoHls), or if the channel has ended (raises UpstreamError).
         """
         is_known = viewer.key in channel.pollers  # another request of this client was faster
-        is_over = channel.state is State.ENDED  # since this thread waited for the lock
-        if is_known or is_over or not channel.has_hls:
+        has_ended = channel.state is State.ENDED  # while this thread waited for the lock
+        if is_known or has_ended or not channel.has_hls:
             self._detach(channel, viewer)
-        if is_over:
+        if has_ended:
             raise UpstreamError(JUST_ENDED)
         if not channel.has_hls:
             raise NoHls(channel.stream)
         if is_known:
             return
-        # Read the patience at every check: the target duration of a raw source grows.
-        viewer.is_gone = lambda: time.monotonic() - viewer.moved > channel.poll_patience
+
+        def is_silent() -> bool:
+            # The patience is read at every check: the target duration of a raw source grows.
+            return time.monotonic() - viewer.moved > channel.poll_patience
+
+        viewer.is_gone = is_silent
         channel.pollers[viewer.key] = viewer
         channel.record.add("arrivals")
         label = viewer_label(viewer.address)
@@ -9197,10 +9271,11 @@ class Channels:
         if wanted in record.start_errors:
             raise record.start_errors[wanted][1].copy()
         is_running = any(channel.is_running for channel in self._channels_of(stream.name))
-        is_known = is_running or now - record.resolved < FAILURE_MEMORY
+        is_fresh = record.resolved is not None and now - record.resolved < FAILURE_MEMORY
         variants = self._variants_of(stream)
         is_offered = any(name in variants for name in names_in(wanted))
-        if is_known and variants and not is_offered and wanted != stream.quality:
+        is_known = (is_running or is_fresh) and bool(variants)
+        if is_known and not is_offered and wanted != stream.quality:
             raise no_quality_error(dict.fromkeys(variants.values()))
 
     def _make_seat(self, viewer: Viewer) -> None:
@@ -9252,8 +9327,7 @@ class Channels:
 
         A closed channel holds none: its connections are closed, even if its thread still runs.
         """
-        over = (State.CLOSED, State.ENDED)
-        return [channel for channel in self._channels if channel.state not in over]
+        return [channel for channel in self._channels if not channel.is_over]
 
     def _account_of(self, stream: StreamSettings, address: str) -> str | None:
         """The name of the playlist whose account an address uses."""
@@ -9315,8 +9389,9 @@ class Channels:
             remaining = deadline - time.monotonic()
             if remaining <= 0 or viewer.is_gone():
                 self._detach(channel, viewer)
-                no_media = no_media_error(channel.stream, channel.trouble)
-                raise no_media if remaining <= 0 else ViewerGone()
+                if remaining <= 0:
+                    raise no_media_error(channel.stream, channel.trouble)
+                raise ViewerGone
             self.changed.wait(min(remaining, START_TICK))
         suits = channel.suits(viewer)
         if suits and channel.had_media:
@@ -9350,16 +9425,21 @@ class Channels:
         channels = self._channels_of(stream.name)
         viewers = [viewer for channel in channels for viewer in channel.viewers]
         counts = self.totals(stream)
-        over = (State.CLOSED, State.ENDED)
-        shown = [c.status() for c in channels if c.viewers or c.state not in over]
+        shown = [channel.status() for channel in channels if channel.viewers or not channel.is_over]
         states = {channel["state"] for channel in shown}
-        at_rest = "failed" if record.has_failed else "idle"
-        age = round(time.monotonic() - record.troubled, 1)
+        state = "failed" if record.has_failed else "idle"
+        for best in STATES_SHOWN:
+            if best in states:
+                state = best
+                break
+        trouble, age = record.last_trouble, None
+        if trouble:
+            age = round(time.monotonic() - trouble.noted, 1)
         return {
             "stream": stream.name,
             "title": stream.title,
             "group": stream.group,
-            "state": next((state for state in STATES_SHOWN if state in states), at_rest),
+            "state": state,
             "viewers": len(viewers),
             "peak": record.peak,
             "bytes_in": counts["received"],
@@ -9367,8 +9447,8 @@ class Channels:
             "bitrate": sum(channel.bitrate for channel in channels),
             "restarts": counts["restarts"],
             "gaps": counts["gaps"],
-            "last_error": record.last_error,
-            "last_error_seconds": age if record.last_error else None,
+            "last_error": trouble.reason if trouble else None,
+            "last_error_seconds": age,
             "channels": shown,
         }
 
@@ -9467,8 +9547,9 @@ class Channels:
         """
         with self.changed:
             counted = _counted_by(address, self._account_of(newcomer.stream, address))
-            closed = max(self._closed.get(place, -math.inf) for place in counted)
-            return time.monotonic() - closed < ZAPPING_TIME
+            now = time.monotonic()
+            closed = [self._closed[place] for place in counted if place in self._closed]
+            return any(now - each < ZAPPING_TIME for each in closed)
 
     def remove_pollers(self, channel: Channel, *, all_of_them: bool = False) -> None:
         """Detach the pollers that have left, or all of them."""
@@ -9564,7 +9645,9 @@ def _surplus(holders: Sequence[Channel], limit: int) -> list[Channel] | None:
         return []
     idle = [channel for channel in holders if not channel.viewers]
     idle.sort(key=lambda channel: channel.idle_since)
-    return idle[:count] if count <= len(idle) else None
+    if count > len(idle):
+        return None
+    return idle[:count]
 
 
 def _account_is_full(limit: int, sharing: Collection[Channel]) -> str:
@@ -10300,10 +10383,10 @@ def _stream_samples(site: Site, stream: StreamSettings) -> Mapping[str, Samples]
         for each in ("live", "waiting", "failed", "idle")
     }
     record = site.record(stream)
-    failed_at = record.trouble_time
+    trouble = record.last_trouble
     samples["last_error_timestamp_seconds"] = {}
-    if failed_at is not None:
-        samples["last_error_timestamp_seconds"] = {_labels(stream=stream.name): failed_at}
+    if trouble:
+        samples["last_error_timestamp_seconds"] = {_labels(stream=stream.name): trouble.unix_time}
     errors, drops = record.reasons()
     for name, counts in (("upstream_errors_total", errors), ("viewer_drops_total", drops)):
         samples[name] = {

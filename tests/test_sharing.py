@@ -225,6 +225,21 @@ def test_each_viewer_of_vod_gets_all_of_it(origin: Origin, serve: Serve) -> None
     assert {origin.count(playlist.segment_path(number)) for number in range(8)} == {6}
 
 
+def test_log_says_whether_a_channel_is_finite(
+    origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "streampipe")
+    film = origin.add(Playlist("film", media.ts_segments()))
+    live = Playlist("live", media.ts_segments(), mode="live")
+    news = origin.add(master("news", {"720p": live}))
+    site = serve({"film": film.url, "news": news.url})
+    site.get("/film")
+    with site.watch("/news") as viewer:
+        viewer.read(media.PACKET)
+    assert "film: finite, single quality, video/mp2t" in caplog.messages
+    assert "news: live, 720p, video/mp2t" in caplog.messages
+
+
 def long_film(origin: Origin) -> Playlist:
     """60 segments of 512 KiB: more than streamlink queues and the kernel takes, together."""
     segments = [media.padded(segment, MIB // 2) for segment in media.ts_segments()]
