@@ -12166,12 +12166,20 @@ class Handler(BaseHTTPRequestHandler):
 
         Raises StreamError if no media arrives.
         """
-        viewer = self._viewer(stream, polls=False)
-        channel = self.server.channels.watch(stream, quality, viewer)
-        try:
-            self._stream(channel, viewer, self._first_blocks(channel, viewer))
-        finally:
-            self.server.channels.leave(channel, viewer)
+        channels = self.server.channels
+        while True:
+            viewer = self._viewer(stream, polls=False)
+            channel = channels.watch(stream, quality, viewer)
+            try:
+                self._stream(channel, viewer, self._first_blocks(channel, viewer))
+                return
+            except WindowEnded:  # before the answer began
+                if channels.drop_reason(channel) != "reload":
+                    raise
+            finally:
+                channels.leave(channel, viewer)
+            # A reload changed the stream, so the client gets the new one.
+            stream = self.server.config.streams.get(stream.name, stream)
 
     def _viewer(self, stream: StreamSettings, polls: bool) -> Viewer:
         """Return the client as a viewer, after tuning its connection for media."""

@@ -12,8 +12,9 @@ import re
 import socket
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import yaml
@@ -552,6 +553,25 @@ def test_stream_that_a_reload_removes_during_its_start(origin: Origin, serve: Se
         reload(site, {"url": relay(origin, "b")})
         assert player.status == 404
     hanging.release()
+
+
+def test_reload_reaches_a_viewer_that_waits_for_a_place_to_start(
+    origin: Origin, serve: Serve
+) -> None:
+    """Its channel runs, but sends no tables and no key frame."""
+
+    def source() -> Iterator[bytes]:
+        yield media.ts_segments()[0][media.HEAD_PACKETS * media.PACKET :]
+        while True:
+            yield pipe.NULL_PACKET
+            time.sleep(0.02)
+
+    site = serve({"news": origin.add_endless("/news", source)})
+    watch(site, "/news")
+    with Player(site, "/news") as player:
+        eventually(lambda: viewers(site) == 2, "both watch")
+        reload(site, {"url": relay(origin, "b")})
+        player.read_media()
 
 
 def test_reload_during_a_start_reaches_waiting_viewers_of_every_quality(
