@@ -10053,13 +10053,20 @@ class Site:
 
     def wants(self, name: str) -> str:
         """Return a parameter of the request's query; empty if the query lacks it."""
-        return (self.asked.get(name) or [""])[-1]
+        values = self.asked.get(name)
+        if not values:
+            return ""
+        return values[-1]
 
     def query(self, **wanted: str | None) -> str:
         """Return the query of one of our addresses: the wanted parameters, and the token."""
-        wanted["token"] = self.config.server.token if self.is_trusted else None
-        query = urlencode({key: text for key, text in wanted.items() if text}, quote_via=quote)
-        return f"?{query}" if query else ""
+        shown = {key: text for key, text in wanted.items() if text}
+        token = self.config.server.token
+        if token and self.is_trusted:
+            shown["token"] = token
+        if not shown:
+            return ""
+        return "?" + urlencode(shown, quote_via=quote)
 
     def local(self, path: str, **wanted: str) -> str:
         """Return an address for a page's script, relative like the page's links."""
@@ -10123,9 +10130,12 @@ def guide_at(config: Config, path: str) -> tuple[PlaylistSettings, str] | None:
         return PlaylistSettings("epg", "", options=config.options), config.server.epg
     found = GUIDE_PATH.fullmatch(path)
     names = list(config.guides)
-    name = found[1] if found else ""
     if path == "/epg.xml" and names:
         name = names[0]
+    elif found:
+        name = found[1]
+    else:
+        return None
     if name not in config.guides:
         return None
     return config.playlists[name], config.guides[name]
@@ -10137,8 +10147,10 @@ def whole_guide(parts: Iterator[bytes]) -> Iterator[bytes]:
     Raises UpstreamError if the body is a web page.
     """
     start = b""
-    while len(start) < GUIDE_START and (part := next(parts, b"")):
+    for part in parts:
         start += part
+        if len(start) >= GUIDE_START:
+            break
     if re.match(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?<(!doctype\s+)?html", start, re.I):
         raise UpstreamError("the origin sent a web page, not a guide")
     yield start
@@ -10231,14 +10243,26 @@ def guide_numbers(streams: Collection[StreamSettings]) -> dict[str, int]:
     taken = set(numbers.values())
     for name in sorted(stream.name for stream in streams if not stream.number):
         first = GUIDE_NUMBERS[zlib.crc32(name.encode()) % len(GUIDE_NUMBERS)]
-        after, before = range(first, GUIDE_NUMBERS.stop), range(GUIDE_NUMBERS.start, first)
-        beyond = itertools.count(GUIDE_NUMBERS.stop)  # if there are more streams than numbers
-        for number in itertools.chain(after, before, beyond):
-            if number not in taken:
-                break
+        number = _free_number(first, taken)
         taken.add(number)
         numbers[name] = number
     return numbers
+
+
+def _free_number(first: int, taken: Collection[int]) -> int:
+    """Return the first free guide number from `first` on; after the last, the first follows."""
+    number = first
+    for _ in GUIDE_NUMBERS:
+        if number not in taken:
+            return number
+        number += 1
+        if number == GUIDE_NUMBERS.stop:
+            number = GUIDE_NUMBERS.start
+
+    number = GUIDE_NUMBERS.stop  # there are more streams than numbers
+    while number in taken:
+        number += 1
+    return number
 
 
 def device_id(port: int) -> str:
@@ -10403,7 +10427,12 @@ def _labels(**labels: object) -> str:
 
 
 def _family(name: str, words: str, samples: Samples) -> str:
-    kind = "counter" if name.endswith("_total") else "histogram" if "_sum" in samples else "gauge"
+    if name.endswith("_total"):
+        kind = "counter"
+    elif "_sum" in samples:
+        kind = "histogram"
+    else:
+        kind = "gauge"
     lines = [f"# HELP streampipe_{name} {words}", f"# TYPE streampipe_{name} {kind}"]
     lines += [f"streampipe_{name}{tail} {value!r}" for tail, value in samples.items()]
     return "\n".join(lines) + "\n"
@@ -10482,7 +10511,7 @@ font-size:.9375rem;line-height:1;background:hsl(var(--hue) var(--tile));
 color:hsl(var(--hue) var(--letters))}
 .logo img{position:relative;width:4rem;min-height:2.25rem;max-height:2.25rem;object-fit:contain;
 background:var(--card);filter:drop-shadow(0 0 1px var(--halo))}
-@media (scripting:enabled){.logo img:not(.loaded){opacity:0}}
+@media (scripting:enabled){.logo img:not(.loaded){opacity:0}}.logo:has(.loaded) b{display:none}
 .watch .logo img{background:var(--bg)}
 .name{flex:1;min-width:0;display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:3;
 overflow:hidden;unicode-bidi:plaintext}.name b{color:var(--soft);margin-inline-end:.15rem}
@@ -10782,8 +10811,11 @@ POLICY_HOSTS = 1 * KIB  # bytes of logo hosts in a policy; if there are more, it
 def policy_headers(config: Config) -> dict[str, str]:
     """Return headers that restrict our pages to our script, our media and the logos."""
     site = re.compile(r"(https?://)(?:[^/?#@]*@)?([\w.-]+(?::\d+)?)(?![^/?#])", re.ASCII | re.I)
-    logos = (site.match(stream.logo or "") for stream in config.streams.values())
-    hosts = " ".join(dict.fromkeys(logo[1] + logo[2] for logo in logos if logo))
+    found = dict[str, None]()  # each host once, in the order of the file
+    for stream in config.streams.values():
+        if stream.logo and (logo := site.match(stream.logo)):
+            found[logo[1] + logo[2]] = None
+    hosts = " ".join(found)
     if len(hosts) > POLICY_HOSTS:
         hosts = "http: https:"
     return {
@@ -10872,11 +10904,11 @@ class Board:
         self.active = {
             stream.name: site.status(stream) for stream in self.streams if stream.name in names
         }
-        self.playing_accounts = {
-            self._account(name)
-            for name, status in self.active.items()
-            if status["state"] in PLAYING
-        } - {None}
+        self.playing_accounts = set[str]()
+        for name, status in self.active.items():
+            account = self._account(name) if status["state"] in PLAYING else None
+            if account is not None:
+                self.playing_accounts.add(account)
         self.scale = self._scale()
         self.lists = site.server.lists.report()
 
@@ -10922,24 +10954,31 @@ class Board:
         elif status["last_error"] and status["channels"]:
             age = _ago(status["last_error_seconds"])
             notes.append(f"last error, {age}: {status['last_error']}")
-        return list(map(html.escape, notes))
+        return [html.escape(note) for note in notes]
 
     def _state(self, stream: StreamSettings) -> str:
         """Return a state in words, with its age and the time until a channel stops waiting."""
         status = self.active[stream.name]
-        state = color = words = status["state"]
+        state = status["state"]
+        color = words = state
         if state == "private":
             words = "playing"
         elif state == "failed":
             words = f"failed {_ago(status['last_error_seconds'])}"
             if self._is_over(stream):
-                words, color = f"{words}, not tried since", "over"
+                color = "over"
+                words += ", not tried since"
         elif state in ("waiting", "starting"):
-            channel = next(each for each in status["channels"] if each["state"] == state)
-            waited = _whole(_duration(channel["waiting_seconds"]))
-            left = _whole(_duration(channel["gives_up_seconds"]))
-            words = f"{state} for {waited}, gives up in {left}"
+            words = self._waiting_words(status)
         return f'<span class="{color}">{words}</span>'
+
+    def _waiting_words(self, status: Mapping[str, Any]) -> str:
+        """Return how long the first channel in a stream's state has waited, and will wait."""
+        state = status["state"]
+        channels = [each for each in status["channels"] if each["state"] == state]
+        waited = _whole(_duration(channels[0]["waiting_seconds"]))
+        left = _whole(_duration(channels[0]["gives_up_seconds"]))
+        return f"{state} for {waited}, gives up in {left}"
 
     def _is_over(self, stream: StreamSettings) -> bool:
         """Whether a failure has become irrelevant: it is old, or its account plays a stream now."""
@@ -10991,13 +11030,14 @@ class Board:
                 )
         if not lines:
             return ""
-        if len(lines) > MOST_LINES:
-            lines[MOST_LINES:] = [f"<li>and {len(lines) - MOST_LINES} more</li>"]
-        words = ", ".join(
-            f'<span class="{state.rpartition(" ")[2]}">{count} {state}</span>'
-            for state, count in sorted(counts.items())
-        )
-        return f"<summary>{words}</summary><ul>{''.join(lines)}</ul>"
+        more = len(lines) - MOST_LINES
+        if more > 0:
+            lines = [*lines[:MOST_LINES], f"<li>and {more} more</li>"]
+        words = []
+        for state, count in sorted(counts.items()):
+            color = "failed" if state == "list failed" else state
+            words.append(f'<span class="{color}">{count} {state}</span>')
+        return f"<summary>{', '.join(words)}</summary><ul>{''.join(lines)}</ul>"
 
     def _playing(self) -> str:
         """Return the cards of playing streams, for a page whose groups are all closed."""
@@ -11232,6 +11272,13 @@ def _initials(title: str) -> str:
     return "".join(letters[:2]).upper() + (number[0] if number else "")
 
 
+def status_answer(site: Site) -> Page:
+    """Return the status for programs, or with `?html=1` for the pages' script."""
+    if site.wants("html"):
+        return update_page(site)
+    return status_json(site)
+
+
 def update_page(site: Site) -> Page:
     """Return the parts that the script of an open page replaces, as JSON."""
     name = site.wants("stream")
@@ -11253,12 +11300,22 @@ def update_page(site: Site) -> Page:
     return json_page({"parts": {} if name else board.parts(), "streams": streams}, indent=None)
 
 
+# Names by the word in the User-Agent.  Edge and Opera also call themselves Chrome.
+BROWSERS: Mapping[str, str] = {
+    "Edg": "Edge",
+    "OPR": "Opera",
+    "Firefox": "Firefox",
+    "CriOS": "Chrome",
+    "FxiOS": "Firefox",
+    "Chrome": "Chrome",
+}
+
+
 def player_of(agent: str) -> str:
     """Return a player's or browser's name and version, taken from its User-Agent."""
-    for name in ("Edg", "OPR", "Firefox", "CriOS", "FxiOS", "Chrome"):
-        if found := re.search(rf"\b{name}/(\d+)", agent):
-            shown = {"Edg": "Edge", "OPR": "Opera", "CriOS": "Chrome", "FxiOS": "Firefox"}
-            return f"{shown.get(name, name)} {found[1]}"
+    for word, name in BROWSERS.items():
+        if found := re.search(rf"\b{word}/(\d+)", agent):
+            return f"{name} {found[1]}"
     if agent.startswith("Mozilla/") and "Safari/" in agent:
         return "Safari"
     return agent.partition(" ")[0][:40] or "unknown"
@@ -11432,7 +11489,8 @@ def error_page(site: Site, status: HTTPStatus, reason: str, name: str, agent: st
     stream = site.config.streams.get(name)
     if stream and site.is_trusted and status != HTTPStatus.METHOD_NOT_ALLOWED:
         trouble = StreamError(status, reason)
-        watched = Watched(site.wants("quality") or None, "", f"{name}.m3u8", trouble=trouble)
+        quality = site.wants("quality") or None
+        watched = Watched(quality, path=f"{name}.m3u8", trouble=trouble)
         return watch_page(site, stream, watched, agent)
     may_pass = status >= HTTPStatus.INTERNAL_SERVER_ERROR
     title = "Not playing now" if may_pass else status.phrase.capitalize()
@@ -11571,7 +11629,9 @@ def advice_for(reason: str, status: HTTPStatus) -> str:
 
 def _rate(bitrate: float) -> str:
     """Return a bitrate in Mbit/s, or in kbit/s if it is low (radio)."""
-    return f"{bitrate / 1e6:.1f} Mbit/s" if bitrate >= 1e6 else f"{bitrate / 1e3:.0f} kbit/s"
+    if bitrate >= 1e6:
+        return f"{bitrate / 1e6:.1f} Mbit/s"
+    return f"{bitrate / 1e3:.0f} kbit/s"
 
 
 def _duration(seconds: float) -> str:
@@ -11580,7 +11640,9 @@ def _duration(seconds: float) -> str:
         return f"{days} d {hours % 24} h"
     if hours:
         return f"{hours} h {minutes % 60} min"
-    return f"{minutes} min" if minutes else f"{int(seconds)} s"
+    if minutes:
+        return f"{minutes} min"
+    return f"{int(seconds)} s"
 
 
 def _ago(seconds: float) -> str:
@@ -11598,7 +11660,7 @@ M3U_LISTS = ("/playlist.m3u", "/playlist.m3u8", "/lineup.m3u")
 # By path.  The playlist of a single stream is at /NAME.m3u.
 PAGES: Mapping[str, Callable[[Site], Page]] = {
     "/": status_page,
-    "/status": lambda site: update_page(site) if site.wants("html") else status_json(site),
+    "/status": status_answer,
     "/metrics": metrics_page,
     **dict.fromkeys(M3U_LISTS, lambda site: playlist_page(site, site.streams)),
     "/discover.json": discover_page,

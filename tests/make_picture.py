@@ -200,12 +200,22 @@ GROUPS = [
 SHAPES = [(90, 30), (64, 64), (30, 60)]  # pixels of logos: wide, square, high
 PLAYING, FAILING, WAITING = (1, 4, 5), (3, 6, 8, 9), 2  # streams, by number
 LONG = "The very long title of channel {}, Donaudampfschifffahrtsgesellschaft live and in color"
+RIGHT_TO_LEFT = "\u05e2\u05e8\u05d5\u05e5 {}"  # "channel" in Hebrew
 FIREFOX = "Mozilla/5.0 (X11; Linux x86_64; rv:144.0) Gecko/20100101 Firefox/144.0"
 # Streams, width, height.
 SIZES = [
     *((count, width, height) for count in (1, 300) for width, height in ((390, 844), (1280, 720))),
     *((1, 1920, 1080), (300, 1920, 1080), (12, 1280, 720), (60, 1280, 720)),
+    *((12, 390, 844), (8000, 390, 844), (8000, 1280, 720)),
 ]
+
+
+def title_of(n: int) -> str:
+    if n % 7 == 0:
+        return LONG.format(n)
+    if n % 11 == 0:
+        return RIGHT_TO_LEFT.format(n)
+    return f"Channel {n}"
 
 
 def household(origin: Origin, media: list[Segment], count: int) -> dict[str, object]:
@@ -214,7 +224,7 @@ def household(origin: Origin, media: list[Segment], count: int) -> dict[str, obj
     for n in range(1, count + 1):
         stream: dict[str, object] = {
             "url": f"{origin.url}/c{n}/index.m3u8",
-            "title": f"Channel {n}" if n % 7 else LONG.format(n),
+            "title": title_of(n),
             "number": n,
             "group": GROUPS[(n - 1) * len(GROUPS) // max(count, 4 * len(GROUPS))],
         }
@@ -241,7 +251,7 @@ def pages_of(count: int, *, is_well: bool) -> dict[str, str]:
     if is_well:
         pages = {"list": "/", "watch": "/s1"}
         if count > 60:
-            pages |= {"group": "/?group=Sport", "search": "/?q=channel+21"}
+            pages |= {"group": "/?group=Sport", "search": "/?q=channel+21", "number": "/?q=217"}
         return pages
     pages = {"list": "/", "nobody": "/nobody"}
     if count > 1:
