@@ -10558,6 +10558,7 @@ video{aspect-ratio:auto;height:calc(100vh - 4.2rem);max-height:none}
 .screen:not(:has(video:not([hidden]))){min-height:calc(100vh - 8.2rem)}}
 @media (max-width:600px){.many:has([type=search]:not(:placeholder-shown)) nav{display:none}}
 .vast:has([type=search]:not(:placeholder-shown)) nav{display:none}
+@media (max-width:600px){#Attention i{display:none}}
 .watch:has(#Trouble) header .note{display:none}
 """
 # A logo that fails to load takes no space, so the initials behind it show: an image with neither

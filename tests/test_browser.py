@@ -446,6 +446,17 @@ def test_results_of_a_search_are_in_sight_among_many_groups(serve: Serve, look: 
     assert 0 < found["y"] < 400
 
 
+def test_each_trouble_is_one_line_on_a_phone(origin: Origin, serve: Serve, look: Look) -> None:
+    site = serve(many_streams(origin, 3))
+    assert site.get("/bad").status == 502
+    visit = look(site.url, 390)
+    box = visit.page.locator("#Attention li").bounding_box()
+    assert box
+    assert box["height"] < 60
+    assert visit.page.locator("#Attention li .failed").is_visible()
+    assert visit.measure("document.documentElement.scrollWidth") <= 390
+
+
 def test_arrows_of_the_links_to_zap_show_beside_long_titles(serve: Serve, look: Look) -> None:
     visit = look(
         f"{serve({'a': NOWHERE, 'b': {'url': NOWHERE, 'title': LONG}, 'c': NOWHERE}).url}/a"
