@@ -77,6 +77,7 @@ Where it is decided
     holders of a slot                Channels._holding and _room_at, for the server and each account
     a source has ended               the table above Upstream; Channel._read and _finish
     an upstream has failed           Channel._judge; within a segment Download._note_failed_try
+    words for a failure, and advice  explain() and its table _SIGNS; Pages: ADVICE
     the next try, and its time       Channel._open_first and _keep_going
     a seam, as viewers see it        Splicer; its docstring has the table of its states
     segments of HLS                  Window.begin and finish; without segments: Window._cut_at
@@ -680,7 +681,7 @@ def with_environment(text: str) -> str:
             return "${"
         if name is None:
             raise ValueError(
-                "expected the name of an environment variable: ${NAME}; $${ stands for ${ itself"
+                "expected the name of an environment variable, like ${NAME}; write $${ for ${"
             )
         value = os.environ.get(name)
         if value is None:
@@ -942,7 +943,7 @@ proxy_url = with_port(
 name_prefix = checked(
     re.compile(r"[a-z0-9-]*").fullmatch, "a prefix may only contain a-z, 0-9 and -, e.g. uk-"
 )
-thread_count = number_from(int, 1, 64)  # more connections would look like an attack
+thread_count = number_from(int, 1, 64)  # hardly any origin allows more connections
 ring_size = number_from(int, 256 * KIB, 4096 * MIB)  # bytes
 request_time = number_from(float, 0.1, HOUR)  # seconds
 
@@ -13111,7 +13112,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _port(value: str) -> int:
     port = int(value) if value.isdecimal() else -1
     if not 0 <= port <= 65535:
-        raise argparse.ArgumentTypeError("a port is a number from 0 to 65535")
+        raise argparse.ArgumentTypeError("expected a number from 0 to 65535")
     return port
 
 
@@ -13157,7 +13158,7 @@ def read_words(words: Sequence[str], is_check: bool) -> Given:
         elif is_check:
             names.append(word)
         else:
-            mistakes.append(f"{word}: write an address that starts with http:// or https://")
+            mistakes.append(f"{word}: this is not an address: {NO_SCHEME}")
     if mistakes:
         raise ConfigError(mistakes)
     with ThreadPoolExecutor(JUDGED_AT_ONCE, thread_name_prefix="judge") as executor:
@@ -13217,7 +13218,7 @@ def _check_word(name: str, address: str) -> None:
     elif not address.lower().endswith((".m3u", ".m3u8")):
         raise ValueError(NO_SCHEME)
     elif not Path(address).expanduser().is_file():
-        raise ValueError("no such file")
+        raise ValueError("there is no such file")
 
 
 def _name_from(address: str) -> str:
@@ -13261,11 +13262,11 @@ def read_settings(arguments: argparse.Namespace, given: Given, demo: str | None)
     playlists = dict(config.playlists)
     for name, address in given.addresses.items():
         if name in streams or name in config.overrides:
-            mistakes.append(f"streams.{name}: the command line adds a stream with this name, too")
+            mistakes.append(f"streams.{name}: the command line adds another stream with this name")
         streams[name] = StreamSettings(name, (address,), title=name, options=config.options)
     for name, address in given.lists.items():
         if name in playlists:
-            mistakes.append(f"playlists.{name}: the command line adds a list with this name, too")
+            mistakes.append(f"playlists.{name}: the command line adds another list with this name")
         playlists[name] = PlaylistSettings(name, address, options=config.options)
     if demo:
         if DEMO_STREAM in streams:

@@ -528,15 +528,15 @@ def test_usage_error_ends_with_status_2(run: Run) -> None:
     assert program.wait() == 2
     usage, *_, last = program.errors()
     assert usage.startswith("usage: pipe.py [-h] ")
-    assert last == "pipe.py: error: argument --port: a port is a number from 0 to 65535"
+    assert last == "pipe.py: error: argument --port: expected a number from 0 to 65535"
     assert program.output() == ""
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        pytest.param(["--port", "-1"], "a port is a number from 0 to 65535", id="negative port"),
-        pytest.param(["--port", "http"], "a port is a number from 0 to 65535", id="port's name"),
+        pytest.param(["--port", "-1"], "expected a number from 0 to 65535", id="negative port"),
+        pytest.param(["--port", "http"], "expected a number from 0 to 65535", id="port's name"),
         pytest.param(["--port"], "expected one argument", id="no port"),
         pytest.param(["--colour"], "unrecognized arguments: --colour", id="unknown option"),
         pytest.param(["--log-level", "loud"], "invalid choice: 'loud'", id="unknown level"),

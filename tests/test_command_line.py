@@ -105,14 +105,17 @@ def test_addresses_are_added_to_a_file(tmp_path: Path, origin: Origin, run: Run)
 @pytest.mark.parametrize(
     ("words", "mistake"),
     [
-        (["news"], "news: write an address that starts with http:// or https://"),
-        (["news.m3u8"], "news.m3u8: write an address that starts with http:// or https://"),
+        (["news"], "news: this is not an address: begin the address with http:// or https://"),
+        (
+            ["news.m3u8"],
+            "news.m3u8: this is not an address: begin the address with http:// or https://",
+        ),
         (["file:///etc/passwd"], "ADDRESS: local files are never opened"),
         (["news=/etc/passwd"], "news: begin the address with http:// or https://"),
         (["http://h.example:188100/x"], "ADDRESS: the address has an invalid port"),
         (["News=http://h.example/"], "News: a stream name may only contain a-z, 0-9 and -"),
         (["health=http://h.example/"], "health: this name is reserved"),
-        (["missing.m3u"], "ADDRESS: no such file"),
+        (["missing.m3u"], "ADDRESS: there is no such file"),
         (["a=http://h.example/", "a=http://i.example/"], "a: two addresses have this name"),
         (["-c", "mine.yml", "news=http://h.example/"], "streams.news: the command line adds"),
         (["-c", "mine.yml", "tv=http://h.example/get.php"], "playlists.tv: the command line adds"),

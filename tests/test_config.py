@@ -596,7 +596,7 @@ def test_environment_variable_with_odd_characters(value: str, environment: Envir
 
 @pytest.mark.parametrize("value", ["${", "${}", "${1}", "${A:-b}", "${A b}", "${A", "a ${ä}"])
 def test_what_is_no_name_of_a_variable(value: str) -> None:
-    expected = "expected the name of an environment variable: ${NAME}; $${ stands for ${ itself"
+    expected = "expected the name of an environment variable, like ${NAME}; write $${ for ${"
     assert mistakes(server(f"token: '{value}'")) == [f"test.yml:1: server.token: {expected}"]
 
 
