@@ -8118,7 +8118,6 @@ class StreamRecord:
 # --------------------------------------------------------------------------------------------------
 
 WINDOW_GROWTH = 8  # times `ringbuffer_size` that a window may hold to keep enough segments
-LEAST_REQUEST_TIME = 0.1  # seconds that each request of an opening gets, even after its deadline
 LEAST_TICK = 0.05  # seconds between two checks of a feeder, at least: `linger` may be 0
 ONLY_VARIANT = "live"  # the name that streamlink gives to the stream of a source without variants
 PRIVATE_WINDOW = 1 * MIB  # bytes between a finite upstream and its viewer: its downloads read ahead
@@ -8163,7 +8162,7 @@ class Channel:
         self.address = stream.urls[order[0]]  # of its upstream, or of the last try
         self.account: str | None = None  # name of the playlist in whose account it holds a slot
         self.state = State.STARTING
-        self.is_reserved = is_reserved  # its start serves one viewer, whatever its source is
+        self.is_reserved = is_reserved  # the viewer that caused its start is the only one
         self.stopped = threading.Event()  # wakes its thread, which must end; set once, in stop()
         self.variant: str | None = None  # None until its start finds it
         self.variants: Mapping[str, str] | None = None  # name to variant; None until it finds them
@@ -8190,8 +8189,8 @@ class Channel:
         self._copies = 1  # number of copies that the address offered last
         self._last_byte = self.since  # last arrival of media, or the start; status() reads it
         self._troubled_since: float | None = None  # when `trouble` was first set in this outage
-        self._told: set[tuple[Place, str]] = set()  # reasons logged since then, and their places
-        self._gaps = 0  # segments lost since then
+        self._told: set[tuple[Place, str]] = set()  # the reasons logged since, and their places
+        self._gaps = 0  # segments lost since the last recovery
         self._losses = Losses()  # of the upstream's tracks, as counted so far
         self._segment_time: float | None = None  # seconds, as last measured
         self._bitrate = Bitrate()  # of the newest opening
@@ -8569,7 +8568,7 @@ class Channel:
         """
         address = self.stream.urls[self._address]
         self.channels.take_slot(self, address)
-        timeout = max(timeout, LEAST_REQUEST_TIME)
+        timeout = max(timeout, LEAST_TIMEOUT)
         session = self._session = Session(self.stream.at(address), timeout)
         if self.stopped.is_set():
             raise Stop
@@ -8941,6 +8940,7 @@ def no_quality_error(qualities: Iterable[str]) -> StreamError:
 #   the source ended, and it has all    Window.take                got everything       -
 #   it took no byte for viewer_timeout  Handler._send_pieces       read nothing for ..  timeout
 #   it fell behind, and cannot skip     Window.take                fell behind          fell behind
+#   its segment of fMP4 broke off       Window.take                got half a segment   torn
 #   its channel failed for `reconnect`  drop_reason                disconnected by the  reconnect
 #   its channel failed otherwise        drop_reason                  server             failed
 #   a reload changed its stream         drop_reason                                     reload
@@ -8950,7 +8950,6 @@ def no_quality_error(qualities: Iterable[str]) -> StreamError:
 #   it polls another channel            _let_go, at a limit        left                 -
 #   it polls, and the source ended      Channel._see_pollers_off   left                 -
 #   it polls, and the channel failed    end                        left                 drop_reason
-#   its segment of fMP4 broke off       Window.take                got half a segment   torn
 #   its start has no media for it       _await_start               a line of the start  -
 #
 # How a channel ends.  _close() makes it CLOSED, and end() makes it ENDED when its thread ends.
