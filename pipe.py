@@ -11276,12 +11276,12 @@ def _logo(stream: StreamSettings) -> str:
 
 
 def _initials(title: str) -> str:
-    """Return up to five letters and digits for a title: "ZDF", or "C12" for "Channel 12"."""
+    """Return up to six letters and digits for a title: "ZDF", or "C12" for "Channel 12"."""
     words = re.findall(r"\w+", title)
     if len(words) == 1 and len(title) <= 4:
         return title.upper()
     letters = [word[0] for word in words if not word[0].isdigit()]
-    number = re.search("[0-9]{1,3}", title)
+    number = re.search("[0-9]{1,4}", title)
     return "".join(letters[:2]).upper() + (number[0] if number else "")
 
 

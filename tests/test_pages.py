@@ -1315,6 +1315,7 @@ def test_only_group_is_open(serve: Serve, count: int) -> None:
         ("BBC One", "BO"),
         ("Channel 2", "C2"),
         ("Channel 217", "C217"),
+        ("Channel 2171", "C2171"),
         ("Sky Sport Bundesliga 10", "SS10"),
         ("MTV 80s", "M80"),
         ("[de] Das Erste", "DD"),
