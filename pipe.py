@@ -4361,7 +4361,7 @@ class Window:
                 raise ViewerGone("got half a segment", label="torn")
             if viewer not in self._viewers:
                 raise ViewerGone
-            if self._has_ended_for(viewer):
+            if self._ending is not None and self._has_ended_for(viewer):
                 raise WindowEnded(is_complete=self._ending is WindowEnd.COMPLETE)
             if viewer.next is None:
                 self._seek(viewer)
@@ -4379,8 +4379,7 @@ class Window:
         return self._has_more(viewer)
 
     def _has_ended_for(self, viewer: Viewer) -> bool:
-        if self._ending is None:
-            return False
+        """Whether a window that has ended has nothing more for this viewer."""
         return self._ending is WindowEnd.ABORTED or not self._has_more(viewer)
 
     def _has_more(self, viewer: Viewer) -> bool:
@@ -4393,7 +4392,9 @@ class Window:
         """Take the viewer's pending bytes and its next blocks."""
         viewer.moved = time.monotonic()
         taken, viewer.pending = viewer.pending, []
-        size = sum(len(block) for block in taken)
+        size = 0
+        for block in taken:
+            size += len(block)
         end = self._next
         while viewer.next is not None and viewer.next < end and len(taken) < SEND_BLOCKS:
             block = self._blocks[viewer.next - self._first]
