@@ -4976,7 +4976,7 @@ SAFETY_OPTIONS: Mapping[str, Any] = {
 engine_version = importlib.metadata.version("streamlink")
 LEAST_STREAMLINK = (8, 6, 2)  # older versions follow a redirect to a local file
 ALIASES = ("best", "worst", "best-unfiltered", "worst-unfiltered")  # second names of streams
-READ_SIZE = 64 * KIB  # bytes of one read of a list, a playlist or ffmpeg's output
+READ_SIZE = 64 * KIB  # bytes of one read of any body but a segment; of a raw one, at least
 
 TURN_LIMIT = 1 * MIB  # bytes that a feeder takes from its buffer at once: more delays viewers
 PLAYLIST_LIMIT = 8 * MIB  # bytes of a playlist, key or page; a larger one is an attack or a mistake
@@ -5091,14 +5091,15 @@ class Session:
         first_names: dict[int, str] = {}  # by the id() of a stream
         for name in self.qualities:
             first_names.setdefault(id(streams[name]), name)
-        for name, stream in streams.items():
-            self.canonical[name] = first_names.get(id(stream), name)
+        self.canonical = {
+            name: first_names.get(id(stream), name) for name, stream in streams.items()
+        }
 
     def open(
         self,
         name: str,
         first: int | None = None,
-        is_other: bool = False,
+        is_other_address: bool = False,
         tracks: Sequence[int] = (),
         copy: int = 0,
         left_out: Collection[int] | None = None,
@@ -5107,11 +5108,12 @@ class Session:
 
         The upstream begins with segment `first` if that is listed.  If ffmpeg joins tracks, each
         track begins with its number in `tracks`.
-        `is_other`: the numbers are another address's, so the playlist may be a little behind them.
+        `is_other_address`: the numbers are those of another address, so the playlist may be a
+        little behind them.
         `left_out`: the tracks that were left out at the channel's start; None at a start.
         """
         upstream: Upstream | None = None
-        self.slack = STALE_NUMBERS if is_other else 0
+        self.slack = STALE_NUMBERS if is_other_address else 0
         deadline = Deadline(self.http, self._ends - time.monotonic())
         try:
             with deadline:
@@ -5600,7 +5602,7 @@ def connect_fastest(connection: Any, http_session: Http) -> socket.socket:
             oldest = next(iter(_answered))
             del _answered[oldest]
     if address != found[0]:
-        log.warning("%s: the address tried first does not answer, another one does", name)
+        log.warning("%s: the first address tried does not answer, but another one does", name)
     # Do not call time_left() here: if it raised an error, the socket would stay open.
     sock.settimeout(max(LEAST_TIMEOUT, ends - time.monotonic()))
     return sock
@@ -5625,9 +5627,13 @@ def look_up(name: str, port: int) -> list[Any]:
 
 
 def in_turn(found: Sequence[Any], name: str, port: int) -> list[Any]:
-    """Addresses in the order of attempts: the last good one, then alternating families."""
-    first = [address for address in found if address[0] == found[0][0]]
-    others = [address for address in found if address[0] != found[0][0]]
+    """Addresses in the order of attempts: the last good one, then alternating families.
+
+    `found` is not empty; its entries are those of socket.getaddrinfo(), and begin with the family.
+    """
+    first_family = found[0][0]
+    first = [address for address in found if address[0] == first_family]
+    others = [address for address in found if address[0] != first_family]
     order = []
     for pair in itertools.zip_longest(first, others):
         order += [address for address in pair if address is not None]
@@ -5668,6 +5674,7 @@ def first_to_answer(
                     continue
                 attempts.callback(sock.close)
                 pending.register(sock, selectors.EVENT_WRITE, address)
+
             wait = min(patience(), ATTEMPT_DELAY)
             if waiting:
                 wait = min(wait, max(0.0, due - now))
