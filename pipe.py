@@ -10692,7 +10692,7 @@ document.onkeydown = event => {
 
 // The list of channels
 
-let newest  // request for a list
+let newest, typing  // request for a list; timer of the next
 
 async function listAt({search}) {
   const answer = await fetch(about.list + search.replace("?", "&"))
@@ -10703,6 +10703,7 @@ const searchFor = words => new URL(about.list + encodeURIComponent(words), locat
 
 // Shows a group or what a search found.
 async function showList(address, enter = "replaceState") {
+  clearTimeout(typing)
   newest = address
   const page = await listAt(address), links = all("nav a", page)
   if (newest !== address) return
@@ -10727,14 +10728,12 @@ async function focusLast(name) {
 }
 
 if (about.list) {
-  let timer
   search.oninput = () => {
     newest = ""
-    clearTimeout(timer)
-    timer = setTimeout(() => showList(searchFor(search.value)), 150)
+    clearTimeout(typing)
+    typing = setTimeout(() => showList(searchFor(search.value)), 150)
   }
   search.form.onsubmit = () => {
-    clearTimeout(timer)
     enterList(searchFor(search.value))
     return false
   }

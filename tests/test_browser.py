@@ -372,6 +372,7 @@ def test_what_plays_shows_until_a_group_is_chosen(
     visit.page.locator("[type=search]").fill("")
     playing.wait_for()
     visit.page.locator("nav a", has_text="Group 8").click()
+    visit.page.wait_for_url(re.compile("group=Group%208"))
     visit.page.locator("#s217").wait_for()
     assert playing.is_hidden()
     visit.page.goto(site.url)
@@ -444,6 +445,20 @@ def test_results_of_a_search_are_in_sight_among_many_groups(serve: Serve, look: 
     found = visit.page.locator("#s123").bounding_box()
     assert found
     assert 0 < found["y"] < 400
+
+
+def test_group_chosen_just_after_typing_is_shown(serve: Serve, look: Look) -> None:
+    visit = look(serve(three_hundred()).url)
+    visit.measure("""() => {
+        const search = document.querySelector("[type=search]")
+        search.value = "kanal"
+        search.oninput()
+        document.querySelectorAll("nav a")[3].onclick()
+    }""")
+    visit.page.wait_for_url(re.compile("group=Group%203"))
+    visit.page.wait_for_timeout(500)  # longer than a pause in typing
+    assert "group=Group%203" in visit.page.url
+    assert shown_cards(visit) == 25
 
 
 def test_each_trouble_is_one_line_on_a_phone(origin: Origin, serve: Serve, look: Look) -> None:
