@@ -13007,10 +13007,10 @@ def _summary(findings: Sequence[Finding]) -> tuple[bool, str]:
         position = f"number {number}"
         if number <= len(SHOWN_POSITIONS):
             position = SHOWN_POSITIONS[number - 1]
-        if finding.reason.startswith("the origin "):
-            problems.append(finding.reason.replace("the origin", position, 1))
+        if finding.words.startswith("the origin "):
+            problems.append(finding.words.replace("the origin", position, 1))
         else:
-            problems.append(f"{position}: {finding.reason}")
+            problems.append(f"{position}: {finding.words}")
     if problems:
         state += f": {', '.join(problems)}"
     return True, f"{state}  {working[0].words}"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import pipe
 from tests import media
 from tests.origin import OneAtATime, Origin, Playlist, Status
 from tests.server import Watch
@@ -202,6 +203,25 @@ def test_check_of_an_unknown_name_says_so(tmp_path: Path, run: Run) -> None:
     program = run("--check", "sport")
     assert program.wait() == 2
     assert program.errors() == ["sport: there is no stream of this name"]
+
+
+def test_check_that_crashes_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fault of ours fails one address of a stream, and the line says so."""
+
+    def crash(*_: object) -> pipe.Channel:
+        raise RuntimeError
+
+    monkeypatch.setattr(pipe.Channels, "watch", crash)
+    addresses = ("http://127.0.0.1:9/a", "http://127.0.0.1:9/b")
+    stream = pipe.StreamSettings("news", addresses)
+    assert pipe.run_check(pipe.Config(streams={"news": stream})) == 1
+    assert capsys.readouterr().out == "news  failed  StreamPipe failed: see its log\n"
+    works = pipe.Finding(True, "video/mp2t")
+    crashed = pipe.Finding(False, "StreamPipe failed: see its log")
+    words = "ok, 1 of 2: the second: StreamPipe failed: see its log  video/mp2t"
+    assert pipe._summary([works, crashed]) == (True, words)
 
 
 def test_check_of_an_address_needs_no_file(origin: Origin, run: Run) -> None:
