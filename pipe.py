@@ -12806,6 +12806,7 @@ REFUSED_TRIES = 4
 # reasons, so they count only if another check has already used the same host.
 SURELY_BUSY = frozenset(answered(status) for status in (429, 458, 509))
 SHOWN_POSITIONS = ("the first", "the second", "the third")
+ESTIMATE_WIDTH = 20  # characters of the estimate in a progress line; the last line covers it
 
 
 @dataclass(frozen=True)
@@ -12813,8 +12814,7 @@ class Finding:
     """The result for one address of a stream."""
 
     is_ok: bool
-    words: str
-    reason: str = ""  # why it failed
+    words: str  # what it plays, or why it failed
 
 
 @dataclass
@@ -12834,11 +12834,12 @@ def check_address(check: Check, had_connection: bool) -> Finding:
     is refused because no connection is free is tried again after REFUSED_PAUSE; blocks meanwhile.
     """
     busy = BUSY if had_connection else SURELY_BUSY
-    for tries_left in reversed(range(REFUSED_TRIES)):
-        finding = _check_once(check)
-        if finding.reason not in busy or not tries_left:
+    finding = _check_once(check)
+    for _ in range(REFUSED_TRIES - 1):
+        if finding.is_ok or finding.words not in busy:
             break
         time.sleep(REFUSED_PAUSE)
+        finding = _check_once(check)
     return finding
 
 
@@ -12850,14 +12851,27 @@ def _check_once(check: Check) -> Finding:
         channel = channels.watch(stream, None, Viewer("check"))
         seconds = time.monotonic() - began
     except StreamError as error:
-        return Finding(False, error.reason, error.reason)
+        return Finding(is_ok=False, words=error.reason)
     finally:
         channels.stop(STOP_TIME)
-    qualities = ", ".join(dict.fromkeys(channels.record(stream.name).variants.values()))
-    words = [channel.container.media_type, qualities, f"first byte after {seconds:.2f} s"]
+    qualities = _unique(channels.record(stream.name).variants.values())
+    facts = [
+        channel.container.media_type,
+        ", ".join(qualities),
+        f"first byte after {seconds:.2f} s",
+    ]
     if channel.note:
-        words.append(channel.note)
-    return Finding(True, "; ".join(words))
+        facts.append(channel.note)
+    return Finding(is_ok=True, words="; ".join(facts))
+
+
+def _unique(texts: Iterable[str]) -> list[str]:
+    """The texts without repeats, in the order in which each first occurs."""
+    found: list[str] = []
+    for text in texts:
+        if text not in found:
+            found.append(text)
+    return found
 
 
 class Checker:
@@ -12869,7 +12883,9 @@ class Checker:
     def __init__(self, config: Config, checks: Sequence[Check]) -> None:
         self._checks = checks
         self._limits = {name: found.max_upstreams for name, found in config.playlists.items()}
-        self._at_once = min(CHECKS_AT_ONCE, config.server.max_upstreams or CHECKS_AT_ONCE)
+        self._at_once = CHECKS_AT_ONCE
+        if config.server.max_upstreams > 0:  # 0: no limit
+            self._at_once = min(CHECKS_AT_ONCE, config.server.max_upstreams)
         # Guards everything below.  Notified when a check ends.
         self._changed = threading.Condition()
         self._waiting = list(checks)
@@ -12882,16 +12898,13 @@ class Checker:
 
         `show` is called with the number of checks done, whenever it grows.
         """
-        threads = [
-            threading.Thread(target=self._run, name=f"check-{number}", daemon=True)
-            for number in range(min(self._at_once, len(self._checks)))
-        ]
-        for thread in threads:
-            thread.start()
+        for number in range(min(self._at_once, len(self._checks))):
+            threading.Thread(target=self._run, name=f"check-{number}", daemon=True).start()
         shown = 0
         while shown < len(self._checks):
             with self._changed:
-                self._changed.wait_for(lambda shown=shown: self._done > shown)  # type: ignore[misc]
+                while self._done == shown:
+                    self._changed.wait()
                 shown = self._done
             show(shown)
 
@@ -12905,11 +12918,15 @@ class Checker:
 
     def _places_of(self, account: str | None) -> int:
         """Return how many addresses of an account may be checked at once."""
-        limit = self._limits.get(account, 0) if account else 0
-        return min(limit, self._at_once) if limit else self._at_once
+        if account is None:
+            return self._at_once
+        limit = self._limits[account]
+        if limit == 0:  # no limit
+            return self._at_once
+        return min(limit, self._at_once)
 
     def _run(self) -> None:
-        while check := self._take():
+        while (check := self._take()) is not None:
             host = host_of(check.address)
             with self._changed:
                 had_connection = host in self._hosts
@@ -12917,7 +12934,7 @@ class Checker:
                 finding = check_address(check, had_connection)
             except Exception:
                 log.exception("a check failed")
-                finding = Finding(False, "StreamPipe failed: see its log")
+                finding = Finding(is_ok=False, words="StreamPipe failed: see its log")
             with self._changed:
                 check.finding = finding
                 self._hosts.add(host)
@@ -12964,56 +12981,67 @@ def run_check(config: Config, names: Sequence[str] = ()) -> int:
     config, failures = load_for_check(config)
     for name, reason in failures.items():
         print(f"{name}  failed  {reason}")  # noqa: T201
-    streams = list(config.streams.values())
-    if names:
-        unknown = [name for name in names if name not in config.streams]
-        if unknown:
-            raise ConfigError([f"{name}: there is no stream of this name" for name in unknown])
-        streams = [config.streams[name] for name in names]
+    streams = _streams_to_check(config, names)
     if not streams and not failures:
         print(NO_STREAMS, file=sys.stderr)  # noqa: T201
         return EXIT_FAILED
-    checks: dict[str, list[Check]] = {}
-    for stream in streams:
-        checks[stream.name] = []
-        for address in stream.urls:
-            account = account_of(config, stream, address)
-            check = Check(stream, address, account.name if account else None)
-            checks[stream.name].append(check)
-    everything = [check for found in checks.values() for check in found]
-    checker = Checker(config, everything)
-    _run_with_progress(checker, len(everything))
+    checks = {stream.name: _checks_of(config, stream) for stream in streams}
+    all_checks = [check for found in checks.values() for check in found]
+    _run_with_progress(Checker(config, all_checks), len(all_checks))
     is_all_well = not failures
     for name, found in checks.items():
-        is_ok, words = _summary([check.finding for check in found if check.finding])
-        is_all_well = is_all_well and is_ok
+        is_ok, words = _summary([check.finding for check in found if check.finding is not None])
         print(f"{name}  {words}")  # noqa: T201
+        if not is_ok:
+            is_all_well = False
     return EXIT_OK if is_all_well else EXIT_FAILED
+
+
+def _streams_to_check(config: Config, names: Sequence[str]) -> list[StreamSettings]:
+    """The streams with these names, or all if there are none; raises ConfigError."""
+    if not names:
+        return list(config.streams.values())
+    unknown = [name for name in names if name not in config.streams]
+    if unknown:
+        raise ConfigError([f"{name}: there is no stream of this name" for name in unknown])
+    return [config.streams[name] for name in names]
+
+
+def _checks_of(config: Config, stream: StreamSettings) -> list[Check]:
+    checks = []
+    for address in stream.urls:
+        account = account_of(config, stream, address)
+        account_name = None if account is None else account.name
+        checks.append(Check(stream, address, account_name))
+    return checks
 
 
 def _summary(findings: Sequence[Finding]) -> tuple[bool, str]:
     """Return whether a stream plays, and its line: `ok, 1 of 2: the first answered 403 ...`"""
     working = [finding for finding in findings if finding.is_ok]
     if not working:
-        reasons = dict.fromkeys(finding.words for finding in findings)
+        reasons = _unique(finding.words for finding in findings)
         return False, f"failed  {'; '.join(reasons)}"
     if len(findings) == 1:
         return True, f"ok  {working[0].words}"
     state = f"ok, {len(working)} of {len(findings)}"
     problems = []
     for number, finding in enumerate(findings, 1):
-        if finding.is_ok:
-            continue
-        position = f"number {number}"
-        if number <= len(SHOWN_POSITIONS):
-            position = SHOWN_POSITIONS[number - 1]
-        if finding.words.startswith("the origin "):
-            problems.append(finding.words.replace("the origin", position, 1))
-        else:
-            problems.append(f"{position}: {finding.words}")
+        if not finding.is_ok:
+            problems.append(_problem(number, finding.words))
     if problems:
         state += f": {', '.join(problems)}"
     return True, f"{state}  {working[0].words}"
+
+
+def _problem(number: int, reason: str) -> str:
+    """Why one of several addresses failed: `the first answered 403`."""
+    position = f"number {number}"
+    if number <= len(SHOWN_POSITIONS):
+        position = SHOWN_POSITIONS[number - 1]
+    if reason.startswith("the origin "):
+        return reason.replace("the origin", position, 1)
+    return f"{position}: {reason}"
 
 
 def _run_with_progress(checker: Checker, total: int) -> None:
@@ -13024,16 +13052,18 @@ def _run_with_progress(checker: Checker, total: int) -> None:
     def show(done: int) -> None:
         if not is_terminal:
             return
-        left = (time.monotonic() - began) / done * (total - done)
-        text = f"\r{done} of {total} checked, {_duration(left)} left "
+        text = f"\r{done} of {total} checked"
         if done == total:
-            text = f"\r{done} of {total} checked{' ' * 20}\n"
+            text += " " * ESTIMATE_WIDTH + "\n"
+        else:
+            left = (time.monotonic() - began) / done * (total - done)
+            text += f", {_duration(left)} left "
         print(text, end="", file=sys.stderr, flush=True)  # noqa: T201
 
     if is_terminal:
         about = _duration(checker.seconds())
-        what = "1 address" if total == 1 else f"{total} addresses"
-        print(f"checking {what}, about {about}", file=sys.stderr)  # noqa: T201
+        addresses = "1 address" if total == 1 else f"{total} addresses"
+        print(f"checking {addresses}, about {about}", file=sys.stderr)  # noqa: T201
     checker.run(show)
 
 
@@ -13043,6 +13073,7 @@ def _run_with_progress(checker: Checker, total: int) -> None:
 
 DEMO_STREAM = "test-card"
 DEMO_SEGMENTS = 6  # listed at a time
+DEMO_SEGMENT_TIME = TEST_CARD_TICKS / 90_000  # seconds; MPEG-TS counts 90,000 ticks a second
 
 
 class DemoHandler(BaseHTTPRequestHandler):
@@ -13056,7 +13087,7 @@ class DemoHandler(BaseHTTPRequestHandler):
             super().handle()
 
     def do_GET(self) -> None:
-        newest = DEMO_SEGMENTS + int((time.monotonic() - self.started) * 90_000 / TEST_CARD_TICKS)
+        newest = DEMO_SEGMENTS + int((time.monotonic() - self.started) / DEMO_SEGMENT_TIME)
         number = re.fullmatch(r"/(\d{1,12})\.ts", self.path)
         if self.path == "/live.m3u8":
             body = self._playlist(newest)
@@ -13071,12 +13102,16 @@ class DemoHandler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _playlist(self, newest: int) -> bytes:
-        seconds = TEST_CARD_TICKS / 90_000
         first = newest - DEMO_SEGMENTS + 1
-        text = f"#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:{math.ceil(seconds)}\n"
-        text += f"#EXT-X-MEDIA-SEQUENCE:{first}\n"
-        text += "".join(f"#EXTINF:{seconds:.3f},\n{n}.ts\n" for n in range(first, newest + 1))
-        return text.encode()
+        lines = [
+            "#EXTM3U",
+            "#EXT-X-VERSION:3",
+            f"#EXT-X-TARGETDURATION:{math.ceil(DEMO_SEGMENT_TIME)}",
+            f"#EXT-X-MEDIA-SEQUENCE:{first}",
+        ]
+        for number in range(first, newest + 1):
+            lines += [f"#EXTINF:{DEMO_SEGMENT_TIME:.3f},", f"{number}.ts"]
+        return "".join(f"{line}\n" for line in lines).encode()
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("demo origin: %s", format % args)
