@@ -1889,7 +1889,7 @@ def _attribute_value(text: str, start: int, next_start: int | None) -> Attribute
         if closing >= 0 and not text[closing + 1 : next_start].strip(" \t,"):
             value = _unescaped(text[start + 1 : closing], quote_sign)
             return AttributeValue(value, closing + 1, is_last=False)
-    # What looks like another attribute is a part of the title.
+    # The next attribute is in the title, or inside a quoted value.
     found = _last_closing_quote(text, start + 1, quote_sign)
     if found is not None:
         value = _unescaped(text[start + 1 : found], quote_sign)
@@ -12814,7 +12814,7 @@ class Finding:
     """The result for one address of a stream."""
 
     is_ok: bool
-    words: str  # what it plays, or why it failed
+    words: str  # facts about the stream, or the reason of the failure
 
 
 @dataclass
@@ -13163,17 +13163,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _port(value: str) -> int:
-    port = int(value) if value.isdecimal() else -1
-    if not 0 <= port <= 65535:
+    if not value.isdecimal() or int(value) > 65535:
         raise argparse.ArgumentTypeError("expected a number from 0 to 65535")
-    return port
+    return int(value)
 
 
 # Addresses on the command line
 
 JUDGE_TIME = 5.0  # seconds to find out whether an address that ends in .m3u8 is a list
 JUDGED_AT_ONCE = 8  # such addresses
-PLAIN_NAME = "stream"  # of a stream whose address yields no name
+NAMELESS = "stream"  # the name of a stream whose address yields none
 
 
 @dataclass(frozen=True)
@@ -13198,27 +13197,29 @@ def read_words(words: Sequence[str], is_check: bool) -> Given:
     JUDGED_AT_ONCE of them.
     """
     mistakes: list[str] = []
-    found: list[tuple[str, str]] = []  # names, or "" if none is given, and addresses
+    found: list[tuple[str | None, str]] = []  # names, if any are given, and addresses
     names: list[str] = []
     for word in words:
-        name, address = _split_word(word)
-        if address:
+        split = _split_word(word)
+        if split is not None:
+            name, address = split
+            found.append(split)
             try:
                 _check_word(name, address)
             except ValueError as error:
-                mistakes.append(f"{name or 'ADDRESS'}: {error}")
-            found.append((name, address))
+                mistakes.append(f"{'ADDRESS' if name is None else name}: {error}")
         elif is_check:
             names.append(word)
         else:
             mistakes.append(f"{word}: this is not an address: {NO_SCHEME}")
     if mistakes:
         raise ConfigError(mistakes)
+    named = _named(found)
     with ThreadPoolExecutor(JUDGED_AT_ONCE, thread_name_prefix="judge") as executor:
-        are_lists = list(executor.map(_is_list, [address for _, address in found]))
+        are_lists = list(executor.map(_is_list, [address for _, address in named]))
     addresses: dict[str, str] = {}
     lists: dict[str, str] = {}
-    for (name, address), is_list in zip(_named(found), are_lists, strict=True):
+    for (name, address), is_list in zip(named, are_lists, strict=True):
         if is_list:
             lists[name] = address
         else:
@@ -13226,43 +13227,53 @@ def read_words(words: Sequence[str], is_check: bool) -> Given:
     return Given(addresses, lists, names)
 
 
-def _named(found: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+def _named(found: Sequence[tuple[str | None, str]]) -> list[tuple[str, str]]:
     """Return names and addresses with a unique name for each address.
 
     Raises ConfigError if the same name was given twice.
     """
-    given = Counter(name for name, _ in found if name)
+    given = Counter(name for name, _ in found if name is not None)
     twice = [name for name, count in given.items() if count > 1]
     if twice:
         raise ConfigError([f"{name}: two addresses have this name" for name in twice])
     taken = set(given)
     named = []
     for name, address in found:
-        if not name:
-            base = _name_from(address)
-            name = base
-            number = 2
-            while name in taken:
-                name = f"{base}-{number}"
-                number += 1
+        if name is None:
+            name = _new_name(address, taken)
             taken.add(name)
         named.append((name, address))
     return named
 
 
-def _split_word(word: str) -> tuple[str, str]:
-    """Return a word's name, or "", and its address, or "" if the word is a stream's name."""
+def _new_name(address: str, taken: Collection[str]) -> str:
+    """A name for an address that is not taken yet: `news`, `news-2` ..."""
+    base = _name_from(address)
+    name = base
+    number = 2
+    while name in taken:
+        name = f"{base}-{number}"
+        number += 1
+    return name
+
+
+def _split_word(word: str) -> tuple[str | None, str] | None:
+    """Return a word's name, if it has one, and its address; None if it has no address."""
     name, equals, address = word.partition("=")
     if equals and not re.search(r"[/:?&.]", name):
+        if not address:
+            return None
+        if not name:
+            return None, address
         return name, address
     if "://" in word or word.lower().endswith(".m3u"):
-        return "", word
-    return "", ""
+        return None, word
+    return None
 
 
-def _check_word(name: str, address: str) -> None:
-    """Raise ValueError if this name (unless empty) or this address cannot be served."""
-    if name and not STREAM_NAME.fullmatch(name):
+def _check_word(name: str | None, address: str) -> None:
+    """Raise ValueError if this name, if there is one, or this address cannot be served."""
+    if name is not None and not STREAM_NAME.fullmatch(name):
         raise ValueError("a stream name may only contain a-z, 0-9 and -")
     if name in RESERVED_NAMES:
         raise ValueError("this name is reserved: choose another")
@@ -13276,9 +13287,15 @@ def _check_word(name: str, address: str) -> None:
 
 def _name_from(address: str) -> str:
     """Make a name from the last part of an address's path."""
-    last = unquote(urlsplit(without_prefixes(address)).path).rstrip("/").rpartition("/")[2]
-    name = plain_name(last.rpartition(".")[0] or last)
-    return PLAIN_NAME if not name or name in RESERVED_NAMES else name
+    path = unquote(urlsplit(without_prefixes(address)).path).rstrip("/")
+    last = path.rpartition("/")[2]
+    stem = last.rpartition(".")[0]
+    if not stem:
+        stem = last  # it has no extension
+    name = plain_name(stem)
+    if not name or name in RESERVED_NAMES:
+        return NAMELESS
+    return name
 
 
 def _is_list(address: str) -> bool:
@@ -13305,11 +13322,22 @@ def read_settings(arguments: argparse.Namespace, given: Given, demo: str | None)
     `demo` is the address of the demo's stream.  Raises ConfigError.
     """
     config = Config()
-    needs_file = not (arguments.demo or given.addresses or given.lists)
-    if arguments.config or needs_file:
-        config = load_config(arguments.config or Path("config.yml"), engine_options())
-    own = {"host": arguments.host, "port": arguments.port}
-    server = replace(config.server, **{k: v for k, v in own.items() if v is not None})
+    has_streams = bool(arguments.demo or given.addresses or given.lists)
+    if arguments.config is not None:
+        config = load_config(arguments.config, engine_options())
+    elif not has_streams:
+        config = load_config(Path("config.yml"), engine_options())
+    server = config.server
+    if arguments.host is not None:
+        server = replace(server, host=arguments.host)
+    if arguments.port is not None:
+        server = replace(server, port=arguments.port)
+    config = replace(config, server=server)
+    return _extended(config, given, demo)
+
+
+def _extended(config: Config, given: Given, demo: str | None) -> Config:
+    """A configuration with the streams and lists of the command line; raises ConfigError."""
     mistakes = []
     streams = dict(config.streams)
     playlists = dict(config.playlists)
@@ -13321,7 +13349,7 @@ def read_settings(arguments: argparse.Namespace, given: Given, demo: str | None)
         if name in playlists:
             mistakes.append(f"playlists.{name}: the command line adds another list with this name")
         playlists[name] = PlaylistSettings(name, address, options=config.options)
-    if demo:
+    if demo is not None:
         if DEMO_STREAM in streams:
             mistakes.append(
                 f"streams.{DEMO_STREAM}: --demo adds a stream with this name: rename yours"
@@ -13330,7 +13358,7 @@ def read_settings(arguments: argparse.Namespace, given: Given, demo: str | None)
         streams[DEMO_STREAM] = card
     if mistakes:
         raise ConfigError(mistakes)
-    return replace(config, server=server, streams=streams, playlists=playlists)
+    return replace(config, streams=streams, playlists=playlists)
 
 
 # Logging
@@ -13357,14 +13385,16 @@ class LogFormatter(logging.Formatter):
         self._for_journal = for_journal
 
     def format(self, record: logging.LogRecord) -> str:
+        record.channel = ""
         match = _CHANNEL_THREAD.fullmatch(record.threadName or "")
-        is_ours = record.name == log.name
-        is_named = match is None or record.getMessage().startswith(f"{match[1]}: ")
-        record.channel = f" {match[1]}:" if match and not is_named else ""
+        if match and not record.getMessage().startswith(f"{match[1]}: "):
+            record.channel = f" {match[1]}:"
         text = super().format(record)
         text = self.secrets.hide(text)
+        is_ours = record.name == log.name
         if record.exc_info or not is_ours:
-            text = _BARE_ADDRESS.sub(r"\1...", _ADDRESS.sub(r"\1\2/...", text))
+            text = _ADDRESS.sub(r"\1\2/...", text)
+            text = _BARE_ADDRESS.sub(r"\1...", text)
             text = _REQUEST_PATH.sub(r"\1/...", text)
         prefix = journal_priority(record.levelno) if self._for_journal else ""
         return "\n".join(prefix + _printable(line) for line in text.split("\n"))
@@ -13379,7 +13409,9 @@ def journal_priority(level: int) -> str:
         return "<3>"
     if level >= logging.WARNING:
         return "<4>"
-    return "<6>" if level >= logging.INFO else "<7>"
+    if level >= logging.INFO:
+        return "<6>"
+    return "<7>"
 
 
 def is_journal(stream: TextIO) -> bool:
@@ -13410,7 +13442,7 @@ class Secrets:
         for text in self._texts:
             lengths.setdefault(text[:LEAST_SECRET], set()).add(len(text))
         # The lengths of the texts with the same start, longest first.
-        self._lengths = {start: sorted(found)[::-1] for start, found in lengths.items()}
+        self._lengths = {start: sorted(found, reverse=True) for start, found in lengths.items()}
 
     def hide(self, text: str) -> str:
         """Return a text with "***" in place of secrets; overlapping ones are replaced as one."""
@@ -13418,25 +13450,28 @@ class Secrets:
         shown = 0  # the end of the secrets found so far
         for at in range(len(text) - LEAST_SECRET + 1):
             size = self._size_at(text, at)
-            if not size:
+            if size is None:
                 continue
             if at >= shown:
                 parts += [text[shown:at], "***"]
             shown = max(shown, at + size)
         return "".join([*parts, text[shown:]])
 
-    def _size_at(self, text: str, at: int) -> int:
-        """Return the size of the longest secret that begins at this place; 0 if none does."""
+    def _size_at(self, text: str, at: int) -> int | None:
+        """Return the size of the longest secret that begins at this place; None if none does."""
         for size in self._lengths.get(text[at : at + LEAST_SECRET], ()):
             if text[at : at + size] in self._texts:
                 return size
-        return 0
+        return None
 
 
 def secrets_of(config: Config) -> Secrets:
     """Return all configured texts that no log may show."""
-    found = {config.server.token or ""}
-    found |= _secrets_of_address(config.server.epg or "")
+    found: set[str] = set()
+    if config.server.token is not None:
+        found.add(config.server.token)
+    if config.server.epg is not None:
+        found |= _secrets_of_address(config.server.epg)
     for guide in config.guides.values():
         found |= _secrets_of_address(guide)
     for playlist in config.playlists.values():
@@ -13471,9 +13506,11 @@ def _secrets_of_address(address: str) -> set[str]:
     assert found  # the pattern matches any text
     user, tail = found.groups("")
     query = tail.partition("?")[2]
-    users = {*user.split(":", 1), *unquote(user).split(":", 1)}
-    values = {value for _, value in parse_qsl(query)}
-    return users | values | ({tail, query} if tail.count("/") > 1 or query else set())
+    texts = {*user.split(":", 1), *unquote(user).split(":", 1)}
+    texts |= {value for _, value in parse_qsl(query)}
+    if query or tail.count("/") > 1:
+        texts |= {query, tail}
+    return texts
 
 
 class LogHandler(logging.Handler):
@@ -13553,6 +13590,7 @@ class LogHandler(logging.Handler):
     def _make_room(self, level: int, size: int) -> bool:
         """Return whether a line of this level and size may wait; displaces lesser lines for it."""
         while self._lines >= LOG_LINES or self._bytes + size > LOG_BYTES:
+            # A copy: a finalizer that logs in between may add a level.
             queues = tuple(self._waiting.items())
             lesser = [lines for each, lines in queues if each < level and lines]
             self._dropped += 1
@@ -13625,7 +13663,8 @@ def set_up_logging(level: str) -> LogFormatter:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
     log.setLevel(level.upper())
-    logging.getLogger("streamlink").setLevel("WARNING" if level == "info" else level.upper())
+    engine_level = "warning" if level == "info" else level
+    logging.getLogger("streamlink").setLevel(engine_level.upper())
     if level != "debug":  # the channel logs these once: a failed reload, a missing ffmpeg ...
         for name in ("stream.hls", "stream.segmented", "stream.ffmpegmux"):
             logging.getLogger(f"streamlink.{name}").setLevel(logging.CRITICAL)
@@ -13637,14 +13676,16 @@ def set_up_logging(level: str) -> LogFormatter:
 
 
 def _log_dead_thread(dead: threading.ExceptHookArgs) -> None:
-    name = dead.thread.name if dead.thread else "a thread"
+    name = "a thread" if dead.thread is None else dead.thread.name
     log.error("%s died", name, exc_info=dead.exc_value)
 
 
 def _log_unraisable(failed: sys.UnraisableHookArgs) -> None:
     """Log an error that Python cannot raise, such as a finalizer's."""
-    what = failed.err_msg or "Exception ignored in"
-    log.error("%s %r", what, failed.object, exc_info=failed.exc_value)
+    message = failed.err_msg
+    if message is None:
+        message = "Exception ignored in"
+    log.error("%s %r", message, failed.object, exc_info=failed.exc_value)
 
 
 # Running
@@ -13661,7 +13702,7 @@ def serve(
     config: Config,
     received: Signals,
     read_again: Callable[[], Config],
-    learn: Callable[[Config], None] = lambda config: None,
+    learn: Callable[[Config], None],
 ) -> int:
     """Serve, and block until a signal ends it.  Returns the exit status.
 
@@ -13673,8 +13714,9 @@ def serve(
         server = Server(config, channels, learn)
     except (OSError, ValueError, TypeError, OverflowError) as error:  # odd hosts raise any of them
         where = f"{config.server.host} port {config.server.port}"
-        number = getattr(error, "errno", None) or 0
-        advice = LISTEN_ADVICE.get(number, "choose another with --host or --port")
+        advice = "choose another with --host or --port"
+        if isinstance(error, OSError) and error.errno in LISTEN_ADVICE:
+            advice = LISTEN_ADVICE[error.errno]
         log.error("cannot listen on %s: %s; %s", where, error, advice)
         return EXIT_FAILED
     with server:
@@ -13710,15 +13752,19 @@ def collect_signals() -> Signals:
     """
     received: Signals = queue.SimpleQueue()
 
+    def exit_at_once(number: int, frame: object) -> None:
+        os._exit(EXIT_FAILED)
+
     def note(number: int, frame: object) -> None:
         if number in END_SIGNALS:
             for each in END_SIGNALS:
-                signal.signal(each, lambda *_: os._exit(EXIT_FAILED))
+                signal.signal(each, exit_at_once)
         received.put(number)
 
-    hang_up = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # not on Windows
-    for number in (*END_SIGNALS, *hang_up):
+    for number in END_SIGNALS:
         signal.signal(number, note)
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, note)
     release_signals()
     return received
 
@@ -13799,7 +13845,8 @@ def close(server: Server, channels: Channels) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     arguments = build_parser().parse_args(argv)
-    formatter = set_up_logging("error" if arguments.check else arguments.log_level)
+    log_level = "error" if arguments.check else arguments.log_level
+    formatter = set_up_logging(log_level)
     try:
         check_engine()
         given = read_words(arguments.addresses, arguments.check)
@@ -13811,8 +13858,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             def read() -> Config:
                 new = read_settings(arguments, given, demo)
-                had_streams = config.streams or config.playlists
-                has_streams = new.streams or new.playlists
+                had_streams = bool(config.streams or config.playlists)
+                has_streams = bool(new.streams or new.playlists)
                 if had_streams and not has_streams:  # an editor may empty a file before writing it
                     raise ConfigError(["the file has no streams any more"])
                 return new

@@ -463,7 +463,7 @@ def test_port_that_needs_root_is_told(
 
     monkeypatch.setattr(pipe.Server, "server_bind", refuse)
     config = pipe.Config(pipe.ServerSettings(port=80))
-    assert pipe.serve(config, queue.SimpleQueue(), lambda: config) == 1
+    assert pipe.serve(config, queue.SimpleQueue(), lambda: config, lambda config: None) == 1
     expected = "cannot listen on 0.0.0.0 port 80: [Errno 13] Permission denied; "
     expected += "a port below 1024 needs root: choose another with --port"
     assert [record.getMessage() for record in caplog.records] == [expected]
