@@ -13851,20 +13851,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_engine()
         given = read_words(arguments.addresses, arguments.check)
         with demo_origin() if arguments.demo else contextlib.nullcontext() as demo:
-            config = Config()
+            config = Config()  # the newest one that was read
 
             def learn(new: Config) -> None:
                 formatter.secrets = secrets_of(new)
 
             def read() -> Config:
+                nonlocal config
                 new = read_settings(arguments, given, demo)
                 had_streams = bool(config.streams or config.playlists)
                 has_streams = bool(new.streams or new.playlists)
                 if had_streams and not has_streams:  # an editor may empty a file before writing it
                     raise ConfigError(["the file has no streams any more"])
+                config = new
                 return new
 
-            config = read()
+            read()
             learn(config)
             warm_up()
             raise_file_limit()

@@ -649,6 +649,20 @@ def test_file_that_is_being_written_is_not_used(origin: Origin, tmp_path: Path) 
             assert status.status == 401
 
 
+def test_file_that_is_emptied_after_a_reload_is_not_used(origin: Origin, tmp_path: Path) -> None:
+    """Also if the server started without streams."""
+    news = live(origin)
+    with Service(tmp_path, {}, token=TOKEN) as service:
+        service.configure({"news": news.url}, token=TOKEN)
+        service.send(signal.SIGHUP)
+        service.wait_for("reloaded: 1 stream added")
+        service.write("")
+        service.send(signal.SIGHUP)
+        service.wait_for("not reloaded: the file has no streams any more")
+        with Watch(service.port, "/status") as status:
+            assert status.status == 401
+
+
 def test_linger_of_a_running_channel_follows_a_reload(origin: Origin, tmp_path: Path) -> None:
     news = live(origin)
     with Service(tmp_path, {"news": news.url}, options={"linger": 600}) as service:
