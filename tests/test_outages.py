@@ -160,7 +160,7 @@ def test_failed_reload_shows_at_once(
     eventually(lambda: status(site)["state"] == "waiting", "it shows")
     assert status(site)["last_error"] == "the origin answered 503"
     page = re.sub(r"<[^>]*>", "", site.get("/", Accept=BROWSER).body.decode())
-    assert re.search(r"waiting for \d+\ss, gives up in \d+\ss\s*: the origin answered 503", page)
+    assert re.search(r"waiting for \d+\ss, gives up in \d+\ss\sthe origin answered 503", page)
     assert status(site)["viewers"] == 1
     eventually(lambda: origin.count(news.path) >= 4, "it is tried again")
     assert lines(r"1 of 1 ") == ["news: address 1 of 1 (127.0.0.1): the origin answered 503"]
