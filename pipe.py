@@ -746,7 +746,9 @@ def _finite_number(kind: type[int] | type[float], text: str) -> float | None:
         value = kind(text)
     except ValueError:
         return None
-    return None if abs(value) == math.inf else value  # 1e999 is infinite
+    if abs(value) == math.inf:  # as 1e999 is
+        return None
+    return value
 
 
 def refused(message: str) -> Parse:
@@ -893,7 +895,10 @@ def _is_own_interface(text: str) -> bool:
     if name:
         socket.if_nametoindex(name)
     if host:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        family = socket.AF_INET
+        if ":" in host:
+            family = socket.AF_INET6
+        with socket.socket(family) as probe:
             probe.bind((host, 0))
     return True
 
@@ -1297,7 +1302,8 @@ class ConfigReader:
     @contextlib.contextmanager
     def at(self, node: yaml.Node, *keys: str) -> Iterator[None]:
         """Make a ValueError in the block a mistake at the node's line and below these keys."""
-        self.path += keys
+        outer = self.path
+        self.path = [*outer, *keys]
         try:
             yield
         except ValueError as error:
@@ -1306,7 +1312,7 @@ class ConfigReader:
                 message = f"{self._shown_path()}: {message}"
             self.mistakes.add((node.start_mark.line + 1, message))
         finally:
-            del self.path[len(self.path) - len(keys) :]
+            self.path = outer
 
     def _shown_path(self) -> str:
         """The path for a message; a key with unusual characters may be a misplaced secret."""
@@ -1370,8 +1376,10 @@ class ConfigReader:
             "options": functools.partial(read_section, Options),
         }
         sections = self.table(root, readers)
+        server = sections.get("server", ServerSettings())
         options = sections.get("options", Options())
         playlists = self._playlists(sections.get("playlists", {}), options)
+
         streams: dict[str, StreamSettings] = {}
         overrides: dict[str, Mapping[str, Any]] = {}
         for name, (key, node) in sections.get("streams", {}).items():
@@ -1386,7 +1394,6 @@ class ConfigReader:
                     overrides[name] = values
                 else:
                     raise ValueError("url is missing")
-        server = sections.get("server", ServerSettings())
         return Config(server, streams, playlists, options, overrides)
 
     def _playlists(self, entries: Section, options: Options) -> dict[str, PlaylistSettings]:
@@ -1449,8 +1456,9 @@ def _laid_over(options: Options, own: Mapping[str, Any]) -> Options:
     """Options, overridden by an entry's own; those of `streamlink:` are merged by name."""
     if not own:
         return options
-    streamlink = {**options.streamlink, **own.get("streamlink", {})}
-    return replace(options, **{**own, "streamlink": streamlink})
+    values = dict(own)
+    values["streamlink"] = {**options.streamlink, **own.get("streamlink", {})}
+    return replace(options, **values)
 
 
 def _stream(name: str, values: dict[str, Any], options: Options) -> StreamSettings:
@@ -1462,12 +1470,15 @@ def _stream(name: str, values: dict[str, Any], options: Options) -> StreamSettin
 
 def _yaml_mistake(error: yaml.YAMLError, text: str) -> tuple[int, str]:
     """Line and message of the mistake that the YAML library found."""
-    mark = getattr(error, "problem_mark", None)
     # Without a mark, the text has a character that YAML does not allow, at `position`.
-    named = text.count("\n", 0, getattr(error, "position", 0))
-    if mark:
+    position = getattr(error, "position", 0)
+    named = text.count("\n", 0, position)
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:
         named = mark.line
-    problem = (getattr(error, "problem", None) or str(error)).splitlines()[0]
+    message = getattr(error, "problem", None) or str(error)
+    problem = message.splitlines()[0]
+
     lines = text.splitlines()[: named + 1]
     for slip in YAML_SLIPS:
         if not re.search(slip.problem, problem):
@@ -1619,6 +1630,7 @@ class ListParser:
         self._size += len(data)
         if self._size > LIST_LIMIT:
             raise ListError(f"the list is larger than {LIST_LIMIT // MIB} MiB")
+
         if self._is_start:
             data = self._carry + data
             if len(data) < len(codecs.BOM_UTF16):
@@ -1628,6 +1640,7 @@ class ListParser:
             self._is_start = False
             if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 self._utf_16 = codecs.getincrementaldecoder("utf-16")("replace")
+
         if self._utf_16:
             data = self._utf_16.decode(data).encode()
         data = data.replace(b"\r", b"\n")  # old Apple programs end lines with \r alone
@@ -1727,8 +1740,10 @@ class ListParser:
     def _drop_unfinished(self) -> None:
         """Omit the current entry, if there is one, because its address is missing."""
         if self._title is not None:
-            is_heading = _HEADING.fullmatch(self._title)
-            self._omitted["headings" if is_heading else "without an address"] += 1
+            kind = "without an address"
+            if _HEADING.fullmatch(self._title):
+                kind = "headings"
+            self._omitted[kind] += 1
             self._begin_entry()
 
     def _read_address(self, text: str) -> None:
@@ -1760,6 +1775,7 @@ class ListParser:
             return "with an invalid address"
         if _FILM.match(address) and not self._wants_films:
             return "films"
+
         group = self._groups.choose(clean_text(self._group_text(), LINE_LIMIT))
         if group is None:
             return "in other groups"
@@ -1769,6 +1785,7 @@ class ListParser:
         if len(self._entries) >= CHANNEL_LIMIT:
             return f"beyond the limit of {CHANNEL_LIMIT:,} (choose groups:)"
         self._seen.add(key)
+
         headers = NO_HEADERS
         if self._headers:
             headers = self._headers
@@ -2073,7 +2090,15 @@ def identities(settings: PlaylistSettings, entries: Iterable[Entry]) -> list[Ide
     found: list[Identity] = []
     for entry in entries:
         key = entry.tvg_id, entry.title, entry.group
-        found.append(Identity(settings.name, settings.prefix, *key, position=counts[key]))
+        identity = Identity(
+            playlist=settings.name,
+            prefix=settings.prefix,
+            tvg_id=entry.tvg_id,
+            title=entry.title,
+            group=entry.group,
+            position=counts[key],
+        )
+        found.append(identity)
         counts[key] += 1
     return found
 
@@ -2098,10 +2123,10 @@ class Names:
         """Reserve a name for a new entry, made of its title, its tvg-id or the playlist's name."""
         base = plain_name(entry.title)
         has_letter = re.search(r"[a-z]", base) is not None
-        if not has_letter and entry.tvg_id is not None:
-            base = plain_name(entry.tvg_id)
-        elif not has_letter:
+        if not has_letter:
             base = ""
+            if entry.tvg_id is not None:
+                base = plain_name(entry.tvg_id)
         if not base:
             return self._numbered(settings.prefix + settings.name, first=1)
         name = settings.prefix + base
@@ -2165,12 +2190,15 @@ def name_entries(found: Sequence[Merged], known: Mapping[Identity, str]) -> dict
         name = _kept_name(merged, known, names)
         if name is None:
             new.append(merged)
-        else:
-            given.update(dict.fromkeys(merged.identities, name))
+            continue
+        for identity in merged.identities:
+            given[identity] = name
+
     for merged in new:
         settings, entry = merged.sources[0]
         name = names.give(settings, entry)
-        given.update(dict.fromkeys(merged.identities, name))
+        for identity in merged.identities:
+            given[identity] = name
     return given
 
 
@@ -2196,6 +2224,7 @@ def with_lists(
     """
     found = merge_entries(config.playlists, lists)
     names = name_entries(found, known)
+
     streams = dict(config.streams)
     numbers = _configured_numbers(config)
     for merged in found:
@@ -2211,6 +2240,7 @@ def with_lists(
         if name in config.overrides:
             stream = overridden(stream, config.overrides[name])
         streams[name] = stream
+
     guides: dict[str, str] = {}
     for playlist in config.playlists:
         if playlist in lists:
