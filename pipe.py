@@ -2437,7 +2437,8 @@ class Framer:
 
     def flush(self) -> list[Framed]:
         """Return the bytes held back: the rest of their packet or tag will not arrive."""
-        carry, self._carry = self._carry, b""
+        carry = self._carry
+        self._carry = b""
         return self._hand_on(carry, 0, len(carry))
 
     def drop(self) -> None:
@@ -2496,7 +2497,8 @@ UNPLAYED |= {0x6A: "AC-3", 0x7A: "E-AC-3"}
 
 def _reversed_bits(value: int, width: int) -> int:
     """Return a number of `width` bits with the order of its bits reversed."""
-    return int(f"{value:0{width}b}"[::-1], 2)
+    digits = f"{value:0{width}b}"
+    return int(digits[::-1], 2)
 
 
 _SWAPPED_BITS = bytes(_reversed_bits(byte, 8) for byte in range(256))  # by byte
@@ -2509,7 +2511,9 @@ def pid_of(packet: bytes | bytearray) -> int:
 def payload_start(packet: bytes | bytearray) -> int:
     """Return the index of the payload, after the adaptation field if there is one (2.4.3.2)."""
     has_adaptation_field = packet[3] & 0x20
-    return 5 + packet[4] if has_adaptation_field else 4
+    if has_adaptation_field:
+        return 5 + packet[4]
+    return 4
 
 
 def starts_unit(packet: bytes | bytearray) -> bool:
@@ -2527,7 +2531,9 @@ def counter_before(packet: bytes) -> int:
     """Return the counter expected of the PID's previous packet: only payloads count (2.4.3.3)."""
     counter = packet[3] & 0x0F
     has_payload = packet[3] & 0x10
-    return (counter - 1) & 0x0F if has_payload else counter
+    if has_payload:
+        return (counter - 1) & 0x0F
+    return counter
 
 
 def discontinuity_before(packet: bytes) -> bytes:
@@ -2679,12 +2685,14 @@ class ProgramTables:
         at = 12 + (int.from_bytes(section[10:12], "big") & 0xFFF)
         while at + 5 <= len(section) - 4:
             kind, pid, length = struct.unpack_from(">BHH", section, at)
-            start, at = at + 5, at + 5 + (length & 0xFFF)
+            start = at + 5
+            at = start + (length & 0xFFF)
             streams[pid & 0x1FFF] = kind
             if kind == PRIVATE_TYPE:
                 codecs.update(_descriptor_tags(section[start:at]))
             else:
                 codecs.add(kind)
+
         self.streams = streams
         self.named_video_pid = None
         for pid, kind in streams.items():
@@ -2823,7 +2831,8 @@ class TsFramer(Framer):
 
     def feed(self, data: bytes) -> list[Framed]:
         self._has_join = False
-        carry, self._carry = self._carry, b""
+        carry = self._carry
+        self._carry = b""
         missing = TS_PACKET - len(carry)
         if carry.startswith(TS_SYNC) and len(data) >= missing:
             # Join only this packet: joining all the data would copy all of it.
@@ -2910,31 +2919,34 @@ class TsFramer(Framer):
         """
         blocks: list[Framed] = []
         flags = data[start + 1 : end : TS_PACKET]
-        first = start
-        firsts = self._first_places(data, first, end)
+        begin = start
+        firsts = self._first_places(data, begin, end)
         index = self._next_place(flags, 0, firsts)
         while index is not None:
-            at = first + index * TS_PACKET
+            at = begin + index * TS_PACKET
             packet = data[at : at + TS_PACKET]
             pid = pid_of(packet)
+
             notice = self._notice(pid, packet) if self._may_jump else b""
             if notice:
                 blocks += self._hand_on(data, start, at, TS_PACKET)
                 blocks += self._hand_on(notice, 0, len(notice), TS_PACKET)
                 start = at
+
             if pid == 0 or pid in self.tables.programs:
                 self._take_table(pid, packet)
-                firsts = self._first_places(data, first, end)  # the table may name other PIDs
+                firsts = self._first_places(data, begin, end)  # the table may name other PIDs
             elif starts_unit(packet) and pid in self.tables.streams:
                 join = self._see_unit(pid, packet)
-                if join and not join.at_start:
-                    blocks += self._hand_on(data, start, at, TS_PACKET)
-                    start = at
                 if join:
+                    if not join.at_start:
+                        blocks += self._hand_on(data, start, at, TS_PACKET)
+                        start = at
                     blocks.append(join)
             index = self._next_place(flags, index + 1, firsts)
+
         blocks += self._hand_on(data, start, end, TS_PACKET)
-        self._remember(memoryview(data)[first:end])
+        self._remember(memoryview(data)[begin:end])
         return blocks
 
     def _take_table(self, pid: int, packet: bytes) -> None:
@@ -2971,7 +2983,8 @@ class TsFramer(Framer):
         if not self._may_jump:
             return []
         if self._handed_on >= self._search_end:
-            self._may_jump = self._is_jump  # without a jump so far, stop checking
+            if not self._is_jump:
+                self._may_jump = False
             return []
         pids = data[start + 2 : end : TS_PACKET]  # their low bytes
         places = []
@@ -3036,7 +3049,9 @@ class TsFramer(Framer):
             # At the segment's start, unless pictures that depend on others precede this one.
             self._awaits_start = False
             is_whole = not self._has_unit
-            preamble = b"" if is_whole and self._has_tables else self.preamble
+            preamble = self.preamble
+            if is_whole and self._has_tables:
+                preamble = b""
             return Join(preamble, is_key_frame, self.last_dts, at_start=is_whole)
         if is_key_frame:
             return Join(self.preamble, is_key_frame, self.last_dts)
@@ -3130,7 +3145,8 @@ class AudioFramer(Framer):
     def feed(self, data: bytes) -> list[Framed]:
         start = 0
         if self._may_be_tag:
-            data, self._carry = self._carry + data, b""
+            data = self._carry + data
+            self._carry = b""
             start = self._take_tags(data)
         if start == len(data):
             return []
@@ -3264,8 +3280,10 @@ def sniff(start: bytes, is_all: bool = False, media_type: str = "") -> Container
     while tag_size is not None:
         at += tag_size
         tag_size = _id3_size(start[at : at + ID3_HEADER])
-    if at > len(start) >= TAG_LIMIT:
+    has_open_tag = at > len(start)
+    if has_open_tag and len(start) >= TAG_LIMIT:
         return MPEG_AUDIO  # only a music file with a cover has a tag that large
+
     start = start[at:]
     found = _container_that_begins(start, (MPEG_TS, FMP4, MATROSKA))  # these are never mistaken
     if found:
@@ -3429,7 +3447,8 @@ class UnitCounter:
         self._tail = (self._tail + data[-TS_PACKET:])[-TS_PACKET:]
         if self._is_lost:
             return
-        data, self._header = self._header + data, b""
+        data = self._header + data
+        self._header = b""
         at = self._left
         while at < len(data):
             size = _unit_size(data[at : at + LARGE_BOX_HEADER])
@@ -3448,7 +3467,7 @@ class UnitCounter:
     def is_between_units(self) -> bool:
         """Whether the newest byte ends a unit; false if that is unknown."""
         if self._is_counted:
-            is_within_unit = self._header or self._left
+            is_within_unit = len(self._header) > 0 or self._left > 0
             return not self._is_lost and not is_within_unit
         return self._size % TS_PACKET == 0 and self._tail.startswith(TS_SYNC)
 
@@ -3845,6 +3864,13 @@ class Kept(NamedTuple):
     until: float  # time.monotonic()
 
 
+class NumberedPreamble(NamedTuple):
+    """What a decoder needs before a segment, and the number of the first segment with it."""
+
+    preamble: bytes
+    number: int
+
+
 @dataclass(frozen=True)
 class Listed:
     """The content of a playlist."""
@@ -3888,6 +3914,7 @@ class Window:
         self.growth_factor = growth_factor  # times `byte_limit`, to keep enough segments
         self.live_edge = live_edge  # segments that a new viewer gets at once, the open one included
         self.can_skip = True  # a viewer that falls behind may continue at a later place
+
         # _lock guards everything below.
         self._lock = threading.Lock()
         self._grown = threading.Condition(self._lock)  # viewers wait; append() and end() notify
@@ -3895,6 +3922,7 @@ class Window:
         # Polling clients wait for a segment or an end; finish(), end() and close_hls() notify.
         self._list_changed = threading.Condition(self._lock)
         self._feeder_waits = False
+
         self._blocks: deque[Block] = deque()
         self._first = 0  # number of the oldest block
         self._size = 0  # bytes
@@ -3906,6 +3934,7 @@ class Window:
         self._first_needed: int | None = None  # oldest block to keep beyond `byte_limit`, if any
         self._viewers: dict[Viewer, None] = {}  # in the order of their arrival
         self._ending: WindowEnd | None = None  # None until it ends
+
         # HLS:
         self._numbering: Numbering | None = None  # None: no segment is listed (any more)
         self._playlist: deque[HlsSegment] = deque()  # the listed segments; all their blocks exist
@@ -3914,7 +3943,7 @@ class Window:
         self.target_duration = 1  # seconds; it only grows: read without the lock
         self._last_poll: float | None = None  # when a client last polled
         self._is_apart = True  # the next segment does not continue the one before it
-        self._newest_map: tuple[bytes, int] | None = None  # with its first segment's number
+        self._newest_map: NumberedPreamble | None = None
         self._clock = 0.0  # seconds of all numbered segments
         self._lacks_room = False  # see lacks_room
 
@@ -4029,7 +4058,10 @@ class Window:
         Listed segments stay until close_hls().
         """
         with self._lock:
-            self._end_as(WindowEnd.COMPLETE if is_complete else WindowEnd.BROKEN_OFF)
+            if is_complete:
+                self._end_as(WindowEnd.COMPLETE)
+            else:
+                self._end_as(WindowEnd.BROKEN_OFF)
 
     def close_hls(self) -> None:
         """Stop listing and numbering: await_listed() and listed() raise WindowEnded."""
@@ -4158,7 +4190,8 @@ class Window:
         begun = self._open.start.dts
         if begun is None:
             return None
-        return (dts - begun) % TIMESTAMP_MODULUS / 90_000
+        ticks = (dts - begun) % TIMESTAMP_MODULUS
+        return ticks / 90_000
 
     # The segments of the HLS playlist
 
@@ -4187,8 +4220,8 @@ class Window:
         number = numbering.number
         if self._is_apart:
             numbering.discontinuities += 1
-        if self._newest_map is None or self._newest_map[0] != preamble:
-            self._newest_map = (preamble, number)
+        if self._newest_map is None or self._newest_map.preamble != preamble:
+            self._newest_map = NumberedPreamble(preamble, number)
         segment = HlsSegment(
             number=number,
             first=first,
@@ -4197,7 +4230,7 @@ class Window:
             duration=seconds,
             clock=self._clock,
             preamble=preamble,
-            map_number=self._newest_map[1],
+            map_number=self._newest_map.number,
             is_apart=self._is_apart,
             discontinuities=numbering.discontinuities,
         )
@@ -4421,7 +4454,8 @@ class Window:
     def _gather(self, viewer: Viewer) -> list[Block]:
         """Take the viewer's pending bytes and its next blocks."""
         viewer.moved = time.monotonic()
-        taken, viewer.pending = viewer.pending, []
+        taken = viewer.pending
+        viewer.pending = []
         size = 0
         for block in taken:
             size += len(block)
@@ -4458,7 +4492,8 @@ class Window:
         """
         starts = self._starts()
         if starts:
-            return starts[-min(self.live_edge, len(starts))]
+            back = min(self.live_edge, len(starts))
+            return starts[-back]
         now = time.monotonic()
         joins = [
             join for join in self._joins if join.is_key_frame and now - join.time < KEY_FRAME_LIFE
@@ -4592,7 +4627,9 @@ def media_playlist(window: Window, name: str, tail: str, had: int | None = None)
         if segments[-1].number > newest:
             has_end = False
             segments = [segment for segment in segments if segment.number <= newest]
-    first, container = segments[0], listed.container
+
+    first = segments[0]
+    container = listed.container
     version = 6 if container.has_map else 3
     discontinuities_before = first.discontinuities
     if first.is_apart:
@@ -4604,6 +4641,7 @@ def media_playlist(window: Window, name: str, tail: str, had: int | None = None)
         f"#EXT-X-MEDIA-SEQUENCE:{first.number}",
         f"#EXT-X-DISCONTINUITY-SEQUENCE:{discontinuities_before}",
     ]
+
     map_number: int | None = None
     for segment in segments:
         if segment.is_apart:
