@@ -4740,10 +4740,20 @@ class Tries(NamedTuple):
     failing_since: float = 0.0  # when the first of the successive tries with this failure began
     failed: float = 0.0  # when that first try was seen to fail
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether there was a try."""
+        return self.began > 0
+
+    @property
+    def was_answered(self) -> bool:
+        """Whether one of the tries was answered with media."""
+        return self.answered > 0
+
     def ask(self) -> Tries:
         """The history once another try has begun."""
         now = time.monotonic()
-        if not self.began:
+        if not self.has_begun:
             return self._replace(began=now, asked=now)
         return self._replace(asked=now)
 
@@ -4794,7 +4804,9 @@ class Download:
         byte_range: Any = None,  # streamlink's
         opened: Opened | None = None,
     ) -> None:
-        self._request, self._closing, self._patience = request, closing, patience
+        self._request = request
+        self._closing = closing
+        self._patience = patience
         # The range to fetch: its position in the resource, and its bytes; None: all from there on.
         self._first = 0
         self._range_size: int | None = None
@@ -4891,7 +4903,8 @@ class Download:
 
     def _open(self) -> Opened:
         """Request the body, or only the rest of it if that is possible."""
-        opened, self._opened = self._opened, None
+        opened = self._opened
+        self._opened = None
         if opened:
             return opened
 
@@ -4908,7 +4921,9 @@ class Download:
         # One request may take half of the patience, so that another one can follow.
         patience = self._patience()
         left = self._moved + patience - time.monotonic()
-        return self._request(headers, max(LEAST_TIMEOUT, min(patience / 2, left))), b""
+        timeout = max(LEAST_TIMEOUT, min(patience / 2, left))
+        response = self._request(headers, timeout)
+        return response, b""
 
     def _read_head(self, response: requests.Response) -> int:
         """Note the length and the validator of a response.
@@ -4933,8 +4948,11 @@ class Download:
 
         if self.size == 0 and not is_coded:
             etag = response.headers.get("ETag", "")
-            is_strong = etag and not etag.startswith("W/")
-            self._validator = etag if is_strong else response.headers.get("Last-Modified")
+            is_weak = etag.startswith("W/")
+            if etag and not is_weak:
+                self._validator = etag
+            else:
+                self._validator = response.headers.get("Last-Modified")
         return position - self._first
 
     def _new_parts(self, response: requests.Response, start: bytes) -> Iterator[bytes]:
@@ -4978,7 +4996,9 @@ class Download:
         """
         if is_short:
             raise DownloadError("the body became shorter between two requests")
-        size = self._range_size if self._range_size is not None else self._resource_size
+        size = self._range_size
+        if size is None:
+            size = self._resource_size
         if size is not None and self.size < size:
             raise ConnectionError("the range ended early")
         if self._is_cut_off:
@@ -5004,7 +5024,8 @@ class Download:
 
 def range_refusal(error: Exception) -> requests.Response | None:
     """The origin's response that no such range exists (416); None for any other error."""
-    answer: requests.Response | None = getattr(getattr(error, "err", None), "response", None)
+    cause = getattr(error, "err", None)  # as streamlink's errors keep it
+    answer: requests.Response | None = getattr(cause, "response", None)
     if answer is None or answer.status_code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
         return None
     return answer
@@ -5089,7 +5110,10 @@ def has_hooks() -> bool:
     for owner, methods in HOOKS:
         for name, parameters in methods.items():
             method = getattr(owner, name, None)
-            if method is None or " ".join(inspect.signature(method).parameters) != parameters:
+            if method is None:
+                return False
+            found = inspect.signature(method).parameters
+            if list(found) != parameters.split():
                 return False
     return True
 
@@ -5103,13 +5127,16 @@ def warm_up() -> None:
 
 def engine_options() -> EngineOptions:
     """Streamlink's session options, each with an example value; `...` for SAFETY_OPTIONS."""
-    known = dict(Streamlink(plugins_builtin=False).options.defaults)
-    by_http = {
+    options = dict(Streamlink(plugins_builtin=False).options.defaults)
+    options |= {
         "http-headers": {}, "http-cookies": {}, "http-query-params": {}, "http-cookies-files": [],
         "http-proxy": "", "http-ssl-cert": "", "http-ssl-verify": True, "http-timeout": 20.0,
         "http-disable-dh": False, "http-trust-env": False,
     }  # fmt: skip
-    return known | by_http | {"hls-playlist-reload-time": ""} | dict.fromkeys(SAFETY_OPTIONS, ...)
+    options["hls-playlist-reload-time"] = ""
+    for name in SAFETY_OPTIONS:
+        options[name] = ...
+    return options
 
 
 class Session:
@@ -5123,7 +5150,8 @@ class Session:
         self.read_size = max(stream.options.buffer_size, READ_SIZE)
         self._ends = time.monotonic() + timeout  # when resolving and opening must be done
         self.engine = Streamlink()
-        self.engine.http = self.http = Http()
+        self.http = Http()
+        self.engine.http = self.http
         self.closed = self.http.closed  # everything that belongs to this opening shares the event
         for settings in (_own_options(stream, timeout), stream.options.streamlink, SAFETY_OPTIONS):
             for option, value in settings.items():
@@ -5236,7 +5264,9 @@ class Session:
         if isinstance(stream, HLSStream):
             return SegmentedUpstream(self, stream, first)
         if isinstance(stream, HTTPStream):
-            opened = self._raw or self._open_raw(stream.args)
+            opened = self._raw
+            if opened is None:
+                opened = self._open_raw(stream.args)
             return RawUpstream(self, stream.args, opened)
         needs_muxing = isinstance(stream, MuxedStream)
         if isinstance(stream, DASHStream):
@@ -5273,9 +5303,11 @@ class Session:
             address = f"hls://{address}"
             match = self.engine.plugins.match_url(address)
             assert match
-        plugin = match[1](self.engine, address, PluginOptions())
+
+        name, plugin_class = match
+        plugin = plugin_class(self.engine, address, PluginOptions())
         try:
-            if match[0] == "hls":
+            if name == "hls":
                 return self._resolve_hls(plugin)
             return dict(plugin.streams())
         finally:
@@ -5297,11 +5329,13 @@ class Session:
         found = VariantStream.parse_variant_playlist(self.engine, url, **parameters)
         if not found:
             return {}
-        master: Any = next(iter(found.values())).multivariant
+        first_stream = next(iter(found.values()))
+        master: Any = first_stream.multivariant
         variants = {variant.key: variant for variant in master.playlists if not variant.is_iframe}
         copies: dict[str, list[Any]] = {}
         name_by_traits: dict[object, str] = {}
         addresses = set()
+
         for key, stream in found.items():
             variant = variants[key]
             name = name_by_traits.get(variant.traits)
@@ -5336,7 +5370,8 @@ class Session:
         """Request a body, and read enough of it to detect its kind; raises UpstreamError."""
         response = self.http.ask(arguments, {}, self.http.timeout)
         try:
-            return response, without_preface(read_start(parts_of(response, START_LIMIT)))
+            start = read_start(parts_of(response, START_LIMIT))
+            return response, without_preface(start)
         except UpstreamError:
             response.close()
             raise
@@ -5479,7 +5514,7 @@ class Http(HTTPSession):
         timeout = getattr(self._thread, "timeout", None)
         if timeout is not None:
             arguments["timeout"] = timeout
-        is_of_a_plugin = method != "GET" or arguments.get("schema")
+        is_of_a_plugin = method != "GET" or bool(arguments.get("schema"))
         if is_streamed or is_of_a_plugin:
             return super().request(method, url, **arguments)
         return self._load(url, arguments)
@@ -5585,7 +5620,8 @@ class Deadline:
     def cancel(self) -> None:
         """Stop the timer: requests may now take any time.  Idempotent."""
         self._http.ends = None
-        timer, self._timer = self._timer, None  # the timer refers to this object
+        timer = self._timer
+        self._timer = None  # the timer refers to this object
         if timer:
             timer.cancel()
 
@@ -5595,7 +5631,9 @@ class Deadline:
 
     def failure_of(self, error: Exception) -> UpstreamError:
         """The UpstreamError for a failure: that it was late, or the explanation of `error`."""
-        return UpstreamError(TIMED_OUT if self.is_late else explain(error))
+        if self.is_late:
+            return UpstreamError(TIMED_OUT)
+        return UpstreamError(explain(error))
 
     def __enter__(self) -> None:
         self.start()
@@ -5703,8 +5741,12 @@ def in_turn(found: Sequence[Any], name: str, port: int) -> list[Any]:
     first = [address for address in found if address[0] == first_family]
     others = [address for address in found if address[0] != first_family]
     order = []
-    for pair in itertools.zip_longest(first, others):
-        order += [address for address in pair if address is not None]
+    while first or others:
+        if first:
+            order.append(first.pop(0))
+        if others:
+            order.append(others.pop(0))
+
     with _answered_lock:
         good = _answered.get((name, port))
     if good in order:
@@ -5751,10 +5793,12 @@ def first_to_answer(
                 pending.unregister(sock)
                 number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if number == 0:
-                    return socket.socket(fileno=sock.detach()), key.data
+                    connected = socket.socket(fileno=sock.detach())  # `attempts` closes `sock`
+                    return connected, key.data
                 sock.close()
                 errors.append(OSError(number, os.strerror(number)))
                 due = now
+
     for failure in errors:
         if isinstance(failure, ConnectionRefusedError):
             raise failure
@@ -5931,8 +5975,9 @@ def read_bounded(response: requests.Response, start: bytes = b"") -> None:
         is_whole = is_broken_off and is_whole_playlist(bytes(body))
         if response.status_code < 300 and not is_whole:
             raise
-    content = without_preface(bytes(body))
-    vars(response).update(_content=content, _content_consumed=True)
+    untyped: Any = response
+    untyped._content = without_preface(bytes(body))
+    untyped._content_consumed = True
 
 
 # How an upstream ends.  The thread in the third column ends the ReaderBuffer; only the first end
@@ -6107,7 +6152,7 @@ class Upstream:
                 vars(file)["read"] = file.buffer.read
             return file
 
-        vars(stream)[maker] = make_and_note
+        setattr(stream, maker, make_and_note)
 
 
 def has_finite_source(worker: Any) -> bool:
@@ -6133,9 +6178,11 @@ def end_muxer(muxer: Any) -> None:
         process.stdin.close()
         process.stdout.close()
         process.wait()  # streamlink would leave a zombie
+
     for stream in muxer.streams:
         if isinstance(stream, SegmentedStreamReader):
             stream.buffer.close()
+
     for pipe, thread in zip(muxer.pipes, muxer.pipe_threads, strict=True):
         deadline = time.monotonic() + FIFO_TIME
         while thread.is_alive() and time.monotonic() < deadline:
@@ -6169,8 +6216,8 @@ def use_own_reader(stream: Any, session: Session, track: str = "", **reading: An
     """
     stream.name = session.name + track  # part of the names of its threads, and so of log lines
     reader = _own_reader(type(stream).__reader__)
-    vars(stream)["__reader__"] = functools.partial(reader, slack=session.slack, **reading)
-    vars(stream)["__parser__"] = _own_parser(type(stream).__parser__)
+    stream.__reader__ = functools.partial(reader, slack=session.slack, **reading)
+    stream.__parser__ = _own_parser(type(stream).__parser__)
 
 
 @functools.cache
@@ -6255,20 +6302,22 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
     BadPlaylist.
     """
 
-    is_gap = False
-    is_media = False  # a tag has shown that the playlist lists segments
-    has_negative_length = False
     _map: Any
     _streaminf: dict[str, str] | None
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self.is_gap = False  # of the next segment
+        self.is_media = False  # a tag has shown that the playlist lists segments
+        self.has_negative_length = False
         self._range_ends: dict[str, int] = {}  # by address
 
     def parse(self, data: Any) -> Any:
         text = data if isinstance(data, str) else data.content.decode("utf-8", "replace")
-        lines = (line.strip() for line in _LINE_ENDS.split(_BLANK_LIKE.sub(" ", text)))
-        playlist = super().parse("\n".join(line for line in lines if line))
+        text = _BLANK_LIKE.sub(" ", text)
+        lines = [line.strip() for line in _LINE_ENDS.split(text)]
+        filled_lines = [line for line in lines if line]
+        playlist = super().parse("\n".join(filled_lines))
         if self.has_negative_length and not self.is_media:
             raise BadPlaylist(CHANNEL_LIST)
         return _with_true_lengths(playlist)
@@ -6425,14 +6474,20 @@ class Variant(HLSPlaylist):
 
     def get_name(self, **how: Any) -> str:
         self.quality = super().get_name(**how) or ""
-        self.key = f"{id(self)}"
+        self.key = str(id(self))
         return self.key
+
+
+class VariantParser(PlaylistParser, M3U8Parser[Any, Any, Any]):
+    """Reads a master playlist into Variants."""
+
+    __playlist__ = Variant
 
 
 class VariantStream(HLSStream):
     """An HLS stream at an address that matches no plugin other than streamlink's `hls`."""
 
-    __parser__ = type("VariantParser", (PlaylistParser, M3U8Parser), {"__playlist__": Variant})
+    __parser__ = VariantParser
 
 
 def _quality_name(variant: Variant, taken: Collection[str]) -> str:
@@ -6447,10 +6502,10 @@ def _quality_name(variant: Variant, taken: Collection[str]) -> str:
     name = match[0].lower()
     if name not in taken:
         return name
-    earlier = sum(other.startswith(f"{name}_alt") for other in taken)
-    if earlier == 0:
+    alternatives = [other for other in taken if other.startswith(f"{name}_alt")]
+    if not alternatives:
         return f"{name}_alt"
-    return f"{name}_alt{earlier + 1}"
+    return f"{name}_alt{len(alternatives) + 1}"
 
 
 def _with_aliases(streams: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -6558,7 +6613,9 @@ class SegmentReader(HLSStreamReader):
         if self._number is None:
             return None
         is_complete = self.buffer.closed and self.buffer.failure is None
-        return self._number - 1 if is_complete else self._number
+        if is_complete:
+            return self._number - 1
+        return self._number
 
     @property
     def has_clock(self) -> bool:
@@ -6790,6 +6847,7 @@ class SegmentDownload(Download):
         nothing_else_answers = self._nothing_else_answers(tries, failure)
         if failure in NO_SERVER and nothing_else_answers:
             return True
+
         if writer.is_start:  # the next one may be there
             return writer.missing >= START_MISSING or self._is_newest
         if not writer.is_listed(self._segment):  # a live stream that has ended since
@@ -6797,22 +6855,24 @@ class SegmentDownload(Download):
         is_finite = writer.reader.worker.playlist_end is not None
         if not is_finite:
             return False
+
         # A server that stops may still answer on open connections while it refuses new ones.
         if failure in NO_SERVER and self._is_old:
             return True
         if failure is None or not nothing_else_answers:
             return False
+
         others = [other.tries for other in self._others]
         if any(other.failure == failure for other in others):
             return True
+
         # If only this segment is refused, although its address was just resolved for it, the
         # segment is missing.  The same holds for a track's segment, because a track cannot resume
         # at its position.  Any other failure may affect more than this segment if the download of
         # another one had not begun before the newest try of this one.
         if failure in REFUSALS:
             return self._may_have_expired
-        began_before = [other for other in others if 0 < other.began < tries.asked]
-        has_waiting = len(began_before) < len(others)
+        has_waiting = any(not other.has_begun or other.began >= tries.asked for other in others)
         return self._is_old and has_waiting
 
     @property
@@ -6844,14 +6904,17 @@ class SegmentDownload(Download):
         answer, every other answered request of this opening counts.  If there is no server, those
         count that began after this one.
         """
-        # For each other request: when the newest try that was answered began; 0 if none was.
-        times = [other.tries.answered for other in self._others]
+        others = [other.tries for other in self._others]
         if failure in REFUSALS and not self._may_have_expired:
-            return not any(times)
+            return not any(other.was_answered for other in others)
+
         since = tries.failing_since
         if self._is_old and not self._writer.is_start:
             since = tries.failed
-        return not any(since < began < tries.asked for began in times)
+        for other in others:
+            if other.was_answered and since < other.answered < tries.asked:
+                return False
+        return True
 
     def is_slow(self) -> bool:
         """Whether it arrives more slowly than it plays, while a later request is twice as fast.
@@ -7092,7 +7155,9 @@ class DownloadingWriter(HLSStreamWriter):
             return None
         tries = download.tries
         is_lasting = time.monotonic() - tries.failing_since > TROUBLE_TIME
-        return tries.failure if is_lasting and tries.failure in UNREACHED else None
+        if is_lasting and tries.failure in UNREACHED:
+            return tries.failure
+        return None
 
     def is_listed(self, segment: Any) -> bool:
         """Whether the newest playlist lists the segment, or may list it later."""
@@ -7140,6 +7205,7 @@ class DownloadingWriter(HLSStreamWriter):
             raise
         except Exception as error:
             download.buffer.discard()  # no thread takes the rest
+
             reason = explain(error)
             failure = download.tries.failure
             if isinstance(error, DecryptionError):  # its newest try was answered
@@ -7147,6 +7213,7 @@ class DownloadingWriter(HLSStreamWriter):
             self.missing += 1
             if download.is_fatal(failure):
                 raise UpstreamError(reason) from error
+
             is_closed = cast(Http, self.session.http).closed.is_set() or self.closing.is_set()
             if not is_closed:  # otherwise we caused the failure ourselves
                 log.warning("abandoned segment %d: %s", segment.num, reason)
@@ -7214,19 +7281,21 @@ class DownloadingWriter(HLSStreamWriter):
         A stream cannot continue without its key, so failed requests are retried for as long as
         those of a segment.  Raises UpstreamError after that, or at once if no retry can help.
         """
-        is_open = key.key_format in (None, "", "identity") or self.key_uri_override
+        is_open = key.key_format in (None, "", "identity") or bool(self.key_uri_override)
         if key.method != "AES-128" or not is_open:
             raise UpstreamError(f"{DRM_PROTECTED} ({key.method}) and cannot be played")
         deadline = time.monotonic() + self.patience()
         for pause in pauses(RETRY_PAUSES):
             try:
-                with cast(Http, self.session.http).timed(max(0.1, self.patience() / 2)):
+                seconds = max(LEAST_TIMEOUT, self.patience() / 2)
+                with cast(Http, self.session.http).timed(seconds):
                     return self._cipher(key, number)
             except Exception as error:
                 self.key_uri = None  # otherwise a wrong answer would be kept as the key
                 reason = explain(error)
                 is_final = reason in HOPELESS_KEY or (self.is_start and reason in EXPIRED)
-                if is_final or time.monotonic() + pause > deadline or not self.wait(pause):
+                is_late = time.monotonic() + pause > deadline
+                if is_final or is_late or not self.wait(pause):
                     raise UpstreamError(f"the key cannot be fetched: {reason}") from error
         raise AssertionError("the pauses never end")
 
@@ -7277,15 +7346,16 @@ class RawUpstream(Upstream):
         super().__init__(session)
         self._arguments = arguments  # of the request
         self._opened = opened
-        self._files.append(opened[0])
+        self._response, _ = opened
+        self._files.append(self._response)
 
     @property
     def is_finite(self) -> bool:
-        return "Content-Length" in self._opened[0].headers
+        return "Content-Length" in self._response.headers
 
     @property
     def media_type(self) -> str:
-        return self._opened[0].headers.get("Content-Type", "")
+        return self._response.headers.get("Content-Type", "")
 
     def _items(self) -> Items:
         if not self.is_finite:
@@ -7352,7 +7422,8 @@ class ProcessUpstream(Upstream):
         super().__init__(session)
         self._stream = stream
         self._is_start = left_out is None
-        self.left_out = left_out or ()
+        if left_out is not None:
+            self.left_out = left_out
         self._file: Any = None
         self._first = first  # the segment that each track begins with: see SegmentReader
         self._failure: str | None = None  # of a track
@@ -7393,7 +7464,14 @@ class ProcessUpstream(Upstream):
             numbers.append(number)
 
         least = min(numbers, default=0)
-        return [least if number - least <= TRACK_LEAD else number for number in numbers]
+        starts = []
+        for number in numbers:
+            is_independent = number - least > TRACK_LEAD
+            if is_independent:
+                starts.append(number)
+            else:
+                starts.append(least)
+        return starts
 
     @property
     def losses(self) -> Losses:
@@ -7408,7 +7486,9 @@ class ProcessUpstream(Upstream):
         tracks = (*stream.substreams, *stream.subtitles.values())
         for index, track in enumerate(tracks):
             if isinstance(track, HLSStream):
-                first = self._first[index] if index < len(self._first) else None
+                first = None
+                if index < len(self._first):
+                    first = self._first[index]
                 buffer = ReaderBuffer(self.buffer.limit)
                 fail = weakref.WeakMethod(self._fail)
                 use_own_reader(
@@ -7427,13 +7507,15 @@ class ProcessUpstream(Upstream):
             engine = self.session.engine
             most = min(engine.get_option("stream-timeout"), self.session.remaining / 2)
             engine.set_option("stream-timeout", most)
+
         files: Sequence[Any] = stream._open_streams()
         picture, *others = files
         for track in files:
-            is_failed = isinstance(track, SegmentReader) and track.buffer.failure
+            is_failed = isinstance(track, SegmentReader) and bool(track.buffer.failure)
             is_needed = track is picture or not self._is_start
             if is_failed and is_needed and not track.start:
                 raise UpstreamError(track.buffer.failure)
+
         has_picture = isinstance(picture, SegmentReader) and bool(picture.start)
         if not (self._is_start and has_picture):
             return files
@@ -7449,10 +7531,13 @@ class ProcessUpstream(Upstream):
         """Leave out the unused tracks, which have no media, and note that they are missing."""
         sounds = files[1 : len(stream.substreams)]
         missing = [file in unused for file in sounds]
-        if any(missing):
-            self.missing = "no sound" if all(missing) else "not all sound"
-        else:
+        if not any(missing):
             self.missing = "no subtitles"
+        elif all(missing):
+            self.missing = "no sound"
+        else:
+            self.missing = "not all sound"
+
         for file in unused:
             worker = cast(WatchedWorker, file.worker)
             reason = file.buffer.failure or worker.trouble or TIMED_OUT
@@ -7471,13 +7556,15 @@ class ProcessUpstream(Upstream):
         only if ffmpeg has no -isync (before 5.1).
         """
         version = [int(number) for number in re.findall(r"\d+", FFMPEGMuxer.FFMPEG_VERSION or "")]
-        stream.options["copyts"] = bool(version) and version < [5, 1]
+        lacks_isync = bool(version) and version < [5, 1]
+        stream.options["copyts"] = lacks_isync
         muxer: Any = FFMPEGMuxer(self.session.engine, *files, **stream.options)
         self.is_clean = "-copyts" not in muxer._cmd  # the configuration may set it, too
         for file, pipe in zip(files[1:], muxer.pipes[1:], strict=True):
             if self.is_clean and isinstance(file, SegmentReader) and file.has_clock:
                 place = muxer._cmd.index(str(pipe.path)) - 1  # of its -i
-                muxer._cmd[place:place] = ["-isync", "0"]
+                muxer._cmd.insert(place, "-isync")
+                muxer._cmd.insert(place + 1, "0")
         return muxer
 
     def _fail(self, reason: str) -> None:
@@ -7485,7 +7572,8 @@ class ProcessUpstream(Upstream):
 
         Blocks for MUXER_LAG at most.  Only the first track's failure counts.
         """
-        if self.session.closed.wait(MUXER_LAG) or not self._first_failure.acquire(blocking=False):
+        is_closed = self.session.closed.wait(MUXER_LAG)
+        if is_closed or not self._first_failure.acquire(blocking=False):
             return
         self._failure = reason
         process = self._file.process
