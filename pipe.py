@@ -544,6 +544,15 @@ def _many(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
+def _unique(texts: Iterable[str]) -> list[str]:
+    """The texts without repeats, in the order in which each first occurs."""
+    found: list[str] = []
+    for text in texts:
+        if text not in found:
+            found.append(text)
+    return found
+
+
 # --------------------------------------------------------------------------------------------------
 # Configuration: dataclasses, and the reader that turns YAML into them or into a list of mistakes
 #
@@ -2326,6 +2335,14 @@ def account_of(config: Config, stream: StreamSettings, address: str) -> Playlist
         if _is_of_account(address, playlist.url):
             return playlist
     return None
+
+
+def account_name_of(config: Config, stream: StreamSettings, address: str) -> str | None:
+    """The name of the playlist that account_of() returns; None if it returns none."""
+    playlist = account_of(config, stream, address)
+    if playlist is None:
+        return None
+    return playlist.name
 
 
 def _is_of_account(address: str, list_address: str) -> bool:
@@ -8246,7 +8263,7 @@ class StreamRecord:
     def qualities(self) -> list[str]:
         """The variants that the newest start found, without duplicates."""
         with self._lock:
-            return list(dict.fromkeys(self.variants.values()))
+            return _unique(self.variants.values())
 
     def choose_level(self) -> int:
         """Choose the level of a log line that a retrying player may cause again and again.
@@ -9452,7 +9469,7 @@ class Channels:
         is_offered = any(name in variants for name in names_in(wanted))
         is_known = (is_running or is_fresh) and bool(variants)
         if is_known and not is_offered and wanted != stream.quality:
-            raise no_quality_error(dict.fromkeys(variants.values()))
+            raise no_quality_error(_unique(variants.values()))
 
     def _make_seat(self, viewer: Viewer) -> None:
         """Raise LimitReached if there are too many viewers, not counting those that have left."""
@@ -9507,8 +9524,7 @@ class Channels:
 
     def _account_of(self, stream: StreamSettings, address: str) -> str | None:
         """The name of the playlist whose account an address uses."""
-        playlist = account_of(self._config, stream, address)
-        return playlist.name if playlist else None
+        return account_name_of(self._config, stream, address)
 
     def _room_at(self, stream: StreamSettings, address: str, mover: Channel | None = None) -> Room:
         """Whether a start may open an upstream at an address, or the channel `mover` move there."""
@@ -9828,7 +9844,7 @@ def _surplus(holders: Sequence[Channel], limit: int) -> list[Channel] | None:
 
 def _account_is_full(limit: int, sharing: Collection[Channel]) -> str:
     """Why a start is refused: `this account allows 1 connection: BBC One is playing`."""
-    titles = list(dict.fromkeys(channel.stream.title for channel in sharing if channel.viewers))
+    titles = _unique(channel.stream.title for channel in sharing if channel.viewers)
     shown = titles[:TITLES_TOLD]
     if len(titles) > len(shown):
         shown.append(f"{len(titles) - len(shown)} more")
@@ -11164,8 +11180,7 @@ class Board:
     def _account(self, name: str) -> str | None:
         """Return the name of the playlist whose account a stream's first address uses, if any."""
         stream = self.site.config.streams[name]
-        account = account_of(self.site.config, stream, stream.urls[0])
-        return account.name if account else None
+        return account_name_of(self.site.config, stream, stream.urls[0])
 
     def _scale(self) -> float:
         """Return the bits per second at the top of all charts: 1, 2 or 5 times a power of ten."""
@@ -13021,15 +13036,6 @@ def _check_once(check: Check) -> Finding:
     return Finding(is_ok=True, words="; ".join(facts))
 
 
-def _unique(texts: Iterable[str]) -> list[str]:
-    """The texts without repeats, in the order in which each first occurs."""
-    found: list[str] = []
-    for text in texts:
-        if text not in found:
-            found.append(text)
-    return found
-
-
 class Checker:
     """Runs checks in a few threads, within the limits of the server and of each account.
 
@@ -13166,9 +13172,8 @@ def _streams_to_check(config: Config, names: Sequence[str]) -> list[StreamSettin
 def _checks_of(config: Config, stream: StreamSettings) -> list[Check]:
     checks = []
     for address in stream.urls:
-        account = account_of(config, stream, address)
-        account_name = None if account is None else account.name
-        checks.append(Check(stream, address, account_name))
+        account = account_name_of(config, stream, address)
+        checks.append(Check(stream, address, account))
     return checks
 
 
