@@ -10040,10 +10040,16 @@ class Lists:
 
     def _start(self, each: LoadingList) -> None:
         """Give a list its thread, unless it has one.  The caller holds _changed."""
-        if each.thread is None:
-            name = f"list-{each.settings.name}-0"
-            each.thread = threading.Thread(target=self._run, args=(each,), name=name, daemon=True)
-            each.thread.start()
+        if each.thread is not None:
+            return
+        name = f"list-{each.settings.name}-0"
+        thread = threading.Thread(target=self._run, args=(each,), name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no threads left: the next reload tries again
+            self._refuse(each, TOO_MANY_THREADS)
+        else:
+            each.thread = thread
 
     def _change(self, each: LoadingList, settings: PlaylistSettings) -> None:
         """Use other settings for a list from now on.  The caller holds _changed."""
@@ -10137,7 +10143,8 @@ class Lists:
         """
         if isinstance(outcome, str):
             pause = LIST_PAUSES[min(each.refusals, len(LIST_PAUSES) - 1)]
-            self._refuse(each, outcome, pause)
+            self._refuse(each, outcome)
+            each.load_in(pause)
             return False
         if each.has_lost_half(outcome):
             now = time.monotonic()
@@ -10149,7 +10156,8 @@ class Lists:
                     f"the list has only {_many(len(outcome.entries), 'channel')} instead of "
                     f"{each.channel_count}: it is accepted if it is as short in 10 minutes"
                 )
-                self._refuse(each, doubt, pause)
+                self._refuse(each, doubt)
+                each.load_in(pause)
                 return False
         self._accept(each, outcome)
         return True
@@ -10170,15 +10178,14 @@ class Lists:
         if each.settings.refresh > 0:
             each.load_in(each.settings.refresh)
 
-    def _refuse(self, each: LoadingList, reason: str, pause: float) -> None:
-        """Keep the previous list, and retry after a pause.  The caller holds _changed."""
+    def _refuse(self, each: LoadingList, reason: str) -> None:
+        """Keep the previous list.  The caller holds _changed."""
         is_first = each.trouble is None
         level = logging.WARNING if is_first else logging.DEBUG
         kept = "; the previous list stays" if each.list else ""
         log.log(level, "%s: the list is not used: %s%s", each.settings.name, reason, kept)
         each.trouble = reason
         each.refusals += 1
-        each.load_in(pause)
 
     # Any thread
 

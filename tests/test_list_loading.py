@@ -502,6 +502,55 @@ def test_playlists_come_and_go_with_the_file(origin: Origin, serve: Serve) -> No
     eventually(lambda: "list-a-0" not in [t.name for t in threading.enumerate()], str(names))
 
 
+def test_list_without_a_thread_is_loaded_by_the_next_reload(
+    origin: Origin,
+    serve: Serve,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Neither the start nor a reload fails, and the other list is loaded each time."""
+    first = add_list(origin, listing(origin, "One"))
+    second = origin.add_file("/second.m3u", listing(origin, "Two"))
+    start = threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        if thread.name == "list-b-0":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        site = serve({}, playlists={"a": first, "b": second})
+        loaded(site, "one")
+        reload(site)
+        origin.wait_for(LIST, 2)
+
+    errors = {
+        each["playlist"]: each["last_error"] for each in site.get("/status").json["playlists"]
+    }
+    assert errors == {"a": None, "b": pipe.TOO_MANY_THREADS}
+    failures = [line for line in caplog.messages if "is not used" in line]
+    assert failures == [f"b: the list is not used: {pipe.TOO_MANY_THREADS}"]
+    reload(site)
+    loaded(site, "one", "two")
+
+
+def test_server_without_a_thread_for_its_list_can_be_closed(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        if thread.name == "list-tv-0":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        site = serve({}, playlists={"tv": add_list(origin, listing(origin, "One"))})
+    assert site.server.lists.stop(5.0)
+
+
 def test_names_do_not_depend_on_the_list_that_is_loaded_first(origin: Origin, serve: Serve) -> None:
     first = origin.add_file("/first.m3u", listing(origin, "News"))
     second = origin.add_file("/second.m3u", listing(origin, "News", "Two"))
