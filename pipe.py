@@ -7674,7 +7674,9 @@ class InsertFilter:
         """
         data = b"".join(item for item in self._init if isinstance(item, bytes))
         container = sniff(data, is_all=True)
-        return self._init if self._fits(container) else []
+        if not self._fits(container):
+            return []
+        return self._init
 
     def _take_bytes(self, data: bytes) -> list[bytes | SegmentEvent]:
         if self._is_leaving_out:
@@ -7708,8 +7710,9 @@ class InsertFilter:
 
     def _fits(self, container: Container | None) -> bool:
         """Whether it is the channel's container, or one of both is unknown media."""
-        is_known = OTHER_MEDIA not in (container, self._container)
-        return container is self._container or not is_known
+        if OTHER_MEDIA in (container, self._container):
+            return True
+        return container is self._container
 
 
 class SpliceState(enum.Enum):
@@ -7778,7 +7781,7 @@ def _steps_of(
     steps = {}
     for arrival, row in rows.items():
         for state, step in zip(SpliceState, row, strict=True):
-            if step:
+            if step is not None:
                 steps[arrival, state] = step
     return steps
 
@@ -7935,6 +7938,7 @@ class Splicer:
             self._step(Arrival.CHANGED)
         else:
             self._step(Arrival.WANTED)
+
         if self._state is SpliceState.COMPARING:
             self._repeat = Repeat(self._passed)
             return
@@ -7980,18 +7984,21 @@ class Splicer:
         viewers_have_none = self._passed.size == 0
         # If a seam follows, the seam tells the framer whether a jump is certain.
         is_before_seam = self._state in REOPENED and not (is_wanted and viewers_have_none)
+
         if is_whole:
             self._step(Arrival.END)
         elif is_wanted:
             self._step(Arrival.GAP)
         else:
             self._step(Arrival.OTHER_GAP)
+
         if not is_whole:
             self._framer.drop()
             if not is_before_seam:
                 self._framer.expect_jump(is_certain=True)
         elif was_passing:
             self._window.append(self._framer.flush())
+
         if is_whole and was_passing and not self._framer.is_shut:
             self._window.finish(self._framer.preamble)
         else:
@@ -8083,7 +8090,9 @@ class Bitrate:
         if current is None:
             return 0
         rate, until = current
-        return round(rate) if time.monotonic() < until else 0
+        if time.monotonic() >= until:
+            return 0
+        return round(rate)
 
     def start_segment(self, duration: float) -> None:
         """Begin a segment.  `duration`: seconds, as its playlist says; 0 if it does not say."""
@@ -8091,7 +8100,8 @@ class Bitrate:
             self._duration = None
             return
         self._duration = duration
-        self._size, self._burst_began = 0, None
+        self._size = 0
+        self._burst_began = None
 
     def end_segment(self, *, is_whole: bool) -> None:
         """End the segment, if one was begun; it is a piece if it is whole."""
@@ -8099,7 +8109,8 @@ class Bitrate:
             return
         if is_whole:
             self._add_piece(self._size, self._duration)
-        self._size, self._duration = 0, None
+        self._size = 0
+        self._duration = None
 
     def add(self, size: int) -> None:
         """Count bytes that have just arrived."""
@@ -8124,10 +8135,12 @@ class Bitrate:
         self._pieces.append((size, seconds))
         total = sum(seconds for _, seconds in self._pieces)
         while total - self._pieces[0][1] >= AVERAGED_TIME:
-            total -= self._pieces.popleft()[1]
+            _, oldest_seconds = self._pieces.popleft()
+            total -= oldest_seconds
         longest = max(seconds for _, seconds in self._pieces)
         until = time.monotonic() + max(AVERAGED_TIME, 2 * longest)
-        self._current = 8 * sum(size for size, _ in self._pieces) / total, until
+        rate = 8 * sum(size for size, _ in self._pieces) / total
+        self._current = rate, until
 
 
 @dataclass(frozen=True)
@@ -8218,7 +8231,8 @@ class StreamRecord:
         since = time.monotonic() - BAD_TIME
         with self._lock:
             failed = {address for address, at in self.failure_times.items() if at > since}
-        good, bad = [], []
+        good: list[int] = []
+        bad: list[int] = []
         for position, address in enumerate(addresses):
             if address in failed:
                 bad.append(position)
@@ -8235,9 +8249,12 @@ class StreamRecord:
         """The position of the copy to try first: that with media last time, or else the first."""
         with self._lock:
             known = self._good_copy
-        if known and known[0] == address:
-            return known[1]
-        return 0
+        if known is None:
+            return 0
+        good_address, copy = known
+        if good_address != address:
+            return 0
+        return copy
 
     def add_received(self, size: int) -> None:
         slot = int(time.monotonic() / SLOT)
@@ -8245,7 +8262,8 @@ class StreamRecord:
             self.counts["received"] += size
             self.has_failed = False
             if self._slots and self._slots[-1][0] == slot:
-                size += self._slots.pop()[1]
+                _, counted = self._slots.pop()
+                size += counted
             self._slots.append((slot, size))
 
     def bitrates(self) -> list[float]:
@@ -8253,7 +8271,7 @@ class StreamRecord:
         now = int(time.monotonic() / SLOT)
         with self._lock:
             slots = dict(self._slots)
-        return [slots.get(now - SLOTS + n, 0) * 8 / SLOT for n in range(SLOTS)]
+        return [slots.get(slot, 0) * 8 / SLOT for slot in range(now - SLOTS, now)]
 
     def reasons(self) -> tuple[Counter[str], Counter[str]]:
         """Copies of `failures` and `drops`."""
@@ -8337,6 +8355,7 @@ class Channel:
         limit = stream.options.ringbuffer_size
         self.window = Window(limit, growth_factor=WINDOW_GROWTH)
         self.container = MPEG_TS  # set once, before the window gets its first block
+
         # Written under channels.changed.  The channel's own thread also reads single fields without
         # the lock: it sees the old value or the new one, and checks again in its next turn.
         self.stream = stream  # a reload replaces it
@@ -8353,6 +8372,7 @@ class Channel:
         self.idle_since = self.since  # when its last viewer left; only used while it has none
         self.error: StreamError | None = None  # why it failed; None: it did not
         self.had_media = False  # it was LIVE or PRIVATE once
+
         # Written only by its own thread.
         self.note: str | None = None  # the tracks that viewers miss, in words
         self.restarts = 0  # reopened upstreams
@@ -8444,8 +8464,9 @@ class Channel:
 
         The playlist of a source that has ended stays for the same time.
         """
-        target_durations = 3.0 * self.window.target_duration if self.has_hls else 0.0
-        return max(target_durations, self.linger)
+        if not self.has_hls:
+            return self.linger
+        return max(3.0 * self.window.target_duration, self.linger)
 
     @property
     def bitrate(self) -> int:
@@ -8456,18 +8477,33 @@ class Channel:
         """The channel as /status prints it.  The caller holds channels.changed."""
         now = time.monotonic()
         held, seconds = self.window.held()
-        options = self.stream.options
-        state, patience = self.state.value, options.timeout
+
+        state = self.state.value
+        patience = self.stream.options.timeout
         if self.is_running and self.trouble:
-            state, patience = "waiting", options.reconnect
+            state = "waiting"
+            patience = self.stream.options.reconnect
         elif self.state is State.ENDED:
             state = State.CLOSED.value  # a client need not know the difference
+
         waiting_seconds: float | None = None
         gives_up_seconds: float | None = None
         if state in ("waiting", "starting"):
             waited = now - self._last_byte
             waiting_seconds = round(waited, 1)
             gives_up_seconds = round(max(0.0, patience - waited), 1)
+
+        viewers = []
+        for viewer in self.viewers:
+            viewers.append({
+                "address": viewer.address,
+                "user_agent": viewer.agent,
+                "kind": "hls" if viewer.polls else "stream",
+                "since_seconds": round(now - viewer.since, 1),
+                "bytes": viewer.sent,
+                "skips": viewer.skips,
+            })  # fmt: skip
+
         return {
             "variant": self.variant or "",
             "state": state,
@@ -8478,23 +8514,14 @@ class Channel:
             "window_bytes": held,
             "window_seconds": round(seconds, 1),
             "restarts": self.restarts,
-            "viewers": [
-                {
-                    "address": viewer.address,
-                    "user_agent": viewer.agent,
-                    "kind": "hls" if viewer.polls else "stream",
-                    "since_seconds": round(now - viewer.since, 1),
-                    "bytes": viewer.sent,
-                    "skips": viewer.skips,
-                }
-                for viewer in self.viewers
-            ],
+            "viewers": viewers,
         }
 
     # Its thread: tries, and the pauses between them
 
     def _run(self) -> None:
-        is_complete, ended_by = False, None
+        is_complete = False
+        ended_by: StreamError | None = None
         try:
             self._open_first()
             self._keep_going()
@@ -8513,11 +8540,16 @@ class Channel:
             finally:
                 self.channels.end(self, is_complete, ended_by)
                 self._see_pollers_off(is_complete)
-        is_told = ended_by and any(ended_by.reason == reason for _, reason in self._told)
-        if ended_by and not is_told and not self.channels.stopping.is_set():
-            what = "ended" if self._splicer else "not started"
-            level = self._choose_level()
-            log.log(level, "%s: %s: %s", self.stream.name, what, ended_by.reason)
+        if ended_by is not None and not self.channels.stopping.is_set():
+            self._log_failure(ended_by)
+
+    def _log_failure(self, error: StreamError) -> None:
+        """Log why the channel has ended, unless the log has this reason already."""
+        if any(reason == error.reason for _, reason in self._told):
+            return
+        what = "ended" if self._splicer else "not started"
+        level = self._choose_level()
+        log.log(level, "%s: %s: %s", self.stream.name, what, error.reason)
 
     def _see_pollers_off(self, is_complete: bool) -> None:
         """Keep the playlist of a source that truly ended until polling clients have had the rest.
@@ -8596,9 +8628,12 @@ class Channel:
         while True:
             deadline = self._last_byte + self.stream.options.reconnect
             self._move_on()
-            pause = next(waits) if self._place in tried else 0.0
+            pause = 0.0
+            if self._place in tried:
+                pause = next(waits)
             tried.add(self._place)
             self._wait(pause, deadline)
+
             began = time.monotonic()
             try:
                 timeout = min(self.stream.options.timeout, deadline - began)
@@ -8607,6 +8642,7 @@ class Channel:
                 self._note_failure(error.reason)
             except LimitReached as refusal:
                 self._note_trouble(refusal.reason)
+
             if self._last_byte > began:
                 tried = {self._place}
                 self._first_copy = self._copy
@@ -8631,8 +8667,10 @@ class Channel:
 
     def _begin_address(self, position: int) -> None:
         """Choose an address, and the copy of its variant that last had media."""
-        self._address, self._copies = position, 1
-        self._copy = self._first_copy = self.record.good_copy(self.stream.urls[position])
+        self._address = position
+        self._copies = 1
+        self._copy = self.record.good_copy(self.stream.urls[position])
+        self._first_copy = self._copy
 
     @property
     def _next_copy(self) -> int:
@@ -8669,7 +8707,9 @@ class Channel:
         if self.stopped.is_set():  # stop() cut the upstream: the address may be good
             raise Stop
         # The address may be good as long as a copy is untried.
-        address = self.stream.urls[self._address] if self._is_last_copy else None
+        address = None
+        if self._is_last_copy:
+            address = self.stream.urls[self._address]
         self.record.add_failure(reason, address)
         self._note_trouble(reason)
 
@@ -8692,7 +8732,9 @@ class Channel:
         if self._gaps:
             line += f"; {_many(self._gaps, 'segment')} lost"
         log.info("%s: %s", self.stream.name, line)
-        self.trouble, self._troubled_since, self._gaps = None, None, 0
+        self.trouble = None
+        self._troubled_since = None
+        self._gaps = 0
         self._told.clear()
 
     def _choose_level(self) -> int:
@@ -8757,8 +8799,8 @@ class Channel:
         name = self._find_variant(session)
         self._count_copies(session.count_copies(name))
         if self._splicer is None:  # the copies share the time of their address
-            left = self._copies - (self._copy - self._first_copy) % self._copies
-            seconds = (deadline - time.monotonic()) / left
+            tried = (self._copy - self._first_copy) % self._copies
+            seconds = (deadline - time.monotonic()) / (self._copies - tried)
             deadline = time.monotonic() + seconds
             session.shorten(seconds)
         upstream = self._upstream = self._open(session, name)
@@ -8777,7 +8819,9 @@ class Channel:
         """
         name = self._choose(session.canonical)
         if self._splicer is None:
-            variant = session.canonical[name] if name else None
+            variant = None
+            if name is not None:
+                variant = session.canonical[name]
             self.channels.note_variants(self, session.canonical, variant)
         if name is None:
             raise self._quality_error(session.qualities)
@@ -8785,12 +8829,17 @@ class Channel:
 
     def _open(self, session: Session, name: str) -> Upstream:
         if self._splicer:
-            is_other = self._splicer.place != self._place
-            number = self._splicer.number
-            tracks, left_out = self._tracks, self._left_out
-            return session.open(name, number, is_other, tracks, self._copy, left_out)
+            return session.open(
+                name,
+                first=self._splicer.number,
+                is_other_address=self._splicer.place != self._place,
+                tracks=self._tracks,
+                copy=self._copy,
+                left_out=self._left_out,
+            )
         upstream = session.open(name, copy=self._copy)
-        self.note, self._left_out = upstream.missing, upstream.left_out
+        self.note = upstream.missing
+        self._left_out = upstream.left_out
         if self.note:
             log.warning("%s: %s", self.stream.name, self.note)
         return upstream
@@ -8818,20 +8867,24 @@ class Channel:
         Raises SourceEnded at the end of the source, Stop if the channel was stopped or abandoned,
         and StreamError if the upstream fails.
         """
-        start: list[bytes | SegmentEvent] | None = []  # items read before the container is known
+        start: list[bytes | SegmentEvent] = []  # items read before the container is known
+        has_begun = False  # the container is known
         alive = time.monotonic()
         while True:
             self.channels.close_if_abandoned(self)
             if self.stopped.is_set():
                 raise Stop
             items, is_all = self._read(upstream)
-            if start is not None and (items or is_all):
+            if not has_begun and (items or is_all):
                 start += items
-                if self._begin(upstream, start, is_all):
-                    items, start = start, None
-            if start is None:
+                has_begun = self._begin(upstream, start, is_all)
+                if has_begun:
+                    items = start
+                    start = []
+            if has_begun:
                 self._count_losses_of_tracks(upstream)
                 self._move(upstream, items)
+
             trouble = upstream.trouble
             if trouble and self.trouble is None and not self.stopped.is_set():
                 self._note_trouble(trouble)  # a request that stop() cut is no trouble
@@ -8839,7 +8892,10 @@ class Channel:
                 self._finish(upstream)
             if any(_is_sign_of_life(item) for item in items):
                 alive = time.monotonic()
-            self._judge(upstream, alive, deadline if start is not None else None)
+            if has_begun:
+                self._judge(upstream, alive, None)
+            else:
+                self._judge(upstream, alive, deadline)
 
     def _read(self, upstream: Upstream) -> tuple[list[bytes | SegmentEvent], bool]:
         """The next items, and whether the source has ended; raises UpstreamError if it broke off.
@@ -8885,7 +8941,9 @@ class Channel:
         patience = max(self.stream.options.timeout, 2 * upstream.target_duration) + JUDGE_GRACE
         if is_late or now - alive > patience:
             raise UpstreamError(trouble or NO_DATA)
-        insert = self._splicer.insert if self._splicer else None
+        insert = None
+        if self._splicer is not None:
+            insert = self._splicer.insert
         if insert and now - self._last_byte > self.stream.options.reconnect:
             raise UpstreamError(switched_to(insert))
 
@@ -8897,7 +8955,9 @@ class Channel:
         """
         has_segments = any(isinstance(item, SegmentEvent) for item in start)
         data = _media_in(start)
-        container = sniff(data, is_all, upstream.media_type) if data else None
+        container = None
+        if data:
+            container = sniff(data, is_all, upstream.media_type)
         if container is OTHER_MEDIA:  # its initialization section may show which
             data = b"".join(item for item in start if isinstance(item, bytes))
             container = sniff(data, is_all=True, media_type=upstream.media_type)
@@ -8924,20 +8984,24 @@ class Channel:
         """
         assert self.variants is not None
         assert self.variant is not None
-        window = self.window
         self._has_end = upstream.is_finite
         is_private = self._has_end or not (has_segments or container.joins_late)
+
+        window = self.window
         window.live_edge = max(1, upstream.live_edge)
         window.can_skip = container.can_skip
         if is_private:
             window.make_private(PRIVATE_WINDOW)
+
         is_cut = has_segments or container.is_cut_for_hls
         has_hls = not is_private and is_cut and bool(container.extension)
         if has_hls:
             numbering = self.record.numbering(self.variant)
             window.offer_hls(container, numbering, upstream.target_duration)
+
         self._splicer = Splicer(window, container, self._place)
         self.channels.go_live(self, container, has_hls, is_private)
+
         kind = "live"
         if self._has_end:
             kind = "finite"
@@ -8987,14 +9051,19 @@ class Channel:
 
         In a private channel, the pace of segments depends on how fast the viewer takes them.
         """
-        if self.state is State.LIVE and event.kind is EventKind.START:
+        if self.state is not State.LIVE:
+            return
+        if event.kind is EventKind.START:
             self._bitrate.start_segment(event.duration)
-        elif self.state is State.LIVE and event.kind in (EventKind.END, EventKind.GAP):
-            self._bitrate.end_segment(is_whole=event.kind is EventKind.END)
+        elif event.kind is EventKind.END:
+            self._bitrate.end_segment(is_whole=True)
+        elif event.kind is EventKind.GAP:
+            self._bitrate.end_segment(is_whole=False)
 
     def _count_losses_of_tracks(self, upstream: Upstream) -> None:
         """Count the segments that the tracks of a muxed stream have lost since the last call."""
-        known, self._losses = self._losses, upstream.losses
+        known = self._losses
+        self._losses = upstream.losses
         self._count_skipped(self._losses.skipped - known.skipped, upstream)
         self._count_gaps(self._losses.gaps - known.gaps)
 
@@ -9101,8 +9170,9 @@ def stopping_error() -> StreamError:
 
 
 def no_media_error(stream: StreamSettings, trouble: str | None) -> StreamError:
-    because = f": {trouble}" if trouble else ""
-    reason = f"no media within {stream.options.timeout:g} s{because}"
+    reason = f"no media within {stream.options.timeout:g} s"
+    if trouble:
+        reason += f": {trouble}"
     return StreamError(HTTPStatus.GATEWAY_TIMEOUT, reason)
 
 
