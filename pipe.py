@@ -9399,7 +9399,10 @@ class Channels:
         With thousands of streams, a record for each would cost more than the streams.
         """
         with self.changed:
-            return self._records.get(name) or StreamRecord(self.changed)
+            record = self._records.get(name)
+            if record is None:
+                record = StreamRecord(self.changed)
+            return record
 
     def status(self, stream: StreamSettings) -> dict[str, Any]:
         """A stream as it is now, as /status prints it."""
@@ -9409,9 +9412,9 @@ class Channels:
     def active_names(self) -> set[str]:
         """The names of streams that have a channel, or failed and have received nothing since."""
         with self.changed:
-            names = {channel.stream.name for channel in self._channels}
+            running = {channel.stream.name for channel in self._channels}
             failed = {name for name, record in self._records.items() if record.has_failed}
-            return names | failed
+            return running | failed
 
     def totals(self, stream: StreamSettings) -> Counter[str]:
         """A stream's counts since the server started, including those of its present viewers."""
@@ -9459,7 +9462,9 @@ class Channels:
         stream = self._config.streams.get(name)  # a reload may have changed or removed it
         if stream is None:
             raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
-        viewer.wanted = wanted = quality or stream.quality
+        wanted = quality or stream.quality
+        viewer.wanted = wanted
+
         channel = None
         if not is_reserved:
             channel = self._find(stream, wanted)
@@ -9467,10 +9472,12 @@ class Channels:
             self._recall(stream, wanted)
         if channel is None and not is_reserved:
             channel = self._find_start(stream, wanted)
+
         self._make_seat(viewer)
         if channel is None:
             order = self._make_slot(stream, viewer)
             channel = self._start(stream, wanted, is_reserved, order)
+
         channel.viewers[viewer] = None
         if not viewer.polls:
             channel.window.enter(viewer)
@@ -9494,8 +9501,8 @@ class Channels:
         try:
             channel.start()
         except RuntimeError as error:
-            reason = TOO_MANY_THREADS
-            raise LimitReached(reason, "threads", _addresses_of(self._channels)) from error
+            held_by = _addresses_of(self._channels)
+            raise LimitReached(TOO_MANY_THREADS, "threads", held_by) from error
         self._channels[channel] = None
         return channel
 
@@ -9527,12 +9534,15 @@ class Channels:
 
     def _recall(self, stream: StreamSettings, wanted: str) -> None:
         """Raise the error that a start would end with, if it is known without one."""
-        record, now = self.record(stream.name), time.monotonic()
+        record = self.record(stream.name)
+        now = time.monotonic()
         for quality, (at, _) in tuple(record.start_errors.items()):
             if now - at > FAILURE_MEMORY:
                 del record.start_errors[quality]
         if wanted in record.start_errors:
-            raise record.start_errors[wanted][1].copy()
+            _, error = record.start_errors[wanted]
+            raise error.copy()
+
         is_running = any(channel.is_running for channel in self._channels_of(stream.name))
         is_fresh = record.resolved is not None and now - record.resolved < FAILURE_MEMORY
         variants = self._variants_of(stream)
@@ -9562,7 +9572,8 @@ class Channels:
             try:
                 self._make_room(stream, stream.urls[position], [viewer])
             except LimitReached as refusal:
-                first = first or refusal
+                if first is None:
+                    first = refusal
                 held_by.update(refusal.held_by)
             else:
                 return order[number:] + order[:number]
@@ -9583,7 +9594,9 @@ class Channels:
 
     def _has_seat(self) -> bool:
         most = self._config.server.max_viewers
-        return not most or self.viewer_count() < most
+        if most == 0:  # no limit
+            return True
+        return self.viewer_count() < most
 
     def _holding(self) -> list[Channel]:
         """The channels that hold a slot.
@@ -9600,6 +9613,7 @@ class Channels:
         """Whether a start may open an upstream at an address, or the channel `mover` move there."""
         holders = [channel for channel in self._holding() if channel is not mover]
         closing: list[Channel] = []
+
         playlist = account_of(self._config, stream, address)
         if playlist and not (mover and mover.account == playlist.name):
             sharing = [channel for channel in holders if channel.account == playlist.name]
@@ -9608,6 +9622,7 @@ class Channels:
                 reason = _account_is_full(playlist.max_upstreams, sharing)
                 return Room(refusal=LimitReached(reason, "account", _addresses_of(sharing)))
             closing += surplus
+
         if mover is None:  # a mover already holds a slot of the server
             others = [channel for channel in holders if channel not in closing]
             surplus = _surplus(others, self._config.server.max_upstreams)
@@ -9655,6 +9670,7 @@ class Channels:
                     raise no_media_error(channel.stream, channel.trouble)
                 raise ViewerGone
             self.changed.wait(min(remaining, START_TICK))
+
         suits = channel.suits(viewer)
         if suits and channel.had_media:
             return viewer in channel.viewers  # go_live() detaches all but one of a private channel
@@ -9684,33 +9700,38 @@ class Channels:
 
     def _status(self, stream: StreamSettings) -> dict[str, Any]:
         record = self.known(stream.name)
-        channels = self._channels_of(stream.name)
-        viewers = [viewer for channel in channels for viewer in channel.viewers]
         counts = self.totals(stream)
+        channels = self._channels_of(stream.name)
         shown = [channel.status() for channel in channels if channel.viewers or not channel.is_over]
+
         states = {channel["state"] for channel in shown}
         state = "failed" if record.has_failed else "idle"
         for best in STATES_SHOWN:
             if best in states:
                 state = best
                 break
-        trouble, age = record.last_trouble, None
-        if trouble:
-            age = round(time.monotonic() - trouble.noted, 1)
+
+        trouble = record.last_trouble
+        last_error: str | None = None
+        last_error_seconds: float | None = None
+        if trouble is not None:
+            last_error = trouble.reason
+            last_error_seconds = round(time.monotonic() - trouble.noted, 1)
+
         return {
             "stream": stream.name,
             "title": stream.title,
             "group": stream.group,
             "state": state,
-            "viewers": len(viewers),
+            "viewers": sum(len(channel.viewers) for channel in channels),
             "peak": record.peak,
             "bytes_in": counts["received"],
             "bytes_out": counts["sent"],
             "bitrate": sum(channel.bitrate for channel in channels),
             "restarts": counts["restarts"],
             "gaps": counts["gaps"],
-            "last_error": trouble.reason if trouble else None,
-            "last_error_seconds": age,
+            "last_error": last_error,
+            "last_error_seconds": last_error_seconds,
             "channels": shown,
         }
 
@@ -9735,8 +9756,9 @@ class Channels:
         another channel has this variant: the start must end, and its viewers attach there.
         """
         with self.changed:
-            channel.variants = channel.record.variants = canonical
+            channel.variants = canonical
             channel.variant = variant
+            channel.record.variants = canonical
             channel.record.resolved = time.monotonic()
             self.changed.notify_all()
             if channel.is_offered and self._is_offered_by_another(channel):
@@ -9751,12 +9773,14 @@ class Channels:
         reload, no viewer may find a channel with the old settings.
         """
         with self.changed:
-            channel.record.container = channel.container = container
+            channel.container = container
+            channel.record.container = container
             is_taken = not is_private and self._is_offered_by_another(channel)
             if is_taken or channel.state is State.CLOSED:
                 raise Stop
             channel.state = State.PRIVATE if is_private else State.LIVE
-            channel.had_media, channel.has_hls = True, has_hls
+            channel.had_media = True
+            channel.has_hls = has_hls
             if is_private:
                 suited = [viewer for viewer in channel.viewers if channel.suits(viewer)]
                 for viewer in suited[1:]:
@@ -9869,7 +9893,9 @@ class Channels:
         totals.
         """
         with self.changed:
-            old, self._config = self._config, config
+            old = self._config
+            self._config = config
+
             for channel in self._channels:
                 stream = config.streams.get(channel.stream.name)
                 if stream and stream.pulled == channel.stream.pulled:
@@ -9877,11 +9903,14 @@ class Channels:
                     channel.account = self._account_of(stream, channel.address)
                 else:
                     self._close(channel)
+
             in_use = {channel.stream.name for channel in self._channels}
             for name in self._records.keys() - config.streams.keys() - in_use:
                 del self._records[name]
+
             for name, record in self._records.items():
-                before, after = old.streams.get(name), config.streams.get(name)
+                before = old.streams.get(name)
+                after = config.streams.get(name)
                 if before is None or after is None or before.pulled != after.pulled:
                     record.forget_failures()
 
@@ -10077,10 +10106,10 @@ class Lists:
     def reload(self, config: Config) -> None:
         """Apply another configuration with the lists loaded so far, and load all lists again."""
         with self._changed:
-            removed = self._lists
+            known = self._lists
             self._lists = {}
             for name, settings in config.playlists.items():
-                each = removed.pop(name, None)
+                each = known.get(name)
                 if each is None:
                     each = LoadingList(settings)
                 elif each.settings != settings:
@@ -10088,9 +10117,10 @@ class Lists:
                 each.due = time.monotonic()
                 self._lists[name] = each
                 self._start(each)
-            for each in removed.values():
-                each.is_over = True
-                self._end_request(each)
+            for name, each in known.items():
+                if name not in self._lists:
+                    each.is_over = True
+                    self._end_request(each)
             self._config = config
             self._changed.notify_all()
         self._publish(is_reload=True)
@@ -10182,11 +10212,13 @@ class Lists:
         with self._changed:
             settings = each.settings
             each.due = None
+
         fetch = fetch_for(settings, settings.url, LIST_TIME)
         with self._changed:
             each.fetch = fetch
             if each.is_over or each.settings is not settings:
                 fetch.close()
+
         outcome: ChannelList | str  # the list, or why it cannot be loaded
         try:
             outcome = load_list(settings, fetch)
@@ -10195,6 +10227,7 @@ class Lists:
             outcome = explain(error)
         finally:
             fetch.close()
+
         with self._changed:
             each.fetch = None
             if each.is_over:
