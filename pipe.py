@@ -10401,8 +10401,12 @@ def playlist_page(site: Site, streams: Iterable[StreamSettings]) -> Page:
 
     Each attribute is read by at least one of Kodi, TVHeadend, Jellyfin, VLC, mpv and Channels DVR.
     """
+    head = "#EXTM3U"
     guides = ",".join(site.link(path) for path in guide_paths(site.config))
-    lines = [f'#EXTM3U x-tvg-url="{guides}" url-tvg="{guides}"' if guides else "#EXTM3U"]
+    if guides:
+        head += f' x-tvg-url="{guides}" url-tvg="{guides}"'
+    lines = [head]
+
     for stream in streams:
         title = _cleaned(stream.title) or stream.name
         attributes = {
@@ -10410,20 +10414,31 @@ def playlist_page(site: Site, streams: Iterable[StreamSettings]) -> Page:
             "channel-id": stream.name,  # Channels DVR identifies a channel by it
             "tvg-name": title,
             "tvg-logo": _quoted(stream.logo),
-            "tvg-chno": str(stream.number or ""),
+            "tvg-chno": "" if stream.number is None else str(stream.number),
             "group-title": _cleaned(stream.group),
         }
         shown = "".join(f' {key}="{value}"' for key, value in attributes.items() if value)
-        lines += [f"#EXTINF:-1{shown},{title}", site.link(stream.name)]
+        lines.append(f"#EXTINF:-1{shown},{title}")
+        lines.append(site.link(stream.name))
     return Page("\n".join(lines).encode() + b"\n", "audio/x-mpegurl")
+
+
+def all_streams_page(site: Site) -> Page:
+    """Return the extended M3U of all streams but hidden ones."""
+    return playlist_page(site, site.streams)
 
 
 def guide_paths(config: Config) -> list[str]:
     """Return the paths of all guides; most players read only the first."""
     names = list(config.guides)
-    paths = ["epg.xml"] if config.server.epg or names else []
-    others = names if config.server.epg else names[1:]
-    return paths + [f"epg/{name}.xml" for name in others]
+    if not config.server.epg:
+        if not names:
+            return []
+        names = names[1:]  # the first one's is /epg.xml
+    paths = ["epg.xml"]
+    for name in names:
+        paths.append(f"epg/{name}.xml")
+    return paths
 
 
 def guide_at(config: Config, path: str) -> tuple[PlaylistSettings, str] | None:
@@ -10453,7 +10468,7 @@ def whole_guide(parts: Iterator[bytes]) -> Iterator[bytes]:
         start += part
         if len(start) >= GUIDE_START:
             break
-    if re.match(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?<(!doctype\s+)?html", start, re.I):
+    if HTML_START.match(start):
         raise UpstreamError("the origin sent a web page, not a guide")
     yield start
     yield from parts
@@ -10480,19 +10495,28 @@ def _cleaned(text: str | None) -> str:
 
     mpv ends an entry's attributes at the first comma, and Jellyfin at the last.
     """
-    return " ".join((text or "").replace(",", " ").replace('"', "'").split())
+    if text is None:
+        return ""
+    allowed = text.replace(",", " ").replace('"', "'")
+    return " ".join(allowed.split())
 
 
 def _quoted(address: str | None) -> str:
     """Return an equivalent address without white space, commas and double quotes."""
-    return "%20".join((address or "").split()).replace(",", "%2C").replace('"', "%22")
+    if address is None:
+        return ""
+    without_spaces = "%20".join(address.split())
+    return without_spaces.replace(",", "%2C").replace('"', "%22")
 
 
 GUIDE_PATH = re.compile(r"/epg/([a-z0-9-]+)\.xml")
 GUIDE_START = 256  # bytes of a guide that show its format
+# `<html` or `<!DOCTYPE html`, perhaps after a byte order mark and an XML declaration.
+HTML_START = re.compile(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?<(!doctype\s+)?html", re.IGNORECASE)
 GZIP_START = b"\x1f\x8b"  # RFC 1952, 2.3.1
 GZIP_FORMAT = 16 + zlib.MAX_WBITS  # selects the gzip format in zlib
 GUIDE_NUMBERS = range(10_000, 100_000)  # for streams without a configured number
+UNLIMITED_TUNERS = 16  # that a server without limits claims to have
 MACHINE_ID = Path("/etc/machine-id")
 SCAN_STATUS = {"ScanInProgress": 0, "ScanPossible": 1, "Source": "Cable", "SourceList": ["Cable"]}
 
@@ -10515,10 +10539,16 @@ def discover_page(site: Site) -> Page:
 
 def tuner_count(config: Config) -> int:
     """Return how many streams a client of the tuner can play at once."""
-    count = config.server.max_upstreams or config.server.max_viewers or 16
+    if config.server.max_upstreams > 0:
+        count = config.server.max_upstreams
+    elif config.server.max_viewers > 0:
+        count = config.server.max_viewers
+    else:
+        count = UNLIMITED_TUNERS
+
     limits = [playlist.max_upstreams for playlist in config.playlists.values()]
     is_imported = all(stream.playlist for stream in config.streams.values())
-    if is_imported and limits and all(limits):
+    if is_imported and limits and 0 not in limits:  # 0: no limit
         count = min(count, sum(limits))
     return count
 
@@ -10533,6 +10563,16 @@ def lineup_page(site: Site) -> Page:
         }
         for stream in site.streams
     ])  # fmt: skip
+
+
+def scan_status_page(site: Site) -> Page:
+    """Answer a client that asks whether a scan for channels is possible."""
+    return json_page(SCAN_STATUS)
+
+
+def scan_page(site: Site) -> Page:
+    """Answer a client that starts a scan for channels: there is nothing to do."""
+    return json_page({})
 
 
 def guide_numbers(streams: Collection[StreamSettings]) -> dict[str, int]:
@@ -10626,28 +10666,32 @@ Samples = Mapping[str, float]  # by the part after the metric's name: labels, or
 
 def metrics_page(site: Site) -> Page:
     """Return all metrics in Prometheus' text format, version 0.0.4."""
-    answers, refusals, first_bytes, first_byte_sum = site.server.counts()
+    server = site.server
+    answers, refusals, first_bytes, first_byte_sum = server.counts()
     buckets = {f"_bucket{_labels(le=bound)}": first_bytes[bound] for bound in FIRST_BYTE_BOUNDS}
     histogram = {**buckets, "_sum": first_byte_sum, "_count": first_bytes["+Inf"]}
     requests = {_labels(code=code): count for code, count in sorted(answers.items())}
     # Report zeros, too: Prometheus sees no increase in a counter whose first sample is one.
     refused = {_labels(reason=limit): refusals[limit] for limit in LIMITS}
-    limits, last_reload = site.config.server, site.server.last_reload
-    failed_lists = sum(1 for each in site.server.lists.report() if each["last_error"] is not None)
+    failed_lists = [each for each in server.lists.report() if each["last_error"] is not None]
+    limits = site.config.server
+    last_reload = server.last_reload
+
     families = [
         _family("build_info", "StreamPipe's version.", {_labels(version=__version__): 1}),
         _family("start_time_seconds", "When it started.", {"": time.time() - site.uptime}),
         _family("last_reload_successful", LAST_RELOAD, {"": int(last_reload.is_successful)}),
         _family("last_reload_timestamp_seconds", "When that was.", {"": last_reload.at}),
-        _family("failed_lists", FAILED_LISTS, {"": failed_lists}),
+        _family("failed_lists", FAILED_LISTS, {"": len(failed_lists)}),
         _family("http_requests_total", "Answers by status.", requests),
         _family("refusals_total", "Requests refused at a limit, by reason.", refused),
         _family("max_viewers", "Viewers allowed at once; 0: no limit.", {"": limits.max_viewers}),
         _family("max_upstreams", "Slots for upstreams; 0: no limit.", {"": limits.max_upstreams}),
-        _family("upstream_slots", "Slots in use.", {"": site.server.channels.slot_count()}),
+        _family("upstream_slots", "Slots in use.", {"": server.channels.slot_count()}),
         _family("first_byte_seconds", "From a request to its first media byte.", histogram),
     ]
-    requested = site.server.channels.requested()
+
+    requested = server.channels.requested()
     streams = [stream for name, stream in site.config.streams.items() if name in requested]
     stream_samples = [_stream_samples(site, stream) for stream in streams]
     for name, words in STREAM_METRICS.items():
@@ -10687,11 +10731,13 @@ STREAM_METRICS = {
 
 def _stream_samples(site: Site, stream: StreamSettings) -> Mapping[str, Samples]:
     """Return a stream's samples by metric: one number, or one for each state or reason."""
-    status, totals = site.status(stream), site.server.channels.totals(stream)
+    status = site.status(stream)
+    totals = site.server.channels.totals(stream)
     channels = status["channels"]
+    working = [channel for channel in channels if channel["state"] in PLAYING]
     numbers = {
         "viewers": status["viewers"],
-        "upstreams": sum(channel["state"] in PLAYING for channel in channels),
+        "upstreams": len(working),
         "window_bytes": sum(channel["window_bytes"] for channel in channels),
         "viewer_connections_total": totals["arrivals"],
         "sent_bytes_total": totals["sent"],
@@ -10703,29 +10749,36 @@ def _stream_samples(site: Site, stream: StreamSettings) -> Mapping[str, Samples]
     samples: dict[str, Samples] = {
         name: {_labels(stream=stream.name): number} for name, number in numbers.items()
     }
+
     state = STATE_METRICS[status["state"]]
     samples["stream_state"] = {
         _labels(stream=stream.name, state=each): int(each == state)
         for each in ("live", "waiting", "failed", "idle")
     }
+
     record = site.record(stream)
     trouble = record.last_trouble
     samples["last_error_timestamp_seconds"] = {}
     if trouble:
         samples["last_error_timestamp_seconds"] = {_labels(stream=stream.name): trouble.unix_time}
+
     errors, drops = record.reasons()
-    for name, counts in (("upstream_errors_total", errors), ("viewer_drops_total", drops)):
-        samples[name] = {
-            _labels(stream=stream.name, reason=reason): number
-            for reason, number in sorted(counts.items())
-        }
+    samples["upstream_errors_total"] = _samples_by_reason(stream, errors)
+    samples["viewer_drops_total"] = _samples_by_reason(stream, drops)
+    return samples
+
+
+def _samples_by_reason(stream: StreamSettings, counts: Counter[str]) -> Samples:
+    samples = {}
+    for reason, number in sorted(counts.items()):
+        samples[_labels(stream=stream.name, reason=reason)] = number
     return samples
 
 
 def _labels(**labels: object) -> str:
     escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
     shown = (f'{name}="{str(value).translate(escapes)}"' for name, value in labels.items())
-    return f"{{{','.join(shown)}}}"
+    return "{" + ",".join(shown) + "}"
 
 
 def _family(name: str, words: str, samples: Samples) -> str:
@@ -11108,14 +11161,19 @@ SCRIPT_HASH = f"sha256-{base64.b64encode(_digest).decode()}"
 
 # A proxy refuses an answer whose head is larger than the proxy's buffer, often 4 KiB.
 POLICY_HOSTS = 1 * KIB  # bytes of logo hosts in a policy; if there are more, it allows any host
+# The scheme and the host with its port, without a user and password.  The host must end there: one
+# with other characters does not match, because it does not fit into a policy.
+LOGO_HOST = re.compile(r"(https?://)(?:[^/?#@]*@)?([\w.-]+(?::\d+)?)(?![^/?#])", re.ASCII | re.I)
 
 
 def policy_headers(config: Config) -> dict[str, str]:
     """Return headers that restrict our pages to our script, our media and the logos."""
-    site = re.compile(r"(https?://)(?:[^/?#@]*@)?([\w.-]+(?::\d+)?)(?![^/?#])", re.ASCII | re.I)
-    found = dict[str, None]()  # each host once, in the order of the file
+    found: dict[str, None] = {}  # each host once, in the order of the file
     for stream in config.streams.values():
-        if stream.logo and (logo := site.match(stream.logo)):
+        if stream.logo is None:
+            continue
+        logo = LOGO_HOST.match(stream.logo)
+        if logo:
             found[logo[1] + logo[2]] = None
     hosts = " ".join(found)
     if len(hosts) > POLICY_HOSTS:
@@ -11165,10 +11223,11 @@ class Choice:
 
     def rank(self, stream: StreamSettings) -> int:
         """Return the place of a found stream among the others: 0 for the best ones."""
-        phrase, title = " ".join(self.words), _folded(stream.title)
+        phrase = " ".join(self.words)
+        title = _folded(stream.title)
         if phrase in (title, str(stream.number)):
             return 0
-        if re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", title):
+        if re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", title):  # as whole words
             return 1
         if title.startswith(phrase):
             return 2
@@ -11186,8 +11245,12 @@ def _group_of(stream: StreamSettings) -> str:
 @functools.lru_cache(maxsize=20_000)  # a list may have as many channels
 def _folded(text: str) -> str:
     """Return text for comparisons that ignore accents and case."""
-    letters = unicodedata.normalize("NFD", text)
-    return "".join(each for each in letters if unicodedata.category(each)[0] != "M").lower()
+    letters = ""
+    for each in unicodedata.normalize("NFD", text):
+        is_mark = unicodedata.category(each).startswith("M")  # an accent, for example
+        if not is_mark:
+            letters += each
+    return letters.lower()
 
 
 def _search_text(stream: StreamSettings) -> str:
@@ -11206,9 +11269,11 @@ class Board:
         self.active = {
             stream.name: site.status(stream) for stream in self.streams if stream.name in names
         }
-        self.playing_accounts = set[str]()
+        self.playing_accounts: set[str] = set()
         for name, status in self.active.items():
-            account = self._account(name) if status["state"] in PLAYING else None
+            if status["state"] not in PLAYING:
+                continue
+            account = self._account(name)
             if account is not None:
                 self.playing_accounts.add(account)
         self.scale = self._scale()
@@ -11228,17 +11293,22 @@ class Board:
         status = self.active.get(stream.name)
         if not status:
             return ""
-        facts = [self._state(stream)] if status["state"] != "idle" else []
+
+        facts = []
+        if status["state"] != "idle":
+            facts.append(self._state(stream))
         if status["viewers"]:
             viewers = _many(status["viewers"], "viewer")
-            has_peak = status["peak"] > status["viewers"]
-            facts.append(_whole(f"{viewers}, peak {status['peak']}" if has_peak else viewers))
+            if status["peak"] > status["viewers"]:
+                viewers += f", peak {status['peak']}"
+            facts.append(_whole(viewers))
         chart = ""
         if status["channels"] and has_figures:
             if status["bitrate"]:  # zero in the first seconds
                 facts.append(_whole(_rate(status["bitrate"])))
             uptime = max(channel["uptime_seconds"] for channel in status["channels"])
             chart = _chart(self.site.record(stream).bitrates(), self.scale, uptime)
+
         notes = "".join(f'<p class="note">{note}</p>' for note in self._notes(status))
         # The no-break space keeps a dot from beginning a line.
         shown = "\u00a0· ".join(f"<span>{fact}</span>" for fact in facts)
@@ -11246,7 +11316,9 @@ class Board:
 
     def state(self, stream: StreamSettings) -> str:
         status = self.active.get(stream.name)
-        return status["state"] if status else "idle"
+        if status is None:
+            return "idle"
+        return str(status["state"])
 
     def _notes(self, status: Mapping[str, Any]) -> list[str]:
         """Return notes on missing parts of the stream, and the last error."""
@@ -11262,7 +11334,8 @@ class Board:
         """Return a state in words, with its age and the time until a channel stops waiting."""
         status = self.active[stream.name]
         state = status["state"]
-        color = words = state
+        color = state
+        words = state
         if state == "private":
             words = "playing"
         elif state == "failed":
@@ -11311,9 +11384,11 @@ class Board:
 
     def _attention(self) -> str:
         """Return a line for each list and each stream that needs attention."""
-        lines, counts = [], Counter[str]()
+        lines: list[str] = []
+        counts: Counter[str] = Counter()  # of these lines, by state
         for report in self.lists:
-            if trouble := report["last_error"]:
+            trouble = report["last_error"]
+            if trouble:
                 counts["list failed"] += 1
                 lines.append(
                     f"<li>List {report['playlist']}: "
@@ -11331,6 +11406,7 @@ class Board:
                 )
         if not lines:
             return ""
+
         more = len(lines) - MOST_LINES
         if more > 0:
             lines = [*lines[:MOST_LINES], f"<li>and {more} more</li>"]
@@ -11345,11 +11421,10 @@ class Board:
         playing = [each for each in self.streams if self.state(each) in PLAYING]
         if len(self.streams) <= ALL_OPEN or not playing:
             return ""
-        cards = "".join(
-            f"<li>{_link(self, stream)}"
-            f'<div class="now">{self.now(stream, has_figures=False)}</div></li>'
-            for stream in playing[:MOST_PLAYING]
-        )
+        cards = ""
+        for stream in playing[:MOST_PLAYING]:
+            now = self.now(stream, has_figures=False)
+            cards += f'<li>{_link(self, stream)}<div class="now">{now}</div></li>'
         more = ""
         if len(playing) > MOST_PLAYING:
             more = f"<p>and {len(playing) - MOST_PLAYING} more</p>"
@@ -11364,21 +11439,22 @@ class Board:
                 rows += [_viewer_row(title, viewer) for viewer in channel["viewers"]]
         if not rows:
             return ""
+
         words = ("Stream", "Address", "Player", "For", "Bitrate", "Skips")
         head = "".join(f'<th scope="col">{word}</th>' for word in words)
+        shown = "".join(rows[:MOST_VIEWERS])
         more = ""
         if len(rows) > MOST_VIEWERS:
             more = f"<p>and {len(rows) - MOST_VIEWERS} more</p>"
         return (
             f"<summary>Who is watching: {_many(len(rows), 'viewer')}</summary>"
-            f'<div class="wide" tabindex="0"><table><tr>{head}</tr>{"".join(rows[:MOST_VIEWERS])}'
-            f"</table>{more}</div>"
+            f'<div class="wide" tabindex="0"><table><tr>{head}</tr>{shown}</table>{more}</div>'
         )
 
 
 def _viewer_row(title: str, viewer: Mapping[str, Any]) -> str:
     seconds = viewer["since_seconds"]
-    cells = (
+    values = (
         title,
         viewer["address"],
         player_of(viewer["user_agent"]),
@@ -11386,7 +11462,15 @@ def _viewer_row(title: str, viewer: Mapping[str, Any]) -> str:
         _rate(8 * viewer["bytes"] / max(seconds, 1.0)),
         str(viewer["skips"]),
     )
-    return f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
+    cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
+    return f"<tr>{cells}</tr>"
+
+
+# In units of the drawing, which the browser stretches to the width of the card.
+CHART_HEIGHT = 36
+TALLEST_BAR = 35
+BAR_WIDTH = 3
+BAR_STEP = 4  # from one bar to the next
 
 
 def _chart(bitrates: Sequence[float], scale: float, uptime: float) -> str:
@@ -11398,47 +11482,65 @@ def _chart(bitrates: Sequence[float], scale: float, uptime: float) -> str:
     bars = ""
     for n, rate in enumerate(bitrates):
         if rate:
-            height = max(1, round(35 * rate / scale))
-            bars += f"M{4 * n} 36v-{height}h3v{height}z"
-    top = f"{scale / 1e6:g} Mbit/s" if scale >= 1e6 else f"{scale / 1e3:g} kbit/s"
+            height = max(1, round(TALLEST_BAR * rate / scale))
+            # From the bottom left corner up, to the right, down, and back.
+            bars += f"M{BAR_STEP * n} {CHART_HEIGHT}v-{height}h{BAR_WIDTH}v{height}z"
+    top = f"{scale / 1e3:g} kbit/s"
+    if scale >= 1e6:
+        top = f"{scale / 1e6:g} Mbit/s"
     minutes = f"{SLOT * SLOTS // 60} minutes"
     return (
         f'<div class="chart" role="img" aria-label="Bitrate of the last {minutes}, on a scale to '
         f'{top}"><p>{top}<span>{_duration(uptime)} up</span></p>'
-        f'<svg viewBox="0 0 {4 * SLOTS} 36" preserveAspectRatio="none">'
+        f'<svg viewBox="0 0 {BAR_STEP * SLOTS} {CHART_HEIGHT}" preserveAspectRatio="none">'
         f'<path d="{bars}"/></svg><p>{minutes} ago<span>now</span></p></div>'
     )
 
 
 def status_page(site: Site) -> Page:
     """Return the page with all streams, for a phone, a desktop or a television."""
-    name, words = html.escape(site.config.server.name), site.wants("q")
-    board = Board(site, site.streams)
+    name = html.escape(site.config.server.name)
+    words = site.wants("q")
     choice = Choice(_folded(words).split(), site.wants("group"))
-    count, parts = len(board.streams), board.parts()
-    has_search = count > 1
-    is_unfolded = parts["Attention"].count("<li>") <= UNFOLDED_LINES
-    about = {
-        "status": site.local("status", active="1", html="1"),
-        "list": _search_address(site) if has_search else "",
-    }
+    board = Board(site, site.streams)
+    count = len(board.streams)
+
+    about = {"status": site.local("status", active="1", html="1")}
+    form = ""
+    if count > 1:
+        about["list"] = _search_address(site)
+        form = _search_form(site, words)
+    cards = _found(board, choice) if choice.words else _groups(board, choice.group)
+    hint = ""
+    if count == 0:
+        hint = f"<p>{NO_STREAMS.capitalize()}.</p>"
+
+    parts = board.parts()
+    attention = parts["Attention"]
+    is_unfolded = attention.count("<li>") <= UNFOLDED_LINES
+    attention_flags = _flag("open", is_unfolded) + _flag("hidden", not attention)
+    playing = parts["Playing"]
+    playing_flags = _flag("hidden", not playing)
+    viewers = parts["Viewers"]
+    viewers_flags = _flag("hidden", not viewers)
+    playlist = html.escape(site.typed("playlist.m3u"))
     body = f"""<header><div><h1>{name}</h1>
 <p class="facts" id="Summary">{parts["Summary"]}</p></div>
-{_search_form(site, words) if has_search else ""}</header>
-<details id="Attention"{_flag("open", is_unfolded)}{_flag("hidden", not parts["Attention"])}>\
-{parts["Attention"]}</details>
+{form}</header>
+<details id="Attention"{attention_flags}>{attention}</details>
 {_group_links(site, choice)}
-<div id="List">{_found(board, choice) if choice.words else _groups(board, choice.group)}</div>
-<div id="Playing"{_flag("hidden", not parts["Playing"])}>{parts["Playing"]}</div>
-{"" if count else f"<p>{NO_STREAMS.capitalize()}.</p>"}
-<div class="more"><details id="Viewers"{_flag("hidden", not parts["Viewers"])}>\
-{parts["Viewers"]}</details>
-<p>For TVs and players, enter <code>{html.escape(site.typed("playlist.m3u"))}</code></p>
+<div id="List">{cards}</div>
+<div id="Playing"{playing_flags}>{playing}</div>
+{hint}
+<div class="more"><details id="Viewers"{viewers_flags}>{viewers}</details>
+<p>For TVs and players, enter <code>{playlist}</code></p>
 {_lists(board)}</div>"""
+
     kinds = []
     if count > ALL_OPEN:
         kinds.append("many")
-    if len({_group_of(stream) for stream in board.streams}) > FEW_GROUPS:
+    groups = {_group_of(stream) for stream in board.streams}
+    if len(groups) > FEW_GROUPS:
         kinds.append("vast")
     return _document(name, body, " ".join(kinds), about)
 
@@ -11451,12 +11553,16 @@ def _flag(name: str, is_set: bool) -> str:
 def _search_address(site: Site) -> str:
     """Return the address of a search for the page's script, which adds the words to its end."""
     query = site.query()
-    return f"./{query}&q=" if query else "./?q="
+    if not query:
+        return "./?q="
+    return f"./{query}&q="
 
 
 def _search_form(site: Site, words: str = "", home: str = "./") -> str:
-    token = site.config.server.token if site.is_trusted else None
-    field = f'<input type="hidden" name="token" value="{html.escape(token)}">' if token else ""
+    field = ""
+    token = site.config.server.token
+    if token and site.is_trusted:
+        field = f'<input type="hidden" name="token" value="{html.escape(token)}">'
     return (
         f'<form role="search" action="{home}"><input type="search" name="q" autocomplete="off" '
         f'aria-label="Channel" placeholder="Title, group or number" value="{html.escape(words)}">'
@@ -11473,16 +11579,22 @@ def _group_links(site: Site, choice: Choice) -> str:
     counts = Counter(_group_of(stream) for stream in site.streams)
     if len(counts) < 2:
         return ""
-    links = []
-    everything = [("", counts.total())] if counts.total() <= ALL_OPEN else []
-    for group, count in [*everything, *counts.items()]:
-        address = f"./{site.query(group=group)}#{_anchor(group)}"
-        current = ' aria-current="true"' if group == choice.group and not choice.words else ""
-        links.append(
-            f'<a class="button"{current} href="{html.escape(address)}">'
-            f"{html.escape(group or 'All')} <b>{count}</b></a>"
-        )
-    return f'<nav aria-label="Groups">{"".join(links)}</nav>'
+    links = ""
+    if counts.total() <= ALL_OPEN:
+        links += _group_link(site, choice, "", "All", counts.total())
+    for group, count in counts.items():
+        links += _group_link(site, choice, group, group, count)
+    return f'<nav aria-label="Groups">{links}</nav>'
+
+
+def _group_link(site: Site, choice: Choice, group: str, title: str, count: int) -> str:
+    """Return the link to a group's cards; an empty `group` stands for all groups."""
+    address = html.escape(f"./{site.query(group=group)}#{_anchor(group)}")
+    current = ""
+    if group == choice.group and not choice.words:
+        current = ' aria-current="true"'
+    words = f"{html.escape(title)} <b>{count}</b>"
+    return f'<a class="button"{current} href="{address}">{words}</a>'
 
 
 def _found(board: Board, choice: Choice) -> str:
@@ -11507,25 +11619,32 @@ def _groups(board: Board, chosen: str) -> str:
         groups.setdefault(_group_of(stream), []).append(stream)
 
     is_many = len(board.streams) > ALL_OPEN
+    has_all = len(board.streams) <= ALL_SENT
     if is_many and len(groups) == 1:  # without links to groups
         (chosen,) = groups
-    has_all = len(board.streams) <= ALL_SENT
+
     text = ""
     for group, streams in groups.items():
         is_chosen = group == chosen
         if not (is_chosen or has_all):
             continue
-        shown = streams if has_all else streams[:MOST_CARDS]
+        shown = streams
+        if not has_all:
+            shown = streams[:MOST_CARDS]
         cards = "".join(_card(board, stream) for stream in shown)
+
         is_open = is_chosen or not (chosen or is_many)
         is_hidden = bool(chosen) and not is_chosen
         # If there are many streams, closed groups are hidden.  A heading must not take the focus:
         # a person who closed its group could not open it again.
-        fixed = ' tabindex="-1"' if is_many else ""
+        fixed = ""
+        if is_many:
+            fixed = ' tabindex="-1"'
+        flags = _flag("open", is_open) + _flag("hidden", is_hidden)
         text += (
-            f'<details class="group" id="{_anchor(group)}"{_flag("open", is_open)}'
-            f"{_flag('hidden', is_hidden)}><summary{fixed}><h2>{html.escape(group)}</h2>"
-            f'</summary><ul class="cards">{cards}</ul></details>\n'
+            f'<details class="group" id="{_anchor(group)}"{flags}>'
+            f"<summary{fixed}><h2>{html.escape(group)}</h2></summary>"
+            f'<ul class="cards">{cards}</ul></details>\n'
         )
         if len(streams) > len(shown):
             text += f"<p>{len(streams) - len(shown)} more: search for them.</p>"
@@ -11537,19 +11656,23 @@ def _groups(board: Board, chosen: str) -> str:
 
 def _card(board: Board, stream: StreamSettings, *, has_group: bool = False) -> str:
     """Return a stream's card.  All of its area is a link to the watch page."""
+    link = _link(board, stream, has_group=has_group)
     now = board.now(stream)
-    shown = f'<div class="now">{now}</div>' if now else ""
-    return f'<li id="{stream.name}">{_link(board, stream, has_group=has_group)}{shown}</li>'
+    if now:
+        now = f'<div class="now">{now}</div>'
+    return f'<li id="{stream.name}">{link}{now}</li>'
 
 
 def _link(board: Board, stream: StreamSettings, *, has_group: bool = False) -> str:
     """Return the logo, number and title of a stream as a link to its watch page."""
-    group = f"<small>{html.escape(_group_of(stream))}</small>" if has_group else ""
-    number = f"<b>{stream.number}</b> " if stream.number else ""
-    return (
-        f'<a href="{stream.name}{board.query}">{_logo(stream)}'
-        f'<span class="name">{group}{number}{html.escape(stream.title)}</span></a>'
-    )
+    words = ""
+    if has_group:
+        words += f"<small>{html.escape(_group_of(stream))}</small>"
+    if stream.number:
+        words += f"<b>{stream.number}</b> "
+    words += html.escape(stream.title)
+    address = stream.name + board.query
+    return f'<a href="{address}">{_logo(stream)}<span class="name">{words}</span></a>'
 
 
 def _logo(stream: StreamSettings) -> str:
@@ -11569,8 +11692,11 @@ def _initials(title: str) -> str:
     if len(words) == 1 and len(title) <= 4:
         return title.upper()
     letters = [word[0] for word in words if not word[0].isdigit()]
+    initials = "".join(letters[:2]).upper()
     number = re.search("[0-9]{1,4}", title)
-    return "".join(letters[:2]).upper() + (number[0] if number else "")
+    if number:
+        initials += number[0]
+    return initials
 
 
 def status_answer(site: Site) -> Page:
@@ -11583,22 +11709,25 @@ def status_answer(site: Site) -> Page:
 def update_page(site: Site) -> Page:
     """Return the parts that the script of an open page replaces, as JSON."""
     name = site.wants("stream")
-    if name:
-        watched = site.config.streams.get(name)
-        board = Board(site, [watched] if watched else [])
-        shown = board.streams
+    parts: dict[str, str] = {}
+    if name:  # a watch page
+        shown = []
+        if name in site.config.streams:
+            shown.append(site.config.streams[name])
+        board = Board(site, shown)
     else:
         board = Board(site, site.streams)
         shown = [stream for stream in board.streams if stream.name in board.active]
-    streams = [
-        {
+        parts = board.parts()
+
+    streams = []
+    for stream in shown:
+        streams.append({
             "stream": stream.name,
             "state": board.state(stream),
             "html": board.now(stream, has_figures=not name),
-        }
-        for stream in shown
-    ]
-    return json_page({"parts": {} if name else board.parts(), "streams": streams}, indent=None)
+        })  # fmt: skip
+    return json_page({"parts": parts, "streams": streams}, indent=None)
 
 
 # Names by the word in the User-Agent.  Edge and Opera also call themselves Chrome.
@@ -11615,11 +11744,15 @@ BROWSERS: Mapping[str, str] = {
 def player_of(agent: str) -> str:
     """Return a player's or browser's name and version, taken from its User-Agent."""
     for word, name in BROWSERS.items():
-        if found := re.search(rf"\b{word}/(\d+)", agent):
-            return f"{name} {found[1]}"
+        version = re.search(rf"\b{word}/(\d+)", agent)
+        if version:
+            return f"{name} {version[1]}"
     if agent.startswith("Mozilla/") and "Safari/" in agent:
         return "Safari"
-    return agent.partition(" ")[0][:40] or "unknown"
+    player = agent.partition(" ")[0][:40]
+    if not player:
+        return "unknown"
+    return player
 
 
 def _lists(board: Board) -> str:
@@ -11659,48 +11792,63 @@ def watch_page(site: Site, stream: StreamSettings, watched: Watched, agent: str)
     if stream.name not in site.config.streams:
         raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
     stream = site.config.streams[stream.name]
-    board, title = Board(site, [stream]), html.escape(stream.title)
-    source = watched.path + site.query(quality=watched.quality) if watched.path else ""
+    board = Board(site, [stream])
+    title = html.escape(stream.title)
     address = html.escape(site.typed(stream.name, quality=watched.quality))
-    trouble = watched.trouble
+    source = ""
+    if watched.path:
+        source = watched.path + site.query(quality=watched.quality)
     about = {
         "status": site.local("status", active="1", html="1", stream=stream.name),
         "stream": stream.name,
         "state": board.state(stream),
         "source": source,
-        "trouble": str(int(trouble.status)) if trouble else "",
     }
+    if watched.trouble:
+        about["trouble"] = str(int(watched.trouble.status))
+
     screen = _screen(site, stream, watched, source, agent)
     player = _player_link(site, stream)
+    if player in screen:
+        player = ""
+    advice = ""
+    if "<video" in screen and not watched.trouble:
+        advice = HELP
     body = f"""<header>{_logo(stream)}<div><h1>{title}</h1>
 <div class="now">{board.now(stream, has_figures=False)}</div></div></header>
 <div class="screen">{screen}</div>
 <nav aria-label="Streams">{_zap_links(site, stream)}
 {_qualities(site, stream, watched.variant)}
-{"" if player in screen else player}</nav>
+{player}</nav>
 <div class="more">{_unplayed(site, stream)}
 <p>For TVs and players, enter <code>{address}</code></p>
-{HELP if "<video" in screen and not trouble else ""}</div>"""
+{advice}</div>"""
     return _document(f"{title} - {html.escape(site.config.server.name)}", body, "watch", about)
 
 
 def _screen(site: Site, stream: StreamSettings, watched: Watched, source: str, agent: str) -> str:
     """Return the video, or the reason why there is none and what to do about it."""
     has_hls = plays_hls(agent) or not watched.has_hls
-    may_pass = watched.trouble and watched.trouble.status >= HTTPStatus.INTERNAL_SERVER_ERROR
-    if watched.trouble and not (may_pass and has_hls):
-        return _trouble(site, stream, watched)
+    trouble = ""
+    loads = f'src="{html.escape(source)}"'
+    if watched.trouble:
+        trouble = _trouble(site, stream, watched)
+        loads = "hidden"
+        may_pass = watched.trouble.status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        if not (may_pass and has_hls):
+            return trouble
     if not source:
         words = "Browsers cannot play this recording here: open it in a player."
         return f'<div class="said"><p>{words}</p>{_player_link(site, stream)}</div>'
     if not has_hls:
         return f'<div class="said"><p>{NO_HLS}</p>{_player_link(site, stream)}</div>'
-    poster = f' poster="{html.escape(stream.logo)}"' if stream.logo else ""  # radio has only this
-    loads = "hidden" if watched.trouble else f'src="{html.escape(source)}"'
+    poster = ""
+    if stream.logo:  # radio has only this
+        poster = f' poster="{html.escape(stream.logo)}"'
     return (
         '<button id="Sound" hidden>Switch the sound on</button>'
         f"<video controls autoplay muted playsinline{poster} {loads}></video>"
-        f"{_trouble(site, stream, watched) if watched.trouble else ''}"
+        f"{trouble}"
         '<p class="said" id="Said" role="status" hidden></p>'
     )
 
@@ -11710,11 +11858,12 @@ def _trouble(site: Site, stream: StreamSettings, watched: Watched) -> str:
     assert watched.trouble
     reason = watched.trouble.reason
     advice = advice_for(reason, watched.trouble.status)
-    shown = f"<p>{_marked(advice)}.</p>" if advice else ""
+    if advice:
+        advice = f"<p>{_marked(advice)}.</p>"
     again = stream.name + site.query(quality=watched.quality)
     return (
         f'<div class="said" id="Trouble"><p class="failed"><b>{html.escape(reason)}</b></p>'
-        f"{shown}{_button(again, 'Try now')}</div>"
+        f"{advice}{_button(again, 'Try now')}</div>"
     )
 
 
@@ -11739,50 +11888,60 @@ def _unplayed(site: Site, stream: StreamSettings) -> str:
 
 def _zap_links(site: Site, stream: StreamSettings) -> str:
     """Return links to the previous and next streams in the file, and to all streams."""
-    query = site.query()
+    query = html.escape(site.query())
     streams = [each for each in site.config.streams.values() if each == stream or not each.hide]
     at = streams.index(stream)
-    before, after = streams[at - 1], streams[(at + 1) % len(streams)]
+    before = streams[at - 1]  # before the first one, the last
+    after = streams[(at + 1) % len(streams)]
     links = ""
     if before != after:
         title = html.escape(before.title)
         links += (
-            f'<a class="button" rel="prev" href="{before.name}{html.escape(query)}">'
+            f'<a class="button" rel="prev" href="{before.name}{query}">'
             f"\u2039 <span>{title}</span></a>"
         )
     if after != stream:
-        roles = "next" if before != after else "prev next"
+        roles = "next"
+        if before == after:
+            roles = "prev next"
         title = html.escape(after.title)
         links += (
-            f'<a class="button" rel="{roles}" href="{after.name}{html.escape(query)}">'
+            f'<a class="button" rel="{roles}" href="{after.name}{query}">'
             f"<span>{title}</span> \u203a</a>"
         )
-    return links + _button(
-        f"./{site.query(group=_list_group(site, stream))}#{stream.name}", "All streams"
-    )
 
-
-def _list_group(site: Site, stream: StreamSettings) -> str | None:
-    """Return the group that the status page must open to show a stream's card."""
-    return _group_of(stream) if len(site.streams) > ALL_OPEN else None
+    group = None  # the one that the status page must open to show this stream's card
+    if len(site.streams) > ALL_OPEN:
+        group = _group_of(stream)
+    links += _button(f"./{site.query(group=group)}#{stream.name}", "All streams")
+    return links
 
 
 def _qualities(site: Site, stream: StreamSettings, variant: str) -> str:
     """Return links to all qualities of a stream; empty if it has only one."""
     qualities = site.record(stream).qualities()
+    if len(qualities) < 2:
+        return ""
     links = ""
-    for quality in qualities if len(qualities) > 1 else ():
-        current = ' aria-current="true"' if quality == variant else ""
+    for quality in qualities:
+        current = ""
+        if quality == variant:
+            current = ' aria-current="true"'
         links += _button(stream.name + site.query(quality=quality), quality, current)
     return links
 
 
 def _player_link(site: Site, stream: StreamSettings) -> str:
     playlist = f"{stream.name}.m3u"
-    return (
-        f'<a class="button player" download="{playlist}" '
-        f'href="{playlist}{html.escape(site.query())}">Open in a player</a>'
-    )
+    address = html.escape(playlist + site.query())
+    return f'<a class="button player" download="{playlist}" href="{address}">Open in a player</a>'
+
+
+def folder_above(count: int) -> str:
+    """Return the relative address of the folder `count` levels up; `./` is the same folder."""
+    if count == 0:
+        return "./"
+    return "../" * count
 
 
 def error_page(site: Site, status: HTTPStatus, reason: str, name: str, agent: str) -> Page:
@@ -11790,16 +11949,23 @@ def error_page(site: Site, status: HTTPStatus, reason: str, name: str, agent: st
     stream = site.config.streams.get(name)
     if stream and site.is_trusted and status != HTTPStatus.METHOD_NOT_ALLOWED:
         trouble = StreamError(status, reason)
-        quality = site.wants("quality") or None
+        quality: str | None = site.wants("quality")
+        if not quality:
+            quality = None  # an empty one means the configured
         watched = Watched(quality, path=f"{name}.m3u8", trouble=trouble)
         return watch_page(site, stream, watched, agent)
-    may_pass = status >= HTTPStatus.INTERNAL_SERVER_ERROR
-    title = "Not playing now" if may_pass else status.phrase.capitalize()
-    head = links = ""
+
+    title = status.phrase.capitalize()
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:  # it may pass
+        title = "Not playing now"
+    head = ""
+    links = ""
     if site.is_trusted:  # the links would lead a stranger to the same page
-        home = "../" * name.count("/") or "./"
+        home = folder_above(name.count("/"))
+        search = ""
+        if len(site.streams) > 1:
+            search = _search_form(site, home=home)
         shown = html.escape(site.config.server.name)
-        search = _search_form(site, home=home) if len(site.streams) > 1 else ""
         head = f'<header><p class="home">{shown}</p>{search}</header>'
         links = f"<nav>{_button(home + site.query(), 'All streams')}</nav>"
     body = f"""{head}<div class="sorry"><h1>{title}</h1><p class="note">{html.escape(reason)}</p>
@@ -11936,7 +12102,9 @@ def _rate(bitrate: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
+    minutes = int(seconds // 60)
+    hours = int(seconds // 3600)
+    days = int(seconds // 86400)
     if days:
         return f"{days} d {hours % 24} h"
     if hours:
@@ -11948,7 +12116,10 @@ def _duration(seconds: float) -> str:
 
 def _ago(seconds: float) -> str:
     """Return how long ago something happened, in words that stay on one line."""
-    return _whole(f"{_duration(seconds)} ago" if seconds >= 1 else "just now")
+    words = "just now"
+    if seconds >= 1:
+        words = f"{_duration(seconds)} ago"
+    return _whole(words)
 
 
 def _whole(words: str) -> str:
@@ -11963,11 +12134,11 @@ PAGES: Mapping[str, Callable[[Site], Page]] = {
     "/": status_page,
     "/status": status_answer,
     "/metrics": metrics_page,
-    **dict.fromkeys(M3U_LISTS, lambda site: playlist_page(site, site.streams)),
+    **dict.fromkeys(M3U_LISTS, all_streams_page),
     "/discover.json": discover_page,
     "/lineup.json": lineup_page,
-    "/lineup_status.json": lambda site: json_page(SCAN_STATUS),
-    "/lineup.post": lambda site: json_page({}),
+    "/lineup_status.json": scan_status_page,
+    "/lineup.post": scan_page,
     "/device.xml": device_page,
 }
 
