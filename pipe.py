@@ -12160,8 +12160,10 @@ HTTP_VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")  # RFC 9112, 2.3
 HEAD_TIMEOUT = 10.0  # seconds a client has for its whole request head: slow ones occupy threads
 HEAD_LIMIT = 64 * KIB  # bytes of a request head, which is kept in memory
 RAW_BYTES = re.compile("[\x80-\xff]")  # as the library decodes them: a request line is Latin-1
-HOST = re.compile(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", re.ASCII)  # perhaps with a port
+# A name, IPv4, or IPv6 in brackets, perhaps with a port.
+HOST = re.compile(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", re.ASCII)
 EVERYWHERE = "0.0.0.0", "::"  # hosts that listen on every address of the machine
+# A host that stands for the machine itself, before a port or the end.
 THIS_MACHINE = re.compile(r"(localhost|127[\d.]*|\[::1\])(?=$|:)", re.IGNORECASE)
 
 # What a proxy adds.  A prefix has no "." and no ".." among its parts.
@@ -12247,9 +12249,9 @@ class Handler(BaseHTTPRequestHandler):
         HEAD_LIMIT.
         """
         head = bytearray()
-        new = 0  # bytes of the last read
+        start = 0  # where the next search begins
         deadline = time.monotonic() + HEAD_TIMEOUT
-        while not EMPTY_LINE.search(head, max(0, len(head) - new - 3)):  # it may span two reads
+        while not EMPTY_LINE.search(head, start):
             remaining = deadline - time.monotonic()
             if remaining <= 0 or len(head) >= HEAD_LIMIT:
                 raise ViewerGone("no request")
@@ -12259,8 +12261,8 @@ class Handler(BaseHTTPRequestHandler):
                 raise ViewerGone("no request")
             if not head:
                 data = data.lstrip(b"\r\n")  # empty lines may precede the request: RFC 9112, 2.2
+            start = max(0, len(head) - 3)  # the empty line may span two reads
             head += data
-            new = len(data)
         self.connection.settimeout(HEAD_TIMEOUT)  # for the answer: less remains of the head's time
         return bytes(head)
 
@@ -12373,12 +12375,14 @@ class Handler(BaseHTTPRequestHandler):
         """
         as_sent, mark, query = self.path.partition("?")
         found = STREAM_PATH.fullmatch(_plain(path))
-        is_known = found and found[1] in self.server.config.streams
-        if not found or not is_known or found[3] or "%2f" in as_sent.lower():
-            raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
+        not_found = StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
+        if found is None or found[1] not in self.server.config.streams:
+            raise not_found
+        is_segment = found[3] is not None
+        if is_segment or "%2f" in as_sent.lower():
+            raise not_found
         depth = path.count("/") - 1  # folders between the server's root and the typed name
-        folder = "../" * depth if depth else "./"
-        location = folder + found[0].removeprefix("/") + mark + query
+        location = folder_above(depth) + found[0].removeprefix("/") + mark + query
         self._send_head(HTTPStatus.FOUND, {"Location": location, "Content-Length": "0"})
 
     def _answer_stream(self, stream: StreamSettings, path: re.Match[str]) -> None:
@@ -12387,7 +12391,9 @@ class Handler(BaseHTTPRequestHandler):
         Raises StreamError.
         """
         _, kind, number, extension = path.groups()
-        quality = self.query.get("quality", [""])[-1] or None  # an empty one means the configured
+        quality: str | None = self.query.get("quality", [""])[-1]
+        if not quality:
+            quality = None  # an empty one means the configured
         try:
             if kind == ".m3u":
                 self.answer(playlist_page(self.site(), [stream]))
@@ -12439,7 +12445,8 @@ class Handler(BaseHTTPRequestHandler):
         scheme = "http"
         if self._first_of("X-Forwarded-Proto").lower() == "https":  # in any case: RFC 3986, 3.1
             scheme = "https"
-        host = others_host = self._host()
+        host = self._host()
+        others_host = host
         listening = self.server.configured[0]
         if listening in EVERYWHERE:  # other machines cannot use `localhost`
             found = THIS_MACHINE.match(host)
@@ -12572,8 +12579,10 @@ class Handler(BaseHTTPRequestHandler):
             viewer.listed = None  # a new page has had no segment yet
             watched = Watched(quality, channel.variant or "", f"{stream.name}.m3u8")
         except NoHls:
-            is_played = channels.known(stream.name).container.plays_bare
-            watched = Watched(quality, path=stream.name if is_played else "", has_hls=False)
+            path = ""
+            if channels.known(stream.name).container.plays_bare:
+                path = stream.name
+            watched = Watched(quality, path=path, has_hls=False)
         self.answer(watch_page(self.site(), stream, watched, self.agent))
 
     def answer_head(self, stream: StreamSettings, kind: str | None) -> None:
@@ -12728,6 +12737,7 @@ class Handler(BaseHTTPRequestHandler):
         name = channel.stream.name
         threading.current_thread().name = f"viewer-{name}-{next(self.server.numbers)}"
         log.info("%s: %s started watching", name, viewer_label(viewer.address))
+
         ending = "left"
         try:
             self._send_body(channel, viewer, first)
@@ -12781,12 +12791,13 @@ class Handler(BaseHTTPRequestHandler):
         and OSError or ViewerGone if the viewer left.
         """
         is_chunked = self.request_version != "HTTP/1.0"
-        filler = channel.container.filler
-        silence = 0  # seconds without media
         headers = {"Content-Type": channel.container.media_type, **MEDIA_HEADERS}
         if is_chunked:
             headers["Transfer-Encoding"] = "chunked"
         self._send_head(HTTPStatus.OK, headers)
+
+        filler = channel.container.filler
+        silence = 0  # seconds without media
         try:
             while True:
                 if blocks:
@@ -12912,9 +12923,12 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Send an error in our form; the library calls this for heads that it cannot read."""
         self.request_version = "HTTP/1.1"
-        self.command = self.command or "GET"  # None if the request line cannot be read
+        if not self.command:  # None if the request line cannot be read
+            self.command = "GET"
         status = HTTPStatus(code)
-        self.answer_error(status, message or status.phrase)
+        if not message:
+            message = status.phrase
+        self.answer_error(status, message)
 
     def version_string(self) -> str:
         return f"StreamPipe/{__version__}"
@@ -12929,9 +12943,12 @@ class Handler(BaseHTTPRequestHandler):
 
 def is_for_players(path: str) -> bool:
     """Whether a path is one of media, HLS or an M3U list; the stream need not exist."""
+    if path in M3U_LISTS or TUNER_PATH.fullmatch(path):
+        return True
     found = STREAM_PATH.fullmatch(_plain(path))
-    is_streams = bool(found and found[1] not in RESERVED_NAMES)
-    return is_streams or path in M3U_LISTS or bool(TUNER_PATH.fullmatch(path))
+    if found is None:
+        return False
+    return found[1] not in RESERVED_NAMES
 
 
 def _plain(path: str) -> str:
@@ -12945,7 +12962,9 @@ def ip_of(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     A server that listens on "::" sees IPv4 clients at IPv6 addresses; these become IPv4 again.
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
-    return getattr(ip, "ipv4_mapped", None) or ip
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+        return ip.ipv4_mapped
+    return ip
 
 
 def is_in(address: str, networks: Iterable[str]) -> bool:
@@ -12966,7 +12985,9 @@ def forwarded_address(entry: str) -> str | None:
 
 def in_brackets(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
     """Return an address as the host of a URL."""
-    return f"[{ip}]" if ip.version == 6 else str(ip)
+    if ip.version == 6:
+        return f"[{ip}]"
+    return str(ip)
 
 
 def lan_host(listening: str) -> str:
@@ -12991,7 +13012,7 @@ def accepts_gzip(accepted: str) -> bool:
     for each in accepted.lower().split(","):
         coding, _, weight = each.replace(" ", "").partition(";")
         if coding in ("gzip", "x-gzip"):
-            return not re.fullmatch(r"q=0(\.0*)?", weight)
+            return not re.fullmatch(r"q=0(\.0*)?", weight)  # a weight of 0 refuses it
     return False
 
 
@@ -13017,9 +13038,11 @@ def tune(sock: socket.socket, viewer_timeout: float) -> None:
     seconds = min(SEND_TICK, viewer_timeout)
     sock.settimeout(seconds)
     with contextlib.suppress(OSError, AttributeError):
-        timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        microseconds = int(seconds % 1 * 1e6)
+        timeval = struct.pack("ll", int(seconds), microseconds)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
-        sock.settimeout(None if hasattr(sock, "sendmsg") else seconds)  # Windows takes no timeval
+        if hasattr(sock, "sendmsg"):  # not on Windows, which takes no timeval
+            sock.settimeout(None)
 
 
 def has_left(sock: socket.socket) -> bool:
@@ -13130,7 +13153,9 @@ class Server(ThreadingHTTPServer):
 
     def note_first_byte(self, seconds: float) -> None:
         with self._counts_lock:
-            self.first_bytes.update(bound for bound in FIRST_BYTE_BOUNDS if seconds <= float(bound))
+            for bound in FIRST_BYTE_BOUNDS:
+                if seconds <= float(bound):
+                    self.first_bytes[bound] += 1
             self.first_byte_sum += seconds
 
     def note_answer(self, status: int) -> None:
