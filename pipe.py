@@ -13438,7 +13438,8 @@ def load_for_check(config: Config) -> tuple[Config, dict[str, str]]:
             failures[name] = explain(error)
         finally:
             fetch.close()
-    return with_lists(config, loaded, {})[0], failures
+    complete, _ = with_lists(config, loaded, {})
+    return complete, failures
 
 
 def run_check(config: Config, names: Sequence[str] = ()) -> int:
@@ -13449,13 +13450,16 @@ def run_check(config: Config, names: Sequence[str] = ()) -> int:
     config, failures = load_for_check(config)
     for name, reason in failures.items():
         print(f"{name}  failed  {reason}")  # noqa: T201
+
     streams = _streams_to_check(config, names)
     if not streams and not failures:
         print(NO_STREAMS, file=sys.stderr)  # noqa: T201
         return EXIT_FAILED
+
     checks = {stream.name: _checks_of(config, stream) for stream in streams}
     all_checks = [check for found in checks.values() for check in found]
     _run_with_progress(Checker(config, all_checks), len(all_checks))
+
     is_all_well = not failures
     for name, found in checks.items():
         is_ok, words = _summary([check.finding for check in found if check.finding is not None])
@@ -13606,26 +13610,57 @@ LOG_TIME = 1.0  # seconds the process waits at its end until all lines are writt
 
 
 def build_parser() -> argparse.ArgumentParser:
-    about = "Serve HLS channels as plain HTTP streams."
-    parser = argparse.ArgumentParser("pipe.py", description=about)
-    add = parser.add_argument
-    add(
-        "-c", "--config", metavar="FILE", type=Path, help="configuration file (default: config.yml)"
+    parser = argparse.ArgumentParser(
+        "pipe.py", description="Serve HLS channels as plain HTTP streams."
     )
-    add("--host", metavar="ADDR", help="listen on this address instead of the configured one")
-    add("--port", metavar="N", type=_port, help="listen on this port instead of the configured one")
-    text = f"serve /{DEMO_STREAM}, a channel that needs no network"
-    add("--demo", action="store_true", help=text)
-    text = "test every stream, or only those named, print the results and exit"
-    add("--check", action="store_true", help=text)
-    levels = ("debug", "info", "warning", "error")
-    text = "debug, info, warning or error (default: info)"
-    add("--log-level", metavar="LEVEL", default="info", choices=levels, help=text)
-    python = ".".join(map(str, sys.version_info[:3]))
-    version = f"StreamPipe {__version__}, streamlink {engine_version}, Python {python}"
-    add("--version", action="version", version=version)
-    text = "serve this stream or channel list: an address, NAME=ADDRESS or the path of an .m3u file"
-    add("addresses", metavar="ADDRESS", nargs="*", help=text)
+    parser.add_argument(
+        "-c",
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="configuration file (default: config.yml)",
+    )
+    parser.add_argument(
+        "--host",
+        metavar="ADDR",
+        help="listen on this address instead of the configured one",
+    )
+    parser.add_argument(
+        "--port",
+        metavar="N",
+        type=_port,
+        help="listen on this port instead of the configured one",
+    )
+    parser.add_argument(
+        "--demo",
+        action="store_true",
+        help=f"serve /{DEMO_STREAM}, a channel that needs no network",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="test every stream, or only those named, print the results and exit",
+    )
+    parser.add_argument(
+        "--log-level",
+        metavar="LEVEL",
+        default="info",
+        choices=("debug", "info", "warning", "error"),
+        help="debug, info, warning or error (default: info)",
+    )
+    python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"StreamPipe {__version__}, streamlink {engine_version}, Python {python}",
+    )
+    parser.add_argument(
+        "addresses",
+        metavar="ADDRESS",
+        nargs="*",
+        help="serve this stream or channel list: an address, NAME=ADDRESS or the path of an .m3u "
+        "file",
+    )
     return parser
 
 
@@ -13674,16 +13709,21 @@ def read_words(words: Sequence[str], is_check: bool) -> Given:
             try:
                 _check_word(name, address)
             except ValueError as error:
-                mistakes.append(f"{'ADDRESS' if name is None else name}: {error}")
+                label = "ADDRESS"
+                if name is not None:
+                    label = name
+                mistakes.append(f"{label}: {error}")
         elif is_check:
             names.append(word)
         else:
             mistakes.append(f"{word}: this is not an address: {NO_SCHEME}")
     if mistakes:
         raise ConfigError(mistakes)
+
     named = _named(found)
     with ThreadPoolExecutor(JUDGED_AT_ONCE, thread_name_prefix="judge") as executor:
         are_lists = list(executor.map(_is_list, [address for _, address in named]))
+
     addresses: dict[str, str] = {}
     lists: dict[str, str] = {}
     for (name, address), is_list in zip(named, are_lists, strict=True):
@@ -13727,7 +13767,7 @@ def _new_name(address: str, taken: Collection[str]) -> str:
 def _split_word(word: str) -> tuple[str | None, str] | None:
     """Return a word's name, if it has one, and its address; None if it has no address."""
     name, equals, address = word.partition("=")
-    if equals and not re.search(r"[/:?&.]", name):
+    if equals and not re.search(r"[/:?&.]", name):  # or the "=" is that of an address's query
         if not address:
             return None
         if not name:
@@ -13830,11 +13870,15 @@ def _extended(config: Config, given: Given, demo: str | None) -> Config:
 
 # Logging
 
+# An address: its scheme, a user and password, if any, its host with the port, and the rest.
 _ADDRESS = re.compile(
     r"\b([a-z][a-z0-9+.-]*://)(?:[^\s/'\"]*@)?([^\s/?#'\"<>()]*)[^\s'\"<>()]*", re.I
 )
+# An address that lacks the slashes before its host.
 _BARE_ADDRESS = re.compile(r"\b(https?:)(?!//)[^\s'\"]+")
 _REQUEST_PATH = re.compile(r"(\burl: )/\S*")  # urllib3 logs paths without their host
+# A thread that works for one stream or list: its kind, the name, perhaps a word after two hyphens,
+# a number, and the suffix of a pool's threads.
 _CHANNEL_THREAD = re.compile(r"[A-Za-z]+-([a-z0-9-]+?)(?:--\w+)?-\d+(?:-executor_\d+)?")
 
 
@@ -13863,8 +13907,11 @@ class LogFormatter(logging.Formatter):
             text = _ADDRESS.sub(r"\1\2/...", text)
             text = _BARE_ADDRESS.sub(r"\1...", text)
             text = _REQUEST_PATH.sub(r"\1/...", text)
-        prefix = journal_priority(record.levelno) if self._for_journal else ""
-        return "\n".join(prefix + _printable(line) for line in text.split("\n"))
+        lines = [_printable(line) for line in text.split("\n")]
+        if self._for_journal:
+            priority = journal_priority(record.levelno)
+            lines = [priority + line for line in lines]
+        return "\n".join(lines)
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return _printable(super().formatMessage(record))  # one line, even if a client sent more
@@ -13894,7 +13941,13 @@ def is_journal(stream: TextIO) -> bool:
 
 
 def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    shown = ""
+    for letter in text:
+        if letter.isprintable():
+            shown += letter
+        else:
+            shown += letter.encode("unicode_escape").decode()
+    return shown
 
 
 class Secrets:
@@ -13959,8 +14012,9 @@ def _secrets_of_settings(
     for address in (*addresses, settings.proxy, options.get("http-proxy")):
         if address:
             found |= _secrets_of_address(address)
+    found.update(settings.headers.values())
     for option in ("http-headers", "http-cookies", "http-query-params"):
-        found |= {*settings.headers.values(), *options.get(option, {}).values()}
+        found.update(options.get(option, {}).values())
     return found
 
 
@@ -13969,6 +14023,7 @@ def _secrets_of_address(address: str) -> set[str]:
 
     A path of one part without a query is no secret.
     """
+    # Schemes, a user and password, if any, the host, and the path with the query.
     found = re.match(r"(?:\w+://)*(?:([^/?#]*)@)?[^/?#]*([^#]*)", address)
     assert found  # the pattern matches any text
     user, tail = found.groups("")
@@ -14124,18 +14179,23 @@ def set_up_logging(level: str) -> LogFormatter:
     form = "%(levelname)s%(channel)s %(message)s"
     if not for_journal:
         form = f"%(asctime)s {form}"
+
     formatter = LogFormatter(form, for_journal=for_journal)
     handler = LogHandler(sys.stderr)
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
+
     log.setLevel(level.upper())
-    engine_level = "warning" if level == "info" else level
+    engine_level = level
+    if level == "info":
+        engine_level = "warning"
     logging.getLogger("streamlink").setLevel(engine_level.upper())
     if level != "debug":  # the channel logs these once: a failed reload, a missing ffmpeg ...
         for name in ("stream.hls", "stream.segmented", "stream.ffmpegmux"):
             logging.getLogger(f"streamlink.{name}").setLevel(logging.CRITICAL)
         logging.getLogger("urllib3").setLevel(logging.CRITICAL)
+
     # Python's own hooks write to stderr, and block until it is read.
     threading.excepthook = _log_dead_thread
     sys.unraisablehook = _log_unraisable
@@ -14309,40 +14369,56 @@ def close(server: Server, channels: Channels) -> None:
     last_resort.cancel()
 
 
+def check_or_serve(
+    arguments: argparse.Namespace, given: Given, demo: str | None, formatter: LogFormatter
+) -> int:
+    """Read the configuration, then check or serve; returns the exit status.
+
+    `demo` is the address of the demo's stream.  Raises PipeError.
+    """
+    config = Config()  # the newest one that was read
+
+    def learn(new: Config) -> None:
+        formatter.secrets = secrets_of(new)
+
+    def read() -> Config:
+        nonlocal config
+        new = read_settings(arguments, given, demo)
+        had_streams = bool(config.streams or config.playlists)
+        has_streams = bool(new.streams or new.playlists)
+        if had_streams and not has_streams:  # an editor may empty a file before writing it
+            raise ConfigError(["the file has no streams any more"])
+        config = new
+        return new
+
+    read()
+    learn(config)
+    warm_up()
+    raise_file_limit()
+    if arguments.check:
+        release_signals()
+        return run_check(config, given.names)
+    return serve(config, collect_signals(), read, learn)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     arguments = build_parser().parse_args(argv)
-    log_level = "error" if arguments.check else arguments.log_level
+    log_level = arguments.log_level
+    if arguments.check:
+        log_level = "error"
     formatter = set_up_logging(log_level)
     try:
         check_engine()
         given = read_words(arguments.addresses, arguments.check)
-        with demo_origin() if arguments.demo else contextlib.nullcontext() as demo:
-            config = Config()  # the newest one that was read
-
-            def learn(new: Config) -> None:
-                formatter.secrets = secrets_of(new)
-
-            def read() -> Config:
-                nonlocal config
-                new = read_settings(arguments, given, demo)
-                had_streams = bool(config.streams or config.playlists)
-                has_streams = bool(new.streams or new.playlists)
-                if had_streams and not has_streams:  # an editor may empty a file before writing it
-                    raise ConfigError(["the file has no streams any more"])
-                config = new
-                return new
-
-            read()
-            learn(config)
-            warm_up()
-            raise_file_limit()
-            if arguments.check:
-                release_signals()
-                return run_check(config, given.names)
-            return serve(config, collect_signals(), read, learn)
+        if not arguments.demo:
+            return check_or_serve(arguments, given, None, formatter)
+        with demo_origin() as demo:
+            return check_or_serve(arguments, given, demo, formatter)
     except ConfigError as error:
-        prefix = journal_priority(logging.ERROR) if is_journal(sys.stderr) else ""
+        prefix = ""
+        if is_journal(sys.stderr):
+            prefix = journal_priority(logging.ERROR)
         for mistake in error.mistakes:
             print(prefix + mistake, file=sys.stderr)  # noqa: T201
         return EXIT_USAGE
