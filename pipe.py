@@ -8792,7 +8792,8 @@ class Channel:
         address = self.stream.urls[self._address]
         self.channels.take_slot(self, address)
         timeout = max(timeout, LEAST_TIMEOUT)
-        session = self._session = Session(self.stream.at(address), timeout)
+        session = Session(self.stream.at(address), timeout)
+        self._session = session
         if self.stopped.is_set():
             raise Stop
         session.resolve(address)
@@ -8803,7 +8804,8 @@ class Channel:
             seconds = (deadline - time.monotonic()) / (self._copies - tried)
             deadline = time.monotonic() + seconds
             session.shorten(seconds)
-        upstream = self._upstream = self._open(session, name)
+        upstream = self._open(session, name)
+        self._upstream = upstream
         self._feed(upstream, deadline)
 
     def _count_copies(self, count: int) -> None:
