@@ -2073,7 +2073,7 @@ def merged_headers(*layers: Mapping[str, str]) -> dict[str, str]:
 
 
 class Identity(NamedTuple):
-    """The facts by which a reload recognises an entry."""
+    """The facts by which a reload recognizes an entry."""
 
     playlist: str
     prefix: str
@@ -2633,7 +2633,7 @@ class ProgramTables:
 
     @property
     def pids(self) -> set[int]:
-        """The PIDs of the programme that are known so far, the PAT's included."""
+        """The PIDs of the program that are known so far, the PAT's included."""
         pids = {0, self.clock_pid, *self.streams}
         if self.program_pid is not None:
             pids.add(self.program_pid)
@@ -3016,7 +3016,7 @@ class TsFramer(Framer):
         return places
 
     def _notice(self, pid: int, packet: bytes) -> bytes:
-        """Return the packets to put before a PID's first one if it jumps without signalling it."""
+        """Return the packets to put before a PID's first one if it jumps without signaling it."""
         if pid in self._seen:
             return b""
         last: int | None = None
@@ -3493,7 +3493,7 @@ class UnitCounter:
 # Test card: a clip of 1.92 s that loops without a seam
 # --------------------------------------------------------------------------------------------------
 
-# Colour bars and silence, made by tests/make_test_card.py: 48 pictures at 25 fps and 90 AAC frames
+# Color bars and silence, made by tests/make_test_card.py: 48 pictures at 25 fps and 90 AAC frames
 # at 48 kHz, which have exactly the same duration.
 TEST_CARD_TICKS = 172_800
 TEST_CARD = """
@@ -11985,7 +11985,7 @@ ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         tuple(sorted(BUSY - EXPIRED)),
-        "your account allows no further connection: close other players, or lower "
+        "your account allows no more connections: close other players, or lower "
         "`max_upstreams` to what the account allows",
     ),
     (
@@ -11999,7 +11999,7 @@ ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         (UNKNOWN_HOST,),
-        "check the address for typing mistakes, and the server's network",
+        "check the address for typos, and the server's network connection",
     ),
     (
         (TIMED_OUT, CONNECTION_REFUSED, CONNECTION_CLOSED),
@@ -12015,8 +12015,8 @@ ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         (UNSUPPORTED_SCHEME,),
-        "check the address for typing mistakes; StreamPipe cannot open other protocols, such as "
-        "`rtsp` and `udp`",
+        "check the address for typos; StreamPipe cannot open other protocols, such as `rtsp` and "
+        "`udp`",
     ),
     (
         (FROM_HTTPS_TO_HTTP, NO_TLS),
@@ -12024,7 +12024,7 @@ ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         (NOT_HLS, NOT_HTTP, TOO_LARGE_PLAYLIST),
-        "the address does not lead to a stream: check it for typing mistakes, also in the port",
+        "the address does not lead to a stream: check it for typos, including the port",
     ),
     (
         (UNSUPPORTED_ADDRESS, INVALID_TAG),
@@ -12041,7 +12041,7 @@ ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         (EMPTY_ANSWER, BROKEN_ANSWER, NO_MEDIA, NO_DATA, NO_MORE_SEGMENTS, NOT_BACK),
-        "the origin has a fault: try again later, or configure a second address as a backup",
+        "the origin has a problem: try again later, or configure a second address as a backup",
     ),
     (
         (REDIRECT_LOOP,),
@@ -12049,7 +12049,7 @@ ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         (NO_ROUTE,),
-        "the server has no network connection, or none of the required kind (IPv6): check it",
+        "check the server's network connection, including IPv6 if the address requires it",
     ),
     (
         (PROXY_FAILED,),
@@ -12630,7 +12630,7 @@ class Handler(BaseHTTPRequestHandler):
             return {}
         return {"Access-Control-Allow-Origin": "*"}
 
-    # A programme guide
+    # A program guide
 
     def answer_guide(self, settings: PlaylistSettings, address: str) -> None:
         """Relay the guide at an address as its bytes arrive.
