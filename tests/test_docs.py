@@ -109,7 +109,7 @@ def test_rest_of_readme_is_folded_and_ends_with_the_changelog() -> None:
     assert all(re.match(r"<summary>.+</summary>\n\n", part) for part in parts)
     between = [part.split("\n</details>\n")[1] for part in parts]
     assert "".join(between[:-1]).strip() == ""
-    assert between[-1].startswith("\nMIT licence, see [LICENSE](LICENSE).")
+    assert between[-1].startswith("\nMIT license, see [LICENSE](LICENSE).")
 
 
 def test_parts_that_readme_speaks_of_are_there() -> None:
