@@ -11,48 +11,48 @@ channel is pulled once, by streamlink, for all of its viewers; everything stays 
 Data flow
     origin -> Download -> ReaderBuffer -> Channel (Splicer, framer) -> Window -> viewers -> sockets
     Up to `threads` Downloads fetch segments at once; the bytes of the oldest one are passed on as
-    they arrive.  Through a ReaderBuffer one thread hands bytes and segment events (a segment
-    starts, ends or is missing) to another.  HLS passes two of them: each Download has its own, and
-    the writer moves the bytes from those, in order, to the upstream's.  A live raw body has no
-    Download.  The Splicer makes one stream of several openings of the upstream, without a repeat at
-    the seams.  The framer cuts MPEG-TS into whole packets, removes ID3 tags and marks the join
-    points.  The Window keeps the newest blocks and segments of a live channel, knows the place of
-    each Viewer in them, and lists the segments for clients that poll (HLS) instead of streaming.
-    A finite stream takes the same road, with one upstream and window for each viewer; its window
+    they arrive.  A ReaderBuffer hands bytes and segment events (a segment starts, ends or is
+    missing) from one thread to another.  HLS passes through two: each Download has its own, and the
+    writer moves their bytes, in order, to the upstream's.  A live raw body has no Download.  The
+    Splicer joins several openings of the upstream into one stream that repeats nothing at the
+    seams.  The framer cuts MPEG-TS into whole packets, removes ID3 tags and marks the join points.
+    The Window keeps the newest blocks and segments of a live channel, knows each Viewer's place in
+    them, and lists the segments for clients that poll (HLS) instead of streaming.
+    A finite stream takes the same path, with one upstream and window for each viewer; its window
     waits for the viewer instead of evicting blocks.
 
 Threads
     main           parses arguments, waits for signals, reloads, closes everything
-    listener       accepts connections; refuses what is too much
+    listener       accepts connections; refuses those above the limits
     viewer-N       one for each connection: reads requests and answers them; a viewer's thread
                    then only takes from a Window, and is named viewer-NAME-N with a new number
-    feed-NAME-0    one for each Channel: opens its upstream, judges it, opens it again
+    feed-NAME-0    one for each Channel: opens its upstream, judges it, reopens it
     pump-NAME-0    for a raw body or ffmpeg's output: moves it to the ReaderBuffer
-    close-NAME-0   ends an upstream, which may take as long as streamlink's threads do
-    log            writes the lines of the log, so that no other thread waits for its reader
+    close-NAME-0   closes an upstream, which may have to wait for streamlink's threads
+    log            writes the log, so that no other thread waits for the program that reads it
     list-NAME-0    one for each playlist: loads its channel list and applies it
     check-N        for --check: each opens one address after the other
     judge_N        for addresses on the command line: finds out whether each is a list or a stream
     demo           for --demo: an origin, with a thread for each of its connections
-    timers         threading.Timer: one ends a late attempt to open, or to load a list or a guide;
-                   one ends a process that hangs in close()
-    Threads of streamlink are named after the channel: a worker loads playlists and puts segments
-    in line, a writer passes on the oldest download, an executor runs the downloads.  For ffmpeg, a
-    thread of FFMPEGMuxer.copy_to_pipe reads each track.
+    timers         threading.Timer: one aborts an opening, or the load of a list or a guide, that
+                   takes too long; one ends a process that hangs in close()
+    Threads of streamlink are named after the channel: a worker loads playlists and queues segments,
+    a writer passes on the oldest download, an executor runs the downloads.  For ffmpeg, a thread of
+    FFMPEGMuxer.copy_to_pipe reads each track.
 
 Locks
     Lists._applying          makes and applies one configuration at a time
-    Lists._changed           the channel lists that are known, and when each is loaded
+    Lists._changed           the known channel lists, and when to load each
     Channels.changed         the set of channels, the state of each, the records of streams
     Window._lock             blocks, join points, segments and viewers of one window
-    ReaderBuffer._lock       the bytes and events that were handed over and not taken yet
+    ReaderBuffer._lock       the bytes and events that have not been taken yet
     Http._lock               the connections of one session
-    DownloadingWriter._lock  the segments in line, and their downloads
+    DownloadingWriter._lock  the segments that wait, and the downloads
     Server._counts_lock      counts of answers and refusals, and the latest wrong tokens
     Server._open_lock        the sockets of all connections
-    Checker._changed         which checks of --check run
-    LogHandler.lock          the lines of the log that wait; may be taken under any lock
-    _answered_lock           the address of each origin's host that answered last
+    Checker._changed         which of the checks of --check are running
+    LogHandler.lock          the log lines not written yet; may be taken under any lock
+    _answered_lock           the address that answered last, for each origin's host
     A thread that holds the first lock of a line may take one of the others:
     Lists._applying > Lists._changed, Channels.changed, Window._lock
     Lists._applying > ReaderBuffer._lock, Http._lock
@@ -61,16 +61,16 @@ Locks
     DownloadingWriter._lock > ReaderBuffer._lock
     No other locks are held together, except that a reload holds Lists._applying around the pairs
     of Channels.changed.  Library locks may be taken inside any of them: each guards a few lines of
-    an executor, a queue or a connection pool.  None is held across a socket write, a request or a
-    join; shutting sockets down under a lock does not block.
+    an executor, a queue or a connection pool.  No lock is held across a socket write, a request or
+    a join; shutting sockets down under a lock does not block.
     ProcessUpstream._first_failure is a lock that no thread waits for: only the first track gets it.
 
 Where it is decided
     meaning of a configuration key   Configuration: the dataclasses, with each key's parser
     a list's entry becomes a stream  Channel lists: ListParser, name_entries, with_lists
-    a list is loaded, used, doubted  Lists._accept_or_refuse
+    whether a loaded list is used    Lists._accept_or_refuse
     start of a viewer                Window._choose_join; join points: Join, TsFramer._join_at
-    eviction, and waiting viewers    Window._make_room and _foremost_wait, with their cases
+    eviction, or waiting for viewers Window._make_room and _foremost_wait, with their cases
     blocks kept for late viewers     Window._update_needed
     sharing of an upstream           Channels._find, _find_start; the states stand above State
     refusing and giving way          Channels._attach; the cases stand above Channels
@@ -110,12 +110,12 @@ How long may this take?
     an outage             `reconnect` since the last byte: Channel._keep_going
     an idle channel       `linger`: Channels.close_if_abandoned; no time at all if it is PRIVATE, or
                           in a pause of an outage: Channels.close_if_unwatched
-    a paused viewer       `viewer_timeout`: Handler._send_pieces; it holds the feeder up for
+    a paused viewer       `viewer_timeout`: Handler._send_pieces; it holds up the feeder for
                           FOREMOST_PATIENCE
     a list, a guide       LIST_TIME, GUIDE_TIME: the Deadline of Fetch
     a key                 as a segment, all tries together: DownloadingWriter._decryptor
-    a silent HLS client   three target durations: Channels.remove_pollers
-    an ended playlist     as long, or `linger`: Channel._see_pollers_off
+    a silent HLS client   three target durations or `linger`, the longer: Channel.poll_patience
+    an ended playlist     as long: Channel._see_pollers_off
     a shutdown            STOP_TIME + DRAIN_TIME: close()
 
 What goes wrong, in four words
@@ -126,8 +126,8 @@ What goes wrong, in four words
 
 Reading order
     Window, Channels.watch, Channel._run, Splicer, then Handler.stream_channel.  Configuration,
-    Media and Pages start no thread and have no lock of their own.  Upstream has all that is run by
-    streamlink; Errors and Configuration use a few of its names.
+    Media and Pages start no thread and have no lock of their own.  Everything that streamlink runs
+    is in Upstream; Errors and Configuration use a few of streamlink's names.
 """
 
 from __future__ import annotations
@@ -189,9 +189,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO, cast
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, unquote_to_bytes, urlencode, urlsplit
 
-# A signal that comes while the packages load waits for release_signals(): SIGHUP would end a
-# service that is reloaded right after its start, and a container's first process would never
-# learn of SIGTERM.
+# Signals that arrive while the packages load are held until release_signals().  Otherwise SIGHUP
+# would end a service that is reloaded right after its start, and a container's first process would
+# never receive SIGTERM.
 HELD_SIGNALS = {signal.SIGTERM, signal.SIGHUP} if hasattr(signal, "pthread_sigmask") else set()
 if __name__ == "__main__" and HELD_SIGNALS:  # not on Windows
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
@@ -228,7 +228,7 @@ try:
     from urllib3.util.ssltransport import SSLTransport
 except ImportError as error:
     sys.exit(f"StreamPipe needs its packages ({error}): pip install -r requirements.txt")
-except RuntimeError as error:  # streamlink's cache asks for the home directory when it is imported
+except RuntimeError as error:  # importing streamlink's cache looks up the home directory
     sys.exit(f"StreamPipe cannot start: {error} Set the environment variable HOME.")
 
 __version__ = "1.0.0"
@@ -245,22 +245,22 @@ log = logging.getLogger("streampipe")
 KIB, MIB = 1 << 10, 1 << 20  # bytes
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2  # exit statuses; 2 is also argparse's
 
-SEND_BLOCKS = 512  # blocks that a viewer takes at once: Linux accepts 1,024 pieces in a call
+SEND_BLOCKS = 512  # blocks that a viewer takes at once: a call accepts 1,024 pieces on Linux
 SNIFF_LIMIT = 752  # bytes to detect a container from: three TS packets at any offset
 TAG_LIMIT = 1 * MIB  # bytes of ID3 tags read at most to detect the container behind them
 
 FOREMOST_PATIENCE = 5.0  # seconds without a byte until the foremost viewer counts as paused
-KEY_FRAME_LIFE = 30.0  # seconds; a viewer that joined at an older key frame would lag too far
+KEY_FRAME_LIFE = 30.0  # seconds; a viewer that joined at an older one would lag too far behind
 REPEAT_TIME = 10.0  # seconds between log lines of one kind: a player may cause forty a second
-START_TICK = 0.5  # seconds between two checks whether a waiting client is still connected
-FEEDER_TICK = 1.0  # seconds between two checks of a feeder, at most: its viewers, its upstream
-LISTED_TIME = 60.0  # seconds that a live playlist covers at most; a longer one is rare
-JUDGE_GRACE = 1.5  # extra seconds for Channel._judge: a download must abandon a segment first
+START_TICK = 0.5  # seconds between two checks of whether a waiting client is still connected
+FEEDER_TICK = 1.0  # a feeder checks its viewers or its upstream at least this often, in seconds
+LISTED_TIME = 60.0  # seconds; hardly any live playlist covers more
+JUDGE_GRACE = 1.5  # extra seconds for Channel._judge, so that a download abandons a segment first
 STOP_TIME = 4.0  # seconds that Channels.stop() may take, so that the process exits within 5 s
 
 STREAM_NAME = re.compile(r"[a-z0-9-]+")
 RESERVED_NAMES = frozenset({"health", "status", "metrics", "playlist"})  # paths of the server
-LEAST_SECRET = 4  # characters; shorter texts are part of ordinary words
+LEAST_SECRET = 4  # characters; shorter texts also occur in ordinary words
 PLAYING = ("live", "private")  # states in which media flows
 
 
@@ -381,7 +381,7 @@ class Stop(PipeError):
 
 
 def answered(status: int) -> str:
-    """The reason for an HTTP error of the origin's."""
+    """The reason for an HTTP error status from the origin."""
     return f"the origin answered {status}"
 
 
@@ -444,9 +444,9 @@ HOPELESS_KEY = NOT_MEDIA | {UNSUPPORTED_ADDRESS, LOCAL_FILE, NOT_A_KEY, INVALID_
 
 
 class Sign(NamedTuple):
-    """How to recognize a reason in an error: by types, or by parts of texts.
+    """How to recognize a reason: by types of exceptions, or by parts of their texts.
 
-    They may be those of the error or of any of its causes.
+    Either may belong to the error itself or to any of its causes.
     """
 
     reason: str
@@ -534,7 +534,7 @@ def _with_causes(error: BaseException) -> list[BaseException]:
     each: BaseException | None = error
     while each is not None and each not in chain:
         chain.append(each)
-        wrapped = getattr(each, "err", None)  # as streamlink's errors keep their cause
+        wrapped = getattr(each, "err", None)  # streamlink's errors keep their cause here
         each = wrapped or each.__cause__ or each.__context__
     return chain
 
@@ -564,8 +564,8 @@ def _unique(texts: Iterable[str]) -> list[str]:
 
 HOUR, DAY = 3600, 86_400  # seconds
 
-# The options of the upstream's engine that may stand under `streamlink:`, by name.  Each has an
-# example value of its type, or `...` if only StreamPipe may set it.
+# The options of streamlink that the file may set under `streamlink:`, by name.  The value is an
+# example of the option's type, or `...` if only StreamPipe may set it.
 EngineOptions = Mapping[str, Any]
 GLOBAL_ENGINE_OPTIONS = frozenset({"ipv4", "ipv6"})  # they affect the whole process
 
@@ -588,7 +588,7 @@ class TaggedNode(yaml.Node):
 
 
 class NodeLoader(yaml.SafeLoader):
-    """Makes the nodes of a file; one with a tag becomes a TaggedNode, which all readers refuse."""
+    """Builds the nodes of a file; one with a tag becomes a TaggedNode, which all readers refuse."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
@@ -927,11 +927,11 @@ def _interface_and_host(text: str) -> tuple[str | None, str | None]:
     try:
         ipaddress.ip_address(text)
     except ValueError:
-        return text, None  # also that of a VLAN, such as eth0.100
+        return text, None  # an interface, perhaps that of a VLAN, such as eth0.100
     return None, text
 
 
-# An empty token would let everyone in.
+# A text that must not be empty: an empty token, for example, would let everyone in.
 filled_text = checked(bool, "the value is empty: fill it in, or remove the key")
 own_address = checked(
     re.compile(r"[\w.:%-]+").fullmatch, "expected an address of this machine, like 0.0.0.0"
@@ -1032,8 +1032,8 @@ def read_engine_options(reader: ConfigReader, node: yaml.Node) -> dict[str, Any]
     return reader.table(node, readers)
 
 
-# Parsers by type, or by name if streamlink would raise, hang or do nothing for some values of the
-# type.
+# Parsers by the option's type; or by its name, if some values of the type would make streamlink
+# raise, hang or do nothing.
 ENGINE_PARSERS: dict[str | type, Parse] = {
     type(...): refused("StreamPipe sets this itself, for safety: remove it"),
     bool: true_or_false,
@@ -1067,13 +1067,13 @@ ENGINE_PARSERS: dict[str | type, Parse] = {
 }
 
 
-# The settings: each field that is a key of the file holds its reader and its default.
+# Settings.  Each field that is a key of the file carries the key's reader and default.
 
 
 def setting(parse: Parse, default: Any, *, restarts: bool = True) -> Any:
     """A field for a key whose value is shaped like `default`; `parse` parses each text in it.
 
-    A default may be a map, which a dataclass does not accept as it is.
+    A default may be a map: dataclasses refuse one, so this passes it as a factory.
     `restarts`: an open upstream depends on it, so a reload that changes it ends the channel.
     """
     metadata = {"read": reader_of(parse, default), "restarts": restarts}
@@ -1139,12 +1139,12 @@ class StreamSettings:
     logo: str | None = setting(web_url, None, restarts=False)
     group: str | None = setting(str, None, restarts=False)
     tvg_id: str | None = setting(str, None, restarts=False)
-    # Different for each stream.
+    # Unique among the streams.
     number: int | None = setting(number_from(int, 1), None, restarts=False)
     quality: str = setting(filled_text, "best")
     headers: Mapping[str, str] = setting(header_value, {})
     proxy: str | None = setting(proxy_url, None)
-    # If true, it is neither in playlists nor on pages.
+    # If true, neither playlists nor pages show it.
     hide: bool = setting(true_or_false, False, restarts=False)
     options: Options = field(default_factory=Options)
     # The playlist that the stream was imported from; None if it is an entry of `streams:`.
@@ -1168,7 +1168,7 @@ class StreamSettings:
         return self.others.get(address, self)
 
 
-RESTARTING_KEYS = restarting_keys(StreamSettings)  # beside `url`
+RESTARTING_KEYS = restarting_keys(StreamSettings)  # besides `url`
 RESTARTING_OPTIONS = restarting_keys(Options)
 
 
@@ -1217,12 +1217,12 @@ def changes_between(old: Config, new: Config) -> str:
 
 
 def _stream_changes(old: Config, new: Config) -> dict[str, int]:
-    """Numbers of streams, by the kind of their change."""
+    """The number of streams for each kind of change."""
     kept = old.streams.keys() & new.streams.keys()
     changed = {name for name in kept if old.streams[name].pulled != new.streams[name].pulled}
     updated = {name for name in kept - changed if old.streams[name] != new.streams[name]}
     for name in old.overrides.keys() | new.overrides.keys():
-        is_waiting = name not in old.streams and name not in new.streams  # for its list to load
+        is_waiting = name not in old.streams and name not in new.streams  # its list is not loaded
         if is_waiting and old.overrides.get(name) != new.overrides.get(name):
             updated.add(name)
     return {
@@ -1234,7 +1234,7 @@ def _stream_changes(old: Config, new: Config) -> dict[str, int]:
 
 
 def _playlist_changes(old: Config, new: Config) -> dict[str, int]:
-    """Numbers of playlists, by the kind of their change."""
+    """The number of playlists for each kind of change."""
     kept = old.playlists.keys() & new.playlists.keys()
     changed = [name for name in kept if old.playlists[name] != new.playlists[name]]
     return {
@@ -1310,7 +1310,7 @@ class ConfigReader:
 
     @contextlib.contextmanager
     def at(self, node: yaml.Node, *keys: str) -> Iterator[None]:
-        """Make a ValueError in the block a mistake at the node's line and below these keys."""
+        """Turn a ValueError in the block into a mistake at the node's line, below these keys."""
         outer = self.path
         self.path = [*outer, *keys]
         try:
@@ -1355,7 +1355,7 @@ class ConfigReader:
         return entries
 
     def table(self, node: yaml.Node, readers: Mapping[str, Read]) -> dict[str, Any]:
-        """The values of a section by key, without nulls and mistakes.
+        """The values of a section by key, without nulls or mistakes.
 
         `readers` has the known keys; any other key is a mistake.
         """
@@ -1429,7 +1429,7 @@ class ConfigReader:
         return PlaylistSettings(name, url or "", **values, options=_laid_over(options, own))
 
     def _stream_values(self, name: str, node: yaml.Node) -> dict[str, Any]:
-        """The values of a stream by key; an address alone is the value of `url`."""
+        """The values of a stream by key; a bare address becomes the value of `url`."""
         if not isinstance(node, yaml.MappingNode):
             return {"url": read_addresses(self, node)}
         readers: dict[str, Read] = {"url": read_addresses}
@@ -1503,12 +1503,12 @@ def _yaml_mistake(error: yaml.YAMLError, text: str) -> tuple[int, str]:
 # Channel lists: the entries of a provider's M3U, and the streams made from them
 #
 # No standard describes these lists, so the parser accepts everything that it can read, and counts
-# the rest.  A list is as untrusted as any origin: the parser checks each of its texts like a value
-# of the configuration.  A list can use neither a local file nor a reserved name.
+# what it leaves out.  A list is as untrusted as any origin: the parser checks each of its texts
+# like a value of the configuration.  A list can use neither a local file nor a reserved name.
 #
-#   ListParser       lines -> ChannelList: its entries, its guide, the numbers of omissions
+#   ListParser       lines -> ChannelList: entries, guide, number of omissions
 #   name_entries     a name for each entry; an entry of the previous load keeps its name
-#   with_lists       a configuration, and the lists of its playlists -> one with all streams
+#   with_lists       a configuration and the lists of its playlists -> one with all streams
 # --------------------------------------------------------------------------------------------------
 
 LIST_LIMIT = 256 * MIB  # bytes of a list
@@ -1518,7 +1518,7 @@ TEXT_LIMIT = 200  # characters of a title, a group or an id
 NAME_LIMIT = 60  # characters of a name, without its prefix and number
 ADDRESS_LIMIT = 4 * KIB  # characters
 
-# `name=` of an attribute, with blanks around the `=` or without.  In front of a quote, any name
+# `name=` of an attribute, with or without blanks around the `=`.  In front of a quote, any name
 # matches; otherwise only a known name does, because titles and addresses contain `=`, too.
 _LIST_ATTRIBUTE = re.compile(
     r"""
@@ -1602,16 +1602,16 @@ def _counts(omitted: Mapping[str, int]) -> str:
 
 
 class ListParser:
-    """Reads a channel list as its bytes arrive, line by line.
+    """Reads a channel list line by line as its bytes arrive.
 
-    It keeps no more in memory than the entries and the start of a line, up to LINE_LIMIT.
+    It keeps in memory only the entries and the start of a line, up to LINE_LIMIT.
     """
 
     def __init__(self, settings: PlaylistSettings) -> None:
         self._wants_films = settings.films
         self._groups = GroupFilter(settings.groups)
         self._secrets = account_secrets(settings.url)
-        self._is_start = True  # too few bytes to know the encoding
+        self._is_start = True  # too few bytes so far to know the encoding
         self._utf_16: codecs.IncrementalDecoder | None = None  # if a BOM shows that encoding
         self._carry = b""  # the start of an incomplete line
         self._size = 0  # bytes so far
@@ -1621,11 +1621,11 @@ class ListParser:
         self._entries: list[Entry] = []
         self._omitted: Counter[str] = Counter()
         self._guide: str | None = None
-        self._section = ""  # the group of all entries without their own; empty: none
+        self._section = ""  # the group of entries that name none themselves; empty: none
         self._begin_entry()
 
     def _begin_entry(self) -> None:
-        """Begin a new entry, about which no line has been read yet."""
+        """Begin a new entry, none of whose lines has been read yet."""
         self._title: str | None = None  # None until an #EXTINF has been read
         self._attributes: Mapping[str, str] = {}
         self._group_line = ""  # the entry's group in an #EXTGRP; empty: none
@@ -1715,7 +1715,7 @@ class ListParser:
             raise ListError(A_STREAM)
 
     def _read_header(self, text: str) -> None:
-        """Read the list's guide from an #EXTM3U line: its first valid address counts."""
+        """Read the address of the list's guide from an #EXTM3U line: the first valid one counts."""
         attributes, _ = read_attributes(text)
         guides = attributes.get("x-tvg-url", "")
         if not guides:
@@ -1737,8 +1737,8 @@ class ListParser:
     def _read_group(self, value: str) -> None:
         """Read an #EXTGRP line.
 
-        In front of an #EXTINF, it gives the group of all entries until the next such line; behind
-        an #EXTINF, the group of that entry.
+        Before an #EXTINF, it gives the group of all entries until the next such line; after an
+        #EXTINF, the group of that entry.
         """
         group = value.strip(' \t"')
         if self._title is None:
@@ -1747,7 +1747,7 @@ class ListParser:
             self._group_line = group
 
     def _drop_unfinished(self) -> None:
-        """Omit the current entry, if there is one, because its address is missing."""
+        """Leave out the current entry, if there is one, because its address is missing."""
         if self._title is not None:
             kind = "without an address"
             if _HEADING.fullmatch(self._title):
@@ -1809,7 +1809,7 @@ class ListParser:
         )
 
     def _group_text(self) -> str:
-        """The groups of the entry, as the list writes them; empty if it has none."""
+        """The groups of the entry, as written in the list; empty if it has none."""
         for text in (self._attributes.get("group-title", ""), self._group_line):
             if text:
                 return text
@@ -1831,7 +1831,7 @@ class ListParser:
         return address
 
     def _number(self) -> int | None:
-        """The channel number of the entry, by the first attribute that has one."""
+        """The channel number of the entry, from the first attribute that has one."""
         for attribute in ("tvg-chno", "tvh-chnum", "channel-number"):
             number = _channel_number(self._attributes.get(attribute, ""))
             if number is not None:
@@ -1839,7 +1839,7 @@ class ListParser:
         return None
 
     def _add_headers(self, text: str) -> None:
-        """Keep headers that are written as Kodi does: `User-Agent=a%2Fb&Referer=...`."""
+        """Keep headers written in Kodi's way: `User-Agent=a%2Fb&Referer=...`."""
         for pair in text.split("&"):
             name, _, value = pair.partition("=")
             self._add_header(name.strip(), unquote(value.strip()))
@@ -1869,7 +1869,7 @@ class AttributeValue(NamedTuple):
     """The value of an attribute in a line."""
 
     text: str
-    end: int  # the place behind it
+    end: int  # the index after it
     is_last: bool  # the title follows
 
 
@@ -1905,7 +1905,7 @@ def read_attributes(text: str) -> tuple[dict[str, str], str]:
 def _attribute_value(text: str, start: int, next_start: int | None) -> AttributeValue:
     """Read the value that begins at `start`.
 
-    The next attribute begins at `next_start`; None: there is none.
+    The next attribute begins at `next_start`, which is None if there is none.
     """
     quote_sign = text[start : start + 1]
     if quote_sign not in ('"', "'"):
@@ -1926,7 +1926,7 @@ def _attribute_value(text: str, start: int, next_start: int | None) -> Attribute
 
 
 def _bare_value(text: str, start: int, next_start: int | None) -> AttributeValue:
-    """Read a value without quotes.  It may contain blanks, but no attribute."""
+    """Read a value without quotes.  It may contain blanks, but ends at the next attribute."""
     value = text[start:next_start]
     if next_attribute := _NEXT_ATTRIBUTE.search(value):
         value = value[: next_attribute.start()]
@@ -1937,10 +1937,10 @@ def _bare_value(text: str, start: int, next_start: int | None) -> AttributeValue
 
 
 def _last_closing_quote(text: str, start: int, quote_sign: str) -> int | None:
-    """The place of the quote behind which the title follows; None if there is no quote.
+    """The index of the quote before the title; None if there is no quote.
 
-    It is the first quote with a comma after it, preferably one without a backslash before it.  If
-    there is no such quote, it is the last one.
+    It is the first quote followed by a comma, preferably one without a backslash before it.  If no
+    quote is followed by a comma, it is the last one.
     """
     escaped: int | None = None
     last: int | None = None
@@ -1959,7 +1959,7 @@ def _last_closing_quote(text: str, start: int, quote_sign: str) -> int | None:
 
 
 def _unescaped(value: str, quote_sign: str) -> str:
-    """A value that was quoted, without the backslashes in front of its quotes."""
+    """The text of a quoted value, without the backslashes in front of its quotes."""
     return value.replace(f"\\{quote_sign}", quote_sign)
 
 
@@ -1972,7 +1972,7 @@ class GroupFilter:
         self._chosen: dict[str, str | None] = {}  # a cache: lists repeat few groups many times
 
     def choose(self, text: str) -> str | None:
-        """Return the group that an entry is shown in, of those that its `group-title` names.
+        """Choose the group in which an entry is shown from those that its `group-title` names.
 
         Returns None if the entry is not wanted, and an empty text if it has no group.
         """
@@ -1997,7 +1997,7 @@ class GroupFilter:
 
 
 def _matcher(pattern: str) -> Callable[[str], bool]:
-    """A test whether a group has this name or matches this pattern (fnmatch), ignoring case."""
+    """A test for groups with this name or matching this pattern (fnmatch), ignoring case."""
     name = pattern.strip().casefold()
     # `[` is special in a pattern but common in names, so matches() also compares the plain text.
     expression = re.compile(fnmatch.translate(name))
@@ -2058,7 +2058,7 @@ def account_secrets(address: str) -> list[str]:
 def merged_headers(*layers: Mapping[str, str]) -> dict[str, str]:
     """Headers of several sources; a later one wins, and the case of names does not matter."""
     merged: dict[str, str] = {}
-    spellings: dict[str, str] = {}  # the names in `merged`, by the same in lower case
+    spellings: dict[str, str] = {}  # by name in lower case: the name in `merged`
     for layer in layers:
         for name, value in layer.items():
             earlier = spellings.get(name.lower())
@@ -2117,8 +2117,8 @@ class Names:
 
     def __init__(self) -> None:
         self._taken = set(RESERVED_NAMES)
-        # The next number to try, by the name without it and the first number: trying all of them
-        # for each of 20,000 entries with one title would take minutes.
+        # The next number to try, by the name without its number and the first number.  Trying all
+        # numbers for each of 20,000 entries with one title would take minutes.
         self._next: dict[tuple[str, int], int] = {}
 
     def claim(self, name: str) -> bool:
@@ -2129,7 +2129,7 @@ class Names:
         return True
 
     def give(self, settings: PlaylistSettings, entry: Entry) -> str:
-        """Reserve a name for a new entry, made of its title, its tvg-id or the playlist's name."""
+        """Reserve a name for a new entry, made from its title, tvg-id or playlist's name."""
         base = plain_name(entry.title)
         has_letter = re.search(r"[a-z]", base) is not None
         if not has_letter:
@@ -2163,9 +2163,10 @@ class Merged:
 def merge_entries(
     playlists: Mapping[str, PlaylistSettings], lists: Mapping[str, ChannelList]
 ) -> list[Merged]:
-    """All entries of all lists in the configured order.
+    """The entries of all lists in the order of the configuration.
 
-    Entries to merge are added to the first of them.
+    Entries with the same title and group are merged into the first of them if their playlists have
+    `merge: true`.
     """
     found: list[Merged] = []
     by_title: dict[tuple[str, str], Merged] = {}  # of the playlists that merge
@@ -2212,7 +2213,7 @@ def name_entries(found: Sequence[Merged], known: Mapping[Identity, str]) -> dict
 
 
 def _kept_name(merged: Merged, known: Mapping[Identity, str], names: Names) -> str | None:
-    """Reserve the first free one of the names that these entries had; None if there is none."""
+    """Reserve the first of these entries' earlier names that is still free; None if none is."""
     for identity in merged.identities:
         name = known.get(identity)
         if name is not None and names.claim(name):
@@ -2226,7 +2227,7 @@ def _kept_name(merged: Merged, known: Mapping[Identity, str], names: Names) -> s
 def with_lists(
     config: Config, lists: Mapping[str, ChannelList], known: Mapping[Identity, str]
 ) -> tuple[Config, dict[Identity, str]]:
-    """Return a configuration with the streams and guides of these lists, and the entries' names.
+    """The configuration with the streams and guides of these lists, and the names of all entries.
 
     `lists` has the loaded lists by the name of their playlist, and `known` the names that the last
     call returned.
@@ -2260,7 +2261,7 @@ def with_lists(
 
 
 def _configured_numbers(config: Config) -> set[int]:
-    """The numbers that the file gives to its own streams, and to imported ones."""
+    """The numbers that the file gives to its own streams and to imported ones."""
     numbers: set[int] = set()
     for stream in config.streams.values():
         if stream.number is not None:
@@ -2272,7 +2273,7 @@ def _configured_numbers(config: Config) -> set[int]:
 
 
 def _imported(name: str, merged: Merged) -> StreamSettings:
-    """The stream of these entries: the first one's, with the addresses of all.
+    """The stream of these entries: made from the first one, with the addresses of all.
 
     `others` holds the settings for the addresses that the other entries supply.
     """
@@ -2346,7 +2347,7 @@ def account_name_of(config: Config, stream: StreamSettings, address: str) -> str
 
 
 def _is_of_account(address: str, list_address: str) -> bool:
-    """Whether an address has the host, the port and the user of a list's address."""
+    """Whether an address has the same host, port and user as a list's address."""
     ours = urlsplit(without_prefixes(address))
     theirs = urlsplit(list_address)
     try:
@@ -2358,7 +2359,7 @@ def _is_of_account(address: str, list_address: str) -> bool:
     user = _user_of(list_address)
     if user is None:
         return _user_of(address) is None
-    # Panels put the user into the path of a stream: /live/USER/PASSWORD/1.ts
+    # Panels put the user into the path of a stream: /live/USER/PASSWORD/1.ts.
     return user == _user_of(address) or user in unquote(ours.path).split("/")
 
 
@@ -2393,10 +2394,10 @@ NULL_PACKET = b"G\x1f\xff\x10" + 184 * b"\xff"  # ISO/IEC 13818-1, 2.4.1: has no
 BLOCK_LIMIT = 64 * KIB  # bytes of a block: small enough that one send gathers several whole ones
 SEARCH_LIMIT = 4 * KIB  # bytes searched for TS packets that follow other data, such as an image
 SEAM_PATIENCE = 10.0  # seconds in which a relay may repeat media that viewers already have
-NEW_CLOCK_TICKS = 60 * 90_000  # a clock that is further back was reset: no backlog is that long
+NEW_CLOCK_TICKS = 60 * 90_000  # a clock this far back was reset: no backlog is that long
 JUMP_SEARCH = 1 * MIB  # bytes searched for each PID's first packet after a jump
-NEWEST_LIMIT = 256 * KIB  # bytes of packets kept for each PID's counter: audio packets are rare
-VIDEO_PATIENCE = 3 * 90_000  # ticks of audio without any of the video that the PMT names
+NEWEST_LIMIT = 256 * KIB  # bytes of packets kept to find each PID's counter: audio is rare
+VIDEO_PATIENCE = 3 * 90_000  # ticks of audio without video, until the PMT's video counts as absent
 
 
 @dataclass(eq=False)
@@ -2407,9 +2408,9 @@ class Join:
     is_key_frame: bool = False  # a picture that depends on no other
     dts: int | None = None  # in ticks; MPEG-TS only
     at_start: bool = False  # a decoder can start with the first block of the open segment
-    is_makeshift: bool = False  # a picture that depends on others: for a segment without key frame
+    is_makeshift: bool = False  # a picture that depends on others, for want of a key frame
     time: float = field(default_factory=time.monotonic)
-    # Number of the block to start with; set by the window, before which it does not exist.
+    # Number of the block to start with.  The window sets it; until then, it does not exist.
     block: int = field(init=False, repr=False)
 
 
@@ -2424,7 +2425,7 @@ class Framer:
 
     def __init__(self) -> None:
         self.preamble = b""  # what a decoder needs before a segment that does not contain it
-        self.unplayed: Sequence[str] = ()  # its codecs that no browser plays, once known
+        self.unplayed: Sequence[str] = ()  # the codecs that no browser plays, once known
         self._handed_on = 0  # bytes
         self._carry = b""  # the start of a packet, or of an ID3 tag
         self._in_segments = False
@@ -2463,12 +2464,12 @@ class Framer:
         self._carry = b""
 
     def expect_jump(self, is_certain: bool) -> None:
-        """Note that the next bytes may not continue the last ones; they do not if `is_certain`."""
+        """Expect that the next bytes may not continue the last; if `is_certain`, they do not."""
 
     def shut(self, is_backlog: bool) -> None:
         """Drop everything until a decoder can start.  Only MPEG-TS can and must do so.
 
-        `is_backlog`: the source may first repeat media that viewers have had.
+        `is_backlog`: the source may first repeat media that viewers already have.
         """
 
     @property
@@ -2491,14 +2492,15 @@ class Framer:
 
 # Flags in the second byte of an adaptation field (2.4.3.4).
 DISCONTINUITY_FLAG, RANDOM_ACCESS_FLAG, PCR_FLAG = 0x80, 0x40, 0x10
-SHORTEST_SECTION = 12  # bytes of a PAT or PMT without entries (2.4.4.3)
-SECTION_PACKETS = 8  # packets of a section at most: it has no more than 1,024 bytes
+SHORTEST_SECTION = 12  # bytes of a PAT without entries (2.4.4.3); a PMT has more
+SECTION_PACKETS = 8  # packets kept of an incomplete section, which has 1,024 bytes at most
 # Stream types of video: those of table 2-34, and those of AVS, Dirac and VC-1.
 VIDEO_TYPES = frozenset({0x01, 0x02, 0x10, 0x1B, 0x20, 0x24, 0x33, 0x42, 0xD1, 0xEA})
-_UNIT_START = re.compile(rb"[\x40-\x7f\xc0-\xff]")  # second byte: see starts_unit()
+_UNIT_START = re.compile(rb"[\x40-\x7f\xc0-\xff]")  # second bytes with starts_unit()'s flag
 _ANY_BYTE = re.compile(rb".", re.DOTALL)
-_PACKET_START = re.compile(rb"G(?!.{187}[^G])", re.DOTALL)  # another sync byte follows, or no byte
-# Start codes of units that only precede a key frame, or are one, by stream type.
+# A sync byte.  If there is a byte one packet later, it must be a sync byte, too.
+_PACKET_START = re.compile(rb"G(?!.{187}[^G])", re.DOTALL)
+# By stream type: start codes of units that are a key frame, or occur only before one.
 _KEY_UNITS = {
     0x01: re.compile(rb"\x00\x00\x01\xb3"),  # MPEG-1 and -2: sequence header
     0x02: re.compile(rb"\x00\x00\x01\xb3"),
@@ -2507,7 +2509,7 @@ _KEY_UNITS = {
 }
 PRIVATE_TYPE = 0x06
 # Codecs in MPEG-TS that no browser plays, by stream type.  For PRIVATE_TYPE, DVB names an audio
-# codec by a descriptor (ETSI EN 300 468, annex D); the tags of these are not stream types.
+# codec by a descriptor (ETSI EN 300 468, annex D); the tags added below are not stream types.
 UNPLAYED = {0x02: "MPEG-2", 0x24: "HEVC", 0x81: "AC-3", 0x87: "E-AC-3"}
 UNPLAYED |= {0x6A: "AC-3", 0x7A: "E-AC-3"}
 
@@ -2568,7 +2570,7 @@ def discontinuity_before(packet: bytes) -> bytes:
 
 
 def table_checksum(data: bytes | bytearray) -> int:
-    """Return CRC_32 (annex A); zlib.crc32() takes and returns bits in reverse order, inverted."""
+    """Return CRC_32 (annex A); zlib.crc32() reverses the order of bits and inverts its result."""
     swapped = zlib.crc32(data.translate(_SWAPPED_BITS)) ^ 0xFFFF_FFFF
     return _reversed_bits(swapped, 32)
 
@@ -2601,11 +2603,11 @@ class ProgramTables:
     def __init__(self) -> None:
         self.programs: Sequence[int] = ()  # PIDs of the PMTs, from the PAT
         self.streams: Mapping[int, int] = {}  # types of the elementary streams, by PID
-        self.named_video_pid: int | None = None  # of the video in the PMT, if it names one
+        self.named_video_pid: int | None = None  # of the video that the PMT names, if any
         self.clock_pid = NULL_PID  # of the PCR; NULL_PID: none (2.4.4.9)
         self.unplayed: Sequence[str] = ()  # codecs of the streams that no browser plays
         self.lacks_video = False  # the video that the PMT names does not arrive
-        self._packets: dict[int, bytes] = {}  # PAT and PMT by PID, as received
+        self._packets: dict[int, bytes] = {}  # by PID: PAT and PMT as received
         self.parts: dict[int, bytes] = {}  # by PID: sections that continue in a later packet
 
     @property
@@ -2666,7 +2668,7 @@ class ProgramTables:
             self._read_pmt(section)
 
     def announcement(self, pid: int, packet: bytes) -> bytes:
-        """Return a packet to put before this one if this one changes the PAT or PMT; else nothing.
+        """Return a packet to put before this one if it changes the PAT or PMT; else nothing.
 
         The returned packet differs only in its version_number (2.4.4.5, 2.4.4.9): VLC and GStreamer
         ignore a table whose version they know, and most encoders always send version 0.
@@ -2688,7 +2690,7 @@ class ProgramTables:
         programs = []
         for at in range(8, len(section) - 4, 4):
             number, entry = struct.unpack_from(">HH", section, at)
-            if number:  # 0 names the network's PID
+            if number:  # program number 0 names the PID of the network information
                 programs.append(entry & 0x1FFF)
         if programs:
             self.programs = programs
@@ -2769,11 +2771,11 @@ class TsFramer(Framer):
     join point is the segment's first key frame, with PAT and PMT put before it.
 
     At a jump, a packet that signals it is put before the first packet of each PID.  Without it,
-    demuxers would take the data that they hold of that PID for damaged.  A changed PAT or PMT is
-    sent twice (see announcement()).
+    demuxers would consider the data that they hold of that PID damaged.  A changed PAT or PMT is
+    sent twice, because some players ignore a change that keeps the version (see announcement()).
 
-    While shut, it drops packets up to a key frame that viewers have not had.  Then it hands on PAT,
-    PMT and everything from that key frame on.
+    While shut, it drops packets up to a key frame that is new to the viewers.  Then it hands on
+    PAT, PMT and everything from that key frame on.
     """
 
     def __init__(self) -> None:
@@ -2795,9 +2797,9 @@ class TsFramer(Framer):
         # While shut:
         self._is_shut = False
         self._shown = self.tables  # the tables that viewers have
-        self._patience_end = 0.0  # time.monotonic(); any unit that starts after this time opens it
+        self._patience_end = 0.0  # time.monotonic(), after which the start of any unit opens it
         self._backlog_end: int | None = None  # the last DTS that a backlog may repeat, if any
-        self._dropped_dts: int | None = None  # the newest since it was shut
+        self._dropped_dts: int | None = None  # the newest DTS among the dropped packets
 
     def start_segment(self) -> list[Framed]:
         self._in_segments = True
@@ -2812,11 +2814,11 @@ class TsFramer(Framer):
         self._key_frame_time = None
 
     def expect_jump(self, is_certain: bool) -> None:
-        """The next bytes may not continue the last ones.
+        """Expect that the next bytes may not continue the last ones.
 
-        If that is certain, the first packet of each PID gets a notice.  Otherwise (at another
+        If a jump is certain, the first packet of each PID gets a notice.  Otherwise (at another
         opening of the same source, or at a segment) the counters decide: the jump becomes certain
-        at the first packet that does not continue its PID or that changes a table.
+        at the first packet that does not continue its PID's counter or that changes a table.
         """
         if is_certain:
             self._newest.clear()
@@ -2857,7 +2859,7 @@ class TsFramer(Framer):
         return self._split(carry + data, 0)
 
     def _split(self, data: bytes, at: int) -> list[Framed]:
-        """Hand on the data from `at` on, packets and what is between them; hold back the rest."""
+        """Hand on the data from `at` on, including bytes between packets; hold back the rest."""
         blocks: list[Framed] = []
         while len(data) - at >= TS_PACKET:
             whole = (len(data) - at) // TS_PACKET
@@ -2915,9 +2917,9 @@ class TsFramer(Framer):
     def _opens(self, pid: int, packet: bytes) -> bool:
         """Whether viewers can continue with this packet.
 
-        They can at a key frame that they have not had, or whose clock was reset.  After
-        SEAM_PATIENCE, they can at the start of any unit, because some encoders send no key frame
-        at all (intra refresh).
+        They can at a key frame that is new to them, or whose clock was reset.  After SEAM_PATIENCE,
+        they can at the start of any unit, because some encoders send no key frame at all (intra
+        refresh).
         """
         if time.monotonic() > self._patience_end:
             return True
@@ -2932,7 +2934,7 @@ class TsFramer(Framer):
     def _pass(self, data: bytes, start: int, end: int) -> list[Framed]:
         """Hand on these packets, with marks between them.
 
-        Usually, only packets that start a section or a PES packet are looked at, one in fifty.
+        Usually it looks only at packets that start a section or a PES packet: one in fifty.
         """
         blocks: list[Framed] = []
         flags = data[start + 1 : end : TS_PACKET]
@@ -2974,7 +2976,7 @@ class TsFramer(Framer):
         self.unplayed = self.tables.unplayed
 
     def _remember(self, packets: Block) -> None:
-        """Keep packets for their counters, in no more blocks than NEWEST_LIMIT bytes need."""
+        """Keep packets for their counters, in the fewest blocks that hold NEWEST_LIMIT bytes."""
         self._newest.append(packets)
         excess = sum(len(block) for block in self._newest) - NEWEST_LIMIT
         while excess >= len(self._newest[0]):
@@ -2984,8 +2986,8 @@ class TsFramer(Framer):
     def _next_place(self, flags: bytes, index: int, firsts: Sequence[int] = ()) -> int | None:
         """Return the index of the next packet to look at, from `index` on; None if there is none.
 
-        `flags` has the second byte of each packet, and `firsts` the indexes of packets that are
-        looked at in any case.  While a section continues in a later packet, every packet is.
+        `flags` has the second byte of each packet, and `firsts` the indexes of packets to look at
+        in any case.  While a section continues in a later packet, all packets must be looked at.
         """
         wanted = _ANY_BYTE if self.tables.parts else _UNIT_START
         found = wanted.search(flags, index)
@@ -3016,7 +3018,7 @@ class TsFramer(Framer):
         return places
 
     def _notice(self, pid: int, packet: bytes) -> bytes:
-        """Return the packets to put before a PID's first one if it jumps without signaling it."""
+        """Return the packets to put before a PID's first packet if it does not signal its jump."""
         if pid in self._seen:
             return b""
         last: int | None = None
@@ -3037,7 +3039,7 @@ class TsFramer(Framer):
         """Return the counter of this PID's newest packet before the possible jump, or None."""
         if pid in (0, self.tables.program_pid):
             # The first item holds the newest tables.  The PIDs of media often have the same low
-            # byte, so a search through the media would look at most of its packets.
+            # byte as theirs, so a search through the media would look at most of its packets.
             found = _newest_counter(self._before[:1], pid)
             if found is not None:
                 return found
@@ -3095,7 +3097,7 @@ class TsFramer(Framer):
         Also notes whether the video that the PMT names arrives.
         """
         dts = None
-        for at in timestamp_positions(packet):  # the DTS follows the PTS; without it, both are one
+        for at in timestamp_positions(packet):  # the DTS is the last; without one, the PTS counts
             dts = read_timestamp(packet, at)
         named_video_pid = self.tables.named_video_pid
         if named_video_pid is None or pid == named_video_pid:
@@ -3104,7 +3106,7 @@ class TsFramer(Framer):
         elif dts is not None:
             first_sound = self._first_sounds.setdefault(pid, dts)
             silence = (dts - first_sound) % TIMESTAMP_MODULUS
-            if VIDEO_PATIENCE < silence < TIMESTAMP_MODULUS // 2:  # more: the clock went back
+            if VIDEO_PATIENCE < silence < TIMESTAMP_MODULUS // 2:  # above that, the clock went back
                 self.tables.lacks_video = True
         return dts if pid == self.tables.main_pid else None
 
@@ -3124,9 +3126,9 @@ ID3_HEADER = 10  # bytes
 
 
 def _id3_size(start: bytes) -> int | None:
-    """Return the size of the ID3 tag at the beginning; None if there is none, or no whole header.
+    """Return the size of the ID3 tag at the start; None without a tag or its whole header.
 
-    The header has a size of 28 bits.  It does not include the footer that version 4 may add.
+    The size in the header has 28 bits, and does not include the footer that version 4 may add.
     """
     if not start.startswith(b"ID3") or len(start) < ID3_HEADER:
         return None
@@ -3147,7 +3149,7 @@ class AudioFramer(Framer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._may_be_tag = True  # only tags since the start, a segment's start or a seam
+        self._may_be_tag = True  # nothing but tags since the start, a segment's start or a seam
         self._tag_left = 0  # bytes missing from an open tag
 
     def start_segment(self) -> list[Framed]:
@@ -3277,20 +3279,20 @@ EAC3 = _packed_audio("audio/eac3", "ec3", rb"\x0b\x77.{3}[\x58-\x87]")
 
 PACKED_AUDIO = (AAC, MPEG_AUDIO, AC3, EAC3)
 
-# Up to three packets at any offset, the first of them whole.  A wrong IV spoils 16 bytes, including
-# the sync byte of the first packet; then the match begins with the second packet, at 188.
+# Up to three packets at any offset, of which the first is whole.  A wrong IV spoils 16 bytes,
+# including the first packet's sync byte; then the match begins with the second packet, at 188.
 _PACKETS = re.compile(rb".{0,188}?G(?=.{187})(?!.{187}[^G])(?!.{375}[^G])", re.DOTALL)
-# Five sync bytes after anything else: that many are no accident in SEARCH_LIMIT bytes.
+# Five sync bytes after other data: in SEARCH_LIMIT bytes, that many are no accident.
 _FAR_PACKETS = re.compile(rb"G(?=(?:.{187}G){4})", re.DOTALL)
 
 
 def sniff(start: bytes, is_all: bool = False, media_type: str = "") -> Container | None:
     """Detect the container from the first bytes of a stream; None asks for more bytes.
 
-    `is_all`: there are no more bytes, so the result is not None.  Otherwise it asks for whole ID3
-    tags, up to TAG_LIMIT, and for SNIFF_LIMIT bytes after them, or for SEARCH_LIMIT bytes if
-    SNIFF_LIMIT bytes are not enough.  `media_type` is the Content-Type of a raw source.  It names
-    the codec of audio that begins within a frame, as a relay's audio does.
+    `is_all`: there are no more bytes, so the result is not None.  Otherwise sniff() asks for whole
+    ID3 tags, up to TAG_LIMIT, and SNIFF_LIMIT bytes after them, or SEARCH_LIMIT bytes if
+    SNIFF_LIMIT bytes are not enough.  `media_type` is the Content-Type of a raw source.  It is
+    needed to identify audio that begins within a frame, as a relay's does.
     """
     at = 0
     tag_size = _id3_size(start)
@@ -3307,7 +3309,7 @@ def sniff(start: bytes, is_all: bool = False, media_type: str = "") -> Container
         return found
     if not is_all and len(start) < SNIFF_LIMIT:
         return None
-    if _PACKETS.match(start):  # before audio: these may look like a frame
+    if _PACKETS.match(start):  # checked before audio, because packets may look like a frame
         return MPEG_TS
     found = _container_that_begins(start, PACKED_AUDIO)
     if found is None:
@@ -3340,8 +3342,8 @@ def _named_audio(media_type: str) -> Container | None:
 
 NOISE_LIMIT = 16 * KIB  # bytes searched for media
 FEW_FRAMES = 8 * KIB  # bytes; a shorter segment of packed audio may have fewer than three frames
-# A given pair of bytes appears in that much noise every fourth time, on average.  Three of them
-# confirm a frame at its expected place; eight prove frames at any place.
+# NOISE_LIMIT bytes of noise contain a given pair of bytes one time in four.  So three equal pairs
+# confirm a frame at its expected place, and eight prove frames at any place.
 CONFIRMING_FRAMES = 3
 PROVING_FRAMES = 8
 _FRAGMENT = re.compile(rb".{4}mo(?:of.{4}mfhd|ov.{4}mvhd)", re.DOTALL)  # boxes of fMP4
@@ -3360,7 +3362,7 @@ def media_in(start: bytes, is_all: bool = False) -> bytes | None:
     if container is None:
         return None
     is_proven = container is not OTHER_MEDIA
-    if container.is_packed_audio:  # noise begins like a frame once in 4,000 times
+    if container.is_packed_audio:  # noise begins like a frame one time in 4,000
         is_short = is_all and len(start) < FEW_FRAMES
         is_proven = is_short or start.count(start[:2]) >= CONFIRMING_FRAMES
     if is_proven:
@@ -3394,7 +3396,7 @@ IMAGE_HEADER = 8  # bytes needed to detect an image
 def behind_image(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """Yield the pieces of a segment without an image in front of its MPEG-TS packets.
 
-    Sites that store segments on image hosts put an image there, and a demuxer takes the whole
+    Sites that store segments on image hosts put an image there, and demuxers mistake the whole
     stream for that image.  An image that no packets follow is kept.
     """
     remaining = iter(pieces)
@@ -3416,7 +3418,7 @@ def behind_image(pieces: Iterable[bytes]) -> Iterator[bytes]:
     yield from remaining
 
 
-# The end of a segment: padding, or media that looks like it
+# The end of a segment: telling padding from media that looks like it
 
 _BOX = re.compile(rb".{4}[a-z0-9]{4}", re.DOTALL)  # ISO/IEC 14496-12, 4.2
 BOX_HEADER, LARGE_BOX_HEADER = 8, 16  # bytes; the size of a large box follows its type
@@ -3427,7 +3429,7 @@ NO_UNIT = 0  # a size that no unit has
 def _unit_size(header: bytes) -> int | None:
     """Return the size in bytes of the ID3 tag, ADTS frame or fMP4 box with this header.
 
-    Returns NO_UNIT if it is none of them, and None to ask for more bytes.
+    Returns NO_UNIT if it is the header of none of these, and None to ask for more bytes.
     """
     if len(header) < BOX_HEADER:
         return None
@@ -3446,7 +3448,7 @@ def _unit_size(header: bytes) -> int | None:
 
 
 class UnitCounter:
-    """Follows the units of a segment by their sizes, to tell whether its last unit is complete.
+    """Follows the units of a segment by their sizes, to know whether its last unit is complete.
 
     Units are the packets of MPEG-TS, the frames of ADTS, the boxes of fMP4, and ID3 tags.
     """
@@ -3456,8 +3458,8 @@ class UnitCounter:
         self._header = b""  # the start of a unit whose size is not known yet
         self._left = 0  # bytes missing from the open unit
         self._is_counted = False  # the segment began with a tag, a frame or a box
-        self._is_lost = False  # the bytes after the last known unit are no unit
-        self._tail = b""  # the newest bytes, as many as a packet has
+        self._is_lost = False  # the bytes after the last known unit are not a unit
+        self._tail = b""  # the newest bytes, up to the size of a packet
 
     def feed(self, data: bytes) -> None:
         self._size += len(data)
@@ -3552,7 +3554,7 @@ def test_card_segment(number: int) -> bytes:
 
 
 # --------------------------------------------------------------------------------------------------
-# ReaderBuffer: the hand-over from an upstream to its feeder
+# ReaderBuffer: hands bytes and events from one thread to another
 # --------------------------------------------------------------------------------------------------
 
 
@@ -3596,7 +3598,7 @@ class ReaderBuffer:
         self._not_empty = threading.Condition(self._lock)
         self._items: deque[bytes | SegmentEvent] = deque()  # not taken yet
         self._is_woken = False  # the waiting take(), or the next one, returns at once
-        self.length = 0  # bytes that wait to be taken
+        self.length = 0  # bytes not taken yet
         self.closed = False
         self.failure: str | None = None  # why the source broke off, once closed; None: it did not
 
@@ -3609,7 +3611,7 @@ class ReaderBuffer:
     # The caller holds _lock
 
     def _has_room(self) -> bool:
-        """Whether a writing thread need not wait; a closed buffer drops all that is written."""
+        """Whether a writing thread need not wait; a closed buffer drops everything written."""
         return self.length < self.limit or self.closed
 
     def _has_news(self) -> bool:
@@ -3632,7 +3634,7 @@ class ReaderBuffer:
     def put_event(self, event: SegmentEvent) -> None:
         """Append an event, even to a full buffer.  Drops it if closed.
 
-        Otherwise a segment could seem complete although its bytes were dropped.
+        If a closed buffer took it, a segment whose bytes were dropped could seem complete.
         """
         with self._lock:
             if not self.closed:
@@ -3642,7 +3644,7 @@ class ReaderBuffer:
     def wait_free(self, timeout: float | None = None) -> bool:
         """Block until there is room; streamlink loads the next playlist only then.
 
-        Returns False after `timeout` seconds without room; None: no limit.
+        Returns False after `timeout` seconds without room (None: no limit).
         """
         with self._lock:
             return self._not_full.wait_for(self._has_room, timeout)
@@ -3663,14 +3665,14 @@ class ReaderBuffer:
             self._not_empty.notify_all()
 
     def close(self) -> None:
-        """Close the buffer for streamlink, which knows no reason.
+        """Close the buffer for streamlink, which gives no reason.
 
-        If our own code knows one, it has called end() before.
+        If our own code knows the reason, it has already called end().
         """
         self.end(NO_MORE_SEGMENTS)
 
     def discard(self) -> None:
-        """Close the buffer, and drop all items that wait: no thread takes them any more."""
+        """Close the buffer, and drop the items in it: no thread will take them."""
         self.end("closed")
         with self._lock:
             self._items.clear()
@@ -3679,7 +3681,7 @@ class ReaderBuffer:
     # The taking thread
 
     def take(self, limit: int, timeout: float | None) -> list[bytes | SegmentEvent]:
-        """Return waiting items, about `limit` bytes at most; blocks until there are some.
+        """Return the next items, about `limit` bytes at most; blocks until there are some.
 
         Returns an empty list after `timeout` seconds (None: no limit), after a wake(), or at the
         end.
@@ -3709,7 +3711,7 @@ class ReaderBuffer:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether it is closed and all items were taken or dropped."""
+        """Whether the buffer is closed and all of its items were taken or dropped."""
         with self._lock:
             return self.closed and not self._items
 
@@ -3718,9 +3720,9 @@ Items = Generator[bytes | SegmentEvent, None, None]
 
 
 def fill(buffer: Any, items: Items) -> None:
-    """Write items into a buffer until it is closed, and end it when they end.
+    """Write items into a buffer until it is closed, and end it after the last one.
 
-    An error that the generator raises becomes the buffer's failure; this function raises none.
+    An error that the generator raises becomes the buffer's failure, and is not raised here.
     """
     try:
         with contextlib.closing(items):
@@ -3746,7 +3748,7 @@ def fill(buffer: Any, items: Items) -> None:
 #   asyncio           streamlink uses threads, and one event loop for a thousand sockets takes as
 #                     much CPU as the kernel's own wake-ups, all of it on a single core
 #   a sending thread  one thread for all viewers (poll, then send) made more system calls per byte,
-#                     and a slow socket delays the others
+#                     and let a slow socket delay the others
 #   sendfile          from memory files: 0.32 to 0.34 s of CPU per GB with 1,000 viewers, no less
 #                     than blocking sends, and pages must not change while they are sent
 # --------------------------------------------------------------------------------------------------
@@ -3757,12 +3759,12 @@ KEY_FRAME_BACK = 6.0  # seconds; libavformat reads 5 s of a stream before it sho
 
 @dataclass(eq=False)
 class Viewer:
-    """One response that receives a channel, and its position in the channel's window.
+    """One response that receives a channel, with its position in the window; or a polling client.
 
     The window's lock guards the fields from `next` to `has_torn_segment`.  Only the viewer's own
     thread writes `sent` and `moved`.  A polling client may have several requests at once:
-    channels.changed guards its `sent`; the requests assign `moved` and `listed` without a lock, as
-    the last one may win.
+    channels.changed guards its `sent`; the requests may assign `moved` and `listed` without a lock,
+    because it does not matter which of them is last.
     """
 
     address: str = ""
@@ -3774,8 +3776,8 @@ class Viewer:
     moved: float = field(default_factory=time.monotonic)  # when it last took a byte or polled
     next: int | None = 0  # number of the next block; None: it waits for a join point
     pending: list[Block] = field(default_factory=list)  # to be sent before that block
-    is_waiting: bool = True  # for blocks: it is not paused, however long ago it moved
-    has_caught_up: bool = False  # it has had the newest block at least once
+    is_waiting: bool = True  # for blocks, so it is not paused, however long ago it moved
+    has_caught_up: bool = False  # it has taken the newest block at least once
     skips: int = 0  # how often it fell behind
     has_torn_segment: bool = False  # it got the start of a segment whose rest cannot follow
     polls: bool = False  # it is a polling client (HLS), which is in no window
@@ -3791,13 +3793,13 @@ class Viewer:
 
 
 def _position(viewer: Viewer) -> int:
-    """Return the number of a viewer's next block.  The viewer does not wait for a join point."""
+    """Return the number of a viewer's next block; the viewer must not wait for a join point."""
     assert viewer.next is not None
     return viewer.next
 
 
 def viewer_label(address: str) -> str:
-    """Return the log's name for a viewer at this address, even for a refused one."""
+    """Return the name that the log uses for a viewer, or a refused one, at this address."""
     return f"viewer {address}"
 
 
@@ -3806,21 +3808,24 @@ def viewer_label(address: str) -> str:
 MAP_EXTENSION = "mp4"
 PLAYLIST_TYPE = "application/vnd.apple.mpegurl"
 LEAST_LISTED, MOST_LISTED = 3, 8  # segments; Chromium fails on a first playlist with two
-LISTED_SECONDS = 24.0  # a playlist's least duration, if MOST_LISTED segments last as long
+LISTED_SECONDS = 24.0  # a playlist's least duration, if MOST_LISTED segments last that long
 EPOCH = 1_735_689_600  # 2025-01-01, in Unix time
-# Seconds of a segment cut from a source without segments.  If more have passed, the clock was
-# reset: a segment of that duration would raise the target duration, which never falls again, and
-# clients would then reload the playlist too rarely.
+# The limits in seconds of a segment cut from a source without segments.  If more seem to have
+# passed, the clock was reset: a segment of that duration would raise the target duration for good,
+# and clients would then reload the playlist too rarely.
 SHORTEST_CUT, LONGEST_CUT = 2.0, 12.0
 
 
 def _seconds_since_epoch() -> int:
-    """Seconds since EPOCH, at least 0: a machine without a hardware clock starts before it."""
+    """Seconds since EPOCH, or 0: a machine without a hardware clock starts with an earlier date."""
     return max(0, int(time.time() - EPOCH))
 
 
 def _first_number() -> int:
-    """Tenths of a second since EPOCH, because segments arrive faster than real time at a start."""
+    """Tenths of a second since EPOCH: above every number given before a restart of the server.
+
+    Seconds might not be, because segments arrive faster than real time at a start.
+    """
     return 10 * _seconds_since_epoch() + 1
 
 
@@ -3829,7 +3834,7 @@ class Numbering:
     """The numbers of a variant's next segment.  They only grow, even after a channel was closed.
 
     They start from the time, so a restarted server repeats none.  The time counts from EPOCH,
-    because GStreamer and older televisions accept no number above 2^31 (in 2031).
+    because GStreamer and older televisions accept no number above 2^31, which this reaches in 2031.
     """
 
     number: int = field(default_factory=_first_number)
@@ -3857,25 +3862,25 @@ class HlsSegment:
     preamble: bytes  # what a decoder needs before it
     map_number: int  # number of the first segment with the same initialization section
     is_apart: bool  # it does not continue the segment before it
-    discontinuities: int  # up to this segment, its own included
+    discontinuities: int  # up to this segment, including its own
 
 
 @dataclass(eq=False)
 class Segment:
-    """A run of blocks: a segment of the origin's, or one that the window cuts at key frames.
+    """A run of blocks: a segment from the origin, or one that the window cuts at join points.
 
     The window's lock guards it.
     """
 
     first: int  # number of its first block
-    duration: float | None = None  # seconds, as the origin says
-    is_cut_here: bool = False  # by the window, because the source has no segments
+    duration: float | None = None  # seconds, as stated by the origin; None: not stated
+    is_cut_here: bool = False  # the window cut it, because the source has no segments
     start: Join | None = None  # its first join point; None: unknown
     makeshift: Join | None = None  # its first picture, which depends on others
 
 
 class Kept(NamedTuple):
-    """A segment that left the playlist, and that clients may still request."""
+    """A segment that left the playlist, but that clients may still request."""
 
     segment: HlsSegment
     until: float  # time.monotonic()
@@ -3895,7 +3900,7 @@ class Listed:
     segments: Sequence[HlsSegment]
     container: Container
     target_duration: int  # seconds
-    is_complete: bool  # the source is complete: the newest of them is its last
+    is_complete: bool  # the source is complete, and the newest segment here is its last
 
 
 class WindowEnd(enum.Enum):
@@ -3929,7 +3934,7 @@ class Window:
         self.byte_limit = byte_limit
         self.paused_after = paused_after  # seconds without a byte; math.inf: no viewer is paused
         self.growth_factor = growth_factor  # times `byte_limit`, to keep enough segments
-        self.live_edge = live_edge  # segments that a new viewer gets at once, the open one included
+        self.live_edge = live_edge  # segments that a new viewer gets at once, with the open one
         self.can_skip = True  # a viewer that falls behind may continue at a later place
 
         # _lock guards everything below.
@@ -3943,26 +3948,26 @@ class Window:
         self._blocks: deque[Block] = deque()
         self._first = 0  # number of the oldest block
         self._size = 0  # bytes
-        self._joins: deque[Join] = deque()  # join points
+        self._joins: deque[Join] = deque()
         self._next_joins: list[Join] = []  # join points in front of the next block
         self._segments: deque[Segment] = deque()
         self._open: Segment | None = None  # the newest segment, while it is not complete
-        self._has_segments = False  # False: the source has none, the window cuts at key frames
+        self._has_segments = False  # False: the source has none, the window cuts at join points
         self._first_needed: int | None = None  # oldest block to keep beyond `byte_limit`, if any
         self._viewers: dict[Viewer, None] = {}  # in the order of their arrival
         self._ending: WindowEnd | None = None  # None until it ends
 
         # HLS:
-        self._numbering: Numbering | None = None  # None: no segment is listed (any more)
+        self._numbering: Numbering | None = None  # None: segments are not listed, or no longer
         self._playlist: deque[HlsSegment] = deque()  # the listed segments; all their blocks exist
         self._kept: deque[Kept] = deque()  # segments that left the playlist; their blocks exist
         self._container = MPEG_TS
-        self.target_duration = 1  # seconds; it only grows: read without the lock
+        self.target_duration = 1  # seconds; it only grows, so it may be read without the lock
         self._last_poll: float | None = None  # when a client last polled
         self._is_apart = True  # the next segment does not continue the one before it
         self._newest_map: NumberedPreamble | None = None
         self._clock = 0.0  # seconds of all numbered segments
-        self._lacks_room = False  # see lacks_room
+        self._lacks_room = False  # for a segment, or for LEAST_LISTED of them
 
     def __repr__(self) -> str:
         held = f"{self._first}+{len(self._blocks)} blocks, {self._size} bytes"
@@ -3984,8 +3989,8 @@ class Window:
     def offer_hls(self, container: Container, numbering: Numbering, target_duration: float) -> None:
         """Number and list complete segments from now on.
 
-        `numbering` must not be in use by another window that is still fed.  `target_duration`, in
-        seconds, is what the playlist says at least.
+        No other window that is still fed may use `numbering`.  `target_duration`, in seconds, is
+        the minimum that the playlist states.
         """
         with self._lock:
             if self._ending is WindowEnd.ABORTED:
@@ -3995,9 +4000,9 @@ class Window:
             self.target_duration = max(1, round(target_duration))
 
     def begin(self, duration: float = 0.0, *, is_apart: bool = False) -> None:
-        """Open a segment of the origin's that starts with the next block.
+        """Open a segment from the origin that starts with the next block.
 
-        `duration`: seconds, or 0 if the origin does not say.  `is_apart`: it does not continue the
+        `duration`: seconds, or 0 if the origin states none.  `is_apart`: it does not continue the
         last segment.
         """
         with self._lock:
@@ -4017,7 +4022,8 @@ class Window:
     def append(self, items: Iterable[Framed]) -> None:
         """Add blocks and the join points between them; evict the oldest blocks.
 
-        Waits while the foremost viewer has not taken the block to evict: see _foremost_wait().
+        Waits while the foremost viewer has not taken the block to evict.  _foremost_wait() says
+        which viewer that is, and for how long.
         """
         with self._lock:
             for item in items:
@@ -4061,7 +4067,7 @@ class Window:
             self._update_needed()
 
     def list_rest(self, dts: int | None) -> None:
-        """List the rest of a source without segments that has ended.  `dts` is its newest."""
+        """List the rest of a source without segments that has ended.  `dts` is its last DTS."""
         with self._lock:
             segment = self._open
             if segment and segment.is_cut_here:
@@ -4095,7 +4101,7 @@ class Window:
             self._taken.notify_all()
 
     def _end_as(self, ending: WindowEnd) -> None:
-        """End the window in this way.  The first call counts, but an abort overrides it."""
+        """End the window in this way.  Only the first call counts, but an abort overrides it."""
         if self._ending is None or ending is WindowEnd.ABORTED:
             self._ending = ending
         self._free_if_unused()
@@ -4110,7 +4116,7 @@ class Window:
     def _add_join(self, join: Join) -> None:
         """Take a join point in front of the next block, or at the start of the open segment.
 
-        It counts once the block to start with is in the window.
+        It takes effect once the block to start with is in the window.
         """
         if join.at_start and self._open and self._open.first < self._next:
             self._place_join(join, self._open.first)
@@ -4157,7 +4163,7 @@ class Window:
         """Remove the blocks of the open segment, whose rest will not arrive.
 
         In fMP4 they end within a box.  A player would take the missing bytes of that box from the
-        segments that follow, and would never find another box.  So viewers that have some of these
+        following segments, and would never find another box.  So viewers that have some of these
         blocks are disconnected, and the others continue with the next segment.
         """
         for viewer in tuple(self._viewers):
@@ -4172,7 +4178,7 @@ class Window:
             self._segments.pop()
         self._grown.notify_all()
 
-    # Segments that the window cuts: at join points, timed by their DTS
+    # Segments that the window cuts at join points; their DTS give the durations
 
     def _cut_at(self, join: Join) -> None:
         """End the open segment before this join point, and open the next one there."""
@@ -4213,7 +4219,10 @@ class Window:
     # The segments of the HLS playlist
 
     def _complete(self, segment: Segment, end: int, seconds: float, preamble: bytes) -> None:
-        """End the open segment before block `end`; list it if all of it is still in the window."""
+        """End the open segment before block `end`, and list it if the window still has all of it.
+
+        `seconds` is its duration.
+        """
         self._open = None
         is_whole = segment.first >= self._first
         if self._numbering and is_whole and segment.first < end:
@@ -4274,7 +4283,7 @@ class Window:
         if seconds - self._playlist[0].duration >= LISTED_SECONDS:
             return True
         listed_size = sum(segment.size for segment in self._playlist)
-        open_size = self._playlist[-1].size  # about as much as the newest
+        open_size = self._playlist[-1].size  # an estimate: the size of the newest complete one
         return 2 * listed_size + open_size > self.growth_factor * self.byte_limit
 
     # Eviction
@@ -4294,7 +4303,7 @@ class Window:
             if wait <= 0:
                 self._evict()
             else:
-                self._grown.notify_all()  # so that viewers take what the feeder waits for
+                self._grown.notify_all()  # so that viewers take the blocks to evict
                 self._feeder_waits = True
                 self._taken.wait(min(wait, FEEDER_TICK))
                 self._feeder_waits = False
@@ -4302,7 +4311,7 @@ class Window:
     def _update_needed(self) -> None:
         """Decide which blocks to keep beyond `byte_limit`.
 
-        They are the segments that a new viewer gets at once, one before these and one after them.
+        These are the segments that a new viewer gets at once, with one before and one after them.
         While a client polls, they are also the segments that it may request, and the open one.
         """
         needed: list[int] = []
@@ -4311,7 +4320,7 @@ class Window:
         if len(starts) >= count:
             needed.append(starts[-count].block)
         elif starts:
-            needed.append(0)  # with fewer starts, keep all that fits
+            needed.append(0)  # with fewer starts, keep everything that fits
         if self._numbering and self._is_polled:
             first_requested = self._first_requested()
             if first_requested is not None:
@@ -4319,7 +4328,7 @@ class Window:
         self._first_needed = min(needed, default=None)
 
     def _first_requested(self) -> int | None:
-        """Return the first block that a polling client may request, now or soon; None: no block."""
+        """Return the first block that a polling client may request, now or soon, or None."""
         now = time.monotonic()
         for kept in self._kept:
             if kept.until > now:
@@ -4331,7 +4340,7 @@ class Window:
         return None
 
     def _starts(self) -> list[Join]:
-        """Return the first join points of the origin's segments that are still in the window."""
+        """Return the first join point of each of the origin's segments, if still in the window."""
         starts = []
         for segment in self._segments:
             join = segment.start
@@ -4352,9 +4361,9 @@ class Window:
         1. There are no viewers, or all wait for a join point: do not wait.
         2. All are paused (no byte for `paused_after` seconds): do not wait; they skip later.
         3. Some have caught up with the newest block once: wait for the foremost of these; those
-           behind it must keep up.  A late viewer is not one of these yet, so no other viewer loses
-           bytes because the late one is further ahead.
-        4. None has, as at a start or with a burst: wait for the one that arrived first.
+           behind it must keep up.  A late viewer, which starts further ahead, is not one of these
+           until it has caught up, so no other viewer loses bytes because of it.
+        4. None has, as at a start or in a burst: wait for the one that arrived first.
         5. That viewer has already taken the oldest block: do not wait.
         """
         now = time.monotonic()
@@ -4366,7 +4375,7 @@ class Window:
         return foremost.moved + self.paused_after - now
 
     def _foremost(self, now: float) -> Viewer | None:
-        """Return the viewer of case 3 or 4; None in cases 1 and 2."""
+        """Return the viewer of _foremost_wait()'s case 3 or 4; None in cases 1 and 2."""
         paused_since = now - self.paused_after
         taking = [
             viewer
@@ -4396,7 +4405,7 @@ class Window:
             self._update_needed()
 
     def _is_outdated(self, segment: Segment) -> bool:
-        """Whether no viewer can start in it any more."""
+        """Whether viewers can no longer start in a segment."""
         if segment is self._open or segment.first >= self._first:
             return False
         return segment.start is None or segment.start.block < self._first
@@ -4429,8 +4438,8 @@ class Window:
     def take(self, viewer: Viewer, timeout: float | None) -> list[Block]:
         """Return the next blocks, SEND_LIMIT bytes of them at most; waits until there are some.
 
-        Returns none after `timeout` seconds without any (None: no limit).  A viewer that fell
-        behind continues where a new one would start.  Raises WindowEnded after the last block, and
+        Returns an empty list after `timeout` seconds (None: no limit).  A viewer that fell behind
+        continues where a new one would start.  Raises WindowEnded after the last block, and
         ViewerGone if the viewer was detached or cannot continue.
         """
         with self._lock:
@@ -4453,7 +4462,7 @@ class Window:
             return self._gather(viewer)
 
     def _has_news(self, viewer: Viewer) -> bool:
-        """Whether take() need not wait: there is a block, an end, or the viewer was detached."""
+        """Whether take() need not wait: there is a block or an end, or the viewer was detached."""
         if self._ending is not None or viewer not in self._viewers:
             return True
         return self._has_more(viewer)
@@ -4503,8 +4512,8 @@ class Window:
     def _choose_join(self) -> Join | None:
         """Return the join point for new viewers, or None.
 
-        It is `live_edge` segments back.  Without segments, it is at a recent key frame; if there is
-        none, it is at any picture or frame.  Of several, it is the newest that is at least
+        It is `live_edge` segments back.  Without segments, it is at a recent key frame, or if there
+        is none, at any picture or frame.  Of several such points, it is the newest that is at least
         KEY_FRAME_BACK seconds old, or else the oldest.
         """
         starts = self._starts()
@@ -4539,8 +4548,8 @@ class Window:
     def await_listed(self, had: int | None, timeout: float) -> bool:
         """Wait until a playlist has a segment after number `had`, for at most `timeout` seconds.
 
-        `had` is None for a client without a segment.  Returns whether there is one; also true if
-        the source is complete.  Raises WindowEnded after close_hls().
+        `had` is None for a client that has no segment yet.  Returns whether there is a newer one,
+        and True if the source is complete.  Raises WindowEnded after close_hls().
         """
         with self._lock:
             self._note_poll()
@@ -4561,7 +4570,7 @@ class Window:
         return had is None or self._playlist[-1].number > had
 
     def listed(self) -> Listed:
-        """Return the segments of the playlist; raises WindowEnded if none is listed any more."""
+        """Return the content of the playlist; raises WindowEnded if no segment is listed."""
         with self._lock:
             self._note_poll()
             if self._numbering is None or not self._playlist:
@@ -4608,7 +4617,7 @@ class Window:
         return [segment.preamble, *blocks]
 
     def _blocks_between(self, first: int, end: int) -> list[Block]:
-        """Return the blocks from number `first` up to `end`.  islice() is faster than indexes."""
+        """Return the blocks from `first` to before `end`; islice() is faster than indexing."""
         return list(itertools.islice(self._blocks, first - self._first, end - self._first))
 
     @property
@@ -4620,7 +4629,7 @@ class Window:
     # Any thread
 
     def held(self) -> tuple[int, float]:
-        """Return the bytes in the window, and the approximate age of the oldest in seconds."""
+        """Return the bytes in the window, and the approximate age of the oldest one in seconds."""
         with self._lock:
             if not self._joins:
                 return self._size, 0.0
@@ -4632,9 +4641,11 @@ def media_playlist(window: Window, name: str, tail: str, had: int | None = None)
 
     `tail` is the query of all addresses in it.  The addresses are relative, so they work behind
     any proxy.
-    A client that has seen segment `had` gets at most LEAST_LISTED newer segments: of many, as after
-    an outage, Chromium takes the last three, and then fails at the gap before them.
-    Raises WindowEnded if nothing is listed any more.
+
+    A client that has seen segment `had` gets at most LEAST_LISTED newer segments.  Given more, as
+    after an outage, Chromium jumps to the last three, and then fails at the gap before them.
+
+    Raises WindowEnded if no segment is listed.
     """
     listed = window.listed()
     segments = listed.segments
@@ -4679,21 +4690,21 @@ def media_playlist(window: Window, name: str, tail: str, had: int | None = None)
 # --------------------------------------------------------------------------------------------------
 
 PART_LIMIT = 256 * KIB  # bytes of one read; larger reads save little and delay the first
-CODED_PART_LIMIT = 4 * KIB  # bytes of a compressed body's read: urllib3 up to 2.5 decodes all of it
+CODED_PART_LIMIT = 4 * KIB  # the same if compressed: urllib3 up to 2.5 decodes all that it reads
 BODY_LIMIT = 8 * MIB  # bytes of a body that are buffered; the rest stays at the origin
 SLOW_TIME = 2.0  # seconds spent waiting for a body before its rate is judged
-LEAST_WAIT = 0.001  # seconds that count at least as spent waiting: a body may be there at once
-LEAST_TIMEOUT = 0.1  # seconds of a request's time-out at least: libraries refuse zero and less
+LEAST_WAIT = 0.001  # seconds; the minimum wait for a rate, because a body may be there at once
+LEAST_TIMEOUT = 0.1  # seconds; the minimum time-out of a request: libraries refuse zero and less
 RETRY_PAUSES = (0.1, 0.2, 0.4, 0.8)  # seconds; the last one repeats
-SAMPLE_STEP = 64  # bytes from one byte of a Fingerprint to the next
+SAMPLE_STEP = 64  # bytes from one sampled byte of a Fingerprint to the next
 
 
 @dataclass
 class Fingerprint:
     """A checksum of the first bytes of a body, to recognize them when they are sent again.
 
-    It covers one byte in SAMPLE_STEP: different media differs in nearly all of them, and a checksum
-    of all bytes would cost 0.4 s of CPU per GB, a fifth of the CPU for pulling it.
+    It covers one byte in SAMPLE_STEP: different media differs in nearly all bytes, and a checksum
+    of all of them would cost 0.4 s of CPU per GB, a fifth of the CPU for pulling it.
     """
 
     size: int = 0  # bytes
@@ -4730,7 +4741,7 @@ class Repeat:
 
 
 def pauses(seconds: Sequence[float]) -> Iterator[float]:
-    """Yield each of these, then repeat the last one forever."""
+    """Yield each of these pauses, then repeat the last one forever."""
     yield from seconds
     while True:
         yield seconds[-1]
@@ -4752,10 +4763,10 @@ class Tries(NamedTuple):
 
     began: float = 0.0  # when the first try began
     asked: float = 0.0  # when the newest try began
-    answered: float = 0.0  # when the newest of the tries that were answered with media began
+    answered: float = 0.0  # when the newest try that was answered with media began
     failure: str | None = None  # why the newest try failed; None: it did not, or not yet
     failing_since: float = 0.0  # when the first of the successive tries with this failure began
-    failed: float = 0.0  # when that first try was seen to fail
+    failed: float = 0.0  # when the failure of that first try was noticed
 
     @property
     def has_begun(self) -> bool:
@@ -4809,7 +4820,7 @@ class Download:
     abandoned.
     """
 
-    # Seconds during which an empty body is requested again; None: the body may be empty.
+    # For how many seconds an empty body is requested again; None: the body may be empty.
     empty_time: float | None = None
     cipher_block = 1  # bytes; an encrypted body is a multiple of this
 
@@ -4824,7 +4835,7 @@ class Download:
         self._request = request
         self._closing = closing
         self._patience = patience
-        # The range to fetch: its position in the resource, and its bytes; None: all from there on.
+        # The range to fetch: its position in the resource and its size; None: to the end.
         self._first = 0
         self._range_size: int | None = None
         if byte_range:
@@ -4898,11 +4909,14 @@ class Download:
 
     @property
     def _is_cut_off(self) -> bool:
-        """Whether the body ended within a cipher block.  The length of a byte range is given."""
+        """Whether the body ended within a cipher block; a byte range is judged by its length."""
         return self._range_size is None and self.size % self.cipher_block != 0
 
     def _has_all(self, refusal: requests.Response) -> bool:
-        """Whether a range was refused at the body's end: its stated length was too large."""
+        """Whether a refused range would have begun at the body's end, so that nothing is missing.
+
+        The origin had announced too large a length.
+        """
         if self.size == 0:
             return False
         end = self._first + self.size
@@ -4912,7 +4926,7 @@ class Download:
     def _next_position(self) -> int:
         """The position in the resource of the first byte to request.
 
-        Only a validator ensures that the rest is of the same body.
+        Without a validator, the rest might belong to a different body.
         """
         if self._validator:
             return self._first + self.size
@@ -4928,7 +4942,7 @@ class Download:
         headers = {}
         first = self._next_position
         if first > self._first and self._validator:
-            headers["If-Range"] = self._validator  # RFC 9110, 13.1.5: the whole if it changed
+            headers["If-Range"] = self._validator  # RFC 9110, 13.1.5: if it changed, send it all
         if self._range_size is not None:
             last = self._first + self._range_size - 1
             headers["Range"] = f"bytes={first}-{last}"
@@ -4948,7 +4962,7 @@ class Download:
         Returns its offset in bytes from our range: negative if it starts before that.  Raises
         PipeError if the range is neither the requested one nor the whole resource.
         """
-        position: int | None = 0  # of the response in the resource; None: of no use
+        position: int | None = 0  # of the response in the resource; None: unusable
         is_coded = response.headers.get("Content-Encoding", "identity") != "identity"
         if response.status_code == HTTPStatus.PARTIAL_CONTENT:
             position = None
@@ -4973,11 +4987,11 @@ class Download:
         return position - self._first
 
     def _new_parts(self, response: requests.Response, start: bytes) -> Iterator[bytes]:
-        """Yield the new bytes of a response, whose first bytes, `start`, were already read."""
+        """Yield the new bytes of a response; `start` has its first bytes, already read."""
         offset = self._read_head(response)
         to_skip = max(0, -offset)  # bytes in front of our range
         parts = parts_of(response, PART_LIMIT, start)
-        if offset > 0:  # the rest of a body whose start was checked
+        if offset > 0:  # the rest of a body; its start was checked in an earlier try
             repeat = Repeat(Fingerprint())
         else:
             repeat = Repeat(self._received)
@@ -4988,7 +5002,7 @@ class Download:
             part = self._wait_for(parts)
             if not part:
                 break
-            # Only media counts as an answer; media_parts() raises an error for a page or a text.
+            # Only media counts as an answer: media_parts() has raised an error for a page or text.
             if self.tries.answered != self.tries.asked:
                 self.tries = self.tries.answer()
             if to_skip:
@@ -5009,7 +5023,8 @@ class Download:
     def _check_end(self, is_short: bool) -> None:
         """Raise an error if a response has ended, but the body is not complete.
 
-        `is_short`: it ended before the first new byte.  DownloadError means that no try can help.
+        `is_short`: it ended before the first new byte.  DownloadError means that retrying is
+        useless.
         """
         if is_short:
             raise DownloadError("the body became shorter between two requests")
@@ -5040,7 +5055,7 @@ class Download:
 
 
 def range_refusal(error: Exception) -> requests.Response | None:
-    """The origin's response that no such range exists (416); None for any other error."""
+    """The response with status 416, if the origin refused the requested range; None otherwise."""
     cause = getattr(error, "err", None)  # as streamlink's errors keep it
     answer: requests.Response | None = getattr(cause, "response", None)
     if answer is None or answer.status_code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
@@ -5049,14 +5064,14 @@ def range_refusal(error: Exception) -> requests.Response | None:
 
 
 def parts_of(response: requests.Response, size: int, start: bytes = b"") -> Iterator[bytes]:
-    """Yield `start`, which was already read, then the rest, at most `size` bytes at once."""
+    """Yield `start`, which was read before, then the rest, at most `size` bytes at once."""
     if start:
         yield start
     is_coded = "Content-Encoding" in response.headers
     if is_coded:
         size = min(size, CODED_PART_LIMIT)
-    # Decoding copies every byte, so it is only switched on if it is needed.  This iterator keeps no
-    # reference to the bytes that it has yielded, as a loop here would.
+    # Decoding copies every byte, so it is switched on only if needed.  A loop would keep a
+    # reference to the bytes that it yielded last; this iterator does not.
     yield from iter(functools.partial(response.raw.read1, size, decode_content=is_coded), b"")
 
 
@@ -5082,17 +5097,17 @@ SAFETY_OPTIONS: Mapping[str, Any] = {
 engine_version = importlib.metadata.version("streamlink")
 LEAST_STREAMLINK = (8, 6, 2)  # older versions follow a redirect to a local file
 ALIASES = ("best", "worst", "best-unfiltered", "worst-unfiltered")  # second names of streams
-READ_SIZE = 64 * KIB  # bytes of one read of any body but a segment; of a raw one, at least
+READ_SIZE = 64 * KIB  # bytes of one read of any body except a segment; at least, for a raw body
 
-TURN_LIMIT = 1 * MIB  # bytes that a feeder takes from its buffer at once: more delays viewers
+TURN_LIMIT = 1 * MIB  # bytes that a feeder takes from its buffer at once: more would delay viewers
 PLAYLIST_LIMIT = 8 * MIB  # bytes of a playlist, key or page; a larger one is an attack or a mistake
-ANSWER_TIME = 120.0  # seconds: a panel may take that long to begin its answer with a large list
-STALE_NUMBERS = 2  # segments that a backup's playlist may be behind and still continue the stream
+ANSWER_TIME = 120.0  # seconds that a panel may take before it begins to send a large list
+STALE_NUMBERS = 2  # segments that a backup's playlist may lag behind and still continue the stream
 TRACK_LEAD = 10  # segments; ffmpeg never reads one track that far ahead of another
-MUXER_LAG = 0.5  # seconds ffmpeg may need to write all that it has read
+MUXER_LAG = 0.5  # seconds that ffmpeg may need to write everything it has read
 
 
-# The functions of libraries that are overridden and called here, with their parameters.
+# The library functions that this section overrides or calls, with their parameters.
 HOOKS: tuple[tuple[Any, Mapping[str, str]], ...] = (
     (HLSStreamWriter, {
         "put": "self segment", "run": "self", "close": "self",
@@ -5165,7 +5180,7 @@ class Session:
     def __init__(self, stream: StreamSettings, timeout: float) -> None:
         self.name = stream.name
         self.read_size = max(stream.options.buffer_size, READ_SIZE)
-        self._ends = time.monotonic() + timeout  # when resolving and opening must be done
+        self._ends = time.monotonic() + timeout  # by then, resolving and opening must be done
         self.engine = Streamlink()
         self.http = Http()
         self.engine.http = self.http
@@ -5175,16 +5190,16 @@ class Session:
                 self.engine.set_option(option, value)
         # The results of resolve():
         self.qualities: list[str] = []  # the names that are not aliases, in streamlink's order
-        self.canonical: dict[str, str] = {}  # the name in `qualities` for each name, alias or not
+        self.canonical: dict[str, str] = {}  # by name, alias or not: the name in `qualities`
         self._streams: Mapping[str, Any] = {}
-        self._copies: Mapping[str, Sequence[Any]] = {}  # of the variants of a master, by name
+        self._copies: Mapping[str, Sequence[Any]] = {}  # by name: copies of a master's variant
         self._raw: Opened | None = None  # a body that no plugin handles and that is not a playlist
-        self.slack = 0  # by how many numbers a playlist may be behind the first segment wanted
+        self.slack = 0  # how many segments a playlist may lag behind the first segment wanted
 
     def resolve(self, address: str) -> None:
-        """Find the streams at an address; blocks for the session's time-out at most.
+        """Find the streams at an address; raises UpstreamError.
 
-        Raises UpstreamError.
+        Blocks for the rest of the session's time at most.
         """
         deadline = Deadline(self.http, self._ends - time.monotonic())
         try:
@@ -5221,9 +5236,9 @@ class Session:
 
         The upstream begins with segment `first` if that is listed.  If ffmpeg joins tracks, each
         track begins with its number in `tracks`.
-        `is_other_address`: the numbers are those of another address, so the playlist may be a
+        `is_other_address`: the numbers are those of another address, so the playlist may lag a
         little behind them.
-        `left_out`: the tracks that were left out at the channel's start; None at a start.
+        `left_out`: the tracks that were left out at the channel's start; None at its start.
         """
         upstream: Upstream | None = None
         self.slack = STALE_NUMBERS if is_other_address else 0
@@ -5332,7 +5347,7 @@ class Session:
             atexit.unregister(plugin.cache._save)
 
     def _resolve_hls(self, plugin: Any) -> Mapping[str, Any]:
-        """Resolve as the plugin does, but keep every variant usable, whatever its attributes."""
+        """Resolve like the plugin, but keep every variant available, whatever its attributes."""
         url = update_scheme("https://", plugin.match["url"], force=False)
         parameters = parse_params(plugin.match["params"])
         self._copies = self._variants(url, parameters)
@@ -5342,7 +5357,10 @@ class Session:
         return _with_aliases({name: copies[0] for name, copies in self._copies.items()})
 
     def _variants(self, url: str, parameters: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """The variants of a master playlist by name, each with its copies in order."""
+        """The variants of a master playlist: by name, the copies of each in order.
+
+        Copies are variants with the same properties at different addresses.
+        """
         found = VariantStream.parse_variant_playlist(self.engine, url, **parameters)
         if not found:
             return {}
@@ -5463,19 +5481,19 @@ def _own_options(stream: StreamSettings, timeout: float) -> dict[str, Any]:
 
 
 class Http(HTTPSession):
-    """Sends requests.  Another thread can end all of them at once.
+    """Sends requests, all of which another thread can end at once.
 
     A body that is not streamed (a playlist, a key, a page) is limited in size, and so is the body
-    of an error or a redirect.  A request's time-out applies to each of its waits.  A Deadline ends
-    late requests of an opening; the channel ends those of a running one.  A start loads no playlist
-    twice.
+    of an error or a redirect.  A request's time-out applies to each wait, not to the whole request:
+    while a session opens, a Deadline ends late requests; after that, the channel does.  A start
+    loads no playlist twice.
     """
 
     def __init__(self) -> None:
-        self.is_resolving = True  # playlists that are loaded now are used a second time
+        self.is_resolving = True  # playlists loaded now are kept for the worker's first request
         self._kept: dict[str, requests.Response] = {}  # playlists, by address
-        self._thread = threading.local()  # its `timeout`: see timed()
-        self.ends: float | None = None  # time.monotonic() at which requests are late; see Deadline
+        self._thread = threading.local()  # its `timeout`, if timed() sets it, overrides a request's
+        self.ends: float | None = None  # the Deadline's end by time.monotonic(), while one runs
         # _lock guards these two.
         self._lock = threading.Lock()
         self._pools: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -5494,7 +5512,7 @@ class Http(HTTPSession):
             self._thread.timeout = None
 
     def time_left(self, ends: float) -> float:
-        """Seconds until `ends` (by time.monotonic()), or until requests are late if that is sooner.
+        """Seconds until `ends` (by time.monotonic()) or the Deadline's end, whichever is sooner.
 
         Raises TimeoutError if no time is left, and requests.ConnectionError after cut().
         """
@@ -5537,7 +5555,7 @@ class Http(HTTPSession):
         return self._load(url, arguments)
 
     def _load(self, url: str, arguments: Mapping[str, Any]) -> Any:
-        """Load a playlist, key or page; a playlist that resolving loaded is used again, once."""
+        """Load a playlist, key or page; reuse a playlist that resolving loaded, but only once."""
         kept = self._kept.get(url)
         if not self.is_resolving:
             self._kept.clear()
@@ -5560,7 +5578,7 @@ class Http(HTTPSession):
         return response
 
     def _bound(self, response: requests.Response, stream: bool, **_: Any) -> None:
-        """Read the body of an error or a redirect, or one that is not streamed; it has a limit."""
+        """Read a body with a size limit, if it is not streamed, or is an error or a redirect."""
         if response.status_code >= 300 or not stream:
             read_bounded(response)
 
@@ -5592,12 +5610,12 @@ class Http(HTTPSession):
                 raise requests.ConnectionError("closed")
             if pool not in self._pools:
                 self._pools.add(pool)
-                pool.pool.maxsize = 0  # no limit: there are only as many as the threads need
+                pool.pool.maxsize = 0  # no limit: there are only as many connections as threads
                 pool.ConnectionCls = _watched(pool.ConnectionCls, self)
         return pool
 
     def add(self, sock: socket.socket) -> socket.socket:
-        """Note a socket, and return it; shut it down if another thread has called cut()."""
+        """Remember a socket, and return it; shut it down if another thread has called cut()."""
         with self._lock:
             self._sockets.add(sock)
             if self.closed.is_set():
@@ -5611,12 +5629,12 @@ class Http(HTTPSession):
             for sock in self._sockets:
                 _shut(sock)
             for pool in self._pools:
-                pool.close()  # closes idle connections now, and the others when they are done
+                pool.close()  # closes idle connections now, and the others once they are done
         self._kept = {}
 
 
 class Deadline:
-    """Ends all requests of an Http that are not done in time.
+    """Ends all requests of an Http that are not finished in time.
 
     Use it as a context manager, or call start() and cancel(), from any thread.
     """
@@ -5624,11 +5642,11 @@ class Deadline:
     def __init__(self, http_session: Http, seconds: float) -> None:
         self._http = http_session
         self._seconds = max(0.0, seconds)
-        self._timer: threading.Timer | None = None  # while the time runs
+        self._timer: threading.Timer | None = None  # None unless it is running
         self.is_late = False  # written once, by the timer's thread
 
     def start(self) -> None:
-        """Start the timer; raises RuntimeError if the system allows no more threads."""
+        """Start the timer; raises RuntimeError if the system has no threads left."""
         self._http.ends = time.monotonic() + self._seconds
         self._timer = threading.Timer(self._seconds, self._end)
         self._timer.daemon = True
@@ -5647,7 +5665,7 @@ class Deadline:
         self._http.cut()
 
     def failure_of(self, error: Exception) -> UpstreamError:
-        """The UpstreamError for a failure: that it was late, or the explanation of `error`."""
+        """The UpstreamError for a failure: TIMED_OUT if it was late, or else explain(error)."""
         if self.is_late:
             return UpstreamError(TIMED_OUT)
         return UpstreamError(explain(error))
@@ -5662,7 +5680,7 @@ class Deadline:
 
 
 def _watched(kind: Any, http_session: Http) -> Any:
-    """A subclass of a connection class that reports its sockets, before and after TLS."""
+    """A subclass of a connection class that adds its sockets to an Http, before and after TLS."""
 
     class Connection(kind):  # type: ignore[misc]
         timeout: float  # seconds, for the next step
@@ -5697,9 +5715,9 @@ _answered_lock = threading.Lock()
 def connect_fastest(connection: Any, http_session: Http) -> socket.socket:
     """Connect to a host at the address that answers first (RFC 8305), and return the socket.
 
-    Blocks until the connection's time-out, or until the end of the name look-up if that is later.
-    The socket's time-out is the rest, for the next step, such as a TLS handshake.  Raises urllib3's
-    errors.
+    Blocks for the connection's time-out at most, or until the name look-up ends if that is later.
+    The socket's time-out is the remaining time, for the next step, such as a TLS handshake.  Raises
+    urllib3's errors.
     """
     name, port = connection._dns_host.strip("[]"), connection.port
     ends = time.monotonic() + connection.timeout
@@ -5719,7 +5737,7 @@ def connect_fastest(connection: Any, http_session: Http) -> socket.socket:
         raise urllib3.exceptions.NewConnectionError(connection, str(error)) from error
 
     with _answered_lock:
-        _answered.pop((name, port), None)  # the newest is the last
+        _answered.pop((name, port), None)  # so that the newest becomes the last
         _answered[name, port] = address
         if len(_answered) > ANSWERED_LIMIT:
             oldest = next(iter(_answered))
@@ -5732,7 +5750,7 @@ def connect_fastest(connection: Any, http_session: Http) -> socket.socket:
 
 
 def look_up(name: str, port: int) -> list[Any]:
-    """A host's addresses; those of one family if the look-up of both together fails.
+    """A host's addresses, or those of one family if the look-up of both together fails.
 
     Blocks for as long as the system's resolver does.  Raises socket.gaierror, UnicodeError.
     """
@@ -5781,8 +5799,8 @@ def first_to_answer(
     """Begin an attempt every ATTEMPT_DELAY, or as soon as one fails.
 
     Returns the first socket that is connected, and its address; closes all others.  `patience`
-    returns the seconds left, and raises an error if there are none.  Raises OSError if every
-    attempt failed: the first "refused" among their errors, or else the first error.
+    returns the seconds left, and raises an error if there are none.  If every attempt failed,
+    raises the first ConnectionRefusedError among their errors, or else the first OSError.
     """
     waiting = deque(addresses)
     errors: list[OSError] = []
@@ -5823,7 +5841,7 @@ def first_to_answer(
 
 
 def begin_attempt(address: Any, source: tuple[str, int] | None, options: Any) -> socket.socket:
-    """Begin to connect, and return the socket without waiting; raises OSError."""
+    """Begin to connect, and return the socket without waiting for the result; raises OSError."""
     family, kind, protocol, _, place = address
     sock = socket.socket(family, kind, protocol)
     try:
@@ -5845,7 +5863,7 @@ ICY_LINE_LIMIT = 1 * KIB  # bytes of this line
 
 
 class Response(http.client.HTTPResponse):
-    """Also accepts "ICY 200" as HTTP/1.0: early Shoutcast servers, run by many radios, send it."""
+    """Accepts "ICY 200" as HTTP/1.0, too: early Shoutcast servers, run by many radios, send it."""
 
     def _read_status(self) -> Any:
         if not self.fp.peek(len(ICY_STATUS)).startswith(ICY_STATUS):
@@ -5854,14 +5872,14 @@ class Response(http.client.HTTPResponse):
         return "HTTP/1.0", 200, "OK"
 
 
-# The value of SO_LINGER (on, for 0 seconds) with which close() sends a reset.
+# The value of SO_LINGER (on, for 0 seconds) that makes close() send a reset.
 NO_LINGER = struct.pack("HH" if os.name == "nt" else "ii", 1, 0)
 
 
 def _shut(sock: socket.socket) -> None:
     """Wake every thread that waits for a socket, and make its close() send a reset.
 
-    An origin that waits for room to send would not notice an orderly end for a minute or two, and
+    An origin that waits for room to send would take a minute or two to notice an orderly end, and
     many origins allow only one connection at a time.
     """
     with contextlib.suppress(OSError):
@@ -5897,7 +5915,7 @@ def is_whole_playlist(body: bytes) -> bool:
 
     It must end with EXT-X-ENDLIST, or, if it is live, with the whole line of a segment's address.
     This matters if the connection closes before the announced length: some origins announce too
-    much, and players take what there is.
+    much, and players use the bytes that they get.
     """
     if not is_playlist(body):
         return False
@@ -5909,7 +5927,7 @@ def is_whole_playlist(body: bytes) -> bool:
 
 
 def is_page(start: bytes) -> bool:
-    """Whether this begins like HTML, XML or JSON, and is text: media may begin with any byte.
+    """Whether this is text that begins like HTML, XML or JSON; media may begin with any byte.
 
     A key of 16 bytes is not a page.
     """
@@ -5918,7 +5936,7 @@ def is_page(start: bytes) -> bool:
 
 
 def is_text(start: bytes) -> bool:
-    """Whether this is printable UTF-8, perhaps cut off within a character."""
+    """Whether this is printable UTF-8, even if cut off within a character."""
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(start)
     except UnicodeDecodeError:
@@ -5954,7 +5972,7 @@ def media_parts(parts: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def read_start(parts: Iterable[bytes]) -> bytes:
-    """Read and return enough of a body to distinguish media or a playlist from a page or a text.
+    """Read and return enough of a body to tell media and playlists from pages and texts.
 
     Raises UpstreamError for a page and for a short text.  Media has a byte within its first packet
     that no text contains, so only text waits for more.
@@ -5977,8 +5995,8 @@ def read_bounded(response: requests.Response, start: bytes = b"") -> None:
     """Read a body to its end and keep it in `response`; its first bytes are `start`, if given.
 
     Raises UpstreamError if it is larger than PLAYLIST_LIMIT, and any error of reading.  For an HTTP
-    error or a redirect, whose status is enough, it keeps the bytes read so far instead.  It also
-    keeps those of a playlist that is_whole_playlist() if the connection closes too early.
+    error or a redirect, whose status is enough, it keeps the bytes read so far instead.  It does
+    the same for a playlist that is complete although the connection closed too early.
     """
     body = bytearray()
     try:
@@ -5998,7 +6016,7 @@ def read_bounded(response: requests.Response, start: bytes = b"") -> None:
 
 
 # How an upstream ends.  The thread in the third column ends the ReaderBuffer; only the first end
-# counts.  read() returns everything received before, and then raises SourceEnded (complete) or
+# counts.  read() returns everything received until then, and then raises SourceEnded (complete) or
 # UpstreamError (failure).
 #
 #   HLS            complete  writer   all up to EXT-X-ENDLIST was passed on, filtered or a gap
@@ -6012,7 +6030,7 @@ def read_bounded(response: requests.Response, start: bytes = b"") -> None:
 #                            a track  as for HLS
 #   any            failure   all      a bug in a plugin or in this program
 #
-# Silence ends none of them: the channel judges silence and closes the upstream.
+# Silence ends none of them: the channel notices silence and closes the upstream.
 
 
 class Upstream:
@@ -6024,8 +6042,8 @@ class Upstream:
         self.live_edge: int = session.engine.get_option("hls-live-edge")
         self._files: list[Any] = []  # streamlink's files to close, in the order of their opening
         self._pump: threading.Thread | None = None  # moves the source's bytes to the buffer
-        # A decoder can start with its first byte, and its DTS follow a clock of their own, so they
-        # cannot show which media viewers have had.
+        # A decoder can start with the first byte.  The DTS follow a clock of their own, so they
+        # cannot show which media viewers already have.
         self.is_clean = False
         self.missing: str | None = None  # a note on what the stream lacks; None: nothing
         self.left_out: Collection[int] = ()  # the positions of the tracks that were left out
@@ -6054,12 +6072,12 @@ class Upstream:
 
     @property
     def losses(self) -> Losses:
-        """Segments that its tracks have lost so far; other sources report losses as events."""
+        """Segments that the tracks have lost so far; other sources report losses as events."""
         return Losses()
 
     @property
     def segment_time(self) -> float | None:
-        """Seconds from one segment to the next, as the origin lists them; None if not yet known."""
+        """Measured seconds from one listed segment to the next; None if not known yet."""
         longest: float | None = None
         for worker in self.workers:
             seconds: float | None = getattr(worker, "segment_time", None)
@@ -6123,8 +6141,8 @@ class Upstream:
     def close(self) -> None:
         """End everything and drop all bytes that were not read.  Call it once.
 
-        Returns at once, but waits for ffmpeg: ffmpeg and its FIFOs, which would outlive the
-        process, are gone on return.
+        Waits only for ffmpeg: on return, ffmpeg and its FIFOs are gone, because they would outlive
+        this process.
         """
         self.buffer.discard()
         self.session.http.cut()
@@ -6134,7 +6152,7 @@ class Upstream:
         name = f"close-{self.session.name}-0"
         try:
             threading.Thread(target=self._close, name=name, daemon=True).start()
-        except RuntimeError:  # the system allows no more threads, so this one waits
+        except RuntimeError:  # the system has no threads left, so this one waits
             self._close()
 
     def _close(self) -> None:
@@ -6156,7 +6174,7 @@ class Upstream:
             self._pump.join()
 
     def _remember(self, stream: Any) -> None:
-        """Note each file that a stream opens: if it fails half-way, it forgets those files."""
+        """Note each file that a stream opens, because a stream that fails half-way forgets them."""
         files = self._files
         maker = "__reader__" if hasattr(stream, "__reader__") else "open"
         make = getattr(stream, maker)
@@ -6165,7 +6183,7 @@ class Upstream:
             file = make(*arguments, **more)
             files.append(file)
             if isinstance(file, DASHStreamReader):
-                # A DASH track must wait as SegmentReader.read does: a time-out is not an end.
+                # A DASH track must wait like SegmentReader.read(): a time-out is not an end.
                 vars(file)["read"] = file.buffer.read
             return file
 
@@ -6252,13 +6270,13 @@ def _own_reader(base: Any) -> Any:
 
 
 LONGEST_SEGMENT = 86_400.0  # seconds; for a film that is a single segment
-DEFAULT_TARGET = 1.0  # seconds; the target duration of a playlist that tells no durations
+DEFAULT_TARGET = 1.0  # seconds; the target duration of a playlist that states no durations
 
 
 def _with_true_lengths(playlist: Any) -> Any:
     """Replace implausible durations in a playlist, and return it.
 
-    The program waits for these durations, but packagers write a day if a clock wraps.
+    StreamPipe waits for as long as these durations, but packagers write a day when a clock wraps.
     """
     segments = playlist.segments
     if not segments:
@@ -6287,14 +6305,14 @@ _MEDIA_TAGS = frozenset({
     "EXT-X-PLAYLIST-TYPE", "EXT-X-ENDLIST", "EXT-X-DISCONTINUITY", "EXT-X-BYTERANGE", "EXT-X-KEY",
     "EXT-X-MAP", "EXT-X-PROGRAM-DATE-TIME",
 })  # fmt: skip
-# Without these tags, the following bytes would be wrong, or noise.
+# If one of these tags were ignored, the bytes that follow it would be wrong, or noise.
 _NEEDED_TAGS = frozenset({"EXT-X-KEY", "EXT-X-MAP", "EXT-X-BYTERANGE"})
 _LINE_ENDS = re.compile(r"[\r\n]+")
-# Characters that are read as blanks.  str.splitlines() would also split at all of these except the
-# zero byte, with which some packagers fill the rest of a file.
+# Characters that are read as blanks.  str.splitlines() would split at all of them but the zero
+# byte, with which some packagers pad a file.
 _BLANK_LIKE = re.compile("[\0\v\f\x1c-\x1e\x85\u2028\u2029]")
-# A name, and a quoted text or everything up to the next name: some packagers do not quote a list of
-# codecs.
+# A name, then a quoted text or everything up to the next name, because some packagers do not quote
+# a list of codecs.
 _ATTRIBUTE = re.compile(r'(?:^|,)\s*([A-Z0-9-]+)\s*=\s*("[^"]*"\s*|.*?)(?=,\s*[A-Z0-9-]+\s*=|$)')
 _BYTE_RANGE = re.compile(r"[1-9]\d{0,17}(@\d{1,18})?")
 # The attributes of a variant that must be numbers.
@@ -6309,7 +6327,7 @@ class BadPlaylist(PipeError, ValueError):
     """A playlist that cannot be played; the text is the reason."""
 
 
-_ParserBase: Any = object  # in fact the parser that _own_parser() combines it with
+_ParserBase: Any = object  # really the parser that _own_parser() combines PlaylistParser with
 
 
 class PlaylistParser(_ParserBase):  # type: ignore[misc]
@@ -6404,7 +6422,7 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
 
     @classmethod
     def parse_attributes(cls, value: str) -> dict[str, str]:
-        """The attributes that can be read; streamlink returns none if one is malformed."""
+        """The readable attributes; streamlink would return none if one is malformed."""
         return {name: text.strip().strip('"') for name, text in _ATTRIBUTE.findall(value)}
 
     @classmethod
@@ -6417,8 +6435,8 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
     def parse_hex(cls, value: str | None) -> Any:
         """A key's IV.  Raises BadPlaylist if it is malformed.
 
-        A wrong IV would turn the start of each segment into noise.  Some packagers write all of its
-        32 digits without the prefix.
+        A wrong IV would turn the start of each segment into noise.  Some packagers omit the prefix
+        `0x`, but then write all 32 digits.
         """
         if value is None:
             return None
@@ -6429,9 +6447,9 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
         return super().parse_hex(value)
 
     def uri(self, uri: str) -> str:
-        """The absolute address for one in the playlist.
+        """The absolute form of an address in the playlist.
 
-        A backslash in its path is a slash, as in browsers: packagers on Windows write them.
+        As in browsers, a backslash in its path means a slash: packagers on Windows write them.
         """
         path, mark, query = uri.partition("?")
         if not path.lower().startswith("data:"):
@@ -6444,7 +6462,7 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
         self.is_gap = False
         part = segment.byterange
         if part:
-            if part.offset is None:  # after the previous one (RFC 8216, 4.3.2.2)
+            if part.offset is None:  # it follows the previous range (RFC 8216, 4.3.2.2)
                 part = part._replace(offset=self._range_ends.get(uri, 0))
             segment.byterange = part
             self._range_ends[uri] = part.offset + part.range
@@ -6464,14 +6482,14 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
 
 @functools.cache
 def _own_parser(base: Any) -> Any:
-    """A subclass of a stream's parser, tolerant of errors."""
+    """A subclass of a stream's parser that tolerates errors."""
     if issubclass(base, PlaylistParser):
         return base
     return type(base.__name__, (PlaylistParser, base), {})
 
 
 class Variant(HLSPlaylist):
-    """A variant of a master playlist, with a unique key: several variants may have one name."""
+    """A variant of a master playlist.  Its key is unique, because several may have one name."""
 
     key = ""
     quality = ""  # streamlink's name for it
@@ -6508,8 +6526,8 @@ class VariantStream(HLSStream):
 
 
 def _quality_name(variant: Variant, taken: Collection[str]) -> str:
-    """Streamlink's name for a variant, with `_alt` if it is taken; if it has none, a number."""
-    match = re.match("[A-z0-9_+]+", variant.quality)  # as Plugin.streams() of streamlink has it
+    """Streamlink's name for a variant, plus `_alt` if it is taken; without one, `variant-N`."""
+    match = re.match("[A-z0-9_+]+", variant.quality)  # as in streamlink's Plugin.streams()
     if match is None:
         number = 1
         while f"variant-{number}" in taken:
@@ -6526,9 +6544,9 @@ def _quality_name(variant: Variant, taken: Collection[str]) -> str:
 
 
 def _with_aliases(streams: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Streams by name, the worst first, then `worst` and `best`.
+    """Streams by name from the worst to the best, followed by the aliases `worst` and `best`.
 
-    If no name has a known weight, the first stream is `best`: players take that one, too.
+    If no name has a known weight, the first stream is `best`: players choose that one, too.
     """
 
     def weight(name: str) -> float:
@@ -6553,14 +6571,14 @@ def _missing_name(attributes: Mapping[str, str]) -> str:
 
 
 class Losses(NamedTuple):
-    """How many segments tracks have lost."""
+    """The numbers of segments that tracks have lost."""
 
     gaps: int = 0  # left out or abandoned, each reported by an event
     skipped: int = 0  # not reported by any event
 
 
 class SegmentReader(HLSStreamReader):
-    """Reads one HLS stream; if that is one of several tracks, streamlink's muxer reads from it."""
+    """Reads one HLS stream.  If that is one of several tracks, streamlink's muxer calls read()."""
 
     def __init__(
         self,
@@ -6572,16 +6590,16 @@ class SegmentReader(HLSStreamReader):
         fail: weakref.WeakMethod[Callable[[str], None]] | None,
     ) -> None:
         self.first = first  # number of the segment to begin with, if the playlist lists it
-        self.slack = slack  # how many numbers the playlist may be behind `first`
+        self.slack = slack  # how many segments the playlist may lag behind `first`
         self.is_track = fail is not None
         self._fail_upstream = fail  # a track's: a weak reference to ProcessUpstream._fail
         self.start = b""  # the first bytes of media; empty until the writer's thread has some
         # Of a track.  The thread that reads it replaces these values; other threads read them.
-        self._number: int | None = None  # of the segment being read, or between two, of the next
+        self._number: int | None = None  # of the segment being read; between two, of the next one
         self.losses = Losses()
         super().__init__(stream, name=name)
         self.timeout = 2.0  # seconds that close() waits for each of two threads
-        self.buffer: Any = buffer  # in the place of streamlink's
+        self.buffer: Any = buffer  # replaces streamlink's
 
     def read(self, size: int) -> bytes:
         """Return the next bytes, about `size` at most; empty only after the end of the track.
@@ -6623,7 +6641,7 @@ class SegmentReader(HLSStreamReader):
 
     @property
     def number(self) -> int | None:
-        """The number of the segment that another opening begins with; None if not known yet.
+        """The number of the segment with which another opening begins; None if not known yet.
 
         For a complete track, that is its last segment, because ffmpeg needs media of every track.
         """
@@ -6664,17 +6682,17 @@ class SegmentReader(HLSStreamReader):
         del self.worker.reader, self.worker.writer, self.writer.reader, self.buffer
 
 
-LEAST_INTERVAL = 0.5  # seconds at least between two loads of a playlist
+LEAST_INTERVAL = 0.5  # seconds; the minimum between two loads of a playlist
 SHORT_PLAYLIST = 3  # segments; a playlist with fewer is loaded twice as often
-# Successive playlists that end below the last number queued, after which the origin has restarted
-# its numbering.  Fewer prove nothing: caches serve playlists that are a number or two old.
+# Successive playlists that end below the last number queued, after which the origin must have
+# restarted its numbering.  Fewer prove nothing: caches serve playlists a number or two old.
 LOWER_PLAYLISTS = 3
 
 
 class WatchedWorker(HLSStreamWorker):
     """Loads the playlist, and reports failures to the reader.
 
-    It decides where to start and how often to load, and detects that the origin restarted its
+    It decides where to start and how often to load, and detects an origin that restarted its
     numbering.
     """
 
@@ -6705,7 +6723,7 @@ class WatchedWorker(HLSStreamWorker):
             self.trouble = explain(error)
             if self.trouble in EXPIRED or not self._is_loaded:  # otherwise streamlink retries
                 self.reader.fail(self.trouble)
-            self.reader.buffer.wake()  # the channel shows the trouble even if a retry succeeds
+            self.reader.buffer.wake()  # so the channel sees the trouble before a retry succeeds
             raise
 
     def _fetch_playlist(self) -> requests.Response:
@@ -6731,7 +6749,7 @@ class WatchedWorker(HLSStreamWorker):
             self._lower_playlists = 0
 
         is_skipping = 0 <= self.sequence < first
-        if is_skipping and not self.trouble:  # an outage is no reason to load more often
+        if is_skipping and not self.trouble:  # losses in an outage are no reason to load more often
             self._interval_divisor *= 2
         self._measure(last, is_skipping)
         has_news = last >= self.sequence
@@ -6764,7 +6782,7 @@ class WatchedWorker(HLSStreamWorker):
         """Seconds from this load of the playlist to the next.
 
         It is the newest segment's duration.  RFC 8216, 6.3.4, says the target duration, but many
-        packagers declare one far above it, and a short playlist drops segments in that time.
+        packagers declare a far longer one, in which a short playlist would drop segments.
         """
         if self.reload_time:  # set by the configuration or by a plugin
             return max(self._reload_time, LEAST_INTERVAL)
@@ -6774,15 +6792,15 @@ class WatchedWorker(HLSStreamWorker):
         return max(seconds / self._interval_divisor, LEAST_INTERVAL)
 
 
-REFUSALS = EXPIRED | NOT_MEDIA  # a panel also answers 200 with its error message
+REFUSALS = EXPIRED | NOT_MEDIA  # some panels send their error message with status 200
 REFUSAL_TIME = 1.0  # seconds of refusals after which the address of a finite stream has expired
 START_MISSING = 3  # missing segments after which a start fails
 
 
 class SegmentDownload(Download):
-    """The download of a segment or of an initialization section, one of those its writer runs.
+    """A writer's download of a segment or of an initialization section.
 
-    One thread fills its buffer while another takes the bytes.  It has those methods of a requests
+    One thread fills its buffer while another takes the bytes.  It has the methods of a requests
     response that streamlink calls.
 
     When a try fails (is_hopeless, Download) or is too slow (is_slow), the download is abandoned or
@@ -6795,7 +6813,7 @@ class SegmentDownload(Download):
       no byte arrived within its patience                   abandoned
       otherwise                                             retried
 
-    When it is abandoned, or its bytes are of no use, its upstream ends or continues (is_fatal):
+    When it is abandoned, or its bytes are unusable, its upstream ends or continues (is_fatal):
 
       it is an initialization section                       ends
       the origin is gone, and nothing else was answered     ends
@@ -6805,6 +6823,8 @@ class SegmentDownload(Download):
       finite: refused, and nothing else was answered        ends, once for this segment
       finite: nothing else was answered, others wait        ends, once for this segment
       otherwise                                             continues after a gap
+
+    "Once" means: not if this opening began with the segment, and never for the segment of a track.
     """
 
     empty_time = REFUSAL_TIME
@@ -6847,7 +6867,7 @@ class SegmentDownload(Download):
     def _may_be_late(self, failure: str | None) -> bool:
         """Whether the origin may have it soon: caches list the newest segment before they have it.
 
-        A start does not wait for the last of the missing segments that it allows.
+        At a start, this is false for the segment that would be the last of START_MISSING.
         """
         if failure != answered(404):
             return False
@@ -6857,8 +6877,8 @@ class SegmentDownload(Download):
     def is_fatal(self, failure: str | None) -> bool:
         """Whether the upstream must end, because more than this one segment is affected.
 
-        Call it when this segment cannot be fetched or is of no use.  `failure` is the failure of
-        its newest try; None if that try was answered.
+        Call it when this segment cannot be fetched or is unusable.  `failure` is the failure of its
+        newest try; None if that try was answered.
         """
         writer, tries = self._writer, self.tries
         nothing_else_answers = self._nothing_else_answers(tries, failure)
@@ -6867,7 +6887,7 @@ class SegmentDownload(Download):
 
         if writer.is_start:  # the next one may be there
             return writer.missing >= START_MISSING or self._is_newest
-        if not writer.is_listed(self._segment):  # a live stream that has ended since
+        if not writer.is_listed(self._segment):  # a live stream, even if it has ended since
             return False
         is_finite = writer.reader.worker.playlist_end is not None
         if not is_finite:
@@ -6894,7 +6914,7 @@ class SegmentDownload(Download):
 
     @property
     def _is_old(self) -> bool:
-        """Whether resolving its address again may help."""
+        """Whether resolving the segment's address again may help."""
         reader = self._writer.reader
         is_first = self._segment.num == reader.first
         return not is_first and not reader.is_track
@@ -6914,12 +6934,12 @@ class SegmentDownload(Download):
 
         An older request proves nothing: a server that stops completes its running transfers first.
         On a busy machine, much time may pass between the beginning of a try and its connection, so
-        a request counts only if it began once this one was seen to fail.
+        a request counts only if it began after this one was seen to fail.
 
         At a start, and after a reopening for this segment, all requests begin at once, in any
-        order, and the others may be over by then.  So if the origin refuses this one with an
-        answer, every other answered request of this opening counts.  If there is no server, those
-        count that began after this one.
+        order, and the others may already be over.  So if the origin answers this request with a
+        refusal, every other answered request of this opening counts; if there is no server, only
+        requests that began after this one count.
         """
         others = [other.tries for other in self._others]
         if failure in REFUSALS and not self._may_have_expired:
@@ -6936,9 +6956,9 @@ class SegmentDownload(Download):
     def is_slow(self) -> bool:
         """Whether it arrives more slowly than it plays, while a later request is twice as fast.
 
-        The size of the other download stands for this one's, because its own may be unknown.
+        The other download's size serves as an estimate of this one's, which may be unknown.
         """
-        size = self._segment.duration * self.rate  # bytes that arrive in the time it plays
+        size = self._segment.duration * self.rate  # bytes that arrive in its playing time
         began = self.tries.began
         for other in self._others:
             is_later = other.tries.asked > began
@@ -6980,9 +7000,9 @@ AES_128_KEY = 16  # bytes
 def _deciphered(cipher: Any, encrypted: Iterable[bytes]) -> Iterator[bytes]:
     """Decrypt the bytes as they arrive, but hold back the last block, which has the padding.
 
-    Some packagers, such as SRS, pad a segment only if its length is not a multiple of 16: then a
-    last block without padding is media.  So is a last block that looks like padding by chance, if
-    a packet, a frame or a box ends with it.
+    Some packagers, such as SRS, pad a segment only if its length is not a multiple of 16.  So a
+    last block without padding is media, and so is one that looks like padding by chance, if a
+    packet, a frame or a box ends with it.
 
     Raises DecryptionError if the bytes end within a block.
     """
@@ -6990,7 +7010,7 @@ def _deciphered(cipher: Any, encrypted: Iterable[bytes]) -> Iterator[bytes]:
     units = UnitCounter()
     for piece in encrypted:
         held += piece
-        blocks = max(0, len(held) - 1) // CIPHER_BLOCK  # whole ones that more bytes follow
+        blocks = max(0, len(held) - 1) // CIPHER_BLOCK  # whole blocks followed by more bytes
         if blocks:
             size = blocks * CIPHER_BLOCK
             plain = cipher.decrypt(held[:size])
@@ -7025,10 +7045,10 @@ class QueuedSegment(NamedTuple):
     segment: Any  # streamlink's
     download: SegmentDownload | None = None
     init: SegmentDownload | None = None  # the initialization section to hand on before it
-    event: EventKind | None = None  # it is not downloaded
+    event: EventKind | None = None  # if there is one, the segment is not downloaded
 
 
-TROUBLE_TIME = 1.0  # seconds of failed tries of a segment before they show as trouble
+TROUBLE_TIME = 1.0  # seconds for which a segment's tries must fail before they show as trouble
 UNREACHED = NO_SERVER | {TIMED_OUT}  # failures that show as trouble
 
 
@@ -7036,23 +7056,23 @@ class DownloadingWriter(HLSStreamWriter):
     """Runs up to `threads` downloads at once and hands on the oldest one's bytes as they arrive.
 
     A download begins only if at most `threads` others have begun and are not handed on yet, which
-    bounds memory.  Further segments wait in line; the worker never waits, because it must load
-    playlists.  A segment that left the playlist while it waited is requested once, because origins
-    keep segments for longer than they list them.  If it needs a new initialization section, that is
-    probably gone, and the segment becomes a gap.
+    bounds memory.  Further segments wait; the worker never does, because it must load playlists.
+    A segment that left the playlist while it waited is requested once, because origins keep
+    segments for longer than they list them.  If it needs a new initialization section, that section
+    is probably gone, so the segment becomes a gap.
 
-    Its thread moves the bytes from the buffer of each download to that of the reader.  A single
-    buffer for all downloads would save this thread, but no CPU: the thread takes 4 % of the CPU for
-    each GB, and reading without it took as much in all.
+    Its thread moves the bytes from each download's buffer to the reader's.  A single buffer for all
+    downloads would save this thread, but no CPU: the thread takes 4 % of the CPU for each GB, and
+    reading without it took as much in all.
     """
 
     reader: Any
 
     def __init__(self, reader: Any, **arguments: Any) -> None:
         super().__init__(reader, **arguments)
-        self.retries = 0  # of key requests: close() could not interrupt streamlink's pauses
-        self.is_start = reader.first is None  # until the first media arrives
-        self.missing = 0  # segments abandoned
+        self.retries = 0  # streamlink's, for keys: close() could not interrupt its pauses
+        self.is_start = reader.first is None  # a start, until its first media arrives
+        self.missing = 0  # how many segments were abandoned
         self._map: SegmentDownload | None = None  # the newest initialization section
         self._map_place: object = None  # its address and byte range
         # Segments to hand on, in order; None: the end.
@@ -7060,7 +7080,7 @@ class DownloadingWriter(HLSStreamWriter):
         self.closing = self._wait
         # _lock is held to change these, and to set `closing`.
         self._lock = threading.Lock()
-        self._waiting: deque[Any] = deque()  # segments in line; None: the end
+        self._waiting: deque[Any] = deque()  # segments whose download has not begun; None: the end
         self.downloads: list[SegmentDownload] = []  # begun and not handed on yet, in order
 
     # The worker's thread
@@ -7088,7 +7108,7 @@ class DownloadingWriter(HLSStreamWriter):
             self._queued.put(QueuedSegment(segment, download, init))
 
     def _replacing_event(self, segment: Any) -> EventKind | None:
-        """The event that replaces a segment that is not requested; None for any other segment."""
+        """The event that replaces a segment if it must not be requested; None if it must."""
         if getattr(segment, "is_gap", False):  # a plugin's own segments may lack it
             return EventKind.GAP
         if self.should_filter_segment(segment):
@@ -7157,13 +7177,13 @@ class DownloadingWriter(HLSStreamWriter):
 
     @property
     def oldest(self) -> SegmentDownload | None:
-        """The download that is being handed on, or is the next; None if none has begun."""
+        """The download being handed on, or the next one; None if none has begun."""
         first = self.downloads[:1]  # one step, because other threads change the list
         return first[0] if first else None
 
     @property
     def trouble(self) -> str | None:
-        """Why the server of the oldest download is unreachable; None if it is not.
+        """Why the server of the oldest download is unreachable; None if it is reachable.
 
         Failures count only after TROUBLE_TIME.
         """
@@ -7221,7 +7241,7 @@ class DownloadingWriter(HLSStreamWriter):
         except UpstreamError:
             raise
         except Exception as error:
-            download.buffer.discard()  # no thread takes the rest
+            download.buffer.discard()  # no thread will take the rest
 
             reason = explain(error)
             failure = download.tries.failure
@@ -7257,7 +7277,7 @@ class DownloadingWriter(HLSStreamWriter):
         encrypted = self.iter_segment_content(segment, cast(Any, download))
         pieces = behind_image(self._decrypted(segment.key, segment.num, encrypted))
         if self.reader.is_track and self.stream.parse_packed_audio:
-            start, pieces = itertools.tee(pieces)  # `pieces` begins anew if the tags are unreadable
+            start, pieces = itertools.tee(pieces)  # `pieces` restarts if the tags are unreadable
             with contextlib.suppress(ID3v2Error):  # tags before version 4, which stay in the media
                 pieces = self._parse_packed_audio_timestamp(start)
         return pieces
@@ -7286,7 +7306,7 @@ class DownloadingWriter(HLSStreamWriter):
         if media is None:
             media = media_in(start, is_all=True) or b""
         if start and not media:
-            self.key_uri = None  # a restarted encoder has another key at the same address
+            self.key_uri = None  # a restarted encoder uses a new key at the same address
             raise DecryptionError(WRONG_KEY)
         if media:
             yield media
@@ -7324,7 +7344,7 @@ class DownloadingWriter(HLSStreamWriter):
         is_data = bool(key.uri) and key.uri.lower().startswith("data:")
         if is_data and not self.key_uri_override:
             self.key_data = _data_of(key.uri)
-            self.key_uri = key.uri  # so that streamlink takes key_data
+            self.key_uri = key.uri  # so that streamlink uses key_data
         cipher = None
         with contextlib.suppress(ValueError):  # AES has no key of that length
             cipher = self.create_decryptor(key, number)
@@ -7404,7 +7424,7 @@ def leave_out(stream: Any, places: Collection[int]) -> None:
             subtitles[language] = track
     stream.subtitles = subtitles
 
-    # ffmpeg numbers its inputs in order, and so the tracks behind one that is left out move up.
+    # ffmpeg numbers its inputs in order, so the tracks after one that is left out move up.
     new_numbers = {str(old): str(new) for new, old in enumerate(kept)}
     maps = []
     for entry in stream.options.get("maps", []):
@@ -7442,7 +7462,7 @@ class ProcessUpstream(Upstream):
         if left_out is not None:
             self.left_out = left_out
         self._file: Any = None
-        self._first = first  # the segment that each track begins with: see SegmentReader
+        self._first = first  # the number of the segment with which each track begins
         self._failure: str | None = None  # of a track
         self._first_failure = threading.Lock()  # the first track that fails takes and keeps it
 
@@ -7467,10 +7487,10 @@ class ProcessUpstream(Upstream):
 
     @property
     def tracks(self) -> Sequence[int]:
-        """The number that each track begins with in another opening; empty if one is unknown.
+        """The number with which each track begins in another opening; empty if one is unknown.
 
-        ffmpeg takes one track's bytes earlier than another's, so all tracks begin with the segment
-        of the one that is furthest behind.  A track more than TRACK_LEAD ahead of it keeps its own
+        ffmpeg reads some tracks further ahead than others, so all tracks begin with the segment of
+        the one that is furthest behind.  A track more than TRACK_LEAD ahead of it keeps its own
         number: its packager numbers the renditions independently.
         """
         numbers = []
@@ -7514,11 +7534,11 @@ class ProcessUpstream(Upstream):
             self._remember(track)
 
     def _open_tracks(self, stream: Any) -> Sequence[Any]:
-        """Open all tracks and return the files of those that play.
+        """Open all tracks, and return the files of those to play.
 
         Blocks until each track has media or has failed; at a start, for at most half of the time
-        that is left.  A track that has no media by then is left out if the picture has some.
-        Raises UpstreamError if a track that cannot be left out failed.
+        that is left.  A track without media by then is left out if the picture has media.  Raises
+        UpstreamError if a track that cannot be left out failed.
         """
         if self._is_start:
             engine = self.session.engine
@@ -7545,7 +7565,7 @@ class ProcessUpstream(Upstream):
     def _do_without(
         self, stream: Any, files: Sequence[Any], unused: Sequence[SegmentReader]
     ) -> None:
-        """Leave out the unused tracks, which have no media, and note that they are missing."""
+        """Leave out the unused tracks, which have no media, and note what is missing."""
         sounds = files[1 : len(stream.substreams)]
         missing = [file in unused for file in sounds]
         if not any(missing):
@@ -7568,9 +7588,9 @@ class ProcessUpstream(Upstream):
     def _make_muxer(self, stream: Any, files: Sequence[Any]) -> Any:
         """Prepare ffmpeg, with the options that keep the tracks in sync.
 
-        Without these options, ffmpeg moves the start of each track to 0, wherever in its playlist
-        the track began.  -copyts prevents that, but loses sound when clocks restart, so it is used
-        only if ffmpeg has no -isync (before 5.1).
+        Without these options, ffmpeg moves the start of each track to 0, regardless of where in its
+        playlist the track began.  -copyts prevents that, but loses sound when clocks restart, so it
+        is used only if ffmpeg has no -isync (before 5.1).
         """
         version = [int(number) for number in re.findall(r"\d+", FFMPEGMuxer.FFMPEG_VERSION or "")]
         lacks_isync = bool(version) and version < [5, 1]
@@ -7595,7 +7615,7 @@ class ProcessUpstream(Upstream):
         self._failure = reason
         process = self._file.process
         if process:  # close() may end it meanwhile
-            process.terminate()  # once: at a second signal ffmpeg would drop what it has read
+            process.terminate()  # only once: at a second signal, ffmpeg would drop what it has read
         for track in self._tracks:
             track.buffer.discard()
 
@@ -7626,9 +7646,9 @@ Place = tuple[int, int]  # the positions of an address and of a copy of its vari
 
 
 class InsertFilter:
-    """Leaves out segments in a container other than the channel's; each becomes a gap.
+    """Leaves out inserts: segments in a container other than the channel's.  Each becomes a gap.
 
-    Holds back the first bytes of a segment until its container is known.  Bytes without segments
+    Holds back the first bytes of a segment until its container is known.  Bytes outside segments
     pass.  A channel's thread owns it.
     """
 
@@ -7638,10 +7658,10 @@ class InsertFilter:
         self._held: list[bytes | SegmentEvent] = []  # a segment whose container is not known yet
         self._start = b""  # the bytes of that segment
         self._is_leaving_out = False  # the open segment is left out
-        self.insert: Container | None = None  # of the newest segment if that was left out
+        self.insert: Container | None = None  # of the newest segment, if it is an insert
 
     def pass_on(self, items: Iterable[bytes | SegmentEvent]) -> list[bytes | SegmentEvent]:
-        """Take items; return all that can be passed on now, which excludes inserts."""
+        """Take items, and return all that can be passed on now, without inserts."""
         passed: list[bytes | SegmentEvent] = []
         for item in items:
             if isinstance(item, bytes):
@@ -7660,7 +7680,7 @@ class InsertFilter:
         self._init = []
 
     def _end_segment(self, event: SegmentEvent) -> list[bytes | SegmentEvent]:
-        """Return the rest of the open segment, and its end; that is a gap if it was left out."""
+        """Return the rest of the open segment, and its end: a gap if the segment was left out."""
         passed = self._pass_held(is_all=True)
         if self._is_leaving_out:
             self._is_leaving_out = False
@@ -7668,9 +7688,9 @@ class InsertFilter:
         return [*passed, event]
 
     def _own_init(self) -> list[bytes | SegmentEvent]:
-        """The held initialization section; empty if it is an insert's.
+        """The held initialization section; empty if it belongs to an insert.
 
-        A playlist may still name an insert's section when the insert is over.
+        A playlist may still name an insert's section after the insert.
         """
         data = b"".join(item for item in self._init if isinstance(item, bytes))
         container = sniff(data, is_all=True)
@@ -7709,7 +7729,7 @@ class InsertFilter:
         return []
 
     def _fits(self, container: Container | None) -> bool:
-        """Whether it is the channel's container, or one of both is unknown media."""
+        """Whether it is the channel's container, or one of the two is unknown media."""
         if OTHER_MEDIA in (container, self._container):
             return True
         return container is self._container
@@ -7777,7 +7797,7 @@ _ROWS: Mapping[Arrival, Sequence[SpliceStep | None]] = {
 def _steps_of(
     rows: Mapping[Arrival, Sequence[SpliceStep | None]],
 ) -> dict[tuple[Arrival, SpliceState], SpliceStep]:
-    """Return the steps of these rows by arrival and state."""
+    """Index the steps of these rows by arrival and state."""
     steps = {}
     for arrival, row in rows.items():
         for state, step in zip(SpliceState, row, strict=True):
@@ -7825,7 +7845,7 @@ class Splicer:
         self._passed = Fingerprint()  # of the bytes of the open segment that viewers have
         self._repeat = Repeat(self._passed)
         self._init_section: bytes | None = None  # the newest that viewers have
-        self._new_init_section: bytearray | None = None  # one that is arriving
+        self._new_init_section: bytearray | None = None  # the one that is arriving
 
     def __repr__(self) -> str:
         return f"<Splicer {self._state.name} at {self.number}+{self._passed.size}>"
@@ -7836,7 +7856,7 @@ class Splicer:
 
     @property
     def insert(self) -> Container | None:
-        """The container of the newest segment, if that was left out because of its container."""
+        """The container of the newest segment, if it was left out because of that container."""
         return self._filter.insert
 
     @property
@@ -7847,8 +7867,8 @@ class Splicer:
     def resume(self, place: object, is_clean: bool = False) -> None:
         """Prepare for the items of a new opening.
 
-        `is_clean`: a decoder can start with its first byte, and it has a clock of its own, so its
-        DTS cannot show which media viewers have had.
+        `is_clean`: a decoder can start with its first byte.  It has a clock of its own, so its DTS
+        cannot show which media viewers already have.
         """
         self.place = place
         self._is_clean = is_clean
@@ -7864,11 +7884,11 @@ class Splicer:
             self._passed = Fingerprint()
 
     def without_inserts(self, items: Iterable[bytes | SegmentEvent]) -> list[bytes | SegmentEvent]:
-        """Return the items that can be passed on: see InsertFilter."""
+        """Return the items that can be passed on; the filter leaves out or holds back the rest."""
         return self._filter.pass_on(items)
 
     def pass_event(self, event: SegmentEvent) -> int:
-        """Process an event; returns how many segments were lost before it without an event."""
+        """Process an event; returns how many segments before it were lost without an event."""
         if event.kind is EventKind.INIT:
             self._new_init_section = bytearray()
             return 0
@@ -7882,9 +7902,9 @@ class Splicer:
         return skipped
 
     def pass_bytes(self, data: bytes) -> bool:
-        """Pass on the bytes that viewers do not have yet; returns whether they received any.
+        """Pass on the bytes that viewers do not have yet; returns whether there were any.
 
-        May block, as Window.append does.
+        Blocks while Window.append() waits for a viewer.
         """
         if self._new_init_section is not None:
             self._new_init_section += data
@@ -7892,7 +7912,7 @@ class Splicer:
         if self._state is SpliceState.COMPARING:
             data = self._compare(data)
         else:
-            if self._state in REOPENED:  # no segment began before: this opening has none
+            if self._state in REOPENED:  # bytes arrived before a segment, so this opening has none
                 self.number = None
             self._step(Arrival.BYTES)
         if self._state is not SpliceState.PASSING:
@@ -7904,7 +7924,7 @@ class Splicer:
     def _compare(self, data: bytes) -> bytes:
         """Compare bytes of the open segment with those that viewers have; returns the new ones."""
         assert self.number is not None
-        new = self._repeat.pass_on(data)  # empty until all that viewers have was the same
+        new = self._repeat.pass_on(data)  # empty until everything that viewers have has matched
         if new is None:
             self._step(Arrival.DIFFERENT)
             self.number += 1  # viewers resume with the next segment
@@ -7916,12 +7936,12 @@ class Splicer:
         return new
 
     def flush(self) -> None:
-        """Pass on the bytes that the framer holds back; called when no more will arrive."""
+        """Pass on the bytes that the framer holds back.  Call it when no more will arrive."""
         self._window.append(self._framer.flush())
         self._window.list_rest(self._framer.last_dts)
 
     def _step(self, arrival: Arrival) -> None:
-        """Change the state as STEPS says, and start a seam if the step is one."""
+        """Change the state as STEPS says, and start a seam if the step asks for one."""
         step = STEPS[arrival, self._state]
         if step.is_seam:
             self._start_seam()
@@ -7943,7 +7963,7 @@ class Splicer:
             self._repeat = Repeat(self._passed)
             return
         is_apart = event.is_discontinuous or not is_next
-        self._framer.expect_jump(is_certain=is_apart)  # if that is uncertain, its counters decide
+        self._framer.expect_jump(is_certain=is_apart)  # if uncertain, the framer's counters decide
         if init_section:
             self._pass_init_section(init_section)
         self._passed = Fingerprint()
@@ -7977,7 +7997,7 @@ class Splicer:
         self._window.append(self._framer.feed_init_section(init_section))
 
     def _end_segment(self, event: SegmentEvent) -> None:
-        """Process an event for a segment that is whole, that has a gap, or that was left out."""
+        """Process the event that a segment is complete, has a gap, or was left out."""
         was_passing = self._state is SpliceState.PASSING
         is_whole = event.kind is EventKind.END
         is_wanted = event.number == self.number
@@ -8007,7 +8027,7 @@ class Splicer:
         self._passed = Fingerprint()
 
     def _start_seam(self) -> None:
-        """The next bytes do not continue those that viewers have: resume where decoders can start.
+        """Resume where decoders can start: the next bytes do not continue those that viewers have.
 
         The open segment stays incomplete.
         """
@@ -8015,7 +8035,7 @@ class Splicer:
         is_clean = is_relay and self._is_clean
         self._framer.drop()
         self._window.break_off()
-        # A relay may continue where it was, so for a relay that is not clean, no jump is certain.
+        # A relay may continue without a jump, so a jump is not certain unless the relay is clean.
         self._framer.expect_jump(is_certain=is_clean or not is_relay)
         if is_relay:
             self._framer.leave_segments()
@@ -8025,31 +8045,31 @@ class Splicer:
 
 
 # --------------------------------------------------------------------------------------------------
-# Statistics: totals and recent findings for each stream, across all of its channels
+# Statistics: the totals of each stream across all of its channels, and its newest failures
 # --------------------------------------------------------------------------------------------------
 
-BAD_TIME = 60.0  # seconds for which starts try a failed address after the others
+BAD_TIME = 60.0  # seconds after a failure in which starts try that address last
 SLOT = 5  # seconds that one bar in a page's chart covers
 SLOTS = 60  # bars in a chart
-AVERAGED_TIME = 15.0  # seconds of media, at least, over which a bitrate is averaged
+AVERAGED_TIME = 15.0  # seconds; a bitrate is averaged over at least that much media
 PAUSE = 1.0  # seconds without a byte after which the next bytes are another burst
 LONGEST_PIECE = 2.0  # seconds after which bytes without a pause are divided into two bursts
-# In seconds, as Prometheus writes them.
+# The upper bounds of the histogram's buckets in seconds, as Prometheus writes them.
 FIRST_BYTE_BOUNDS = ("0.01", "0.05", "0.1", "0.25", "0.5", "1.0", "2.5", "5.0", "10.0", "+Inf")
 
 
 class LineLimit:
     """Allows one log line in REPEAT_TIME for each subject, such as a client's address.
 
-    The owner guards it.  Once `most` subjects are known, a new one displaces the oldest.
+    The owner guards it.  It remembers at most `most` subjects: a new one displaces the oldest.
     """
 
     def __init__(self, most: int = 1) -> None:
         self._most = most
-        self._logged: dict[str, float] = {}  # when each subject had a line, the oldest first
+        self._logged: dict[str, float] = {}  # by subject: when it last had a line; oldest first
 
     def allow(self, subject: str = "") -> bool:
-        """Take note of an event; false if its subject had a line within REPEAT_TIME."""
+        """Whether this subject may have a line now, which then counts as its newest."""
         now = time.monotonic()
         logged = self._logged.get(subject)
         if logged is not None and now - logged <= REPEAT_TIME:
@@ -8068,8 +8088,8 @@ class Bitrate:
     """The bits per second that a channel receives, averaged over whole pieces.
 
     Segments arrive in bursts, so an average over a fixed time would depend on how many bursts fall
-    into it.  A piece is a segment, which lasts as long as its playlist says, or, if no playlist
-    gives a duration, a burst, which lasts until the next burst begins.
+    into it.  A piece is a segment, which lasts as long as its playlist says.  If no playlist gives
+    a duration, a piece is a burst, which lasts until the next burst begins.
 
     The channel's thread owns it; any thread may call value().
     """
@@ -8085,7 +8105,7 @@ class Bitrate:
         self._current: tuple[float, float] | None = None
 
     def value(self) -> int:
-        """The rate in bits per second; 0 if it is not known yet, or the next piece is overdue."""
+        """The rate in bits per second; 0 if it is not known yet or the next piece is overdue."""
         current = self._current
         if current is None:
             return 0
@@ -8095,7 +8115,7 @@ class Bitrate:
         return round(rate)
 
     def start_segment(self, duration: float) -> None:
-        """Begin a segment.  `duration`: seconds, as its playlist says; 0 if it does not say."""
+        """Begin a segment.  `duration`: seconds, from its playlist; 0 if that states none."""
         if not duration:
             self._duration = None
             return
@@ -8153,7 +8173,7 @@ class Trouble:
 
 
 class StreamRecord:
-    """A stream's totals and the findings of its newest start, guarded by the lock passed in.
+    """A stream's totals and the results of its newest start, guarded by the lock passed in.
 
     Methods take that lock themselves; it is reentrant, so callers may hold it already.  Pages and
     answers also read `container` and `unplayed` without it: each is replaced as a whole, so a
@@ -8172,7 +8192,7 @@ class StreamRecord:
         self.has_failed = False  # an upstream failed, and no bytes have arrived since
         self.variants: Mapping[str, str] = {}  # of the newest start: name to variant
         self.resolved: float | None = None  # when that start found them
-        # By wanted quality: when a start failed, and the error that answers its viewers.
+        # By wanted quality: when a start failed, and the error with which to answer its viewers.
         self.start_errors: dict[str, tuple[float, StreamError]] = {}
         self.numberings: dict[str, Numbering] = {}  # of HLS, by variant
         self.failure_times: dict[str, float] = {}  # when each address last failed
@@ -8209,7 +8229,7 @@ class StreamRecord:
                 self.failure_times[address] = now
             self.failures[reason.partition(";")[0]] += 1  # the label omits the qualities on offer
             self.has_failed = True
-            self.note_trouble(reason)  # under the same lock: a failed stream always has a reason
+            self.note_trouble(reason)  # under the same lock, so a failed stream always has a reason
 
     def note_trouble(self, reason: str) -> None:
         """Remember why a stream has no media, whether or not its upstream has ended."""
@@ -8217,7 +8237,7 @@ class StreamRecord:
             self.last_trouble = Trouble(reason, time.monotonic(), time.time())
 
     def forget_failures(self) -> None:
-        """Forget failures that prove nothing any more, because the upstream's settings changed."""
+        """Forget failures that no longer count, because the upstream's settings changed."""
         with self._lock:
             self.start_errors.clear()
             self.resolved = None
@@ -8226,7 +8246,7 @@ class StreamRecord:
     def start_order(self, addresses: Sequence[str]) -> list[int]:
         """The positions of the addresses in the order to try them.
 
-        That is the configured order, but with the addresses that failed within BAD_TIME last.
+        That is the configured order, except that addresses that failed within BAD_TIME are last.
         """
         since = time.monotonic() - BAD_TIME
         with self._lock:
@@ -8246,7 +8266,7 @@ class StreamRecord:
             self._good_copy = address, copy
 
     def good_copy(self, address: str) -> int:
-        """The position of the copy to try first: that with media last time, or else the first."""
+        """The position of the copy to try first: the last one that had media, or else the first."""
         with self._lock:
             known = self._good_copy
         if known is None:
@@ -8298,7 +8318,7 @@ class StreamRecord:
 # Channel: one upstream, the thread that feeds it, and its viewers
 #
 #   STARTING  its upstream is being opened; viewers wait.  Until its variants are known, viewers of
-#             every quality wait for it; those of another variant then begin again
+#             every quality wait for it; then those that want another variant begin again
 #   LIVE      shared by all viewers that request this variant
 #   PRIVATE   its source is finite, or late viewers cannot join it: it belongs to its first viewer,
 #             and the others start channels of their own
@@ -8310,16 +8330,16 @@ class StreamRecord:
 #   STARTING | LIVE | PRIVATE -> CLOSED                         Channels._close()
 #   STARTING | LIVE | PRIVATE | CLOSED -> ENDED                 Channels.end()
 #
-# The table above Channels lists all ways in which a channel ends.
+# The table above the class Channels lists all ways in which a channel ends.
 #
 # A LIVE or PRIVATE channel keeps its state while its origin fails and the failed upstream is
 # reopened: `trouble` says why it has no media, and its viewers keep their connections.
 # --------------------------------------------------------------------------------------------------
 
 WINDOW_GROWTH = 8  # times `ringbuffer_size` that a window may hold to keep enough segments
-LEAST_TICK = 0.05  # seconds between two checks of a feeder, at least: `linger` may be 0
+LEAST_TICK = 0.05  # seconds; the minimum between two checks of a feeder, as `linger` may be 0
 ONLY_VARIANT = "live"  # the name that streamlink gives to the stream of a source without variants
-PRIVATE_WINDOW = 1 * MIB  # bytes between a finite upstream and its viewer: its downloads read ahead
+PRIVATE_WINDOW = 1 * MIB  # bytes; a finite upstream's downloads already read ahead of its viewer
 ZAPPING_PAUSE = 0.5  # seconds between a start's tries while the origin counts a closed connection
 REOPEN_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # seconds between tries; the last one repeats
 HEALTHY_TIME = 60.0  # seconds of media after which the pauses start over
@@ -8346,7 +8366,7 @@ class Channel:
     ) -> None:
         """Prepare a start.
 
-        `order` has the positions of the stream's addresses in the order the start tries them.
+        `order` has the positions of the stream's addresses in the order in which to try them.
         """
         self.channels = channels
         self.wanted = wanted  # the requested quality
@@ -8362,8 +8382,8 @@ class Channel:
         self.address = stream.urls[order[0]]  # of its upstream, or of the last try
         self.account: str | None = None  # name of the playlist in whose account it holds a slot
         self.state = State.STARTING
-        self.is_reserved = is_reserved  # the viewer that caused its start is the only one
-        self.stopped = threading.Event()  # wakes its thread, which must end; set once, in stop()
+        self.is_reserved = is_reserved  # only the viewer that caused its start may attach
+        self.stopped = threading.Event()  # set once, in stop(): wakes its thread, which must end
         self.variant: str | None = None  # None until its start finds it
         self.variants: Mapping[str, str] | None = None  # name to variant; None until it finds them
         self.viewers: dict[Viewer, None] = {}  # in order of arrival
@@ -8371,7 +8391,7 @@ class Channel:
         self.has_hls = False  # clients can poll it
         self.idle_since = self.since  # when its last viewer left; only used while it has none
         self.error: StreamError | None = None  # why it failed; None: it did not
-        self.had_media = False  # it was LIVE or PRIVATE once
+        self.had_media = False  # it has been LIVE or PRIVATE
 
         # Written only by its own thread.
         self.note: str | None = None  # the tracks that viewers miss, in words
@@ -8382,7 +8402,7 @@ class Channel:
         self._splicer: Splicer | None = None  # None until the first media arrives
         self._has_end = False  # its source is finite; known when the first media has arrived
         self._tracks: Sequence[int] = ()  # numbers of the segments at which its tracks continue
-        self._left_out: Collection[int] = ()  # places of the tracks that the start left out
+        self._left_out: Collection[int] = ()  # positions of the tracks that the start left out
         self._order = order
         self._address = order[0]  # position of the address in use
         self._copy = 0  # position of the copy of its variant in use
@@ -8390,12 +8410,12 @@ class Channel:
         self._copies = 1  # number of copies that the address offered last
         self._last_byte = self.since  # last arrival of media, or the start; status() reads it
         self._troubled_since: float | None = None  # when `trouble` was first set in this outage
-        self._told: set[tuple[Place, str]] = set()  # the reasons logged since, and their places
+        self._told: set[tuple[Place, str]] = set()  # what was logged since the last recovery
         self._gaps = 0  # segments lost since the last recovery
-        self._losses = Losses()  # of the upstream's tracks, as counted so far
+        self._losses = Losses()  # those of the upstream's tracks that were counted so far
         self._segment_time: float | None = None  # seconds, as last measured
         self._bitrate = Bitrate()  # of the newest opening
-        self._skipped = 0  # segments lost in a running upstream, and not logged yet
+        self._skipped = 0  # segments lost in a running upstream and not logged yet
         self._start_level: int | None = None  # of the start's log lines; None: no line yet
 
     def __repr__(self) -> str:
@@ -8423,7 +8443,7 @@ class Channel:
         self.wake()
 
     def wake(self) -> None:
-        """Have the thread check its channel now."""
+        """Make the thread check its channel now."""
         upstream = self._upstream
         if upstream:
             upstream.buffer.wake()
@@ -8441,13 +8461,13 @@ class Channel:
 
     @property
     def is_over(self) -> bool:
-        """Whether it receives no more media."""
+        """Whether it will receive no more media."""
         return self.state in (State.CLOSED, State.ENDED)
 
     def suits(self, viewer: Viewer) -> bool:
         """Whether this start has, or may have, the variant that a waiting viewer wants.
 
-        True for every viewer until the variants are known.  The caller holds channels.changed.
+        Until the variants are known, it suits every viewer.  The caller holds channels.changed.
         """
         if self.variants is None or viewer.wanted == self.wanted:
             return True
@@ -8462,7 +8482,7 @@ class Channel:
     def poll_patience(self) -> float:
         """Seconds without a request after which a polling client counts as gone.
 
-        The playlist of a source that has ended stays for the same time.
+        The playlist of a source that has ended is kept for the same time.
         """
         if not self.has_hls:
             return self.linger
@@ -8552,10 +8572,10 @@ class Channel:
         log.log(level, "%s: %s: %s", self.stream.name, what, error.reason)
 
     def _see_pollers_off(self, is_complete: bool) -> None:
-        """Keep the playlist of a source that truly ended until polling clients have had the rest.
+        """Close the playlist and detach all pollers.
 
-        Blocks for `poll_patience` at most, then closes it and detaches all pollers.  Any other
-        playlist is closed at once.
+        If the source truly ended, first wait until they have left, for `poll_patience` at most, so
+        that they can fetch the rest.
         """
         if self.has_hls and is_complete:
             deadline = time.monotonic() + self.poll_patience
@@ -8570,9 +8590,9 @@ class Channel:
     def _open_first(self) -> None:
         """Try each address once, all within `timeout`, until one has media.
 
-        If none has, the last address that refused for too many connections is tried again while it
-        may still count one that StreamPipe has closed.  Returns if an address failed after it had
-        media; raises StreamError if none had any.
+        If none has, the last address that refused because of too many connections is tried again
+        while it may still count one that StreamPipe has closed.  Returns if an address failed after
+        it had media; raises StreamError if none had any.
         """
         order = deque(self._order)
         timeout = self.stream.options.timeout / len(order)
@@ -8678,7 +8698,7 @@ class Channel:
 
     @property
     def _is_last_copy(self) -> bool:
-        """Whether all copies that the address in use offers were tried since the first one."""
+        """Whether all copies that the address in use offers have been tried."""
         return self._next_copy == self._first_copy % self._copies
 
     def _wait(self, seconds: float, deadline: float | None = None) -> None:
@@ -8714,7 +8734,7 @@ class Channel:
         self._note_trouble(reason)
 
     def _note_trouble(self, reason: str) -> None:
-        """Note why there is no media; log each reason once in an outage, not at every try."""
+        """Note why there is no media; log each reason once per outage, not at every try."""
         if self.trouble is None:
             self._troubled_since = time.monotonic()
         self.trouble = reason
@@ -8740,8 +8760,8 @@ class Channel:
     def _choose_level(self) -> int:
         """Choose the level of a log line.
 
-        All lines of a start have the same level, because a player may repeat the start: see
-        StreamRecord.choose_level().
+        A player may repeat a failing start many times, so only one start in REPEAT_TIME logs
+        warnings.  All lines of a start have the same level.
         """
         if self._splicer:
             return logging.WARNING
@@ -8784,8 +8804,8 @@ class Channel:
     def _open_and_feed(self, timeout: float, deadline: float) -> NoReturn:
         """Open an upstream at the address in use, and feed the window until the upstream ends.
 
-        Media must arrive before `deadline`; each request while resolving may take `timeout`
-        seconds.  Raises UpstreamError if the opening fails, SourceEnded at the end of the source,
+        Media must arrive before `deadline`; resolving and opening may take `timeout` seconds in
+        all.  Raises UpstreamError if the opening fails, SourceEnded at the end of the source,
         LimitReached if the account of the address has no free slot, Stop if the channel must end,
         and StreamError if the origin lacks the wanted quality or the start takes too long.
         """
@@ -8799,7 +8819,7 @@ class Channel:
         session.resolve(address)
         name = self._find_variant(session)
         self._count_copies(session.count_copies(name))
-        if self._splicer is None:  # the copies share the time of their address
+        if self._splicer is None:  # the copies that are left share the time of their address
             tried = (self._copy - self._first_copy) % self._copies
             seconds = (deadline - time.monotonic()) / (self._copies - tried)
             deadline = time.monotonic() + seconds
@@ -8809,7 +8829,7 @@ class Channel:
         self._feed(upstream, deadline)
 
     def _count_copies(self, count: int) -> None:
-        """Note how many copies the address offers, which may be fewer than before."""
+        """Note how many copies the address offers; there may be fewer than before."""
         self._copies = count
         self._copy %= count
         self._first_copy %= count
@@ -8817,7 +8837,8 @@ class Channel:
     def _find_variant(self, session: Session) -> str:
         """The name of the variant to open.
 
-        Raises StreamError if the origin offers no wanted one, and Stop if another channel has it.
+        Raises StreamError if the origin offers none of the wanted qualities, and Stop if another
+        channel has the variant.
         """
         name = self._choose(session.canonical)
         if self._splicer is None:
@@ -8847,7 +8868,7 @@ class Channel:
         return upstream
 
     def _choose(self, offered: Collection[str]) -> str | None:
-        """The running variant, or else the first wanted one that is offered; None if none is."""
+        """The running variant if it is offered, or else the first wanted name that is, or None."""
         if self.variant in offered:
             return self.variant
         for name in names_in(self.wanted):
@@ -8857,7 +8878,8 @@ class Channel:
 
     def _quality_error(self, qualities: Sequence[str]) -> StreamError:
         """The error for an opening that offers none of the wanted qualities."""
-        # If the origin had the quality, or it is the configured one, a transcoder may be starting.
+        # If the origin once had the quality, or it is the configured one, its absence may be
+        # temporary: a transcoder may be starting.
         if self._splicer or self.wanted == self.stream.quality:
             offered = ", ".join(qualities)
             return UpstreamError(f"{NO_SUCH_QUALITY}; available: {offered}")
@@ -8906,7 +8928,7 @@ class Channel:
         one, or a clip of a few seconds), a relay sent it because its own source is down.
         """
         tick = FEEDER_TICK
-        if not self.viewers:  # the end of the linger time, unlike a departure, wakes no buffer
+        if not self.viewers:  # a viewer that leaves wakes the buffer; the end of `linger` does not
             tick = min(FEEDER_TICK, max(self.linger, LEAST_TICK))
         items: list[bytes | SegmentEvent] = []
         is_all = False
@@ -8922,12 +8944,15 @@ class Channel:
         return items, is_all
 
     def _judge(self, upstream: Upstream, alive: float, deadline: float | None) -> None:
-        """Raise StreamError if an upstream has failed without saying so.
+        """Raise StreamError if an upstream has failed without reporting it.
 
-        It has failed if a start or a reopening has no media by `deadline`; if nothing new arrived
-        for `timeout` or two target durations, whichever is longer; if the origin only refused for
-        two target durations and there is a backup; or if all segments had another container for
-        `reconnect` seconds.  `alive` is when the upstream last showed a sign of life.
+        It has failed if
+        - a start or a reopening has no media by `deadline`;
+        - nothing new arrived for `timeout` or two target durations, whichever is longer;
+        - it had nothing but trouble for two target durations, and there is a backup;
+        - all segments had another container for `reconnect` seconds.
+
+        `alive` is when the upstream last showed a sign of life.
         """
         now = time.monotonic()
         is_late = deadline is not None and now > deadline
@@ -8960,7 +8985,7 @@ class Channel:
         container = None
         if data:
             container = sniff(data, is_all, upstream.media_type)
-        if container is OTHER_MEDIA:  # its initialization section may show which
+        if container is OTHER_MEDIA:  # an initialization section may identify it
             data = b"".join(item for item in start if isinstance(item, bytes))
             container = sniff(data, is_all=True, media_type=upstream.media_type)
         if container is None:
@@ -8981,7 +9006,7 @@ class Channel:
     def _go_live(self, upstream: Upstream, container: Container, has_segments: bool) -> None:
         """Make the channel LIVE or PRIVATE with its first media, which waiting viewers then get.
 
-        This decides once whether the source is finite.  Raises Stop if another channel has the
+        This decides for good whether the source is finite.  Raises Stop if another channel has the
         variant, or the channel was stopped.
         """
         assert self.variants is not None
@@ -9017,7 +9042,7 @@ class Channel:
     def _move(self, upstream: Upstream, items: list[bytes | SegmentEvent]) -> None:
         assert self._splicer
         self.record.add_received(sum(len(item) for item in items if isinstance(item, bytes)))
-        pieces: list[bytes] = []  # adjacent bytes are passed on at once
+        pieces: list[bytes] = []  # bytes without an event between them, to pass on together
         for item in self._splicer.without_inserts(items):
             if isinstance(item, bytes):
                 pieces.append(item)
@@ -9070,11 +9095,11 @@ class Channel:
         self._count_gaps(self._losses.gaps - known.gaps)
 
     def _count_skipped(self, segments: int, upstream: Upstream, duration: float = 0.0) -> None:
-        """Count segments that are lost because no load of the playlist has listed them.
+        """Count segments that are lost because no load of the playlist listed them.
 
-        More segments than can have passed in the meantime are not counted: the origin has
-        restarted its numbering.  `duration` is that of the next segment in seconds, as the
-        playlist lists it; 0: not listed.
+        If there are more than can have passed in the meantime, they are not counted: the origin has
+        restarted its numbering.  `duration` is that of the next segment in seconds, as the playlist
+        lists it; 0: not listed.
         """
         if segments <= 0:
             return
@@ -9099,7 +9124,7 @@ class Channel:
             self._gaps += segments
 
     def _note_skip(self, segments: int) -> None:
-        """Log segments that no load of the playlist has listed; one warning in ten seconds."""
+        """Log segments that no load of the playlist listed; one warning per REPEAT_TIME."""
         self._skipped += segments
         level = self.record.choose_level()
         lost = _many(self._skipped, "segment")
@@ -9108,7 +9133,7 @@ class Channel:
             self._skipped = 0
 
     def _finish(self, upstream: Upstream) -> NoReturn:
-        """Pass on the bytes that waited for more, and raise SourceEnded.
+        """Pass on the bytes that are held back, and raise SourceEnded.
 
         Raises Stop if the rest of a file does not continue the part that viewers have.
         """
@@ -9155,7 +9180,7 @@ def names_in(quality: str) -> list[str]:
 
 
 def variant_of(quality: str, variants: Mapping[str, str]) -> str | None:
-    """The variant of the first name in `quality` that `variants` has; None if it has none."""
+    """The variant of the first name in `quality` that `variants` has; None if there is none."""
     for name in names_in(quality):
         if name in variants:
             return variants[name]
@@ -9186,12 +9211,12 @@ def no_quality_error(qualities: Iterable[str]) -> StreamError:
 # --------------------------------------------------------------------------------------------------
 # Channels: finds, starts and shares them
 #
-# How a viewer leaves.  The log's line has these words; `reason` is the metric's label.
+# How a viewer leaves.  `log` has the words of the log line, `reason` the label in the metric.
 #   cause                               decided by                 log                  reason
 #   it closed its connection            Handler._take, or a send;  left                 -
 #                                       at a limit, _let_go
 #   the source ended, and it has all    Window.take                got everything       -
-#   it took no byte for viewer_timeout  Handler._send_pieces       read nothing for ..  timeout
+#   it took no byte for viewer_timeout  Handler._send_pieces       read nothing for ... timeout
 #   it fell behind, and cannot skip     Window.take                fell behind          fell behind
 #   its segment of fMP4 broke off       Window.take                got half a segment   torn
 #   its channel failed for `reconnect`  drop_reason                disconnected by the  reconnect
@@ -9205,7 +9230,7 @@ def no_quality_error(qualities: Iterable[str]) -> StreamError:
 #   it polls, and the channel failed    end                        left                 drop_reason
 #   its start has no media for it       _await_start               a line of the start  -
 #
-# How a channel ends.  _close() makes it CLOSED, and end() makes it ENDED when its thread ends.
+# How a channel ends.  _close() makes it CLOSED; end() makes it ENDED when its thread ends.
 #   cause                               decided by                 first   log
 #   the source ended                    Channel._finish            ENDED   the origin ended ...
 #   all addresses of a start failed     Channel._open_first        ENDED   the reason
@@ -9231,12 +9256,12 @@ def no_quality_error(qualities: Iterable[str]) -> StreamError:
 #   a quality that the running channel lacks  404 without a request to the origin
 #   the stream's variants are being loaded    waits for them, whatever its quality
 #   max_viewers, max_upstreams                viewers that closed their connection are removed.  If
-#                                             the client's own address holds a place, it is probably
+#                                             the client's own address holds a slot, it is probably
 #                                             a player that zaps: the request waits ZAPPING_TIME for
-#                                             the place; then 503
+#                                             the slot; then 503
 #
-# Slots under max_upstreams (_holding, _room_at).  There are two kinds of limits, the server's and
-# that of each account, and one rule:
+# Slots under max_upstreams (_holding, _room_at).  The server has a limit, and so has each account.
+# The same rules apply to both:
 #   a channel that starts or runs             holds a slot of the server, and one of the account
 #                                             that its address belongs to
 #   a channel without viewers                 gives way, the one that has been idle longest first
@@ -9248,9 +9273,9 @@ def no_quality_error(qualities: Iterable[str]) -> StreamError:
 
 FAILURE_MEMORY = 2.0  # seconds; VLC repeats a request at once if the first answer is an error
 ZAPPING_TIME = 2.0  # seconds that a client which changes channels waits for its previous slot
-ZAPPING_TICK = 0.05  # seconds between two checks whether that slot is free
-TITLES_TOLD = 3  # titles in the refusal of a full account
-STATES_SHOWN = (*PLAYING, "waiting", "starting")  # best first: a stream shows its best one
+ZAPPING_TICK = 0.05  # seconds between two checks of whether that slot is free
+TITLES_TOLD = 3  # titles named in the refusal of a full account
+STATES_SHOWN = (*PLAYING, "waiting", "starting")  # best first: a stream shows its channels' best
 
 
 @dataclass(frozen=True)
@@ -9292,7 +9317,7 @@ class Channels:
         if the stream cannot be served, and ViewerGone if the viewer left meanwhile.
         """
         began = time.monotonic()
-        is_reserved = False  # its start must serve this viewer alone: the source is private
+        is_reserved = False  # the start must serve this viewer alone, in a private channel
         with self.changed:
             while True:
                 if viewer.is_gone():
@@ -9312,11 +9337,11 @@ class Channels:
     def poll(
         self, stream: StreamSettings, quality: str | None, viewer: Viewer, *, anew: bool
     ) -> tuple[Channel, Viewer]:
-        """Find or start the channel for an HLS request, and the viewer that stands for its client.
+        """Find or start the channel for an HLS request, and the Viewer that stands for its client.
 
-        A client of an ended channel gets the rest of it while its playlist stays, unless `anew`
-        says that the client starts again.  Blocks and raises like watch(); raises StreamError also
-        if the channel has no HLS.
+        While an ended channel keeps its playlist, its clients get the rest of it, unless `anew`
+        says that a client starts again.  Blocks and raises like watch(), and also raises
+        StreamError if the channel has no HLS.
         """
         with self.changed:
             channel = None
@@ -9335,7 +9360,7 @@ class Channels:
     def _add_poller(self, channel: Channel, viewer: Viewer) -> None:
         """Keep an attached viewer as a poller until it stops sending requests.
 
-        Otherwise detach it: if its client is a poller already, if the channel has no HLS (raises
+        Detaches it instead if its client is a poller already, if the channel has no HLS (raises
         NoHls), or if the channel has ended (raises UpstreamError).
         """
         is_known = viewer.key in channel.pollers  # another request of this client was faster
@@ -9350,7 +9375,7 @@ class Channels:
             return
 
         def is_silent() -> bool:
-            # The patience is read at every check: the target duration of a raw source grows.
+            # Read the patience at every check, because the target duration of a raw source grows.
             return time.monotonic() - viewer.moved > channel.poll_patience
 
         viewer.is_gone = is_silent
@@ -9382,7 +9407,7 @@ class Channels:
             if viewer:
                 viewer.moved = time.monotonic()
                 viewer.sent += size
-            else:  # it was so slow that it was detached as gone
+            else:  # it took so long that it was detached as gone
                 channel.record.add("sent", size)
 
     def leave(self, channel: Channel, viewer: Viewer) -> None:
@@ -9412,14 +9437,14 @@ class Channels:
             return self._status(stream)
 
     def active_names(self) -> set[str]:
-        """The names of streams that have a channel, or failed and have received nothing since."""
+        """The names of streams that have a channel, or that failed and received nothing since."""
         with self.changed:
             running = {channel.stream.name for channel in self._channels}
             failed = {name for name, record in self._records.items() if record.has_failed}
             return running | failed
 
     def totals(self, stream: StreamSettings) -> Counter[str]:
-        """A stream's counts since the server started, including those of its present viewers."""
+        """A stream's counts since the server started, including those of its current viewers."""
         with self.changed:
             counts = self.known(stream.name).counts.copy()
             for channel in self._channels_of(stream.name):
@@ -9456,8 +9481,8 @@ class Channels:
     def _attach(self, name: str, quality: str | None, viewer: Viewer, is_reserved: bool) -> Channel:
         """Attach the viewer to a running channel or a new one, without waiting for media.
 
-        `is_reserved`: no other viewer may share the channel.  Raises StreamError in the cases that
-        the comment above this section lists.
+        `is_reserved`: no other viewer may share the channel.  Raises StreamError if the viewer
+        cannot attach: the table above ("Requests that cannot attach") lists the cases.
         """
         if self.stopping.is_set():
             raise stopping_error()
@@ -9494,7 +9519,7 @@ class Channels:
     def _start(
         self, stream: StreamSettings, wanted: str, is_reserved: bool, order: Sequence[int]
     ) -> Channel:
-        """Make a channel and start its thread, which first needs the lock that the caller holds.
+        """Make a channel and start its thread, which waits for the lock that the caller holds.
 
         Raises LimitReached if the system has no threads left.
         """
@@ -9509,7 +9534,10 @@ class Channels:
         return channel
 
     def _find(self, stream: StreamSettings, wanted: str) -> Channel | None:
-        """The channel that has, or will have, the first of the wanted qualities that exists."""
+        """The channel that has, or will have, the first of the wanted qualities that exists.
+
+        None if there is no such channel, or the variants are unknown.
+        """
         variant = variant_of(wanted, self._variants_of(stream))
         if variant is None:
             return None
@@ -9519,7 +9547,7 @@ class Channels:
         return None
 
     def _find_start(self, stream: StreamSettings, wanted: str) -> Channel | None:
-        """A start to wait for: its variants are unknown, or the same quality was requested."""
+        """A start to wait for: one with unknown variants, or for the same quality; or None."""
         for channel in self._channels_of(stream.name):
             is_start = channel.is_offered and channel.state is State.STARTING
             if is_start and (channel.variants is None or channel.wanted == wanted):
@@ -9535,7 +9563,7 @@ class Channels:
         return variants
 
     def _recall(self, stream: StreamSettings, wanted: str) -> None:
-        """Raise the error that a start would end with, if it is known without one."""
+        """Raise the error with which a start would end, if it is known without trying."""
         record = self.record(stream.name)
         now = time.monotonic()
         for quality, (at, _) in tuple(record.start_errors.items()):
@@ -9564,8 +9592,8 @@ class Channels:
     def _make_slot(self, stream: StreamSettings, viewer: Viewer) -> list[int]:
         """Make room for a start; returns the positions of the addresses in the order to try them.
 
-        The first one has a slot; those found to have none are last.  Raises LimitReached if no
-        address has a slot.
+        The first one has a slot; those that have none are last.  Raises LimitReached if no address
+        has a slot.
         """
         order = self.record(stream.name).start_order(stream.urls)
         first: LimitReached | None = None
@@ -9585,7 +9613,7 @@ class Channels:
     def _let_go(self, newcomers: Collection[Viewer]) -> None:
         """Detach viewers that have left.
 
-        A polling client has left its channel when it is among the newcomers to another.
+        A polling client has left its channel if it is among the newcomers to another.
         """
         keys = {viewer.key for viewer in newcomers if viewer.polls}
         for channel in tuple(self._channels):
@@ -9642,10 +9670,10 @@ class Channels:
         newcomers: Collection[Viewer],
         mover: Channel | None = None,
     ) -> None:
-        """Make room for what _room_at() judges: close channels that must give way.
+        """Make room for a start or a mover: close the channels that _room_at() finds in the way.
 
-        If there is no room, viewers that have left are detached first.  Raises LimitReached if
-        there is still none.
+        If there is no room, first detaches viewers that have left.  Raises LimitReached if there is
+        still none.
         """
         room = self._room_at(stream, address, mover)
         if room.refusal:
@@ -9657,7 +9685,7 @@ class Channels:
             self._close(channel)
 
     def _await_start(self, channel: Channel, viewer: Viewer, deadline: float) -> bool:
-        """Wait until the channel has media for this viewer; False if the viewer must begin again.
+        """Wait until the channel has media for this viewer; False if the viewer must start over.
 
         Raises StreamError if the start failed, or has no media by the viewer's own deadline, and
         ViewerGone if the viewer left.
@@ -9740,9 +9768,9 @@ class Channels:
     # Channels' threads
 
     def take_slot(self, channel: Channel, address: str) -> None:
-        """Take a slot of an address's account, if any, for a channel that will open the address.
+        """Take a slot of an address's account, if it has one, for a channel about to open it.
 
-        The channel gives its slot of another account back.  Raises LimitReached if none is free.
+        The channel gives back its slot of another account.  Raises LimitReached if none is free.
         """
         with self.changed:
             self._make_room(channel.stream, address, channel.viewers, channel)
@@ -9754,8 +9782,8 @@ class Channels:
     ) -> None:
         """Record the variants that a start found; `variant` is None if the wanted one is missing.
 
-        Viewers that wait for the start and want another variant begin again.  Raises Stop if
-        another channel has this variant: the start must end, and its viewers attach there.
+        Viewers that wait for the start but want another variant start over.  Raises Stop if another
+        channel has this variant: the start must end, and its viewers attach there.
         """
         with self.changed:
             channel.variants = canonical
@@ -9792,7 +9820,7 @@ class Channels:
     def end(self, channel: Channel, is_complete: bool, error: StreamError | None) -> None:
         """Record that a channel's thread ends, and how; called once for each channel."""
         with self.changed:
-            if channel.state is not State.CLOSED:  # or stop() cut the upstream: that is no failure
+            if channel.state is not State.CLOSED:  # if it is, stop() cut the upstream: no failure
                 channel.error = error
             if channel.state is State.STARTING and error:
                 self._remember_failure(channel, error)
@@ -9818,7 +9846,7 @@ class Channels:
     def close_idle_beside(self, newcomer: Channel, address: str) -> None:
         """Close the channels without viewers that use an address's host or account.
 
-        Their connections may be why the address refuses another one.
+        Their connections may be the reason why the address refuses another one.
         """
         with self.changed:
             counted = _counted_by(address, self._account_of(newcomer.stream, address))
@@ -9829,9 +9857,9 @@ class Channels:
                     self._close(channel)
 
     def was_just_closed(self, newcomer: Channel, address: str) -> bool:
-        """Whether an address's host or account may still count a closed connection.
+        """Whether an address's host or account may still count a connection closed just now.
 
-        Many panels allow one connection at a time.
+        Many panels allow only one connection at a time.
         """
         with self.changed:
             counted = _counted_by(address, self._account_of(newcomer.stream, address))
@@ -9889,10 +9917,10 @@ class Channels:
     # Main
 
     def reload(self, config: Config) -> None:
-        """Use other settings; stop the channels of streams that were removed or pull differently.
+        """Use a new configuration; stop the channels of streams that were removed or changed.
 
-        All other streams keep their failures and totals; a stream that pulls differently keeps its
-        totals.
+        A stream counts as changed if its `pulled` differs.  It keeps its totals; all other streams
+        also keep their failures.
         """
         with self.changed:
             old = self._config
@@ -9917,7 +9945,7 @@ class Channels:
                     record.forget_failures()
 
     def stop(self, timeout: float) -> bool:
-        """Disconnect all viewers, stop all threads; False if one is not done after `timeout` s."""
+        """Disconnect all viewers, stop all threads; False if one still runs after `timeout` s."""
         with self.changed:
             self.stopping.set()
             for channel in self._channels:
@@ -9931,7 +9959,7 @@ class Channels:
 def _surplus(holders: Sequence[Channel], limit: int) -> list[Channel] | None:
     """The channels without viewers that must close to free a slot under a limit (0: no limit).
 
-    None if closing all of them frees none.
+    None if closing all of them would free none.
     """
     count = len(holders) + 1 - limit
     if limit == 0 or count <= 0:
@@ -9972,15 +10000,15 @@ def _counted_by(address: str, account: str | None) -> set[tuple[str, str]]:
 # --------------------------------------------------------------------------------------------------
 # Lists: loads the channel lists in the background, and applies them
 #
-# A thread for each playlist loads its list at the start, every `refresh`, and on a reload.  When a
-# list has changed, the thread rebuilds the configuration with the streams of all lists, and applies
-# it like a reload of the file.  If a list cannot be used, the previous one stays.
+# A thread for each playlist loads its list at the start, every `refresh` seconds, and on a reload.
+# When a list has changed, the thread rebuilds the configuration with the streams of all lists, and
+# applies it like a reload of the file.  If a list cannot be used, the previous one is kept.
 # --------------------------------------------------------------------------------------------------
 
 LIST_TIME = 300.0  # seconds that a list may take to load
-LIST_PAUSES = (10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds until a failed load is repeated
+LIST_PAUSES = (10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds between tries; the last repeats
 FIRST_LIST_TIME = 60.0  # seconds that players are asked to wait for a list's first load
-SHRUNK_TIME = 600.0  # seconds until a list that lost half of its channels is accepted
+SHRUNK_TIME = 600.0  # seconds until a list that lost more than half of its channels is accepted
 LISTS_WAIT = 5  # seconds after which players may repeat their request
 LISTS_LOAD = "the list of channels is being loaded"
 
@@ -10036,7 +10064,7 @@ class LoadingList:
         self.trouble: str | None = None  # why the newest load was refused
         self.refusals = 0  # loads refused in a row
         self.shrunk: float | None = None  # when it was first found to have lost half its channels
-        self.is_new = True  # no list was accepted with these settings: the first may have any size
+        self.is_new = True  # no list was accepted with these settings, so any size is accepted
         self.is_over = False  # removed from the configuration, or the server stops
         self.fetch: Fetch | None = None  # the request in progress
         self.thread: threading.Thread | None = None
@@ -10047,14 +10075,14 @@ class LoadingList:
         return 0 if self.list is None else len(self.list.entries)
 
     def has_lost_half(self, loaded: ChannelList) -> bool:
-        """Whether a new list has less than half of the accepted list's channels.
+        """Whether a new list has fewer than half of the accepted list's channels.
 
         A list with other settings, such as other `groups:`, may be as short as it likes.
         """
         return not self.is_new and len(loaded.entries) * 2 < self.channel_count
 
     def load_in(self, seconds: float) -> None:
-        """Let it be due after this time, unless a reload has made it due earlier."""
+        """Make it due after this time, unless a reload has made it due earlier."""
         due = time.monotonic() + seconds
         if self.due is None or due < self.due:
             self.due = due
@@ -10085,8 +10113,8 @@ class Lists:
     def __init__(self, config: Config, apply: Callable[[Config], None]) -> None:
         """`apply` is called with each new configuration, by one thread at a time."""
         self._apply = apply
-        # Held while a configuration is built and applied, so that they are applied in order.  Taken
-        # before _changed, which is not held during apply().
+        # Held while a configuration is built and applied, so that configurations are applied in
+        # order.  Taken before _changed, which is not held during apply().
         self._applying = threading.Lock()
         # Guarded by _applying.
         self._names: dict[Identity, str] = {}
@@ -10171,7 +10199,7 @@ class Lists:
     # Viewers' threads
 
     def wait_time(self) -> int | None:
-        """Seconds after which a player may ask again; None if it can have the present streams.
+        """Seconds after which a player may ask again; None if it may have the streams at once.
 
         Players delete the channels that a playlist lacks, so they must wait for the first load.
         """
@@ -10242,7 +10270,7 @@ class Lists:
             self._publish()
 
     def _accept_or_refuse(self, each: LoadingList, outcome: ChannelList | str) -> bool:
-        """Accept or refuse the outcome of a load; returns whether it was accepted.
+        """Accept or refuse the outcome of a load, and return whether it was accepted.
 
         The caller holds _changed.
         """
@@ -10297,7 +10325,7 @@ class Lists:
     def _publish(self, *, is_reload: bool = False) -> None:
         """Build the configuration with the streams of all lists, and apply it if it has changed.
 
-        A reload applies it even if it has not: the caller waits for that.
+        A reload applies it in any case, because its caller waits for that.
         """
         with self._applying:
             with self._changed:
@@ -10306,7 +10334,7 @@ class Lists:
                 lists = {name: each.list for name, each in self._lists.items() if each.list}
                 is_complete = len(lists) == len(self._lists)
             config, names = with_lists(config, lists, self._names)
-            if not is_waiting:  # before that, a list configured earlier may claim better names
+            if not is_waiting:  # until then, a list configured earlier may still claim its names
                 self._names = names
             if is_reload or config != self._applied:
                 self._apply(config)
@@ -10315,7 +10343,7 @@ class Lists:
                 self._warn_of_missing(config)
 
     def _warn_of_missing(self, config: Config) -> None:
-        """Warn once of each stream that has no address and is in no list."""
+        """Warn once about each stream that has no address and is in no list."""
         missing = config.overrides.keys() - config.streams.keys()
         for name in sorted(missing - self._missed):
             log.warning("streams.%s: url is missing, and no list has this stream", name)
@@ -10332,15 +10360,15 @@ class Site:
     """The server as one client sees it."""
 
     server: Server
-    config: Config  # the server's when the request was read: a reload replaces server.config
-    url: str  # without a slash at the end
-    lan_url: str  # the same, as other machines in the network reach it
+    config: Config  # as it was when the request was read: a reload replaces server.config
+    url: str  # the server's base address, without a slash at the end
+    lan_url: str  # the same, for other machines on the network
     is_trusted: bool  # whether the client may learn the token
     asked: Mapping[str, Sequence[str]]  # the query of the request
 
     @property
     def streams(self) -> Collection[StreamSettings]:
-        """The streams that playlists and pages show: all but hidden ones."""
+        """The streams that playlists and pages show: all but the hidden ones."""
         return [stream for stream in self.config.streams.values() if not stream.hide]
 
     @property
@@ -10381,7 +10409,7 @@ class Site:
         return f"{self.url}/{path}{self.query()}"
 
     def typed(self, path: str, **wanted: str | None) -> str:
-        """Return an address that a person can type into a television."""
+        """Return an address that people can type into a television."""
         return f"{self.lan_url}/{path}{self.query(**wanted)}"
 
 
@@ -10401,7 +10429,7 @@ def json_page(content: object, indent: int | None = 1) -> Page:
 def playlist_page(site: Site, streams: Iterable[StreamSettings]) -> Page:
     """Return an extended M3U.
 
-    Each attribute is read by at least one of Kodi, TVHeadend, Jellyfin, VLC, mpv and Channels DVR.
+    At least one of Kodi, TVHeadend, Jellyfin, VLC, mpv and Channels DVR reads each attribute.
     """
     head = "#EXTM3U"
     guides = ",".join(site.link(path) for path in guide_paths(site.config))
@@ -10413,7 +10441,7 @@ def playlist_page(site: Site, streams: Iterable[StreamSettings]) -> Page:
         title = _cleaned(stream.title) or stream.name
         attributes = {
             "tvg-id": _cleaned(stream.tvg_id),
-            "channel-id": stream.name,  # Channels DVR identifies a channel by it
+            "channel-id": stream.name,  # by which Channels DVR identifies a channel
             "tvg-name": title,
             "tvg-logo": _quoted(stream.logo),
             "tvg-chno": "" if stream.number is None else str(stream.number),
@@ -10444,7 +10472,7 @@ def guide_paths(config: Config) -> list[str]:
 
 
 def guide_at(config: Config, path: str) -> tuple[PlaylistSettings, str] | None:
-    """Return the settings and the address to request the guide at a path; None without a guide."""
+    """Return the settings and address for requesting the guide at a path, or None."""
     if path == "/epg.xml" and config.server.epg:
         return PlaylistSettings("epg", "", options=config.options), config.server.epg
     found = GUIDE_PATH.fullmatch(path)
@@ -10461,7 +10489,7 @@ def guide_at(config: Config, path: str) -> tuple[PlaylistSettings, str] | None:
 
 
 def whole_guide(parts: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield a guide's body; its first part is long enough to show the format.
+    """Yield a guide's body; the first part is long enough to show its format.
 
     Raises UpstreamError if the body is a web page.
     """
@@ -10493,7 +10521,7 @@ def unpacked(parts: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _cleaned(text: str | None) -> str:
-    """Return text without line breaks, double quotes and commas, which M3U cannot escape.
+    """Return text without line breaks, double quotes or commas, which M3U cannot escape.
 
     mpv ends an entry's attributes at the first comma, and Jellyfin at the last.
     """
@@ -10504,7 +10532,7 @@ def _cleaned(text: str | None) -> str:
 
 
 def _quoted(address: str | None) -> str:
-    """Return an equivalent address without white space, commas and double quotes."""
+    """Return an equivalent address without white space, commas or double quotes."""
     if address is None:
         return ""
     without_spaces = "%20".join(address.split())
@@ -10512,7 +10540,7 @@ def _quoted(address: str | None) -> str:
 
 
 GUIDE_PATH = re.compile(r"/epg/([a-z0-9-]+)\.xml")
-GUIDE_START = 256  # bytes of a guide that show its format
+GUIDE_START = 256  # bytes of a guide that suffice to show its format
 # `<html` or `<!DOCTYPE html`, perhaps after a byte order mark and an XML declaration.
 HTML_START = re.compile(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?<(!doctype\s+)?html", re.IGNORECASE)
 GZIP_START = b"\x1f\x8b"  # RFC 1952, 2.3.1
@@ -10524,7 +10552,7 @@ SCAN_STATUS = {"ScanInProgress": 0, "ScanPossible": 1, "Source": "Cable", "Sourc
 
 
 def discover_page(site: Site) -> Page:
-    """Return the document by which Plex, Jellyfin and Emby recognize a tuner."""
+    """Return the document from which Plex, Jellyfin and Emby recognize a tuner."""
     server = site.config.server
     return json_page({
         "FriendlyName": server.name,
@@ -10535,7 +10563,7 @@ def discover_page(site: Site) -> Page:
         "DeviceAuth": "streampipe",
         "BaseURL": site.url,
         "LineupURL": f"{site.url}/lineup.json",
-        "TunerCount": tuner_count(site.config),  # Plex turned a string into 49
+        "TunerCount": tuner_count(site.config),  # a number: Plex turned a string into 49
     })  # fmt: skip
 
 
@@ -10580,8 +10608,8 @@ def scan_page(site: Site) -> Page:
 def guide_numbers(streams: Collection[StreamSettings]) -> dict[str, int]:
     """Return each stream's number by its name: the configured number, or one made from the name.
 
-    Plex maps its guide by these numbers, so inserting a stream may change another's number only
-    if the two collide: the name that sorts later gets the next free number.
+    Plex maps its guide by these numbers.  So a new stream changes another one's number only if the
+    two collide: then the name that sorts later gets the next free number.
     """
     numbers = {stream.name: stream.number for stream in streams if stream.number}
     taken = set(numbers.values())
@@ -10594,7 +10622,7 @@ def guide_numbers(streams: Collection[StreamSettings]) -> dict[str, int]:
 
 
 def _free_number(first: int, taken: Collection[int]) -> int:
-    """Return the first free guide number from `first` on; after the last, the first follows."""
+    """Return the first free guide number from `first` on; the search wraps around at the end."""
     number = first
     for _ in GUIDE_NUMBERS:
         if number not in taken:
@@ -10612,7 +10640,7 @@ def _free_number(first: int, taken: Collection[int]) -> int:
 def device_id(port: int) -> str:
     """Return eight hexadecimal digits that stay the same for this machine and port.
 
-    systemd asks programs not to expose the machine's ID itself, so it is hashed.
+    The machine's ID is hashed, because systemd asks programs not to expose it.
     """
     machine = ""
     with contextlib.suppress(OSError, ValueError):
@@ -10647,7 +10675,7 @@ def device_page(site: Site) -> Page:
 
 
 def status_json(site: Site) -> Page:
-    """Return the whole status; `?stream=NAME` and `?active=1` limit the streams in it."""
+    """Return the whole status; `?stream=NAME` and `?active=1` restrict its streams."""
     streams: Iterable[StreamSettings] = site.config.streams.values()
     if name := site.wants("stream"):
         streams = [stream for stream in streams if stream.name == name]
@@ -10673,7 +10701,7 @@ def metrics_page(site: Site) -> Page:
     buckets = {f"_bucket{_labels(le=bound)}": first_bytes[bound] for bound in FIRST_BYTE_BOUNDS}
     histogram = {**buckets, "_sum": first_byte_sum, "_count": first_bytes["+Inf"]}
     requests = {_labels(code=code): count for code, count in sorted(answers.items())}
-    # Report zeros, too: Prometheus sees no increase in a counter whose first sample is one.
+    # Report zeros, too: Prometheus sees no increase in a counter that first appears as 1.
     refused = {_labels(reason=limit): refusals[limit] for limit in LIMITS}
     failed_lists = [each for each in server.lists.report() if each["last_error"] is not None]
     limits = site.config.server
@@ -10797,20 +10825,21 @@ def _family(name: str, words: str, samples: Samples) -> str:
 
 # For people
 #
-# All pages work without script; PAGE_SCRIPT adds comfort.  No page reloads itself, because that
-# would take the focus from a person with a remote control, a keyboard or a screen reader.
+# All pages work without JavaScript; PAGE_SCRIPT only makes them more convenient.  No page reloads
+# itself, because a person with a remote control, a keyboard or a screen reader would lose the
+# focus.
 
 HTML = "text/html; charset=utf-8"
 NO_STREAMS = "no streams are configured: add some under streams: in the file, and restart"
 ALL_OPEN = 60  # streams; if there are more, only the requested group is open
 ALL_SENT = 500  # streams; if there are more, the page has only the requested cards
-MOST_CARDS = 200  # in such a page
-MOST_LINES = 50  # in the list of streams and lists that need attention
+MOST_CARDS = 200  # in a page with the requested cards, or in a search's results
+MOST_LINES = 50  # in the list of streams and channel lists that need attention
 MOST_PLAYING = 24  # cards of playing streams while no group is open
 MOST_VIEWERS = 200  # rows of the table of viewers
 HUES = 24  # colors behind initials
 FEW_GROUPS = 24  # if there are more, their links would push the results of a search off the screen
-UNFOLDED_LINES = 3  # in that list; if there are more, it is folded
+UNFOLDED_LINES = 3  # if more need attention, their list is folded
 FRESH = 600.0  # seconds during which a failure needs attention
 HELP = """<p>No picture? Chrome and Edge play this from version 142 on, as do Safari and Android's
 browsers. Firefox on a desktop does not. Page Up and Page Down change the channel.</p>"""
@@ -10918,10 +10947,10 @@ video{aspect-ratio:auto;height:calc(100vh - 4.2rem);max-height:none}
 @media (max-width:600px){#Attention i{display:none}}
 .watch:has(#Trouble) header .note{display:none}
 """
-# A logo that fails to load takes no space, so the initials behind it show: an image with neither
-# a height nor alternative text represents nothing (HTML, 15.4.2).
+# If a logo fails to load, the initials behind it show, because its image takes no space: an image
+# with neither a height nor alternative text represents nothing (HTML, 15.4.2).
 
-# A browser runs no other script: the policy has only the hash of this one.
+# Browsers run no other script, because the policy allows only the hash of this one.
 PAGE_SCRIPT = r"""
 "use strict"
 // The pages work without it, in less comfort.
@@ -11161,7 +11190,7 @@ if (video) {
 _digest = hashlib.sha256(PAGE_SCRIPT.encode()).digest()
 SCRIPT_HASH = f"sha256-{base64.b64encode(_digest).decode()}"
 
-# A proxy refuses an answer whose head is larger than the proxy's buffer, often 4 KiB.
+# A proxy refuses an answer whose head exceeds the proxy's buffer, often 4 KiB.
 POLICY_HOSTS = 1 * KIB  # bytes of logo hosts in a policy; if there are more, it allows any host
 # The scheme and the host with its port, without a user and password.  The host must end there: one
 # with other characters does not match, because it does not fit into a policy.
@@ -11190,7 +11219,7 @@ def policy_headers(config: Config) -> dict[str, str]:
 
 
 def _document(title: str, body: str, kind: str = "", about: Mapping[str, str] = {}) -> Page:
-    """Return a page.  `kind` is the class of its content; its script reads `about`."""
+    """Return a page.  `kind` is the CSS class of its content; `about` is data for its script."""
     data = "".join(f' data-{key}="{html.escape(text)}"' for key, text in about.items() if text)
     text = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -11219,12 +11248,12 @@ class Choice:
     group: str
 
     def has(self, stream: StreamSettings) -> bool:
-        """Whether a search finds a stream: it has all words."""
+        """Whether a stream has all words of the search."""
         text = _search_text(stream)
         return all(word in text for word in self.words)
 
     def rank(self, stream: StreamSettings) -> int:
-        """Return the place of a found stream among the others: 0 for the best ones."""
+        """Return how well a found stream matches: 0 is the best, and shown first."""
         phrase = " ".join(self.words)
         title = _folded(stream.title)
         if phrase in (title, str(stream.number)):
@@ -11244,7 +11273,7 @@ def _group_of(stream: StreamSettings) -> str:
     return stream.group or "Streams"
 
 
-@functools.lru_cache(maxsize=20_000)  # a list may have as many channels
+@functools.lru_cache(maxsize=20_000)  # a channel list may have that many channels
 def _folded(text: str) -> str:
     """Return text for comparisons that ignore accents and case."""
     letters = ""
@@ -11267,7 +11296,7 @@ class Board:
         self.streams = streams
         self.query = html.escape(site.query())
         names = site.server.channels.active_names()
-        # There is nothing to report about any other stream.
+        # Other streams have nothing to report.
         self.active = {
             stream.name: site.status(stream) for stream in self.streams if stream.name in names
         }
@@ -11333,7 +11362,7 @@ class Board:
         return [html.escape(note) for note in notes]
 
     def _state(self, stream: StreamSettings) -> str:
-        """Return a state in words, with its age and the time until a channel stops waiting."""
+        """Return a state in words, with the age of a failure or the times of a wait."""
         status = self.active[stream.name]
         state = status["state"]
         color = state
@@ -11350,7 +11379,7 @@ class Board:
         return f'<span class="{color}">{words}</span>'
 
     def _waiting_words(self, status: Mapping[str, Any]) -> str:
-        """Return how long the first channel in a stream's state has waited, and will wait."""
+        """Return how long the first channel with the stream's state has waited, and will wait."""
         state = status["state"]
         channels = [each for each in status["channels"] if each["state"] == state]
         waited = _whole(_duration(channels[0]["waiting_seconds"]))
@@ -11358,7 +11387,7 @@ class Board:
         return f"{state} for {waited}, gives up in {left}"
 
     def _is_over(self, stream: StreamSettings) -> bool:
-        """Whether a failure has become irrelevant: it is old, or its account plays a stream now."""
+        """Whether a failure no longer matters: it is old, or its account now plays a stream."""
         is_old = self.active[stream.name]["last_error_seconds"] > FRESH
         return is_old or self._account(stream.name) in self.playing_accounts
 
@@ -11478,8 +11507,8 @@ BAR_STEP = 4  # from one bar to the next
 def _chart(bitrates: Sequence[float], scale: float, uptime: float) -> str:
     """Return the last five minutes as bars; `scale` is the bits per second at the top.
 
-    The line above the bars also has `uptime`, in seconds, which would need a line of its own
-    among the figures of a narrow card.
+    The line above the bars also shows `uptime`, in seconds, which would need another line among the
+    figures of a narrow card.
     """
     bars = ""
     for n, rate in enumerate(bitrates):
@@ -11548,12 +11577,12 @@ def status_page(site: Site) -> Page:
 
 
 def _flag(name: str, is_set: bool) -> str:
-    """Return a boolean HTML attribute, which has no value; empty if it is not set."""
+    """Return a boolean HTML attribute with a leading blank; empty if it is not set."""
     return f" {name}" if is_set else ""
 
 
 def _search_address(site: Site) -> str:
-    """Return the address of a search for the page's script, which adds the words to its end."""
+    """Return the address of a search, to which the page's script appends the words."""
     query = site.query()
     if not query:
         return "./?q="
@@ -11600,7 +11629,7 @@ def _group_link(site: Site, choice: Choice, group: str, title: str, count: int) 
 
 
 def _found(board: Board, choice: Choice) -> str:
-    """Return the cards of the streams that a search finds, the best ones first."""
+    """Return the cards of the streams that a search finds, the best matches first."""
     found = [stream for stream in board.streams if choice.has(stream)]
     if not found:
         return '<p id="Nothing">No channel matches. Try fewer or shorter words.</p>'
@@ -11622,7 +11651,7 @@ def _groups(board: Board, chosen: str) -> str:
 
     is_many = len(board.streams) > ALL_OPEN
     has_all = len(board.streams) <= ALL_SENT
-    if is_many and len(groups) == 1:  # without links to groups
+    if is_many and len(groups) == 1:  # there are no links to groups, so open this one
         (chosen,) = groups
 
     text = ""
@@ -11637,8 +11666,8 @@ def _groups(board: Board, chosen: str) -> str:
 
         is_open = is_chosen or not (chosen or is_many)
         is_hidden = bool(chosen) and not is_chosen
-        # If there are many streams, closed groups are hidden.  A heading must not take the focus:
-        # a person who closed its group could not open it again.
+        # If there are many streams, closed groups are hidden.  So headings must not take the focus:
+        # a person who closed a group with its heading could not open it again.
         fixed = ""
         if is_many:
             fixed = ' tabindex="-1"'
@@ -11657,7 +11686,7 @@ def _groups(board: Board, chosen: str) -> str:
 
 
 def _card(board: Board, stream: StreamSettings, *, has_group: bool = False) -> str:
-    """Return a stream's card.  All of its area is a link to the watch page."""
+    """Return a stream's card.  Its whole area is a link to the watch page."""
     link = _link(board, stream, has_group=has_group)
     now = board.now(stream)
     if now:
@@ -11678,7 +11707,7 @@ def _link(board: Board, stream: StreamSettings, *, has_group: bool = False) -> s
 
 
 def _logo(stream: StreamSettings) -> str:
-    """Return the logo over initials on a color of the stream's own, until the logo has loaded."""
+    """Return the logo, with the stream's initials and color behind it until it has loaded."""
     hue = zlib.crc32(stream.name.encode()) % HUES * 360 // HUES
     image = ""
     if stream.logo:
@@ -11702,7 +11731,7 @@ def _initials(title: str) -> str:
 
 
 def status_answer(site: Site) -> Page:
-    """Return the status for programs, or with `?html=1` for the pages' script."""
+    """Return the status for programs or, if the query has `html=1`, for the pages' script."""
     if site.wants("html"):
         return update_page(site)
     return status_json(site)
@@ -11732,7 +11761,7 @@ def update_page(site: Site) -> Page:
     return json_page({"parts": parts, "streams": streams}, indent=None)
 
 
-# Names by the word in the User-Agent.  Edge and Opera also call themselves Chrome.
+# Names by a word in the User-Agent.  The order matters: Edge and Opera also call themselves Chrome.
 BROWSERS: Mapping[str, str] = {
     "Edg": "Edge",
     "OPR": "Opera",
@@ -11758,7 +11787,7 @@ def player_of(agent: str) -> str:
 
 
 def _lists(board: Board) -> str:
-    """Return a line for each channel list: its number of channels, and its age."""
+    """Return a line for each channel list: its number of channels, and when it was loaded."""
     lines = []
     for report in board.lists:
         words = "not loaded yet"
@@ -11781,13 +11810,15 @@ class Watched:
 
     quality: str | None  # the requested one
     variant: str = ""  # the playing one
-    path: str = ""  # of the media; empty if no browser plays this kind
-    has_hls: bool = True  # if not, a browser can play only the stream itself
+    path: str = ""  # of the media; empty if no browser plays it
+    has_hls: bool = True  # if not, browsers can play only the plain stream
     trouble: StreamError | None = None
 
 
 def watch_page(site: Site, stream: StreamSettings, watched: Watched, agent: str) -> Page:
-    """Return the page that plays a stream or explains why it cannot; `agent` is the browser's.
+    """Return the page that plays a stream or explains why it does not play.
+
+    `agent` is the browser's User-Agent.
 
     Raises StreamError if a reload has just removed the stream.
     """
@@ -11845,7 +11876,7 @@ def _screen(site: Site, stream: StreamSettings, watched: Watched, source: str, a
     if not has_hls:
         return f'<div class="said"><p>{NO_HLS}</p>{_player_link(site, stream)}</div>'
     poster = ""
-    if stream.logo:  # radio has only this
+    if stream.logo:  # radio's only picture
         poster = f' poster="{html.escape(stream.logo)}"'
     return (
         '<button id="Sound" hidden>Switch the sound on</button>'
@@ -11870,12 +11901,12 @@ def _trouble(site: Site, stream: StreamSettings, watched: Watched) -> str:
 
 
 def _marked(advice: str) -> str:
-    """Return HTML for a text that has addresses and settings between backquotes."""
+    """Return HTML for a text with addresses and settings in backquotes."""
     return re.sub("`(.+?)`", r"<code>\1</code>", html.escape(advice, quote=False))
 
 
 def plays_hls(agent: str) -> bool:
-    """Whether a browser with this User-Agent plays HLS: all do but Firefox on a desktop."""
+    """Whether a browser with this User-Agent plays HLS: all but Firefox on a desktop do."""
     return "Firefox/" not in agent or "Android" in agent
 
 
@@ -11975,7 +12006,7 @@ def error_page(site: Site, status: HTTPStatus, reason: str, name: str, agent: st
     return _document(title, body)
 
 
-# What a person can do about a failure, as in README: reasons, or parts of them, with the advice.
+# Advice for people about failures, as in README: the reasons, or parts of them, and the advice.
 ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         tuple(sorted(EXPIRED)),
@@ -12079,7 +12110,7 @@ ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 
 
-# The advice on a 503 or 504 with another reason.
+# The advice for any other reason with the status 503 or 504.
 PATIENCE_ADVICE = (
     "raise the limit: `max_viewers`, `max_upstreams` or, if your account allows more, "
     "`playlists.NAME.max_upstreams`; wait a minute for the list; set a longer `timeout`"
@@ -12149,17 +12180,17 @@ PAGES: Mapping[str, Callable[[Site], Page]] = {
 # HTTP: requests and answers (RFC 9110, RFC 9112)
 #
 # Every answer closes its connection.  A media body is chunked for HTTP/1.1 and bare for HTTP/1.0.
-# Its final chunk is sent only if the source truly ended: without it, a client that can reconnect
-# does so.
+# Its final chunk is sent only if the source truly ended: without it, clients that can reconnect do
+# so.
 # --------------------------------------------------------------------------------------------------
 
-# Requests.  The groups of STREAM_PATH are the stream's name, the ending, and in that a segment's
-# number and extension.
+# Requests.  The groups of STREAM_PATH are the stream's name, the rest of the path, and within that
+# a segment's number and extension.
 STREAM_PATH = re.compile(r"/([a-z0-9-]+)(\.m3u8?|\.ts|/([0-9]{1,18})\.([a-z0-9]+))?")
 TUNER_PATH = re.compile(r"/auto/v([0-9]{1,9})")  # Channels DVR makes these from guide numbers
 EMPTY_LINE = re.compile(rb"\r?\n\r?\n")  # ends a head
 HTTP_VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")  # RFC 9112, 2.3
-HEAD_TIMEOUT = 10.0  # seconds a client has for its whole request head: slow ones occupy threads
+HEAD_TIMEOUT = 10.0  # seconds for a whole request head: slow clients occupy threads
 HEAD_LIMIT = 64 * KIB  # bytes of a request head, which is kept in memory
 RAW_BYTES = re.compile("[\x80-\xff]")  # as the library decodes them: a request line is Latin-1
 # A name, IPv4, or IPv6 in brackets, perhaps with a port.
@@ -12168,7 +12199,7 @@ EVERYWHERE = "0.0.0.0", "::"  # hosts that listen on every address of the machin
 # A host that stands for the machine itself, before a port or the end.
 THIS_MACHINE = re.compile(r"(localhost|127[\d.]*|\[::1\])(?=$|:)", re.IGNORECASE)
 
-# What a proxy adds.  A prefix has no "." and no ".." among its parts.
+# Headers that a proxy adds.  A prefix has no "." or ".." among its parts.
 PREFIX = re.compile(r"(?:/(?!\.\.?(?:/|$))(?:[\w.~-]|%[0-9A-Fa-f]{2})+)+", re.ASCII)
 FORWARDED_ADDRESS = re.compile(  # IPv4 or IPv6 in brackets, perhaps with a port; bare IPv6
     r"([\d.]+)(?::\d+)?|\[([0-9A-Fa-f:.]+)\](?::\d+)?|([0-9A-Fa-f:.]+)", re.ASCII
@@ -12176,7 +12207,7 @@ FORWARDED_ADDRESS = re.compile(  # IPv4 or IPv6 in brackets, perhaps with a port
 
 # Answers.
 SILENCE = 5.0  # seconds without media until null packets are sent: ExoPlayer times out after 8
-SEND_TICK = 1.0  # seconds a send waits for room at most, and thus between two signs of progress
+SEND_TICK = 1.0  # seconds that a send waits for room at most; then its progress is checked
 UNSENT_LIMIT = 128 * KIB  # unsent bytes that the kernel holds for a viewer
 HLS_HEADERS = {"Accept-Ranges": "none"}
 MEDIA_HEADERS = {
@@ -12184,7 +12215,7 @@ MEDIA_HEADERS = {
     "Accept-Ranges": "none",
 }
 GUIDE_HEADERS = {"Content-Type": "application/xml", "Cache-Control": "no-cache"}
-GUIDE_TIME = 3600.0  # seconds that relaying a guide may take in all; some have 500 MB
+GUIDE_TIME = 3600.0  # seconds that relaying a guide may take in all; some guides have 500 MB
 GUIDE_SEND_TIME = 60.0  # seconds without progress after which a guide's client is disconnected
 RELOAD_WAIT = 5.0  # seconds that a playlist request may wait for a new segment
 COMPRESSED_SIZE = 1 * KIB  # bytes of the smallest page worth compressing
@@ -12195,7 +12226,7 @@ TOO_LARGE = "its segments are larger than the window: set a larger ringbuffer_si
 def _read_query(text: str) -> dict[str, list[str]]:
     """Return the parameters of a request's query.
 
-    Kodi sends an address as it was typed, so raw bytes are read as if they were percent-encoded.
+    Kodi sends an address as typed, so raw bytes are read as if they were percent-encoded.
     """
     encoded = RAW_BYTES.sub(lambda found: f"%{ord(found[0]):02X}", text)
     return parse_qs(encoded, keep_blank_values=True)
@@ -12204,8 +12235,8 @@ def _read_query(text: str) -> dict[str, list[str]]:
 def _credentials_text(pair: bytes) -> str:
     """Decode the user and password of Basic authentication.
 
-    The challenge requests UTF-8, but clients that send credentials before they get a challenge use
-    Latin-1 (OkHttp, requests, aiohttp).
+    The challenge requests UTF-8, but clients that send credentials before they receive a challenge
+    use Latin-1 (OkHttp, requests, aiohttp).
     """
     try:
         return pair.decode()
@@ -12214,19 +12245,19 @@ def _credentials_text(pair: bytes) -> str:
 
 
 def client_label(address: str) -> str:
-    """Return the log's name for a client at this address, whether or not it is a viewer."""
+    """Return the name that the log uses for any client at this address, viewer or not."""
     return f"client {address}"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection: reads a request head, answers, closes."""
+    """Handles one connection: reads a request head, answers, closes."""
 
     server: Server
     protocol_version = "HTTP/1.1"
-    address = ""  # the viewer's
-    path = ""  # until a request line is read
+    address = ""  # the client's, even behind a listed proxy
+    path = ""  # empty until a request line is read
     headers = http.client.HTTPMessage()  # empty until they are read
-    is_for_players = False  # whether the path is one of media, HLS or an M3U list
+    is_for_players = False  # whether the path is that of media, HLS or an M3U list
     has_token = False  # whether the request carries the token, or no token is configured
     is_trusted = False  # whether the client has the token, or needs none
     query: Mapping[str, list[str]] = {}  # empty until it is read
@@ -12265,14 +12296,14 @@ class Handler(BaseHTTPRequestHandler):
                 data = data.lstrip(b"\r\n")  # empty lines may precede the request: RFC 9112, 2.2
             start = max(0, len(head) - 3)  # the empty line may span two reads
             head += data
-        self.connection.settimeout(HEAD_TIMEOUT)  # for the answer: less remains of the head's time
+        self.connection.settimeout(HEAD_TIMEOUT)  # for the answer, which gets the full time again
         return bytes(head)
 
     def _viewers_address(self) -> str:
         """Return the client's address; behind listed proxies, the last address before theirs.
 
         A proxy appends to X-Forwarded-For the address that connected to it.  The entries before
-        that one are only believed if that address is a listed proxy, too.
+        that one are believed only if that address is a listed proxy, too.
         """
         address = str(self.client_address[0])
         proxies = self.server.config.server.proxies
@@ -12283,7 +12314,7 @@ class Handler(BaseHTTPRequestHandler):
             if not is_in(address, proxies):
                 break
             forwarded = forwarded_address(entry.strip())
-            if forwarded is None:  # "unknown", for example: then only the proxy is known
+            if forwarded is None:  # for example "unknown": then only the proxy is known
                 break
             address = forwarded
         return address
@@ -12321,7 +12352,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer_error(error.status, error.reason, headers)
 
     def _route(self, path: str) -> None:
-        """Answer a request for a path that anybody may see, or check the token first.
+        """Answer a request, after checking its token unless the path is open to everyone.
 
         Raises StreamError.
         """
@@ -12329,9 +12360,9 @@ class Handler(BaseHTTPRequestHandler):
         self.has_token = self._is_token_among(offered)
         trusted = self.server.config.server.trusted
         self.is_trusted = self.has_token or is_in(self.address, trusted)
-        if any(offered) and not self.is_trusted:  # also on open paths, which never refuse a guess
+        if any(offered) and not self.is_trusted:  # even on open paths, where no guess is refused
             self.server.note_wrong_token(self.address)
-        # The page's script requests a search, too, but without a browser's headers for a page.
+        # A page's script requests searches, too, but without a browser's headers for a page.
         is_page = self.is_person or "q" in self.query
         if path == "/health" or (path == "/" and not is_page):
             self.answer_health()
@@ -12342,12 +12373,12 @@ class Handler(BaseHTTPRequestHandler):
             self._answer_path(path)
 
     def _answer_path(self, path: str) -> None:
-        """Answer a client that may request everything.  Raises StreamError."""
+        """Answer a client that may request any path.  Raises StreamError."""
         tuned = TUNER_PATH.fullmatch(path)
         if tuned:
             path = self._tuned_path(int(tuned[1]))
         found = STREAM_PATH.fullmatch(path)
-        wait = self.server.lists.wait_time()  # before the streams, as loading may end in between
+        wait = self.server.lists.wait_time()  # read before the streams: loading may end in between
         streams = self.server.config.streams
         if found and found[1] in streams:
             self._answer_stream(streams[found[1]], found)
@@ -12370,7 +12401,7 @@ class Handler(BaseHTTPRequestHandler):
         return ""
 
     def _redirect(self, path: str) -> None:
-        """Redirect addresses as people type them, /News and /news/, to the stream.
+        """Redirect an address as people type it, such as /News or /news/, to the stream.
 
         The new address is relative, so it works behind any proxy.  Raises StreamError if there is
         no such stream.
@@ -12388,7 +12419,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send_head(HTTPStatus.FOUND, {"Location": location, "Content-Length": "0"})
 
     def _answer_stream(self, stream: StreamSettings, path: re.Match[str]) -> None:
-        """Answer at one of a stream's addresses; `path` matched STREAM_PATH.
+        """Answer a request for one of a stream's paths; `path` is the match of STREAM_PATH.
 
         Raises StreamError.
         """
@@ -12424,9 +12455,9 @@ class Handler(BaseHTTPRequestHandler):
     def is_person(self) -> bool:
         """Whether a browser requests a page for a person to see.
 
-        Browsers say so in Sec-Fetch-Dest, but over plain HTTP only to localhost.  Without these
-        headers, XHTML in Accept identifies a browser.  HTML does not, because programs accept it,
-        too (Java's and Delphi's clients).
+        Browsers say so in Sec-Fetch-Dest, but over plain HTTP only to localhost.  Without such a
+        header, XHTML in Accept identifies a browser.  HTML does not, because some programs accept
+        it, too (Java's and Delphi's clients).
         """
         if any(name.lower().startswith("sec-fetch-") for name in self.headers):
             return self.headers.get("Sec-Fetch-Dest", "").lower() in ("document", "iframe")
@@ -12463,10 +12494,10 @@ class Handler(BaseHTTPRequestHandler):
         return self.headers.get(name, "").partition(",")[0].strip()
 
     def _host(self) -> str:
-        """Return the host that the client requested, with the port if a proxy dropped it.
+        """Return the host that the client requested, with the port even if a proxy dropped it.
 
-        An absolute request target, as clients of a forward proxy send it, replaces Host (RFC 9112,
-        3.2.2).
+        An absolute request target, such as clients of a forward proxy send, replaces Host (RFC
+        9112, 3.2.2).
         """
         forwarded = self._first_of("X-Forwarded-Host")
         for host in (forwarded, self.target_host, self._first_of("Host")):
@@ -12481,7 +12512,7 @@ class Handler(BaseHTTPRequestHandler):
         return f"{in_brackets(ip_of(address))}:{own_port}"
 
     def _forwarded_port(self) -> int | None:
-        """Return the port that a proxy names, unless addresses omit it."""
+        """Return the port that a proxy names; None if there is none, or addresses omit it."""
         text = self._first_of("X-Forwarded-Port")
         if not re.fullmatch("[0-9]{1,5}", text):
             return None
@@ -12498,9 +12529,9 @@ class Handler(BaseHTTPRequestHandler):
         return prefix if PREFIX.fullmatch(prefix) else ""
 
     def _offered_tokens(self) -> list[str]:
-        """Return the texts that this request offers as a token; an empty one is not a guess."""
+        """Return the texts that this request offers as a token; some may be empty."""
         offered = list(self.query.get("token", []))
-        if offered:  # a "+" in a query means a space, but people type the token unencoded
+        if offered:  # a "+" in a query means a space, but people type tokens unencoded
             typed = urlsplit(self.path).query.replace("+", "%2B")
             offered += _read_query(typed)["token"]
         scheme, _, credentials = self.headers.get("Authorization", "").partition(" ")
@@ -12513,7 +12544,7 @@ class Handler(BaseHTTPRequestHandler):
         return offered
 
     def _is_token_among(self, offered: Iterable[str]) -> bool:
-        """Whether the token is among these, or none is configured."""
+        """Whether the configured token is among these texts, or no token is configured."""
         configured = self.server.config.server.token
         if not configured:
             return True
@@ -12554,7 +12585,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(page, status, headers)
 
     def answer_health(self) -> None:
-        """Answer a monitor or load balancer; only a trusted client sees how busy we are."""
+        """Answer a monitor or load balancer; only trusted clients see how busy the server is."""
         is_stopping = self.server.stopping.is_set()
         content: dict[str, object] = {
             "status": "stopping" if is_stopping else "ok",
@@ -12578,7 +12609,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             viewer = self._viewer(stream, polls=True)
             channel, viewer = channels.poll(stream, quality, viewer, anew=True)
-            viewer.listed = None  # a new page has had no segment yet
+            viewer.listed = None  # a new page has no segment yet
             watched = Watched(quality, channel.variant or "", f"{stream.name}.m3u8")
         except NoHls:
             path = ""
@@ -12588,20 +12619,20 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(watch_page(self.site(), stream, watched, self.agent))
 
     def answer_head(self, stream: StreamSettings, kind: str | None) -> None:
-        """Answer HEAD without opening an upstream: Kodi and Jellyfin send it before they play."""
+        """Answer HEAD without opening an upstream.  Kodi and Jellyfin send it before they play."""
         if self.server.stopping.is_set():
             raise stopping_error()
         if kind == ".m3u8":
             headers = {"Content-Type": PLAYLIST_TYPE, **HLS_HEADERS}
         elif self.is_person and kind != ".ts":
             headers = {"Content-Type": HTML, **MEDIA_HEADERS}
-        else:  # the media type that the stream had last
+        else:  # use the media type that the stream had last
             known = self.server.channels.known(stream.name)
             headers = {"Content-Type": known.container.media_type, **MEDIA_HEADERS}
         self._send_head(HTTPStatus.OK, headers)
 
     def _send_head(self, status: HTTPStatus, headers: Mapping[str, str]) -> None:
-        """Send the status line and these headers, and those that every answer has."""
+        """Send the status line, these headers, and those of every answer."""
         complete = dict(headers)
         if headers.get("Content-Type") != HTML:
             complete.update(self._cors_headers())
@@ -12613,10 +12644,10 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _cors_headers(self) -> dict[str, str]:
-        """Return the headers that let players on other web pages read the answer (Fetch, 3.2).
+        """Return the headers that allow players on other web pages to read the answer (Fetch, 3.2).
 
-        A client that is admitted by `trusted` alone gets none: otherwise any web page opened at
-        home could read the token from a list.  A preflight carries no credentials.
+        Clients that only `trusted` admits get none: otherwise any web page opened at home could
+        read the token from a list.  Preflight requests get them, because they carry no credentials.
         """
         if not self.is_for_players:
             return {}
@@ -12635,8 +12666,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer_guide(self, settings: PlaylistSettings, address: str) -> None:
         """Relay the guide at an address as its bytes arrive.
 
-        A guide may have hundreds of megabytes.  If the origin's is compressed, it stays so for a
-        client that accepts gzip.  Raises StreamError, but only before the answer has begun.
+        A guide may have hundreds of megabytes.  If it is compressed at the origin, it stays so for
+        a client that accepts gzip.  Raises StreamError, but only before the answer has begun.
         """
         if self.command == "HEAD":
             self._send_head(HTTPStatus.OK, GUIDE_HEADERS)
@@ -12652,7 +12683,7 @@ class Handler(BaseHTTPRequestHandler):
             fetch.close()
 
     def _pass_on(self, fetch: Fetch, response: requests.Response) -> None:
-        """Answer with the origin's answer: that the guide has not changed, or the guide."""
+        """Pass on the origin's answer: the guide, or that it has not changed."""
         headers = dict(GUIDE_HEADERS)
         for name in ("ETag", "Last-Modified"):
             if response.headers.get(name):
@@ -12662,7 +12693,7 @@ class Handler(BaseHTTPRequestHandler):
             return
 
         encoding = response.headers.get("Content-Encoding", "identity").lower()
-        is_unchanged = encoding in ("identity", "gzip", "x-gzip")  # whether the bytes stay the same
+        is_unchanged = encoding in ("identity", "gzip", "x-gzip")  # the bytes stay as they are
         parts = whole_guide(fetch.parts(is_decoded=not is_unchanged))
         start = next(parts, b"")
         parts = itertools.chain([start], parts)
@@ -12687,8 +12718,8 @@ class Handler(BaseHTTPRequestHandler):
     def _send_guide(self, parts: Iterator[bytes], *, is_chunked: bool) -> None:
         """Send a guide's body.  Raises ViewerGone if it breaks off.
 
-        In that case the final chunk, or the rest of the announced length, is missing, so a client
-        does not take the part for the whole guide.
+        In that case the final chunk, or the rest of the announced length, is missing, so clients do
+        not mistake the part for the whole guide.
         """
         self.connection.settimeout(GUIDE_SEND_TIME)
         try:
@@ -12723,7 +12754,7 @@ class Handler(BaseHTTPRequestHandler):
                     raise
             finally:
                 channels.leave(channel, viewer)
-            # A reload changed the stream, so the client gets the new one.
+            # A reload changed the stream, so continue with the new one.
             stream = self.server.config.streams.get(stream.name, stream)
 
     def _viewer(self, stream: StreamSettings, polls: bool) -> Viewer:
@@ -12733,7 +12764,7 @@ class Handler(BaseHTTPRequestHandler):
         return Viewer(self.address, self.agent, left, polls=polls)
 
     def _stream(self, channel: Channel, viewer: Viewer, first: list[Block]) -> None:
-        """Send the body, and log when the viewer begins and how it ends."""
+        """Send the body, and log the viewer's start and how it ended."""
         channel.record.add("arrivals")
         self.server.note_first_byte(time.monotonic() - viewer.since)
         name = channel.stream.name
@@ -12777,7 +12808,7 @@ class Handler(BaseHTTPRequestHandler):
         raise no_media_error(channel.stream, channel.trouble)
 
     def _take(self, channel: Channel, viewer: Viewer) -> list[Block]:
-        """Return the next blocks; empty after a second without any.
+        """Return the next blocks; an empty list after a second without any.
 
         Raises ViewerGone if the viewer has left by then.
         """
@@ -12822,10 +12853,10 @@ class Handler(BaseHTTPRequestHandler):
             self._send_pieces([b"0\r\n\r\n"], channel, viewer)
 
     def _send_pieces(self, pieces: list[Block], channel: Channel, viewer: Viewer) -> None:
-        """Send all pieces with gathered sends, and empty the list.
+        """Send all pieces, several with each call, and empty the list.
 
-        Each send that takes a byte is progress of the viewer.  Raises ViewerGone if no byte is
-        taken for `viewer_timeout`.
+        Each byte taken counts as progress of the viewer.  Raises ViewerGone if no byte is taken for
+        `viewer_timeout`.
         """
         viewer.moved = time.monotonic()
         while pieces:
@@ -12859,7 +12890,10 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(Page(text.encode(), PLAYLIST_TYPE), headers=HLS_HEADERS)
 
     def _playlist_text(self, channel: Channel, viewer: Viewer, quality: str | None) -> str:
-        """Return the media playlist once it has news; raises like _await_news() and WindowEnded."""
+        """Return the media playlist once it has news.
+
+        Raises StreamError and ViewerGone as _await_news() does, and WindowEnded.
+        """
         self._await_news(channel, viewer)
         tail = self.site().query(quality=quality)
         name = channel.stream.name
@@ -12867,10 +12901,11 @@ class Handler(BaseHTTPRequestHandler):
         return text
 
     def _await_news(self, channel: Channel, viewer: Viewer) -> None:
-        """Wait for the first playlist; later, wait briefly for one that the client has not had.
+        """Wait for the first playlist; later, wait briefly for one that the client has not seen.
 
-        Chromium loads every listed segment before it starts to play, reloads the playlist at once,
-        and stops if it finds no new segment.
+        Chromium loads every listed segment before it starts to play, then reloads the playlist at
+        once, and stops if it finds no new segment.  So a playlist without news must not be sent at
+        once.
         """
         window = channel.window
         if viewer.listed is not None:
@@ -12893,7 +12928,7 @@ class Handler(BaseHTTPRequestHandler):
     ) -> None:
         """Answer with a segment or initialization section; raises StreamError if there is none.
 
-        The channel is running, or has ended and is still polled.
+        The segment may be that of a running channel, or of an ended one that is still polled.
         """
         channel, blocks = self._find_segment(stream, quality, number, extension)
         size = sum(map(len, blocks))
@@ -12901,7 +12936,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send_head(HTTPStatus.OK, about | HLS_HEADERS)
         if self.command == "HEAD":
             return
-        request = self._viewer(stream, polls=True)  # concurrent requests have progress of their own
+        request = self._viewer(stream, polls=True)  # each request has its own progress
         try:
             self._send_pieces(list(blocks), channel, request)
         except ViewerGone as gone:
@@ -12913,7 +12948,7 @@ class Handler(BaseHTTPRequestHandler):
     def _find_segment(
         self, stream: StreamSettings, quality: str | None, number: int, extension: str
     ) -> tuple[Channel, list[Block]]:
-        """Return a segment, and the channel that has it.  Raises StreamError if none has it."""
+        """Return a segment and the channel that has it; raises StreamError if none has it."""
         for channel in self.server.channels.channels_to_poll(stream, quality):
             blocks = channel.window.find(number, extension)
             if blocks:
@@ -12923,7 +12958,7 @@ class Handler(BaseHTTPRequestHandler):
     # Methods that the standard library calls
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Send an error in our form; the library calls this for heads that it cannot read."""
+        """Send an error in the form of our other answers; called for heads that cannot be read."""
         self.request_version = "HTTP/1.1"
         if not self.command:  # None if the request line cannot be read
             self.command = "GET"
@@ -12944,7 +12979,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def is_for_players(path: str) -> bool:
-    """Whether a path is one of media, HLS or an M3U list; the stream need not exist."""
+    """Whether a path is that of media, HLS or an M3U list; the stream need not exist."""
     if path in M3U_LISTS or TUNER_PATH.fullmatch(path):
         return True
     found = STREAM_PATH.fullmatch(_plain(path))
@@ -12954,14 +12989,14 @@ def is_for_players(path: str) -> bool:
 
 
 def _plain(path: str) -> str:
-    """Return a typed path as a stream's path is written: lower case, no slash at the end."""
+    """Return a typed path in a stream's form: lower case, without a slash at the end."""
     return path.rstrip("/").lower()
 
 
 def ip_of(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     """Return a socket's address without its scope.
 
-    A server that listens on "::" sees IPv4 clients at IPv6 addresses; these become IPv4 again.
+    A server that listens on "::" sees IPv4 clients at IPv6 addresses, which become IPv4 again here.
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
@@ -12993,12 +13028,12 @@ def in_brackets(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
 
 
 def lan_host(listening: str) -> str:
-    """Return the URL host by which others in the network reach a server that listens everywhere.
+    """Return the host for URLs with which others on the network reach this server.
 
-    `listening` is one of EVERYWHERE; only "::" serves IPv6.  Returns "localhost" if there is no
-    network.
+    The server listens everywhere: `listening` is one of EVERYWHERE, of which only "::" serves IPv6.
+    Returns "localhost" if there is no network.
     """
-    # Addresses for documentation (RFC 5737, RFC 3849): connecting finds the route, sends nothing.
+    # Addresses for documentation (RFC 5737, RFC 3849): connecting finds a route but sends nothing.
     routes = [(socket.AF_INET, "192.0.2.1")]
     if listening == "::":
         routes.append((socket.AF_INET6, "2001:db8::1"))
@@ -13019,9 +13054,9 @@ def accepts_gzip(accepted: str) -> bool:
 
 
 def tune(sock: socket.socket, viewer_timeout: float) -> None:
-    """Limit the bytes that the kernel holds for a viewer, and let it detect vanished machines.
+    """Limit the bytes that the kernel holds for a viewer, and make it detect vanished machines.
 
-    Sends block with the kernel's own timeout if it has one, so that a send needs no other system
+    Sends block with the kernel's own time-out, if it has one, so that a send needs no other system
     call.
     """
     idle = max(30, int(viewer_timeout / 4))  # a paused player's machine answers probes, too
@@ -13050,10 +13085,10 @@ def tune(sock: socket.socket, viewer_timeout: float) -> None:
 def has_left(sock: socket.socket) -> bool:
     """Whether the other end has closed its connection, or its sending side.  Never blocks.
 
-    Bytes that it sent after its request are dropped: they would hide the end behind them.
+    Bytes that it sent after its request are dropped, because they precede the end and so hide it.
     """
     try:
-        for _ in range(2):  # such bytes, and the end behind them
+        for _ in range(2):  # the first read may return such bytes
             if not _receive_at_once(sock):
                 return True
     except BlockingIOError:
@@ -13064,7 +13099,7 @@ def has_left(sock: socket.socket) -> bool:
 
 
 def _receive_at_once(sock: socket.socket) -> bytes:
-    """Return some bytes that have arrived; none if the other end has closed.
+    """Return some of the bytes that have arrived; none if the other end has closed.
 
     Raises BlockingIOError if none have arrived, and OSError if the connection broke.
     """
@@ -13077,10 +13112,10 @@ def _receive_at_once(sock: socket.socket) -> bytes:
 
 
 def send_some(sock: socket.socket, pieces: Sequence[Block]) -> int:
-    """Send as much of the pieces as the kernel takes within SEND_TICK; returns the bytes sent.
+    """Send as much of the pieces as the kernel accepts within SEND_TICK; returns the bytes sent.
 
-    Raises ConnectionError if the connection itself timed out: that viewer has left, while one that
-    reads nothing only makes this return 0.
+    Returns 0 for a viewer that reads nothing.  Raises ConnectionError if the connection itself
+    timed out, because that viewer has left.
     """
     try:
         if hasattr(sock, "sendmsg"):
@@ -13096,7 +13131,7 @@ def send_some(sock: socket.socket, pieces: Sequence[Block]) -> int:
 # Server: connections and their threads
 # --------------------------------------------------------------------------------------------------
 
-GUESSERS = 10_000  # addresses remembered for REPEAT_TIME because they sent a wrong token
+GUESSERS = 10_000  # addresses that sent a wrong token, remembered for REPEAT_TIME
 SPARE_CONNECTIONS = 256  # connections beyond max_viewers, for /health, pages and refusals
 MOST_CONNECTIONS = 4096  # connections if max_viewers is 0
 
@@ -13110,7 +13145,10 @@ class Reload:
 
 
 class Server(ThreadingHTTPServer):
-    """Accepts connections, and gives each its own thread.  Used by main and the listener."""
+    """Accepts connections, and gives each its own thread.
+
+    Main starts and stops it, the listener accepts connections, and any thread may call the rest.
+    """
 
     request_queue_size = 1024  # IPTV clients connect in bursts; the library's 5 would drop some
 
@@ -13124,22 +13162,22 @@ class Server(ThreadingHTTPServer):
 
         `learn` is called with each configuration before it is used.
         """
-        self.config = config  # replaced whole by a reload
-        self.last_reload = Reload(is_successful=True)  # replaced whole by main; at first, the start
+        self.config = config  # a reload replaces it as a whole
+        self.last_reload = Reload(is_successful=True)  # main replaces it; until then, the start
         self.channels = channels
         self.stopping = channels.stopping  # once set, new viewers are refused
         self.lists = Lists(config, self.use)
         self._learn = learn
         self.started = time.monotonic()
         self.numbers = itertools.count(1)  # for threads' names
-        self._file_warnings = LineLimit()  # used by the listener alone
+        self._file_warnings = LineLimit()  # used only by the listener
         # _counts_lock guards the five below.
         self._counts_lock = threading.Lock()
         self.answers: Counter[int] = Counter()  # by status
         self.refusals: Counter[str] = Counter()  # by limit
         self.first_bytes: Counter[str] = Counter()  # by bound
         self.first_byte_sum = 0.0  # seconds
-        self._wrong_tokens = LineLimit(GUESSERS)  # by the address of their client
+        self._wrong_tokens = LineLimit(GUESSERS)  # by the client's address
         # _open_lock guards _open, the sockets of all connections.
         self._open_lock = threading.Lock()
         self._open: set[socket.socket] = set()
@@ -13194,7 +13232,7 @@ class Server(ThreadingHTTPServer):
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 self._warn_of_files()
-            # The connection still waits to be accepted: without a pause, the listener would spin.
+            # The connection still waits to be accepted, so without a pause the listener would spin.
             time.sleep(0.1)
             raise
 
@@ -13204,7 +13242,7 @@ class Server(ThreadingHTTPServer):
             log.warning("no connection can be accepted: raise the limit of open files")
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread that answers a new connection; without room for it, refuse."""
+        """Start a thread that answers a new connection, or refuse it if there is no room."""
         most = MOST_CONNECTIONS
         if self.config.server.max_viewers:
             most = self.config.server.max_viewers + SPARE_CONNECTIONS
@@ -13262,7 +13300,7 @@ class Server(ThreadingHTTPServer):
         self.channels.reload(config)
 
     def hang_up(self) -> None:
-        """Shut down every connection, so that its thread ends."""
+        """Shut down all connections, so that their threads end."""
         with self._open_lock:
             for sock in self._open:
                 with contextlib.suppress(OSError):
@@ -13273,16 +13311,16 @@ class Server(ThreadingHTTPServer):
 # Check: opens every address of every stream once, and prints the result
 #
 # It opens up to CHECKS_AT_ONCE addresses at a time, within `max_upstreams` and the limit of each
-# account.  A provider may count a connection for a while after it was closed, so an address that
-# may be refused for that reason is tried REFUSED_TRIES times.
+# account.  A provider may still count a connection for a while after it was closed, so an address
+# that may be refused for that reason is tried up to REFUSED_TRIES times.
 # --------------------------------------------------------------------------------------------------
 
 CHECKS_AT_ONCE = 4
-CHECK_TIME = 3.0  # seconds per address, estimated before the first one is done
+CHECK_TIME = 3.0  # estimated seconds per address, until the first check is done
 REFUSED_PAUSE = 2.0  # seconds until a refused address is tried again
 REFUSED_TRIES = 4
-# Statuses that can only mean that no connection is free.  The others in BUSY may have other
-# reasons, so they count only if another check has already used the same host.
+# Answers that can only mean that no connection is free.  The others in BUSY may have other causes,
+# so they count only if another check has already used the same host.
 SURELY_BUSY = frozenset(answered(status) for status in (429, 458, 509))
 SHOWN_POSITIONS = ("the first", "the second", "the third")
 ESTIMATE_WIDTH = 20  # characters of the estimate in a progress line; the last line covers it
@@ -13293,7 +13331,7 @@ class Finding:
     """The result for one address of a stream."""
 
     is_ok: bool
-    words: str  # facts about the stream, or the reason of the failure
+    words: str  # facts about the stream, or the reason for the failure
 
 
 @dataclass
@@ -13309,8 +13347,8 @@ class Check:
 def check_address(check: Check, had_connection: bool) -> Finding:
     """Start a stream at one address as a viewer would, and stop it after its first bytes.
 
-    `had_connection` tells whether another check has already used the same host.  An address that
-    is refused because no connection is free is tried again after REFUSED_PAUSE; blocks meanwhile.
+    `had_connection` tells whether another check has already used the same host.  If no connection
+    is free, this waits for REFUSED_PAUSE and tries again.
     """
     busy = BUSY if had_connection else SURELY_BUSY
     finding = _check_once(check)
@@ -13366,7 +13404,7 @@ class Checker:
     def run(self, show: Callable[[int], None]) -> None:
         """Run all checks, and block until they end.
 
-        `show` is called with the number of checks done, whenever it grows.
+        `show` is called with the number of finished checks whenever it grows.
         """
         for number in range(min(self._at_once, len(self._checks))):
             threading.Thread(target=self._run, name=f"check-{number}", daemon=True).start()
@@ -13379,7 +13417,7 @@ class Checker:
             show(shown)
 
     def seconds(self) -> float:
-        """Return an estimate of the seconds that all checks take within the limits."""
+        """Estimate how many seconds all checks take within the limits."""
         counts = Counter(check.account for check in self._checks)
         turns = [len(self._checks) / self._at_once]
         for account, count in counts.items():
@@ -13413,7 +13451,7 @@ class Checker:
                 self._changed.notify_all()
 
     def _take(self) -> Check | None:
-        """Return the next check whose account has a place, waiting for one; None at the end."""
+        """Wait for a check whose account has a free place, and return it; None at the end."""
         with self._changed:
             while self._waiting:
                 for check in self._waiting:
@@ -13428,7 +13466,7 @@ class Checker:
 def load_for_check(config: Config) -> tuple[Config, dict[str, str]]:
     """Load all lists once.
 
-    Returns the configuration with their streams, and the reason of each failed list by its name.
+    Returns the configuration with their streams, and the reasons of failed lists by their names.
     """
     loaded: dict[str, ChannelList] = {}
     failures: dict[str, str] = {}
@@ -13445,9 +13483,9 @@ def load_for_check(config: Config) -> tuple[Config, dict[str, str]]:
 
 
 def run_check(config: Config, names: Sequence[str] = ()) -> int:
-    """Check all streams, or those named, and print a line for each; returns the exit status.
+    """Check all streams, or only those named, and print a line for each.
 
-    Raises ConfigError if a name is not that of a stream.
+    Returns the exit status.  Raises ConfigError if a name is not that of a stream.
     """
     config, failures = load_for_check(config)
     for name, reason in failures.items():
@@ -13472,7 +13510,7 @@ def run_check(config: Config, names: Sequence[str] = ()) -> int:
 
 
 def _streams_to_check(config: Config, names: Sequence[str]) -> list[StreamSettings]:
-    """The streams with these names, or all if there are none; raises ConfigError."""
+    """The streams with these names, or all streams if no name is given; raises ConfigError."""
     if not names:
         return list(config.streams.values())
     unknown = [name for name in names if name not in config.streams]
@@ -13490,7 +13528,7 @@ def _checks_of(config: Config, stream: StreamSettings) -> list[Check]:
 
 
 def _summary(findings: Sequence[Finding]) -> tuple[bool, str]:
-    """Return whether a stream plays, and its line: `ok, 1 of 2: the first answered 403 ...`"""
+    """Return whether a stream plays, and its line: `ok, 1 of 2: the first answered 403 ...`."""
     working = [finding for finding in findings if finding.is_ok]
     if not working:
         reasons = _unique(finding.words for finding in findings)
@@ -13605,10 +13643,10 @@ def demo_origin() -> Iterator[str]:
 # Command line
 # --------------------------------------------------------------------------------------------------
 
-DRAIN_TIME = 1.0  # seconds in which a stopping server still answers: a balancer reads /health
-LOG_LINES = 10_000  # log lines that may wait while nobody reads the log
+DRAIN_TIME = 1.0  # seconds for which a stopping server still answers a balancer at /health
+LOG_LINES = 10_000  # log lines that may wait while nothing reads the log
 LOG_BYTES = 16 * MIB  # bytes of those lines; at debug level, one may contain a path of 64 KiB
-LOG_TIME = 1.0  # seconds the process waits at its end until all lines are written
+LOG_TIME = 1.0  # seconds that the process may wait at its end for all lines to be written
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -13675,21 +13713,21 @@ def _port(value: str) -> int:
 # Addresses on the command line
 
 JUDGE_TIME = 5.0  # seconds to find out whether an address that ends in .m3u8 is a list
-JUDGED_AT_ONCE = 8  # such addresses
+JUDGED_AT_ONCE = 8  # how many such addresses are loaded at the same time
 NAMELESS = "stream"  # the name of a stream whose address yields none
 
 
 @dataclass(frozen=True)
 class Given:
-    """The command line's words other than options."""
+    """The command line's arguments other than options."""
 
-    addresses: Mapping[str, str]  # of streams, by name
+    addresses: Mapping[str, str]  # addresses of streams, by name
     lists: Mapping[str, str]  # addresses or paths of channel lists, by name
-    names: Sequence[str]  # of streams to check
+    names: Sequence[str]  # names of streams to check
 
 
 def read_words(words: Sequence[str], is_check: bool) -> Given:
-    """Sort the command line's words; raises ConfigError if one is invalid.
+    """Sort the command line's arguments; raises ConfigError if one is invalid.
 
       has `://` or `NAME=`, or ends in .m3u          an address
         has get.php, or ends in .m3u                 of a channel list
@@ -13697,7 +13735,7 @@ def read_words(words: Sequence[str], is_check: bool) -> Given:
         otherwise                                    of a stream
       anything else                                  a stream's name, for --check alone
 
-    Blocks while it loads the addresses that end in .m3u8: at most JUDGE_TIME for every
+    Blocks while the addresses that end in .m3u8 are loaded: for at most JUDGE_TIME per
     JUDGED_AT_ONCE of them.
     """
     mistakes: list[str] = []
@@ -13737,7 +13775,7 @@ def read_words(words: Sequence[str], is_check: bool) -> Given:
 
 
 def _named(found: Sequence[tuple[str | None, str]]) -> list[tuple[str, str]]:
-    """Return names and addresses with a unique name for each address.
+    """Return the names and addresses, after naming each address that has no name.
 
     Raises ConfigError if the same name was given twice.
     """
@@ -13756,7 +13794,7 @@ def _named(found: Sequence[tuple[str | None, str]]) -> list[tuple[str, str]]:
 
 
 def _new_name(address: str, taken: Collection[str]) -> str:
-    """A name for an address that is not taken yet: `news`, `news-2` ..."""
+    """A name for an address, other than those taken: `news`, `news-2` ..."""
     base = _name_from(address)
     name = base
     number = 2
@@ -13767,7 +13805,7 @@ def _new_name(address: str, taken: Collection[str]) -> str:
 
 
 def _split_word(word: str) -> tuple[str | None, str] | None:
-    """Return a word's name, if it has one, and its address; None if it has no address."""
+    """Split an argument into its name, or None, and its address; None if it has no address."""
     name, equals, address = word.partition("=")
     if equals and not re.search(r"[/:?&.]", name):  # or the "=" is that of an address's query
         if not address:
@@ -13781,7 +13819,7 @@ def _split_word(word: str) -> tuple[str | None, str] | None:
 
 
 def _check_word(name: str | None, address: str) -> None:
-    """Raise ValueError if this name, if there is one, or this address cannot be served."""
+    """Raise ValueError if the address, or the name if there is one, cannot be used."""
     if name is not None and not STREAM_NAME.fullmatch(name):
         raise ValueError("a stream name may only contain a-z, 0-9 and -")
     if name in RESERVED_NAMES:
@@ -13818,7 +13856,7 @@ def _is_list(address: str) -> bool:
     fetch = fetch_for(settings, address, JUDGE_TIME)
     try:
         load_list(settings, fetch)
-    except PipeError:  # a stream's playlist, or unreadable: then the stream's start says so
+    except PipeError:  # a stream's playlist, or a failure, which the stream's start will report
         return False
     finally:
         fetch.close()
@@ -13878,7 +13916,7 @@ _ADDRESS = re.compile(
 )
 # An address that lacks the slashes before its host.
 _BARE_ADDRESS = re.compile(r"\b(https?:)(?!//)[^\s'\"]+")
-_REQUEST_PATH = re.compile(r"(\burl: )/\S*")  # urllib3 logs paths without their host
+_REQUEST_PATH = re.compile(r"(\burl: )/\S*")  # urllib3 logs paths without a host
 # A thread that works for one stream or list: its kind, the name, perhaps a word after two hyphens,
 # a number, and the suffix of a pool's threads.
 _CHANNEL_THREAD = re.compile(r"[A-Za-z]+-([a-z0-9-]+?)(?:--\w+)?-\d+(?:-executor_\d+)?")
@@ -13889,12 +13927,12 @@ class LogFormatter(logging.Formatter):
 
     Tracebacks, which add lines of their own, and other libraries' events show only the hosts of
     addresses.  For systemd's journal, each line begins with its priority: the journal reads the
-    lines of a traceback one by one, and takes a line without a priority for information.
+    lines of a traceback one by one, and treats a line without a priority as information.
     """
 
     def __init__(self, form: str | None = None, *, for_journal: bool = False) -> None:
         super().__init__(form)
-        self.secrets = Secrets(())  # replaced whole by a reload
+        self.secrets = Secrets(())  # a reload replaces it as a whole
         self._for_journal = for_journal
 
     def format(self, record: logging.LogRecord) -> str:
@@ -13933,11 +13971,11 @@ def journal_priority(level: int) -> str:
 def is_journal(stream: TextIO) -> bool:
     """Whether systemd's journal reads this stream, and adds the time (systemd.exec(5)).
 
-    The variable's presence proves nothing: programs inherit it, and may redirect their output.
+    That JOURNAL_STREAM is set proves nothing: programs inherit it, but may redirect their output.
     """
     try:
         status = os.fstat(stream.fileno())
-    except (OSError, ValueError):  # closed, or no file
+    except (OSError, ValueError):  # the stream is closed, or is not a file
         return False
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
@@ -13967,7 +14005,7 @@ class Secrets:
         self._lengths = {start: sorted(found, reverse=True) for start, found in lengths.items()}
 
     def hide(self, text: str) -> str:
-        """Return a text with "***" in place of secrets; overlapping ones are replaced as one."""
+        """Replace the secrets in a text by "***"; overlapping secrets are replaced together."""
         parts: list[str] = []
         shown = 0  # the end of the secrets found so far
         for at in range(len(text) - LEAST_SECRET + 1):
@@ -13980,7 +14018,7 @@ class Secrets:
         return "".join([*parts, text[shown:]])
 
     def _size_at(self, text: str, at: int) -> int | None:
-        """Return the size of the longest secret that begins at this place; None if none does."""
+        """Return the size of the longest secret that begins at index `at`; None if none does."""
         for size in self._lengths.get(text[at : at + LEAST_SECRET], ()):
             if text[at : at + size] in self._texts:
                 return size
@@ -13988,7 +14026,7 @@ class Secrets:
 
 
 def secrets_of(config: Config) -> Secrets:
-    """Return all configured texts that no log may show."""
+    """Return all texts of a configuration that no log may show."""
     found: set[str] = set()
     if config.server.token is not None:
         found.add(config.server.token)
@@ -14021,9 +14059,9 @@ def _secrets_of_settings(
 
 
 def _secrets_of_address(address: str) -> set[str]:
-    """Return an address's user, password, query, query values, and the whole part after its host.
+    """Return the secrets in an address: user, password, query values, query, all after the host.
 
-    A path of one part without a query is no secret.
+    The path is not a secret if it has only one part and no query follows.
     """
     # Schemes, a user and password, if any, the host, and the path with the query.
     found = re.match(r"(?:\w+://)*(?:([^/?#]*)@)?[^/?#]*([^#]*)", address)
@@ -14041,9 +14079,9 @@ class LogHandler(logging.Handler):
     """Hands each line to a thread that writes it, so that no other thread waits for a reader.
 
     Up to LOG_LINES lines of LOG_BYTES in all may wait.  Beyond that, a new line is dropped, except
-    that a warning or an error displaces the oldest line of a lower level.  The next written line
-    says how many were dropped.  A line that cannot be written (a full disk, a reader that left) is
-    dropped, too.
+    that a warning or an error displaces the oldest line of a lower level.  The next line that is
+    written says how many were dropped.  A line that cannot be written (a full disk, a reader that
+    left) is dropped, too.
 
     Any thread may log, and may hold any locks.  Only flush() blocks, for LOG_TIME at most.
     """
@@ -14052,7 +14090,7 @@ class LogHandler(logging.Handler):
         """Log to `stream`; starts the thread, which close() ends."""
         super().__init__()
         self._encoding = stream.encoding
-        # Unbuffered: a buffer would keep a line that failed, and write it with a later one.
+        # Write unbuffered: a buffer would keep a line that failed, and write it with a later one.
         binary = stream.buffer
         self._raw = cast(io.RawIOBase, getattr(binary, "raw", binary))
         # The library's own lock, which its handle() holds, guards the fields below.  It is
@@ -14066,7 +14104,7 @@ class LogHandler(logging.Handler):
         self._dropped = 0  # lines dropped since the last one that was written
         self._is_writing = False
         self._is_closed = False
-        # Used by the log's thread alone.
+        # Used only by the log's thread.
         self._is_mid_line = False  # whether a write broke off within a line
         threading.Thread(target=self._write_lines, name="log", daemon=True).start()
 
@@ -14076,7 +14114,7 @@ class LogHandler(logging.Handler):
         """Add a line.  The caller, handle(), holds the lock."""
         try:
             line = self._line_of(record)
-        except Exception:  # the arguments do not fit the message
+        except Exception:  # the arguments do not match the message
             self.handleError(record)
             return
         if self._make_room(record.levelno, len(line)):
@@ -14087,7 +14125,7 @@ class LogHandler(logging.Handler):
             self._changed.notify_all()
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Report it in the log: the library would write to stderr, and block until that is read."""
+        """Log the failure: the library would write to stderr, and block until that is read."""
         place = f"{record.filename}:{record.lineno}"
         self.emit(_own_record(logging.ERROR, f"a log line of {place} cannot be formatted"))
 
@@ -14097,7 +14135,7 @@ class LogHandler(logging.Handler):
             self._changed.wait_for(lambda: not (self._lines or self._is_writing), LOG_TIME)
 
     def close(self) -> None:
-        """Let the thread end after it has written the waiting lines; returns at once."""
+        """Make the thread end once it has written the waiting lines; returns at once."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -14106,15 +14144,15 @@ class LogHandler(logging.Handler):
     def _line_of(self, record: logging.LogRecord) -> bytes:
         """Return a record as bytes to write.
 
-        The record is formatted at once, because a waiting one would keep its traceback alive, and
-        with it a window.
+        The record is formatted at once, because a waiting record would keep its traceback alive,
+        and with it perhaps a channel's window.
         """
         return f"{self.format(record)}\n".encode(self._encoding, "backslashreplace")
 
     def _make_room(self, level: int, size: int) -> bool:
-        """Return whether a line of this level and size may wait; displaces lesser lines for it."""
+        """Return whether a line of this level and size may wait; may drop lesser lines for it."""
         while self._lines >= LOG_LINES or self._bytes + size > LOG_BYTES:
-            # A copy: a finalizer that logs in between may add a level.
+            # A copy, because a finalizer that logs in between may add a level.
             queues = tuple(self._waiting.items())
             lesser = [lines for each, lines in queues if each < level and lines]
             self._dropped += 1
@@ -14153,14 +14191,14 @@ class LogHandler(logging.Handler):
                 self._changed.notify_all()
 
     def _write(self, data: bytes) -> bool:
-        """Write all data, blocking until it is read.  Returns False if it cannot be written."""
+        """Write all data, blocking until it is accepted; returns False if it cannot be written."""
         if self._is_mid_line:
             data = b"\n" + data
         rest = memoryview(data)
         with contextlib.suppress(OSError, ValueError):  # full, without a reader, or closed
             while rest:
                 written = self._raw.write(rest)
-                if written is None:  # a process that shares the file has made it non-blocking
+                if written is None:  # another process that shares the file has made it non-blocking
                     select.select([], [self._raw], [])
                     continue
                 self._is_mid_line = written < len(rest)
@@ -14174,8 +14212,8 @@ def _own_record(level: int, words: str) -> logging.LogRecord:
 
 
 def set_up_logging(level: str) -> LogFormatter:
-    """Log to stderr from a dedicated thread; returns the formatter, for its secrets to be set."""
-    if sys.stderr is None:  # closed before the start: no socket may get its number
+    """Log to stderr from a dedicated thread; returns the formatter, whose secrets can be set."""
+    if sys.stderr is None:  # closed before the start; a socket must not get its number
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (stays open)
     for_journal = is_journal(sys.stderr)
     form = "%(levelname)s%(channel)s %(message)s"
@@ -14193,12 +14231,12 @@ def set_up_logging(level: str) -> LogFormatter:
     if level == "info":
         engine_level = "warning"
     logging.getLogger("streamlink").setLevel(engine_level.upper())
-    if level != "debug":  # the channel logs these once: a failed reload, a missing ffmpeg ...
+    if level != "debug":  # channels log these themselves, once: a failed load, a missing ffmpeg ...
         for name in ("stream.hls", "stream.segmented", "stream.ffmpegmux"):
             logging.getLogger(f"streamlink.{name}").setLevel(logging.CRITICAL)
         logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 
-    # Python's own hooks write to stderr, and block until it is read.
+    # Python's own hooks would write to stderr, and block until that is read.
     threading.excepthook = _log_dead_thread
     sys.unraisablehook = _log_unraisable
     return formatter
@@ -14210,7 +14248,7 @@ def _log_dead_thread(dead: threading.ExceptHookArgs) -> None:
 
 
 def _log_unraisable(failed: sys.UnraisableHookArgs) -> None:
-    """Log an error that Python cannot raise, such as a finalizer's."""
+    """Log an error that Python cannot raise, such as one in a finalizer."""
     message = failed.err_msg
     if message is None:
         message = "Exception ignored in"
@@ -14241,7 +14279,7 @@ def serve(
     channels = Channels(config)
     try:
         server = Server(config, channels, learn)
-    except (OSError, ValueError, TypeError, OverflowError) as error:  # odd hosts raise any of them
+    except (OSError, ValueError, TypeError, OverflowError) as error:  # odd hosts may raise any
         where = f"{config.server.host} port {config.server.port}"
         advice = "choose another with --host or --port"
         if isinstance(error, OSError) and error.errno in LISTEN_ADVICE:
@@ -14260,7 +14298,7 @@ def serve(
 
 
 def raise_file_limit() -> None:
-    """Raise the limit of open files to the maximum: each viewer is one, and 1,024 are few."""
+    """Raise the limit of open files to the maximum: each viewer needs one, and 1,024 are few."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource  # not on Windows
 
@@ -14275,7 +14313,7 @@ def release_signals() -> None:
 
 
 def collect_signals() -> Signals:
-    """Return a queue that gets SIGINT, SIGTERM and SIGHUP, and unblock those held so far.
+    """Return a queue that receives SIGINT, SIGTERM and SIGHUP; releases the signals held so far.
 
     A second SIGINT or SIGTERM ends the process at once.
     """
@@ -14302,7 +14340,7 @@ def next_signal(received: Signals) -> int:
     """Wait for a signal, waking twice a second.
 
     The system may deliver a signal to any thread, but Python runs its handler only in the main
-    thread, once that thread executes code: a wait without a timeout would sleep through it.
+    thread, once that thread executes code.  A wait without a time-out would sleep through it.
     """
     while True:
         with contextlib.suppress(queue.Empty):
@@ -14353,7 +14391,7 @@ def announce(config: Config, server: Server) -> None:
 def close(server: Server, channels: Channels) -> None:
     """Disconnect the viewers and stop everything.
 
-    Blocks for about STOP_TIME at most: if something hangs, the process ends DRAIN_TIME later.
+    Blocks for about STOP_TIME at most.  If something hangs, the process ends DRAIN_TIME later.
     """
     last_resort = threading.Timer(STOP_TIME + DRAIN_TIME, os._exit, (EXIT_OK,))
     last_resort.daemon = True
@@ -14364,7 +14402,7 @@ def close(server: Server, channels: Channels) -> None:
     server.lists.stop(0.0)
     if not channels.stop(timeout=STOP_TIME):
         log.warning("an upstream did not end in time")
-    # Until DRAIN_TIME has passed, a load balancer can still read from /health that we are stopping.
+    # For DRAIN_TIME, a load balancer can still learn from /health that the server is stopping.
     time.sleep(max(0.0, began + DRAIN_TIME - time.monotonic()))
     server.shutdown()
     server.hang_up()
@@ -14427,13 +14465,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PipeError as error:
         log.error("%s", error)
         return EXIT_FAILED
-    except (KeyboardInterrupt, BrokenPipeError):  # a check was interrupted, or lost its reader
+    except (KeyboardInterrupt, BrokenPipeError):  # a check was interrupted, or its reader left
         return EXIT_FAILED
 
 
 if __name__ == "__main__":
     status = main()
     logging.shutdown()  # waits for the log's thread, LOG_TIME at most
-    with contextlib.suppress(OSError, AttributeError):  # it has no reader, or was closed
+    with contextlib.suppress(OSError, AttributeError):  # stdout has no reader, or was closed
         sys.stdout.flush()
     os._exit(status)  # sys.exit() would wait for download threads that hang
