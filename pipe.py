@@ -21,6 +21,32 @@ Data flow
     A finite stream takes the same path, with one upstream and window for each viewer; its window
     waits for the viewer instead of evicting blocks.
 
+A byte's path, live HLS in MPEG-TS, thread by thread
+    executor   Http.request, Download.parts, fill, ReaderBuffer.write of the download's buffer
+    writer     DownloadingWriter._items, fill, ReaderBuffer.write of the upstream's buffer
+    feeder     Upstream.read, Channel._move, Splicer.pass_bytes, TsFramer.feed, Window.append
+    viewer     Window.take, Handler._send_body, send_some; for HLS, Handler.answer_segment
+
+Words
+    source         the media that an address offers: live, or finite (a film, a recording)
+    variant        one quality of a stream, as its master playlist lists it; a copy is another
+                   entry of the playlist for the same quality, and a backup of the first
+    upstream       what a channel has open at its origin.  An opening is one life of it: after an
+                   outage, the next opening continues the same channel
+    relay          a live raw body: it has no segments, and may repeat media when it is opened again
+    track          one of the two playlists, picture and sound, that ffmpeg joins
+    start          the opening for the first viewer of a channel; others may wait for it
+    slot           the permission for an upstream, of the server and of an account (max_upstreams)
+    insert         segments of another container among those of a stream
+    seam           a place where the next bytes do not continue those that viewers have
+    wanted         the segment with which viewers have to continue
+    block          whole packets in MPEG-TS, any bytes otherwise; a window keeps and evicts blocks
+    join point     a block with which a decoder can start; a makeshift one has no key frame
+    preamble       bytes that go before a join point: PAT and PMT, or an initialization section
+    apart          of a segment: it does not continue the one before it (EXT-X-DISCONTINUITY)
+    feeder         the thread of a channel
+    polling client a player that requests the channel as HLS
+
 Threads
     main           parses arguments, waits for signals, reloads, closes everything
     listener       accepts connections; refuses those above the limits
@@ -88,6 +114,18 @@ Where it is decided
     an answer                        Handler._route, _answer_path, _answer_stream; documents: Pages
     update of an open page           update_page; in the browser, PAGE_SCRIPT
     threads that may call a method   the class's docstring, or a comment above its methods
+
+What to change for
+    a container           its constant and `sniff`; a Framer if it has units; media_in and
+                          UnitCounter, which prove that a key was right; Window._media_of and
+                          media_playlist, if HLS can carry it
+    a page                a function from Site to Page, and PAGES; RESERVED_NAMES if a stream could
+                          have the same path; Handler._route if it needs no token
+    a configuration key   its field, with parser and mark, in the dataclass of its section; its use.
+                          PlaylistSettings and _stream_of if lists set it; secrets_of if it may hold
+                          a secret; `restarts=False` if no upstream depends on it
+    a reason of a failure its constant in Errors, _SIGNS if an exception causes it, and ADVICE
+    Each of them: README's table, config.example.yml for a key, and the tests compare these.
 
 Is it over?
     the server            Server.stopping: nobody new is served; Channels.stop sets it
