@@ -1,8 +1,8 @@
-"""Everything is real: the origin, streamlink, the downloads and what a viewer gets of them.
+"""Downloads of segments and files. Everything is real: the origin, streamlink and the viewers.
 
-Most tests look at a viewer's bytes and at the origin's log of requests. Where the question is what
-becomes of one body, or what an upstream asks for, its buffer is read in place of the feeder. For
-the feature test of streamlink's internals a method of it gets another signature.
+Most tests look at a viewer's bytes and at the origin's log of requests. Tests of one body, or of
+the requests of an upstream, read its buffer instead of running a feeder. The tests of
+check_engine() replace a method of streamlink with one that has another signature.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ MIB = 1 << 20
 PACKET = media.PACKET
 LIVE_EDGE = 3  # segments; streamlink's default
 
-CLOSING = 0.5  # seconds: what closing may take, whatever the origin does
+CLOSING = 0.5  # seconds that closing may take, whatever the origin does
 GAP = pipe.EventKind.GAP
-QUIET = 0.3  # seconds in which something would have happened if it were to happen
+QUIET = 0.3  # seconds without an event until a test assumes that it does not happen
 
 SEGMENTS = "/news/*.ts"
 
@@ -84,11 +84,11 @@ Serve = Callable[..., Site]
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between tries; for how long something is tried is not changed by it."""
+    """Shorten the pauses between tries, but not the time after which a try is abandoned."""
     monkeypatch.setattr(pipe, "RETRY_PAUSES", (0.02, 0.05))
 
 
-#### What is streamed ####
+#### Media ####
 
 
 def show() -> bytes:
@@ -97,7 +97,7 @@ def show() -> bytes:
 
 
 def pieces(count: int, data: bytes) -> list[bytes]:
-    """Real media cut between packets into many small segments, no two of them alike."""
+    """Real media, cut between packets into many small segments. No two of them are equal."""
     packets = list(media.packets(data))
     cuts = sorted(random.Random(1).sample(range(1, len(packets)), count - 1))
     bounds = itertools.pairwise([0, *cuts, len(packets)])
@@ -109,12 +109,12 @@ def large(count: int, size: int) -> list[bytes]:
 
 
 def other(data: bytes) -> bytes:
-    """As long as `data` and still packets, of which the first one alone is the same."""
+    """Packets of the same length as `data`, in which only the first packet is the same."""
     packets = list(media.packets(data))
     return b"".join([packets[0], *(p[:4] + bytes(b ^ 0xFF for b in p[4:]) for p in packets[1:])])
 
 
-# How the segments of a playlist are kept at the origin.
+# How the origin stores the segments of a playlist.
 KINDS: dict[str, Mapping[str, Any]] = {
     "plain": {},
     "aes-128": {"aes_key": KEY, "aes_iv": IV},
@@ -122,7 +122,7 @@ KINDS: dict[str, Mapping[str, Any]] = {
 }
 by_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
-# What an origin makes of Range and If-Range.
+# How an origin handles Range and If-Range.
 ORIGINS: dict[str, Mapping[str, bool]] = {
     "validators": {},
     "no-validators": {"validators": False},
@@ -138,18 +138,18 @@ def behave(origin: Origin, conduct: Mapping[str, bool]) -> None:
 
 
 def file_of(playlist: Playlist, number: int) -> bytes:
-    """What the origin has for a segment: encrypted, where it is."""
+    """The body that the origin sends for a segment, encrypted if it has a key."""
     content = playlist.find(playlist.segment_path(number))
     assert content
     return content.body
 
 
-#### Watching ####
+#### Viewers, and upstreams without viewers ####
 
 
 @dataclass
 class Played:
-    """What a viewer got, and what its channel counted."""
+    """The bytes that a viewer got, and the gaps that its channel counted."""
 
     body: bytes
     is_complete: bool
@@ -157,7 +157,7 @@ class Played:
 
 
 class Watcher:
-    """A viewer as its thread is one, without the HTTP around it: its channel can be asked."""
+    """A viewer without HTTP: it takes blocks as a viewer's thread does, and exposes its channel."""
 
     def __init__(self, site: Site) -> None:
         self._site = site
@@ -168,11 +168,11 @@ class Watcher:
 
     def take(self) -> None:
         blocks = self.channel.window.take(self._viewer, TIMEOUT)
-        assert blocks, "nothing came"
+        assert blocks, "nothing arrived"
         self.body += b"".join(blocks)
 
     def take_until(self, size: int) -> None:
-        """Until there are `size` bytes."""
+        """Take blocks until there are `size` bytes."""
         while len(self.body) < size:
             self.take()
 
@@ -196,7 +196,7 @@ def play(site: Site) -> Played:
 
 @contextlib.contextmanager
 def opened(address: str, **options: object) -> Iterator[pipe.Upstream]:
-    """An upstream without a feeder: what it hands over waits in its buffer."""
+    """An upstream without a feeder: its bytes and events wait in its buffer."""
     tree = {"streams": {"news": address}, "options": options}
     config = pipe.ConfigReader("test.yml", pipe.engine_options()).read(yaml.safe_dump(tree))
     session = pipe.Session(config.streams["news"], TIMEOUT)
@@ -206,35 +206,35 @@ def opened(address: str, **options: object) -> Iterator[pipe.Upstream]:
 
 
 def everything(upstream: pipe.Upstream) -> Iterator[bytes | pipe.SegmentEvent]:
-    """All that an upstream hands over up to its end, which must be one."""
+    """All items that an upstream hands over, up to the true end of its source."""
     try:
         while True:
             items = upstream.read(TIMEOUT)
-            assert items, "nothing came"
+            assert items, "nothing arrived"
             yield from items
     except pipe.SourceEnded:
         return
 
 
 def drain(upstream: pipe.Upstream) -> bytes:
-    """All bytes that are still to come."""
+    """All bytes up to the end."""
     return b"".join(item for item in everything(upstream) if isinstance(item, bytes))
 
 
-def nothing_more(origin: Origin, path: str, count: int) -> None:
-    """Exactly `count` requests for `path`, also after a while in which another could come."""
+def assert_no_more_requests(origin: Origin, path: str, count: int) -> None:
+    """Assert that there are exactly `count` requests for `path`, even after QUIET seconds."""
     with pytest.raises(AssertionError):
         origin.wait_for(path, count + 1, timeout=QUIET)
     assert origin.count(path) == count
 
 
-def of(origin: Origin, path: str) -> list[Request]:
-    """The requests for exactly this path, in order."""
+def requests_for(origin: Origin, path: str) -> list[Request]:
+    """The requests for exactly this path, in order of arrival."""
     return [request for request in origin.requests if request.path == path]
 
 
-def given_up(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What was logged of segments that were given up."""
+def abandoned_segments(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The log messages about abandoned segments."""
     messages = [record.getMessage() for record in caplog.records]
     return [message for message in messages if "abandoned segment" in message]
 
@@ -244,7 +244,7 @@ def given_up(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @by_origin
 @by_kind
-def test_two_hundred_breaks_lose_and_repeat_nothing(
+def test_two_hundred_breaks_neither_lose_nor_repeat_bytes(
     origin: Origin, serve: Serve, kind: Mapping[str, Any], conduct: Mapping[str, bool]
 ) -> None:
     behave(origin, conduct)
@@ -263,10 +263,10 @@ def test_two_hundred_breaks_lose_and_repeat_nothing(
 
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
 @by_kind
-def test_large_bodies_break_again_and_again(
+def test_large_bodies_that_break_repeatedly_are_complete(
     origin: Origin, serve: Serve, kind: Mapping[str, Any], reset: bool
 ) -> None:
-    """Larger than what is read at once, and broken at a third, where a third of the rest is..."""
+    """Each body needs several reads, and breaks at a third, at a third of the rest, and so on."""
     playlist = origin.add(Playlist("news", large(4, 700_000), **kind))
     for number in range(4):
         for at in (233_333, 155_555, 1, 100_000):
@@ -276,13 +276,13 @@ def test_large_bodies_break_again_and_again(
 
 
 @pytest.mark.parametrize("kind", [KINDS["plain"], KINDS["aes-128"]], ids=["plain", "aes-128"])
-def test_broken_body_is_resumed_at_its_byte_if_it_is_still_the_same(
+def test_broken_body_is_resumed_at_its_byte_if_it_did_not_change(
     origin: Origin, serve: Serve, kind: Mapping[str, Any]
 ) -> None:
     playlist = origin.add(Playlist("news", media.ts_segments(), **kind))
     origin.fault(playlist.segment_path(2), Break(12_345))
     assert serve({"news": playlist.url}).get("/news").body == show()
-    first, second = of(origin, playlist.segment_path(2))
+    first, second = requests_for(origin, playlist.segment_path(2))
     content = playlist.find(playlist.segment_path(2))
     assert content
     assert not {"range", "if-range"} & first.headers.keys()
@@ -296,7 +296,7 @@ def test_broken_byte_range_is_resumed_within_itself(origin: Origin, serve: Serve
     playlist = origin.add(Playlist("news", segments, byte_ranges=True))
     origin.fault(playlist.segment_path(0), Break(12_345))
     assert serve({"news": playlist.url}, threads=1).get("/news").body == show()
-    first, second, *_ = of(origin, playlist.segment_path(0))
+    first, second, *_ = requests_for(origin, playlist.segment_path(0))
     last = len(segments[0]) - 1
     assert first.headers["range"] == f"bytes=0-{last}"
     assert "if-range" not in first.headers
@@ -310,7 +310,7 @@ def test_broken_byte_range_is_resumed_within_itself(origin: Origin, serve: Serve
     ids=["stalls-at-once", "stalls", "no-headers", "closes-a-byte-early", "closes-early"],
 )
 @by_kind
-def test_stalled_or_short_body_is_taken_up_again(
+def test_stalled_or_short_body_is_resumed(
     origin: Origin, serve: Serve, kind: Mapping[str, Any], fault: Fault
 ) -> None:
     playlist = origin.add(Playlist("news", media.ts_segments(), **kind))
@@ -335,17 +335,17 @@ def test_stalled_or_short_body_is_taken_up_again(
 def test_segments_that_fail_at_first_are_not_lost(
     origin: Origin, serve: Serve, fault: Fault
 ) -> None:
-    """Nobody waits for the first one where it is refused: the next may be there."""
+    """The first segment is not tried again after 404 or 403, so it does not fail here."""
     playlist = origin.add(Playlist("news", media.ts_segments()))
     for number in range(fault in (Status(404, b"not yet"), Status(403, b"no")), 8):
         origin.fault(playlist.segment_path(number), fault, times=2)
     played = play(serve({"news": playlist.url}, threads=4))
     assert (played.body, played.is_complete, played.gaps) == (show(), True, 0)
     assert origin.peak(SEGMENTS) <= 4
-    assert origin.peak_connections <= 4 + 1, "an error's connection is given back or closed"
+    assert origin.peak_connections <= 4 + 1, "the connection of an error is reused or closed"
 
 
-def test_key_that_fails_at_first_ends_nothing(origin: Origin, serve: Serve) -> None:
+def test_key_that_fails_at_first_does_not_end_the_stream(origin: Origin, serve: Serve) -> None:
     playlist = origin.add(Playlist("news", media.ts_segments(), aes_key=KEY))
     origin.fault(playlist.key_path, Status(503, b"busy"))
     origin.fault(playlist.key_path, Close())
@@ -354,7 +354,7 @@ def test_key_that_fails_at_first_ends_nothing(origin: Origin, serve: Serve) -> N
 
 
 @pytest.mark.parametrize("at", [50, 5_000], ids=["start", "middle"])
-def test_gzip_nobody_asked_for_is_decoded(origin: Origin, serve: Serve, at: int) -> None:
+def test_unrequested_gzip_is_decoded(origin: Origin, serve: Serve, at: int) -> None:
     playlist = origin.add(Playlist("news", media.ts_segments()))
     for number in range(8):
         origin.fault(playlist.segment_path(number), Gzip(), Break(at))
@@ -369,7 +369,7 @@ def test_gzip_nobody_asked_for_is_decoded(origin: Origin, serve: Serve, at: int)
 
 @pytest.mark.parametrize("prefix", ["", "httpstream://"], ids=["bare", "httpstream"])
 @by_origin
-def test_file_that_breaks_goes_on_at_its_byte(
+def test_file_that_breaks_is_resumed_at_its_byte(
     origin: Origin, serve: Serve, conduct: Mapping[str, bool], prefix: str
 ) -> None:
     behave(origin, conduct)
@@ -380,7 +380,7 @@ def test_file_that_breaks_goes_on_at_its_byte(
         origin.fault("/film", Break(at))
     answer = serve({"news": prefix + address}).get("/news")
     assert (answer.body, answer.is_complete) == (body, True)
-    first, *others = of(origin, "/film")
+    first, *others = requests_for(origin, "/film")
     assert "range" not in first.headers
     if not conduct:
         ranges = [f"bytes={at}-" for at in itertools.accumulate(broken)]
@@ -389,16 +389,16 @@ def test_file_that_breaks_goes_on_at_its_byte(
         assert sum(request.sent for request in (first, *others)) == len(body)
 
 
-def test_file_that_stalls_goes_on_at_its_byte(origin: Origin, serve: Serve) -> None:
+def test_file_that_stalls_is_resumed_at_its_byte(origin: Origin, serve: Serve) -> None:
     address = origin.add_file("/film", show())
     origin.fault("/film", Stall(at=10_000))
     answer = serve({"news": address}, timeout=0.6).get("/news")
     assert (answer.body, answer.is_complete) == (show(), True)
-    assert of(origin, "/film")[1].headers["range"] == "bytes=10000-"
+    assert requests_for(origin, "/film")[1].headers["range"] == "bytes=10000-"
 
 
 @pytest.mark.parametrize("size", [100, 100_000, 9 * MIB])
-def test_error_keeps_its_status_whatever_comes_with_it(
+def test_error_keeps_its_status_whatever_its_body(
     origin: Origin, serve: Serve, size: int
 ) -> None:
     playlist = origin.add(Playlist("news", media.ts_segments()))
@@ -408,7 +408,7 @@ def test_error_keeps_its_status_whatever_comes_with_it(
     origin.wait_connections(0)
 
 
-#### Gaps ####
+#### Segments that are lost ####
 
 
 def assert_one_gap(played: Played, expected: bytes, caplog: pytest.LogCaptureFixture) -> None:
@@ -416,13 +416,13 @@ def assert_one_gap(played: Played, expected: bytes, caplog: pytest.LogCaptureFix
     assert played.body == expected
     assert played.is_complete
     assert played.gaps == 1
-    assert len(given_up(caplog)) == 1
+    assert len(abandoned_segments(caplog)) == 1
 
 
 @pytest.mark.parametrize("at", [188 * 40, 188 * 40 + 1, 188 * 41 - 1])
 @by_origin
 @pytest.mark.parametrize("kind", [KINDS["plain"], KINDS["aes-128"]], ids=["plain", "aes-128"])
-def test_segment_that_changed_is_given_up_at_a_packet(
+def test_changed_segment_is_abandoned_after_a_whole_packet(
     origin: Origin,
     serve: Serve,
     caplog: pytest.LogCaptureFixture,
@@ -440,11 +440,11 @@ def test_segment_that_changed_is_given_up_at_a_packet(
     taken = (at - 1) // 16 * 16 if kind else at  # a cipher block is held back
     kept = playlist.plain(3, 4)[: taken // PACKET * PACKET]
     assert_one_gap(played, media.spliced(playlist.plain(0, 3) + kept, playlist.plain(4, 8)), caplog)
-    assert origin.count(path) == 2, "that it changed is known at once"
+    assert origin.count(path) == 2, "the change is noticed at once"
 
 
 @by_origin
-def test_byte_range_that_changed_is_given_up_at_a_packet(
+def test_changed_byte_range_is_abandoned_after_a_whole_packet(
     origin: Origin,
     serve: Serve,
     caplog: pytest.LogCaptureFixture,
@@ -454,7 +454,7 @@ def test_byte_range_that_changed_is_given_up_at_a_packet(
     segments = media.ts_segments()
     playlist = origin.add(Playlist("news", segments, byte_ranges=True))
     before = 0 if origin.ranges else sum(map(len, segments[:3]))
-    for _ in range(3):  # the first three are well: with one thread they come in order
+    for _ in range(3):  # the first three do not fail; one thread requests them in order
         origin.fault(playlist.segment_path(0))
     origin.fault(playlist.segment_path(0), Break(before + 188 * 40 + 100))
     origin.fault(playlist.segment_path(0), Body(other(show())))
@@ -471,7 +471,7 @@ def test_byte_range_that_changed_is_given_up_at_a_packet(
         pytest.param(Close(), 3, id="closed-middle"),
     ],
 )
-def test_segment_that_always_fails_is_one_gap(
+def test_segment_that_always_fails_is_a_single_gap(
     origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture, fault: Fault, number: int
 ) -> None:
     playlist = origin.add(Playlist("news", media.ts_segments()))
@@ -489,7 +489,7 @@ def test_segment_that_always_fails_is_one_gap(
         pytest.param(Stall(at=188 * 40 + 100), 188 * 40, 7, id="rest-of-the-body-last"),
     ],
 )
-def test_segment_that_always_stalls_is_one_gap(
+def test_segment_that_always_stalls_is_a_single_gap(
     origin: Origin,
     serve: Serve,
     caplog: pytest.LogCaptureFixture,
@@ -500,7 +500,7 @@ def test_segment_that_always_stalls_is_one_gap(
     playlist = origin.add(Playlist("news", media.ts_segments()))
     path = playlist.segment_path(number)
     origin.fault(path, fault)
-    origin.fault(path, Stall(at=0), times=None)  # what came is all there ever is
+    origin.fault(path, Stall(at=0), times=None)  # no later try gets more bytes
     played = play(serve({"news": playlist.url}, timeout=2.2, reconnect=4))
     rest = playlist.plain(number, number + 1)[:kept]
     expected = media.spliced(playlist.plain(0, number) + rest, playlist.plain(number + 1, 8))
@@ -517,7 +517,7 @@ def test_live_segment_is_tried_for_two_target_durations(
     watcher = Watcher(serve({"news": playlist.url}, linger=0))
     expected = media.spliced(playlist.plain(2, missing), playlist.plain(missing + 1, 5))
     watcher.take_until(len(expected))
-    tries = of(origin, playlist.segment_path(missing))
+    tries = requests_for(origin, playlist.segment_path(missing))
     playlist.end()
     assert_one_gap(watcher.finish(), expected, caplog)
     assert 1.0 < tries[-1].time - tries[0].time < 2.0 + 0.5
@@ -527,16 +527,16 @@ def test_live_segment_is_tried_for_two_target_durations(
 def test_live_segment_that_left_the_playlist_is_not_waited_for(
     origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two target durations would be a minute."""
+    """Otherwise it would be tried for two target durations, a minute."""
     playlist = origin.add(Playlist("news", media.ts_segments(), mode="live", target_duration=30))
     origin.fault(playlist.segment_path(3), Status(404), times=None)
     options = {"hls-playlist-reload-time": "segment"}
     watcher = Watcher(serve({"news": playlist.url}, linger=0, threads=8, streamlink=options))
     playlist.advance(2)
     origin.wait_for(playlist.segment_path(6))
-    assert given_up(caplog) == []
+    assert abandoned_segments(caplog) == []
     playlist.advance(2)  # the oldest is number 4 now
-    parts = [(2, 3), (4, 8), (8, 9)]  # number 8 is the first segment once more
+    parts = [(2, 3), (4, 8), (8, 9)]  # segment 8 is the first of the media again
     expected = media.spliced(*(playlist.plain(*part) for part in parts))
     watcher.take_until(len(expected))
     playlist.end()
@@ -548,7 +548,7 @@ def test_live_segment_that_left_the_playlist_is_not_waited_for(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a body, and whether it is all of it as far as StreamPipe knows."""
+    """The bytes received of a body, and whether StreamPipe takes them for the whole body."""
 
     body: bytes
     is_whole: bool = True
@@ -557,7 +557,7 @@ class Outcome:
 def download(
     origin: Origin, path: str, *, first: int = 0, last: int | None = None, patience: float = 2.0
 ) -> Outcome:
-    """What an upstream hands over of a single segment, or of a range of its bytes."""
+    """The bytes that an upstream hands over for one segment, or for a range of its bytes."""
     lines = ["#EXTM3U", "#EXT-X-VERSION:4", "#EXT-X-TARGETDURATION:1", "#EXTINF:1.0,"]
     if last is not None:
         lines.append(f"#EXT-X-BYTERANGE:{last - first + 1}@{first}")
@@ -589,7 +589,7 @@ def test_only_strong_validators_are_used(
     origin.fault("/body", usual, PART)
     origin.fault("/body", usual, times=None)
     assert download(origin, "/body") == Outcome(DATA)
-    _, second = of(origin, "/body")
+    _, second = requests_for(origin, "/body")
     condition = second.headers.get("if-range")
     known = {"etag": Content(DATA).etag, "date": "Tue, 14 Nov 2023 22:13:20 GMT", None: None}
     assert condition == known[if_range]
@@ -598,7 +598,7 @@ def test_only_strong_validators_are_used(
 
 
 def part_of(data: bytes, start: int, stop: int, shown: str | None = None) -> Status:
-    """A 206 with these bytes, and what its Content-Range says of them; "": without one."""
+    """A 206 with these bytes. `shown` replaces its Content-Range; "" leaves it out."""
     text = f"bytes {start}-{stop - 1}/{len(data)}" if shown is None else shown
     headers = (("Content-Range", text),) if text else ()
     return Status(206, data[start:stop], headers)
@@ -620,7 +620,7 @@ def part_of(data: bytes, start: int, stop: int, shown: str | None = None) -> Sta
         pytest.param(Gzip(), id="compressed-now"),
     ],
 )
-def test_strange_answer_to_a_range_costs_nothing(origin: Origin, answer: Fault) -> None:
+def test_strange_answer_to_a_range_loses_nothing(origin: Origin, answer: Fault) -> None:
     origin.add_file("/body", DATA)
     origin.fault("/body", PART)
     origin.fault("/body", answer)
@@ -639,22 +639,22 @@ def test_strange_answer_to_a_range_costs_nothing(origin: Origin, answer: Fault) 
         pytest.param(NoRange(), id="ignored"),
     ],
 )
-def test_strange_answer_to_a_byte_range_costs_nothing(origin: Origin, answer: Fault) -> None:
+def test_strange_answer_to_a_byte_range_loses_nothing(origin: Origin, answer: Fault) -> None:
     origin.add_file("/body", DATA)
     origin.fault("/body", answer)
     assert download(origin, "/body", first=1_000, last=1_999) == Outcome(DATA[1_000:2_000])
 
 
-def test_origin_that_refuses_ranges_is_asked_for_all_of_it(origin: Origin) -> None:
+def test_whole_body_is_requested_after_a_refused_range(origin: Origin) -> None:
     origin.add_file("/body", DATA)
     origin.fault("/body", PART)
     origin.fault("/body", Status(416, b"none"))
     assert download(origin, "/body") == Outcome(DATA)
-    assert "range" not in of(origin, "/body")[2].headers
+    assert "range" not in requests_for(origin, "/body")[2].headers
 
 
-def test_body_announced_too_long_is_all_there(origin: Origin) -> None:
-    """Its end looks like a break, and the range behind its last byte does not exist."""
+def test_body_with_too_large_a_length_is_complete(origin: Origin) -> None:
+    """Its end looks like a break, and there is no range after its last byte."""
     origin.add_file("/body", DATA)
     origin.fault("/body", WrongLength(100))
     assert download(origin, "/body") == Outcome(DATA)
@@ -676,7 +676,7 @@ def test_body_announced_too_long_is_all_there(origin: Origin) -> None:
         pytest.param(DATA[1:], Outcome(DATA[:20_000], False), id="moved-by-a-byte"),
     ],
 )
-def test_body_that_changed_is_compared_with_what_came(
+def test_changed_body_is_compared_with_the_received_bytes(
     origin: Origin,
     conduct: Mapping[str, bool],
     now: bytes,
@@ -706,7 +706,7 @@ def test_any_breaks_give_the_same_body(
     bounds: tuple[int, int] | None,
 ) -> None:
     behave(origin, {"validators": True, "ranges": True} | dict(conduct))
-    body = bytes(byte & 7 for byte in DATA[:size])  # bytes that no text has
+    body = bytes(byte & 7 for byte in DATA[:size])  # no text has such bytes
     first, last = sorted(bounds) if bounds and max(bounds) < size else (0, None)
     origin.add_file("/body", body)
     handles = [origin.fault("/body", Break(at)) for at in breaks]
@@ -715,7 +715,7 @@ def test_any_breaks_give_the_same_body(
         body[first:stop]
     )
     for handle in handles:
-        handle.clear()  # a body may be complete before all of them were met
+        handle.clear()  # a body may be complete before all of them occurred
 
 
 #### The first byte ####
@@ -745,14 +745,14 @@ def test_bytes_arrive_before_half_of_the_segment_was_sent(
     viewer = serve({"news": playlist.url}).watch("/news")
     init = playlist.find(playlist.init_path)
     whole = (init.body if init else b"") + playlist.plain(0, 4 if half > 100_000 else 8)
-    early = len(init.body if init else b"") + half - 1000  # half a unit may be held back
+    early = len(init.body if init else b"") + half - 1000  # part of a packet or frame may be held back
     assert viewer.read(early) == whole[:early]
-    assert stall.held == 1, "the origin still keeps the rest"
+    assert stall.held == 1, "the origin still holds the rest"
     stall.release()
     assert viewer.read_all() == (whole[early:], True)
 
 
-def test_later_segments_arrive_as_they_come_too(origin: Origin, serve: Serve) -> None:
+def test_later_segments_are_passed_on_as_they_arrive(origin: Origin, serve: Serve) -> None:
     playlist = origin.add(Playlist("news", large(4, 200_000)))
     stalls = [origin.fault(playlist.segment_path(n), Stall(at=100_000)) for n in range(4)]
     viewer = serve({"news": playlist.url}, threads=4).watch("/news")
@@ -767,18 +767,18 @@ def test_later_segments_arrive_as_they_come_too(origin: Origin, serve: Serve) ->
     assert viewer.read_all() == (b"", True)
 
 
-#### Parallel ####
+#### Parallel downloads ####
 
 
 @pytest.mark.parametrize("kind", [KINDS["plain"], KINDS["aes-128"]], ids=["plain", "aes-128"])
-def test_eight_threads_make_eight_transfers_and_no_more(
+def test_eight_threads_make_at_most_eight_transfers(
     origin: Origin, serve: Serve, kind: Mapping[str, Any]
 ) -> None:
     playlist = origin.add(Playlist("news", large(32, 64_000), **kind))
     stall = origin.fault(SEGMENTS, Stall(at=2_000), times=None)
     viewer = serve({"news": playlist.url}, threads=8).watch("/news")
     stall.wait_held(8)
-    nothing_more(origin, SEGMENTS, 8)
+    assert_no_more_requests(origin, SEGMENTS, 8)
     origin.rate = 1_000_000
     stall.release()
     assert viewer.read_all() == (playlist.plain(0, 32), True)
@@ -807,7 +807,7 @@ def test_explicit_engine_option_sets_the_number_of_threads(origin: Origin, serve
     options = {"stream-segment-threads": 2, "hls-segment-stream-data": True}
     viewer = serve({"news": playlist.url}, threads=8, streamlink=options).watch("/news")
     stall.wait_held(2)
-    nothing_more(origin, SEGMENTS, 2)
+    assert_no_more_requests(origin, SEGMENTS, 2)
     stall.release()
     assert viewer.read_all() == (playlist.plain(0, 12), True)
 
@@ -816,14 +816,14 @@ def test_explicit_engine_option_sets_the_number_of_threads(origin: Origin, serve
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_what_nobody_reads_is_not_asked_for(origin: Origin, threads: int) -> None:
-    """A segment's place is free once its last byte is in the buffer, and not before."""
+def test_segments_without_room_in_the_buffer_are_not_requested(origin: Origin, threads: int) -> None:
+    """A segment keeps its place until its last byte is in the buffer."""
     size = len(media.padded(media.ts_segments(8)[0], MIB))
     playlist = origin.add(Playlist("news", large(8, MIB)))
     ring = 262_144
     with opened(playlist.url, threads=threads, ringbuffer_size=ring) as upstream:
         origin.wait_for(SEGMENTS, threads + 1)
-        nothing_more(origin, SEGMENTS, threads + 1)
+        assert_no_more_requests(origin, SEGMENTS, threads + 1)
         taken = bytearray()
         while len(taken) < 3 * size:
             taken += b"".join(i for i in upstream.read(TIMEOUT) if isinstance(i, bytes))
@@ -833,11 +833,11 @@ def test_what_nobody_reads_is_not_asked_for(origin: Origin, threads: int) -> Non
         assert bytes(taken) + drain(upstream) == playlist.plain(0, 8)
 
 
-KERNEL = 8 * MIB  # bytes that two sockets hold at most
+KERNEL = 8 * MIB  # bytes that the buffers of two sockets hold at most
 
 
 @pytest.mark.parametrize("kind", ["segment", "file"])
-def test_large_body_waits_at_the_origin(origin: Origin, kind: str) -> None:
+def test_large_body_is_not_buffered_beyond_the_limit(origin: Origin, kind: str) -> None:
     body = bytes(40 * MIB)
     text = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/body\n#EXT-X-ENDLIST\n"
     origin.add_file("/one.m3u8", text)
@@ -846,7 +846,7 @@ def test_large_body_waits_at_the_origin(origin: Origin, kind: str) -> None:
     with opened(address[kind], ringbuffer_size=262_144) as upstream:
         origin.wait_for("/body")
         seen = -1
-        while seen != (seen := of(origin, "/body")[0].sent):
+        while seen != (seen := requests_for(origin, "/body")[0].sent):
             with pytest.raises(AssertionError):
                 origin.wait_for("/body", 2, timeout=QUIET)
         assert seen < pipe.BODY_LIMIT + KERNEL + 2 * MIB
@@ -858,7 +858,7 @@ def plain_film(origin: Origin) -> str:
 
 
 def fmp4_film(origin: Origin) -> str:
-    """Its initialization section is as large as one may be."""
+    """A film with an initialization section of 6 MiB, close to the limit."""
     init, parts = media.fmp4()
     init += (6 * MIB).to_bytes(4, "big") + b"free" + bytes(6 * MIB - 8)
     return origin.add(Playlist("news", parts, init=init, extension=".m4s")).url
@@ -869,12 +869,12 @@ def film_in_a_file(origin: Origin) -> str:
 
 
 @pytest.mark.parametrize("make", [plain_film, fmp4_film, film_in_a_file])
-def test_closing_gives_memory_back_without_a_collector(
+def test_closing_frees_memory_without_garbage_collection(
     origin: Origin, make: Callable[[Origin], str]
 ) -> None:
     address = make(origin)
     with opened(address):
-        pass  # what is made once
+        pass  # create everything that is created only once
     before = set(threading.enumerate())
     gc.collect()
     gc.disable()
@@ -897,7 +897,7 @@ def test_closing_gives_memory_back_without_a_collector(
 
 @pytest.mark.long
 def test_thousand_segments_leave_nothing_behind(origin: Origin, serve: Serve) -> None:
-    """Breaks among them; what is held and who runs is the same after 200 and after all."""
+    """Some bodies break. Memory and threads are the same after 200 segments and at the end."""
     segments = pieces(1_000, b"".join(large(8, 800_000)))
     playlist = origin.add(Playlist("news", segments))
     for number in range(0, 1_000, 20):
@@ -923,20 +923,20 @@ def test_thousand_segments_leave_nothing_behind(origin: Origin, serve: Serve) ->
 
 
 def channel_threads(before: set[threading.Thread]) -> list[threading.Thread]:
-    """What runs for a stream: all threads but the origin's and those that were there before."""
+    """The threads of a stream: all threads except the origin's and those that ran before."""
     current = {threading.current_thread(), threading.main_thread()}
     running = set(threading.enumerate()) - before - current
     return [thread for thread in running if not thread.name.startswith("origin-")]
 
 
 def join_all(before: set[threading.Thread], seconds: float = TIMEOUT) -> None:
-    """Until no thread runs for the stream any more."""
+    """Wait until the stream has no thread."""
     deadline = time.monotonic() + seconds
     while running := channel_threads(before):
         left = deadline - time.monotonic()
-        with contextlib.suppress(RuntimeError):  # it has not quite started
+        with contextlib.suppress(RuntimeError):  # a thread that has not started yet
             running[0].join(max(0.0, left))
-        assert left > 0, f"still runs: {', '.join(thread.name for thread in running)}"
+        assert left > 0, f"still running: {', '.join(thread.name for thread in running)}"
 
 
 #### Closing ####
@@ -944,30 +944,30 @@ def join_all(before: set[threading.Thread], seconds: float = TIMEOUT) -> None:
 
 @dataclass
 class Stuck:
-    """A stream whose upstream hangs, once `handle` holds a request, or has met one."""
+    """A stream whose upstream hangs once the fault of `handle` has met a request."""
 
     address: str
     handle: FaultHandle
 
     def wait(self) -> None:
-        """Until the upstream hangs."""
+        """Wait until the upstream hangs."""
         self.handle.wait()
 
 
 def stuck_segments(origin: Origin, fault: Fault, **kind: Any) -> Stuck:
-    """The first segment comes, the others do not."""
+    """The first segment arrives, the others do not."""
     playlist = origin.add(Playlist("news", large(8, 64_000), **kind))
     return Stuck(playlist.url, origin.fault("/news/[1-9].ts", fault, times=None))
 
 
 def stuck_start(origin: Origin, path: str, fault: Fault, **kind: Any) -> Stuck:
-    """Nothing comes."""
+    """Nothing arrives."""
     playlist = origin.add(Playlist("news", media.ts_segments(), **kind))
     return Stuck(playlist.url, origin.fault(path, fault, times=None))
 
 
 def stuck_playlist(origin: Origin, fault: Fault) -> Stuck:
-    """The first playlist comes, the second does not."""
+    """The first playlist arrives, the second does not."""
     playlist = origin.add(Playlist("news", media.ts_segments(), mode="live"))
     origin.fault(playlist.path, times=1)
     return Stuck(playlist.url, origin.fault(playlist.path, fault, times=None))
@@ -1001,14 +1001,14 @@ HANGING_STARTS: Cases = {
 }
 
 
-def assert_all_ends(origin: Origin, before: set[threading.Thread], began: float) -> None:
-    """No thread runs for the stream any more and no connection is open, in time."""
+def assert_everything_ends(origin: Origin, before: set[threading.Thread], began: float) -> None:
+    """Assert that the stream has no thread and no connection CLOSING seconds after `began`."""
     join_all(before, began + CLOSING - time.monotonic())
     origin.wait_connections(0, max(0.0, began + CLOSING - time.monotonic()))
 
 
 @pytest.mark.parametrize("case", [*HANGING_STREAMS.values()], ids=[*HANGING_STREAMS])
-def test_last_viewer_leaves_and_all_ends_at_once(
+def test_upstream_ends_at_once_when_the_last_viewer_leaves(
     origin: Origin, serve: Serve, case: Callable[[Origin], Stuck]
 ) -> None:
     stuck = case(origin)
@@ -1019,7 +1019,7 @@ def test_last_viewer_leaves_and_all_ends_at_once(
     stuck.wait()
     began = time.monotonic()
     watcher.leave()
-    assert_all_ends(origin, before, began)
+    assert_everything_ends(origin, before, began)
 
 
 @pytest.mark.parametrize(
@@ -1027,7 +1027,7 @@ def test_last_viewer_leaves_and_all_ends_at_once(
     [*HANGING_STREAMS.values(), *HANGING_STARTS.values()],
     ids=[*HANGING_STREAMS, *HANGING_STARTS],
 )
-def test_shutdown_ends_all_at_once(
+def test_shutdown_ends_every_upstream_at_once(
     origin: Origin, serve: Serve, case: Callable[[Origin], Stuck]
 ) -> None:
     stuck = case(origin)
@@ -1039,7 +1039,7 @@ def test_shutdown_ends_all_at_once(
     assert site.channels.stop(CLOSING)
     answer = watching.result(CLOSING)
     assert answer.status == 503 or not answer.is_complete
-    assert_all_ends(origin, before, began)
+    assert_everything_ends(origin, before, began)
 
 
 def test_closing_wakes_a_writer_whose_ring_is_full(origin: Origin) -> None:
@@ -1047,13 +1047,13 @@ def test_closing_wakes_a_writer_whose_ring_is_full(origin: Origin) -> None:
     before = set(threading.enumerate())
     with opened(playlist.url, ringbuffer_size=262_144):
         origin.wait_for(SEGMENTS, 4)
-        origin.wait_until(lambda: all(r.done for r in origin.requests), "all was sent")
+        origin.wait_until(lambda: all(r.done for r in origin.requests), "the origin has sent everything")
         began = time.monotonic()
-    assert_all_ends(origin, before, began)
+    assert_everything_ends(origin, before, began)
 
 
-def test_closing_in_the_middle_of_anything_leaves_nothing(origin: Origin) -> None:
-    """The worker, the writer and the downloads are met wherever they happen to be."""
+def test_closing_at_any_moment_leaves_nothing_behind(origin: Origin) -> None:
+    """The worker, the writer and the downloads may be in any state."""
     playlist = origin.add(Playlist("news", pieces(300, show())))
     origin.rate = 1_000_000
     chance = random.Random(7)
@@ -1063,14 +1063,14 @@ def test_closing_in_the_middle_of_anything_leaves_nothing(origin: Origin) -> Non
         with opened(playlist.url, threads=8):
             origin.wait_for(SEGMENTS, wanted)
             began = time.monotonic()
-        assert_all_ends(origin, before, began)
+        assert_everything_ends(origin, before, began)
 
 
 #### Threads that cannot be started ####
 
 
 def refuse_threads(patch: pytest.MonkeyPatch, pattern: str, allowed: int = 0) -> list[str]:
-    """The system starts so many threads of these names, and no more; returns who was refused."""
+    """Let only `allowed` threads with matching names start; returns the names of the others."""
     start, refused, count = threading.Thread.start, list[str](), itertools.count()
 
     def limited(thread: threading.Thread) -> None:
@@ -1097,7 +1097,7 @@ def muxed_address(origin: Origin) -> str:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """FIFOs of streamlink's muxer."""
+    """The FIFOs that streamlink's muxer has left behind."""
     return [path.name for path in folder.glob("streamlinkpipe-*")]
 
 
@@ -1116,7 +1116,7 @@ def leftovers(folder: Path) -> list[str]:
         pytest.param(muxed_address, "^pump-", 0, id="pump-of-the-muxer"),
     ],
 )
-def test_thread_that_cannot_be_started_leaves_nothing(
+def test_failed_start_of_a_thread_leaves_nothing_behind(
     origin: Origin,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -1141,7 +1141,7 @@ def test_thread_that_cannot_be_started_leaves_nothing(
 
 @pytest.mark.usefixtures("_ffmpeg")
 @pytest.mark.parametrize("make", [plain_address, file_address, muxed_address])
-def test_upstream_closes_without_a_thread_for_it(
+def test_upstream_closes_even_if_no_thread_can_be_started_for_it(
     origin: Origin,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -1159,11 +1159,11 @@ def test_upstream_closes_without_a_thread_for_it(
     assert leftovers(tmp_path) == []
 
 
-#### What playlists may hold ####
+#### Features of playlists ####
 
 
 def with_init(init: bytes, number: int) -> bytes:
-    """Another initialization section of the same media: one more box, to be ignored."""
+    """A different initialization section for the same media: it has one more box, to be ignored."""
     return init + (16).to_bytes(4, "big") + b"free" + number.to_bytes(8, "big")
 
 
@@ -1171,7 +1171,7 @@ def mapped(data: bytes, name: str, discontinuity: bool = False) -> Segment:
     return Segment(data, discontinuity=discontinuity, tags=(f'#EXT-X-MAP:URI="{name}"',))
 
 
-def test_initialization_section_comes_again_where_it_changes(origin: Origin, serve: Serve) -> None:
+def test_initialization_section_is_sent_again_when_it_changes(origin: Origin, serve: Serve) -> None:
     init, parts = media.fmp4()
     first, second = with_init(init, 1), with_init(init, 2)
     order = ["a", "a", "b", "b", "a", "a", "b", "b"]
@@ -1185,7 +1185,7 @@ def test_initialization_section_comes_again_where_it_changes(origin: Origin, ser
     assert answer.is_complete
 
 
-def test_initialization_section_comes_again_at_a_discontinuity(
+def test_initialization_section_is_sent_again_at_a_discontinuity(
     origin: Origin, serve: Serve
 ) -> None:
     init, parts = media.fmp4()
@@ -1205,10 +1205,10 @@ def test_broken_initialization_section_is_resumed(origin: Origin, serve: Serve) 
     assert serve({"news": playlist.url}).get("/news").body == init + b"".join(parts)
 
 
-def test_initialization_section_that_was_missing_is_asked_for_again(
+def test_missing_initialization_section_is_requested_again(
     origin: Origin, serve: Serve
 ) -> None:
-    """Without it nothing behind it can be played: the stream waits, and goes on when it is back."""
+    """Players need it for the segments after it: the stream waits until it can be fetched."""
     init, parts = media.fmp4()
     first, second = with_init(init, 1), with_init(init, 2)
     names = ["a"] * 4 + ["b"] * 4
@@ -1233,8 +1233,8 @@ def test_initialization_section_that_is_too_large_is_refused(origin: Origin, ser
     assert answer.json == {"error": expected}
 
 
-def test_initialization_section_within_a_file(origin: Origin, serve: Serve) -> None:
-    """Its byte range is its own, and no segment's offset follows from it."""
+def test_initialization_section_may_be_a_byte_range_of_the_segments_file(origin: Origin, serve: Serve) -> None:
+    """Its byte range does not affect the offsets of the segments."""
     init, parts = media.fmp4(4)
     whole = b"".join([init, *parts])
     offsets = itertools.accumulate(map(len, parts), initial=len(init))
@@ -1255,7 +1255,7 @@ def test_initialization_section_within_a_file(origin: Origin, serve: Serve) -> N
 @pytest.mark.parametrize(
     "left_out", [(3, 5), (0,), (0, 1), (7,), (6, 7)], ids=lambda numbers: f"{numbers}"
 )
-def test_ignored_names_are_not_even_asked_for(
+def test_segments_with_ignored_names_are_not_requested(
     origin: Origin, serve: Serve, left_out: Sequence[int]
 ) -> None:
     playlist = origin.add(Playlist("news", media.ts_segments()))
@@ -1269,7 +1269,7 @@ def test_ignored_names_are_not_even_asked_for(
 
 
 @pytest.mark.parametrize("left_out", [(0,), (3,), (0, 1, 2)], ids=lambda numbers: f"{numbers}")
-def test_ignored_names_keep_their_initialization_section(
+def test_initialization_section_of_ignored_segments_is_sent(
     origin: Origin, serve: Serve, left_out: Sequence[int]
 ) -> None:
     init, parts = media.fmp4()
@@ -1281,7 +1281,7 @@ def test_ignored_names_keep_their_initialization_section(
 
 
 @pytest.mark.parametrize("version", [2, 3, 4])
-def test_tag_of_packed_audio_may_break_anywhere(origin: Origin, serve: Serve, version: int) -> None:
+def test_body_may_break_anywhere_in_a_tag_of_packed_audio(origin: Origin, serve: Serve, version: int) -> None:
     frames = media.aac_segments()
     tagged = [media.id3_timestamp(float(n), version) + data for n, data in enumerate(frames)]
     playlist = origin.add(Playlist("news", tagged, extension=".aac"))
@@ -1296,7 +1296,7 @@ def test_tag_of_packed_audio_may_break_anywhere(origin: Origin, serve: Serve, ve
 
 
 class AdvertWriter(HLSStreamWriter):
-    """A filter like Twitch's: it knows advertisements by what the playlist says of them."""
+    """A filter like Twitch's: it detects advertisements by their titles in the playlist."""
 
     def should_filter_segment(self, segment: HLSSegment) -> bool:
         is_advert = "advert" in (segment.title or "")
@@ -1321,7 +1321,7 @@ class AdvertStream(HLSStream):
 
 
 def with_titles(playlist: Playlist, adverts: Sequence[int]) -> bytes:
-    """The playlist's text with a title for the advertisements."""
+    """The playlist's text with titles that mark the advertisements."""
     content = playlist.find(playlist.path)
     assert content
     parts = content.body.decode().split("#EXTINF:1.000000,")
@@ -1333,7 +1333,7 @@ def with_titles(playlist: Playlist, adverts: Sequence[int]) -> bytes:
 def opened_as(
     kind: type[HLSStream], address: str, *, threads: int = 4, **arguments: Any
 ) -> Iterator[pipe.Upstream]:
-    """An upstream of a plugin's stream, made as the plugin does it."""
+    """An upstream of a plugin's stream, created as the plugin creates it."""
     settings = pipe.StreamSettings("news", (address,), options=pipe.Options(threads=threads))
     session = pipe.Session(settings, TIMEOUT)
     stream = kind(session.engine, address, **arguments)
@@ -1342,7 +1342,7 @@ def opened_as(
         yield upstream
 
 
-def test_plugins_filter_leaves_out_what_it_would(origin: Origin) -> None:
+def test_plugins_filter_leaves_out_its_advertisements(origin: Origin) -> None:
     playlist = origin.add(Playlist("news", media.ts_segments()))
     playlist.override = with_titles(playlist, (2, 3, 6))
     CountingWorker.seen = 0
@@ -1353,10 +1353,10 @@ def test_plugins_filter_leaves_out_what_it_would(origin: Origin) -> None:
     assert {r.path for r in origin.requests if r.path.endswith(".ts")} == {
         playlist.segment_path(number) for number in wanted
     }
-    assert CountingWorker.seen == 1, "its own worker stays, too"
+    assert CountingWorker.seen == 1, "the plugin's own worker is used, too"
 
 
-def test_plugins_filter_and_broken_bodies(origin: Origin) -> None:
+def test_plugins_filter_works_with_broken_bodies(origin: Origin) -> None:
     playlist = origin.add(Playlist("news", media.ts_segments(), aes_key=KEY))
     playlist.override = with_titles(playlist, (0, 4))
     for number in range(8):
@@ -1365,8 +1365,8 @@ def test_plugins_filter_and_broken_bodies(origin: Origin) -> None:
         assert drain(upstream) == playlist.plain(1, 4) + playlist.plain(5, 8)
 
 
-def test_byte_ranges_with_headers_of_their_own_stay_exact(origin: Origin) -> None:
-    """Six rounds: the stock writer shares one set of headers among its threads."""
+def test_streams_own_headers_do_not_disturb_byte_ranges(origin: Origin) -> None:
+    """Six rounds to provoke a race: streamlink's own writer shares one set of headers."""
     playlist = origin.add(
         Playlist("news", pieces(60, show()), byte_ranges=True, aes_key=KEY, aes_iv=IV)
     )
@@ -1383,14 +1383,14 @@ def test_byte_ranges_with_headers_of_their_own_stay_exact(origin: Origin) -> Non
     assert headers == {"X-Own": "1"}
 
 
-#### Sound and picture apart ####
+#### Separate tracks for sound and picture ####
 
 
 @pytest.fixture(scope="session")
 def _ffmpeg() -> None:
-    """Needs ffmpeg; streamlink looks for it once, with a thread that idles for 10 s then."""
+    """Skip without ffmpeg. streamlink's check for it leaves a thread that idles for 10 s."""
     if not FFMPEGMuxer.is_usable(Streamlink()):
-        assert "CI" not in os.environ, "ffmpeg must be there"
+        assert "CI" not in os.environ, "ffmpeg must be installed"
         pytest.skip("needs ffmpeg")
 
 
@@ -1399,7 +1399,7 @@ def sound_ts() -> Playlist:
 
 
 def sound_aac(version: int) -> Playlist:
-    """Tags in front of each segment, which streamlink reads of version 4 alone."""
+    """A tag in front of each segment; streamlink reads only tags of version 4."""
     tag = functools.partial(media.id3_timestamp, version=version)
     tagged = [tag(1.4 + n) + data for n, data in enumerate(media.aac_segments())]
     return Playlist("sound", tagged, extension=".aac")
@@ -1415,7 +1415,7 @@ SOUNDS: dict[str, Callable[[], Playlist]] = {
 
 @pytest.mark.usefixtures("_ffmpeg")
 @pytest.mark.parametrize("make", SOUNDS.values(), ids=SOUNDS)
-def test_both_tracks_survive_broken_bodies(
+def test_broken_bodies_of_both_tracks_are_resumed(
     origin: Origin, serve: Serve, make: Callable[[], Playlist]
 ) -> None:
     chance = random.Random(11)
@@ -1470,7 +1470,7 @@ def test_playlist_of_a_film_is_loaded_once(
 
 
 @by_entry
-def test_playlist_of_a_live_channel_is_loaded_once_to_start_it(
+def test_start_of_a_live_channel_loads_its_playlist_once(
     origin: Origin, serve: Serve, enter: Callable[[Origin, Playlist], str], entry: str
 ) -> None:
     playlist = origin.add(Playlist("news", media.ts_segments(), mode="live", target_duration=15))
@@ -1481,7 +1481,7 @@ def test_playlist_of_a_live_channel_is_loaded_once_to_start_it(
     assert not entry or origin.count(entry) == 1
 
 
-def test_second_start_loads_the_playlist_anew(origin: Origin, serve: Serve) -> None:
+def test_each_start_loads_the_playlist_again(origin: Origin, serve: Serve) -> None:
     playlist = origin.add(Playlist("news", media.ts_segments()))
     site = serve({"news": playlist.url})
     assert [site.get("/news").body for _ in range(2)] == [show(), show()]
@@ -1489,7 +1489,7 @@ def test_second_start_loads_the_playlist_anew(origin: Origin, serve: Serve) -> N
 
 
 def test_reloads_follow_the_redirect_each_time(origin: Origin, serve: Serve) -> None:
-    """The address is requested again for each reload, and may lead elsewhere by then."""
+    """Each reload requests the configured address again, which may redirect to another one."""
     old = origin.add(Playlist("old", media.ts_segments(), mode="live"))
     new = origin.add(Playlist("new", media.ts_segments(), mode="live"))
     origin.fault("/entry.m3u8", Redirect(old.path), times=2)
@@ -1506,10 +1506,10 @@ def test_reloads_follow_the_redirect_each_time(origin: Origin, serve: Serve) -> 
     assert loads[1::2] == 2 * [old.path] + (len(loads[1::2]) - 2) * [new.path]
 
 
-#### A streamlink of another make ####
+#### Unsupported versions of streamlink ####
 
 
-def test_installed_streamlink_is_known() -> None:
+def test_installed_streamlink_is_supported() -> None:
     pipe.check_engine()
 
 
@@ -1531,7 +1531,7 @@ def test_installed_streamlink_is_known() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_streamlink_of_another_make_is_noticed(
+def test_unsupported_streamlink_is_detected(
     monkeypatch: pytest.MonkeyPatch, owner: type, name: str
 ) -> None:
     def strange(this: object, what: object) -> None: ...
@@ -1541,7 +1541,7 @@ def test_streamlink_of_another_make_is_noticed(
         pipe.check_engine()
 
 
-def test_streamlink_of_another_make_ends_the_program_with_the_way_out() -> None:
+def test_program_exits_with_advice_if_streamlink_is_unsupported() -> None:
     lines = (
         "from streamlink.stream.hls.hls import HLSStreamWriter",
         "HLSStreamWriter.put = lambda this, what, more: None",
@@ -1555,4 +1555,4 @@ def test_streamlink_of_another_make_ends_the_program_with_the_way_out() -> None:
     (line,) = done.stderr.splitlines()
     assert pipe.engine_version in line
     assert "pip install -r requirements.txt" in line
-    assert (done.returncode, done.stdout) == (1, ""), "nothing was opened"
+    assert (done.returncode, done.stdout) == (1, ""), "no stream was opened"

@@ -1,9 +1,9 @@
-"""Everything is real: origins that fail, streamlink, StreamPipe, and viewers on sockets.
+"""Failures of origins. Everything is real: origins, streamlink, StreamPipe and viewers' sockets.
 
-Most tests run two channels on one source, for one viewer and for three, and compare what all of
-them get byte for byte with what the origin meant. Time is shortened where its length is not the
-matter: pauses between tries, and how long a failure is waited for. Only the last part is about
-units, for what no origin can bring about.
+Most tests run two channels on one source, one channel with one viewer and the other with three.
+They compare the bytes that each viewer receives with those of the origin's media. Pauses between
+tries and the time until a failure is noticed are shortened if their length does not matter. Only
+the last part tests units, in situations that no origin can cause.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ WHOLE = CUT - CUT % media.PACKET  # as much of them as are whole packets
 Serve = Callable[..., Site]
 
 
-#### What is played ####
+#### Media ####
 
 
 def news(**options: Any) -> Playlist:
-    """A live channel that moves when a test says so."""
+    """A live channel. A test adds each new segment with advance()."""
     settings: dict[str, Any] = {"mode": "live", **options}
     return Playlist("news", media.ts_segments(SEGMENTS), **settings)
 
@@ -85,7 +85,7 @@ def film(**options: Any) -> Playlist:
 
 
 def other_media() -> Sequence[bytes]:
-    """The same timeline in other bytes."""
+    """Media with the same timeline but different bytes."""
     return media.video_only_segments(SEGMENTS)
 
 
@@ -97,21 +97,21 @@ def segments(first: int, stop: int) -> bytes:
     return b"".join(media.ts_segments(SEGMENTS)[first:stop])
 
 
-#### Who watches, and what is logged ####
+#### Viewers, and the log ####
 
 
 NAMES = ("one", "three")
 
 
 def both(*addresses: str, **stream: Any) -> dict[str, object]:
-    """Two channels with the same addresses; their queries tell the origin's log which asks."""
+    """Two channels with the same addresses; the query shows which one sent a request."""
     return {name: {"url": [f"{url}?{name}" for url in addresses], **stream} for name in NAMES}
 
 
 class Audience:
-    """A viewer of one channel and three of another with the same source.
+    """A viewer of one channel, and three viewers of another channel with the same source.
 
-    All shall get the same and keep their connections.
+    All must receive the same bytes and keep their connections.
     """
 
     def __init__(self, site: Site) -> None:
@@ -120,29 +120,29 @@ class Audience:
         assert {viewer.status for viewer in self.viewers} == {200}
 
     def expect(self, wanted: bytes) -> None:
-        """These are the next bytes."""
+        """Assert that these are the next bytes."""
         for viewer in self.viewers:
             assert viewer.read(len(wanted)) == wanted
         self.got += wanted
 
-    def behind_a_seam(self, wanted: bytes) -> bytes:
-        """How these bytes come where they do not go on from those before."""
+    def after_a_seam(self, wanted: bytes) -> bytes:
+        """These bytes as viewers receive them if they do not continue the last ones."""
         return media.spliced(bytes(self.got), wanted)[len(self.got) :]
 
     def expect_end(self, wanted: bytes = b"", *, is_complete: bool = True) -> None:
-        """These are the last bytes."""
+        """Assert that these are the last bytes."""
         assert [viewer.read_all() for viewer in self.viewers] == 4 * [(wanted, is_complete)]
         self.got += wanted
 
-    def assert_time_goes_on(self, pictures: int) -> None:
-        """All that came can be decoded, in order, and has that many pictures."""
+    def assert_pictures_in_order(self, pictures: int) -> None:
+        """Assert that all bytes so far decode to that many pictures, in order."""
         times = media.decode(bytes(self.got), strict=False).video
         assert list(times) == sorted(set(times))
         assert len(times) == pictures
 
 
 class Journal(logging.Handler):
-    """What StreamPipe logs, to be waited for."""
+    """Collects the messages that StreamPipe logs; tests can wait for them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,13 +160,13 @@ class Journal(logging.Handler):
             return sum(bool(re.search(pattern, line)) for line in self._lines)
 
     def wait_for(self, pattern: str, times: int = 1) -> None:
-        """Until so many lines match."""
+        """Wait until so many lines match."""
         with self._grown:
             came = self._grown.wait_for(lambda: self.count(pattern) >= times, TIMEOUT)
             assert came, "\n".join([f"not logged: {pattern}", *self._lines])
 
     def wait_failed(self, position: str = "1 of 1") -> None:
-        """Until both channels have seen that address fail."""
+        """Wait until both channels have logged a failure of that address."""
         for name in NAMES:
             self.wait_for(rf"^{name}: address {position} \(\S+\): (?!recovered)")
 
@@ -207,18 +207,18 @@ def pauses_between(origin: Origin, path: str) -> list[float]:
 
 
 def assert_paced(origin: Origin, path: str, *least: float) -> None:
-    """The first requests for a path are so many seconds apart, but for the jitter."""
+    """Assert that the first requests for a path are so many seconds apart, apart from jitter."""
     pauses = pauses_between(origin, path)[: len(least)]
     assert all(pause >= 0.79 * wanted for pause, wanted in zip(pauses, least, strict=True))
 
 
 def assert_calm(origin: Origin, path: str) -> None:
-    """No try comes before its pause, whatever the jitter."""
+    """Assert that every try waited for its pause, whatever the jitter."""
     for name in NAMES:
         assert min(pauses_between(origin, f"{path}?{name}"), default=1.0) >= 0.7 * PAUSES[0]
 
 
-#### A segment ####
+#### A segment fails ####
 
 
 HICCUPS: dict[str, tuple[tuple[Fault, ...], ...]] = {
@@ -237,7 +237,7 @@ HICCUPS: dict[str, tuple[tuple[Fault, ...], ...]] = {
 
 @pytest.mark.parametrize("answers", HICCUPS.values(), ids=list(HICCUPS))
 @pytest.mark.parametrize("mode", ["live", "vod"])
-def test_hiccup_of_a_segment_is_not_seen(
+def test_viewers_do_not_notice_a_hiccup_of_a_segment(
     origin: Origin, serve: Serve, mode: str, answers: tuple[tuple[Fault, ...], ...]
 ) -> None:
     playlist = origin.add(news(mode=mode, window=5, target_duration=2))
@@ -247,10 +247,10 @@ def test_hiccup_of_a_segment_is_not_seen(
             origin.fault(playlist.segment_path(3), *faults)
     audience = Audience(serve(both(playlist.url), **{**QUICK, "timeout": 4}))
     audience.expect(playlist.plain(first, stop))
-    audience.assert_time_goes_on((stop - first) * media.FPS)
+    audience.assert_pictures_in_order((stop - first) * media.FPS)
 
 
-def test_segment_is_tried_again_with_pauses(origin: Origin, serve: Serve) -> None:
+def test_pauses_between_tries_of_a_segment_grow(origin: Origin, serve: Serve) -> None:
     live = origin.add(news())
     failing = origin.fault(live.segment_path(4), Status(503), times=4)
     viewer = serve({"news": live.url}, timeout=5).watch("/news")
@@ -269,21 +269,21 @@ LOST: dict[str, tuple[tuple[Fault, ...], int]] = {
 
 
 @pytest.mark.parametrize(("faults", "size"), LOST.values(), ids=list(LOST))
-def test_segment_that_fails_for_ever_is_one_gap(
+def test_segment_that_always_fails_causes_one_gap(
     origin: Origin, serve: Serve, faults: tuple[Fault, ...], size: int
 ) -> None:
     live = origin.add(news())
     origin.fault(live.segment_path(3), *faults, times=None)
     audience = Audience(serve(both(live.url), **{**QUICK, "timeout": 6}))
     audience.expect(live.plain(2, 3) + segment(3)[:size])
-    audience.expect(audience.behind_a_seam(live.plain(4, 5)))
+    audience.expect(audience.after_a_seam(live.plain(4, 5)))
     live.advance()
     live.end()
     audience.expect_end(live.plain(5, 6))
 
 
 @pytest.mark.parametrize(("faults", "size"), LOST.values(), ids=list(LOST))
-def test_segment_of_vod_that_fails_for_ever_is_one_gap(
+def test_film_segment_that_always_fails_causes_one_gap(
     origin: Origin, serve: Serve, faults: tuple[Fault, ...], size: int
 ) -> None:
     playlist = origin.add(film())
@@ -292,8 +292,8 @@ def test_segment_of_vod_that_fails_for_ever_is_one_gap(
     audience.expect_end(media.spliced(segments(0, 3) + segment(3)[:size], segments(4, 6)))
 
 
-def test_fmp4_viewer_does_not_go_on_within_a_segment(origin: Origin, serve: Serve) -> None:
-    """A player would look for the rest of the box in the segments that follow, for ever."""
+def test_fmp4_viewer_is_dropped_after_a_torn_segment(origin: Origin, serve: Serve) -> None:
+    """Its player would look for the rest of the box in all following segments."""
     init, fragments = media.fmp4(SEGMENTS)
     live = Playlist("news", fragments, mode="live", init=init, extension=".m4s")
     origin.add(live)
@@ -310,8 +310,8 @@ def test_fmp4_viewer_does_not_go_on_within_a_segment(origin: Origin, serve: Serv
     eventually(lambda: dropped in site.get("/metrics").body, "three drops are counted")
 
 
-def test_segment_is_tried_no_longer_than_it_is_listed(origin: Origin, serve: Serve) -> None:
-    """Two target durations would be 20 s."""
+def test_segment_is_not_tried_after_it_left_the_playlist(origin: Origin, serve: Serve) -> None:
+    """Otherwise it would be tried for two target durations, 20 s."""
     live = origin.add(news(window=4, target_duration=10))
     failing = origin.fault(live.segment_path(3), Status(404), times=None)
     often = {"hls-playlist-reload-time": "segment"}
@@ -321,11 +321,11 @@ def test_segment_is_tried_no_longer_than_it_is_listed(origin: Origin, serve: Ser
     failing.wait(2)
     live.advance(4)
     began = time.monotonic()
-    audience.expect(audience.behind_a_seam(live.plain(4, 8)))
+    audience.expect(audience.after_a_seam(live.plain(4, 8)))
     assert time.monotonic() - began < 5
 
 
-def test_playlist_that_moves_on_while_every_segment_fails(
+def test_stream_recovers_after_every_segment_failed_for_a_while(
     origin: Origin, serve: Serve, journal: Journal
 ) -> None:
     live = origin.add(news())
@@ -340,11 +340,11 @@ def test_playlist_that_moves_on_while_every_segment_fails(
     live.advance()
     live.end()
     bodies = {viewer.read_all() for viewer in audience.viewers}
-    seams = {audience.behind_a_seam(live.plain(number, 9)) for number in range(6, 9)}
+    seams = {audience.after_a_seam(live.plain(number, 9)) for number in range(6, 9)}
     assert bodies <= {(body, True) for body in (live.plain(5, 9), *seams)}
 
 
-#### The playlist, and the whole origin ####
+#### The playlist or the whole origin fails ####
 
 HTML = b"<!DOCTYPE html><title>maintenance</title>"
 NO_SEGMENTS = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n"
@@ -352,7 +352,7 @@ NO_SEGMENTS = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n"
 
 @dataclass(frozen=True)
 class Outage:
-    """What goes wrong for a while with all requests for the playlist; nothing: it is frozen."""
+    """The faults of all requests for the playlist for a while; without any, it is frozen."""
 
     faults: tuple[Fault, ...] = ()
     is_down: bool = False
@@ -388,7 +388,7 @@ OUTAGES = {
 
 
 @pytest.mark.parametrize("outage", OUTAGES.values(), ids=list(OUTAGES))
-def test_stream_goes_on_after_an_outage(
+def test_stream_continues_after_an_outage(
     origin: Origin, serve: Serve, journal: Journal, outage: Outage
 ) -> None:
     live = origin.add(news())
@@ -400,12 +400,12 @@ def test_stream_goes_on_after_an_outage(
     live.end()
     outage.end(origin)
     audience.expect_end(live.plain(5, 7))
-    audience.assert_time_goes_on(5 * media.FPS)
+    audience.assert_pictures_in_order(5 * media.FPS)
     assert_calm(origin, live.path)
-    assert origin.count(live.segment_path(4)) == len(NAMES), "nothing is fetched a second time"
+    assert origin.count(live.segment_path(4)) == len(NAMES), "no segment is fetched twice"
 
 
-def test_outage_that_ends_soon_costs_no_opening(
+def test_short_outage_does_not_reopen_the_upstream(
     origin: Origin, serve: Serve, journal: Journal
 ) -> None:
     live = origin.add(news())
@@ -416,15 +416,15 @@ def test_outage_that_ends_soon_costs_no_opening(
     failing.wait(len(NAMES))
     live.advance()
     audience.expect(live.plain(5, 6))
-    assert origin.count(live.segment_path(4)) == len(NAMES), "nothing is fetched a second time"
+    assert origin.count(live.segment_path(4)) == len(NAMES), "no segment is fetched twice"
     assert all(stream["restarts"] == 0 for stream in site.get("/status").json["streams"])
-    assert journal.failures() == len(NAMES), "each channel says once that a reload failed"
+    assert journal.failures() == len(NAMES), "each channel logs the failed reload once"
 
 
-def test_long_outage_is_one_gap_at_a_segments_edge(
+def test_long_outage_causes_one_gap_between_segments(
     origin: Origin, serve: Serve, journal: Journal
 ) -> None:
-    """The segment to go on with has left the playlist."""
+    """The next segment has already left the playlist."""
     live = origin.add(news())
     audience = Audience(serve(both(live.url), **QUICK))
     audience.expect(live.plain(2, 5))
@@ -432,13 +432,13 @@ def test_long_outage_is_one_gap_at_a_segments_edge(
     journal.wait_failed()
     live.advance(6)
     failing.clear()
-    audience.expect(audience.behind_a_seam(live.plain(8, 11)))
+    audience.expect(audience.after_a_seam(live.plain(8, 11)))
     live.end()
     audience.expect_end()
-    audience.assert_time_goes_on(6 * media.FPS)
+    audience.assert_pictures_in_order(6 * media.FPS)
 
 
-def test_tries_follow_their_pauses(
+def test_tries_wait_for_their_pauses(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipe, "REOPEN_PAUSES", (0.2, 0.4, 0.8))
@@ -451,15 +451,15 @@ def test_tries_follow_their_pauses(
     assert_paced(origin, live.path, 0.2, 0.4, 0.8, 0.8)
 
 
-def test_documented_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pauses_are_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     pauses = list(itertools.islice(pipe._reopen_pauses(), 8))
     wanted = (0.5, 1, 2, 4, 8, 10, 10, 10)
     assert pauses == [pytest.approx(seconds, rel=0.5) for seconds in wanted]
-    assert pauses[5:] != 3 * pauses[5:6], "a thousand channels shall not try in step"
+    assert pauses[5:] != 3 * pauses[5:6], "channels must not retry in step"
 
 
-#### The origin starts anew ####
+#### The origin restarts ####
 
 
 @pytest.mark.parametrize(
@@ -469,7 +469,7 @@ def test_documented_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param(1, 2, id="at-once-after-a-failed-load"),
     ],
 )
-def test_restart_with_lower_numbers_is_believed(
+def test_restart_with_lower_numbers_is_accepted(
     origin: Origin, serve: Serve, journal: Journal, faults: int, loads: int
 ) -> None:
     live = origin.add(news(first_sequence=100))
@@ -479,16 +479,18 @@ def test_restart_with_lower_numbers_is_believed(
         origin.fault(f"{live.path}?{name}", Status(503), times=faults)
     live.restart(0)
     origin.clear_requests()
-    audience.expect(audience.behind_a_seam(live.plain(2, 5)))
+    audience.expect(audience.after_a_seam(live.plain(2, 5)))
     paths = [request.path for request in origin.requests]
     asked = paths[: paths.index(live.segment_path(2))]
-    assert max(asked.count(f"{live.path}?{name}") for name in NAMES) == loads + 1, "one reopens"
+    assert max(asked.count(f"{live.path}?{name}") for name in NAMES) == loads + 1, (
+        "one of the loads is that of the reopening"
+    )
     live.advance()
     audience.expect(live.plain(5, 6))
 
 
 @pytest.mark.parametrize("age", [1, 2])
-def test_playlist_of_a_cache_is_no_restart(
+def test_stale_playlist_of_a_cache_is_not_a_restart(
     origin: Origin, serve: Serve, journal: Journal, age: int
 ) -> None:
     live = origin.add(news(window=4))
@@ -505,7 +507,9 @@ def test_playlist_of_a_cache_is_no_restart(
     assert journal.failures() == 0
 
 
-def test_restarted_process_goes_on_in_the_middle_of_a_segment(origin: Origin, serve: Serve) -> None:
+def test_stream_continues_within_a_segment_after_the_origin_restarted(
+    origin: Origin, serve: Serve
+) -> None:
     live = origin.add(news())
     audience = Audience(serve(both(live.url), **QUICK))
     audience.expect(live.plain(2, 5))
@@ -517,14 +521,14 @@ def test_restarted_process_goes_on_in_the_middle_of_a_segment(origin: Origin, se
     live.advance()
     live.end()
     audience.expect_end(segments(5, 7)[WHOLE:])
-    audience.assert_time_goes_on(5 * media.FPS)
+    audience.assert_pictures_in_order(5 * media.FPS)
 
 
-#### Going on in the middle of a segment, at another opening ####
+#### A new opening continues in the middle of a segment ####
 
 
 def cut_in_the_middle(origin: Origin, live: Playlist, audience: Audience) -> None:
-    """Segment 5 stalls half-way, then the playlist is gone: the opening fails at once."""
+    """Stall segment 5 after CUT bytes, then fail the playlist: the opening fails at once."""
     audience.expect(live.plain(2, 5))
     stall = origin.fault(live.segment_path(5), Stall(CUT), times=None)
     live.advance()
@@ -533,7 +537,7 @@ def cut_in_the_middle(origin: Origin, live: Playlist, audience: Audience) -> Non
     origin.fault(live.path, Status(404), times=None)
 
 
-def test_same_bytes_go_on_in_the_middle_of_a_segment(
+def test_same_bytes_continue_in_the_middle_of_a_segment(
     origin: Origin, serve: Serve, journal: Journal
 ) -> None:
     live = origin.add(news())
@@ -544,10 +548,10 @@ def test_same_bytes_go_on_in_the_middle_of_a_segment(
     live.end()
     origin.clear_faults()
     audience.expect_end(segments(5, 7)[WHOLE:])
-    audience.assert_time_goes_on(5 * media.FPS)
+    audience.assert_pictures_in_order(5 * media.FPS)
 
 
-def test_other_bytes_are_one_cut_before_the_next_segment(
+def test_different_bytes_cause_one_cut_before_the_next_segment(
     origin: Origin, serve: Serve, journal: Journal
 ) -> None:
     live = origin.add(news())
@@ -558,11 +562,11 @@ def test_other_bytes_are_one_cut_before_the_next_segment(
     live.advance(2)
     live.end()
     origin.clear_faults()
-    audience.expect_end(audience.behind_a_seam(b"".join(other_media()[6:8])))
+    audience.expect_end(audience.after_a_seam(b"".join(other_media()[6:8])))
 
 
 @pytest.mark.parametrize("container", ["aes-128", "fmp4"])
-def test_other_containers_go_on_in_the_middle_of_a_segment(
+def test_other_containers_continue_in_the_middle_of_a_segment(
     origin: Origin, serve: Serve, journal: Journal, container: str
 ) -> None:
     init, fragments = media.fmp4(SEGMENTS)
@@ -582,10 +586,10 @@ def test_other_containers_go_on_in_the_middle_of_a_segment(
     live.end()
     origin.clear_faults()
     audience.expect_end(live.plain(5, 7)[CUT - 400 :])
-    audience.assert_time_goes_on(5 * media.FPS)
+    audience.assert_pictures_in_order(5 * media.FPS)
 
 
-def test_initialization_section_that_changed_is_sent_again(
+def test_changed_initialization_section_is_sent_again(
     origin: Origin, serve: Serve, journal: Journal
 ) -> None:
     init, fragments = media.fmp4(SEGMENTS)
@@ -607,15 +611,17 @@ def test_initialization_section_that_changed_is_sent_again(
 
 
 def add_relay(origin: Origin, path: str, *bodies: bytes, **options: Any) -> str:
-    """A raw stream: each connection gets the next of these bodies, the last one again and again,
-    and is closed behind it."""
+    """A raw stream: each connection gets the next of these bodies, and is closed after it.
+
+    If no body is left, a connection gets the last one again.
+    """
     left = itertools.chain(bodies, itertools.repeat(bodies[-1]))
     return origin.add_endless(path, lambda: [next(left)], **options)
 
 
 @pytest.mark.parametrize("prefix", ["", "httpstream://"], ids=["bare", "httpstream"])
 @pytest.mark.parametrize("is_chunked", [False, True], ids=["closing", "chunked"])
-def test_relay_that_sends_its_backlog_again_repeats_nothing(
+def test_backlog_of_a_reopened_relay_is_not_repeated(
     origin: Origin, serve: Serve, prefix: str, is_chunked: bool
 ) -> None:
     bodies = segments(0, 4), segments(1, 7), segments(5, 9)
@@ -624,10 +630,10 @@ def test_relay_that_sends_its_backlog_again_repeats_nothing(
     }
     audience = Audience(serve(streams, **QUICK))
     audience.expect(segments(0, 9))
-    audience.assert_time_goes_on(9 * media.FPS)
+    audience.assert_pictures_in_order(9 * media.FPS)
 
 
-def test_relay_that_closes_within_a_packet_goes_on_at_a_key_frame(
+def test_relay_that_closes_within_a_packet_continues_at_a_key_frame(
     origin: Origin, serve: Serve
 ) -> None:
     bodies = segments(0, 3) + segment(3)[:CUT], segments(1, 7)
@@ -638,7 +644,7 @@ def test_relay_that_closes_within_a_packet_goes_on_at_a_key_frame(
     audience.expect(media.spliced(*parts, is_told=False))
 
 
-def test_relay_that_stalls_is_opened_again(origin: Origin, serve: Serve) -> None:
+def test_stalled_relay_is_reopened(origin: Origin, serve: Serve) -> None:
     bodies = segments(0, 4), segments(2, 6)
     streams = {name: add_relay(origin, f"/{name}", *bodies) for name in NAMES}
     stalls = [origin.fault(f"/{name}", Stall(len(bodies[0]))) for name in NAMES]
@@ -647,7 +653,7 @@ def test_relay_that_stalls_is_opened_again(origin: Origin, serve: Serve) -> None
     assert [stall.taken for stall in stalls] == [1, 1]
 
 
-def test_tries_of_a_relay_follow_their_pauses(origin: Origin, serve: Serve) -> None:
+def test_tries_of_a_relay_wait_for_their_pauses(origin: Origin, serve: Serve) -> None:
     site = serve({"news": add_relay(origin, "/relay", segments(0, 2))}, **QUICK)
     viewer = site.watch("/news")
     assert viewer.read(len(segments(0, 2))) == segments(0, 2)
@@ -655,7 +661,7 @@ def test_tries_of_a_relay_follow_their_pauses(origin: Origin, serve: Serve) -> N
     assert_paced(origin, "/relay", *PAUSES)
 
 
-def test_file_goes_on_at_its_byte(origin: Origin, serve: Serve) -> None:
+def test_broken_file_continues_at_its_byte(origin: Origin, serve: Serve) -> None:
     body = segments(0, 6)
     address = origin.add_file("/film", body)
     origin.fault("/film", Break(at=100_000), times=4)
@@ -663,8 +669,8 @@ def test_file_goes_on_at_its_byte(origin: Origin, serve: Serve) -> None:
     audience.expect_end(body)
 
 
-def test_relay_that_only_repeats_itself_is_given_up(origin: Origin, serve: Serve) -> None:
-    """What nobody gets keeps no viewer waiting for ever."""
+def test_relay_that_only_repeats_itself_is_abandoned(origin: Origin, serve: Serve) -> None:
+    """Repeated bytes, which no viewer gets, do not extend `reconnect`."""
     streams = {name: add_relay(origin, f"/{name}", segments(0, 2)) for name in NAMES}
     audience = Audience(serve(streams, **{**QUICK, "reconnect": 1}))
     audience.expect_end(segments(0, 2), is_complete=False)
@@ -695,14 +701,14 @@ def test_relay_of_a_streampipe_survives_its_restart(origin: Origin, serve: Serve
         assert media.first_picture(late.read(len(segment(4))))[1]
     finally:
         near.close()
-    audience.assert_time_goes_on(6 * media.FPS)
+    audience.assert_pictures_in_order(6 * media.FPS)
 
 
-#### An address that expires ####
+#### An address expires ####
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
-def test_expired_address_is_resolved_anew(origin: Origin, serve: Serve, status: int) -> None:
+def test_expired_address_is_resolved_again(origin: Origin, serve: Serve, status: int) -> None:
     live = origin.add(news())
     for signature, times in ((1, len(NAMES)), (2, None)):
         origin.fault("/watch.m3u8", Redirect(f"{live.path}?signed={signature}"), times=times)
@@ -715,10 +721,10 @@ def test_expired_address_is_resolved_anew(origin: Origin, serve: Serve, status: 
     assert origin.count(f"{live.path}?signed=2") >= len(NAMES)
 
 
-#### A backup ####
+#### Backup addresses ####
 
 
-def test_backup_with_the_same_bytes_goes_on_in_the_middle_of_a_segment(
+def test_backup_with_the_same_bytes_continues_in_the_middle_of_a_segment(
     origin: Origin, serve: Serve, backup: Origin
 ) -> None:
     live, spare = origin.add(news()), backup.add(news())
@@ -729,12 +735,12 @@ def test_backup_with_the_same_bytes_goes_on_in_the_middle_of_a_segment(
     spare.advance()
     spare.end()
     audience.expect_end(segment(6))
-    audience.assert_time_goes_on(5 * media.FPS)
+    audience.assert_pictures_in_order(5 * media.FPS)
     fetched = [backup.count(spare.segment_path(number)) for number in range(7)]
     assert fetched == [0, 0, 0, 0, 0, 2, 2]
 
 
-def test_backup_with_other_bytes_goes_on_with_the_next_segment(
+def test_backup_with_different_bytes_continues_with_the_next_segment(
     origin: Origin, serve: Serve, backup: Origin
 ) -> None:
     live = origin.add(news())
@@ -742,13 +748,13 @@ def test_backup_with_other_bytes_goes_on_with_the_next_segment(
     spare.advance(2)
     audience = Audience(serve(both(live.url, spare.url), **QUICK))
     cut_in_the_middle(origin, live, audience)
-    audience.expect(audience.behind_a_seam(spare.plain(6, 7)))
+    audience.expect(audience.after_a_seam(spare.plain(6, 7)))
     spare.end()
     audience.expect_end()
 
 
 @pytest.mark.parametrize("behind", [1, 2])
-def test_backup_that_is_a_little_behind_repeats_nothing(
+def test_backup_that_is_slightly_behind_repeats_nothing(
     origin: Origin, serve: Serve, backup: Origin, behind: int
 ) -> None:
     live, spare = origin.add(news(window=6)), backup.add(news(listed=6 - behind, window=6))
@@ -763,22 +769,24 @@ def test_backup_that_is_a_little_behind_repeats_nothing(
 
 
 @pytest.mark.parametrize("first", [1000, 0], ids=["higher", "lower"])
-def test_backup_with_unrelated_numbers_goes_on_at_its_live_edge(
+def test_backup_with_unrelated_numbers_continues_at_its_live_edge(
     origin: Origin, serve: Serve, backup: Origin, first: int
 ) -> None:
     live = origin.add(news(first_sequence=500))
     spare = backup.add(Playlist("news", other_media(), mode="live", first_sequence=first))
     audience = Audience(serve(both(live.url, spare.url), **QUICK))
-    # Number 504 is the first of the media once more.
+    # Segment 504 is the first segment of the timeline again.
     audience.expect(media.spliced(live.plain(502, 504), live.plain(504, 505)))
     origin.fault(live.path, Status(404), times=None)
-    audience.expect(audience.behind_a_seam(spare.plain(first + 2, first + 5)))
+    audience.expect(audience.after_a_seam(spare.plain(first + 2, first + 5)))
     spare.end()
     audience.expect_end()
 
 
-def test_failures_go_round_the_list(origin: Origin, serve: Serve, journal: Journal) -> None:
-    """No return to the preferred address while another works; the list is gone through in turn."""
+def test_each_failure_moves_to_the_next_address(
+    origin: Origin, serve: Serve, journal: Journal
+) -> None:
+    """A channel stays at a working address, and moves to the next one in the list if it fails."""
     lives = [origin.add(Playlist(f"news-{n}", media.ts_segments(SEGMENTS), mode="live"))
              for n in range(3)]  # fmt: skip
     addresses = [live.url for live in lives]
@@ -800,7 +808,7 @@ def test_failures_go_round_the_list(origin: Origin, serve: Serve, journal: Journ
 def test_backup_is_tried_without_a_pause(
     origin: Origin, serve: Serve, backup: Origin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipe, "REOPEN_PAUSES", (3600.0,))  # longer than this test waits
+    monkeypatch.setattr(pipe, "REOPEN_PAUSES", (3600.0,))  # longer than this test may take
     live, spare = origin.add(news()), backup.add(news())
     viewer = serve({"news": {"url": [live.url, spare.url]}}, **QUICK).watch("/news")
     assert viewer.read(len(live.plain(2, 5))) == live.plain(2, 5)
@@ -815,7 +823,9 @@ def test_second_round_of_addresses_has_growing_pauses(
     live, spare = origin.add(news()), backup.add(news())
     viewer = serve({"news": {"url": [live.url, spare.url]}}, **QUICK).watch("/news")
     assert viewer.read(len(live.plain(2, 5))) == live.plain(2, 5)
-    backup.fault(spare.path, Status(404), times=None)  # first, or the backup would take over
+    backup.fault(
+        spare.path, Status(404), times=None
+    )  # before the first address fails, or the backup would take over
     origin.fault(live.path, Status(404), times=None)
     backup.wait_for(spare.path, 2)
     _, third = (request.time for request in origin.requests if request.status == 404)
@@ -828,7 +838,7 @@ def test_second_round_of_addresses_has_growing_pauses(
     ("memory", "wanted"),
     [pytest.param(60.0, 1, id="within-a-minute"), pytest.param(0.0, 0, id="later")],
 )
-def test_new_start_begins_with_what_did_not_fail_lately(
+def test_new_start_skips_an_address_that_failed_recently(
     origin: Origin,
     serve: Serve,
     backup: Origin,
@@ -852,14 +862,14 @@ def test_new_start_begins_with_what_did_not_fail_lately(
 
 
 def wait_closed(site: Site) -> None:
-    """Until no channel is fed any more."""
-    eventually(lambda: not feeders(), "all are closed")
+    """Wait until no channel has a feeder."""
+    eventually(lambda: not feeders(), "all channels are closed")
 
 
 def test_backup_gets_its_full_time(
     origin: Origin, serve: Serve, backup: Origin, journal: Journal
 ) -> None:
-    """Silence is counted anew: each answer of the backup takes most of `timeout`."""
+    """The time of silence starts again: each answer of the backup takes most of `timeout`."""
     live, spare = origin.add(news()), backup.add(news())
     audience = Audience(serve(both(live.url, spare.url), **QUICK))
     audience.expect(live.plain(2, 5))
@@ -891,7 +901,7 @@ def test_answer_is_502_as_soon_as_all_addresses_failed(
     began = time.monotonic()
     assert site.get("/news").status == 502
     assert time.monotonic() - began < 5
-    assert [handle.taken for handle in handles] == [1, 1], "each is tried once"
+    assert [handle.taken for handle in handles] == [1, 1], "each address is tried once"
 
 
 def test_start_with_silent_addresses_ends_in_time(
@@ -901,15 +911,15 @@ def test_start_with_silent_addresses_ends_in_time(
     handles = [place.fault("*", StallHeaders(), times=None) for place in (origin, backup)]
     site = serve({"news": {"url": [live.url, spare.url]}}, **QUICK)
     began = time.monotonic()
-    assert site.get("/news").status in (502, 504), "all failed in the moment that time is over"
+    assert site.get("/news").status in (502, 504), "all addresses fail when the time is over"
     assert 1.8 < time.monotonic() - began < 4
-    assert [handle.taken for handle in handles] == [1, 1], "each is tried once"
+    assert [handle.taken for handle in handles] == [1, 1], "each address is tried once"
 
 
 #### The end ####
 
 
-def test_end_is_the_rest_and_the_final_chunk(origin: Origin, serve: Serve) -> None:
+def test_ended_stream_sends_its_rest_and_the_final_chunk(origin: Origin, serve: Serve) -> None:
     live = origin.add(news())
     audience = Audience(serve(both(live.url), **QUICK))
     live.advance(2)
@@ -917,10 +927,10 @@ def test_end_is_the_rest_and_the_final_chunk(origin: Origin, serve: Serve) -> No
     audience.expect_end(live.plain(2, 7))
 
 
-def test_end_while_the_origin_was_down_is_an_end(
+def test_source_that_ended_during_an_outage_ends_the_stream(
     origin: Origin, serve: Serve, journal: Journal
 ) -> None:
-    """Nothing new is listed when it comes back."""
+    """The playlist lists no new segment when the origin is back."""
     live = origin.add(news())
     audience = Audience(serve(both(live.url), **QUICK))
     audience.expect(live.plain(2, 5))
@@ -931,7 +941,7 @@ def test_end_while_the_origin_was_down_is_an_end(
     audience.expect_end()
 
 
-def test_end_in_the_middle_of_a_segment_at_another_opening(
+def test_new_opening_completes_the_last_segment_and_ends(
     origin: Origin, serve: Serve, journal: Journal
 ) -> None:
     live = origin.add(news())
@@ -963,20 +973,20 @@ NAMED = {
 }
 
 
-def naming(what: str, file: str) -> bytes:
-    """A playlist that names a file in the place of a segment, key or map."""
+def playlist_referring_to(what: str, file: str) -> bytes:
+    """A playlist that refers to a file as a segment, key or map."""
     lines = NAMED[what].format(file=file, entry="#EXTINF:1,\n")
     return b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n" + lines.encode()
 
 
 @pytest.mark.parametrize("what", list(NAMED))
-def test_local_file_named_by_a_playlist_is_refused(
+def test_local_file_in_a_reloaded_playlist_is_refused(
     origin: Origin, serve: Serve, journal: Journal, secret: str, what: str
 ) -> None:
     live = origin.add(news())
     audience = Audience(serve(both(live.url), **QUICK))
     audience.expect(live.plain(2, 5))
-    live.override = naming(what, secret)
+    live.override = playlist_referring_to(what, secret)
     journal.wait_failed()
     journal.wait_for("local file: refused", len(NAMES))
     live.override = None
@@ -986,11 +996,11 @@ def test_local_file_named_by_a_playlist_is_refused(
 
 
 @pytest.mark.parametrize("what", list(NAMED))
-def test_local_file_named_at_a_start_is_refused(
+def test_local_file_in_the_first_playlist_is_refused(
     origin: Origin, serve: Serve, secret: str, what: str
 ) -> None:
     live = origin.add(news())
-    live.override = naming(what, secret)
+    live.override = playlist_referring_to(what, secret)
     answer = serve({"news": live.url}, **QUICK).get("/news")
     assert answer.status == 502
     assert answer.json == {"error": "the origin refers to a local file: refused"}
@@ -1011,7 +1021,7 @@ def test_redirect_to_a_local_file_is_refused(
     journal.wait_for("local file: refused")
 
 
-def test_redirect_of_a_segment_to_a_local_file_is_a_gap(
+def test_segment_redirected_to_a_local_file_causes_a_gap(
     origin: Origin, serve: Serve, secret: str
 ) -> None:
     live = origin.add(news())
@@ -1022,16 +1032,16 @@ def test_redirect_of_a_segment_to_a_local_file_is_a_gap(
 
 @pytest.mark.parametrize("what", list(NAMED))
 def test_http_within_https_is_explained(what: str) -> None:
-    text = naming(what, "http://a.example/1.ts").decode()
+    text = playlist_referring_to(what, "http://a.example/1.ts").decode()
     with pytest.raises(ValueError, match="insecure") as caught:
         parse_m3u8(text, base_uri="https://a.example/index.m3u8")
     assert pipe.explain(caught.value).endswith("configure the http:// address")
 
 
-#### Patience ####
+#### Time limits ####
 
 
-def test_viewers_are_let_go_after_reconnect_seconds(
+def test_viewers_are_disconnected_after_reconnect_seconds(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipe, "FAILURE_MEMORY", 0.0)
@@ -1049,9 +1059,7 @@ def test_viewers_are_let_go_after_reconnect_seconds(
     assert site.watch("/one").read(188) == segment(2)[:188]
 
 
-def test_new_viewers_join_while_the_upstream_is_opened_again(
-    origin: Origin, serve: Serve, journal: Journal
-) -> None:
+def test_new_viewers_join_during_an_outage(origin: Origin, serve: Serve, journal: Journal) -> None:
     live = origin.add(news())
     site = serve({"one": live.url}, **QUICK)
     first = site.watch("/one")
@@ -1067,14 +1075,14 @@ def test_new_viewers_join_while_the_upstream_is_opened_again(
         assert viewer.read(len(segment(5))) == segment(5)
 
 
-def test_failed_upstream_without_viewers_is_not_opened_again(
+def test_failed_upstream_without_viewers_is_not_reopened(
     origin: Origin, serve: Serve, journal: Journal
 ) -> None:
     live = origin.add(news())
     site = serve({"news": live.url}, **{**QUICK, "linger": 60})
     with site.watch("/news") as viewer:
         assert viewer.read(188) == segment(2)[:188]
-    eventually(lambda: site.channels.viewer_count() == 0, "nobody watches")
+    eventually(lambda: site.channels.viewer_count() == 0, "the viewer is gone")
     origin.fault(live.path, Status(404), times=None)
     origin.clear_requests()
     wait_closed(site)
@@ -1082,7 +1090,7 @@ def test_failed_upstream_without_viewers_is_not_opened_again(
     assert journal.failures() == 1
 
 
-def test_vod_goes_on_at_its_segment_and_byte(origin: Origin, serve: Serve) -> None:
+def test_film_continues_at_its_segment_and_byte(origin: Origin, serve: Serve) -> None:
     playlist = origin.add(film())
     stall = origin.fault(playlist.segment_path(1), Stall(CUT), times=4)
     audience = Audience(serve(both(playlist.url), **QUICK))
@@ -1090,11 +1098,11 @@ def test_vod_goes_on_at_its_segment_and_byte(origin: Origin, serve: Serve) -> No
     audience.expect((segments(0, 2))[: len(segment(0)) + WHOLE])
     origin.restart()
     audience.expect_end(segments(0, 6)[len(audience.got) :])
-    audience.assert_time_goes_on(6 * media.FPS)
+    audience.assert_pictures_in_order(6 * media.FPS)
 
 
-def test_vod_goes_on_after_an_outage(origin: Origin, serve: Serve, journal: Journal) -> None:
-    """The origin is away for longer than a segment is tried again."""
+def test_film_continues_after_an_outage(origin: Origin, serve: Serve, journal: Journal) -> None:
+    """The origin is down for longer than a segment is tried."""
     playlist = origin.add(film())
     stall = origin.fault(playlist.segment_path(1), Stall(CUT), times=4)
     audience = Audience(serve(both(playlist.url), **{**QUICK, "threads": 2}))
@@ -1105,10 +1113,10 @@ def test_vod_goes_on_after_an_outage(origin: Origin, serve: Serve, journal: Jour
         journal.wait_for(rf"^{name}: address 1 of 1 \(\S+\): (?!recovered)", count)
     origin.start()
     audience.expect_end(segments(0, 6)[len(audience.got) :])
-    audience.assert_time_goes_on(6 * media.FPS)
+    audience.assert_pictures_in_order(6 * media.FPS)
 
 
-#### Silence ####
+#### A silent source ####
 
 
 @pytest.fixture
@@ -1135,7 +1143,7 @@ def test_null_packets_fill_silence(origin: Origin, serve: Serve) -> None:
 
 
 def without_nulls(viewer: Watch, size: int) -> bytes:
-    """The next packets of the source, `size` bytes of them."""
+    """Read `size` bytes of packets from the source, skipping null packets."""
     body = b""
     while len(body) < size:
         packet = viewer.read(media.PACKET)
@@ -1145,7 +1153,7 @@ def without_nulls(viewer: Watch, size: int) -> bytes:
 
 @pytest.mark.usefixtures("_silence")
 @pytest.mark.parametrize("container", ["fmp4", "aac"])
-def test_silence_of_other_containers_stays_silent(
+def test_nothing_fills_the_silence_of_other_containers(
     origin: Origin, serve: Serve, container: str
 ) -> None:
     init, parts = media.fmp4() if container == "fmp4" else (b"", media.aac_segments())
@@ -1161,10 +1169,10 @@ def test_silence_of_other_containers_stays_silent(
     audience.expect_end(live.plain(5, 6))
 
 
-#### What streamlink does not report ####
+#### Failures that streamlink does not report ####
 
 
-def test_dead_worker_is_a_failure_at_once(
+def test_dead_worker_fails_the_upstream_at_once(
     origin: Origin, serve: Serve, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live = origin.add(news())
@@ -1182,7 +1190,7 @@ def fail(*_: object) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_dead_writer_is_a_failure_at_once(
+def test_dead_writer_fails_the_upstream_at_once(
     origin: Origin, serve: Serve, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live = origin.add(news())
@@ -1196,11 +1204,11 @@ def test_dead_writer_is_a_failure_at_once(
 
 
 def leave(*_: object) -> None:
-    """End the thread, without a report."""
+    """End the thread without an error message."""
     raise SystemExit
 
 
-def test_segments_left_out_on_purpose_are_a_sign_of_life(
+def test_segments_left_out_on_purpose_show_that_the_upstream_works(
     origin: Origin, serve: Serve, journal: Journal
 ) -> None:
     live = origin.add(news())
@@ -1217,10 +1225,10 @@ def test_segments_left_out_on_purpose_are_a_sign_of_life(
     assert journal.failures() == 0
     live.restart(98)
     live.end()
-    audience.expect_end(audience.behind_a_seam(live.plain(100, 103)))
+    audience.expect_end(audience.after_a_seam(live.plain(100, 103)))
 
 
-def test_endless_filtering_of_a_frozen_playlist_is_a_failure(
+def test_frozen_playlist_with_only_filtered_segments_is_a_failure(
     origin: Origin, serve: Serve, journal: Journal
 ) -> None:
     live = origin.add(news())
@@ -1230,14 +1238,14 @@ def test_endless_filtering_of_a_frozen_playlist_is_a_failure(
     live.advance()
     journal.wait_failed()
     live.advance()
-    audience.expect(audience.behind_a_seam(live.plain(6, 7)))
+    audience.expect(audience.after_a_seam(live.plain(6, 7)))
 
 
 @pytest.mark.parametrize("times", [1, 6], ids=["once", "for-longer-than-it-is-tried"])
-def test_initialization_section_that_fails_is_waited_for(
+def test_stream_waits_for_an_initialization_section_that_fails(
     origin: Origin, serve: Serve, journal: Journal, times: int
 ) -> None:
-    """Nothing could be decoded without it: no gap, the upstream is opened again."""
+    """No later segment could be decoded without it: instead of a gap, the upstream is reopened."""
     init, fragments = media.fmp4(SEGMENTS)
     live = origin.add(Playlist("news", fragments, mode="live", init=init, extension=".m4s"))
     audience = Audience(serve(both(live.url), **QUICK))
@@ -1252,7 +1260,7 @@ def test_initialization_section_that_fails_is_waited_for(
     assert broken.taken == times * len(NAMES)
 
 
-def test_key_that_fails_is_waited_for(origin: Origin, serve: Serve, journal: Journal) -> None:
+def test_stream_waits_for_a_key_that_fails(origin: Origin, serve: Serve, journal: Journal) -> None:
     live = origin.add(news(aes_key=KEY))
     audience = Audience(serve(both(live.url), **QUICK))
     audience.expect(live.plain(2, 5))
@@ -1267,24 +1275,24 @@ def test_key_that_fails_is_waited_for(origin: Origin, serve: Serve, journal: Jou
     audience.expect_end(live.plain(5, 6))
 
 
-#### Sound apart from the picture ####
+#### Separate tracks for picture and sound ####
 
 
 @pytest.fixture(scope="session")
 def _muxer() -> None:
-    """Skips without ffmpeg; looking for it leaves a thread that idles for 10 s."""
+    """Skip without ffmpeg. streamlink's check for it leaves a thread that idles for 10 s."""
     if FFMPEGMuxer.is_usable(Streamlink()):
         return
-    assert "CI" not in os.environ, "ffmpeg must be there"
+    assert "CI" not in os.environ, "ffmpeg must be installed"
     pytest.skip("needs ffmpeg")
 
 
-EDGE = 8  # segments: ffmpeg looks at 5 s of each track before it writes anything
+EDGE = 8  # segments: ffmpeg reads 5 s of each track before it writes anything
 
 
 @dataclass
 class Apart:
-    """A live picture and its sound in playlists of their own."""
+    """Live picture and sound, each in a playlist of its own."""
 
     origin: Origin
     picture: Playlist = field(init=False)
@@ -1316,7 +1324,7 @@ class Apart:
 
 @pytest.mark.usefixtures("_muxer")
 @pytest.mark.parametrize("fault", [StallHeaders(), Status(404)], ids=["stalls", "fails"])
-def test_separate_sound_goes_on_after_an_outage(
+def test_stream_with_separate_sound_continues_after_an_outage(
     origin: Origin, serve: Serve, journal: Journal, fault: Fault
 ) -> None:
     apart = Apart(origin)
@@ -1332,8 +1340,8 @@ def test_separate_sound_goes_on_after_an_outage(
 
 
 @pytest.mark.usefixtures("_muxer")
-def test_separate_sound_is_listed_to_its_end(origin: Origin, serve: Serve) -> None:
-    """As HLS, too, though no key frame comes behind the rest."""
+def test_stream_with_separate_sound_is_listed_to_its_end(origin: Origin, serve: Serve) -> None:
+    """HLS clients get the last part, too, although no key frame follows it."""
     apart = Apart(origin)
     site = apart.serve(serve)
     viewer, text = site.watch("/news"), site.get("/news.m3u8").body.decode()
@@ -1349,7 +1357,7 @@ def test_separate_sound_is_listed_to_its_end(origin: Origin, serve: Serve) -> No
 
 
 def assert_shown(body: bytes, seconds: int) -> None:
-    """All pictures and sounds, none twice; less than 0.5 s are lost where ffmpeg is ended."""
+    """Assert that all pictures and sounds arrived, none twice; ending ffmpeg loses up to 0.5 s."""
     shown = media.decode(body, strict=False)
     for frames, rate in (
         (shown.video, media.FPS),
@@ -1363,7 +1371,7 @@ def assert_shown(body: bytes, seconds: int) -> None:
 def test_track_that_ends_alone_is_a_failure(
     origin: Origin, serve: Serve, journal: Journal, track: str
 ) -> None:
-    """The other one goes on, and so would ffmpeg."""
+    """The other track continues, and so would ffmpeg."""
     apart = Apart(origin)
     viewer = apart.serve(serve, timeout=60, reconnect=60).watch("/news")
     ended: Playlist = getattr(apart, track)
@@ -1377,10 +1385,10 @@ def test_track_that_ends_alone_is_a_failure(
 
 
 @pytest.mark.usefixtures("_muxer")
-def test_film_whose_sound_has_no_key_is_its_picture(
+def test_film_without_the_key_of_its_sound_plays_its_picture(
     origin: Origin, serve: Serve, journal: Journal
 ) -> None:
-    """The sound's key is gone from the start on: the sound is left out, and the log says why."""
+    """The key is missing from the start: the sound is left out, and the log says why."""
     picture = Playlist("picture", media.video_only_segments())
     sound = Playlist("sound", media.audio_only_segments(), aes_key=bytes(range(16)))
     both = origin.add(master("apart", {"360p": picture}, sound))
@@ -1395,7 +1403,7 @@ def test_film_whose_sound_has_no_key_is_its_picture(
 
 @pytest.mark.usefixtures("_muxer")
 @pytest.mark.parametrize("pattern", ["*.ts", "*.m3u8"])
-def test_stalling_tracks_delay_no_close(origin: Origin, serve: Serve, pattern: str) -> None:
+def test_stalled_tracks_do_not_delay_closing(origin: Origin, serve: Serve, pattern: str) -> None:
     apart = Apart(origin)
     site = apart.serve(serve, timeout=60)
     stall = origin.fault(f"/*/{pattern}", Stall(100), times=None)
@@ -1420,14 +1428,14 @@ def test_without_ffmpeg_the_picture_plays_alone(
     journal.wait_for("no sound: install ffmpeg")
 
 
-#### Anything at any time ####
+#### Random faults ####
 
 RANDOM_FAULTS = 40
 SEED = 20
 
 
 class Recorder:
-    """A viewer that reads all the time, on a thread of its own, into a file."""
+    """A viewer that reads all bytes into a file, on a thread of its own."""
 
     def __init__(self, viewer: Watch, file: Path) -> None:
         self.viewer, self.file = viewer, file
@@ -1449,10 +1457,12 @@ class Recorder:
         return True
 
     def wait_more(self, size: int) -> None:
-        """Until so many more bytes came."""
+        """Wait until so many more bytes arrived."""
         with self._grown:
             wanted = self._size + size
-            assert self._grown.wait_for(lambda: self._size >= wanted, 2 * TIMEOUT), "it stopped"
+            assert self._grown.wait_for(lambda: self._size >= wanted, 2 * TIMEOUT), (
+                "the stream stopped"
+            )
 
     def result(self) -> tuple[bytes, bool]:
         is_complete = self._task.result(TIMEOUT)
@@ -1490,13 +1500,13 @@ MISHAPS: tuple[Callable[[Origin, Playlist, int], None], ...] = (
 )
 
 
-def test_forty_random_faults(origin: Origin, serve: Serve, tmp_path: Path) -> None:
+def test_viewers_survive_forty_random_faults(origin: Origin, serve: Serve, tmp_path: Path) -> None:
     live = origin.add(news(clock=True))
     site = serve({"news": live.url}, **QUICK, ringbuffer_size=262_144)
     recorders = [Recorder(site.watch("/news"), tmp_path / f"{n}.ts") for n in range(3)]
     chance = random.Random(SEED)
     memory = []
-    faulthandler.cancel_dump_traceback_later()  # this takes longer than any test that hangs
+    faulthandler.cancel_dump_traceback_later()  # this test takes longer than its time limit
     tracemalloc.start()
     try:
         for _ in range(RANDOM_FAULTS):
@@ -1505,23 +1515,25 @@ def test_forty_random_faults(origin: Origin, serve: Serve, tmp_path: Path) -> No
             for recorder in recorders:
                 recorder.wait_more(len(segment(0)))
             origin.clear_requests()
-            # The session of a failed opening is a cycle of 170 KB.  How many of them wait for the
-            # collector depends on its turns.
+            # The session of a failed opening is a reference cycle of 170 KB, which stays in memory
+            # until the garbage collector runs.
             gc.collect()
             memory.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
     live.end()
     bodies = [recorder.result() for recorder in recorders]
-    assert all(is_complete for _, is_complete in bodies), "nobody was let go"
+    assert all(is_complete for _, is_complete in bodies), "no viewer was dropped"
     for body, _ in bodies:
         assert_pieces_of_segments(body)
     assert sorted(memory[-10:])[5] < sorted(memory[:10])[5] + (1 << 20)
 
 
 def assert_pieces_of_segments(body: bytes) -> None:
-    """Every piece starts with a segment's first packet and has no hole; most are whole. Where one
-    does not go on from the other all PIDs say so."""
+    """Assert that the body consists of starts of segments, most of them whole, without holes.
+
+    Where one does not continue the previous one, all PIDs signal a discontinuity.
+    """
     heads = {data[:752]: data for data in media.ts_segments(SEGMENTS)}
     kept = b"".join(p for p in media.packets(body) if media.pid(p) != media.PID_NULL)
     assert jumps(kept) == []
@@ -1537,7 +1549,7 @@ def assert_pieces_of_segments(body: bytes) -> None:
 
 
 def split_at_notices(data: bytes) -> list[bytes]:
-    """The parts between the packets that announce a jump, without these."""
+    """The parts between the packets that signal a discontinuity, without those packets."""
     parts = [bytearray()]
     for packet in media.packets(data):
         if not media.is_notice(packet):
@@ -1548,7 +1560,7 @@ def split_at_notices(data: bytes) -> list[bytes]:
 
 
 def common(one: bytes, other: bytes) -> int:
-    """How many bytes are the same from the start, in whole packets."""
+    """The length of the common start, in bytes of whole packets."""
     different = (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     size = next(different, min(len(one), len(other)))
     return size - size % media.PACKET
@@ -1556,12 +1568,12 @@ def common(one: bytes, other: bytes) -> int:
 
 #### A killed process, and real players ####
 
-START = 60.0  # seconds in which an origin's process encodes its media
+START = 60.0  # seconds: an origin's process needs up to this long to encode its media
 
 
 @dataclass
 class OriginProcess:
-    """tests/origin.py as a process of its own, its channels moving by the clock."""
+    """tests/origin.py as a separate process, whose channels advance by the clock."""
 
     port: int
     _process: subprocess.Popen[str] | None = None
@@ -1575,10 +1587,12 @@ class OriginProcess:
         ]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
         assert self._process.stdout
-        assert self._process.stdout.readline().startswith("http"), "it listens and has its media"
+        assert self._process.stdout.readline().startswith("http"), (
+            "the origin listens and has its media"
+        )
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL."""
         if self._process:
             self._process.kill()
             self._process.communicate(timeout=TIMEOUT)
@@ -1594,11 +1608,11 @@ def origin_process() -> Iterator[OriginProcess]:
 
 
 class Frames:
-    """ffmpeg, decoding a stream without end; counts the pictures."""
+    """An ffmpeg process that decodes an endless stream; counts the pictures."""
 
     def __init__(self, address: str) -> None:
         if not shutil.which("ffmpeg"):
-            assert "CI" not in os.environ, "ffmpeg must be there"
+            assert "CI" not in os.environ, "ffmpeg must be installed"
             pytest.skip("needs ffmpeg")
         command = ["ffmpeg", "-nostdin", "-v", "quiet", "-i", address, "-map", "0:v"]
         self._process = subprocess.Popen(
@@ -1616,10 +1630,10 @@ class Frames:
                 self._grown.notify_all()
 
     def wait_more(self, count: int) -> None:
-        """Until so many more pictures were decoded."""
+        """Wait until so many more pictures were decoded."""
         with self._grown:
             wanted = self._count + count
-            assert self._grown.wait_for(lambda: self._count >= wanted, START), "it stopped"
+            assert self._grown.wait_for(lambda: self._count >= wanted, START), "the stream stopped"
 
     def close(self) -> None:
         self._process.kill()
@@ -1628,7 +1642,7 @@ class Frames:
 
 
 def test_players_survive_a_killed_origin(origin_process: OriginProcess, tmp_path: Path) -> None:
-    """ffmpeg and VLC play from one channel, whose origin is killed and comes back."""
+    """ffmpeg and VLC play one channel, whose origin is killed and started again."""
     config = tmp_path / "config.yml"
     address = f"http://127.0.0.1:{origin_process.port}/live-ts/index.m3u8"
     config.write_text(f"streams:\n  news: {address}\n")
@@ -1644,15 +1658,17 @@ def test_players_survive_a_killed_origin(origin_process: OriginProcess, tmp_path
         finally:
             server.terminate()
         assert log.result(TIMEOUT).count("viewer 127.0.0.1 started watching") == 2, (
-            "nobody had to come back"
+            "neither player had to reconnect"
         )
     played = player.result(START)
     assert played.returncode == 0, played.stdout
-    assert played.stdout.count("Received first picture") == 2, "before and after"
+    assert played.stdout.count("Received first picture") == 2, (
+        "VLC shows a picture before the kill and one after it"
+    )
 
 
 def play_over_a_kill(origin_process: OriginProcess, frames: Frames) -> None:
-    """More is played afterwards than the window and a player's cache can hold."""
+    """Play more after the kill than the window and a player's cache can hold."""
     try:
         frames.wait_more(8 * media.FPS)
         origin_process.kill()
@@ -1670,7 +1686,7 @@ def event(kind: str, number: int) -> pipe.SegmentEvent:
 
 
 class Passed:
-    """A splicer whose window keeps all, fed with segment events and bytes."""
+    """A splicer with a window that evicts nothing, fed with segment events and bytes."""
 
     def __init__(self, container: pipe.Container = pipe.MPEG_TS) -> None:
         self._window = pipe.Window(1 << 24)
@@ -1699,8 +1715,8 @@ class Passed:
             return body
 
 
-def test_second_failure_before_a_decoder_can_start() -> None:
-    """What was held back was not passed on: the seam is still to come."""
+def test_seam_survives_a_second_failure_before_a_decoder_can_start() -> None:
+    """The bytes that were held back do not count as passed on: the seam is still to follow."""
     passed = Passed()
     passed.pass_on(event("START", 5), segment(5), event("END", 5))
     passed.resume()
@@ -1711,7 +1727,7 @@ def test_second_failure_before_a_decoder_can_start() -> None:
 
 
 @pytest.mark.parametrize("number", [5, 20], ids=["the-open-one", "another"])
-def test_filtered_segment_comes_first_after_a_seam(number: int) -> None:
+def test_new_opening_may_begin_with_a_filtered_segment(number: int) -> None:
     passed = Passed()
     passed.pass_on(event("START", 5), segment(5)[:CUT])
     passed.resume()
@@ -1719,7 +1735,7 @@ def test_filtered_segment_comes_first_after_a_seam(number: int) -> None:
     assert passed.body == media.spliced(segment(5)[:WHOLE], segment(6))
 
 
-def test_segment_that_became_shorter_is_one_cut() -> None:
+def test_shorter_segment_of_a_new_opening_causes_one_cut() -> None:
     passed = Passed()
     passed.pass_on(event("START", 5), segment(5)[:CUT])
     passed.resume()
@@ -1728,14 +1744,14 @@ def test_segment_that_became_shorter_is_one_cut() -> None:
     assert passed.body == media.spliced(segment(5)[:WHOLE], segment(6))
 
 
-def test_gap_is_a_whole_packet() -> None:
+def test_gap_starts_after_a_whole_packet() -> None:
     passed = Passed()
     passed.pass_on(event("START", 5), segment(5)[:CUT], event("GAP", 5))
     passed.pass_on(event("START", 6), segment(6), event("END", 6))
     assert passed.body == media.spliced(segment(5)[:WHOLE], segment(6))
 
 
-def test_source_without_segments_takes_over_at_a_later_key_frame() -> None:
+def test_source_without_segments_continues_at_a_later_key_frame() -> None:
     passed = Passed()
     passed.pass_on(event("START", 5), segment(5), event("END", 5))
     passed.resume()
@@ -1743,8 +1759,8 @@ def test_source_without_segments_takes_over_at_a_later_key_frame() -> None:
     assert passed.body == segments(5, 8)
 
 
-def test_closed_buffer_takes_neither_bytes_nor_events() -> None:
-    """An event behind bytes that were dropped would tell that they came."""
+def test_closed_buffer_accepts_neither_bytes_nor_events() -> None:
+    """An event after dropped bytes would suggest that they were received."""
     buffer = pipe.ReaderBuffer(1000)
     buffer.write(b"first")
     buffer.close()
@@ -1754,7 +1770,7 @@ def test_closed_buffer_takes_neither_bytes_nor_events() -> None:
 
 
 def delayed(data: bytes, ticks: int) -> bytes:
-    """The same packets at another time."""
+    """The same packets with their timestamps moved by `ticks`."""
     packets = [bytearray(packet) for packet in media.packets(data)]
     for packet in packets:
         pipe.delay_timestamps(packet, ticks)
@@ -1772,7 +1788,7 @@ def delayed(data: bytes, ticks: int) -> bytes:
     ],
 )
 @pytest.mark.parametrize("start", [0, (1 << 33) - 200_000], ids=["plain", "clock-wraps"])
-def test_gate_opens_at_the_first_later_key_frame(
+def test_framer_opens_at_the_first_later_key_frame(
     after: float | None, opens_at: int | None, start: int
 ) -> None:
     parts = [delayed(data, start) for data in media.ts_segments(SEGMENTS)[:8]]
@@ -1785,7 +1801,7 @@ def test_gate_opens_at_the_first_later_key_frame(
 
 
 def shut_framer(last: int | None) -> pipe.TsFramer:
-    """One that handed on packets up to this DTS, and awaits a backlog."""
+    """A framer that passed on packets up to this DTS and expects a backlog."""
     framer = pipe.TsFramer()
     framer.last_dts = last
     framer.shut(is_backlog=True)
@@ -1793,7 +1809,7 @@ def shut_framer(last: int | None) -> pipe.TsFramer:
 
 
 def test_dropped_packets_do_not_count_as_passed_on() -> None:
-    """Not at a second seam while the framer is shut, either."""
+    """This also holds at a second seam while the framer is shut."""
     framer = shut_framer(first_dts(segment(5)))
     assert framer.feed(segments(0, 4)) == []
     framer.shut(is_backlog=True)
@@ -1802,7 +1818,7 @@ def test_dropped_packets_do_not_count_as_passed_on() -> None:
 
 
 def test_tables_of_another_source_do_not_open_the_framer() -> None:
-    """A key frame opens it behind the tables of the same opening."""
+    """A key frame opens it only after the tables of the same opening."""
     framer = pipe.TsFramer()
     framer.feed(segment(0))
     framer.shut(is_backlog=True)
@@ -1817,17 +1833,17 @@ def first_dts(data: bytes) -> int:
 
 
 def media_in(items: Iterable[pipe.Framed]) -> bytes:
-    """What a framer handed on, without the marks in it."""
+    """The bytes that a framer passed on, without the join points."""
     return b"".join(item for item in items if not isinstance(item, pipe.Join))
 
 
-def test_gate_opens_in_the_end_whatever_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_framer_opens_after_the_patience_for_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipe, "SEAM_PATIENCE", 0.0)
     framer = shut_framer(first_dts(segment(5)))
     assert media_in(framer.feed(segments(0, 2))) == segments(0, 2)
 
 
-def test_fingerprint_knows_the_same_bytes_in_any_pieces() -> None:
+def test_fingerprint_does_not_depend_on_the_pieces() -> None:
     whole, pieces = pipe.Fingerprint(), pipe.Fingerprint()
     whole.add(segment(0))
     for at in range(0, len(segment(0)), 1000):
