@@ -1,6 +1,6 @@
-"""Where a channel's clock or counters do not go on: demuxers are told, and players play on.
+"""Discontinuities of clocks and counters: StreamPipe signals them, and players continue.
 
-`media.spliced` says what exactly is added there; these tests say where, and that it helps.
+`media.spliced` defines the added packets; these tests check their places and their effect.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.origin import Origin, Playlist, Segment, Status
 from tests.server import Site
 from tests.test_players import mpv, run, vlc
 
-BLOCKS = 11  # of the programme and, after each, an advertisement
+BLOCKS = 11  # alternately of the programme and of an advertisement
 SECONDS = 8.0  # of each block
 PICTURES = round(SECONDS * media.FPS)  # of each block
 QUICK = {"timeout": 2, "reconnect": 20, "linger": 0.1}
@@ -32,7 +32,7 @@ own_pids = pytest.mark.parametrize("own_pids", [True, False], ids=["own-pids", "
 
 
 def jumps(data: bytes) -> list[tuple[int, int]]:
-    """Where the counter of a PID does not go on and nothing says so: byte and PID."""
+    """The unsignalled discontinuities of a PID's counter: positions in bytes, and PIDs."""
     found, last = [], dict[int, int]()
     for number, packet in enumerate(media.packets(data)):
         pid, counter = media.pid(packet), packet[3] & 0x0F
@@ -45,7 +45,7 @@ def jumps(data: bytes) -> list[tuple[int, int]]:
 
 
 def notices(data: bytes) -> list[int]:
-    """PIDs of packets that say, without payload, that a PID does not go on."""
+    """The PIDs of the packets without payload that signal a discontinuity."""
     return [media.pid(packet) for packet in media.packets(data) if media.is_notice(packet)]
 
 
@@ -53,7 +53,7 @@ def notices(data: bytes) -> list[int]:
 
 
 @pytest.mark.parametrize("make", [media.ts_segments, media.audio_only_segments])
-def test_counters_that_restart_in_each_segment_are_announced(
+def test_counters_that_restart_in_each_segment_are_signalled(
     origin: Origin, serve: Serve, tmp_path: Path, make: Callable[[int], Sequence[bytes]]
 ) -> None:
     anew = [media.with_counters_from_zero(segment) for segment in make(12)]
@@ -69,8 +69,8 @@ def test_counters_that_restart_in_each_segment_are_announced(
     assert "corrupt" not in warnings_of_ffmpeg(tmp_path, body)
 
 
-def test_counters_that_continue_are_not_announced(origin: Origin, serve: Serve) -> None:
-    """Also of PIDs that the end of a segment lacks, and of large segments."""
+def test_counters_that_continue_are_not_signalled(origin: Origin, serve: Serve) -> None:
+    """This includes PIDs without packets at the end of a segment, and large segments."""
     segments = [media.padded(segment, 600_000) for segment in media.ts_segments(6)]
     body, _ = serve({"film": origin.add(Playlist("film", segments)).url}).watch("/film").read_all()
     assert body == b"".join(segments)
@@ -86,11 +86,11 @@ def warnings_of_ffmpeg(folder: Path, stream: bytes) -> str:
     return done.stderr
 
 
-#### Ten advertisements, and players ####
+#### A film with ten discontinuities, and players ####
 
 
 def broadcast(seconds: float, own_pids: bool) -> list[bytes]:
-    """The programme, and after each block the same advertisement."""
+    """Blocks of the programme, with the same advertisement between them."""
     programme = iter(media.ts_segments(BLOCKS // 2 + 1, seconds))
     (advertisement,) = media.advertisement_segments(seconds=seconds, own_pids=own_pids)
     return [advertisement if number % 2 else next(programme) for number in range(BLOCKS)]
@@ -102,13 +102,15 @@ def film(blocks: Sequence[bytes], seconds: float) -> Playlist:
 
 @pytest.fixture
 def address(request: pytest.FixtureRequest, origin: Origin, serve: Serve, own_pids: bool) -> str:
-    """Where a film with ten discontinuities is, one in eight seconds."""
+    """The address of a film with ten discontinuities, one every eight seconds."""
     blocks = broadcast(SECONDS, own_pids)
     return serve({"film": origin.add(film(blocks, SECONDS)).url}).url + "/film"
 
 
 @own_pids
-def test_every_pid_is_announced(origin: Origin, serve: Serve, own_pids: bool) -> None:
+def test_discontinuities_of_all_pids_are_signalled(
+    origin: Origin, serve: Serve, own_pids: bool
+) -> None:
     blocks = broadcast(1.0, own_pids)
     assert len(jumps(b"".join(blocks))) > 10
     answer = serve({"film": origin.add(film(blocks, 1.0)).url}).get("/film")
@@ -120,7 +122,7 @@ def test_every_pid_is_announced(origin: Origin, serve: Serve, own_pids: bool) ->
 
 @pytest.mark.long
 @own_pids
-def test_ffmpeg_finds_nothing_damaged(address: str) -> None:
+def test_ffmpeg_plays_a_film_with_discontinuities_without_errors(address: str) -> None:
     player = run("ffmpeg", "-nostdin", "-v", "warning", "-i", address, "-f", "null", "-")
     assert player.returncode == 0, player.stdout
     assert not re.search("corrupt|continuity|invalid|error", player.stdout, re.I), player.stdout
@@ -128,8 +130,8 @@ def test_ffmpeg_finds_nothing_damaged(address: str) -> None:
 
 @pytest.mark.long
 @own_pids
-def test_vlc_plays_all(address: str, own_pids: bool) -> None:
-    """It says when it takes other tracks; where they stay the same, only what it misses."""
+def test_vlc_plays_a_film_with_discontinuities(address: str, own_pids: bool) -> None:
+    """VLC logs a change of tracks; if the tracks stay the same, it logs only losses."""
     log = vlc(address, 300, "--rate=8").stdout
     assert "Received first picture" in log, log
     assert "EOF reached" in log, log
@@ -140,10 +142,13 @@ def test_vlc_plays_all(address: str, own_pids: bool) -> None:
 
 @pytest.mark.long
 @own_pids
-def test_mpv_plays_all(address: str, own_pids: bool, tmp_path: Path) -> None:
-    """It stays with the tracks it chose: those of an advertisement with PIDs of its own are others.
-    Where the clock of a track jumps it starts anew and leaves out some pictures, more the faster it
-    plays."""
+def test_mpv_plays_a_film_with_discontinuities(
+    address: str, own_pids: bool, tmp_path: Path
+) -> None:
+    """mpv keeps the tracks it chose, so it skips advertisements with PIDs of their own.
+
+    If the clock of a track jumps, mpv restarts and drops some pictures, more at higher speeds.
+    """
     player = mpv(
         address, 10_000, "--speed=4", "--framedrop=no", "--vo=image", "--vo-image-format=png",
         f"--vo-image-outdir={tmp_path}", "--msg-level=statusline=status",
@@ -165,7 +170,7 @@ def test_mpv_plays_all(address: str, own_pids: bool, tmp_path: Path) -> None:
 
 @pytest.mark.long
 @own_pids
-def test_gstreamer_plays_all(address: str, tmp_path: Path) -> None:
+def test_gstreamer_plays_a_film_with_discontinuities(address: str, tmp_path: Path) -> None:
     picture, sound = tmp_path / "picture", tmp_path / "sound"
     size, rate = 16, 8000
     player = run(
@@ -184,7 +189,7 @@ def test_gstreamer_plays_all(address: str, tmp_path: Path) -> None:
 
 
 @own_pids
-def test_all_viewers_get_the_same_and_late_ones_start_well(
+def test_discontinuities_are_signalled_to_early_and_late_viewers(
     origin: Origin, serve: Serve, own_pids: bool
 ) -> None:
     blocks = broadcast(1.0, own_pids)
@@ -208,7 +213,7 @@ def test_all_viewers_get_the_same_and_late_ones_start_well(
     assert media.first_picture(expected)[1]
 
 
-def test_start_of_a_channel_is_no_jump(origin: Origin, serve: Serve) -> None:
+def test_start_of_a_channel_is_not_a_discontinuity(origin: Origin, serve: Serve) -> None:
     first = Segment(media.ts_segments()[0], discontinuity=True)
     assert (
         serve({"film": origin.add(Playlist("film", [first])).url}).get("/film").body == first.data
@@ -218,8 +223,8 @@ def test_start_of_a_channel_is_no_jump(origin: Origin, serve: Serve) -> None:
 #### Seams and lost segments ####
 
 
-def failing_over(origin: Origin, serve: Serve, backup: Sequence[bytes]) -> tuple[bytes, bytes]:
-    """What a viewer gets of the first address, and then of the second, from segment 5 on."""
+def fail_over(origin: Origin, serve: Serve, backup: Sequence[bytes]) -> tuple[bytes, bytes]:
+    """A viewer's bytes from the first address, and then from the second, after segment 4."""
     one = origin.add(Playlist("one", media.ts_segments(), mode="live"))
     two = origin.add(Playlist("two", backup, mode="live"))
     viewer = serve({"news": {"url": [one.url, two.url]}}, **QUICK).watch("/news")
@@ -233,13 +238,13 @@ def failing_over(origin: Origin, serve: Serve, backup: Sequence[bytes]) -> tuple
 
 
 @own_pids
-def test_backup_of_another_encoder_is_announced(
+def test_switch_to_a_backup_of_another_encoder_is_signalled(
     origin: Origin, serve: Serve, own_pids: bool
 ) -> None:
     backup = media.advertisement_segments(8, own_pids=own_pids)
-    start, rest = failing_over(origin, serve, backup)
+    start, rest = fail_over(origin, serve, backup)
     together = b"".join(backup[5:7])
-    if own_pids:  # the counters of PAT and PMT go on by chance, here as with many encoders
+    if own_pids:  # the counters of PAT and PMT continue by chance, as with many encoders
         assert start + rest == media.spliced(start, together)
     else:
         assert jumps(start + together)
@@ -247,12 +252,14 @@ def test_backup_of_another_encoder_is_announced(
         assert notices(rest) == [0x100, 0x101]
 
 
-def test_backup_that_goes_on_is_not(origin: Origin, serve: Serve) -> None:
-    _, rest = failing_over(origin, serve, media.ts_segments())
+def test_switch_to_a_backup_with_the_same_media_is_not_signalled(
+    origin: Origin, serve: Serve
+) -> None:
+    _, rest = fail_over(origin, serve, media.ts_segments())
     assert rest == b"".join(media.ts_segments()[5:7])
 
 
-def test_relay_with_another_clock_is_announced(origin: Origin, serve: Serve) -> None:
+def test_relay_with_another_clock_is_signalled(origin: Origin, serve: Serve) -> None:
     bodies = b"".join(media.ts_segments()[:3]), b"".join(media.advertisement_segments(3))
     left = itertools.chain(bodies, itertools.repeat(b""))
     address = origin.add_endless("/relay", lambda: [next(left)])
@@ -261,7 +268,7 @@ def test_relay_with_another_clock_is_announced(origin: Origin, serve: Serve) -> 
     assert len(notices(expected)) == 4
 
 
-def test_relay_that_repeats_itself_goes_on(origin: Origin, serve: Serve) -> None:
+def test_relay_that_repeats_itself_continues_without_a_signal(origin: Origin, serve: Serve) -> None:
     segments = media.ts_segments()
     bodies = b"".join(segments[:4]), b"".join(segments[2:8])
     left = itertools.chain(bodies, itertools.repeat(b""))
@@ -271,16 +278,16 @@ def test_relay_that_repeats_itself_goes_on(origin: Origin, serve: Serve) -> None
 
 
 @pytest.mark.parametrize("lost", [1, 3])
-def test_lost_segments_are_announced(origin: Origin, serve: Serve, lost: int) -> None:
+def test_lost_segments_are_signalled(origin: Origin, serve: Serve, lost: int) -> None:
     playlist = origin.add(Playlist("film", media.ts_segments()))
     for number in range(3, 3 + lost):
         origin.fault(playlist.segment_path(number), Status(404), times=None)
     answer = serve({"film": playlist.url}, timeout=0.7).get("/film")
     assert answer.body == media.spliced(playlist.plain(0, 3), playlist.plain(3 + lost, 8))
-    media.decode(answer.body)  # which takes nothing for damaged
+    media.decode(answer.body)  # strict: fails if anything is damaged
 
 
-def test_numbers_that_were_never_listed_are_announced(origin: Origin, serve: Serve) -> None:
+def test_segments_that_were_never_listed_are_signalled(origin: Origin, serve: Serve) -> None:
     live = origin.add(Playlist("live", media.ts_segments(), mode="live", window=3))
     viewer = serve({"news": live.url}, **QUICK).watch("/news")
     start = viewer.read(len(live.plain(0, 3)))
@@ -290,7 +297,7 @@ def test_numbers_that_were_never_listed_are_announced(origin: Origin, serve: Ser
     assert start + rest == media.spliced(start, live.plain(5, 8))
 
 
-#### What is left alone ####
+#### Bytes that stay unchanged ####
 
 
 @pytest.mark.parametrize("kind", ["fmp4", "aac"])
@@ -300,12 +307,12 @@ def test_nothing_is_added_to_other_containers(origin: Origin, serve: Serve, kind
     extension = ".m4s" if kind == "fmp4" else ".aac"
     film = origin.add(Playlist("film", jumping, init=init, extension=extension))
     before, behind = b"".join(parts[:4]), b"".join(parts[4:])
-    again = init or b""  # what comes behind the jump may need it
+    again = init or b""  # the media after the discontinuity may need it
     assert serve({"film": film.url}).get("/film").body == again + before + again + behind
 
 
 def rest_after(*media_of: bytes, is_certain: bool = True, size: int = 1 << 20) -> bytes:
-    """What a framer makes of the last of these, which do not go on from each other."""
+    """The output of a framer for the last of these bodies, with a jump before each of them."""
     framer = pipe.TsFramer()
     for data in media_of:
         framer.expect_jump(is_certain)
@@ -314,7 +321,7 @@ def rest_after(*media_of: bytes, is_certain: bool = True, size: int = 1 << 20) -
 
 
 def packet(pid: int, counter: int, body: bytes = b"", *, starts: bool = False) -> bytes:
-    """A packet with this payload, or with stuffing alone."""
+    """A packet with this payload, or with stuffing only."""
     head = bytes([0x47, 0x40 * starts | pid >> 8, pid & 0xFF])
     if not body:
         return head + bytes([0x20 | counter]) + b"\xb7\0" + b"\xff" * 182
@@ -325,8 +332,8 @@ PES = b"\0\0\1\xe0\0\0\x80\0\0"
 
 
 @pytest.mark.parametrize("size", [188, 1000, 1 << 20])
-def test_notice_comes_where_a_pid_does(size: int) -> None:
-    """Sound often goes on within a unit, and a table of DVB comes when it likes."""
+def test_signal_precedes_the_first_packet_of_each_pid(size: int) -> None:
+    """Sound often continues within a unit, and DVB tables may appear anywhere."""
     segment = media.ts_segments()[0]
     late = packet(0x101, 9, b"within a unit") + packet(0x11, 3, b"\0\x42", starts=True)
     body = segment[: 3 * PACKET] + late + segment[3 * PACKET :]
@@ -335,8 +342,8 @@ def test_notice_comes_where_a_pid_does(size: int) -> None:
     assert notices(out) == [0, 0x1000, 0x100, 0x101, 0x11]
 
 
-def test_packet_without_payload_is_counted_as_none() -> None:
-    """The clock may come in a packet of its own."""
+def test_signal_before_a_packet_without_payload_repeats_its_counter() -> None:
+    """The PCR may have a packet of its own."""
     segment = media.ts_segments()[0]
     body = segment[: 2 * PACKET] + packet(0x100, 5) + packet(0x100, 6, PES, starts=True)
     out = rest_after(segment, body)
@@ -344,19 +351,19 @@ def test_packet_without_payload_is_counted_as_none() -> None:
     assert out == media.spliced(segment, body)[len(segment) :]
 
 
-def test_what_says_so_itself_is_not_announced_again() -> None:
+def test_discontinuity_that_the_origin_signals_is_not_signalled_again() -> None:
     one, two = media.ts_segments()[0], media.ts_segments()[4]
     announced = media.spliced(one, two)[len(one) :]
     assert rest_after(one, announced, is_certain=False) == announced
     assert rest_after(one, announced) == announced
 
 
-def test_null_packets_are_not_announced() -> None:
+def test_discontinuities_of_null_packets_are_not_signalled() -> None:
     one, two = (media.padded(media.ts_segments()[n], 100_000) for n in (0, 4))
     assert media.PID_NULL not in notices(rest_after(one, two))
 
 
-def test_what_may_go_on_and_does_is_left_alone() -> None:
+def test_expected_jump_is_signalled_only_if_it_happens() -> None:
     segments = media.ts_segments()
     assert rest_after(*segments[:2], is_certain=False) == segments[1]
     assert (
@@ -365,9 +372,10 @@ def test_what_may_go_on_and_does_is_left_alone() -> None:
     )
 
 
-def test_pid_that_never_comes_costs_nothing_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packets are looked at one by one for a while only: else the sound that a PMT names, and
-    that never comes, would make them all be."""
+def test_packets_are_searched_only_for_a_while_for_a_missing_pid(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The framer searches packets for a PID that the PMT names only for JUMP_SEARCH bytes."""
     looked_at = 0
 
     def count(data: bytes) -> int:

@@ -398,9 +398,7 @@ def test_file_that_stalls_is_resumed_at_its_byte(origin: Origin, serve: Serve) -
 
 
 @pytest.mark.parametrize("size", [100, 100_000, 9 * MIB])
-def test_error_keeps_its_status_whatever_its_body(
-    origin: Origin, serve: Serve, size: int
-) -> None:
+def test_error_keeps_its_status_whatever_its_body(origin: Origin, serve: Serve, size: int) -> None:
     playlist = origin.add(Playlist("news", media.ts_segments()))
     origin.fault(playlist.path, Status(403, bytes(size)), times=None)
     answer = serve({"news": playlist.url}).get("/news")
@@ -745,7 +743,9 @@ def test_bytes_arrive_before_half_of_the_segment_was_sent(
     viewer = serve({"news": playlist.url}).watch("/news")
     init = playlist.find(playlist.init_path)
     whole = (init.body if init else b"") + playlist.plain(0, 4 if half > 100_000 else 8)
-    early = len(init.body if init else b"") + half - 1000  # part of a packet or frame may be held back
+    early = (
+        len(init.body if init else b"") + half - 1000
+    )  # part of a packet or frame may be held back
     assert viewer.read(early) == whole[:early]
     assert stall.held == 1, "the origin still holds the rest"
     stall.release()
@@ -816,7 +816,9 @@ def test_explicit_engine_option_sets_the_number_of_threads(origin: Origin, serve
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_segments_without_room_in_the_buffer_are_not_requested(origin: Origin, threads: int) -> None:
+def test_segments_without_room_in_the_buffer_are_not_requested(
+    origin: Origin, threads: int
+) -> None:
     """A segment keeps its place until its last byte is in the buffer."""
     size = len(media.padded(media.ts_segments(8)[0], MIB))
     playlist = origin.add(Playlist("news", large(8, MIB)))
@@ -1047,7 +1049,9 @@ def test_closing_wakes_a_writer_whose_ring_is_full(origin: Origin) -> None:
     before = set(threading.enumerate())
     with opened(playlist.url, ringbuffer_size=262_144):
         origin.wait_for(SEGMENTS, 4)
-        origin.wait_until(lambda: all(r.done for r in origin.requests), "the origin has sent everything")
+        origin.wait_until(
+            lambda: all(r.done for r in origin.requests), "the origin has sent everything"
+        )
         began = time.monotonic()
     assert_everything_ends(origin, before, began)
 
@@ -1205,9 +1209,7 @@ def test_broken_initialization_section_is_resumed(origin: Origin, serve: Serve) 
     assert serve({"news": playlist.url}).get("/news").body == init + b"".join(parts)
 
 
-def test_missing_initialization_section_is_requested_again(
-    origin: Origin, serve: Serve
-) -> None:
+def test_missing_initialization_section_is_requested_again(origin: Origin, serve: Serve) -> None:
     """Players need it for the segments after it: the stream waits until it can be fetched."""
     init, parts = media.fmp4()
     first, second = with_init(init, 1), with_init(init, 2)
@@ -1233,7 +1235,9 @@ def test_initialization_section_that_is_too_large_is_refused(origin: Origin, ser
     assert answer.json == {"error": expected}
 
 
-def test_initialization_section_may_be_a_byte_range_of_the_segments_file(origin: Origin, serve: Serve) -> None:
+def test_initialization_section_may_be_a_byte_range_of_the_segments_file(
+    origin: Origin, serve: Serve
+) -> None:
     """Its byte range does not affect the offsets of the segments."""
     init, parts = media.fmp4(4)
     whole = b"".join([init, *parts])
@@ -1281,7 +1285,9 @@ def test_initialization_section_of_ignored_segments_is_sent(
 
 
 @pytest.mark.parametrize("version", [2, 3, 4])
-def test_body_may_break_anywhere_in_a_tag_of_packed_audio(origin: Origin, serve: Serve, version: int) -> None:
+def test_body_may_break_anywhere_in_a_tag_of_packed_audio(
+    origin: Origin, serve: Serve, version: int
+) -> None:
     frames = media.aac_segments()
     tagged = [media.id3_timestamp(float(n), version) + data for n, data in enumerate(frames)]
     playlist = origin.add(Playlist("news", tagged, extension=".aac"))

@@ -1,6 +1,6 @@
-"""A channel as HLS: playlists and segments as a client gets them, and who counts as watching.
+"""A channel as HLS: the playlists and segments for polling clients, and clients as viewers.
 
-Rules of RFC 8216 are checked by `Follower`, which remembers all that it was ever told.
+`Follower` checks the rules of RFC 8216; it remembers everything that the playlists said.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class Listed:
     """A segment as a playlist describes it."""
 
     number: int
-    discontinuities: int  # up to it, its own counted
+    discontinuities: int  # up to this segment, including its own
     duration: float
     address: str
     init: str | None  # address
 
 
 def listed_in(text: str) -> list[Listed]:
-    """The segments of a media playlist; fails where it breaks a rule by itself."""
+    """The segments of a media playlist; fails if the playlist alone breaks a rule."""
     lines = text.splitlines()
     assert lines[0] == "#EXTM3U"
     tags = dict(re.findall(r"^#EXT-X-([A-Z-]+):(\d+)$", text, re.M))
@@ -74,7 +74,7 @@ def listed_in(text: str) -> list[Listed]:
 
 
 class Follower:
-    """A client that loads a playlist again and again, and checks what changes in it."""
+    """A client that loads a playlist repeatedly and checks each change."""
 
     def __init__(self, fetch: Fetch) -> None:
         self._fetch = fetch
@@ -84,17 +84,21 @@ class Follower:
         self._target = 0
         self._last: list[Listed] = []
         self._asked = 0.0
-        self._left: list[tuple[float, Listed]] = []  # until when each has to stay
+        self._left: list[
+            tuple[float, Listed]
+        ] = []  # removed segments, and the time until which each must stay available
 
     def follow(self, text: str) -> list[Listed]:
-        """Take a newer playlist."""
+        """Check a newer playlist."""
         listed = listed_in(text)
         target = re.findall(r"^#EXT-X-TARGETDURATION:(\d+)$", text, re.M)
-        assert int(target[0]) >= self._target, "the target duration went back"
+        assert int(target[0]) >= self._target, "the target duration decreased"
         self._target = int(target[0])
         if self._last:
-            assert listed[0].number >= self._last[0].number, "the sequence went back"
-            assert listed[-1].number >= self._last[-1].number, "what was listed is missing"
+            assert listed[0].number >= self._last[0].number, "the media sequence number decreased"
+            assert listed[-1].number >= self._last[-1].number, (
+                "a listed segment is missing at the end"
+            )
         for segment in listed:
             known = self.known.setdefault(segment.number, segment)
             assert known == segment, "a listed segment changed"
@@ -115,11 +119,11 @@ class Follower:
 
     def _check_body(self, segment: Listed) -> None:
         body = self._fetch(segment.address)
-        assert body, f"{segment} cannot be had"
+        assert body, f"{segment} is not available"
         assert self.bodies.setdefault(segment.number, body) == body
         if segment.init:
             init = self._fetch(segment.init)
-            assert init, f"{segment.init} cannot be had"
+            assert init, f"{segment.init} is not available"
             assert self.inits.setdefault(segment.init, init) == init
 
 
@@ -138,7 +142,7 @@ def follow(site: Site, path: str, client: Follower) -> list[Listed]:
 
 
 def follow_until(site: Site, path: str, client: Follower, newest: int) -> None:
-    eventually(lambda: newest_of(site, path) == newest, "it moves")
+    eventually(lambda: newest_of(site, path) == newest, "the playlist has the newest segment")
     follow(site, path, client)
 
 
@@ -154,7 +158,7 @@ SIXTEEN = media.ts_segments(16)
 
 
 class Feed:
-    """A channel's thread without its origin: splicer and window as in the program."""
+    """A channel's splicer and window as in the program, without an origin and a thread."""
 
     def __init__(self, container: pipe.Container, limit: int = 1 << 20) -> None:
         self.container = container
@@ -181,12 +185,12 @@ class Feed:
 
     @property
     def body(self) -> bytes:
-        """Of the open segment."""
+        """The media of the open segment."""
         bodies = SEGMENTS if self.container is pipe.MPEG_TS else FRAGMENTS
         return bodies[self.number % len(bodies)]
 
     def pass_half(self) -> None:
-        """The beginning of the open segment."""
+        """Pass the first ten packets of the open segment."""
         self.splicer.pass_bytes(self.body[: 10 * media.PACKET])
 
     def end_segment(self) -> None:
@@ -224,7 +228,9 @@ class Feed:
 ACTIONS = st.lists(
     st.tuples(
         st.sampled_from([*["segment"] * 8, "jump", "gap", "seam"]),
-        st.sampled_from([1.0, 1.96, 2.0, 2.4, 7.0]),  # seconds; the last breaks the origin's word
+        st.sampled_from(
+            [1.0, 1.96, 2.0, 2.4, 7.0]
+        ),  # seconds; the last exceeds the target duration
     ),
     max_size=40,
 )
@@ -233,7 +239,7 @@ ACTIONS = st.lists(
 @pytest.mark.parametrize("container", [pipe.MPEG_TS, pipe.FMP4])
 @given(before=ACTIONS, after=ACTIONS)
 @settings(max_examples=100, deadline=None)
-def test_playlists_keep_the_rules(
+def test_playlists_follow_the_rules(
     container: pipe.Container, before: list[tuple[str, float]], after: list[tuple[str, float]]
 ) -> None:
     feed = Feed(container)
@@ -254,7 +260,7 @@ def test_playlists_keep_the_rules(
 
 @given(st.lists(st.integers(3, 12), min_size=2, max_size=5))
 @settings(max_examples=20, deadline=None)
-def test_numbers_never_repeat_over_openings(counts: list[int]) -> None:
+def test_numbers_do_not_repeat_after_reopening(counts: list[int]) -> None:
     feed = Feed(pipe.MPEG_TS)
     newest, discontinuities = 0, 0
     for count in counts:
@@ -267,7 +273,7 @@ def test_numbers_never_repeat_over_openings(counts: list[int]) -> None:
         newest, discontinuities = listed[-1].number, listed[-1].discontinuities
 
 
-def test_discontinuities_are_where_it_does_not_go_on() -> None:
+def test_discontinuities_mark_jumps_gaps_and_seams() -> None:
     feed = Feed(pipe.MPEG_TS)
     for action in ("segment", "segment", "jump", "segment", "gap", "segment", "seam", "segment"):
         feed.act(action, 1.0)
@@ -279,7 +285,7 @@ def test_discontinuities_are_where_it_does_not_go_on() -> None:
 @pytest.mark.parametrize(
     ("seconds", "expected"), [(1, 8), (2, 8), (3, 8), (4, 6), (5, 5), (6, 4), (8, 3), (12, 3)]
 )
-def test_playlist_lasts_24_seconds_but_has_three_to_eight_segments(
+def test_playlist_lasts_24_seconds_within_three_to_eight_segments(
     seconds: int, expected: int
 ) -> None:
     feed = Feed(pipe.MPEG_TS)
@@ -290,7 +296,7 @@ def test_playlist_lasts_24_seconds_but_has_three_to_eight_segments(
 
 
 def room_for(segments: float) -> int:
-    """The limit of a window that grows to hold so many segments."""
+    """The `limit` of a window that can grow to hold so many segments."""
     return int(segments * max(map(len, SEGMENTS)) / 8)
 
 
@@ -300,22 +306,22 @@ def fetchable(feed: Feed, newest: int) -> list[int]:
 
 @pytest.mark.parametrize(("room", "listed", "kept"), [(7.2, 3, 3), (9.2, 4, 4), (6.2, 3, 2)])
 def test_playlist_of_large_segments_shrinks_to_three(room: float, listed: int, kept: int) -> None:
-    """As many again are kept, and fewer only if three are listed; the window has its bounds."""
+    """As many unlisted segments are kept, fewer only if three are listed, within the window."""
     feed = Feed(pipe.MPEG_TS, room_for(room))
     for _ in range(20):
         feed.act("segment", 1.0)
-        feed.fetch("news/0.ts")  # somebody asks
+        feed.fetch("news/0.ts")  # a client polls
         assert feed.window.held()[0] <= 8 * feed.limit
     told = listed_in(feed.playlist())
     assert len(told) == listed
     newest = told[-1].number
     feed.start_segment(1.0)
-    feed.splicer.pass_bytes(feed.body)  # all of it has arrived but its end
+    feed.splicer.pass_bytes(feed.body)  # all of it has arrived, but not its end event
     assert fetchable(feed, newest) == list(range(newest - listed - kept + 1, newest + 1))
     assert feed.window.held()[0] <= 8 * feed.limit
 
 
-def test_playlist_names_nothing_that_has_left_a_window_too_small_for_three() -> None:
+def test_playlist_lists_no_segment_that_a_small_window_has_evicted() -> None:
     feed = Feed(pipe.MPEG_TS, room_for(2.5))
     for _ in range(10):
         feed.act("segment", 1.0)
@@ -325,23 +331,23 @@ def test_playlist_names_nothing_that_has_left_a_window_too_small_for_three() -> 
         assert names
         assert all(map(feed.fetch, names))
         feed.splicer.pass_event(pipe.SegmentEvent(pipe.EventKind.END, feed.number))
-    assert not feed.window.await_listed(0, 0), "a first playlist has three"
+    assert not feed.window.await_listed(0, 0), "a first playlist needs three segments"
 
 
-def test_source_without_segments_has_hls_however_small_its_window() -> None:
-    """A segment of 2 s is larger than the window, which grows while somebody asks."""
+def test_source_without_segments_has_hls_even_in_a_small_window() -> None:
+    """A segment of 2 s is larger than the window, which grows while a client polls."""
     feed = Feed(pipe.MPEG_TS, room_for(15))
     first = feed.numbering.number
     stream = b"".join(SIXTEEN[:9])
     for at in range(0, len(stream), 10 * media.PACKET):
-        feed.fetch("news/0.ts")  # somebody asks
+        feed.fetch("news/0.ts")  # a client polls
         feed.splicer.pass_bytes(stream[at : at + 10 * media.PACKET])
     assert len(listed_in(feed.playlist())) == LEAST
     assert fetchable(feed, first + 3) == list(range(first, first + 4))
 
 
-def test_segments_stay_only_while_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Later the window is as small as without HLS."""
+def test_segments_stay_only_while_a_client_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later the window shrinks to its size without HLS."""
     clock = Clock()
     monkeypatch.setattr(pipe, "time", clock)
     feed = Feed(pipe.MPEG_TS, room_for(30))
@@ -349,7 +355,7 @@ def test_segments_stay_only_while_somebody_asks(monkeypatch: pytest.MonkeyPatch)
     for _ in range(25):
         feed.act("segment", 1.0)
         clock.pass_by(1.0)
-    few = 6 * size  # those of a new viewer, hls-live-edge and two more, and one that has to go next
+    few = 6 * size  # hls-live-edge and two more, for new viewers, and the next one to be evicted
     assert feed.window.held()[0] <= few
     for _ in range(25):
         feed.playlist()
@@ -365,7 +371,7 @@ def test_segments_stay_only_while_somebody_asks(monkeypatch: pytest.MonkeyPatch)
 
 
 class Clock:
-    """The time as the program reads it; it can be moved on."""
+    """The program's clock, which a test can advance."""
 
     def __init__(self) -> None:
         self._passed = 0.0
@@ -380,7 +386,7 @@ class Clock:
         return time.time() + self._passed
 
 
-def test_ended_playlist_and_its_segments_stay_without_viewers_until_hls_closes() -> None:
+def test_ended_playlist_and_its_segments_stay_until_hls_closes() -> None:
     feed = Feed(pipe.MPEG_TS)
     viewer = pipe.Viewer()
     feed.window.enter(viewer)
@@ -399,7 +405,7 @@ def test_ended_playlist_and_its_segments_stay_without_viewers_until_hls_closes()
 
 
 @pytest.mark.parametrize("ends_first", [True, False])
-def test_viewers_of_an_ended_channel_get_the_rest_when_hls_has_closed(ends_first: bool) -> None:
+def test_streaming_viewers_get_the_rest_after_hls_closes(ends_first: bool) -> None:
     feed = Feed(pipe.MPEG_TS)
     viewer = pipe.Viewer()
     feed.window.enter(viewer)
@@ -416,7 +422,7 @@ def test_viewers_of_an_ended_channel_get_the_rest_when_hls_has_closed(ends_first
 
 @pytest.mark.parametrize("piece", [1_000, 1 << 20])
 def test_rest_of_a_source_without_segments_is_listed_at_its_end(piece: int) -> None:
-    """As ffmpeg's output is, of a channel with separate sound."""
+    """ffmpeg's output is such a source, for a channel with separate sound."""
     feed = Feed(pipe.MPEG_TS)
     stream = b"".join(SIXTEEN[:9])
     for at in range(0, len(stream), piece):
@@ -433,8 +439,8 @@ def test_rest_of_a_source_without_segments_is_listed_at_its_end(piece: int) -> N
     assert without_tables(bodies) == without_tables(stream)
 
 
-def test_nothing_is_numbered_any_more_once_a_window_was_aborted() -> None:
-    """Another channel has its numbers then."""
+def test_aborted_window_numbers_no_more_segments() -> None:
+    """By then another channel may use the same numbers."""
     feed = Feed(pipe.MPEG_TS)
     feed.act("segment", 1.0)
     before = feed.numbering.number
@@ -447,7 +453,7 @@ def test_nothing_is_numbered_any_more_once_a_window_was_aborted() -> None:
         feed.window.await_listed(0, 0)
 
 
-#### What a client gets ####
+#### Playlists and segments for clients ####
 
 
 def live(origin: Origin, name: str = "news", **options: object) -> Playlist:
@@ -469,7 +475,7 @@ def aac_channel(origin: Origin) -> Playlist:
 
 
 def bare_aac_channel(origin: Origin) -> Playlist:
-    """Without the tags that tell its time."""
+    """Packed audio without the tags that carry its time."""
     return live(origin, segments=media.aac_segments(), extension=".aac")
 
 
@@ -477,14 +483,14 @@ COVER = b"ID3\4\0\0" + bytes((1, 64, 0, 0)) + bytes(3 << 20)  # a tag as large a
 
 
 def music_channel(origin: Origin) -> Playlist:
-    """With tags that are too large to be kept."""
+    """Packed audio with tags that are too large to be kept."""
     frames = media.audio_frames("libmp3lame", 44_100)
     second = COVER + b"".join(frames[:38])
     return live(origin, segments=[second] * 12, extension=".mp3")
 
 
 def bare_ts_channel(origin: Origin) -> Playlist:
-    """Only each fourth segment has tables, among them the first that comes."""
+    """Only every fourth segment has tables, among them the first one that is fetched."""
     segments = media.ts_segments()
     bare = [s if n % 4 == 2 else s[2 * media.PACKET :] for n, s in enumerate(segments)]
     return live(origin, segments=bare)
@@ -500,23 +506,25 @@ CHANNELS = {
 }
 
 
-def behind_tag(body: bytes) -> tuple[int, bytes]:
-    """The time that the ID3 tag in front of packed audio tells, in ticks, and the audio."""
+def time_and_audio(body: bytes) -> tuple[int, bytes]:
+    """The time in the ID3 tag in front of packed audio, in ticks, and the audio after it."""
     tag = media.id3_timestamp(0)
     assert body.startswith(tag[:-8])
     return struct.unpack(">Q", body[len(tag) - 8 : len(tag)])[0], body[len(tag) :]
 
 
-def test_machine_whose_clock_is_not_set_has_hls(
+def test_hls_works_on_a_machine_whose_clock_is_not_set(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = serve({"news": live(origin).url})
-    monkeypatch.setattr("time.time", lambda: 0.0)  # as a small computer's, until it asks a server
+    monkeypatch.setattr(
+        "time.time", lambda: 0.0
+    )  # like a small computer before it asks a time server
     assert site.get("/news.m3u8").status == 200
 
 
 @pytest.mark.parametrize("kind", CHANNELS)
-def test_segments_are_the_origins(origin: Origin, serve: Serve, kind: str) -> None:
+def test_segments_are_those_of_the_origin(origin: Origin, serve: Serve, kind: str) -> None:
     make, content_type, extension = CHANNELS[kind]
     playlist = make(origin)
     site = serve({"news": playlist.url})
@@ -537,7 +545,7 @@ def test_segments_are_the_origins(origin: Origin, serve: Serve, kind: str) -> No
             media.decode(body)
         elif kind in ("bare-aac", "music"):
             seconds = segment.number - listed[0].number
-            assert behind_tag(body) == (seconds * 90_000, theirs.removeprefix(COVER))
+            assert time_and_audio(body) == (seconds * 90_000, theirs.removeprefix(COVER))
         else:
             assert body == theirs
     segment_answer = site.get(f"/{listed[0].address}")
@@ -561,7 +569,7 @@ def test_playlist_moves_with_the_origin(origin: Origin, serve: Serve, kind: str)
 
 
 def raw(origin: Origin, bodies: tuple[bytes, ...]) -> str:
-    """A source without segments, whose connection stays when all of this was sent."""
+    """A source without segments, whose connection stays open after these bytes."""
     body = b"".join(bodies)
     origin.fault("/raw", Stall(len(body)), times=None)
     return origin.add_endless("/raw", lambda: [body, body])
@@ -580,13 +588,13 @@ def test_raw_ts_is_cut_at_key_frames(origin: Origin, serve: Serve) -> None:
     assert without_tables(joined) in without_tables(b"".join(bodies))
 
 
-def test_jump_of_the_clock_is_no_duration(origin: Origin, serve: Serve) -> None:
-    """The target duration it would give stays, and a client that keeps to it comes too late."""
+def test_jump_of_the_clock_does_not_count_as_duration(origin: Origin, serve: Serve) -> None:
+    """It would raise the target duration for good, and clients would poll too rarely."""
     bodies = media.ts_segments(16)
     bodies = bodies[:8] + tuple(later(body, seconds=30) for body in bodies[8:])
     site = serve({"news": raw(origin, bodies)})
     client = client_of(site, "/news.m3u8")
-    eventually(lambda: len(follow(site, "/news.m3u8", client)) == 6, "all are listed but one")
+    eventually(lambda: len(follow(site, "/news.m3u8", client)) == 6, "six segments are listed")
     assert {segment.duration for segment in client.known.values()} == {2.0}
     before = [segment.discontinuities for segment in client.known.values()]
     assert [number - before[0] for number in before] == [0, 0, 0, 1, 1, 1]
@@ -606,14 +614,14 @@ def without_tables(data: bytes) -> bytes:
 
 
 def test_raw_audio_has_no_hls(origin: Origin, serve: Serve) -> None:
-    """Browsers play it as it is."""
+    """Browsers play the stream itself."""
     site = serve({"radio": raw(origin, media.aac_segments(12))})
     answer = site.get("/radio.m3u8")
     assert answer.status == 404
     assert "/radio" in answer.json["error"]
 
 
-def test_answers_are_for_browsers_and_televisions(origin: Origin, serve: Serve) -> None:
+def test_answers_suit_browsers_and_televisions(origin: Origin, serve: Serve) -> None:
     playlist = live(origin)
     site = serve({"news": playlist.url})
     listed = listed_in(site.get("/news.m3u8").body.decode())
@@ -628,7 +636,7 @@ def test_answers_are_for_browsers_and_televisions(origin: Origin, serve: Serve) 
         assert head.headers["Content-Type"] == ranged.headers["Content-Type"]
 
 
-def test_head_starts_nothing(origin: Origin, serve: Serve) -> None:
+def test_head_request_does_not_start_a_channel(origin: Origin, serve: Serve) -> None:
     playlist = live(origin)
     site = serve({"news": playlist.url})
     assert site.ask("HEAD", "/news.m3u8").status == 200
@@ -649,10 +657,8 @@ def test_first_playlist_waits_for_three_segments(origin: Origin, serve: Serve) -
     assert len(listed_in(answers[0].body.decode())) == LEAST
 
 
-def test_playlist_that_a_client_has_waits_for_the_next_segment(
-    origin: Origin, serve: Serve
-) -> None:
-    """Chromium gives up where it asks twice at its start and gets the same."""
+def test_next_playlist_waits_for_the_next_segment(origin: Origin, serve: Serve) -> None:
+    """Chromium stops if its first two requests get the same playlist."""
     playlist = live(origin, target_duration=4)
     site = serve({"news": playlist.url})
     newest = newest_of(site, "/news.m3u8")
@@ -664,11 +670,13 @@ def test_playlist_that_a_client_has_waits_for_the_next_segment(
     playlist.advance(1)
     ask.join()
     assert answers == [newest + 1]
-    assert newest_of(site, "/news.m3u8") == newest + 1, "it waits for a target duration at most"
+    assert newest_of(site, "/news.m3u8") == newest + 1, (
+        "a request waits for a target duration at most"
+    )
 
 
-def test_many_segments_at_once_are_told_three_by_three(origin: Origin, serve: Serve) -> None:
-    """Of more, Chromium takes the last three, and fails at the gap."""
+def test_many_new_segments_are_listed_three_at_a_time(origin: Origin, serve: Serve) -> None:
+    """Given more, Chromium jumps to the last three and fails at the gap."""
     playlist = live(origin)
     site = serve({"news": playlist.url})
     newest = newest_of(site, "/news.m3u8")
@@ -677,16 +685,18 @@ def test_many_segments_at_once_are_told_three_by_three(origin: Origin, serve: Se
     viewer.read(len(playlist.plain(playlist.newest - 7, playlist.newest + 1)))
     assert [newest_of(site, "/news.m3u8") for _ in range(2)] == [newest + 3, newest + 5]
     answer = site.ask("GET", "/news.m3u8", **{"User-Agent": "another"})
-    assert listed_in(answer.body.decode())[-1].number == newest + 5, "who begins is told of all"
+    assert listed_in(answer.body.decode())[-1].number == newest + 5, (
+        "a new client gets all segments"
+    )
 
 
-def test_too_few_segments_are_504(origin: Origin, serve: Serve) -> None:
+def test_source_with_too_few_segments_is_answered_with_504(origin: Origin, serve: Serve) -> None:
     playlist = live(origin, window=2)
     site = serve({"news": playlist.url}, timeout=1)
     assert site.get("/news.m3u8").status == 504
 
 
-def test_what_has_an_end_has_no_hls(origin: Origin, serve: Serve) -> None:
+def test_finite_stream_has_no_hls(origin: Origin, serve: Serve) -> None:
     film = origin.add(Playlist("film", media.ts_segments()))
     site = serve({"film": film.url})
     answer = site.get("/film.m3u8")
@@ -695,13 +705,13 @@ def test_what_has_an_end_has_no_hls(origin: Origin, serve: Serve) -> None:
     assert site.get("/film").is_complete
 
 
-def test_failed_start_is_told(origin: Origin, serve: Serve) -> None:
+def test_failed_start_is_answered_with_502(origin: Origin, serve: Serve) -> None:
     origin.fault("/bad.m3u8", Status(503), times=None)
     site = serve({"bad": f"{origin.url}/bad.m3u8"}, timeout=2)
     assert site.get("/bad.m3u8").status == 502
 
 
-def test_unknown_names_and_numbers_are_404(origin: Origin, serve: Serve) -> None:
+def test_unknown_names_and_numbers_are_answered_with_404(origin: Origin, serve: Serve) -> None:
     news, sport = live(origin), live(origin, "sport")
     site = serve({"news": news.url, "sport": sport.url})
     listed = listed_in(site.get("/news.m3u8").body.decode())
@@ -741,28 +751,29 @@ def test_token_and_quality_are_in_every_address(origin: Origin, serve: Serve) ->
     assert site.get("/news.m3u8?token=a+b%26c&quality=4k").status == 404
 
 
-def closed(site: Site) -> None:
-    eventually(lambda: site.get("/status").json["streams"][0]["channels"] == [], "it closes")
+def wait_closed(site: Site) -> None:
+    eventually(lambda: site.get("/status").json["streams"][0]["channels"] == [], "it is closed")
 
 
 #### Over seams, closings and restarts ####
 
 
-def test_it_goes_on_over_a_seam(origin: Origin, serve: Serve) -> None:
+def test_playlist_continues_after_a_seam(origin: Origin, serve: Serve) -> None:
     playlist = live(origin)
     site = serve({"news": playlist.url}, timeout=2)
     client = client_of(site, "/news.m3u8")
     first = follow(site, "/news.m3u8", client)
     playlist.restart(1000)
     eventually(
-        lambda: follow(site, "/news.m3u8", client)[-1].number > first[-1].number, "it goes on"
+        lambda: follow(site, "/news.m3u8", client)[-1].number > first[-1].number,
+        "a new segment is listed",
     )
     listed = follow(site, "/news.m3u8", client)
     assert listed[-1].discontinuities > first[-1].discontinuities
 
 
-def test_live_that_ends_has_its_end_in_the_playlist(origin: Origin, serve: Serve) -> None:
-    """Who polls has a while to fetch the rest; then the channel is gone."""
+def test_end_of_a_live_channel_is_in_the_playlist(origin: Origin, serve: Serve) -> None:
+    """Polling clients have some time to fetch the last segments; then the channel closes."""
     playlist = live(origin, segments=SIXTEEN)
     site = serve({"news": playlist.url}, linger=0)
     client = client_of(site, "/news.m3u8")
@@ -771,35 +782,35 @@ def test_live_that_ends_has_its_end_in_the_playlist(origin: Origin, serve: Serve
     viewer = site.watch("/news")
     playlist.advance(5)
     playlist.end()
-    assert viewer.read_all()[1], "who streams has the end"
+    assert viewer.read_all()[1], "the streaming viewer gets the end"
     texts = [""]
     while "#EXT-X-ENDLIST" not in texts[-1]:
         texts.append(site.get("/news.m3u8").body.decode())
         client.follow(texts[-1])
-    assert len(texts) == 1 + 2, "five more, three by three"
+    assert len(texts) == 1 + 2, "five more segments, at most three at a time"
     assert b"".join(client.bodies.values()) == playlist.plain(first, playlist.newest + 1)
     another = site.ask("GET", "/news.m3u8", **{"User-Agent": "another"})
-    assert another.status == 404, "who comes now finds a film"
+    assert another.status == 404, "a new client finds a film, which has no HLS"
     assert site.get(f"/{listed_in(texts[-1])[-1].address}").status == 200
-    closed(site)
+    wait_closed(site)
     assert site.get(f"/{listed_in(texts[-1])[-1].address}").status == 404
 
 
-def ended(site: Site) -> None:
+def wait_ended(site: Site) -> None:
     def states() -> list[str]:
         return [channel["state"] for channel in site.get("/status").json["streams"][0]["channels"]]
 
-    eventually(lambda: states() == ["closed"], "it ends, and is polled")
+    eventually(lambda: states() == ["closed"], "the channel ends while a client polls")
 
 
-def test_start_by_another_keeps_nobody_from_the_end(origin: Origin, serve: Serve) -> None:
-    """Which has no HLS, does not succeed, or takes its time."""
+def test_end_is_listed_while_another_viewer_starts_the_stream(origin: Origin, serve: Serve) -> None:
+    """The start of the other viewer hangs."""
     playlist = live(origin, segments=SIXTEEN)
     site = serve({"news": playlist.url}, linger=0, timeout=5)
     site.get("/news.m3u8")
     playlist.advance(2)
     playlist.end()
-    ended(site)
+    wait_ended(site)
     stalled = origin.fault("/news/*.ts", StallHeaders(), times=None)
     viewer = threading.Thread(target=lambda: answers.append(site.get("/news")))
     answers: list[Answer] = []
@@ -813,13 +824,15 @@ def test_start_by_another_keeps_nobody_from_the_end(origin: Origin, serve: Serve
     viewer.join()
 
 
-def test_end_stays_where_another_start_finds_other_qualities(origin: Origin, serve: Serve) -> None:
+def test_end_stays_listed_if_a_new_start_finds_other_qualities(
+    origin: Origin, serve: Serve
+) -> None:
     variants = {name: Playlist(name, SIXTEEN, mode="live") for name in ("180p", "90p")}
     both = origin.add(master("both", variants))
     site = serve({"news": both.url}, linger=0, timeout=5)
     listed = listed_in(site.get("/news.m3u8").body.decode())
     variants["180p"].end()
-    ended(site)
+    wait_ended(site)
     origin.fault(both.path, Body(f"#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\n{variants['90p'].url}"
                                  .encode()), times=None)  # fmt: skip
     assert site.ask("GET", "/news.m3u8", **{"User-Agent": "another"}).status == 200
@@ -828,16 +841,16 @@ def test_end_stays_where_another_start_finds_other_qualities(origin: Origin, ser
 
 
 def runs(function: str) -> bool:
-    """Whether a thread is in a function of this name."""
+    """Whether any thread is in a function of this name."""
     stacks = (traceback.walk_stack(frame) for frame in sys._current_frames().values())
     return any(frame.f_code.co_name == function for stack in stacks for frame, _ in stack)
 
 
 @pytest.mark.parametrize("listed", [LEAST, LEAST - 1], ids=["next playlist", "first playlist"])
-def test_client_that_waits_for_a_playlist_gets_that_of_the_changed_stream(
+def test_waiting_client_gets_the_playlist_of_the_changed_stream(
     origin: Origin, serve: Serve, listed: int
 ) -> None:
-    """Many players stop at an error."""
+    """An error would stop many players."""
     playlist = live(origin, segments=SIXTEEN, window=listed, target_duration=10)
     other = live(origin, "other", segments=SIXTEEN)
     site, another = serve({"news": playlist.url}), serve({"news": other.url})
@@ -848,13 +861,13 @@ def test_client_that_waits_for_a_playlist_gets_that_of_the_changed_stream(
     assert request.result() > before
 
 
-def test_reload_that_changes_what_has_ended_is_no_error(origin: Origin, serve: Serve) -> None:
-    """Not even before the channel's thread has seen that it shall end."""
+def test_reload_that_changes_an_ended_stream_causes_no_error(origin: Origin, serve: Serve) -> None:
+    """There is no error even before the channel's thread notices that it must end."""
     playlist, other = live(origin, segments=SIXTEEN), live(origin, "other")
     site, another = serve({"news": playlist.url}, linger=0), serve({"news": other.url})
     before = newest_of(site, "/news.m3u8")
     playlist.end()
-    ended(site)
+    wait_ended(site)
     with site.channels.changed:
         site.server.reload(another.config)
         assert site.channels.channels_to_poll(another.config.streams["news"], None) == []
@@ -862,21 +875,21 @@ def test_reload_that_changes_what_has_ended_is_no_error(origin: Origin, serve: S
 
 
 @pytest.mark.parametrize("how", ["page", "playlist"])
-def test_who_plays_again_after_the_end_gets_what_there_is_now(
+def test_client_that_plays_again_after_the_end_gets_the_new_stream(
     origin: Origin, serve: Serve, how: str
 ) -> None:
-    """A page that is loaded again at once, or a player, once the playlist has gone."""
+    """A reloaded page plays again at once, and a player after the ended playlist is gone."""
     playlist = live(origin, segments=SIXTEEN, target_duration=2)
     site = serve({"news": playlist.url}, linger=0)
     before = newest_of(site, "/news.m3u8")
     playlist.end()
-    ended(site)
+    wait_ended(site)
     playlist.restart(1000)
     first = listed_in(site.get("/news.m3u8").body.decode())
     if how == "page":
         assert site.get("/news", Accept=BROWSER).status == 200
-    eventually(lambda: newest_of(site, "/news.m3u8") > before, "it plays again")
-    # A page begins anew while the ended playlist stays, so other clients can still load it.
+    eventually(lambda: newest_of(site, "/news.m3u8") > before, "a new channel plays")
+    # A page starts a new channel while the ended one stays, so other clients can still load it.
     assert site.get(f"/{first[0].address}").status == (200 if how == "page" else 404)
     assert "#EXT-X-ENDLIST" not in site.get("/news.m3u8").body.decode()
 
@@ -886,25 +899,25 @@ def test_who_plays_again_after_the_end_gets_what_there_is_now(
 def test_ended_playlist_stays_for_three_target_durations_or_linger(
     origin: Origin, serve: Serve, target: int, linger: int
 ) -> None:
-    """Whether its client has seen the end of it or not, and however long it asks on."""
+    """It does not matter if its client has seen ENDLIST, nor how long the client polls."""
     playlist = live(origin, segments=SIXTEEN, target_duration=target)
     site = serve({"news": playlist.url}, linger=linger)
     newest = listed_in(site.get("/news.m3u8").body.decode())[-1]
     playlist.end()
-    ended(site)
+    wait_ended(site)
     origin.fault(playlist.path, Status(503), times=None)
     since = time.monotonic()
-    eventually(lambda: site.get(f"/{newest.address}").status == 404, "its segments are gone")
+    eventually(lambda: site.get(f"/{newest.address}").status == 404, "the segments are gone")
     assert 5 < time.monotonic() - since < 10
-    assert site.get("/news.m3u8").status == 502, "its playlist has gone with them"
+    assert site.get("/news.m3u8").status == 502, "the playlist is gone with them"
 
 
-def test_ended_playlist_is_the_same_until_it_goes(origin: Origin, serve: Serve) -> None:
+def test_ended_playlist_does_not_change_while_it_stays(origin: Origin, serve: Serve) -> None:
     playlist = live(origin, segments=SIXTEEN)
     site = serve({"news": playlist.url}, linger=4)
     site.get("/news.m3u8")
     playlist.end()
-    ended(site)
+    wait_ended(site)
     origin.fault(playlist.path, Status(503), times=None)
     answers: list[Answer] = []
 
@@ -913,16 +926,14 @@ def test_ended_playlist_is_the_same_until_it_goes(origin: Origin, serve: Serve) 
         return answers[-1].status != 200
 
     since = time.monotonic()
-    eventually(has_gone, "it goes")
+    eventually(has_gone, "the playlist is gone")
     assert time.monotonic() - since > 3.5, "for linger, which is longer than three seconds"
     assert {answer.body for answer in answers[:-1]} == {answers[0].body}
     assert answers[0].body.endswith(b"#EXT-X-ENDLIST\n")
 
 
 @pytest.mark.long
-def test_numbers_go_on_where_a_channel_or_the_server_starts_anew(
-    origin: Origin, serve: Serve
-) -> None:
+def test_numbers_grow_after_a_channel_or_the_server_restarts(origin: Origin, serve: Serve) -> None:
     playlist = live(origin, clock=True)
     newest = 0
     for openings in (2, 1):
@@ -932,10 +943,10 @@ def test_numbers_go_on_where_a_channel_or_the_server_starts_anew(
             assert listed[0].number > newest
             assert listed[-1].number < 2**31
             newest = listed[-1].number
-            closed(site)
+            wait_closed(site)
 
 
-#### Who polls is a viewer ####
+#### A polling client is a viewer ####
 
 
 def viewers_of(site: Site, stream: int = 0) -> list[dict[str, object]]:
@@ -943,7 +954,7 @@ def viewers_of(site: Site, stream: int = 0) -> list[dict[str, object]]:
     return [viewer for channel in channels for viewer in channel["viewers"]]
 
 
-def test_who_polls_is_one_viewer(
+def test_polling_client_is_one_viewer(
     origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "streampipe")
@@ -959,7 +970,7 @@ def test_who_polls_is_one_viewer(
         ("Television/1.0", "hls", 0),
     ]
     assert site.get("/health").json["viewers"] == 2
-    eventually(lambda: site.get("/health").json["viewers"] == 0, "both have left")
+    eventually(lambda: site.get("/health").json["viewers"] == 0, "both clients have left")
 
     def told(words: str) -> int:
         return sum(words in record.getMessage() for record in caplog.records)
@@ -973,25 +984,32 @@ def test_who_polls_is_one_viewer(
     assert 'streampipe_viewer_connections_total{stream="news"} 2' in metrics
 
 
-def test_who_keeps_to_a_target_that_grew_has_not_left(origin: Origin, serve: Serve) -> None:
-    """Of a source without segments the first is not known when somebody asks first."""
+def test_client_that_polls_at_a_larger_target_duration_has_not_left(
+    origin: Origin, serve: Serve
+) -> None:
+    """Without segments, the target duration is not known yet when the first client polls."""
     site = serve({"news": raw(origin, media.ts_segments(4, 6.0))}, linger=0)
     viewer = site.get("/news.m3u8")
     assert b"#EXT-X-TARGETDURATION:6" in viewer.body
-    eventually(lambda: cast(float, viewers_of(site)[0]["since_seconds"]) > 4, "it is still there")
+    eventually(
+        lambda: cast(float, viewers_of(site)[0]["since_seconds"]) > 4,
+        "the client still counts as a viewer",
+    )
 
 
-def test_channel_closes_behind_who_polled(origin: Origin, serve: Serve) -> None:
+def test_channel_closes_after_its_polling_client_left(origin: Origin, serve: Serve) -> None:
     playlist = live(origin, clock=True)
     site = serve({"news": playlist.url}, linger=0)
     site.get("/news.m3u8")
-    eventually(lambda: site.get("/status").json["streams"][0]["state"] == "idle", "it closed")
+    eventually(
+        lambda: site.get("/status").json["streams"][0]["state"] == "idle", "the channel is closed"
+    )
     idle = origin.count(playlist.path)
     site.get("/health")
     assert origin.count(playlist.path) == idle
 
 
-def test_who_polls_shares_the_upstream_and_counts_for_the_limit(
+def test_polling_client_shares_the_upstream_and_counts_for_the_limit(
     origin: Origin, serve: Serve
 ) -> None:
     playlist = live(origin)
@@ -1006,20 +1024,20 @@ def test_who_polls_shares_the_upstream_and_counts_for_the_limit(
     assert origin.count(playlist.segment_path(playlist.newest)) == 1
 
 
-def test_who_polls_another_channel_has_left_the_first(origin: Origin, serve: Serve) -> None:
-    """Where there is one upstream, a person in a browser can switch channels all the same."""
+def test_client_that_polls_another_channel_has_left_the_first(origin: Origin, serve: Serve) -> None:
+    """A browser can switch channels even if only one upstream is allowed."""
     names = ("news", "sport")
     streams = {name: live(origin, name).url for name in names}
     site = serve(streams, server={"max_upstreams": 1}, linger=60)
     for name in (*names, *names):
         assert site.get(f"/{name}.m3u8").status == 200
     viewer = site.watch("/sport")
-    assert site.get("/news.m3u8").status == 503, "who streams has not left"
+    assert site.get("/news.m3u8").status == 503, "a streaming viewer has not left"
     assert viewer.status == 200
 
 
-def test_who_polls_through_a_proxy_is_told_apart(origin: Origin, serve: Serve) -> None:
-    """A household of equal telephones, all of them with the proxy's address."""
+def test_clients_behind_a_proxy_are_distinguished(origin: Origin, serve: Serve) -> None:
+    """A household has several equal telephones, all with the proxy's address."""
     names = ("news", "sport")
     streams = {name: live(origin, name).url for name in names}
     site = serve(streams, server={"max_upstreams": 1, "proxies": ["127.0.0.1/32"]})
@@ -1029,11 +1047,11 @@ def test_who_polls_through_a_proxy_is_told_apart(origin: Origin, serve: Serve) -
 
     assert ask("news", "192.0.2.1") == ask("news", "192.0.2.2") == 200
     assert len(viewers_of(site)) == 2
-    assert ask("sport", "192.0.2.2") == 503, "the other one still watches"
+    assert ask("sport", "192.0.2.2") == 503, "the other client still watches"
 
 
-def test_nobody_waits_for_who_polls(origin: Origin, serve: Serve) -> None:
-    """A window of two segments moves on at once, whatever its only viewer has not asked for."""
+def test_feeder_does_not_wait_for_polling_clients(origin: Origin, serve: Serve) -> None:
+    """The channel advances at once, even if its only viewer has not requested the segments."""
     segments = [media.padded(segment, 120_000) for segment in media.ts_segments()]
     playlist = live(origin, segments=segments, window=8)
     site = serve({"news": playlist.url}, ringbuffer_size=262_144)
@@ -1047,10 +1065,8 @@ def test_nobody_waits_for_who_polls(origin: Origin, serve: Serve) -> None:
     assert len(client.known) == LEAST + 12
 
 
-def test_who_waits_for_a_first_playlist_gets_three_large_segments(
-    origin: Origin, serve: Serve
-) -> None:
-    """However few the window holds without a polling client: two of these."""
+def test_first_playlist_lists_three_large_segments(origin: Origin, serve: Serve) -> None:
+    """Without a polling client, the window would hold only two of them."""
     segments = [media.padded(segment, 480_000) for segment in media.ts_segments()]
     playlist = live(origin, segments=segments, window=4, clock=True)
     options = {"ringbuffer_size": 262_144, "timeout": 8, "streamlink": {"hls-live-edge": 1}}
@@ -1059,7 +1075,9 @@ def test_who_waits_for_a_first_playlist_gets_three_large_segments(
 
 
 @pytest.mark.parametrize("size", [3, 9], ids=["three", "one"])
-def test_segments_larger_than_the_window_are_told(origin: Origin, serve: Serve, size: int) -> None:
+def test_error_for_too_large_segments_names_ringbuffer_size(
+    origin: Origin, serve: Serve, size: int
+) -> None:
     segments = [media.padded(segment, size * 262_144) for segment in media.ts_segments()]
     playlist = live(origin, segments=segments)
     site = serve({"news": playlist.url}, ringbuffer_size=262_144, timeout=3)
@@ -1068,19 +1086,19 @@ def test_segments_larger_than_the_window_are_told(origin: Origin, serve: Serve, 
     assert "ringbuffer_size" in answer.json["error"]
 
 
-def test_who_polls_has_no_thread_between_requests(origin: Origin, serve: Serve) -> None:
+def test_polling_client_has_no_thread_between_requests(origin: Origin, serve: Serve) -> None:
     playlist = live(origin)
     site = serve({"news": playlist.url})
     site.get("/news.m3u8")
     before = threading.active_count()
     for number in range(10):
         site.ask("GET", "/news.m3u8", **{"User-Agent": f"player {number}"})
-    eventually(lambda: threading.active_count() <= before, "no thread is left of ten")
+    eventually(lambda: threading.active_count() <= before, "the ten requests have left no thread")
     assert len(viewers_of(site)) == 11
 
 
-def test_segments_are_where_segments_are(serve: Serve, origin: Origin) -> None:
-    """Durations are those that the origin tells."""
+def test_playlist_has_the_segments_of_the_origin(serve: Serve, origin: Origin) -> None:
+    """Durations are those of the origin's playlist, too."""
     told = [Segment(data, 0.96 + number / 100) for number, data in enumerate(media.ts_segments())]
     playlist = live(origin, segments=told)
     site = serve({"news": playlist.url})

@@ -1,4 +1,4 @@
-"""Framers and the test card: real H.264 and AAC, cut in every way; all of it pure."""
+"""Framers and the test card: real H.264 and AAC, cut in every way. No test uses threads or I/O."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ PACKET = media.PACKET
 SIZES = (1, 7, 187, 188, 189, 4096, 1 << 20)  # bytes fed at a time
 SPLITS = st.lists(st.integers(0, 1 << 20), max_size=10)  # places to cut at, modulo the length
 
-# Kinds of marks: a decoder can start with the segment's first byte, at a picture that needs none
-# before it, at any unit, or at a picture that needs others and has to do.
+# Kinds of join points: the segment's first byte, a picture that depends on no other, any unit, or a
+# picture that depends on others, for a segment without a key frame.
 START, KEY_FRAME, UNIT, MAKESHIFT = "start", "key frame", "unit", "makeshift"
 
 Join = tuple[int, bytes, str]  # position, preamble, kind
 
 
 class Fed:
-    """A framer, with how much it has handed on and the places that it has marked."""
+    """A framer, with the number of bytes it has passed on and its join points."""
 
     def __init__(self, framer: pipe.Framer) -> None:
         self.framer = framer
@@ -91,13 +91,13 @@ def cut(data: bytes, places: Iterable[int]) -> Iterator[bytes]:
 
 
 def feed(framer: Fed, parts: Iterable[bytes]) -> list[bytes]:
-    """All that a framer makes of a whole stream."""
+    """The blocks that a framer makes of a whole stream."""
     blocks = [block for part in parts for block in framer.feed(part)]
     return list(map(bytes, blocks + framer.flush()))
 
 
 def feed_segments(framer: Fed, segments: Iterable[bytes], size: int = 4096) -> list[bytes]:
-    """The same for a stream in segments, called as a feeder does."""
+    """The same for a stream in segments, with the calls that a feeder makes."""
     blocks: list[pipe.Block] = []
     for segment in segments:
         blocks += framer.flush()
@@ -117,11 +117,11 @@ def decodes_from(join: Join, stream: bytes) -> media.Decoded:
     return media.decode(preamble + stream[position:])
 
 
-#### What the streams are made of ####
+#### Streams, and their parts ####
 
 
 def key_frames(stream: bytes) -> list[int]:
-    """The positions of the packets that start a key frame: libav sets their indicator."""
+    """The positions of the packets that start a key frame: libav sets random_access_indicator."""
     return [
         number * PACKET
         for number, packet in enumerate(media.packets(stream))
@@ -156,7 +156,7 @@ def adts_frames(data: bytes) -> Iterator[bytes]:
 
 
 def footed(tag: bytes) -> bytes:
-    """An ID3 tag of version 4 with a footer, which its size does not count."""
+    """An ID3 tag of version 4 with a footer, which its size does not include."""
     tag = tag[:5] + b"\x10" + tag[6:]
     return tag + b"3DI" + tag[3:10]
 
@@ -170,7 +170,7 @@ TAGS = {
     "large": b"ID3\3\0\0\0\0\2\4" + b"ID3\xff\xf1" * 52,  # 2 * 128 + 4
 }
 
-# Packed audio: its container, and how it is encoded.
+# Packed audio: its container, and a function that encodes its frames.
 AUDIO: dict[str, tuple[Container, Callable[[], Sequence[bytes]]]] = {
     "aac": (pipe.AAC, lambda: list(adts_frames(b"".join(media.aac_segments(4))))),
     "mp3": (pipe.MPEG_AUDIO, lambda: media.audio_frames("libmp3lame", 44_100)),
@@ -214,7 +214,7 @@ def stream_of(name: str) -> tuple[Container, bytes]:
     return container, make()
 
 
-#### Telling containers apart ####
+#### Detecting containers ####
 
 
 def audio_start(make: Callable[[], Sequence[bytes]], tag: bytes = b"") -> bytes:
@@ -242,7 +242,7 @@ for name, (container, make) in AUDIO.items():
     STARTS[name] = (container, functools.partial(audio_start, make))
     STARTS[f"id3 {name}"] = (container, functools.partial(audio_start, make, TAGS["version 4"]))
 
-ENOUGH = pipe.SNIFF_LIMIT + (8 << 10)  # bytes: what is not told by them is not told at all
+ENOUGH = pipe.SNIFF_LIMIT + (8 << 10)  # bytes that suffice to detect any container
 of_every_start = pytest.mark.parametrize(("container", "make"), STARTS.values(), ids=list(STARTS))
 
 
@@ -262,7 +262,7 @@ def matroska() -> bytes:
 
 
 @of_every_start
-def test_container_is_told_from_the_first_bytes(
+def test_container_is_detected_from_the_first_bytes(
     container: Container, make: Callable[[], bytes]
 ) -> None:
     assert pipe.sniff(make()[:ENOUGH]) is container
@@ -277,7 +277,9 @@ def test_fewer_bytes_give_the_same_answer_or_ask_for_more(
     assert answers[0] is None
     assert set(answers) == {None, container}
     first = answers.index(container)
-    assert answers[first:] == [container] * (len(answers) - first), "an answer is final"
+    assert answers[first:] == [container] * (len(answers) - first), (
+        "more bytes never change an answer"
+    )
 
 
 def test_one_packet_and_a_sync_byte_are_enough_for_a_transport_stream() -> None:
@@ -287,7 +289,7 @@ def test_one_packet_and_a_sync_byte_are_enough_for_a_transport_stream() -> None:
 
 
 def test_transport_stream_may_start_anywhere_in_a_packet() -> None:
-    """Also where sound starts, which looks like a stream of its own."""
+    """It may also start at a packet of audio, although that contains an ADTS header."""
     stream = media.ts_segments(4)[0]
     starts = range(len(stream) - pipe.SNIFF_LIMIT)
     wrong = {at: pipe.sniff(stream[at : at + pipe.SNIFF_LIMIT]) for at in starts}
@@ -308,7 +310,7 @@ AUDIO_TYPES = {
 
 
 @pytest.mark.parametrize(("kind", "container"), AUDIO_TYPES.items(), ids=list(AUDIO_TYPES))
-def test_origin_says_what_audio_is_that_starts_within_a_frame(
+def test_content_type_decides_for_audio_that_starts_within_a_frame(
     kind: str, container: Container
 ) -> None:
     start = b"the rest of a frame" * 250
@@ -319,7 +321,7 @@ def test_origin_says_what_audio_is_that_starts_within_a_frame(
 
 
 @of_every_start
-def test_first_bytes_tell_more_than_the_origin_does(
+def test_first_bytes_take_precedence_over_the_content_type(
     container: Container, make: Callable[[], bytes]
 ) -> None:
     if container is not pipe.OTHER_MEDIA:
@@ -327,11 +329,11 @@ def test_first_bytes_tell_more_than_the_origin_does(
 
 
 def tagged(size: int) -> bytes:
-    """The head of a tag that claims so many bytes, as a large cover makes it."""
+    """The header of an ID3 tag that claims so many bytes, such as one with a large cover."""
     return b"ID3\3\0\0" + bytes(size >> shift & 0x7F for shift in (21, 14, 7, 0))
 
 
-def test_container_is_told_behind_a_tag_of_any_size_up_to_a_limit() -> None:
+def test_container_is_detected_after_a_tag_up_to_the_limit() -> None:
     size = pipe.TAG_LIMIT - 10
     start = tagged(size) + bytes(size)
     frames = b"".join(frames_of("ac3")[:4])
@@ -339,7 +341,7 @@ def test_container_is_told_behind_a_tag_of_any_size_up_to_a_limit() -> None:
     assert pipe.sniff(start + frames) is pipe.AC3
 
 
-def test_larger_tag_is_that_of_a_music_file() -> None:
+def test_larger_tag_belongs_to_a_music_file() -> None:
     start = (tagged(1 << 27) + bytes(pipe.TAG_LIMIT))[: pipe.TAG_LIMIT]
     assert pipe.sniff(start[:-1]) is None
     assert pipe.sniff(start) is pipe.MPEG_AUDIO
@@ -363,7 +365,9 @@ TINY = {
 
 
 @pytest.mark.parametrize(("body", "container"), TINY.values(), ids=list(TINY))
-def test_whole_body_is_judged_however_short(body: bytes, container: Container) -> None:
+def test_container_of_a_whole_body_is_detected_however_short_it_is(
+    body: bytes, container: Container
+) -> None:
     assert pipe.sniff(body, is_all=True) is container
 
 
@@ -375,7 +379,7 @@ def test_whole_body_of_few_packets_is_a_transport_stream(count: int) -> None:
 
 @given(start=st.binary(max_size=2 * pipe.SNIFF_LIMIT), fill=st.binary(min_size=1, max_size=9))
 @example(start=b"\xff\xf1\x50\x43\xff\xff", fill=b"\xff")  # the largest frame of all
-def test_sniffing_always_ends(start: bytes, fill: bytes) -> None:
+def test_sniff_always_decides_in_the_end(start: bytes, fill: bytes) -> None:
     assert pipe.sniff(start, is_all=True)
     enough = (start + fill * ENOUGH)[:ENOUGH]
     assert pipe.sniff(enough) or enough[:3] == b"ID3"
@@ -386,16 +390,16 @@ NOISE = random.Random(1).randbytes(1 << 16)
 
 
 @pytest.mark.parametrize("size", [16, 188, 1000, 3300])
-def test_packets_are_found_behind_noise(size: int) -> None:
-    """A wrong IV spoils 16 bytes; some packagers hide their packets behind a picture."""
+def test_packets_are_found_after_noise(size: int) -> None:
+    """A wrong IV spoils 16 bytes, and some packagers put an image in front of the packets."""
     start = NOISE[:size] + media.ts_segments(4)[0][size if size < PACKET else 0 :]
     assert pipe.sniff(start) is pipe.MPEG_TS
     assert pipe.sniff(start[: pipe.SEARCH_LIMIT]) is pipe.MPEG_TS
     assert pipe.media_in(start) == start
 
 
-def test_noise_is_no_media_but_what_begins_as_media_or_with_a_tag_is() -> None:
-    """Noise is what a wrong key makes of a segment."""
+def test_media_is_distinguished_from_noise() -> None:
+    """A segment that was decrypted with a wrong key is noise."""
     assert pipe.media_in(NOISE[: pipe.NOISE_LIMIT - 1]) is None
     noise = list(stepwise(NOISE, pipe.NOISE_LIMIT))
     assert [pipe.media_in(part) for part in noise] == [b""] * len(noise)
@@ -414,21 +418,23 @@ def test_noise_is_no_media_but_what_begins_as_media_or_with_a_tag_is() -> None:
     frame = b"\xff\xfb\x90\x64" + NOISE
     assert pipe.media_in(frame[:1000]) is None
     assert pipe.media_in(frame) == b""
-    assert pipe.media_in(frame[:1000], is_all=True) == frame[:1000], "it may be the only one"
+    assert pipe.media_in(frame[:1000], is_all=True) == frame[:1000], (
+        "this frame may be the only one"
+    )
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_only_packets_and_audio_have_join_points_of_their_own(container: Container) -> None:
+def test_only_packets_and_audio_can_be_joined_without_segments(container: Container) -> None:
     without = {pipe.FMP4, pipe.MATROSKA, pipe.OTHER_MEDIA}
     assert container.joins_late is (container not in without)
 
 
-#### Every byte, once, in order ####
+#### All bytes, once, in order ####
 
 
 @of_every_stream
 @pytest.mark.parametrize("size", SIZES)
-def test_stream_fed_in_equal_parts_is_unaltered(name: str, size: int) -> None:
+def test_stream_fed_in_equal_parts_is_unchanged(name: str, size: int) -> None:
     container, stream = stream_of(name)
     stream = stream[:40_000] if size == 1 else stream
     framer = Fed(container.framer())
@@ -444,7 +450,7 @@ def test_any_split_gives_the_same_bytes_and_join_points(name: str, places: list[
     whole, split = Fed(container.framer()), Fed(container.framer())
     assert b"".join(feed(split, cut(stream, places))) == stream
     feed(whole, [stream])
-    # One kind is reported once for each feed(): it says no more than that a unit starts here.
+    # UNIT joins are left out: each feed() reports at most one, so they depend on the split.
     assert [join for join in split.joins if join[2] is not UNIT] == [
         join for join in whole.joins if join[2] is not UNIT
     ]
@@ -499,7 +505,7 @@ GARBAGE = st.lists(
 )
 @settings(deadline=None, max_examples=200)
 @given(garbage=GARBAGE, places=SPLITS, segments=st.booleans(), is_prefixed=st.booleans())
-def test_garbage_passes_unaltered(
+def test_garbage_passes_unchanged(
     container: Container,
     garbage: bytes,
     places: list[int],
@@ -532,19 +538,19 @@ def test_blocks_are_bounded(name: str, size: int) -> None:
     container, stream = stream_of(name)
     blocks = feed(Fed(container.framer()), stepwise(stream * 4, size))
     assert all(0 < len(block) <= pipe.BLOCK_LIMIT for block in blocks)
-    assert max(map(len, blocks)) > min(size, 25_000) * 0.9, "and not cut for nothing"
+    assert max(map(len, blocks)) > min(size, 25_000) * 0.9, "blocks are not cut without need"
 
 
 @pytest.mark.parametrize("size", [4_999, 1 << 24])
-def test_blocks_end_where_packets_end(size: int) -> None:
+def test_blocks_consist_of_whole_packets(size: int) -> None:
     packets = list(media.packets(stream_of("ts")[1])) * 6
     blocks = feed(Fed(pipe.TsFramer()), stepwise(b"".join(packets), size))
     assert edges_of(blocks) <= edges_of(packets)
 
 
 @pytest.mark.parametrize("name", ["ts", "fmp4"])
-def test_blocks_are_views_of_what_came(name: str) -> None:
-    """Copying each byte once more would cost as much as receiving it."""
+def test_blocks_are_views_of_the_received_bytes(name: str) -> None:
+    """Another copy of each byte would cost as much as receiving it."""
     container, stream = stream_of(name)
     framer = Fed(container.framer())
     parts = list(cut(stream, [len(stream) // 2 + 1]))
@@ -553,8 +559,8 @@ def test_blocks_are_views_of_what_came(name: str) -> None:
     assert len(b"".join(copied)) <= PACKET, "the packet between the two parts"
 
 
-def test_dropped_rest_of_a_packet_is_not_handed_on() -> None:
-    """What follows a gap starts anew."""
+def test_dropped_rest_of_a_packet_is_not_passed_on() -> None:
+    """After a gap the next segment starts without bytes of the last one."""
     stream = stream_of("ts")[1]
     framer = Fed(pipe.TsFramer())
     framer.start_segment()
@@ -568,7 +574,7 @@ def test_dropped_rest_of_a_packet_is_not_handed_on() -> None:
     assert PACKET in {position for position, _, _ in framer.joins}
 
 
-def test_drop_forgets_nothing_where_all_was_handed_on() -> None:
+def test_drop_loses_nothing_if_everything_was_passed_on() -> None:
     framer = Fed(pipe.Framer())
     out = framer.feed(b"data")
     framer.framer.drop()
@@ -582,7 +588,7 @@ def test_drop_forgets_nothing_where_all_was_handed_on() -> None:
 @pytest.mark.parametrize(
     "make", [media.ts_segments, media.video_only_segments, media.audio_only_segments]
 )
-def test_segment_that_opens_with_its_tables_joins_at_its_first_byte(
+def test_segment_that_begins_with_tables_joins_at_its_first_byte(
     make: Callable[[int], tuple[bytes, ...]], size: int
 ) -> None:
     segments = make(4)
@@ -596,7 +602,7 @@ def test_segment_that_opens_with_its_tables_joins_at_its_first_byte(
 
 
 @pytest.mark.parametrize("make", [media.ts_segments, media.audio_only_segments])
-def test_segment_without_tables_gets_them_put_before_it(
+def test_tables_precede_a_segment_that_has_none(
     make: Callable[[int], tuple[bytes, ...]],
 ) -> None:
     first, *rest = make(3)
@@ -613,11 +619,11 @@ def test_segment_without_tables_gets_them_put_before_it(
         assert decoded.starts_with_key is (make is media.ts_segments)
 
 
-def test_segment_that_opens_with_other_pictures_joins_at_its_key_frame() -> None:
+def test_segment_that_begins_with_other_pictures_joins_at_its_key_frame() -> None:
     stream = b"".join(media.ts_segments(4))
     keys = key_frames(stream)
     early = [min(at for at in pictures(stream) if at > key) for key in keys[:-1]]
-    segments = list(cut(stream, early))  # each opens with the second picture of a group
+    segments = list(cut(stream, early))  # each starts with the second picture of a group
     framer = Fed(pipe.TsFramer())
     feed_segments(framer, segments)
     first, *others = framer.joins
@@ -646,7 +652,7 @@ def test_segment_without_key_frame_joins_at_its_first_picture() -> None:
     ]
 
 
-def test_further_key_frames_of_a_segment_are_join_points_of_less_worth() -> None:
+def test_later_key_frames_of_a_segment_are_join_points_too() -> None:
     segments = media.ts_segments(4)
     stream = b"".join(segments)
     framer = Fed(pipe.TsFramer())
@@ -665,21 +671,21 @@ def test_stream_without_segments_joins_at_its_key_frames(offset: int) -> None:
     framer = Fed(pipe.TsFramer())
     feed(framer, stepwise(stream[offset:], 1000))
     found = [join for join in framer.joins if join[2] is not UNIT]
-    keys = key_frames(stream)[1 if offset else 0 :]  # without the first PAT nothing is known
+    keys = key_frames(stream)[1 if offset else 0 :]  # no join point before the first PAT
     assert found == [(key - offset, newest_tables(stream, key), KEY_FRAME) for key in keys]
     for join in found:
         assert decodes_from(join, stream[offset:]).starts_with_key
 
 
 def joins_by_turns(framer: Fed, stream: bytes) -> list[Join]:
-    """The join points of a stream that is fed in turns."""
+    """The join points of a stream that is fed in parts of 1000 bytes."""
     known = len(framer.joins)
     for part in stepwise(stream, 1000):
         framer.feed(part)
     return framer.joins[known:]
 
 
-def test_units_are_no_join_points_any_more_once_a_key_frame_came() -> None:
+def test_units_are_not_join_points_after_a_key_frame() -> None:
     first, *others = media.ts_segments(4)
     early = pictures(first)[1]
     stream = first[: 2 * PACKET] + first[early:] + b"".join(others)
@@ -696,14 +702,14 @@ def without_indicator(packet: bytes) -> bytes:
 
 
 def of_unknown_type(packet: bytes) -> bytes:
-    """The packet with MPEG-4 Visual for H.264, if it is the PMT; nobody looks into that."""
+    """The packet, with MPEG-4 Visual instead of H.264 if it is the PMT; no framer parses that."""
     return (
         packet.replace(b"\x1b\xe1\x00", b"\x10\xe1\x00") if media.pid(packet) == 0x1000 else packet
     )
 
 
 @pytest.mark.parametrize("change", [without_indicator, of_unknown_type])
-def test_key_frame_is_told_by_its_indicator_or_by_its_units(
+def test_key_frame_is_detected_by_its_indicator_or_its_units(
     change: Callable[[bytes], bytes],
 ) -> None:
     stream = b"".join(media.ts_segments(4))
@@ -726,7 +732,7 @@ UNITS = {
 
 
 @pytest.mark.parametrize(("kind", "key", "other"), UNITS.values(), ids=list(UNITS))
-def test_units_of_key_frames_are_known(kind: int, key: bytes, other: bytes) -> None:
+def test_units_of_key_frames_are_detected(kind: int, key: bytes, other: bytes) -> None:
     card = make_test_card
     writer = card.Writer()
     pid = (0xE000 | card.VIDEO_PID).to_bytes(2, "big")
@@ -744,12 +750,12 @@ def test_units_of_key_frames_are_known(kind: int, key: bytes, other: bytes) -> N
     assert found == expected
 
 
-def test_stream_of_sound_joins_where_a_frame_starts() -> None:
+def test_stream_of_sound_joins_at_frames() -> None:
     stream = b"".join(media.audio_only_segments(4))
     found = joins_by_turns(Fed(pipe.TsFramer()), stream)
     assert len(found) >= 10
     assert {kind for _, _, kind in found} == {UNIT}
-    for join in found[:-2:4]:  # of less than that the demuxer makes nothing
+    for join in found[:-2:4]:  # from later ones, the demuxer gets too few frames
         assert join[1] == newest_tables(stream, join[0])
         packet = stream[join[0] : join[0] + PACKET]
         assert packet[1] & 0x40, "a PES starts"
@@ -757,7 +763,7 @@ def test_stream_of_sound_joins_where_a_frame_starts() -> None:
 
 
 def without_video(stream: bytes) -> bytes:
-    """The stream as a radio programme sends it whose PMT names video that never comes."""
+    """The stream without video packets, like a radio channel whose PMT names video anyway."""
     return b"".join(p for p in media.packets(stream) if media.pid(p) != 0x100)
 
 
@@ -769,23 +775,23 @@ def sound_starts(stream: bytes) -> list[int]:
     ]
 
 
-def test_segments_whose_video_never_comes_join_all_the_same() -> None:
+def test_segments_without_the_announced_video_have_join_points() -> None:
     segments = list(map(without_video, media.ts_segments(8)))
     framer = Fed(pipe.TsFramer())
     feed_segments(framer, segments)
     starts = list(itertools.accumulate(map(len, segments[:-1]), initial=0))
     expected = [(start, b"", START) for start in starts]
     assert framer.joins == expected[-len(framer.joins) :]
-    assert len(framer.joins) >= 4, "a few seconds are enough to see that it does not come"
+    assert len(framer.joins) >= 4, "the missing video is noticed within a few seconds"
     for join in expected[:-1]:
         assert decodes_from(join, b"".join(segments)).audio_frames > 0
 
 
 @pytest.mark.parametrize("before", [1, 6], ids=["at once", "after a while"])
-def test_video_that_comes_later_is_joined_at_its_key_frames(before: int) -> None:
+def test_video_that_starts_late_joins_at_its_key_frames(before: int) -> None:
     segments = list(media.ts_segments(10))
     segments[:before] = map(without_video, segments[:before])
-    late = pictures(segments[before])[3]  # of the segment that opens with other pictures
+    late = pictures(segments[before])[3]  # its first picture in the segment is not a key frame
     segments[before] = segments[before][: 2 * PACKET] + segments[before][late:]
     framer = Fed(pipe.TsFramer())
     feed_segments(framer, segments)
@@ -795,7 +801,7 @@ def test_video_that_comes_later_is_joined_at_its_key_frames(before: int) -> None
     assert tables_of(framer).video_pid == 0x100
 
 
-def test_stream_whose_video_never_comes_joins_where_a_frame_starts() -> None:
+def test_stream_without_the_announced_video_joins_at_frames() -> None:
     stream = without_video(b"".join(media.ts_segments(8)))
     framer = Fed(pipe.TsFramer())
     found = joins_by_turns(framer, stream)
@@ -804,36 +810,36 @@ def test_stream_whose_video_never_comes_joins_where_a_frame_starts() -> None:
     last = sound_starts(stream)[-1]
     assert framer.framer.last_dts == pipe.read_timestamp(
         stream, last + next(pipe.timestamp_positions(stream[last : last + PACKET]))
-    ), "its clock is that of the sound"
+    ), "DTS are those of the sound"
 
 
-def test_stream_that_loses_its_video_joins_where_a_frame_starts() -> None:
+def test_stream_that_loses_its_video_joins_at_frames() -> None:
     with_video = b"".join(media.ts_segments(4))
     stream = with_video + without_video(b"".join(media.ts_segments(8)[4:]))
     found = joins_by_turns(Fed(pipe.TsFramer()), stream)
     assert [position for position, _, kind in found if kind is KEY_FRAME] == key_frames(with_video)
     assert found[-1][2] is UNIT
-    other = b"".join(media.audio_only_segments(4))  # whose PMT names none
+    other = b"".join(media.audio_only_segments(4))  # its PMT names no video
     found = joins_by_turns(Fed(pipe.TsFramer()), with_video + other)
     assert found[-1][0] > len(with_video)
     assert found[-1][2] is UNIT
 
 
-def test_clock_that_goes_back_takes_no_video_away() -> None:
+def test_video_is_not_lost_if_the_clock_jumps_back() -> None:
     first, *_, last = media.ts_segments(8)
     framer = Fed(pipe.TsFramer())
-    feed(framer, [last, without_video(first)])  # sound comes first, as it may
+    feed(framer, [last, without_video(first)])  # its sound precedes its video, which is allowed
     assert tables_of(framer).video_pid == 0x100
 
 
-def test_segments_do_not_outlive_a_seam_to_a_stream_without_them() -> None:
+def test_stream_without_segments_after_a_seam_has_its_own_join_points() -> None:
     first, *others = media.ts_segments(4)
     framer = Fed(pipe.TsFramer())
     feed_segments(framer, [first])
     framer.framer.drop()
     framer.framer.leave_segments()
     framer.joins.clear()
-    early = pictures(others[0])[1]  # no key frame has come yet, and none may come
+    early = pictures(others[0])[1]  # before the first key frame, which may never arrive
     found = joins_by_turns(framer, others[0][: 2 * PACKET] + others[0][early:])
     assert len(found) > 3
     assert {kind for _, _, kind in found} == {UNIT}
@@ -843,7 +849,7 @@ def test_segments_do_not_outlive_a_seam_to_a_stream_without_them() -> None:
 
 
 def long_section(pid: int, table_id: int, body: bytes) -> bytes:
-    """A section over as many packets as it takes, the first counter being 0."""
+    """A section in as many packets as it needs; the first counter is 0."""
     writer = make_test_card.Writer()
     data = make_test_card.section(table_id, body)
     data += b"\xff" * (-len(data) % (PACKET - 4))
@@ -857,7 +863,7 @@ def long_pat() -> bytes:
 
 
 def long_pmt() -> bytes:
-    """The real streams behind descriptors that fill more than a packet."""
+    """A PMT of the real streams, after descriptors that fill more than one packet."""
     pmt = media.ts_segments(4)[0][PACKET : 2 * PACKET]
     streams = pmt[17 : 5 + 3 + (int.from_bytes(pmt[6:8], "big") & 0xFFF) - 4]
     text = b"\x05\x04StPi" * 40
@@ -893,7 +899,7 @@ def test_tables_may_be_split_over_packets(which: str, size: int, apart: bool) ->
         (first, b"", START),
         (second, pat + pmt, START),
     ]
-    # Their counters do not go on, which is no matter where a decoder starts.
+    # The counters of the tables do not continue, which does not matter where a decoder starts.
     assert media.decode(pat + pmt + stream[second:], strict=False).video_frames == media.FPS
 
 
@@ -902,7 +908,7 @@ def test_tables_may_be_split_over_packets(which: str, size: int, apart: bool) ->
 @example(garbage=b"G" * 400, places=[])
 @example(garbage=b"G", places=[])
 @example(garbage=b"\0" * 187, places=list(range(37_000, 38_500)))
-def test_alignment_is_found_again_behind_garbage(garbage: bytes, places: list[int]) -> None:
+def test_packets_are_found_again_after_garbage(garbage: bytes, places: list[int]) -> None:
     segments = media.ts_segments(4)
     assert not garbage.startswith(b"\xff" * PACKET)
     stream = segments[0] + garbage + segments[1] + segments[2]
@@ -914,7 +920,7 @@ def test_alignment_is_found_again_behind_garbage(garbage: bytes, places: list[in
     assert len(preamble) % PACKET == 0
 
 
-def test_garbage_of_one_segment_does_not_reach_the_next() -> None:
+def test_garbage_in_a_segment_does_not_affect_the_next_one() -> None:
     segments = [data[:-100] for data in media.ts_segments(4)]  # each ends in half a packet
     framer = Fed(pipe.TsFramer())
     assert b"".join(feed_segments(framer, segments)) == b"".join(segments)
@@ -926,7 +932,7 @@ def test_garbage_of_one_segment_does_not_reach_the_next() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 1000, 1 << 20])
-def test_fragments_of_segments_follow_the_initialization_section(size: int) -> None:
+def test_fmp4_segments_join_with_their_initialization_section(size: int) -> None:
     init, segments = media.fmp4(4)
     framer = Fed(pipe.FMP4.framer())
     out = list(map(bytes, framer.feed_init_section(init)))
@@ -941,8 +947,8 @@ def test_fragments_of_segments_follow_the_initialization_section(size: int) -> N
         assert decoded.video_frames == (4 - number) * media.FPS
 
 
-def test_stream_without_segments_has_no_join_points() -> None:
-    """Nobody could join it late: its viewers have an upstream each."""
+def test_fmp4_stream_without_segments_has_no_join_points() -> None:
+    """Late viewers cannot join it, so each viewer has an upstream."""
     framer = Fed(pipe.FMP4.framer())
     feed(framer, [stream_of("fmp4")[1]])
     assert framer.joins == []
@@ -981,7 +987,7 @@ def audio_segments(audio: str) -> list[bytes]:
 
 @of_all_audio
 @pytest.mark.parametrize("size", [9, 10, 1 << 20])
-def test_segments_of_audio_join_at_their_starts(audio: str, size: int) -> None:
+def test_audio_segments_join_at_their_first_byte(audio: str, size: int) -> None:
     segments = audio_segments(audio)
     framer = audio_framer(audio)
     out = feed_segments(framer, [TAGS["version 4"] + segment for segment in segments], size)
@@ -1001,7 +1007,7 @@ def test_id3_tag_in_front_of_a_segment_is_removed(tag: bytes, size: int) -> None
     assert b"".join(out) == b"".join(segments)
     starts = itertools.accumulate(map(len, segments[:-1]), initial=0)
     assert framer.joins == [(start, b"", START) for start in starts]
-    assert framer.framer.preamble == tag, "HLS needs it"
+    assert framer.framer.preamble == tag, "HLS needs the tag"
 
 
 @settings(deadline=None, max_examples=100)
@@ -1013,10 +1019,10 @@ def test_id3_tag_in_front_of_a_segment_is_removed(tag: bytes, size: int) -> None
     places=SPLITS,
 )
 @example(audio="aac", in_segments=True, tags=sorted(TAGS), frames=2, places=[])
-def test_only_id3_tags_in_front_are_removed(
+def test_only_leading_id3_tags_are_removed(
     audio: str, in_segments: bool, tags: Sequence[str], frames: int, places: list[int]
 ) -> None:
-    """However many stand in a row."""
+    """Any number of them in a row are removed."""
     sound = b"".join(frames_of(audio)[:frames])
     framer = audio_framer(audio)
     if in_segments:
@@ -1026,7 +1032,7 @@ def test_only_id3_tags_in_front_are_removed(
     assert framer.position == len(sound)
 
 
-def test_frames_that_contain_the_letters_of_a_tag_stay() -> None:
+def test_frames_that_contain_the_letters_of_a_tag_are_kept() -> None:
     payload = b"ID3\4\0\0\0\0\0\x7f" * 20
     frame = make_test_card.adts(payload)
     stream = frame * 10
@@ -1035,7 +1041,7 @@ def test_frames_that_contain_the_letters_of_a_tag_stay() -> None:
 
 
 @pytest.mark.parametrize("is_whole", [True, False], ids=["size too large", "broken off"])
-def test_tag_takes_nothing_of_the_next_segment(is_whole: bool) -> None:
+def test_tag_removes_no_byte_of_the_next_segment(is_whole: bool) -> None:
     first, second, *_ = media.aac_segments(4)
     tag = b"ID3\4\0\0\0\x7f\x7f\x7f" + bytes(20)  # claims 2 MiB
     segments = [tag + first if is_whole else tag, second]
@@ -1043,26 +1049,26 @@ def test_tag_takes_nothing_of_the_next_segment(is_whole: bool) -> None:
     assert out.endswith(second)
 
 
-def test_packed_audio_of_another_kind_passes_without_its_tags() -> None:
+def test_tags_of_packed_audio_of_another_kind_are_removed() -> None:
     mp3 = b"\xff\xfb\x90\x64" + bytes(range(200)) * 2
     out = feed_segments(audio_framer(), [TAGS["version 4"] + mp3 * 3] * 3, 100)
     assert b"".join(out) == mp3 * 9
 
 
 @pytest.mark.parametrize("size", [1, 333, 1 << 20])
-def test_audio_without_segments_is_joined_anywhere(size: int) -> None:
-    """It begins within a frame, and loses some bytes on its way."""
+def test_audio_without_segments_can_be_joined_anywhere(size: int) -> None:
+    """The stream begins within a frame, and has other bytes between its frames."""
     stream = (b"".join(frames_of("aac")) + b"no frame at all" + b"".join(frames_of("aac")))[100:]
     framer = audio_framer()
     for at, part in zip(range(0, len(stream), size), stepwise(stream, size), strict=True):
-        assert b"".join(framer.feed(part)) == part, "nothing waits"
-        assert framer.joins == [(at, b"", UNIT)], "one for each turn"
+        assert b"".join(framer.feed(part)) == part, "no byte is held back"
+        assert framer.joins == [(at, b"", UNIT)], "each feed() reports one join point"
         framer.joins.clear()
     for at in (0, 1000, len(stream) // 2):
         assert media.decode(stream[at:], strict=False).audio_frames > 0
 
 
-def test_segments_of_audio_do_not_outlive_a_seam_to_a_stream_without_them() -> None:
+def test_audio_without_segments_after_a_seam_has_its_own_join_points() -> None:
     frames = frames_of("aac")
     framer = audio_framer()
     feed_segments(framer, [b"".join(frames[:40])])
@@ -1073,13 +1079,13 @@ def test_segments_of_audio_do_not_outlive_a_seam_to_a_stream_without_them() -> N
     found = joins_by_turns(framer, TAGS["version 3"] + b"".join(frames))
     assert {kind for _, _, kind in found} == {UNIT}
     assert found[0][0] == start
-    assert framer.position == start + len(b"".join(frames)), "without the tag"
+    assert framer.position == start + len(b"".join(frames)), "the tag is removed"
 
 
 #### Other containers ####
 
 
-def test_unknown_container_joins_at_its_segments_behind_its_initialization_section() -> None:
+def test_unknown_container_joins_at_segments_with_its_initialization_section() -> None:
     framer = Fed(pipe.Framer())
     framer.feed_init_section(b"head")
     assert b"".join(feed_segments(framer, [b"one", b"two"])) == b"onetwo"
@@ -1112,26 +1118,28 @@ def test_each_container_has_its_framer(container: Container, kind: type[pipe.Fra
 
 @given(value=st.integers(0, pipe.TIMESTAMP_MODULUS - 1), size=st.integers(0, 100))
 def test_time_stamp_is_read_as_it_was_written(value: int, size: int) -> None:
-    """Behind an adaptation field of any size; nothing beside it changes."""
+    """The adaptation field before it may have any size, and no other byte changes."""
     field = bytes([size, *size * b"\xff"])
     head = b"G\x41\x00\x30" + field + b"\0\0\1\xe0\0\0\x80\x80\5"
     packet = bytearray(head + b"\x21\0\1\0\1").ljust(PACKET, b"\xa5")
     pipe.delay_timestamps(packet, value)
     assert pipe.read_timestamp(packet, len(head)) == value
     stamp, rest = packet[len(head) : len(head) + 5], packet[len(head) + 5 :]
-    assert (stamp[0] & 0xF1, stamp[2] & 1, stamp[4] & 1) == (0x21, 1, 1), "marker bits stay"
+    assert (stamp[0] & 0xF1, stamp[2] & 1, stamp[4] & 1) == (0x21, 1, 1), (
+        "marker bits do not change"
+    )
     assert packet[: len(head)] == head
     assert set(rest) == {0xA5}
 
 
-def test_time_stamp_is_coded_as_the_standard_says() -> None:
+def test_time_stamp_is_coded_as_in_the_standard() -> None:
     pes = make_test_card.pes(0xE0, 0x1_2345_6789, b"")
     assert pipe.read_timestamp(pes, 9) == 0x1_2345_6789
 
 
 #### The test card ####
 
-WRAP = pipe.TIMESTAMP_MODULUS // pipe.TEST_CARD_TICKS - 2  # a few loops before time stamps wrap
+WRAP = pipe.TIMESTAMP_MODULUS // pipe.TEST_CARD_TICKS - 2  # two loops before time stamps wrap
 
 
 def stamps(stream: bytes, pid: int) -> list[int]:
@@ -1146,7 +1154,7 @@ def stamps(stream: bytes, pid: int) -> list[int]:
 
 
 def clock(stream: bytes) -> list[int]:
-    """All of the PCR, in ticks of 90 kHz."""
+    """All PCR values, in ticks of 90 kHz."""
     return [
         int.from_bytes(packet[6:12], "big") >> 15
         for packet in media.packets(stream)
@@ -1163,22 +1171,22 @@ def loops(first: int, count: int) -> bytes:
     return b"".join(pipe.test_card_segment(first + number) for number in range(count))
 
 
-over_seams = pytest.mark.parametrize("first", [0, 1000, WRAP], ids=["start", "later", "wrap"])
+across_loops = pytest.mark.parametrize("first", [0, 1000, WRAP], ids=["start", "later", "wrap"])
 
 
-@over_seams
-def test_counters_of_the_test_card_go_on(first: int) -> None:
+@across_loops
+def test_counters_of_the_test_card_are_continuous(first: int) -> None:
     last: dict[int, int] = {}
     for packet in media.packets(loops(first, 20)):
         pid = media.pid(packet)
-        assert packet[3] & 0x10, "each has a payload, so each counts"
+        assert packet[3] & 0x10, "each packet has a payload, so each increments the counter"
         assert packet[3] & 15 == (last.get(pid, packet[3] - 1) + 1) & 15
         last[pid] = packet[3] & 15
     assert len(last) == 4
 
 
-@over_seams
-def test_time_stamps_of_the_test_card_go_on(first: int) -> None:
+@across_loops
+def test_time_stamps_of_the_test_card_are_continuous(first: int) -> None:
     stream = loops(first, 5)
     card = make_test_card
     pictures, sounds = stamps(stream, card.VIDEO_PID), stamps(stream, card.AUDIO_PID)
@@ -1189,13 +1197,13 @@ def test_time_stamps_of_the_test_card_go_on(first: int) -> None:
     assert (pictures[0] - clock(stream)[0]) % pipe.TIMESTAMP_MODULUS == card.PCR_LEAD
 
 
-def test_time_stamps_of_the_test_card_do_wrap() -> None:
+def test_time_stamps_of_the_test_card_wrap() -> None:
     found = stamps(loops(WRAP, 5), make_test_card.VIDEO_PID)
     assert found[0] > found[-1]
 
 
-@over_seams
-def test_test_card_decodes_over_its_seams(first: int) -> None:
+@across_loops
+def test_test_card_decodes_across_its_loops(first: int) -> None:
     decoded = media.decode(loops(first, 10))
     assert decoded.starts_with_key
     assert decoded.video_frames == 10 * make_test_card.PICTURES
@@ -1228,7 +1236,7 @@ def test_two_minutes_of_the_test_card_decode_without_a_warning() -> None:
 #### The test card and the program that made it ####
 
 
-def test_clip_has_the_form_its_maker_gives_it() -> None:
+def test_clip_has_the_properties_of_make_test_card() -> None:
     card = make_test_card
     clip = lzma.decompress(b85decode("".join(pipe.TEST_CARD.split())))
     assert len(clip) % PACKET == 0
@@ -1242,7 +1250,7 @@ def test_clip_has_the_form_its_maker_gives_it() -> None:
     assert len(stamps(clip, card.AUDIO_PID)) == card.AAC_FRAMES // card.AAC_FRAMES_PER_PES
 
 
-def test_clip_has_the_tables_its_maker_writes() -> None:
+def test_clip_has_the_tables_of_make_test_card() -> None:
     card = make_test_card
     writer = card.Writer()
     for _ in range(card.PICTURES // card.PICTURES_PER_TABLES):
@@ -1252,13 +1260,13 @@ def test_clip_has_the_tables_its_maker_writes() -> None:
     assert b"".join(of_tables) == bytes(writer.stream)
 
 
-def test_loop_lasts_as_long_as_its_pictures_and_its_sound() -> None:
+def test_pictures_and_sound_of_a_loop_last_equally_long() -> None:
     card = make_test_card
     assert card.PICTURES * card.PICTURE_TICKS == pipe.TEST_CARD_TICKS
     assert card.AAC_FRAMES * card.AAC_FRAME_TICKS == pipe.TEST_CARD_TICKS
 
 
-def test_clip_is_packed_as_its_maker_packs_it() -> None:
+def test_clip_is_compressed_as_by_make_test_card() -> None:
     packed = b85decode("".join(pipe.TEST_CARD.split()))
     assert lzma.decompress(packed, lzma.FORMAT_ALONE) == pipe.test_card_segment(0)
     *lines, last = pipe.TEST_CARD.split()

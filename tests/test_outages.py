@@ -1,6 +1,6 @@
-"""What real origins do to a running channel: real origins, streamlink, StreamPipe and sockets.
+"""Outages of a running channel: real origins, streamlink, StreamPipe and sockets.
 
-Times are those of the program, but where a test says what it shortens.
+Time limits are those of the program, except the pauses before reopening and those a test shortens.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def backup() -> Iterator[Origin]:
 
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture) -> Callable[[str], list[str]]:
-    """StreamPipe's lines, from information on, that have a pattern."""
+    """Returns StreamPipe's log lines from level INFO up that match a pattern."""
     caplog.set_level(logging.INFO, "streampipe")
 
     def matching(pattern: str) -> list[str]:
@@ -54,7 +54,7 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def live(name: str = "news", **options: Any) -> Playlist:
-    """A live channel that moves when a test says so."""
+    """A live channel. A test adds each new segment with advance()."""
     return Playlist(name, media.ts_segments(SEGMENTS), mode="live", **options)
 
 
@@ -63,13 +63,13 @@ def segments(first: int, stop: int) -> bytes:
 
 
 def relay(origin: Origin, bodies: Sequence[bytes]) -> str:
-    """A raw live stream: each connection gets the next of these, and is closed behind it."""
+    """A raw live stream: each connection gets the next of these bodies, and is closed after it."""
     left = itertools.chain(bodies, itertools.repeat(bodies[-1]))
     return f"httpstream://{origin.add_endless('/relay', lambda: [next(left)])}"
 
 
 def read_stream(viewer: Watch, size: int) -> bytes:
-    """So many bytes of the origin's."""
+    """Read so many bytes of the origin's media, without packets that signal discontinuities."""
     data = b""
     while len(data) < size:
         data += media.without_notices(viewer.read(media.PACKET))
@@ -80,7 +80,7 @@ def status(site: Site) -> Any:
     return site.get("/status").json["streams"][0]
 
 
-#### A relay has no end ####
+#### A relay never truly ends ####
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def status(site: Site) -> Any:
     [Body(b""), Body(segments(0, 2), "video/mp2t")],
     ids=["nothing, with a length", "a clip that viewers have had, with a length"],
 )
-def test_live_source_does_not_end_with_a_body_that_has_a_length(
+def test_live_relay_does_not_end_after_a_body_with_a_length(
     origin: Origin, serve: Serve, answer: Body
 ) -> None:
     address = relay(origin, [segments(0, 4), segments(4, 8)])
@@ -103,10 +103,8 @@ def test_live_source_does_not_end_with_a_body_that_has_a_length(
 
 
 @pytest.mark.parametrize("query", ["?quality=720p", ""], ids=["asked for", "configured"])
-def test_quality_that_a_reopened_source_lacks_is_waited_for(
-    origin: Origin, serve: Serve, query: str
-) -> None:
-    """A transcoder comes up rendition by rendition."""
+def test_reopened_channel_waits_for_its_quality(origin: Origin, serve: Serve, query: str) -> None:
+    """A transcoder starts one rendition after the other."""
     small, large = live("small"), live("large")
     all_of_it = origin.add(master("all", {"360p": small, "720p": large}))
     stream = {"url": all_of_it.url, "quality": "720p"}
@@ -118,7 +116,7 @@ def test_quality_that_a_reopened_source_lacks_is_waited_for(
     content = half.find(half.path)
     assert content
     lacking = origin.fault(all_of_it.path, Body(content.body), times=2)
-    origin.fault(large.path, Status(404))  # the address has expired: it is resolved anew
+    origin.fault(large.path, Status(404))  # the address has expired: it is resolved again
     large.advance()
     assert read_stream(viewer, len(segments(5, 6))) == segments(5, 6)
     assert lacking.taken == 2
@@ -129,10 +127,10 @@ def test_quality_that_a_reopened_source_lacks_is_waited_for(
 
 @pytest.mark.long
 @pytest.mark.parametrize("seconds", [1, 2])
-def test_backup_takes_over_after_two_target_durations_of_refusals(
+def test_backup_takes_over_after_two_target_durations_of_failures(
     origin: Origin, serve: Serve, backup: Origin, seconds: int
 ) -> None:
-    """`timeout` is too long to be waited for here."""
+    """The backup does not wait for `timeout`, which is much longer here."""
     media_segments = media.ts_segments(SEGMENTS, float(seconds))
     channels = [Playlist("news", media_segments, mode="live") for _ in range(2)]
     first, second = origin.add(channels[0]), backup.add(channels[1])
@@ -145,10 +143,10 @@ def test_backup_takes_over_after_two_target_durations_of_refusals(
     assert read_stream(viewer, len(media_segments[5])) == media_segments[5]
 
 
-#### What an operator sees ####
+#### Status and log ####
 
 
-def test_failed_reload_shows_at_once(
+def test_failed_reload_appears_in_the_status_at_once(
     origin: Origin, serve: Serve, lines: Callable[[str], list[str]]
 ) -> None:
     news = origin.add(live(target_duration=1))
@@ -157,16 +155,16 @@ def test_failed_reload_shows_at_once(
     assert viewer.read(len(segments(2, 5))) == segments(2, 5)
     assert (status(site)["state"], status(site)["last_error"]) == ("live", None)
     origin.fault(news.path, Status(503), times=None)
-    eventually(lambda: status(site)["state"] == "waiting", "it shows")
+    eventually(lambda: status(site)["state"] == "waiting", "the status shows the failed reload")
     assert status(site)["last_error"] == "the origin answered 503"
     page = re.sub(r"<[^>]*>", "", site.get("/", Accept=BROWSER).body.decode())
     assert re.search(r"waiting for \d+\ss, gives up in \d+\ss\sthe origin answered 503", page)
     assert status(site)["viewers"] == 1
-    eventually(lambda: origin.count(news.path) >= 4, "it is tried again")
+    eventually(lambda: origin.count(news.path) >= 4, "the playlist is loaded again")
     assert lines(r"1 of 1 ") == ["news: address 1 of 1 (127.0.0.1): the origin answered 503"]
 
 
-def test_failed_start_is_one_line(
+def test_failed_start_writes_one_log_line(
     origin: Origin, serve: Serve, lines: Callable[[str], list[str]]
 ) -> None:
     origin.fault("/bad.m3u8", Status(503), times=None)
@@ -175,12 +173,15 @@ def test_failed_start_is_one_line(
     site = serve(streams, timeout=5)
     assert site.get("/bad").status == 502
     assert site.get("/two?quality=4k").status == 404
-    eventually(lambda: not any(t.name.startswith("feed-") for t in threading.enumerate()), "over")
+    eventually(
+        lambda: not any(t.name.startswith("feed-") for t in threading.enumerate()),
+        "the channels end",
+    )
     assert lines("^bad: ") == ["bad: address 1 of 1 (127.0.0.1): the origin answered 503"]
     assert lines("^two: ") == ["two: not started: no such quality; available: 480p"]
 
 
-def test_short_outage_is_two_lines_that_tell_what_was_lost(
+def test_short_outage_writes_two_log_lines_with_the_lost_segments(
     origin: Origin, serve: Serve, lines: Callable[[str], list[str]]
 ) -> None:
     news = origin.add(live(window=3, listed=3, keep=0))
@@ -188,10 +189,10 @@ def test_short_outage_is_two_lines_that_tell_what_was_lost(
     viewer = site.watch("/news")
     assert viewer.read(len(segments(0, 3))) == segments(0, 3)
     down = origin.fault(news.path, Close(), times=3)
-    eventually(lambda: down.taken == 3, "it is down")
-    news.advance(6)  # 3, 4 and 5 have left the list
+    eventually(lambda: down.taken == 3, "three loads have failed")
+    news.advance(6)  # segments 3, 4 and 5 have left the playlist
     assert read_stream(viewer, len(segments(6, 7))) == segments(6, 7)
-    eventually(lambda: status(site)["state"] == "live", "it goes on")
+    eventually(lambda: status(site)["state"] == "live", "the channel recovers")
     told = [
         line
         for line in lines("^news: ")
@@ -204,7 +205,7 @@ def test_short_outage_is_two_lines_that_tell_what_was_lost(
     assert status(site)["last_error"]
 
 
-def test_single_failed_reload_shows_and_clears(
+def test_single_failed_reload_appears_in_the_status_and_disappears(
     origin: Origin, serve: Serve, lines: Callable[[str], list[str]]
 ) -> None:
     news = origin.add(live(target_duration=1))
@@ -213,12 +214,12 @@ def test_single_failed_reload_shows_and_clears(
     assert viewer.read(len(segments(2, 5))) == segments(2, 5)
     for number in (5, 6):
         origin.wait_for(news.path, origin.count(news.path) + 1)
-        origin.fault(news.path, Status(503))  # half a second later, between two looks
-        eventually(lambda: status(site)["state"] == "waiting", "it shows")
+        origin.fault(news.path, Status(503))  # for the next reload
+        eventually(lambda: status(site)["state"] == "waiting", "the status shows the failure")
         assert status(site)["last_error"] == "the origin answered 503"
         news.advance()
         assert viewer.read(len(segments(number, number + 1))) == segments(number, number + 1)
-        eventually(lambda: status(site)["state"] == "live", "it clears")
+        eventually(lambda: status(site)["state"] == "live", "the status is live again")
     told = [re.sub(r"[\d.]+ s", "N s", line) for line in lines("1 of 1 |recovered")]
     assert told == 2 * [
         "news: address 1 of 1 (127.0.0.1): the origin answered 503",
@@ -226,40 +227,40 @@ def test_single_failed_reload_shows_and_clears(
     ]
 
 
-def test_segments_lost_between_two_reloads_are_told(
+def test_segments_lost_between_two_reloads_are_logged(
     origin: Origin, serve: Serve, lines: Callable[[str], list[str]]
 ) -> None:
-    """The origin answers all the time, but its list moves on too fast."""
+    """The origin always answers, but segments leave its playlist too soon."""
     news = origin.add(live(window=3, listed=3, keep=0))
     site = serve({"news": news.url}, timeout=30)
     viewer = site.watch("/news")
     assert viewer.read(len(segments(0, 3))) == segments(0, 3)
-    news.advance(5)  # 3 and 4 have left the list
+    news.advance(5)  # segments 3 and 4 have left the playlist
     assert read_stream(viewer, len(segments(5, 8))) == segments(5, 8)
-    eventually(lambda: bool(lines("lost")), "it is told")
+    eventually(lambda: bool(lines("lost")), "the log names the lost segments")
     assert lines("lost") == ["news: 2 segments lost between two loads of the playlist"]
     assert (status(site)["gaps"], status(site)["state"]) == (2, "live")
     down = origin.fault(news.path, Close(), times=2)
-    eventually(lambda: down.taken == 2, "it is down")
+    eventually(lambda: down.taken == 2, "two loads have failed")
     news.advance()
     assert read_stream(viewer, len(segments(8, 9))) == segments(8, 9)
-    eventually(lambda: bool(lines("recovered after [0-9]")), "it goes on")
+    eventually(lambda: bool(lines("recovered after [0-9]")), "the channel recovers")
     assert lines("lost") == ["news: 2 segments lost between two loads of the playlist"], (
-        "none in the outage"
+        "no segment was lost in the outage"
     )
 
 
 @pytest.mark.parametrize(
     ("seconds", "missing"), [pytest.param(0.0, 9, id="zero"), pytest.param(2.0, 40, id="long")]
 )
-def test_lost_segments_are_counted_whatever_the_playlist_says_of_their_lengths(
+def test_count_of_lost_segments_does_not_depend_on_stated_durations(
     origin: Origin,
     serve: Serve,
     lines: Callable[[str], list[str]],
     seconds: float,
     missing: int,
 ) -> None:
-    """It says 10 s at most, and 0 or 2 s of each one; in truth they last 1 s."""
+    """The playlist says at most 10 s, and 0 or 2 s for each segment; actually they last 1 s."""
     media_segments = told(media.ts_segments(SEGMENTS), seconds)
     options: dict[str, Any] = {"mode": "live", "window": 3, "target_duration": 10, "keep": 0}
     news = origin.add(Playlist("news", media_segments, **options))
@@ -269,16 +270,18 @@ def test_lost_segments_are_counted_whatever_the_playlist_says_of_their_lengths(
     news.advance(2)
     assert read_stream(viewer, len(segments(3, 5))) == segments(3, 5)
     down = origin.fault(news.path, Close(), times=2)
-    eventually(lambda: down.taken == 2, "it is down")
+    eventually(lambda: down.taken == 2, "two loads have failed")
     news.advance(missing + 3)
     read_stream(viewer, media.PACKET)
-    eventually(lambda: bool(lines("recovered after [0-9]")), "it goes on")
+    eventually(lambda: bool(lines("recovered after [0-9]")), "the channel recovers")
     assert status(site)["gaps"] == missing
     assert lines("recovered after [0-9]")[0].endswith(f"; {missing} segments lost")
 
 
-def test_gaps_are_those_of_one_numbering(origin: Origin, serve: Serve, backup: Origin) -> None:
-    """A backup that numbers otherwise has lost nothing."""
+def test_switch_to_a_backup_with_other_numbers_counts_no_gaps(
+    origin: Origin, serve: Serve, backup: Origin
+) -> None:
+    """A backup with other numbers does not count as a gap."""
     first, second = origin.add(live()), backup.add(live(first_sequence=5000))
     site = serve({"news": {"url": [first.url, second.url]}}, timeout=5)
     viewer = site.watch("/news")
@@ -289,17 +292,17 @@ def test_gaps_are_those_of_one_numbering(origin: Origin, serve: Serve, backup: O
     assert status(site)["restarts"] == 1
 
 
-#### Going on without key frames, or with another clock ####
+#### Reopened relays without key frames, or with another clock ####
 
 
-def test_relay_without_key_frames_goes_on_in_the_end(
+def test_relay_without_key_frames_continues_after_a_while(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Intra refresh: no picture after the first is a key frame."""
+    """With intra refresh, only the first picture is a key frame."""
     monkeypatch.setattr(pipe, "SEAM_PATIENCE", 1.0)
     (whole,) = media.ts_segments(1, 10.0)
     cut = len(whole) // 2 // media.PACKET * media.PACKET
-    rest = whole[:940] + whole[cut:]  # its tables come first
+    rest = whole[:940] + whole[cut:]  # its tables first
 
     def trickle() -> Iterator[bytes]:
         for packet in itertools.cycle(media.packets(rest)):
@@ -311,23 +314,28 @@ def test_relay_without_key_frames_goes_on_in_the_end(
     site = serve({"news": f"httpstream://{address}"}, timeout=5)
     viewer = site.watch("/news")
     assert viewer.read(cut) == whole[:cut]
-    eventually(lambda: status(site)["state"] == "waiting", "nothing comes yet")
+    eventually(
+        lambda: status(site)["state"] == "waiting",
+        "the relay was reopened, and nothing is passed on yet",
+    )
     data = read_stream(viewer, 100 * media.PACKET)
     assert set(map(media.pid, media.packets(data))) - {media.PID_NULL} > {0}
-    eventually(lambda: status(site)["state"] == "live", "media comes again")
+    eventually(lambda: status(site)["state"] == "live", "media is passed on again")
 
 
-def test_clock_that_was_set_anew_is_taken_at_once(origin: Origin, serve: Serve) -> None:
+def test_clock_that_jumped_back_by_an_hour_is_accepted_at_once(
+    origin: Origin, serve: Serve
+) -> None:
     later = delayed(segments(0, 4), HOUR)
     viewer = serve({"news": relay(origin, [later, segments(4, 8)])}, timeout=5).watch("/news")
     assert viewer.read(len(later)) == later
     assert read_stream(viewer, len(segments(4, 8))) == segments(4, 8)
 
 
-def test_clock_that_is_back_by_less_than_a_minute_is_taken_after_ten_seconds(
+def test_clock_that_jumped_back_by_less_than_a_minute_is_accepted_after_ten_seconds(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after a slate, whose clock may be anything; until then it may be a backlog."""
+    """A slate may have any clock; but within ten seconds the media may be a backlog."""
     assert pipe.SEAM_PATIENCE == 10.0
     monkeypatch.setattr(pipe, "SEAM_PATIENCE", 1.0)
     slate = delayed(segments(0, 4), HALF_A_MINUTE)
@@ -346,7 +354,7 @@ def test_clock_that_is_back_by_less_than_a_minute_is_taken_after_ten_seconds(
 
 
 def test_two_seams_in_a_row_repeat_nothing(origin: Origin, serve: Serve) -> None:
-    """The second opening breaks off before it brings anything new."""
+    """The second opening breaks off before it delivers new media."""
     address = relay(origin, [segments(0, 5), segments(1, 4), segments(2, 10)])
     viewer = serve({"news": address}, timeout=5).watch("/news")
     assert read_stream(viewer, len(segments(0, 10))) == segments(0, 10)
@@ -356,8 +364,8 @@ def test_two_seams_in_a_row_repeat_nothing(origin: Origin, serve: Serve) -> None
 #### Late viewers ####
 
 
-def named_video(segment: bytes) -> bytes:
-    """Sound whose PMT names a picture that never comes."""
+def with_video_in_its_pmt(segment: bytes) -> bytes:
+    """Sound with a PMT that also names a video stream, which has no packets."""
     pmt = next(p for p in media.packets(segment) if media.pid(p) == 0x1000)
     section = bytearray(pmt[5 : 5 + 3 + ((pmt[6] & 0x0F) << 8 | pmt[7])])
     section[-4:-4] = bytes([0x1B, 0xE1, 0x10, 0xF0, 0x00])  # H.264 at PID 0x110
@@ -369,10 +377,10 @@ def named_video(segment: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("has_segments", [True, False], ids=["hls", "relay"])
-def test_late_viewer_of_radio_whose_pmt_names_video(
+def test_late_viewer_can_join_radio_with_video_in_its_pmt(
     origin: Origin, serve: Serve, has_segments: bool
 ) -> None:
-    sound = [named_video(segment) for segment in media.audio_only_segments(SEGMENTS)]
+    sound = [with_video_in_its_pmt(segment) for segment in media.audio_only_segments(SEGMENTS)]
     playlist = origin.add(Playlist("radio", sound, mode="live", window=10))
     if has_segments:
         address = playlist.url
@@ -381,7 +389,7 @@ def test_late_viewer_of_radio_whose_pmt_names_video(
         address = f"httpstream://{origin.add_endless('/radio', lambda: itertools.cycle(sound))}"
     site = serve({"radio": address}, timeout=8)
     first = site.watch("/radio")
-    playlist.advance(2)  # three seconds tell that no picture will come
+    playlist.advance(2)  # after three seconds without video the framer expects none
     got = first.read(len(sound[0]) * 5)
     assert media.decode(got, strict=False).audio_frames
     late = site.watch("/radio")
@@ -389,7 +397,7 @@ def test_late_viewer_of_radio_whose_pmt_names_video(
     assert media.decode(late.read(len(sound[0])), strict=False).audio_frames
 
 
-def test_late_viewer_after_packed_audio_failed_over_to_a_relay(
+def test_late_viewer_can_join_after_packed_audio_failed_over_to_a_relay(
     origin: Origin, serve: Serve, backup: Origin
 ) -> None:
     sound = media.aac_segments(SEGMENTS)

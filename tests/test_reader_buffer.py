@@ -176,7 +176,7 @@ def test_take_waits_until_an_event_comes() -> None:
     assert taker.result() == [segment(3)]
 
 
-def test_take_gives_up_in_time() -> None:
+def test_take_returns_after_its_time_out() -> None:
     assert ReaderBuffer(10).take(100, 0.001) == []
 
 

@@ -1,6 +1,6 @@
-"""Everything is real: an origin, streamlink, StreamPipe, ffmpeg, and viewers on sockets.
+"""Streams of every kind. Everything is real: origin, streamlink, StreamPipe, ffmpeg and sockets.
 
-What they get is compared byte for byte with what the origin meant.
+Tests compare the bytes that viewers receive with those of the origin's media.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ LIVE_EDGE = 3  # segments; streamlink's default
 Serve = Callable[..., Site]
 
 
-#### What is streamed ####
+#### Media ####
 
 
 @dataclass(frozen=True)
 class Show:
-    """Segments as the origin sends them, and as a viewer shall get them."""
+    """Segments as the origin sends them (`sent`), and as a viewer must get them (`got`)."""
 
     sent: Sequence[bytes | Segment]
     got: Sequence[bytes]
@@ -49,7 +49,7 @@ class Show:
         return Playlist("news", self.sent, mode=mode, init=init, **{**self.options, **more})
 
     def body(self, first: int = 0, stop: int | None = None) -> bytes:
-        """What a viewer gets who starts with one segment and stops before another."""
+        """The bytes for a viewer that starts with segment `first` and ends before `stop`."""
         return self.init + b"".join(self.got[first:stop])
 
 
@@ -64,7 +64,7 @@ def fmp4() -> Show:
 
 
 def aac(tag: Callable[[int], bytes]) -> Show:
-    """Packed audio with a tag in front of each segment, which nobody shall get."""
+    """Packed audio with a tag in front of each segment, which viewers must not get."""
     frames = media.aac_segments()
     tagged = [tag(number) + data for number, data in enumerate(frames)]
     return Show(tagged, frames, options={"extension": ".aac"}, kind="audio/aac")
@@ -87,7 +87,7 @@ def jumping() -> Show:
 
 
 def after_a_jump(segment: bytes) -> bytes:
-    """A segment with what comes in it where it does not go on from one with the same tables."""
+    """A segment as viewers get it if it does not continue one with the same tables."""
     tables = segment[: 2 * media.PACKET]
     return media.spliced(tables, segment)[len(tables) :]
 
@@ -119,15 +119,15 @@ def first_pids(data: bytes, count: int = 3) -> list[int]:
 
 
 def assert_starts_like_a_segment(data: bytes) -> None:
-    """PAT, PMT, then a key frame that can be decoded."""
+    """Assert that there are a PAT, a PMT and then a key frame that can be decoded."""
     assert first_pids(data) == first_pids(media.ts_segments()[0])
     assert media.first_picture(data)[1]
 
 
-#### What has an end ####
+#### Finite streams ####
 
 
-def test_vod_arrives_byte_for_byte(origin: Origin, serve: Serve, show: Show) -> None:
+def test_finite_stream_arrives_byte_for_byte(origin: Origin, serve: Serve, show: Show) -> None:
     site = serve({"news": origin.add(show.playlist()).url})
     answer = site.get("/news")
     assert answer.status == 200
@@ -137,7 +137,7 @@ def test_vod_arrives_byte_for_byte(origin: Origin, serve: Serve, show: Show) -> 
 
 
 @pytest.mark.parametrize("size", BUFFER_SIZES)
-def test_buffer_size_changes_no_byte(origin: Origin, serve: Serve, size: int) -> None:
+def test_bytes_do_not_depend_on_the_buffer_size(origin: Origin, serve: Serve, size: int) -> None:
     body = ts().body()
     streams = {
         "segments": origin.add(ts().playlist()).url,
@@ -147,11 +147,11 @@ def test_buffer_size_changes_no_byte(origin: Origin, serve: Serve, size: int) ->
     site = serve(streams, buffer_size=size)
     assert site.get("/segments").body == body
     assert site.get("/raw").body == body
-    assert site.get("/uneven").body == body[:-100], "the last packet is half a one"
+    assert site.get("/uneven").body == body[:-100], "the last packet is incomplete"
 
 
 @pytest.mark.parametrize("name", ["ts", "fmp4", "aac-id3v2.4"])
-def test_http10_viewer_gets_bare_bytes(origin: Origin, serve: Serve, name: str) -> None:
+def test_http10_viewer_gets_an_unframed_body(origin: Origin, serve: Serve, name: str) -> None:
     show = SHOWS[name]()
     site = serve({"news": origin.add(show.playlist()).url})
     head, _, body = site.raw(b"GET /news HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")
@@ -169,7 +169,7 @@ def test_http11_viewer_gets_chunks(origin: Origin, serve: Serve) -> None:
 
 
 def chunks(framed: bytes) -> Iterator[bytes]:
-    """The chunks of a body, which must end with the final one and nothing behind it."""
+    """The chunks of a body, which must end with the final chunk."""
     while True:
         size, _, rest = framed.partition(b"\r\n")
         chunk, framed = rest[: int(size, 16)], rest[int(size, 16) :]
@@ -184,7 +184,7 @@ def chunks(framed: bytes) -> Iterator[bytes]:
 #### Live ####
 
 
-def test_live_starts_at_the_edge_and_goes_on_to_its_end(
+def test_live_channel_starts_at_the_live_edge_and_continues_to_its_end(
     origin: Origin, serve: Serve, show: Show
 ) -> None:
     playlist = origin.add(show.playlist("live", listed=5, first_sequence=0))
@@ -197,7 +197,7 @@ def test_live_starts_at_the_edge_and_goes_on_to_its_end(
     assert viewer.read_all() == (b"".join(show.got[5:7]), True)
 
 
-def test_event_playlist_is_live_until_it_ends(origin: Origin, serve: Serve) -> None:
+def test_event_playlist_is_shared_like_a_live_channel(origin: Origin, serve: Serve) -> None:
     playlist = origin.add(ts().playlist("event", listed=4))
     site = serve({"news": playlist.url})
     viewers = [site.watch("/news"), site.watch("/news")]
@@ -207,11 +207,11 @@ def test_event_playlist_is_live_until_it_ends(origin: Origin, serve: Serve) -> N
     playlist.end()
     rest = playlist.plain(4, 7)
     assert [viewer.read_all() for viewer in viewers] == [(rest, True), (rest, True)]
-    assert origin.count(playlist.segment_path(3)) == 1, "live is shared"
+    assert origin.count(playlist.segment_path(3)) == 1, "a live channel is shared"
 
 
 @pytest.mark.parametrize("name", ["ts", "fmp4", "aac-id3v2.4"])
-def test_live_over_http10(origin: Origin, serve: Serve, name: str) -> None:
+def test_live_channel_plays_over_http10(origin: Origin, serve: Serve, name: str) -> None:
     show = SHOWS[name]()
     playlist = origin.add(show.playlist("live"))
     viewer = serve({"news": playlist.url}).watch("/news", http10=True)
@@ -223,9 +223,7 @@ def test_live_over_http10(origin: Origin, serve: Serve, name: str) -> None:
 
 
 @pytest.mark.parametrize("edge", [1, LIVE_EDGE, 5])
-def test_viewers_start_as_many_segments_back_as_configured(
-    origin: Origin, serve: Serve, edge: int
-) -> None:
+def test_viewers_start_at_the_configured_live_edge(origin: Origin, serve: Serve, edge: int) -> None:
     playlist = origin.add(ts().playlist("live", window=6))
     site = serve({"news": playlist.url}, streamlink={"hls-live-edge": edge})
     first = site.watch("/news")
@@ -269,7 +267,7 @@ def test_live_stream_that_fails_ends_without_the_final_chunk(origin: Origin, ser
         pytest.param("360p", "?quality=best", "720p", id="asked-for-wins-over-configured"),
     ],
 )
-def test_quality(
+def test_query_takes_precedence_over_the_configured_quality(
     origin: Origin, serve: Serve, configured: str | None, query: str, expected: str
 ) -> None:
     segments = media.ts_segments()
@@ -287,14 +285,14 @@ def test_quality(
 
 @pytest.fixture(scope="session")
 def _ffmpeg() -> None:
-    """Needs ffmpeg; streamlink looks for it once, with a thread that idles for 10 s then."""
+    """Skip without ffmpeg. streamlink's check for it leaves a thread that idles for 10 s."""
     if not FFMPEGMuxer.is_usable(Streamlink()):
-        assert "CI" not in os.environ, "ffmpeg must be there"
+        assert "CI" not in os.environ, "ffmpeg must be installed"
         pytest.skip("needs ffmpeg")
 
 
 @pytest.mark.usefixtures("_ffmpeg")
-def test_separate_sound_is_put_together_with_the_picture(origin: Origin, serve: Serve) -> None:
+def test_separate_sound_is_muxed_with_the_picture(origin: Origin, serve: Serve) -> None:
     picture = Playlist("picture", media.video_only_segments())
     sound = Playlist("sound", media.audio_only_segments())
     both = origin.add(master("apart", {"360p": picture}, sound))
@@ -305,11 +303,11 @@ def test_separate_sound_is_put_together_with_the_picture(origin: Origin, serve: 
 
 
 @pytest.mark.usefixtures("_ffmpeg")
-def test_live_with_separate_sound_is_shared(origin: Origin, serve: Serve) -> None:
+def test_live_channel_with_separate_sound_is_shared(origin: Origin, serve: Serve) -> None:
     picture = Playlist("picture", media.video_only_segments(), mode="live", window=8)
     sound = Playlist("sound", media.audio_only_segments(), mode="live", window=8)
     both = origin.add(master("apart", {"360p": picture}, sound))
-    # ffmpeg writes nothing before it has looked at 5 s of each track.
+    # ffmpeg reads 5 s of each track before it writes anything.
     site = serve({"news": both.url}, streamlink={"hls-live-edge": 8})
     viewers = [site.watch("/news"), site.watch("/news")]
     picture.end()
@@ -323,7 +321,7 @@ def test_live_with_separate_sound_is_shared(origin: Origin, serve: Serve) -> Non
 
 
 @pytest.mark.usefixtures("_ffmpeg")
-def test_no_process_is_left_of_separate_sound(origin: Origin, serve: Serve) -> None:
+def test_closed_channel_with_separate_sound_leaves_no_process(origin: Origin, serve: Serve) -> None:
     picture = Playlist("picture", media.video_only_segments(), mode="live", window=8)
     sound = Playlist("sound", media.audio_only_segments(), mode="live", window=8)
     both = origin.add(master("apart", {"360p": picture}, sound))
@@ -333,12 +331,12 @@ def test_no_process_is_left_of_separate_sound(origin: Origin, serve: Serve) -> N
     for thread in threading.enumerate():
         if thread.name.startswith("close-"):
             thread.join(TIMEOUT)
-    with pytest.raises(ChildProcessError):  # not even one that ended and nobody asked about
+    with pytest.raises(ChildProcessError):  # not even a zombie
         os.waitpid(-1, os.WNOHANG)
 
 
 def assert_same_show(muxed: bytes, sent: bytes) -> None:
-    """The same pictures and sounds at the same times, but for a delay that all of them share."""
+    """Assert that pictures and sounds are the same, apart from one common delay."""
     got, wanted = media.decode(muxed), media.decode(sent)
     delay = got.video[0] - wanted.video[0]
     assert got.starts_with_key
@@ -350,7 +348,7 @@ def assert_same_show(muxed: bytes, sent: bytes) -> None:
 
 
 def endless_ts() -> Iterator[bytes]:
-    """A transport stream that starts over again and again, in pieces that are no packets."""
+    """A transport stream that repeats without end, in pieces that are not whole packets."""
     body = ts().body()
     return itertools.cycle(body[at : at + 1000] for at in range(0, len(body), 1000))
 
@@ -372,11 +370,11 @@ def test_endless_body_plays(origin: Origin, serve: Serve, prefix: str, chunked: 
     assert viewer.read(400_000) == begun(400_000)
     late = site.watch("/relay")
     assert_starts_like_a_segment(late.read(100_000))
-    assert origin.count("/feed") == 1, "live is shared"
+    assert origin.count("/feed") == 1, "a live channel is shared"
 
 
 def test_endless_body_is_kept_within_the_window(origin: Origin, serve: Serve) -> None:
-    """64 MiB pass through; what is held stays below 3 MiB, with an origin in the same process."""
+    """50 MB pass through in less than 3 MiB of memory, including the origin in this process."""
     address = origin.add_endless("/feed", lambda: itertools.repeat(piece))
     piece = b"".join(media.padded(segment, 128 * 1024) for segment in media.ts_segments())
     site = serve({"relay": address}, ringbuffer_size=262_144, linger=0)
@@ -414,7 +412,7 @@ def test_file_arrives_byte_for_byte_for_each_viewer(
         pytest.param(lambda: b"\0", "application/octet-stream", id="a-byte"),
     ],
 )
-def test_type_follows_the_bytes(
+def test_content_type_is_detected_from_the_first_bytes(
     origin: Origin, serve: Serve, content: Callable[[], bytes], kind: str
 ) -> None:
     sent = content()
@@ -449,7 +447,7 @@ def test_endless_body_that_closes_has_no_final_chunk(origin: Origin, serve: Serv
 
 @pytest.mark.parametrize("prefix", ["", "hls://"], ids=["bare", "hls"])
 @pytest.mark.parametrize("content_type", ["application/vnd.apple.mpegurl", "text/plain"])
-def test_playlist_behind_an_address_without_extension(
+def test_playlist_at_an_address_without_extension_is_detected(
     origin: Origin, serve: Serve, prefix: str, content_type: str
 ) -> None:
     playlist = origin.add(ts().playlist())

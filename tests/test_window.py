@@ -1,4 +1,4 @@
-"""The window of a channel and the viewers in it: real threads, caught at waiting."""
+"""The window of a channel and its viewers: real threads, which tests observe while they wait."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ LONG = 1000.0  # seconds; no test waits as long
 
 
 @pytest.fixture(autouse=True)
-def _nobody_looks_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A feeder that waits learns what happened by being told, not by looking now and then."""
+def _long_feeder_tick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A waiting feeder must be notified, because it does not check often enough by itself."""
     monkeypatch.setattr(pipe, "FEEDER_TICK", LONG)
 
 
 def block(number: int) -> bytes:
-    """SIZE bytes that tell their number."""
+    """SIZE bytes that contain the block's number."""
     return b"%08d, " % number
 
 
@@ -40,7 +40,7 @@ def blocks(first: int, stop: int) -> list[bytes]:
 
 @dataclass(frozen=True)
 class At:
-    """A place in front of a block where a decoder can start."""
+    """A join point in front of block `number`."""
 
     number: int
     join: Join
@@ -51,12 +51,12 @@ def preamble(number: int) -> bytes:
 
 
 def key_frame(number: int, ago: float = 0.0) -> At:
-    """A place at a key frame, `ago` seconds old, with a preamble of its own."""
+    """A join point at a key frame, `ago` seconds old, with a preamble of its own."""
     return At(number, Join(preamble(number), is_key_frame=True, time=time.monotonic() - ago))
 
 
 def unit(number: int, ago: float = 0.0) -> At:
-    """The same where any unit starts."""
+    """The same at the start of any other unit."""
     return At(number, Join(preamble(number), time=time.monotonic() - ago))
 
 
@@ -69,7 +69,7 @@ def enter(window: Window) -> Viewer:
 def observed(
     limit: int, paused_after: float = pipe.FOREMOST_PATIENCE, **options: int
 ) -> tuple[Window, Waits]:
-    """A window, and which threads wait for it."""
+    """A window, and the record of the threads that wait for it."""
     waits = Waits()
     with waits.observing():
         window = Window(limit, paused_after=paused_after, **options)
@@ -77,7 +77,7 @@ def observed(
 
 
 def items(first: int, stop: int, *places: At) -> list[pipe.Framed]:
-    """Blocks `first` to `stop`, with these places in front of them."""
+    """Blocks `first` to `stop`, with these join points in front of them."""
     found: list[pipe.Framed] = []
     for number in range(first, stop + 1):
         found += [place.join for place in places if place.number == number]
@@ -87,18 +87,18 @@ def items(first: int, stop: int, *places: At) -> list[pipe.Framed]:
 
 
 def append(window: Window, first: int, stop: int, *places: At) -> None:
-    """Blocks `first` to `stop`; fails where the window waits for a viewer."""
+    """Append blocks `first` to `stop`; fails if the window waits for a viewer."""
     Task(functools.partial(window.append, items(first, stop, *places))).result()
 
 
 def begin(window: Window, number: int) -> None:
-    """A segment of the origin's begins with block `number`, and a decoder can start there."""
+    """Begin a segment of the origin's with block `number`, where a decoder can start."""
     window.begin(1.0)
     window.append([Join(preamble(number), at_start=True)])
 
 
 def feed(window: Window, first: int, stop: int, length: int = 2) -> None:
-    """Blocks `first` to `stop`, of which each `length` make a segment."""
+    """Append blocks `first` to `stop`, in segments of `length` blocks."""
     for number in range(first, stop):
         if number % length == 0:
             window.finish(b"")
@@ -107,22 +107,22 @@ def feed(window: Window, first: int, stop: int, length: int = 2) -> None:
 
 
 def segments(window: Window, first: int, stop: int, length: int = 2) -> None:
-    """The same; fails where the window waits for a viewer."""
+    """The same; fails if the window waits for a viewer."""
     Task(functools.partial(feed, window, first, stop, length)).result()
 
 
 def pause(viewer: Viewer) -> None:
-    """Make a viewer one that has not taken a byte for long."""
+    """Make a viewer appear as if it had not taken a byte for a long time."""
     viewer.moved = time.monotonic() - LONG
 
 
 def take(window: Window, viewer: Viewer) -> bytes:
-    """What there is for the viewer now."""
+    """Take once, without waiting."""
     return b"".join(window.take(viewer, 0))
 
 
 def take_all(window: Window, viewer: Viewer) -> bytes:
-    """All there is for the viewer now."""
+    """Take everything that the viewer can get now."""
     return b"".join(iter(lambda: take(window, viewer), b""))
 
 
@@ -142,7 +142,7 @@ def test_reader_waits_until_a_block_arrives() -> None:
     assert reader.result() == [block(0)]
 
 
-def test_take_gives_up_in_time() -> None:
+def test_take_returns_after_its_time_out() -> None:
     window = Window(1000)
     viewer = enter(window)
     assert window.take(viewer, 0.001) == []
@@ -167,7 +167,7 @@ def test_readers_share_the_same_blocks() -> None:
     window.append(given)
     for viewer in readers:
         taken = window.take(viewer, 0)
-        assert all(a is b for a, b in zip(taken, given, strict=True)), "none is a copy"
+        assert all(a is b for a, b in zip(taken, given, strict=True)), "no block is copied"
 
 
 def test_one_take_is_bounded() -> None:
@@ -204,7 +204,7 @@ def test_block_beyond_the_bound_is_taken_alone() -> None:
 #### Joining ####
 
 
-def test_viewer_who_waited_for_the_start_gets_everything() -> None:
+def test_viewer_that_waited_for_the_start_gets_everything() -> None:
     window = Window(1000)
     viewer = enter(window)
     segments(window, 0, 6)
@@ -220,14 +220,14 @@ def test_viewer_joins_live_edge_segments_back(live_edge: int) -> None:
     assert take(window, enter(window)) == b"<%d>" % first + text(first, 11)
 
 
-def test_viewer_joins_at_the_oldest_segment_where_there_are_few() -> None:
+def test_viewer_joins_at_the_oldest_of_few_segments() -> None:
     window = Window(1000)
     segments(window, 0, 3)
     assert take(window, enter(window)) == b"<0>" + text(0, 3)
 
 
 def test_join_point_may_be_within_a_segment() -> None:
-    """At its key frame, behind pictures that need those of the segment before it."""
+    """It is at the key frame, after pictures that depend on the previous segment."""
     window = Window(1000)
     window.begin()
     append(window, 0, 4, key_frame(2))
@@ -237,7 +237,7 @@ def test_join_point_may_be_within_a_segment() -> None:
     assert take(window, viewer) == block(4)
 
 
-def test_first_key_frame_of_a_segment_is_its_start() -> None:
+def test_segment_is_joined_at_its_first_key_frame() -> None:
     window = Window(1000, live_edge=2)
     for first in (0, 4):
         window.begin()
@@ -245,8 +245,8 @@ def test_first_key_frame_of_a_segment_is_its_start() -> None:
     assert take(window, enter(window)) == b"<1>" + text(1, 8)
 
 
-def test_decoder_may_start_with_blocks_that_came_before_this_was_known() -> None:
-    """A segment's tables come in one turn, its key frame in the next one."""
+def test_join_point_may_be_known_after_its_blocks() -> None:
+    """A segment's tables may arrive with one append() and its key frame with the next one."""
     window = Window(1000)
     append(window, 0, 2)
     window.begin()
@@ -262,11 +262,11 @@ def makeshift(number: int) -> At:
 
 
 @pytest.mark.parametrize("ending", ["complete", "broken off", "not told"])
-def test_picture_that_needs_others_has_to_do_for_a_segment_without_key_frame(ending: str) -> None:
+def test_segment_without_key_frame_is_joined_at_its_first_picture(ending: str) -> None:
     window = Window(1000)
     window.begin()
     append(window, 0, 4, makeshift(1), makeshift(2))
-    assert take(window, enter(window)) == b"", "a key frame may still come"
+    assert take(window, enter(window)) == b"", "a key frame may still follow"
     if ending == "complete":
         window.finish(b"")
     elif ending == "broken off":
@@ -276,7 +276,7 @@ def test_picture_that_needs_others_has_to_do_for_a_segment_without_key_frame(end
     assert take(window, enter(window)) == b"<1>" + text(1, 5)
 
 
-def test_picture_that_needs_others_counts_for_nothing_beside_a_key_frame() -> None:
+def test_segment_with_a_key_frame_is_not_joined_at_another_picture() -> None:
     window = Window(1000)
     window.begin()
     append(window, 0, 4, makeshift(0), key_frame(2))
@@ -284,21 +284,19 @@ def test_picture_that_needs_others_counts_for_nothing_beside_a_key_frame() -> No
     assert take(window, enter(window)) == b"<2>" + text(2, 4)
 
 
-def test_join_point_may_be_behind_the_newest_block() -> None:
+def test_join_point_may_precede_its_block() -> None:
     window = Window(1000)
     append(window, 0, 2)
     begin(window, 2)
     viewer = enter(window)
-    assert take(window, viewer) == b"", "nothing but a preamble is no media"
+    assert take(window, viewer) == b"", "a preamble alone is not media"
     append(window, 2, 4)
     assert take(window, viewer) == b"<2>" + text(2, 4)
 
 
 @pytest.mark.parametrize("ending", ["complete", "broken off", "not told"])
 @pytest.mark.parametrize(("live_edge", "first"), [(1, 4), (2, 2)])
-def test_segment_of_which_nothing_came_is_no_place_to_start(
-    ending: str, live_edge: int, first: int
-) -> None:
+def test_empty_segment_is_not_a_join_point(ending: str, live_edge: int, first: int) -> None:
     window = Window(1000, live_edge=live_edge)
     segments(window, 0, 4)
     window.begin()
@@ -312,7 +310,7 @@ def test_segment_of_which_nothing_came_is_no_place_to_start(
     assert take(window, enter(window)) == preamble(first) + text(first, 5)
 
 
-def test_segment_of_which_nothing_came_is_no_place_in_a_source_without_segments() -> None:
+def test_empty_segment_is_not_a_join_point_of_a_source_without_segments() -> None:
     window = Window(1000)
     append(window, 0, 1)
     window.begin()
@@ -322,7 +320,7 @@ def test_segment_of_which_nothing_came_is_no_place_in_a_source_without_segments(
     assert take(window, enter(window)) == b""
 
 
-def test_segment_that_is_not_finished_is_not_listed_and_the_next_one_is_apart() -> None:
+def test_unfinished_segment_is_not_listed_and_the_next_one_is_apart() -> None:
     window = Window(1000)
     window.offer_hls(pipe.MPEG_TS, pipe.Numbering(number=1), 1.0)
     for number in range(5):
@@ -371,15 +369,15 @@ def test_without_segments_viewer_joins_at_a_key_frame_some_seconds_back(
     assert take(window, enter(window)) == first + text(chosen, len(ages))
 
 
-def test_key_frames_count_for_nothing_beside_segments() -> None:
+def test_segments_take_precedence_over_key_frames() -> None:
     window = Window(1000)
     window.begin()
     append(window, 0, 2, key_frame(0, ago=20), key_frame(1, ago=10))
     assert take(window, enter(window)) == b"<0>" + text(0, 2)
 
 
-def test_key_frame_of_half_a_minute_ago_counts_as_none() -> None:
-    """Intra refresh: the only key frame is the stream's first picture."""
+def test_key_frame_older_than_half_a_minute_is_ignored() -> None:
+    """With intra refresh, the only key frame is the stream's first picture."""
     window = Window(1000)
     append(window, 0, 5, key_frame(0, ago=31), unit(3, ago=8))
     assert take(window, enter(window)) == b"<3>" + text(3, 5)
@@ -387,27 +385,27 @@ def test_key_frame_of_half_a_minute_ago_counts_as_none() -> None:
     assert take(window, enter(window)) == b"<5>" + text(5, 6)
 
 
-def test_key_frame_has_to_do_where_no_segment_start_is_left() -> None:
+def test_viewer_joins_at_a_key_frame_if_no_segment_start_is_left() -> None:
     window = Window(4 * SIZE)
     begin(window, 0)
     append(window, 0, 6, key_frame(4))
     assert take(window, enter(window)) == b"<4>" + text(4, 6)
 
 
-def test_any_unit_is_a_join_point_where_no_key_frame_was_seen() -> None:
+def test_viewer_joins_at_any_unit_without_key_frames() -> None:
     window = Window(1000)
     append(window, 0, 3, unit(0, ago=20), unit(1, ago=10), unit(2))
     assert take(window, enter(window)) == b"<1>" + text(1, 3)
 
 
-def test_other_units_count_for_nothing_beside_key_frames() -> None:
+def test_key_frames_take_precedence_over_other_units() -> None:
     window = Window(1000)
     append(window, 0, 5, key_frame(0, ago=10), unit(3, ago=8))
     assert take(window, enter(window)) == b"<0>" + text(0, 5)
 
 
-def test_any_unit_has_to_do_where_no_better_one_is_left() -> None:
-    """A source with segments or pictures gave way to one without (a relay of a radio)."""
+def test_viewer_joins_at_any_unit_if_no_better_join_point_is_left() -> None:
+    """A source with segments or pictures was replaced by one without them, such as radio."""
     window = Window(3 * SIZE)
     segments(window, 0, 1)
     window.leave_segments()
@@ -415,8 +413,8 @@ def test_any_unit_has_to_do_where_no_better_one_is_left() -> None:
     assert take(window, enter(window)) == b"<4>" + text(4, 6)
 
 
-def test_segments_count_for_nothing_once_a_source_without_them_took_over() -> None:
-    """Its viewers start at the newest key frame that is some seconds old, of whichever source."""
+def test_segments_are_ignored_after_a_source_without_segments_took_over() -> None:
+    """Viewers start at the newest key frame that is some seconds old, of either source."""
     window = Window(1000)
     window.begin()
     append(window, 0, 3, key_frame(0, ago=30), key_frame(2, ago=20))
@@ -428,17 +426,17 @@ def test_segments_count_for_nothing_once_a_source_without_them_took_over() -> No
     assert take(window, enter(window)) == b"<5>" + text(5, 8)
     begin(window, 8)
     append(window, 8, 9)
-    assert take(window, enter(window)) == b"<8>" + block(8), "segments again"
+    assert take(window, enter(window)) == b"<8>" + block(8), "the source has segments again"
 
 
-def test_viewer_waits_for_a_join_point_where_there_is_none() -> None:
+def test_viewer_waits_for_a_join_point() -> None:
     window, waits = observed(1000)
     append(window, 0, 2)
     viewer = enter(window)
     reader = Task(functools.partial(window.take, viewer, None))
     assert waits.saw(reader)
     append(window, 2, 4)
-    assert waits.saw(reader), "blocks alone are not enough"
+    assert waits.saw(reader), "blocks without a join point are not enough"
     append(window, 4, 6, key_frame(5))
     assert b"".join(reader.result()) == b"<5>" + block(5)
     assert viewer.skips == 0
@@ -447,7 +445,7 @@ def test_viewer_waits_for_a_join_point_where_there_is_none() -> None:
 #### Eviction ####
 
 
-def test_oldest_blocks_leave_when_the_window_is_full() -> None:
+def test_oldest_blocks_are_evicted_when_the_window_is_full() -> None:
     window = Window(5 * SIZE)
     segments(window, 0, 21)
     window.live_edge = 100
@@ -463,18 +461,18 @@ def test_block_larger_than_the_window_is_kept_alone() -> None:
     assert take(window, viewer) == bytes(100)
 
 
-def test_nobody_is_waited_for_without_viewers() -> None:
+def test_feeder_does_not_wait_without_viewers() -> None:
     window = Window(2 * SIZE, paused_after=LONG)
     append(window, 0, 100)
 
 
-def test_slow_viewer_is_not_waited_for_where_another_is_ahead() -> None:
+def test_feeder_does_not_wait_for_a_viewer_behind_the_foremost_one() -> None:
     window = Window(2 * SIZE, paused_after=LONG)
     slow, fast = (enter(window) for _ in range(2))
     for number in range(100):
         append(window, number, number + 1)
         assert take(window, fast) == block(number)
-    assert (fast.skips, slow.skips) == (0, 0), "the slow one has not come back yet"
+    assert (fast.skips, slow.skips) == (0, 0), "the slow viewer has not tried to take yet"
 
 
 def test_feeder_waits_for_the_foremost_viewer_while_it_takes() -> None:
@@ -491,7 +489,7 @@ def test_feeder_waits_for_the_foremost_viewer_while_it_takes() -> None:
     assert viewer.skips == 0
 
 
-def test_waiting_viewer_gets_the_blocks_of_a_turn_that_waits_for_it() -> None:
+def test_waiting_viewer_gets_the_first_blocks_of_an_append_that_waits_for_it() -> None:
     window, waits = observed(3 * SIZE, paused_after=LONG)
     viewer = enter(window)
     reader = Task(functools.partial(window.take, viewer, None))
@@ -514,8 +512,8 @@ def test_feeder_waits_while_the_foremost_viewer_sends() -> None:
     feeder.result()
 
 
-def test_viewer_that_had_nothing_to_take_is_not_a_paused_one() -> None:
-    """After a long silence the next blocks may come faster than the first of them is sent."""
+def test_viewer_without_anything_to_take_does_not_count_as_paused() -> None:
+    """After a long silence the next blocks may arrive faster than the first of them is sent."""
     window, waits = observed(2 * SIZE, paused_after=LONG)
     viewer = enter(window)
     viewer.moved = time.monotonic() - 10 * LONG  # before the silence
@@ -534,7 +532,7 @@ def test_viewer_that_had_nothing_to_take_is_not_a_paused_one() -> None:
     assert got == text(1, 6)
 
 
-def test_paused_viewer_is_not_waited_for() -> None:
+def test_feeder_does_not_wait_for_a_paused_viewer() -> None:
     window = Window(2 * SIZE, paused_after=LONG)
     viewer = enter(window)
     segments(window, 0, 2)
@@ -545,7 +543,7 @@ def test_paused_viewer_is_not_waited_for() -> None:
     assert viewer.skips == 1
 
 
-def test_viewer_that_stops_taking_is_waited_for_no_longer_than_patience() -> None:
+def test_feeder_waits_no_longer_than_its_patience() -> None:
     window, waits = observed(2 * SIZE, paused_after=0.05)
     viewer = enter(window)
     segments(window, 0, 2)
@@ -559,7 +557,7 @@ def test_viewer_that_stops_taking_is_waited_for_no_longer_than_patience() -> Non
     assert take(window, viewer) == b"<8>" + block(8)
 
 
-def test_viewer_that_waits_for_a_join_point_holds_nothing_up() -> None:
+def test_feeder_does_not_wait_for_a_viewer_without_a_join_point() -> None:
     window = Window(2 * SIZE, paused_after=LONG)
     append(window, 0, 2)
     viewer = enter(window)
@@ -567,7 +565,7 @@ def test_viewer_that_waits_for_a_join_point_holds_nothing_up() -> None:
     append(window, 2, 20)
 
 
-def test_leaving_frees_a_waiting_feeder() -> None:
+def test_viewer_that_leaves_wakes_a_waiting_feeder() -> None:
     window, waits = observed(2 * SIZE, paused_after=LONG)
     viewer = enter(window)
     feeder = Task(functools.partial(window.append, blocks(0, 20)))
@@ -576,16 +574,16 @@ def test_leaving_frees_a_waiting_feeder() -> None:
     feeder.result()
 
 
-def test_another_viewer_does_not_make_the_foremost_one_lose_bytes() -> None:
-    """Join points of a turn can be used as soon as their blocks are there."""
+def test_foremost_viewer_loses_nothing_when_another_one_joins() -> None:
+    """A join point can be used as soon as its block is appended, even during append()."""
     window, waits = observed(4 * SIZE, paused_after=LONG)
     first = enter(window)
     places = [key_frame(number) for number in range(0, 8, 2)]
     feeder = Task(functools.partial(window.append, items(0, 8, *places)))
     assert waits.saw(feeder)
     second = enter(window)
-    window.leave(Viewer())  # somebody else's leaving makes the feeder look again
-    assert waits.saw(feeder, 1), "it waits for the first viewer"
+    window.leave(Viewer())  # another viewer that leaves wakes the feeder
+    assert waits.saw(feeder, 1), "the feeder still waits for the first viewer"
     got = {first: b"", second: b""}
     while feeder.is_running:
         for viewer in got:
@@ -599,10 +597,10 @@ def test_another_viewer_does_not_make_the_foremost_one_lose_bytes() -> None:
     assert got[second] == b"<0>" + text(0, 8)
 
 
-#### A viewer's own window ####
+#### Private windows ####
 
 
-def test_private_window_keeps_what_its_viewer_has_not_taken() -> None:
+def test_private_window_does_not_evict_blocks_before_they_are_taken() -> None:
     window, waits = observed(2 * SIZE, paused_after=math.inf)
     viewer = enter(window)
     feeder = Task(functools.partial(window.append, blocks(0, 10)))
@@ -617,7 +615,7 @@ def test_private_window_keeps_what_its_viewer_has_not_taken() -> None:
     assert viewer.skips == 0
 
 
-def test_private_window_without_viewer_holds_up_nobody() -> None:
+def test_private_window_without_viewer_does_not_block_its_feeder() -> None:
     window, waits = observed(2 * SIZE, paused_after=math.inf)
     viewer = enter(window)
     feeder = Task(functools.partial(window.append, blocks(0, 10)))
@@ -633,7 +631,7 @@ def test_private_window_without_viewer_holds_up_nobody() -> None:
 
 
 @pytest.mark.parametrize("live_edge", [1, 2, 3])
-def test_position_before_tail_means_fell_behind(live_edge: int) -> None:
+def test_viewer_that_fell_behind_continues_as_a_new_one_starts(live_edge: int) -> None:
     window = Window(8 * SIZE, paused_after=0)
     window.live_edge = live_edge
     viewer = enter(window)
@@ -642,11 +640,13 @@ def test_position_before_tail_means_fell_behind(live_edge: int) -> None:
     segments(window, 2, 21)
     first = 20 - 2 * (live_edge - 1)
     assert take(window, viewer) == b"<%d>" % first + text(first, 21)
-    assert take(window, enter(window)) == b"<%d>" % first + text(first, 21), "as a new viewer"
+    assert take(window, enter(window)) == b"<%d>" % first + text(first, 21), (
+        "it continues where a new viewer starts"
+    )
     assert viewer.skips == 1
 
 
-def test_oldest_block_left_is_not_fallen_behind() -> None:
+def test_viewer_at_the_oldest_block_has_not_fallen_behind() -> None:
     window = Window(4 * SIZE, paused_after=0)
     viewer = enter(window)
     segments(window, 0, 2)
@@ -656,7 +656,7 @@ def test_oldest_block_left_is_not_fallen_behind() -> None:
     assert viewer.skips == 0
 
 
-def test_each_fall_is_counted() -> None:
+def test_each_skip_is_counted() -> None:
     window = Window(4 * SIZE, paused_after=0)
     viewer = enter(window)
     for number in range(5):
@@ -665,8 +665,7 @@ def test_each_fall_is_counted() -> None:
         assert viewer.skips == number + 1
 
 
-def test_skipped_bytes_are_those_the_viewer_does_not_get() -> None:
-    """Also where the join point is within a segment."""
+def test_viewer_that_fell_behind_may_continue_within_a_segment() -> None:
     window = Window(3 * SIZE, paused_after=0)
     viewer = enter(window)
     append(window, 0, 2)
@@ -676,7 +675,7 @@ def test_skipped_bytes_are_those_the_viewer_does_not_get() -> None:
     assert take(window, viewer) == b"<7>" + text(7, 9)
 
 
-def test_viewer_that_fell_behind_waits_where_no_join_point_is_left() -> None:
+def test_viewer_that_fell_behind_waits_for_a_join_point() -> None:
     window = Window(3 * SIZE, paused_after=0)
     viewer = enter(window)
     append(window, 0, 2, key_frame(0))
@@ -688,7 +687,7 @@ def test_viewer_that_fell_behind_waits_where_no_join_point_is_left() -> None:
     assert viewer.skips == 1
 
 
-def test_pending_preamble_of_a_place_that_is_gone_is_not_sent() -> None:
+def test_preamble_of_an_evicted_join_point_is_not_sent() -> None:
     window = Window(4 * SIZE, paused_after=0)
     segments(window, 0, 4)
     viewer = enter(window)
@@ -698,8 +697,8 @@ def test_pending_preamble_of_a_place_that_is_gone_is_not_sent() -> None:
 
 
 @pytest.mark.parametrize("taken", [1, 2, 3, 4])
-def test_viewer_that_cannot_skip_is_let_go(taken: int) -> None:
-    """fMP4: whatever it had, and wherever in a segment it was."""
+def test_viewer_that_cannot_skip_is_dropped_when_it_falls_behind(taken: int) -> None:
+    """fMP4. It does not matter how far it got, nor where in a segment it was."""
     window = Window(4 * SIZE, paused_after=0)
     window.can_skip = False
     viewer = enter(window)
@@ -730,7 +729,7 @@ def test_torn_segment_disconnects_only_viewers_that_have_a_part() -> None:
     assert take(window, late) == preamble(0) + text(0, 4) + text(6, 8)
 
 
-def test_viewer_that_cannot_skip_goes_on_while_it_keeps_up() -> None:
+def test_viewer_that_cannot_skip_continues_while_it_keeps_up() -> None:
     window = Window(100 * SIZE)
     window.can_skip = False
     viewer = enter(window)
@@ -744,7 +743,7 @@ def test_viewer_that_cannot_skip_goes_on_while_it_keeps_up() -> None:
 
 
 @pytest.mark.parametrize("complete", [True, False])
-def test_viewers_get_the_rest_before_the_end(complete: bool) -> None:
+def test_viewers_get_all_blocks_before_the_end(complete: bool) -> None:
     window = Window(1000)
     viewer = enter(window)
     append(window, 0, 3)
@@ -756,8 +755,8 @@ def test_viewers_get_the_rest_before_the_end(complete: bool) -> None:
         assert raised.value.is_complete is complete
 
 
-def test_each_viewer_learns_of_the_end_by_an_exception_of_its_own() -> None:
-    """One that all raise would collect the frames of a thousand threads."""
+def test_each_viewer_gets_its_own_exception_at_the_end() -> None:
+    """A shared exception would collect the traceback frames of all threads that raise it."""
     window = Window(1000)
     viewers = [enter(window) for _ in range(2)]
     window.end(True)
@@ -769,7 +768,7 @@ def test_each_viewer_learns_of_the_end_by_an_exception_of_its_own() -> None:
     assert len(raised) == 2
 
 
-def test_first_end_counts() -> None:
+def test_only_the_first_end_counts() -> None:
     window = Window(1000)
     window.end(True)
     window.end(False)
@@ -778,7 +777,7 @@ def test_first_end_counts() -> None:
     assert raised.value.is_complete
 
 
-def test_viewer_that_fell_behind_gets_the_rest_before_the_end() -> None:
+def test_viewer_that_fell_behind_gets_the_last_segments_before_the_end() -> None:
     window = Window(4 * SIZE, paused_after=0)
     viewer = enter(window)
     segments(window, 0, 20)
@@ -788,7 +787,7 @@ def test_viewer_that_fell_behind_gets_the_rest_before_the_end() -> None:
         window.take(viewer, None)
 
 
-def test_viewer_that_waits_for_a_join_point_learns_of_the_end() -> None:
+def test_viewer_that_waits_for_a_join_point_gets_the_end() -> None:
     window = Window(1000)
     append(window, 0, 3)
     viewer = enter(window)
@@ -811,8 +810,8 @@ def test_end_wakes_waiting_viewers(stop: Callable[[Window], None]) -> None:
             reader.result()
 
 
-def test_leaving_wakes_a_waiting_viewer() -> None:
-    """Somebody else noticed that it closed its connection."""
+def test_viewer_that_waits_is_woken_when_it_is_removed() -> None:
+    """Another thread noticed that the viewer closed its connection."""
     window, waits = observed(1000)
     viewer = enter(window)
     reader = Task(functools.partial(window.take, viewer, None))
@@ -822,7 +821,7 @@ def test_leaving_wakes_a_waiting_viewer() -> None:
         reader.result()
 
 
-def test_abort_leaves_the_rest() -> None:
+def test_viewers_do_not_get_the_rest_after_an_abort() -> None:
     window = Window(1000)
     viewer = enter(window)
     append(window, 0, 3)
@@ -843,7 +842,7 @@ def test_abort_overrides_an_end() -> None:
 
 
 @pytest.mark.parametrize("patience", [LONG, math.inf], ids=["live", "private"])
-def test_abort_frees_a_waiting_feeder(patience: float) -> None:
+def test_abort_wakes_a_waiting_feeder(patience: float) -> None:
     window, waits = observed(2 * SIZE, patience)
     viewer = enter(window)
     feeder = Task(functools.partial(window.append, blocks(0, 20)))
@@ -854,11 +853,11 @@ def test_abort_frees_a_waiting_feeder(patience: float) -> None:
         window.take(viewer, None)
 
 
-#### Growing ####
+#### Growth ####
 
 
 def grown_to(window: Window) -> int:
-    """Blocks that the window holds."""
+    """The number of blocks that the window holds."""
     return window.held()[0] // SIZE
 
 
@@ -894,8 +893,8 @@ def test_window_without_segments_does_not_grow() -> None:
     assert grown_to(window) == 10
 
 
-def test_window_shrinks_once_a_source_without_segments_took_over() -> None:
-    """Nobody starts at the old segments, so nobody needs them."""
+def test_window_shrinks_after_a_source_without_segments_took_over() -> None:
+    """New viewers no longer start at the old segments, so the window evicts them."""
     window = Window(10 * SIZE, growth_factor=8)
     segments(window, 0, 80, 8)
     assert grown_to(window) > 30
@@ -905,8 +904,8 @@ def test_window_shrinks_once_a_source_without_segments_took_over() -> None:
     assert grown_to(window) == 10
 
 
-def test_segment_that_is_too_large_leaves_no_more_than_the_window() -> None:
-    """Late viewers could not start with the rest of it."""
+def test_window_does_not_grow_for_a_segment_that_is_too_large() -> None:
+    """It is not worth keeping, because late viewers cannot start with the rest of it."""
     window = Window(10 * SIZE, growth_factor=8)
     segments(window, 0, 100, 1000)
     assert grown_to(window) == 10
@@ -916,14 +915,14 @@ def test_segment_that_is_too_large_leaves_no_more_than_the_window() -> None:
 #### The foremost viewer ####
 
 
-def test_late_viewer_that_is_further_along_makes_nobody_lose_bytes() -> None:
-    """It joined ahead of the first viewer and has not caught up yet: the first one counts."""
+def test_first_viewer_loses_nothing_if_a_late_one_is_ahead() -> None:
+    """It joined ahead of the first viewer but has not caught up, so the first one is foremost."""
     window, waits = observed(4 * SIZE, paused_after=LONG, live_edge=1)
     first = enter(window)
     segments(window, 0, 4)
     late = enter(window)  # at block 2
     feeder = Task(functools.partial(window.append, blocks(4, 8)))
-    assert waits.saw(feeder), "nobody has caught up: it waits for the one that came first"
+    assert waits.saw(feeder), "no viewer has caught up: the feeder waits for the first one"
     got = take(window, first)
     while feeder.is_running:
         got += take(window, first)
@@ -933,7 +932,7 @@ def test_late_viewer_that_is_further_along_makes_nobody_lose_bytes() -> None:
     window.leave(late)
 
 
-def test_paused_first_viewer_is_not_waited_for_at_a_start() -> None:
+def test_feeder_does_not_wait_for_a_paused_first_viewer_at_a_start() -> None:
     window = Window(2 * SIZE, paused_after=LONG)
     first, second = enter(window), enter(window)
     segments(window, 0, 2)
@@ -944,14 +943,14 @@ def test_paused_first_viewer_is_not_waited_for_at_a_start() -> None:
     while feeder.is_running:
         got += take(window, second)
     got += take_all(window, second)
-    assert got == text(0, 9), "the second one takes, and is the foremost now"
+    assert got == text(0, 9), "the second viewer is the foremost one now"
 
 
 #### Memory ####
 
 
 @pytest.mark.parametrize("leaves_first", [True, False])
-def test_memory_returns_when_a_window_has_ended_and_nobody_is_left(leaves_first: bool) -> None:
+def test_ended_window_without_viewers_frees_its_memory(leaves_first: bool) -> None:
     window = Window(1000)
     viewer = enter(window)
     append(window, 0, 3)
@@ -967,7 +966,7 @@ def test_memory_returns_when_a_window_has_ended_and_nobody_is_left(leaves_first:
 
 @dataclass
 class Reader:
-    """A viewer and what it should have: `position` is None until it got its first byte."""
+    """A viewer and its expected position, which is None until it gets its first byte."""
 
     viewer: Viewer
     position: int | None = None
@@ -976,7 +975,7 @@ class Reader:
 
 @dataclass
 class Model:
-    """A window without locks, in plain numbers, beside the real one."""
+    """A simple model of a window, without locks, to compare with the real one."""
 
     window: Window
     stream: bytes = b""
@@ -1003,7 +1002,7 @@ class Model:
         return b"<<<%d>>>" % position
 
     def take(self, reader: Reader) -> None:
-        """The next bytes of a viewer are those that the plain numbers say."""
+        """Assert that a viewer's next bytes are those of the model."""
         taken = b"".join(self.window.take(reader.viewer, 0))
         is_behind = reader.position is not None and reader.position < self.tail
         if is_behind:
@@ -1044,10 +1043,10 @@ OPERATIONS = st.one_of(
     limit=st.integers(1, 300),
     live_edge=st.integers(1, 4),
 )
-def test_each_viewer_gets_the_stream_from_a_join_point_on(
+def test_each_viewer_gets_the_stream_from_a_join_point(
     operations: list[tuple[str, ...]], limit: int, live_edge: int
 ) -> None:
-    """All of it, but for what is counted as skipped."""
+    """It gets all of it, except for the skips that are counted."""
     model = Model(Window(limit, paused_after=0))
     model.window.live_edge = live_edge
     for name, *arguments in operations:
@@ -1067,8 +1066,8 @@ def test_each_viewer_gets_the_stream_from_a_join_point_on(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_many_viewers_of_any_pace_get_the_same_stream(seed: int) -> None:
-    """Threads that take when they happen to run: whole blocks, in order, and every gap counted."""
+def test_viewers_of_different_speeds_get_the_same_stream(seed: int) -> None:
+    """Viewers take at random times. They get whole blocks in order, and every gap is counted."""
     count, length = 3000, 5
     window = Window(40 * SIZE, paused_after=0)
     turns = threading.Semaphore(0)  # makes the viewers as slow as the feeder allows
@@ -1095,7 +1094,7 @@ def test_many_viewers_of_any_pace_get_the_same_stream(seed: int) -> None:
 
 
 def take_to_the_end(window: Window, viewer: Viewer, rest: Callable[[], None]) -> bytes:
-    """All that a viewer gets, resting after each take."""
+    """All bytes that a viewer gets, with a rest after each take()."""
     got = b""
     while True:
         try:
@@ -1108,7 +1107,10 @@ def take_to_the_end(window: Window, viewer: Viewer, rest: Callable[[], None]) ->
 
 
 def check_gaps(got: bytes, viewer: Viewer, count: int) -> None:
-    """Runs of blocks, each behind the preamble of its join point and counted, up to the last."""
+    """Assert that a viewer got runs of blocks, each after a preamble, up to the last block.
+
+    Each run after the first one must be counted as a skip.
+    """
     preambles = [int(number) for number in re.findall(rb"<(\d+)>", got)]
     runs = re.split(rb"<\d+>", got)
     assert runs.pop(0) == b""
