@@ -25,9 +25,9 @@ from tests.test_zapping import (
     LONG,
     SOURCES,
     Player,
+    delay_closing,
     other_addresses,
     relay,
-    threads_end_late,
     waits_in_watch,
 )
 
@@ -112,7 +112,7 @@ def test_channel_that_was_left_is_closed_before_the_next_one_opens(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The panel never has two connections, also if the thread that closes one takes a while."""
-    may_end = threads_end_late(monkeypatch)
+    may_end = delay_closing(monkeypatch)
     site = household(serve, panel(origin, connections=0))
     with watching(site, "/bbc-one"):
         pass

@@ -375,7 +375,7 @@ def test_expected_jump_is_signalled_only_if_it_happens() -> None:
 def test_packets_are_searched_only_for_a_while_for_a_missing_pid(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The framer searches packets for a PID that the PMT names only for JUMP_SEARCH bytes."""
+    """For JUMP_SEARCH bytes only, the framer searches for the first packet of each PID."""
     looked_at = 0
 
     def count(data: bytes) -> int:

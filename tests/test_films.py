@@ -1,8 +1,7 @@
-"""Films: sources with an end, whose viewer pauses, and whose origin goes away in between.
+"""Films: finite sources, whose viewer may pause, and whose origin may be down for a while.
 
-A film is whole or says that it is not: nothing of it is given up because its origin was away or its
-addresses expired. Everything is real, as in test_download.py; what a viewer gets is compared byte
-for byte.
+A viewer gets all bytes of a film, or sees that it is incomplete. No segment is abandoned because
+the origin was down or addresses expired. Everything is real, as in test_download.py.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ Serve = Callable[..., Site]
 
 
 def film(*sizes: int) -> Playlist:
-    """Segments of these sizes, over and over."""
+    """Ten segments, which have these sizes in turn."""
     segments = media.ts_segments(SEGMENTS)
     padded = [media.padded(data, sizes[n % len(sizes)]) for n, data in enumerate(segments)]
     return Playlist("film", padded)
@@ -45,25 +44,25 @@ def assert_whole(site: Site, viewer: Watch, expected: bytes) -> None:
     assert site.channels.record("film").counts["gaps"] == 0
 
 
-def wait_until_given_up(site: Site) -> None:
-    """Returns once the source of the film, or a segment of it, was given up."""
+def wait_until_abandoned(site: Site) -> None:
+    """Wait until the film's source, or one of its segments, is abandoned."""
 
-    def is_given_up() -> bool:
+    def is_abandoned() -> bool:
         gaps = site.channels.record("film").counts["gaps"]
         return gaps > 0 or site.get("/status").json["streams"][0]["state"] == "waiting"
 
-    eventually(is_given_up, "it is given up")
+    eventually(is_abandoned, "the source or a segment is abandoned")
 
 
-#### The origin goes away ####
+#### Outages of the origin ####
 
 
 @pytest.mark.long
-def test_graceful_stop_of_the_origin_costs_nothing(origin: Origin, serve: Serve) -> None:
-    """Transfers that run go on to their ends, and new connections are refused meanwhile.
+def test_graceful_stop_of_the_origin_loses_nothing(origin: Origin, serve: Serve) -> None:
+    """Running transfers continue to their ends, and new connections are refused meanwhile.
 
-    Segment 3 is asked for 0.6 s after the stop and tried for 2 s. Segment 4 is asked for later,
-    and still tried for when the origin is back, before segment 2 has ended.
+    Segment 3 is requested 0.6 s after the stop and tried for 2 s. Segment 4 is requested later,
+    and still tried when the origin is back, before segment 2 has ended.
     """
     playlist = origin.add(film(200_000, 60_000, 600_000, 30_000))
     origin.rate = 100_000
@@ -75,7 +74,7 @@ def test_graceful_stop_of_the_origin_costs_nothing(origin: Origin, serve: Serve)
     def sent_of_segment_2() -> int:
         return next(r.sent for r in origin.requests if r.path == playlist.segment_path(2))
 
-    origin.wait_until(lambda: sent_of_segment_2() >= 330_000, "3.3 s")
+    origin.wait_until(lambda: sent_of_segment_2() >= 330_000, "3.3 s of segment 2 were sent")
     origin.start()
     assert playing.result() == (playlist.plain(0, SEGMENTS), True)
     assert site.channels.record("film").counts["gaps"] == 0
@@ -86,7 +85,7 @@ BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"
 
 @pytest.fixture
 def busy_machine() -> Iterator[None]:
-    """Another process that always computes."""
+    """Another process that uses all CPU time it can get."""
     with subprocess.Popen([sys.executable, "-c", BUSY, str(os.getpid())]) as process:
         yield
         process.kill()
@@ -95,47 +94,49 @@ def busy_machine() -> Iterator[None]:
 @pytest.mark.long
 @pytest.mark.parametrize("run", range(20))
 @pytest.mark.usefixtures("busy_machine")
-def test_graceful_stop_on_a_busy_machine_costs_nothing(
+def test_graceful_stop_on_a_busy_machine_loses_nothing(
     origin: Origin, serve: Serve, run: int
 ) -> None:
-    """The origin stops while segments are requested all the time, at another moment in each run."""
+    """The origin stops at another moment in each run, while segments are requested."""
     playlist = origin.add(film(60_000, 30_000, 90_000, 20_000))
     origin.rate = 100_000
     site = serve({"film": playlist.url}, timeout=0.7, threads=3)
     playing = Task(site.watch("/film").read_all)
     origin.wait_for(playlist.segment_path(2 + run % 5))
     origin.drain()
-    wait_until_given_up(site)
+    wait_until_abandoned(site)
     origin.start()
     assert playing.result() == (playlist.plain(0, SEGMENTS), True)
     assert site.channels.record("film").counts["gaps"] == 0
 
 
-def test_request_on_an_open_connection_proves_nothing(origin: Origin, serve: Serve) -> None:
-    """A server that stops may still answer on its open connections, and refuse all new ones.
+def test_answers_on_open_connections_do_not_prove_that_the_origin_works(
+    origin: Origin, serve: Serve
+) -> None:
+    """A server that stops may answer on open connections although it refuses new ones.
 
-    Here the connections of one segment fail for as long as others are answered.
+    Here the connections of one segment fail while others are answered.
     """
     playlist = origin.add(film(30_000))
     down = origin.fault(playlist.segment_path(3), Close(), times=None)
     site = serve({"film": playlist.url}, timeout=0.7)
     playing = Task(site.watch("/film").read_all)
-    wait_until_given_up(site)
+    wait_until_abandoned(site)
     down.clear()
     assert playing.result() == (playlist.plain(0, SEGMENTS), True)
     assert site.channels.record("film").counts["gaps"] == 0
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_film_whose_origin_fails_for_long_costs_nothing(
+def test_long_failure_of_all_segments_loses_nothing(
     origin: Origin, serve: Serve, threads: int
 ) -> None:
-    """Its playlist is there, and all segments answer 503 for longer than each is tried."""
+    """The playlist is available, and all segments answer 503 for longer than each is tried."""
     playlist = origin.add(film(30_000))
     site = serve({"film": playlist.url}, timeout=0.7, threads=threads)
     down = [origin.fault(playlist.segment_path(n), Status(503), times=None) for n in range(3, 10)]
     playing = Task(site.watch("/film").read_all)
-    wait_until_given_up(site)
+    wait_until_abandoned(site)
     for fault in down:
         fault.clear()
     assert playing.result() == (playlist.plain(0, SEGMENTS), True)
@@ -143,7 +144,7 @@ def test_film_whose_origin_fails_for_long_costs_nothing(
 
 
 def test_file_that_breaks_near_its_end_is_not_fetched_again(origin: Origin, serve: Serve) -> None:
-    """Nor where the origin is away for a while then."""
+    """This holds even if the origin is down for a while after the break."""
     body = film(MIB).plain(0, SEGMENTS)
     address = origin.add_file("/film.ts", body)
     origin.fault("/film.ts", Break(len(body) * 9 // 10))
@@ -157,8 +158,8 @@ def test_file_that_breaks_near_its_end_is_not_fetched_again(origin: Origin, serv
 #### Addresses expire ####
 
 
-def paused(origin: Origin, site: Site) -> Watch:
-    """A viewer that has stopped reading, and an upstream that has stopped asking."""
+def paused_viewer(origin: Origin, site: Site) -> Watch:
+    """A viewer that does not read, after its upstream has stopped sending requests."""
     viewer = site.watch("/film")
     seen = -1
     while seen != (seen := origin.count("*.ts")):
@@ -170,20 +171,20 @@ def paused(origin: Origin, site: Site) -> Watch:
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
 @pytest.mark.parametrize("threads", [1, 4])
-def test_film_goes_on_where_its_addresses_expired(
+def test_film_continues_after_its_addresses_expired(
     origin: Origin, serve: Serve, status: int, threads: int
 ) -> None:
     playlist = origin.add(film(3 * MIB))
     playlist.renew_tokens()
     site = serve({"film": playlist.url}, threads=threads, timeout=2, ringbuffer_size=262_144)
-    viewer = paused(origin, site)
+    viewer = paused_viewer(origin, site)
     playlist.renew_tokens(status)
     assert_whole(site, viewer, playlist.plain(0, SEGMENTS))
     assert origin.count(playlist.path) == 2
 
 
 @pytest.mark.parametrize("missing", [(3,), (9,), (4, 5)], ids=["one", "last", "two"])
-def test_segments_that_are_missing_beside_good_ones_are_gaps(
+def test_missing_segments_among_others_are_gaps(
     origin: Origin, serve: Serve, missing: tuple[int, ...]
 ) -> None:
     playlist = origin.add(film(30_000))
@@ -197,7 +198,7 @@ def test_segments_that_are_missing_beside_good_ones_are_gaps(
     assert site.channels.record("film").counts["gaps"] == len(missing)
 
 
-def test_film_that_is_refused_from_the_start_says_so(origin: Origin, serve: Serve) -> None:
+def test_film_with_only_refused_segments_is_answered_with_502(origin: Origin, serve: Serve) -> None:
     playlist = origin.add(film(30_000))
     origin.fault("*.ts", Status(403), times=None)
     answer = serve({"film": playlist.url}).get("/film")
@@ -208,12 +209,12 @@ def test_film_that_is_refused_from_the_start_says_so(origin: Origin, serve: Serv
 
 
 FILM = 256 * MIB
-KERNEL = 8 * MIB  # bytes that two sockets hold at most
+KERNEL = 8 * MIB  # bytes that the buffers of two sockets hold at most
 
 
 @functools.cache
 def compressed() -> bytes:
-    """A film of null packets, in half a MiB."""
+    """A film of null packets, compressed to half a MiB."""
     packer = zlib.compressobj(wbits=31)
     part = pipe.NULL_PACKET * (MIB // media.PACKET)
     packed = [packer.compress(part) for _ in range(FILM // len(part))]
@@ -221,8 +222,8 @@ def compressed() -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["segment", "file"])
-def test_compressed_film_fills_no_memory(origin: Origin, kind: str) -> None:
-    """Nobody reads, so all but what the buffers hold stays compressed."""
+def test_compressed_film_does_not_fill_the_memory(origin: Origin, kind: str) -> None:
+    """No viewer reads, so only the bytes in the buffers are decompressed."""
     text = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/film\n#EXT-X-ENDLIST\n"
     origin.add_file("/one.m3u8", text)
     origin.add_file("/film", compressed())
@@ -243,13 +244,13 @@ def test_compressed_film_fills_no_memory(origin: Origin, kind: str) -> None:
         tracemalloc.stop()
 
 
-#### What else origins do ####
+#### Other answers of origins ####
 
 BLOCKS = [bytes([n]) * 1_000 for n in range(50)]
 
 
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "no-length"])
-def test_body_without_a_length_is_whole(origin: Origin, chunked: bool) -> None:
+def test_body_without_a_length_is_complete(origin: Origin, chunked: bool) -> None:
     origin.add_endless("/body", lambda: BLOCKS, chunked=chunked)
     assert download(origin, "/body") == Outcome(b"".join(BLOCKS))
     assert origin.count("/body") == 1
@@ -266,7 +267,7 @@ def test_body_without_a_length_is_whole(origin: Origin, chunked: bool) -> None:
 def test_body_without_a_length_that_breaks_is_fetched_again(
     origin: Origin, chunked: bool, reset: bool
 ) -> None:
-    """A close without a length looks like its end, to anybody."""
+    """An orderly close without a length cannot be distinguished from the end of the body."""
     origin.add_endless("/body", lambda: BLOCKS, chunked=chunked)
     origin.fault("/body", Break(20_000, reset=reset))
     assert download(origin, "/body") == Outcome(b"".join(BLOCKS))
@@ -274,16 +275,16 @@ def test_body_without_a_length_that_breaks_is_fetched_again(
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
-def test_burst_of_refusals_costs_nothing(origin: Origin, serve: Serve, status: int) -> None:
-    """A rate limit, or a server that starts: all segments fail for a while, a film's as well."""
+def test_burst_of_refusals_loses_nothing(origin: Origin, serve: Serve, status: int) -> None:
+    """With a rate limit, or while a server starts, all segments fail for a while."""
     playlist = origin.add(film(30_000))
     origin.fault("*.ts", Status(status, headers=(("Retry-After", "1"),)), times=12)
     site = serve({"film": playlist.url})
     assert_whole(site, site.watch("/film"), playlist.plain(0, SEGMENTS))
 
 
-def test_parts_in_one_answer_are_not_taken_for_the_range(origin: Origin) -> None:
-    """multipart/byteranges, which nobody asked for, has no Content-Range."""
+def test_multipart_answer_is_not_used_for_the_range(origin: Origin) -> None:
+    """An answer of multipart/byteranges, which was not requested, has no Content-Range."""
     body = bytes(range(250)) * 200
     origin.add_file("/body", body)
     origin.fault("/body", Break(20_000))
@@ -292,14 +293,14 @@ def test_parts_in_one_answer_are_not_taken_for_the_range(origin: Origin) -> None
     assert download(origin, "/body") == Outcome(body)
 
 
-#### Segments that are missing ####
+#### Missing segments ####
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.1, 0.3])
-def test_missing_segments_in_a_row_cost_nothing_else(
+def test_consecutive_missing_segments_lose_nothing_else(
     origin: Origin, serve: Serve, delay: float
 ) -> None:
-    """However long the origin takes to refuse them, the film continues behind them."""
+    """The film continues after them, however long the origin takes to refuse them."""
     short = origin.add(Playlist("film", media.ts_segments()))
     for number in range(3, 6):
         path = short.segment_path(number)

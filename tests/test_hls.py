@@ -84,9 +84,7 @@ class Follower:
         self._target = 0
         self._last: list[Listed] = []
         self._asked = 0.0
-        self._left: list[
-            tuple[float, Listed]
-        ] = []  # removed segments, and the time until which each must stay available
+        self._left: list[tuple[float, Listed]] = []  # must stay available until these times
 
     def follow(self, text: str) -> list[Listed]:
         """Check a newer playlist."""

@@ -1,4 +1,4 @@
-"""AES-128 as origins do it: odd keys, no padding, cut bodies, and keys or IVs that are wrong."""
+"""AES-128 as origins use it: odd keys, missing padding, cut bodies, and wrong keys or IVs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def whole(film: Playlist, container: str) -> bytes:
 
 
 def failure(site: Site) -> str:
-    """Why a start is a 502."""
+    """The error of a start that is answered with 502."""
     answer = site.get("/news")
     assert answer.status == 502
     return str(answer.json["error"])
@@ -77,7 +77,7 @@ ODD_KEYS: dict[str, bytes | str] = {
 
 
 @pytest.mark.parametrize("name", ODD_KEYS)
-def test_key_in_an_odd_form_is_a_key(origin: Origin, serve: Serve, name: str) -> None:
+def test_key_in_an_odd_form_is_accepted(origin: Origin, serve: Serve, name: str) -> None:
     film = encrypted(origin, named_key=ODD_KEYS[name])
     site = serve({"news": film.url})
     answer = site.get("/news")
@@ -99,18 +99,18 @@ HOPELESS_KEYS: dict[str, tuple[bytes | str, str]] = {
 
 
 @pytest.mark.parametrize("name", HOPELESS_KEYS)
-def test_key_that_no_retry_can_help_fails_at_once(origin: Origin, serve: Serve, name: str) -> None:
+def test_invalid_key_fails_at_once(origin: Origin, serve: Serve, name: str) -> None:
     named, words = HOPELESS_KEYS[name]
     film = encrypted(origin, named_key=named)
     site = serve({"news": film.url}, timeout=TIMEOUT)
     began = time.monotonic()
     assert failure(site) == f"the key cannot be fetched: {words}"
-    assert time.monotonic() - began < TIMEOUT / 4  # a key that is missing is tried for so long
+    assert time.monotonic() - began < TIMEOUT / 4  # a missing key is tried for TIMEOUT
     assert origin.count(film.key_path) <= 1
 
 
-def test_new_key_that_is_none_at_first_costs_nothing_more(origin: Origin, serve: Serve) -> None:
-    """The one gap is the segment that shows that there is a new key."""
+def test_invalid_new_key_is_fetched_again_without_another_gap(origin: Origin, serve: Serve) -> None:
+    """The only gap is the segment that reveals the new key."""
     news = encrypted(origin, mode="live", window=3)
     site = serve({"news": news.url})
     viewer = site.watch("/news")
@@ -129,7 +129,7 @@ def test_new_key_that_is_none_at_first_costs_nothing_more(origin: Origin, serve:
 
 
 def in_whole_blocks(data: bytes, container: str, end: bytes = b"\0") -> bytes:
-    """Media of a multiple of 16 bytes: these are the last, in a packet, a box or a frame."""
+    """Media extended to a multiple of 16 bytes by a packet, box or frame that ends with `end`."""
     if container == "ts":
         last = NULL[: -len(end)] + end
         return data + NULL * (-(len(data) // media.PACKET + 1) % 4) + last
@@ -142,9 +142,13 @@ def in_whole_blocks(data: bytes, container: str, end: bytes = b"\0") -> bytes:
 
 
 @BY_CONTAINER
-def test_segments_without_padding_are_whole(origin: Origin, serve: Serve, container: str) -> None:
+def test_segments_without_padding_are_complete(
+    origin: Origin, serve: Serve, container: str
+) -> None:
     segments = [in_whole_blocks(data, container) for data in CONTAINERS[container]["segments"]]
-    segments[1] = CONTAINERS[container]["segments"][1]  # most likely of another length, and padded
+    segments[1] = CONTAINERS[container]["segments"][
+        1
+    ]  # usually not a multiple of 16 bytes, so it is padded
     film = encrypted(origin, container, segments=segments, pads_all=False)
     site = serve({"news": film.url})
     answer = site.get("/news")
@@ -158,7 +162,7 @@ def test_segments_without_padding_are_whole(origin: Origin, serve: Serve, contai
 def test_end_that_looks_like_padding_is_kept(
     origin: Origin, serve: Serve, container: str, end: bytes
 ) -> None:
-    """The last packet, frame or box tells: it ends with the last block."""
+    """It belongs to the last packet, frame or box, which ends with the last block."""
     segments = [in_whole_blocks(data, container, end) for data in CONTAINERS[container]["segments"]]
     film = encrypted(origin, container, segments=segments, pads_all=False)
     answer = serve({"news": film.url}).get("/news")
@@ -166,7 +170,7 @@ def test_end_that_looks_like_padding_is_kept(
     assert (answer.body, answer.is_complete) == (wanted, True)
 
 
-def test_end_that_looks_like_padding_is_kept_behind_a_tag(origin: Origin, serve: Serve) -> None:
+def test_end_that_looks_like_padding_is_kept_after_a_tag(origin: Origin, serve: Serve) -> None:
     tags = [media.id3_timestamp(number) for number in range(len(AAC))]
     segments = [
         in_whole_blocks(tag + frames, "aac", b"\1") for tag, frames in zip(tags, AAC, strict=True)
@@ -180,7 +184,7 @@ def test_end_that_looks_like_padding_is_kept_behind_a_tag(origin: Origin, serve:
 def test_padding_is_removed_whatever_its_length(
     origin: Origin, serve: Serve, container: str
 ) -> None:
-    """Also where padding makes a number of bytes that packets might have."""
+    """This holds even if padding extends a segment to a length that packets may have."""
     data = CONTAINERS[container]["segments"][0]
     unit = media.PACKET if container == "ts" else 1
     sizes = range(len(data) - 190 * unit, len(data), unit)
@@ -192,12 +196,12 @@ def test_padding_is_removed_whatever_its_length(
     assert body == init + film.plain(0, 191)
 
 
-#### Bodies that are cut off ####
+#### Incomplete bodies ####
 
 
 @BY_CONTAINER
 @pytest.mark.parametrize("size", [5, 1000], ids=["the last block", "much"])
-def test_body_that_ends_within_a_block_is_asked_for_again(
+def test_body_that_ends_within_a_block_is_requested_again(
     origin: Origin, serve: Serve, container: str, size: int
 ) -> None:
     film = encrypted(origin, container)
@@ -208,7 +212,9 @@ def test_body_that_ends_within_a_block_is_asked_for_again(
     assert (cut.taken, gaps(site)) == (2, 0)
 
 
-def test_body_that_stays_cut_off_is_a_gap(origin: Origin, serve: Serve, journal: Journal) -> None:
+def test_body_that_stays_incomplete_is_a_gap(
+    origin: Origin, serve: Serve, journal: Journal
+) -> None:
     film = encrypted(origin)
     cut = origin.fault(film.segment_path(3), Cut(5), times=None)
     site = serve({"news": film.url}, timeout=2)
@@ -222,7 +228,7 @@ def test_body_that_stays_cut_off_is_a_gap(origin: Origin, serve: Serve, journal:
 
 
 def test_byte_range_that_ends_within_a_block_is_a_gap(origin: Origin, serve: Serve) -> None:
-    """It is all there is of it, so nobody asks for it again."""
+    """The range has no more bytes, so it is not requested again."""
     film = encrypted(origin, segments=SEGMENTS[:11], aes_iv=IV, byte_ranges=True)
     last = r"BYTERANGE:(\d+)@(.*\n.*\n#EXT-X-ENDLIST)"
     less = Edit(last, lambda found: f"BYTERANGE:{int(found[1]) - 5}@{found[2]}")
@@ -270,7 +276,9 @@ SPOILED: dict[str, tuple[dict[str, Any], str, list[bytes]]] = {
 
 
 @pytest.mark.parametrize("name", SPOILED)
-def test_wrong_iv_costs_the_spoiled_box_or_frame(origin: Origin, serve: Serve, name: str) -> None:
+def test_wrong_iv_loses_only_the_spoiled_box_or_frame(
+    origin: Origin, serve: Serve, name: str
+) -> None:
     options, kind, shown = SPOILED[name]
     film = origin.add(Playlist("news", **options, aes_key=KEY, aes_iv=IV, named_iv=OTHER_IV))
     site = serve({"news": film.url})
@@ -280,8 +288,8 @@ def test_wrong_iv_costs_the_spoiled_box_or_frame(origin: Origin, serve: Serve, n
     assert gaps(site) == 0
 
 
-def test_wrong_iv_that_spoils_the_only_fragment_is_told(origin: Origin, serve: Serve) -> None:
-    """No decoder could play the rest."""
+def test_wrong_iv_that_spoils_the_only_fragment_is_an_error(origin: Origin, serve: Serve) -> None:
+    """No decoder can play the rest."""
     segments = fragments_alone(FRAGMENTS)
     film = encrypted(origin, "fmp4", segments=segments, aes_iv=IV, named_iv=OTHER_IV)
     assert failure(serve({"news": film.url})) == WRONG_KEY
@@ -292,7 +300,7 @@ def test_wrong_iv_that_spoils_the_only_fragment_is_told(origin: Origin, serve: S
 
 @BY_CONTAINER
 @pytest.mark.parametrize("pads_all", [True, False], ids=["padded", "unpadded"])
-def test_wrong_key_at_a_start_is_told(
+def test_wrong_key_at_a_start_is_an_error(
     origin: Origin, serve: Serve, container: str, pads_all: bool
 ) -> None:
     film = encrypted(origin, container, named_key=OTHER_KEY, pads_all=pads_all)
@@ -300,7 +308,7 @@ def test_wrong_key_at_a_start_is_told(
 
 
 @BY_CONTAINER
-def test_changed_key_costs_one_gap_and_no_noise(
+def test_changed_key_causes_one_gap_and_no_noise(
     origin: Origin, serve: Serve, container: str
 ) -> None:
     news = encrypted(origin, container, mode="live", window=3)
@@ -327,8 +335,10 @@ LOOKS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("look", LOOKS)
-def test_noise_that_begins_like_a_frame_is_noise(origin: Origin, serve: Serve, look: str) -> None:
-    """What a wrong key makes of the first block depends on the IV, so it can be anything."""
+def test_noise_that_begins_like_a_frame_is_detected(
+    origin: Origin, serve: Serve, look: str
+) -> None:
+    """The first block, decrypted with a wrong key, depends on the IV and can have any bytes."""
     block = SEGMENTS[0][:16]
     assert all(data[:3] == block[:3] for data in SEGMENTS)
     first = AES.new(KEY, AES.MODE_CBC, IV).encrypt(block)
@@ -340,7 +350,7 @@ def test_noise_that_begins_like_a_frame_is_noise(origin: Origin, serve: Serve, l
 
 
 def test_large_segments_of_noise_leave_nothing_behind(origin: Origin, serve: Serve) -> None:
-    """Their downloads, which wait for a taker, end with them."""
+    """Their downloads, which wait because their buffers are full, end as well."""
     large = [media.padded(data, 9 * 1024 * 1024) for data in SEGMENTS[:3]]
     news = encrypted(origin, segments=large, mode="live", window=3, named_key=OTHER_KEY)
     assert failure(serve({"news": news.url})) == WRONG_KEY
@@ -351,7 +361,7 @@ def test_encrypted_initialization_section_plays(origin: Origin, serve: Serve) ->
     assert serve({"news": film.url}).get("/news").body == whole(film, "fmp4")
 
 
-def test_initialization_section_of_noise_is_told(origin: Origin, serve: Serve) -> None:
+def test_initialization_section_of_noise_is_an_error(origin: Origin, serve: Serve) -> None:
     film = encrypted(origin, "fmp4", aes_iv=IV, encrypts_init=True, named_key=OTHER_KEY)
     assert failure(serve({"news": film.url})) == WRONG_KEY
 
@@ -360,10 +370,10 @@ BREAKS: dict[str, list[Fault]] = {"refused": [Status(503)], "closed": [Break(0)]
 
 
 @pytest.mark.parametrize("kind", BREAKS)
-def test_wrong_key_is_told_though_the_body_breaks_off_later(
+def test_wrong_key_is_the_error_even_if_the_body_breaks_off_later(
     origin: Origin, serve: Serve, kind: str
 ) -> None:
-    """Two segments came as far as noise shows, and their rest is refused while the first stalls."""
+    """Two segments arrive far enough to be noise, and then fail while the first one stalls."""
     film = encrypted(origin, segments=SEGMENTS[:3], named_key=OTHER_KEY)
     stall = origin.fault(film.segment_path(0), Stall(100))
     for number in (1, 2):

@@ -289,7 +289,7 @@ def test_one_packet_and_a_sync_byte_are_enough_for_a_transport_stream() -> None:
 
 
 def test_transport_stream_may_start_anywhere_in_a_packet() -> None:
-    """It may also start at a packet of audio, although that contains an ADTS header."""
+    """Also at an ADTS header within a packet, which looks like the start of packed audio."""
     stream = media.ts_segments(4)[0]
     starts = range(len(stream) - pipe.SNIFF_LIMIT)
     wrong = {at: pipe.sniff(stream[at : at + pipe.SNIFF_LIMIT]) for at in starts}
@@ -948,7 +948,7 @@ def test_fmp4_segments_join_with_their_initialization_section(size: int) -> None
 
 
 def test_fmp4_stream_without_segments_has_no_join_points() -> None:
-    """Late viewers cannot join it, so each viewer has an upstream."""
+    """Late viewers cannot join it, so each viewer has an upstream of its own."""
     framer = Fed(pipe.FMP4.framer())
     feed(framer, [stream_of("fmp4")[1]])
     assert framer.joins == []

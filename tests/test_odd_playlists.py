@@ -1,6 +1,6 @@
-"""Playlists as packagers write them: odd numbers, blanks, lengths, attributes; whatever is garbled.
+"""Playlists of odd packagers: strange numbers, blanks, lengths and attributes; and garbled ones.
 
-A real origin serves them, and real streamlink reads them; each case plays in ffmpeg.
+A real origin serves them, and the real streamlink reads them. ffmpeg plays each of the odd ones.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SEGMENTS = media.ts_segments(6)
 
 
 @pytest.mark.parametrize("name", ODD_PLAYLISTS)
-def test_odd_playlist_of_a_film_plays_whole(origin: Origin, serve: Serve, name: str) -> None:
+def test_odd_playlist_of_a_film_plays_completely(origin: Origin, serve: Serve, name: str) -> None:
     film = origin.add(Playlist("film", SEGMENTS, byte_ranges=name.startswith("range")))
     origin.fault(film.path, ODD_PLAYLISTS[name], times=None)
     body, is_complete = serve({"film": film.url}).watch("/film").read_all()
@@ -48,14 +48,14 @@ def test_odd_playlist_of_a_film_plays_whole(origin: Origin, serve: Serve, name: 
     assert body == film.plain(0, 6)
 
 
-def test_negative_length_of_an_event_is_no_list_of_channels(origin: Origin, serve: Serve) -> None:
+def test_event_with_a_negative_duration_is_not_a_channel_list(origin: Origin, serve: Serve) -> None:
     event = origin.add(Playlist("event", SEGMENTS, mode="event", listed=4))
     origin.fault(event.path, ODD_PLAYLISTS["negative-length"], times=None)
     viewer = serve({"event": event.url}).watch("/event")
     assert viewer.read(len(event.plain(1, 4))) == event.plain(1, 4)
 
 
-def test_negative_numbers_of_a_live_stream_count_on(origin: Origin, serve: Serve) -> None:
+def test_live_playlist_with_negative_numbers_plays(origin: Origin, serve: Serve) -> None:
     live = origin.add(Playlist("news", SEGMENTS, mode="live", window=3, first_sequence=6))
     minus = Edit(r"(SEQUENCE:)(\d+)", lambda match: f"{match[1]}{int(match[2]) - 20}")
     origin.fault(live.path, minus, times=None)
@@ -68,10 +68,10 @@ def test_negative_numbers_of_a_live_stream_count_on(origin: Origin, serve: Serve
 @pytest.mark.parametrize(
     "attributes", [',URI="",IV=', ",IV=0x", ",IV=None,URI=none", ' ,URI="key"']
 )
-def test_attributes_of_a_key_for_no_encryption_are_left_out(
+def test_attributes_of_a_key_without_encryption_are_ignored(
     origin: Origin, serve: Serve, attributes: str
 ) -> None:
-    # An insert that is not encrypted, behind segments that are.
+    # An insert without encryption, after encrypted segments.
     film = Playlist("film", SEGMENTS[:3], aes_key=b"k" * 16)
     insert = f"#EXT-X-KEY:METHOD=NONE{attributes}\n#EXTINF:1.0,\n/insert.ts\n#EXT-X-ENDLIST"
     origin.add_file("/insert.ts", SEGMENTS[3], content_type="video/mp2t")
@@ -90,8 +90,8 @@ def test_iv_may_lack_its_prefix(origin: Origin, serve: Serve) -> None:
     assert body == film.plain(0, 6)
 
 
-def test_backslashes_in_the_path_of_an_address_are_slashes(origin: Origin, serve: Serve) -> None:
-    # Browsers read addresses this way, and servers on Windows do.  A query is left as it is.
+def test_backslashes_in_the_path_of_an_address_become_slashes(origin: Origin, serve: Serve) -> None:
+    # Browsers and servers on Windows read addresses this way.  A query does not change.
     film = origin.add(Playlist("film", SEGMENTS))
     origin.fault(film.path, Edit(r"^(\d+)\.ts$", r"..\\film\\\1.ts?day=a\\b"), times=None)
     body, is_complete = serve({"film": film.url}).watch("/film").read_all()
@@ -100,17 +100,21 @@ def test_backslashes_in_the_path_of_an_address_are_slashes(origin: Origin, serve
     assert origin.count("/film/0.ts?day=a%5Cb") == 1
 
 
-def test_backslashes_in_the_address_of_a_variant_are_slashes(origin: Origin, serve: Serve) -> None:
+def test_backslashes_in_the_address_of_a_variant_become_slashes(
+    origin: Origin, serve: Serve
+) -> None:
     film = origin.add(Playlist("film", SEGMENTS))
     lines = ["#EXTM3U", "#EXT-X-STREAM-INF:BANDWIDTH=1", film.path.replace("/", "\\"), ""]
     site = serve({"film": origin.add_file("/master.m3u8", "\n".join(lines).encode())})
     assert site.watch("/film").read_all() == (film.plain(0, 6), True)
 
 
-#### Playlists whose transfer breaks off ####
+#### Interrupted transfers of playlists ####
 
 
-def test_playlist_of_a_film_is_complete_with_its_end(origin: Origin, serve: Serve) -> None:
+def test_playlist_of_a_film_with_endlist_is_complete_despite_its_length(
+    origin: Origin, serve: Serve
+) -> None:
     film = origin.add(Playlist("film", SEGMENTS))
     origin.fault(film.path, WrongLength(100), times=None)
     body, is_complete = serve({"film": film.url}).watch("/film").read_all()
@@ -128,7 +132,7 @@ def test_live_playlist_with_a_wrong_length_is_used(origin: Origin, serve: Serve)
 
 
 @pytest.mark.parametrize("size", [0, 3, 20], ids=["line", "address", "tag"])
-def test_playlist_of_a_film_without_its_end_is_loaded_again(
+def test_playlist_of_a_film_that_breaks_off_is_an_error(
     origin: Origin, serve: Serve, size: int
 ) -> None:
     film = origin.add(Playlist("film", SEGMENTS))
@@ -141,7 +145,7 @@ def test_playlist_of_a_film_without_its_end_is_loaded_again(
 
 
 @pytest.mark.parametrize("size", [1, 6, 12], ids=["line-end", "address", "tag"])
-def test_live_playlist_that_breaks_off_within_an_entry_is_loaded_again(
+def test_live_playlist_that_breaks_off_within_an_entry_is_an_error(
     origin: Origin, serve: Serve, size: int
 ) -> None:
     live = origin.add(Playlist("news", SEGMENTS, mode="live", window=3))
@@ -157,10 +161,10 @@ def test_live_playlist_that_breaks_off_within_an_entry_is_loaded_again(
 
 @pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize("key", [None, b"k" * 16], ids=["plain", "encrypted"])
-def test_image_in_front_of_packets_is_left_out(
+def test_image_in_front_of_packets_is_removed(
     origin: Origin, serve: Serve, name: str, key: bytes | None
 ) -> None:
-    # Behind the image, ffmpeg would see nothing else.
+    # ffmpeg would take the whole stream for the image.
     film = [Segment(IMAGES[name] + data) for data in SEGMENTS]
     playlist = origin.add(Playlist("film", film, aes_key=key))
     viewer = serve({"film": playlist.url}).watch("/film")
@@ -170,7 +174,7 @@ def test_image_in_front_of_packets_is_left_out(
     assert body == b"".join(SEGMENTS)
 
 
-def test_image_of_a_live_stream_is_left_out(origin: Origin, serve: Serve) -> None:
+def test_images_in_a_live_stream_are_removed(origin: Origin, serve: Serve) -> None:
     live = origin.add(Playlist("news", SEGMENTS, mode="live", window=4))
     origin.fault("/news/*.ts", Preface(IMAGES["png"]), times=None)
     viewer = serve({"news": live.url}).watch("/news")
@@ -180,14 +184,14 @@ def test_image_of_a_live_stream_is_left_out(origin: Origin, serve: Serve) -> Non
 
 
 @pytest.mark.parametrize("size", [1, 7, 188, 5000])
-def test_packets_behind_an_image_are_found_in_pieces_of_any_size(size: int) -> None:
+def test_packets_after_an_image_are_found_in_pieces_of_any_size(size: int) -> None:
     data = IMAGES["jpeg"] + SEGMENTS[0]
     pieces = [data[at : at + size] for at in range(0, len(data), size)]
     assert b"".join(pipe.behind_image(pieces)) == SEGMENTS[0]
 
 
 @pytest.mark.parametrize("data", [IMAGES["png"], IMAGES["gif"] * 900, b"", b"\x89PNG"])
-def test_image_without_packets_stays(data: bytes) -> None:
+def test_image_without_packets_is_kept(data: bytes) -> None:
     assert b"".join(pipe.behind_image([data[:500], data[500:]])) == data
 
 
@@ -247,7 +251,7 @@ def test_odd_name_loses_no_variant(origin: Origin, serve: Serve, names: tuple[st
 
 
 def copies(origin: Origin, names: str, attributes: str = "") -> tuple[list[Playlist], str]:
-    """Live playlists of the same media, and the address of a master that calls them copies."""
+    """Live playlists of the same media, and the address of a master that lists them as copies."""
     given = {"mode": "live", "window": 6, "first_sequence": 12}
     lists = [origin.add(Playlist(name, media.ts_segments(12), **given)) for name in names]  # type: ignore[arg-type]
     attributes = attributes or 'BANDWIDTH=1280000,RESOLUTION=1280x720,CODECS="avc1.42e01e"'
@@ -266,7 +270,7 @@ def test_copy_of_a_variant_takes_over_at_a_start(
     assert viewer.read(len(second.plain(15, 18))) == second.plain(15, 18)
 
 
-def test_copy_of_a_variant_takes_over_later(
+def test_copy_of_a_variant_takes_over_in_a_running_channel(
     origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     (first, second), address = copies(origin, "ab")
@@ -291,8 +295,8 @@ def test_start_begins_with_the_copy_that_worked_last(origin: Origin, serve: Serv
     assert down.taken == 1
 
 
-def test_copies_fail_in_turn_before_the_next_address(origin: Origin, serve: Serve) -> None:
-    """The second copy is in use; the first one is tried again before the backup."""
+def test_all_copies_are_tried_before_the_next_address(origin: Origin, serve: Serve) -> None:
+    """The second copy is in use when it fails. The first copy is tried before the backup."""
     (first, second), address = copies(origin, "ab")
     backup = origin.add(Playlist("c", media.ts_segments(12), mode="live", window=6))
     origin.fault(first.path, Status(404))
@@ -305,7 +309,7 @@ def test_copies_fail_in_turn_before_the_next_address(origin: Origin, serve: Serv
     assert origin.count(backup.path) == 0
 
 
-def test_copies_fail_before_the_next_address(origin: Origin, serve: Serve) -> None:
+def test_backup_takes_over_at_a_start_after_all_copies_failed(origin: Origin, serve: Serve) -> None:
     lists, address = copies(origin, "ab")
     for playlist in lists:
         origin.fault(playlist.path, Status(404), times=None)
@@ -315,7 +319,7 @@ def test_copies_fail_before_the_next_address(origin: Origin, serve: Serve) -> No
     assert [origin.count(playlist.path) for playlist in lists] == [1, 1]
 
 
-def test_variants_that_say_nothing_are_no_copies(origin: Origin, serve: Serve) -> None:
+def test_variants_without_a_bandwidth_are_not_copies(origin: Origin, serve: Serve) -> None:
     _, address = copies(origin, "ab", "RESOLUTION=1280x720")
     answer = serve({"news": address}).get("/news?quality=nope")
     assert answer.json["error"].endswith("720p_alt, 720p")
@@ -333,7 +337,7 @@ def test_master_of_a_master_is_followed_once(origin: Origin, serve: Serve) -> No
     assert answer.json["error"] == "the origin's playlist lists no playable stream"
 
 
-#### Whatever is garbled ####
+#### Garbled playlists ####
 
 TAGS = (
     "#EXT-X-VERSION:6",
@@ -361,7 +365,7 @@ MASTER_TAGS = (
 
 @st.composite
 def garbled(draw: st.DrawFn, tags: tuple[str, ...], last: str) -> str:
-    """A playlist with one tag whose text was changed somewhere."""
+    """A playlist with a random change in the value of one tag."""
     lines = list(tags)
     index = draw(st.integers(0, len(lines) - 1))
     name, colon, value = lines[index].partition(":")
@@ -373,7 +377,7 @@ def garbled(draw: st.DrawFn, tags: tuple[str, ...], last: str) -> str:
 
 
 def parsed(text: str) -> Any:
-    """What the playlist says, or None with one clear reason that it cannot be played."""
+    """The parsed playlist, or None if it has one clear reason why it cannot be played."""
     parser = pipe.VariantStream.__parser__
     try:
         return parser("http://origin.example/index.m3u8").parse(text)
@@ -385,7 +389,7 @@ def parsed(text: str) -> Any:
 
 @given(garbled(TAGS, "1.ts"))
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_garbled_tag_leaves_a_playlist_or_one_reason(text: str) -> None:
+def test_garbled_tag_leaves_a_playable_playlist_or_one_reason(text: str) -> None:
     playlist = parsed(text)
     if playlist is not None:
         assert playlist.segments[0].num >= 0

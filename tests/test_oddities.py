@@ -1,6 +1,6 @@
-"""What packagers, panels and caches get wrong now and then, and a channel has to outlast.
+"""Rare mistakes of packagers, panels and caches, which a channel must survive.
 
-Everything is real and seen from outside.
+Everything is real and tested from outside.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from tests.server import Site
 Serve = Callable[..., Site]
 
 SEGMENTS = media.ts_segments(12)
-WRAP = 95_443.717  # seconds in 33 bits of a clock with 90 kHz
-OTHER_PID = 0x1100  # of tables that never come
+WRAP = 95_443.717  # seconds until a clock of 33 bits at 90 kHz wraps
+OTHER_PID = 0x1100  # of tables that are missing
 
 
 def live(origin: Origin, **more: object) -> Playlist:
@@ -53,7 +53,7 @@ PAIRS = [(own, insert) for own in HLS_OF for insert in HLS_OF if own != insert]
 
 
 def inserted(origin: Origin, own: str, insert: str, **more: object) -> Playlist:
-    """Six segments of one container with two of another between the third and the fourth."""
+    """Six segments of one container, with two of another container after the third."""
     (init, programme), (insert_init, other) = HLS_OF[own], HLS_OF[insert]
     options: dict[str, Any] = {"init": init, "mode": "live", "window": 3, **more}
     playlist = with_insert(origin, "news", programme[:6], insert_init, other[6:8], **options)
@@ -112,7 +112,7 @@ def test_channel_ends_if_the_container_does_not_return(origin: Origin, serve: Se
 #### Segments ####
 
 
-def test_empty_answer_is_no_segment(origin: Origin, serve: Serve) -> None:
+def test_segment_with_an_empty_answer_is_requested_again(origin: Origin, serve: Serve) -> None:
     film = origin.add(Playlist("film", SEGMENTS))
     empty = origin.fault(film.segment_path(5), Body(b""))
     site = serve({"film": film.url})
@@ -120,9 +120,7 @@ def test_empty_answer_is_no_segment(origin: Origin, serve: Serve) -> None:
     assert (empty.taken, gaps(site)) == (1, 0)
 
 
-def test_wrong_iv_spoils_sixteen_bytes_of_each_segment_and_nothing_else(
-    origin: Origin, serve: Serve
-) -> None:
+def test_wrong_iv_spoils_only_sixteen_bytes_of_each_segment(origin: Origin, serve: Serve) -> None:
     key, iv = b"0123456789abcdef", bytes(range(16))
     news = live(origin, aes_key=key, aes_iv=iv, named_iv=bytes(range(100, 116)))
     viewer = serve({"news": news.url}).watch("/news")
@@ -137,7 +135,9 @@ def test_wrong_iv_spoils_sixteen_bytes_of_each_segment_and_nothing_else(
     assert got == wanted
 
 
-def test_empty_answer_is_no_initialization_section(origin: Origin, serve: Serve) -> None:
+def test_initialization_section_with_an_empty_answer_is_requested_again(
+    origin: Origin, serve: Serve
+) -> None:
     init, fragments = media.fmp4()
     news = live(origin, segments=fragments, init=init, extension=".m4s")
     origin.fault(news.init_path, Body(b""))
@@ -151,12 +151,12 @@ def test_segment_that_stays_empty_is_a_gap(origin: Origin, serve: Serve) -> None
     assert viewer.read(len(news.plain(2, 5))) == news.plain(2, 5)
     origin.fault(news.segment_path(5), Body(b""), times=None)
     news.advance(2)
-    assert viewer.read(media.PACKET)  # of the next one
+    assert viewer.read(media.PACKET)  # from the next segment
     assert gaps(site) == 1
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_bytes_in_front_of_each_segment_harm_nobody(
+def test_bytes_in_front_of_each_segment_are_harmless(
     origin: Origin, serve: Serve, size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     news = live(origin)
@@ -168,14 +168,14 @@ def test_bytes_in_front_of_each_segment_harm_nobody(
     assert not [record for record in caplog.records if record.exc_info]
 
 
-def test_segments_of_nothing_that_is_known_have_no_hls(origin: Origin, serve: Serve) -> None:
+def test_unknown_media_has_no_hls(origin: Origin, serve: Serve) -> None:
     news = live(origin, segments=[b"?" * 5000] * 12)
     site = serve({"news": news.url})
     assert site.get("/news.m3u8").status == 404
     assert site.watch("/news").headers["Content-Type"] == "application/octet-stream"
 
 
-def test_silence_is_filled_behind_a_torn_packet(
+def test_silence_is_filled_after_a_torn_packet(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipe.SILENCE", 0.3)
@@ -185,7 +185,7 @@ def test_silence_is_filled_behind_a_torn_packet(
     assert media.pid(viewer.read(media.PACKET)) == media.PID_NULL
 
 
-def test_try_follows_the_token_of_the_newest_playlist(origin: Origin, serve: Serve) -> None:
+def test_next_try_uses_the_token_of_the_newest_playlist(origin: Origin, serve: Serve) -> None:
     news = live(origin, window=8, target_duration=2)
     news.renew_tokens()
     viewer = serve({"news": news.url}).watch("/news")
@@ -195,7 +195,7 @@ def test_try_follows_the_token_of_the_newest_playlist(origin: Origin, serve: Ser
     stalled.wait_held()
     news.renew_tokens()
     loads = origin.count(news.path)
-    eventually(lambda: origin.count(news.path) > loads + 1, "no playlist with new tokens")
+    eventually(lambda: origin.count(news.path) > loads + 1, "a playlist with new tokens was loaded")
     stalled.release()
     assert viewer.read(len(news.plain(8, 9))) == news.plain(8, 9)
 
@@ -203,7 +203,7 @@ def test_try_follows_the_token_of_the_newest_playlist(origin: Origin, serve: Ser
 #### Keys ####
 
 
-def test_key_that_hangs_is_asked_for_again(origin: Origin, serve: Serve) -> None:
+def test_key_that_hangs_is_requested_again(origin: Origin, serve: Serve) -> None:
     news = live(origin, aes_key=bytes(16))
     hung = origin.fault(news.key_path, StallHeaders())
     viewer = serve({"news": news.url}).watch("/news")
@@ -212,7 +212,7 @@ def test_key_that_hangs_is_asked_for_again(origin: Origin, serve: Serve) -> None
     hung.release()
 
 
-def test_other_key_at_the_same_address_costs_one_segment(origin: Origin, serve: Serve) -> None:
+def test_new_key_at_the_same_address_loses_one_segment(origin: Origin, serve: Serve) -> None:
     news = live(origin, aes_key=bytes(16))
     site = serve({"news": news.url})
     viewer = site.watch("/news")
@@ -222,7 +222,9 @@ def test_other_key_at_the_same_address_costs_one_segment(origin: Origin, serve: 
     body = b""
     while news.plain(7, 8) not in body:
         body += viewer.read(media.PACKET)
-    start = body.index(news.plain(6, 7)[: media.PACKET])  # behind what the old key made of 5
+    start = body.index(
+        news.plain(6, 7)[: media.PACKET]
+    )  # after segment 5, decrypted with the old key
     whole = body[start : body.index(news.plain(7, 8))]
     assert media.without_notices(whole) == news.plain(6, 7)
     assert gaps(site) == 1
@@ -231,7 +233,7 @@ def test_other_key_at_the_same_address_costs_one_segment(origin: Origin, serve: 
 #### Playlists ####
 
 
-def test_length_of_a_wrapped_clock_is_not_waited_for(origin: Origin, serve: Serve) -> None:
+def test_duration_of_a_wrapped_clock_delays_no_reload(origin: Origin, serve: Serve) -> None:
     segments = [Segment(data, WRAP if n == 4 else 1.0) for n, data in enumerate(SEGMENTS)]
     news = live(origin, segments=segments)
     site = serve({"news": news.url})
@@ -253,7 +255,7 @@ LENGTHS = {
 
 
 @pytest.mark.parametrize("line", LENGTHS.values(), ids=LENGTHS)
-def test_useless_target_duration_is_measured(origin: Origin, serve: Serve, line: str) -> None:
+def test_useless_target_duration_is_replaced(origin: Origin, serve: Serve, line: str) -> None:
     def text(first: int, end: str = "") -> bytes:
         head = ["#EXTM3U", line, f"#EXT-X-MEDIA-SEQUENCE:{first}"]
         entries = [f"#EXTINF:1,\n{n}.ts" for n in range(first, first + 3)]
@@ -277,7 +279,7 @@ def test_useless_target_duration_is_measured(origin: Origin, serve: Serve, line:
     assert len(body) % media.PACKET == 0
 
 
-def test_end_of_an_older_playlist_is_none(origin: Origin, serve: Serve) -> None:
+def test_end_of_an_older_playlist_is_ignored(origin: Origin, serve: Serve) -> None:
     news = live(origin, first_sequence=100)
     viewer = serve({"news": news.url}).watch("/news")
     assert viewer.read(len(news.plain(102, 105))) == news.plain(102, 105)
@@ -289,7 +291,9 @@ def test_end_of_an_older_playlist_is_none(origin: Origin, serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("seconds", ["18446744073709551.615", "abc"])
-def test_mark_of_an_advertisement_may_be_wrong(origin: Origin, serve: Serve, seconds: str) -> None:
+def test_invalid_mark_of_an_advertisement_is_harmless(
+    origin: Origin, serve: Serve, seconds: str
+) -> None:
     mark = f'#EXT-X-DATERANGE:ID="ad",START-DATE="2026-01-01T00:00:00Z",DURATION={seconds}'
     segments = [Segment(data, tags=(mark,) if n == 5 else ()) for n, data in enumerate(SEGMENTS)]
     news = live(origin, segments=segments)
@@ -299,7 +303,7 @@ def test_mark_of_an_advertisement_may_be_wrong(origin: Origin, serve: Serve, sec
     assert viewer.read(len(news.plain(5, 6))) == news.plain(5, 6)
 
 
-def test_blanks_around_an_address_are_none_of_it(origin: Origin, serve: Serve) -> None:
+def test_blanks_around_an_address_are_removed(origin: Origin, serve: Serve) -> None:
     origin.add_file("/1.ts", SEGMENTS[0])
     text = b"#EXTM3U \n#EXT-X-TARGETDURATION:1 \n#EXTINF:1, \n 1.ts \n#EXT-X-ENDLIST \n"
     address = origin.add_file("/news.m3u8", text)
@@ -309,8 +313,8 @@ def test_blanks_around_an_address_are_none_of_it(origin: Origin, serve: Serve) -
 #### Tables ####
 
 
-def of_a_multiplex(segment: bytes) -> Iterator[bytes]:
-    """Its packets, with a PAT that names another program first, of which nothing is there."""
+def with_another_program(segment: bytes) -> Iterator[bytes]:
+    """The packets of a segment, with a PAT that first names another program, without packets."""
     for packet in media.packets(segment):
         if media.pid(packet) == 0:
             programs = b"\0\1" + (0xE000 | OTHER_PID).to_bytes(2, "big") + packet[13:17]
@@ -320,8 +324,10 @@ def of_a_multiplex(segment: bytes) -> Iterator[bytes]:
         yield packet
 
 
-def test_program_of_a_multiplex_that_is_there_is_joined(origin: Origin, serve: Serve) -> None:
-    segments = [b"".join(of_a_multiplex(data)) for data in SEGMENTS]
+def test_viewers_join_the_program_of_a_multiplex_that_has_packets(
+    origin: Origin, serve: Serve
+) -> None:
+    segments = [b"".join(with_another_program(data)) for data in SEGMENTS]
     news = live(origin, segments=segments)
     site = serve({"news": news.url})
     assert site.watch("/news").read(len(segments[2])) == segments[2]
@@ -329,7 +335,7 @@ def test_program_of_a_multiplex_that_is_there_is_joined(origin: Origin, serve: S
     assert site.get("/news.m3u8").status == 200
 
 
-def test_stream_whose_tables_never_come_goes_on_after_a_seam(
+def test_stream_without_tables_continues_after_a_seam(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipe.SEAM_PATIENCE", 1.0)
@@ -341,7 +347,7 @@ def test_stream_whose_tables_never_come_goes_on_after_a_seam(
     viewer = serve({"news": news.url}, timeout=1).watch("/news")
     viewer.read(len(SEGMENTS[0]))
     origin.stop()
-    news.advance(8)  # what was open is no longer listed
+    news.advance(8)  # the open segment is no longer listed
     origin.start()
     body = b""
     while not any(data in body for data in bare):

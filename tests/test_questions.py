@@ -1,4 +1,4 @@
-"""Properties and functions that answer a question change nothing: read from the source itself."""
+"""Properties and functions that answer a question change no state; tests read the source code."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def questions() -> list[tuple[str, Function]]:
 
 
 def root_of(node: ast.expr) -> str:
-    """The variable that an attribute or an item belongs to."""
+    """The variable at the start of an expression, such as `a` in `a.b[0].c`."""
     while isinstance(node, ast.Attribute | ast.Subscript | ast.Call):
         node = node.func if isinstance(node, ast.Call) else node.value
     return node.id if isinstance(node, ast.Name) else ""
 
 
 def actions_of(function: Function) -> Iterator[str]:
-    """What it changes of anything that outlives it."""
+    """The expressions that change anything except local variables, or write to the log."""
     own = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)
            and isinstance(node.ctx, ast.Store)}  # fmt: skip
     for node in ast.walk(function):

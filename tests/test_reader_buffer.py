@@ -1,4 +1,4 @@
-"""The buffer between an upstream and its feeder: real threads, caught at waiting."""
+"""The buffer between an upstream and its feeder: real threads, which tests observe as they wait."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def segment(number: int) -> SegmentEvent:
 
 
 def full_buffer(limit: int = 10) -> tuple[ReaderBuffer, Observed]:
-    """A buffer without room, and the condition that its writers wait for."""
+    """A full buffer, and the condition that its writers wait for."""
     buffer = ReaderBuffer(limit)
     buffer._not_full = room = Observed(buffer._lock)
     buffer.write(b"x" * limit)
@@ -25,7 +25,7 @@ def full_buffer(limit: int = 10) -> tuple[ReaderBuffer, Observed]:
 
 
 def empty_buffer(limit: int = 10) -> tuple[ReaderBuffer, Observed]:
-    """A buffer without anything, and the condition that its feeder waits for."""
+    """An empty buffer, and the condition that its feeder waits for."""
     buffer = ReaderBuffer(limit)
     buffer._not_empty = things = Observed(buffer._lock)
     return buffer, things
@@ -40,7 +40,7 @@ def waiting_take(buffer: ReaderBuffer, things: Observed) -> Task[list[bytes | Se
 #### Order and bounds ####
 
 
-def test_bytes_and_events_come_in_the_order_they_were_given() -> None:
+def test_bytes_and_events_keep_their_order() -> None:
     buffer = ReaderBuffer(100)
     buffer.put_event(SegmentEvent(EventKind.INIT, 7))
     buffer.write(b"init")
@@ -77,7 +77,7 @@ def test_take_stops_as_soon_as_it_has_enough(
     assert buffer.length == 16 - sum(len(i) for i in expected if not isinstance(i, SegmentEvent))
 
 
-def test_length_counts_the_bytes_that_wait() -> None:
+def test_length_counts_the_waiting_bytes() -> None:
     buffer = ReaderBuffer(100)
     assert buffer.length == 0
     buffer.write(b"12345")
@@ -88,14 +88,14 @@ def test_length_counts_the_bytes_that_wait() -> None:
     assert buffer.length == 3
 
 
-def test_nothing_written_is_nothing_handed_over() -> None:
+def test_empty_write_hands_over_nothing() -> None:
     buffer = ReaderBuffer(100)
     buffer.write(b"")
     assert buffer.length == 0
     assert buffer.take(100, 0) == []
 
 
-def test_nothing_written_does_not_wait_for_room() -> None:
+def test_empty_write_does_not_wait_for_room() -> None:
     buffer, _ = full_buffer()
     Task(functools.partial(buffer.write, b"")).result()
 
@@ -113,11 +113,11 @@ def test_writer_waits_while_the_buffer_is_full() -> None:
     assert buffer.take(1, 0) == [b"more"]
 
 
-def test_writer_goes_on_waiting_until_there_is_room() -> None:
+def test_writer_waits_until_there_is_room() -> None:
     buffer = ReaderBuffer(4)
     buffer._not_full = room = Observed(buffer._lock)
     buffer.write(b"abc")
-    buffer.write(b"defgh")  # any room will do for the whole of it
+    buffer.write(b"defgh")  # any free room suffices for a whole write
     assert buffer.length == 8
     writer = Task(functools.partial(buffer.write, b"i"))
     assert room.saw_wait()
@@ -150,8 +150,8 @@ def test_wait_free_waits_for_room() -> None:
     assert waiter.result()
 
 
-def test_room_is_told_to_all_who_wait_for_it() -> None:
-    """Streamlink's worker waits for it beside its writer."""
+def test_free_room_wakes_all_waiting_threads() -> None:
+    """streamlink's worker and its writer may wait at the same time."""
     buffer, room = full_buffer()
     waiters = [Task(buffer.wait_free) for _ in range(3)]
     assert all(room.saw_wait() for _ in waiters)
@@ -169,7 +169,7 @@ def test_take_waits_until_something_is_written() -> None:
     assert taker.result() == [b"data"]
 
 
-def test_take_waits_until_an_event_comes() -> None:
+def test_take_waits_for_an_event() -> None:
     buffer, things = empty_buffer()
     taker = waiting_take(buffer, things)
     buffer.put_event(segment(3))
@@ -187,7 +187,7 @@ def test_wake_ends_the_wait_for_bytes() -> None:
     assert taker.result() == []
 
 
-def test_wake_counts_for_one_take_that_comes_later() -> None:
+def test_wake_ends_one_later_take() -> None:
     buffer, things = empty_buffer()
     buffer.wake()
     buffer.wake()
@@ -208,7 +208,7 @@ def test_close_ends_the_wait_for_bytes() -> None:
     assert buffer.is_exhausted
 
 
-def test_close_frees_a_waiting_writer_and_drops_what_it_had() -> None:
+def test_close_frees_a_waiting_writer_and_drops_its_bytes() -> None:
     buffer, room = full_buffer()
     writer = Task(functools.partial(buffer.write, b"dropped"))
     assert room.saw_wait()
@@ -218,7 +218,7 @@ def test_close_frees_a_waiting_writer_and_drops_what_it_had() -> None:
     assert buffer.is_exhausted
 
 
-def test_close_frees_who_waits_for_room() -> None:
+def test_close_ends_the_wait_for_room() -> None:
     buffer, room = full_buffer()
     waiter = Task(buffer.wait_free)
     assert room.saw_wait()
@@ -226,7 +226,7 @@ def test_close_frees_who_waits_for_room() -> None:
     assert waiter.result()
 
 
-def test_what_is_there_can_be_taken_after_close() -> None:
+def test_remaining_bytes_can_be_taken_after_close() -> None:
     buffer = ReaderBuffer(100)
     buffer.write(b"rest")
     buffer.close()
@@ -243,7 +243,7 @@ def test_open_buffer_is_not_exhausted() -> None:
 
 
 @pytest.mark.parametrize("failure", [None, "it broke off"])
-def test_first_to_end_it_says_how(failure: str | None) -> None:
+def test_only_the_first_end_counts_for_the_failure(failure: str | None) -> None:
     buffer = ReaderBuffer(100)
     buffer.write(b"rest")
     buffer.end(failure)
@@ -254,13 +254,13 @@ def test_first_to_end_it_says_how(failure: str | None) -> None:
     assert buffer.is_exhausted
 
 
-def test_close_alone_is_no_good_end() -> None:
+def test_close_without_end_is_a_failure() -> None:
     buffer = ReaderBuffer(100)
     buffer.close()
     assert buffer.failure
 
 
-def test_discard_drops_what_waits_and_frees_the_writer() -> None:
+def test_discard_drops_waiting_bytes_and_frees_the_writer() -> None:
     buffer, room = full_buffer()
     writer = Task(functools.partial(buffer.write, b"dropped"))
     assert room.saw_wait()
@@ -282,7 +282,7 @@ def test_discard_ends_the_wait_for_bytes() -> None:
 #### Filling ####
 
 
-def test_fill_hands_on_everything_in_order_and_ends() -> None:
+def test_fill_writes_all_items_in_order_and_ends() -> None:
     buffer = ReaderBuffer(100)
     fill(buffer, (item for item in (segment(1), b"one", segment(2), b"two")))
     assert buffer.take(100, 0) == [segment(1), b"one", segment(2), b"two"]
@@ -298,7 +298,7 @@ def test_fill_hands_on_everything_in_order_and_ends() -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_fill_tells_what_went_wrong(error: BaseException, failure: str) -> None:
+def test_fill_explains_an_error_of_its_source(error: BaseException, failure: str) -> None:
     def items() -> Items:
         yield b"first"
         raise error
@@ -309,29 +309,29 @@ def test_fill_tells_what_went_wrong(error: BaseException, failure: str) -> None:
     assert (buffer.is_exhausted, buffer.failure) == (True, failure)
 
 
-def test_fill_lets_go_of_its_source_once_nobody_wants_more() -> None:
+def test_fill_closes_its_source_when_the_buffer_is_discarded() -> None:
     buffer, room = full_buffer()
-    is_let_go = threading.Event()
+    is_source_closed = threading.Event()
 
     def items() -> Items:
         try:
             while True:
                 yield b"more"
         finally:
-            is_let_go.set()
+            is_source_closed.set()
 
     filler = Task(functools.partial(fill, buffer, items()))
     assert room.saw_wait()
     buffer.discard()
     filler.result()
-    assert is_let_go.is_set()
+    assert is_source_closed.is_set()
 
 
 #### All at once ####
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_any_pace_hands_over_the_same_bytes_within_the_limit(seed: int) -> None:
+def test_bytes_and_limit_do_not_depend_on_the_speed(seed: int) -> None:
     dice = random.Random(seed)
     buffer, most = ReaderBuffer(64), 40
     items = [bytes([n % 251]) * dice.randint(1, most) for n in range(2000)]

@@ -1,6 +1,6 @@
-"""How often a live playlist is loaded, and which segments are lost between two loads.
+"""Intervals between loads of a live playlist, and segments that are lost between two loads.
 
-Everything is real and seen from outside: origins that move by the clock, and what viewers get.
+Everything is real and tested from outside: origins that advance by the clock, and viewers' bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Serve = Callable[..., Site]
 SEGMENTS = media.ts_segments(30)
 LONG_SEGMENTS = [Segment(data, 2.0) for data in media.ts_segments(10, 2.0)]
 
-# By name: the segments, how many are listed, the target duration, and how many a viewer gets.
+# Segments, number of listed segments, target duration, and number of segments that a viewer gets.
 CASES: dict[str, tuple[Sequence[bytes | Segment], int, int, int]] = {
     "long target": (SEGMENTS, 6, 10, 16),
     "one segment": (LONG_SEGMENTS, 1, 6, 6),
@@ -41,7 +41,7 @@ def gaps(site: Site) -> int:
 
 
 def assert_calm(origin: Origin, playlist: Playlist) -> None:
-    """The playlist is not loaded more often than twice a second."""
+    """Assert that the playlist is not loaded more often than twice a second."""
     times = [request.time for request in origin.requests if request.path == playlist.path]
     assert len(times) <= 3 + (times[-1] - times[0]) / 0.5
 
@@ -67,7 +67,7 @@ def test_no_segment_is_lost_between_two_loads(
 
 
 @pytest.mark.long
-def test_low_latency_playlist_is_played_by_whole_segments(origin: Origin, serve: Serve) -> None:
+def test_low_latency_playlist_is_played_in_whole_segments(origin: Origin, serve: Serve) -> None:
     news = live(origin, SEGMENTS, window=4, target_duration=4, low_latency=True)
     site = serve({"news": news.url}, timeout=8)
     viewer = site.watch("/news")
@@ -77,7 +77,7 @@ def test_low_latency_playlist_is_played_by_whole_segments(origin: Origin, serve:
 
 
 @pytest.mark.long
-def test_segments_that_were_skipped_are_counted_and_the_interval_shrinks(
+def test_skipped_segments_are_counted_and_the_interval_shrinks(
     origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The playlist states eight times the true durations, so the first intervals are too long."""
@@ -88,7 +88,7 @@ def test_segments_that_were_skipped_are_counted_and_the_interval_shrinks(
     origin.wait_for(news.path, 6, timeout=25)
     loads = [request.time for request in origin.requests if request.path == news.path]
     intervals = [later - earlier for earlier, later in itertools.pairwise(loads)]
-    # The interval is halved once at least; a timer may be late by milliseconds.
+    # The interval is halved at least once; a timer may be late by milliseconds.
     assert intervals[-1] < intervals[0] * 0.6
     lost = gaps(site)
     assert lost >= 3
@@ -118,7 +118,7 @@ def test_skip_in_a_running_channel_is_counted_and_logged(
 def test_segments_lost_before_a_marked_gap_are_counted(
     origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And the gap, too."""
+    """The marked gap is counted as well."""
     marked = [
         Segment(data, tags=("#EXT-X-GAP",) if n == 7 else ()) for n, data in enumerate(SEGMENTS)
     ]
@@ -127,7 +127,7 @@ def test_segments_lost_before_a_marked_gap_are_counted(
     assert "news: 4 segments lost between two loads of the playlist" in caplog.messages
 
 
-def test_configured_interval_wins(origin: Origin, serve: Serve) -> None:
+def test_configured_interval_takes_precedence(origin: Origin, serve: Serve) -> None:
     news = origin.add(Playlist("news", SEGMENTS, mode="live", window=1, target_duration=6))
     options = {"hls-playlist-reload-time": 3}
     viewer = serve({"news": news.url}, timeout=8, streamlink=options).watch("/news")

@@ -1,7 +1,7 @@
-"""Everything is real: how viewers share a live channel, join it, fall behind and leave it.
+"""Viewers that share a live channel: they join it, fall behind and leave it. Everything is real.
 
-Seen from the origin and from the viewers' sockets, but for one test, which counts open channels in
-their registry, and two, which shorten a patience.
+Tests observe the origin and the viewers' sockets. One test counts the open channels in Channels,
+and some shorten a time limit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 def all_at_once(actions: Sequence[Callable[[], T]]) -> list[T]:
-    """What these return, each run on a thread of its own and released at the same moment."""
+    """The results of these functions, which start at the same moment, each on its own thread."""
     barrier = threading.Barrier(len(actions))
 
     def run(action: Callable[[], T]) -> T:
@@ -49,19 +49,19 @@ def all_at_once(actions: Sequence[Callable[[], T]]) -> list[T]:
 
 
 def eventually(condition: Callable[[], bool], what: str) -> None:
-    """Returns once `condition` holds, which nothing notifies of."""
+    """Wait by polling until `condition` holds."""
     deadline, pause = time.monotonic() + TIMEOUT, threading.Event()
     while not condition():
         assert time.monotonic() < deadline, f"not within {TIMEOUT} s: {what}"
         pause.wait(0.005)
 
 
-def everybody_left(site: Site) -> None:
+def wait_until_all_left(site: Site) -> None:
     eventually(lambda: site.ask("GET", "/health").json["viewers"] == 0, "no viewer is left")
 
 
 class Sluggish:
-    """A viewer that takes nothing unless told to, with next to no room in its kernel."""
+    """A viewer that reads only if the test calls a method, with a tiny receive buffer."""
 
     def __init__(self, site: Site, path: str) -> None:
         self._sock = socket.socket()
@@ -79,7 +79,7 @@ class Sluggish:
         return data
 
     def read_all(self) -> bytes:
-        """The rest, with room for it: otherwise each 2 KiB would be a packet of their own."""
+        """Read the rest, with a larger receive buffer: otherwise each 2 KiB would need a packet."""
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MIB)
         return b"".join(iter(lambda: self._sock.recv(65536), b""))
 
@@ -99,7 +99,7 @@ def first_pids(data: bytes, count: int = 3) -> list[int]:
 
 
 def assert_starts_like_a_segment(data: bytes) -> None:
-    """PAT, PMT, then a key frame that can be decoded."""
+    """Assert that there are a PAT, a PMT and then a key frame that can be decoded."""
     assert first_pids(data) == first_pids(media.ts_segments()[0])
     assert media.first_picture(data)[1]
 
@@ -119,7 +119,9 @@ def joined(site: Site, path: str, size: int) -> tuple[Watch, bytes]:
         pytest.param(["", "?quality=best", "?quality=720p"], id="by-three-names-of-a-variant"),
     ],
 )
-def test_fifty_at_once_cause_one_start(origin: Origin, serve: Serve, queries: list[str]) -> None:
+def test_fifty_simultaneous_viewers_cause_one_start(
+    origin: Origin, serve: Serve, queries: list[str]
+) -> None:
     small = Playlist("small", media.ts_segments(), mode="live")
     large = Playlist("large", media.ts_segments(), mode="live")
     variants = origin.add(master("all", {"360p": small, "720p": large}))
@@ -137,7 +139,7 @@ def test_fifty_at_once_cause_one_start(origin: Origin, serve: Serve, queries: li
     assert origin.count(small.path) == 0
 
 
-def test_variants_are_channels_of_their_own(origin: Origin, serve: Serve) -> None:
+def test_each_variant_has_a_channel_of_its_own(origin: Origin, serve: Serve) -> None:
     small = Playlist("small", media.ts_segments()[:4], mode="live", window=3)
     large = Playlist("large", media.ts_segments()[4:], mode="live", window=3)
     site = serve({"news": origin.add(master("all", {"360p": small, "720p": large})).url}, linger=0)
@@ -149,7 +151,7 @@ def test_variants_are_channels_of_their_own(origin: Origin, serve: Serve) -> Non
     assert origin.count(small.segment_path(0)) == origin.count(large.segment_path(0)) == 1
 
 
-#### A viewer that comes late ####
+#### Late viewers ####
 
 
 def test_late_viewer_starts_with_tables_and_a_key_frame(origin: Origin, serve: Serve) -> None:
@@ -199,7 +201,7 @@ def test_late_viewer_of_intra_refresh_does_not_start_at_the_old_key_frame(
         assert unit[1] & 0x40, "a PES starts"
         return unit != key_frame
 
-    eventually(starts_later, "the key frame counts as none")
+    eventually(starts_later, "the old key frame is ignored")
 
 
 def test_late_viewer_of_a_source_without_segments_starts_at_a_key_frame(
@@ -213,10 +215,10 @@ def test_late_viewer_of_a_source_without_segments_starts_at_a_key_frame(
     assert origin.count("/feed") == 1
 
 
-#### What has an end is each viewer's own ####
+#### Finite streams are not shared ####
 
 
-def test_each_viewer_of_vod_gets_all_of_it(origin: Origin, serve: Serve) -> None:
+def test_each_viewer_of_a_film_gets_all_of_it(origin: Origin, serve: Serve) -> None:
     playlist = origin.add(Playlist("film", media.ts_segments()))
     site = serve({"film": playlist.url})
     answers = all_at_once([partial(site.get, "/film")] * 6)
@@ -241,31 +243,33 @@ def test_log_says_whether_a_channel_is_finite(
 
 
 def long_film(origin: Origin) -> Playlist:
-    """60 segments of 512 KiB: more than streamlink queues and the kernel takes, together."""
+    """60 segments of 512 KiB: more than streamlink's queue and the kernel's buffers hold."""
     segments = [media.padded(segment, MIB // 2) for segment in media.ts_segments()]
     return origin.add(Playlist("film", list(itertools.islice(itertools.cycle(segments), 60))))
 
 
-def test_viewer_of_vod_that_stops_reading_stops_the_downloads(origin: Origin, serve: Serve) -> None:
+def test_viewer_of_a_film_that_stops_reading_stops_the_downloads(
+    origin: Origin, serve: Serve
+) -> None:
     film = long_film(origin)
-    # Its media starts over every eight segments.
+    # Its media repeats every eight segments.
     loops = [film.plain(first, min(first + 8, 60)) for first in range(0, 60, 8)]
     body = media.spliced(*loops, is_told=False)
     site = serve({"film": film.url}, ringbuffer_size=LEAST_RING)
     with Sluggish(site, "/film") as viewer:
         others = []
-        for _ in range(2):  # each takes longer than the first would need to fetch everything
+        for _ in range(2):  # each takes longer than the first viewer would need to fetch everything
             assert site.get("/film").body == body
             others.append(origin.count("/film/*.ts"))
         fetched_by_first = others[0] - 60
         assert 0 < fetched_by_first < 60
-        assert others[1] == fetched_by_first + 120, "and it stays so"
+        assert others[1] == fetched_by_first + 120, "the first viewer fetches no more segments"
         assert viewer.read_all() == body
     assert origin.count("/film/*.ts") == 180
 
 
 @pytest.mark.parametrize("kind", ["segments", "raw"])
-def test_upstream_of_vod_closes_with_its_viewer(origin: Origin, serve: Serve, kind: str) -> None:
+def test_upstream_of_a_film_closes_with_its_viewer(origin: Origin, serve: Serve, kind: str) -> None:
     film = long_film(origin)
     body = film.plain(0, 60)
     address = film.url if kind == "segments" else origin.add_file("/film", body)
@@ -281,18 +285,18 @@ def test_upstream_of_vod_closes_with_its_viewer(origin: Origin, serve: Serve, ki
 
 
 def large_segments() -> list[bytes]:
-    """Each takes several sends: the second one finds out that a viewer has left."""
+    """Each needs several sends; the second one fails if the viewer has left."""
     return [media.padded(segment, MIB) for segment in media.ts_segments()]
 
 
-def test_lingering_channel_is_joined_without_a_request(origin: Origin, serve: Serve) -> None:
+def test_lingering_channel_can_be_joined_without_a_request(origin: Origin, serve: Serve) -> None:
     playlist = origin.add(Playlist("live", large_segments(), mode="live"))
     site = serve({"news": playlist.url})
     first = site.watch("/news")
     assert first.read(len(playlist.plain(2, 5))) == playlist.plain(2, 5)
     first.close()
-    playlist.advance()  # what is sent to it tells that it has left
-    everybody_left(site)
+    playlist.advance()  # sending it shows that the viewer has left
+    wait_until_all_left(site)
     origin.fault("*", StallHeaders(), times=None)
     again = site.watch("/news")
     assert again.read(len(playlist.plain(3, 6))) == playlist.plain(3, 6)
@@ -327,7 +331,7 @@ def test_segmented_upstream_closes_after_linger(origin: Origin, serve: Serve) ->
     origin.wait_connections(0)
 
 
-def test_joining_and_leaving_around_the_teardown(
+def test_viewers_may_join_and_leave_while_a_channel_closes(
     origin: Origin,
     serve: Serve,
     monkeypatch: pytest.MonkeyPatch,
@@ -339,7 +343,9 @@ def test_joining_and_leaving_around_the_teardown(
     dice, pause = random.Random(1), threading.Event()
 
     def arrive(seconds: float) -> Watch:
-        pause.wait(seconds)  # some crowds come before, some while, some after it closes
+        pause.wait(
+            seconds
+        )  # some viewers arrive before the channel closes, some meanwhile, some later
         viewer = site.watch("/relay")
         assert_starts_like_a_segment(viewer.read(20_000))
         return viewer
@@ -363,13 +369,15 @@ def test_joining_and_leaving_around_the_teardown(
 
 
 class Census(pipe.Channels):
-    """Counts the channels that have an upstream or are about to, whenever one is opened, and gives
-    viewers time to come between the decision to close one and its end."""
+    """Counts the open or starting channels whenever a channel is opened.
+
+    After the decision to close a channel it delays the end, so that viewers may arrive meanwhile.
+    """
 
     def __init__(self, config: pipe.Config) -> None:
         super().__init__(config)
         self.most_open = 0
-        self.joined: set[pipe.State] = set()  # of channels at the moment a viewer got one
+        self.joined: set[pipe.State] = set()  # states of channels when a viewer was attached
 
     def watch(self, *arguments: Any, **more: Any) -> pipe.Channel:
         channel = super().watch(*arguments, **more)
@@ -391,7 +399,7 @@ class Census(pipe.Channels):
             threading.Event().wait(0.02)
 
 
-#### A start that fails ####
+#### Failed starts ####
 
 
 def test_failed_start_is_shared_and_remembered(origin: Origin, serve: Serve) -> None:
@@ -400,22 +408,22 @@ def test_failed_start_is_shared_and_remembered(origin: Origin, serve: Serve) -> 
     site = serve({"news": playlist.url})
     with ThreadPoolExecutor(10) as pool:
         waiting = [pool.submit(site.get, "/news") for _ in range(10)]
-        eventually(lambda: site.channels.viewer_count() == 10, "ten wait for the start")
+        eventually(lambda: site.channels.viewer_count() == 10, "ten viewers wait for the start")
         failing.release()
         answers = [answer.result(TIMEOUT) for answer in waiting]
     failed = time.monotonic()
     assert {answer.status for answer in answers} == {502}
     assert origin.count("*") == 1
     assert {site.get("/news").status for _ in range(5)} == {502}
-    assert origin.count("*") == 1, "answered from memory"
+    assert origin.count("*") == 1, "the remembered failure is the answer"
     failing.clear()
     eventually(lambda: site.watch("/news").status == 200, "the failure is forgotten")
     assert 1.5 < time.monotonic() - failed < 4
 
 
-#### A viewer that falls behind ####
+#### Viewers that fall behind ####
 
-SEGMENTS = 120  # 12 MB; two fit the least window, and the kernel holds no more than 4 MiB
+SEGMENTS = 120  # 12 MB; two fit into the smallest window, and the kernel holds up to 4 MiB
 
 
 def small_segments() -> list[bytes]:
@@ -423,16 +431,16 @@ def small_segments() -> list[bytes]:
 
 
 def jumps(got: bytes, segments: Sequence[bytes]) -> int:
-    """How often `got` leaves out something of these segments.
+    """How often `got` omits a part of these segments.
 
-    It must be made of whole packets, begin with the first and end with the last one, and after
-    each omission go on with the start of a later segment.
+    It must consist of whole packets, begin with the first one and end with the last one, and
+    continue with the start of a later segment after each omission.
     """
     whole, starts = b"".join(segments), list(itertools.accumulate(map(len, segments), initial=0))
     at = count = 0
     while True:
         run = run_of_equal(got, whole[at:])
-        # A segment's tables may look like another's, its key frame does not.
+        # The tables of two segments may be equal, but not their key frames.
         run -= next((behind for behind in TABLES if at + run - behind in starts), 0)
         at, got = at + run, got[run:]
         if not got:
@@ -443,17 +451,17 @@ def jumps(got: bytes, segments: Sequence[bytes]) -> int:
         at = next(start for start in starts if start >= at and whole.startswith(got[:4000], start))
 
 
-TABLES = (media.PACKET, 2 * media.PACKET)  # bytes behind a segment's start
+TABLES = (media.PACKET, 2 * media.PACKET)  # bytes after a segment's start
 
 
 def run_of_equal(got: bytes, wanted: bytes) -> int:
-    """How many bytes of whole packets are equal from the start on."""
+    """The length of the common start, in bytes of whole packets."""
     pairs = itertools.zip_longest(media.packets(got), media.packets(wanted))
     return sum(media.PACKET for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class Tap:
-    """An endless body that yields its next piece when it is told to, and ends after the last."""
+    """A body that sends one more piece after each open(), and ends after the last one."""
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
         self._pieces = pieces
@@ -468,7 +476,7 @@ class Tap:
         self._due.release(count)
 
 
-def test_stalled_viewer_delays_nobody_and_jumps_cleanly(
+def test_stalled_viewer_delays_no_other_one_and_skips_to_a_segment(
     origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "streampipe")
@@ -484,12 +492,12 @@ def test_stalled_viewer_delays_nobody_and_jumps_cleanly(
             tap.open()
         assert other.read_all() == (b"", False)
         jumped = jumps(stalled.read_all(), segments)
-    everybody_left(site)
+    wait_until_all_left(site)
     assert jumped >= 1
     assert sorted(map(int, re.findall(r"(\d+) skips", caplog.text))) == [0, jumped]
 
 
-def test_paused_lone_viewer_lets_the_channel_go_on(
+def test_channel_continues_while_its_only_viewer_is_paused(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_patience(monkeypatch, 0.2)
@@ -499,7 +507,7 @@ def test_paused_lone_viewer_lets_the_channel_go_on(
     with Sluggish(site, "/news") as paused:
         busy.advance(SEGMENTS - LIVE_EDGE)
         busy.end()
-        # Asked for only when nearly all others have left the ring.
+        # It is requested only after nearly all others were evicted from the window.
         origin.wait_for(busy.segment_path(SEGMENTS - 1))
         eventually(lambda: not feeders(), "the feeder has reached the end")
         assert jumps(paused.read_all(), segments) >= 1
@@ -510,19 +518,19 @@ def feeders() -> list[threading.Thread]:
 
 
 def set_patience(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Another FOREMOST_PATIENCE for channels that are opened from now on."""
+    """Change FOREMOST_PATIENCE for channels that are opened later."""
     monkeypatch.setattr(pipe, "FOREMOST_PATIENCE", seconds)
 
 
-def test_lone_viewer_a_little_faster_than_the_stream_loses_nothing(
+def test_only_viewer_slightly_faster_than_the_stream_loses_nothing(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three segments of 25 MB to start with, four times the window of 18 MiB.
+    """The channel starts with three segments of 25 MB, four times the window of 18 MiB.
 
-    Modelled: 20 Mbit/s in segments of 10 s, and a player that takes 1.2 times as much. All sizes
-    are the real ones, all times a tenth of them: a segment a second, 30 MB/s for the viewer and a
-    patience of 0.5 s. What decides whether something is lost are the ratios of sizes to rates to
-    the patience, which stay as they are; only the loopback's rate, far above all of them, is not
+    The model is a stream of 20 Mbit/s in segments of 10 s, with a player that reads 1.2 times as
+    fast. All sizes are real, and all times are divided by ten: a segment each second, 30 MB/s for
+    the viewer and a patience of 0.5 s. The ratios of sizes, rates and patience, which decide
+    whether bytes are lost, stay the same. Only the loopback's rate, which is far higher, is not
     scaled.
     """
     set_patience(monkeypatch, pipe.FOREMOST_PATIENCE / 10)
@@ -532,14 +540,14 @@ def test_lone_viewer_a_little_faster_than_the_stream_loses_nothing(
     site = serve({"news": origin.add(playlist).url}, ringbuffer_size=18 * MIB, linger=0)
     viewer = site.watch("/news")
     tables = large[0][: 2 * media.PACKET]
-    again = media.spliced(tables, large[0])[len(tables) :]  # with what says that it starts over
+    again = media.spliced(tables, large[0])[len(tables) :]  # signals that the media restarts
     for number, expected in enumerate([*large, again, large[1]]):
         for at, part in paced(viewer, len(expected), 30_000_000):
             assert part == expected[at : at + len(part)], f"at {at} of segment {number}"
 
 
 def paced(viewer: Watch, size: int, rate: float) -> Iterator[tuple[int, bytes]]:
-    """`size` bytes in parts, each read when it is due; what came late does not hurry the next."""
+    """Read `size` bytes at this rate, in parts; a late part does not speed up the next ones."""
     pause, due = threading.Event(), time.monotonic()
     for at in range(0, size, 65536):
         pause.wait(max(0.0, due - time.monotonic()))

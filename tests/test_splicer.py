@@ -1,4 +1,4 @@
-"""The table of a splicer's states, in its docstring and its code, and a real splicer beside it."""
+"""The table of a splicer's states: in its docstring, in its code and in a real splicer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests import media
 SEGMENTS = media.ts_segments(8)
 HAD = 20 * media.PACKET  # bytes of segment 5 that viewers have
 OPENINGS = {Arrival.OPENING, Arrival.OPENING_WITHIN, Arrival.OPENING_SHUT}
-COMPARED = {Arrival.SAME, Arrival.DIFFERENT}  # these need something to compare with
+COMPARED = {Arrival.SAME, Arrival.DIFFERENT}  # these occur only in COMPARING
 PAIRS = [
     (arrival, state)
     for arrival, state in itertools.product(Arrival, SpliceState)
@@ -39,7 +39,7 @@ def documented() -> dict[tuple[Arrival, SpliceState], SpliceStep]:
 
 
 class Spliced:
-    """A splicer of MPEG-TS, driven by what arrives."""
+    """A splicer of MPEG-TS, and methods that cause each state and each arrival."""
 
     def __init__(self) -> None:
         self.splicer = pipe.Splicer(pipe.Window(1 << 24), pipe.MPEG_TS, 0)
@@ -63,7 +63,7 @@ class Spliced:
         self.event(EventKind.START, number)
 
     def initialize(self) -> None:
-        """Bring an initialization section that viewers do not have."""
+        """Pass an initialization section that viewers do not have."""
         self.event(EventKind.INIT, self.number)
         self.splicer.pass_bytes(SEGMENTS[0][: 2 * media.PACKET])
 
@@ -83,7 +83,7 @@ class Spliced:
         assert self.state is state
 
     def open(self, arrival: Arrival) -> None:
-        """Bring a new opening; only while bytes pass does it matter what viewers have."""
+        """Open the upstream again, after the preparations that this arrival needs in PASSING."""
         if self.state is SpliceState.PASSING and arrival is not Arrival.OPENING_WITHIN:
             self.event(EventKind.END, self.number)
         if self.state is SpliceState.PASSING and arrival is Arrival.OPENING_SHUT:
@@ -119,7 +119,7 @@ class Spliced:
 
 def test_docstring_has_the_table_of_the_code() -> None:
     assert documented() == pipe.STEPS
-    assert pipe.STEPS.keys() == set(PAIRS), "all that can happen has a step"
+    assert pipe.STEPS.keys() == set(PAIRS), "every possible pair has a step"
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ def test_live_stream_that_fails_ends_without_the_final_chunk(origin: Origin, ser
         pytest.param("360p", "?quality=best", "720p", id="asked-for-wins-over-configured"),
     ],
 )
-def test_query_takes_precedence_over_the_configured_quality(
+def test_quality_is_chosen_by_query_or_configuration(
     origin: Origin, serve: Serve, configured: str | None, query: str, expected: str
 ) -> None:
     segments = media.ts_segments()
@@ -374,7 +374,7 @@ def test_endless_body_plays(origin: Origin, serve: Serve, prefix: str, chunked: 
 
 
 def test_endless_body_is_kept_within_the_window(origin: Origin, serve: Serve) -> None:
-    """50 MB pass through in less than 3 MiB of memory, including the origin in this process."""
+    """50 MiB pass through in less than 3 MiB of memory, including the origin in this process."""
     address = origin.add_endless("/feed", lambda: itertools.repeat(piece))
     piece = b"".join(media.padded(segment, 128 * 1024) for segment in media.ts_segments())
     site = serve({"relay": address}, ringbuffer_size=262_144, linger=0)

@@ -1,6 +1,6 @@
-"""Sound that comes apart from its picture: two playlists, put together by ffmpeg.
+"""Separate playlists for sound and picture, which ffmpeg muxes.
 
-Packets are counted in what viewers get and in what the origin has: all of them have to be there.
+Tests compare the numbers of packets that viewers get with those that the origin has.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ LONG = 120.0  # seconds; more than any of these streams
 
 @pytest.fixture(scope="session", autouse=True)
 def _ffmpeg() -> None:
-    """Needs ffmpeg; streamlink looks for it once, with a thread that idles for 10 s then."""
+    """Skip without ffmpeg. streamlink's check for it leaves a thread that idles for 10 s."""
     if not FFMPEGMuxer.is_usable(Streamlink()):
-        assert "CI" not in os.environ, "ffmpeg must be there"
+        assert "CI" not in os.environ, "ffmpeg must be installed"
         pytest.skip("needs ffmpeg")
 
 
@@ -77,7 +77,7 @@ def times(data: bytes, kind: str) -> list[float]:
 
 @dataclass
 class Apart:
-    """A picture and its sound in playlists of their own."""
+    """Picture and sound, each in a playlist of its own."""
 
     origin: Origin
     picture: Playlist
@@ -85,14 +85,14 @@ class Apart:
 
     @property
     def url(self) -> str:
-        return self.named("apart")
+        return self.add_master("apart")
 
-    def named(self, name: str) -> str:
-        """Its address on the origin."""
+    def add_master(self, name: str) -> str:
+        """Add a master playlist to the origin; returns its address."""
         return self.origin.add(master(name, {"360p": self.picture}, self.sound)).url
 
     def sent(self, first: int, stop: int) -> Counter[str]:
-        """How many packets the origin has of each kind in these segments."""
+        """The number of packets of each kind in these segments of the origin."""
         return count(self.picture.plain(first, stop)) + count(self.sound.plain(first, stop))
 
 
@@ -113,7 +113,7 @@ def fmp4_film(origin: Origin, segments: int = 12) -> Apart:
 
 
 def live(origin: Origin, segments: int, seconds: float, listed: int = 3) -> Apart:
-    """By the clock; ends with its media, so that all of it can be counted."""
+    """A live channel that ends with its media, so that all of its packets can be counted."""
     tracks = (
         media.video_only_segments(segments, seconds),
         media.audio_only_segments(segments, seconds),
@@ -145,7 +145,7 @@ def test_live_channel_has_all_its_sound(origin: Origin, serve: Serve, seconds: f
 @pytest.mark.long
 @pytest.mark.parametrize("track", ["picture", "sound"])
 @pytest.mark.parametrize("silence", [5, 27])
-def test_film_whose_track_stalls_is_whole(
+def test_film_is_complete_after_a_track_stalled(
     origin: Origin, serve: Serve, track: str, silence: float
 ) -> None:
     apart = film(origin)
@@ -185,8 +185,8 @@ def dash_film(origin: Origin, segments: int = 12) -> str:
 
 
 @pytest.mark.long
-def test_dash_film_whose_sound_stalls_is_whole(origin: Origin, serve: Serve) -> None:
-    """For longer than streamlink's time-out, and for less than the channel's patience."""
+def test_dash_film_is_complete_after_its_sound_stalled(origin: Origin, serve: Serve) -> None:
+    """The stall is longer than streamlink's time-out, but shorter than the channel's patience."""
     address = dash_film(origin)
     stall = origin.fault("/sound/9.m4s", Stall(100), times=None)
     viewer = serve({"news": address}, timeout=4).watch("/news")
@@ -200,13 +200,13 @@ def test_dash_film_whose_sound_stalls_is_whole(origin: Origin, serve: Serve) -> 
     assert times(body, "audio")[-1] == pytest.approx(times(body, "video")[-1], abs=0.1)
 
 
-#### Tracks that are encrypted, each with its key ####
+#### Encrypted tracks, each with its own key ####
 
 PICTURE_KEY, SOUND_KEY = bytes(range(16)), bytes(range(100, 116))
 
 
 def encrypted_film(origin: Origin, **sound: Any) -> Apart:
-    """A picture with its key; `sound` is what its sound has besides its own."""
+    """A film whose tracks have different keys; `sound` has more options for the sound."""
     parts = media.audio_only_segments(12)
     return Apart(
         origin,
@@ -274,7 +274,7 @@ def test_sound_whose_segments_are_missing_is_left_out(origin: Origin, serve: Ser
 
 
 def test_reopened_channel_stays_without_its_sound(origin: Origin, serve: Serve) -> None:
-    """Though its playlist is there again: a viewer's player would not expect it."""
+    """The sound stays out even if its playlist is back: players would not expect it."""
     stall = origin.fault("/picture/9.ts", Stall(1000), times=None)
     lost = origin.fault("/sound/index.m3u8", Status(404), times=None)
     site = serve({"news": film(origin).url}, timeout=2, reconnect=30)
@@ -289,8 +289,8 @@ def test_reopened_channel_stays_without_its_sound(origin: Origin, serve: Serve) 
     assert set(count(body)) == {"video"}
 
 
-def test_sound_of_a_master_within_a_master_may_be_missing(origin: Origin, serve: Serve) -> None:
-    """As where its playlist is refused, or where ffmpeg is."""
+def test_sound_may_be_missing_from_a_master_within_a_master(origin: Origin, serve: Serve) -> None:
+    """Its playlist is refused, or ffmpeg is missing."""
     inner = film(origin).url
     text = f"#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=100000\n{inner}\n"
     outer = origin.add_file("/outer.m3u8", text.encode())
@@ -318,7 +318,7 @@ def test_missing_picture_is_a_failure(origin: Origin, serve: Serve) -> None:
 
 
 def test_chosen_renditions_play_without_a_missing_one(origin: Origin, serve: Serve) -> None:
-    """The first of two is missing: the second keeps its place beside the picture."""
+    """The first of two renditions is missing; the second one still plays with the picture."""
     apart = film(origin)
     second = origin.add(Playlist("second", media.audio_only_segments(12)))
     both = master("both", {"360p": apart.picture}, apart.sound)
@@ -333,12 +333,14 @@ def test_chosen_renditions_play_without_a_missing_one(origin: Origin, serve: Ser
     assert count(body) == count(apart.picture.plain(0, 12)) + count(second.plain(0, 12))
 
 
-#### Nothing else ends a track ####
+#### Tracks that fail ####
 
 
 @pytest.mark.parametrize("track", ["picture", "sound"])
-def test_track_that_cannot_go_on_is_no_end(origin: Origin, serve: Serve, track: str) -> None:
-    """Its key changes and cannot be had: ffmpeg would go on with the other track, to its end."""
+def test_stream_breaks_off_if_a_track_cannot_continue(
+    origin: Origin, serve: Serve, track: str
+) -> None:
+    """The new key of the track is missing. ffmpeg alone would continue with the other track."""
     apart = film(origin)
     lost = '#EXT-X-KEY:METHOD=AES-128,URI="/lost"'
     whole: Playlist = getattr(apart, track)
@@ -350,13 +352,13 @@ def test_track_that_cannot_go_on_is_no_end(origin: Origin, serve: Serve, track: 
     assert body
 
 
-#### The temporary folder, where ffmpeg's FIFOs are ####
+#### The temporary folder for ffmpeg's FIFOs ####
 
 FOLDER = "needs a writable temporary folder: mount one at /tmp"
 
 
 @pytest.mark.parametrize("make", [lambda origin: film(origin).url, dash_film], ids=["hls", "dash"])
-def test_missing_temporary_folder_is_told(
+def test_error_names_a_missing_temporary_folder(
     origin: Origin,
     serve: Serve,
     make: Callable[[Origin], str],
@@ -376,7 +378,7 @@ def test_missing_temporary_folder_is_told(
 def test_check_leaves_nothing_in_the_temporary_folder(
     origin: Origin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stalling: bool
 ) -> None:
-    """Neither where a stream plays nor where its sound stalls and ffmpeg waits for it."""
+    """This holds if the stream plays, and if its sound stalls and ffmpeg waits for it."""
     folder = tmp_path / "tmp"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
@@ -391,15 +393,15 @@ def test_check_leaves_nothing_in_the_temporary_folder(
     assert list(folder.iterdir()) == []
 
 
-#### Time ####
+#### Synchronization ####
 
 
 @pytest.mark.parametrize("late", ["picture", "sound"])
 @pytest.mark.parametrize("container", ["ts", "fmp4"])
-def test_tracks_that_begin_apart_stay_together(
+def test_tracks_that_start_at_different_times_stay_synchronous(
     origin: Origin, serve: Serve, late: str, container: str
 ) -> None:
-    """One playlist is three segments ahead, as where a cache is slow."""
+    """One playlist is three segments ahead, as if a cache were slow."""
     apart = film(origin) if container == "ts" else fmp4_film(origin)
     getattr(apart, late).drop(3)
     body = serve({"news": apart.url}).get("/news").body
@@ -410,8 +412,8 @@ def test_tracks_that_begin_apart_stay_together(
     assert last[0] == pytest.approx(last[1], abs=0.1)
 
 
-def test_sound_without_a_clock_begins_with_the_picture(origin: Origin, serve: Serve) -> None:
-    """Packed audio that lacks its tags, beside a picture whose clock is far on."""
+def test_sound_without_a_clock_starts_with_the_picture(origin: Origin, serve: Serve) -> None:
+    """The sound is packed audio without tags, and the picture's clock starts at 12 s."""
     picture = Playlist("picture", media.video_only_segments(24)[12:])
     sound = Playlist("sound", media.aac_segments(12), extension=".aac")
     body = serve({"news": Apart(origin, picture, sound).url}).get("/news").body
@@ -419,8 +421,8 @@ def test_sound_without_a_clock_begins_with_the_picture(origin: Origin, serve: Se
     assert count(body) == count(picture.plain(0, 12)) + count(sound.plain(0, 12))
 
 
-def test_clock_that_starts_anew_costs_no_sound(origin: Origin, serve: Serve) -> None:
-    """An advertisement, and the programme again: each has its own clock, in both tracks."""
+def test_clock_that_restarts_loses_no_sound(origin: Origin, serve: Serve) -> None:
+    """The programme continues after an advertisement with another clock, in both tracks."""
     order = [*range(10, 16), *range(3), *range(16, 22)]
     picture, sound = (
         Playlist(name, [Segment(parts[n], discontinuity=n in (0, 16)) for n in order])
@@ -437,8 +439,8 @@ def test_clock_that_starts_anew_costs_no_sound(origin: Origin, serve: Serve) -> 
         assert times(body, kind)[-1] - times(body, kind)[0] == pytest.approx(len(order), abs=0.2)
 
 
-def test_every_chosen_rendition_is_there(origin: Origin, serve: Serve) -> None:
-    """Two languages, and subtitles that nobody asked for; the second starts three segments late."""
+def test_every_chosen_rendition_arrives(origin: Origin, serve: Serve) -> None:
+    """There are two languages, the second three segments late, and subtitles not asked for."""
     apart = film(origin)
     second = origin.add(Playlist("second", media.audio_only_segments(12)))
     second.drop(3)
@@ -461,21 +463,24 @@ def test_every_chosen_rendition_is_there(origin: Origin, serve: Serve) -> None:
     assert starts[1:] == pytest.approx([starts[0], starts[0] + 3], abs=0.05)
 
 
-#### After a failure ####
+#### Continuing after a failure ####
 
 
-def expect_all_but_little_again(body: bytes, apart: Apart, segments: int) -> None:
-    """The segment that broke comes whole, and so some of it twice; ffmpeg keeps 0.2 s."""
+def assert_complete_with_few_repeats(body: bytes, apart: Apart, segments: int) -> None:
+    """Assert that all packets arrive except up to 0.2 s that ffmpeg keeps.
+
+    Up to two segments may arrive twice, because interrupted segments are fetched again.
+    """
     for kind, sent in apart.sent(0, segments).items():
         kept = 0.2 * sent / segments
         assert sent - kept <= count(body)[kind] <= sent * (segments + 2) / segments, kind
 
 
 @pytest.mark.parametrize("tracks", ["*", "sound", "picture"])
-def test_film_goes_on_at_its_segment(
+def test_film_with_separate_sound_continues_at_its_segment(
     origin: Origin, serve: Serve, journal: Journal, tracks: str
 ) -> None:
-    """Neither from its start, nor with a hole."""
+    """It neither starts again nor has a gap."""
     apart = film(origin, 20)
     stall = origin.fault(f"/{tracks}/12.ts", Stall(1000), times=None)
     viewer = serve({"news": apart.url}, timeout=5).watch("/news")
@@ -486,14 +491,14 @@ def test_film_goes_on_at_its_segment(
     origin.start()
     body, is_complete = viewer.read_all()
     assert is_complete
-    expect_all_but_little_again(body, apart, 20)
+    assert_complete_with_few_repeats(body, apart, 20)
     assert origin.count("/picture/3.ts") == origin.count("/sound/3.ts") == 1
 
 
-def test_live_channel_goes_on_at_its_segment(
+def test_live_channel_with_separate_sound_continues_at_its_segment(
     origin: Origin, serve: Serve, journal: Journal
 ) -> None:
-    """Its playlists were away; those that come are waited for with those viewers have not had."""
+    """Its playlists fail for a while; then it continues with the next segment for its viewers."""
     apart = live(origin, 20, 1.0, listed=8)
     viewer = serve({"news": apart.url}, streamlink={"hls-live-edge": 8}).watch("/news")
     away = [origin.fault(p.path, Status(404), times=None) for p in (apart.picture, apart.sound)]
@@ -505,13 +510,13 @@ def test_live_channel_goes_on_at_its_segment(
         fault.clear()
     body, is_complete = viewer.read_all()
     assert is_complete
-    expect_all_but_little_again(body, apart, 20)
+    assert_complete_with_few_repeats(body, apart, 20)
 
 
-def test_segments_that_tracks_lose_are_counted(
+def test_lost_segments_of_tracks_are_counted(
     origin: Origin, serve: Serve, journal: Journal
 ) -> None:
-    """The lists move on by ten while each shows eight; one segment of the sound is a gap."""
+    """The playlists advance by ten segments but list eight; one of the sound's is a gap."""
     sounds = [Segment(data) for data in media.audio_only_segments(20)]
     sounds[11] = Segment(sounds[11].data, tags=("#EXT-X-GAP",))
     options: dict[str, Any] = {"mode": "live", "window": 8, "keep": 0}
@@ -527,18 +532,20 @@ def test_segments_that_tracks_lose_are_counted(
     def gaps() -> int:
         return int(site.get("/status").json["streams"][0]["gaps"])
 
-    eventually(lambda: gaps() == 5, "two of each and the gap")
+    eventually(lambda: gaps() == 5, "two segments of each track and the gap are counted")
     assert site.get("/status").json["streams"][0]["state"] == "live"
 
 
 def children() -> list[int]:
-    """The processes of this one that run."""
+    """The process numbers of this process's children."""
     found = Path("/proc/self/task").glob("*/children")
     return [int(number) for file in found for number in file.read_text().split()]
 
 
-def test_ffmpeg_that_dies_is_no_end(origin: Origin, serve: Serve, journal: Journal) -> None:
-    """It has all of the film, and the playlist's end was seen; another one goes on."""
+def test_stream_continues_after_ffmpeg_was_killed(
+    origin: Origin, serve: Serve, journal: Journal
+) -> None:
+    """ffmpeg has received all of the film, and the playlists have ended. A new ffmpeg continues."""
     apart = film(origin)
     viewer = serve({"news": apart.url}).watch("/news")
     origin.wait_for("/sound/11.ts")
@@ -549,7 +556,7 @@ def test_ffmpeg_that_dies_is_no_end(origin: Origin, serve: Serve, journal: Journ
     assert is_complete
 
 
-def test_closed_upstream_goes_without_a_collector(origin: Origin) -> None:
+def test_closed_upstream_is_freed_without_garbage_collection(origin: Origin) -> None:
     address, before = film(origin).url, set(threading.enumerate())
     gc.collect()
     gc.disable()

@@ -1,6 +1,6 @@
-"""A segment that comes more slowly than it plays, beside others that do not.
+"""Segments that arrive more slowly than they play, while others do not.
 
-Everything is real, as in test_download.py. A stuck connection sends 2 KB/s; a segment of it would
+Everything is real, as in test_download.py. A stuck connection sends 2 KB/s, so that a segment would
 take minutes.
 """
 
@@ -16,7 +16,7 @@ import pipe
 from tests import media
 from tests.origin import Origin, Playlist, Segment, Stall, Status, Trickle
 from tests.server import Site
-from tests.test_download import behave, by_origin, of
+from tests.test_download import behave, by_origin, requests_for
 
 SEGMENT = 500_000  # bytes, which play for 2 s
 SECONDS = 2.0
@@ -28,9 +28,9 @@ Serve = Callable[..., Site]
 def live(
     origin: Origin, target_duration: int = 2, tags: Mapping[int, str] = MappingProxyType({})
 ) -> Playlist:
-    """A list of five segments, of which a channel starts with the third.
+    """A playlist of five segments; a channel starts with the third one.
 
-    `tags` stand in front of the segment of that number, and of every eighth after it.
+    `tags` precede the segment of that number, and every eighth segment after it.
     """
     segments = [
         Segment(
@@ -47,7 +47,7 @@ def gaps(site: Site) -> int:
 
 
 @by_origin
-def test_rest_of_a_segment_that_trickles_is_asked_for_again(
+def test_rest_of_a_slow_segment_is_requested_again(
     origin: Origin, serve: Serve, conduct: Mapping[str, bool]
 ) -> None:
     behave(origin, conduct)
@@ -59,7 +59,7 @@ def test_rest_of_a_segment_that_trickles_is_asked_for_again(
     origin.wait_for(path, 2)
     expected = playlist.plain(2, 5)
     assert viewer.read(len(expected)) == expected
-    first, second = of(origin, path)
+    first, second = requests_for(origin, path)
     assert first.connection != second.connection
     assert first.sent < SEGMENT / 10
     if not conduct:
@@ -69,10 +69,10 @@ def test_rest_of_a_segment_that_trickles_is_asked_for_again(
 
 
 @pytest.mark.long
-def test_segment_that_trickles_is_given_up_when_it_is_no_longer_listed(
+def test_slow_segment_is_abandoned_when_it_is_no_longer_listed(
     origin: Origin, serve: Serve
 ) -> None:
-    """However often it is asked for; the rest of the list plays on."""
+    """It is requested more than once, and the other segments play."""
     playlist = live(origin)
     origin.fault(playlist.segment_path(3), STUCK, times=None)
     site = serve({"news": playlist.url}, threads=2)
@@ -81,7 +81,7 @@ def test_segment_that_trickles_is_given_up_when_it_is_no_longer_listed(
     assert viewer.read(len(start)) == start
     loads = origin.count(playlist.path)
     playlist.advance(2)
-    origin.wait_for(playlist.path, loads + 1)  # which begins with number 2 now
+    origin.wait_for(playlist.path, loads + 1)  # the playlist now begins with segment 2
     origin.wait_for(playlist.segment_path(3), 2)
     playlist.advance(2)
     playlist.end()
@@ -90,20 +90,20 @@ def test_segment_that_trickles_is_given_up_when_it_is_no_longer_listed(
     rest = playlist.plain(4, 9)
     notices = sum(map(media.is_notice, media.packets(body))) * media.PACKET
     kept = body[: -len(rest) - notices]
-    parts = playlist.plain(4, 8), playlist.plain(8, 9)  # it begins anew
+    parts = playlist.plain(4, 8), playlist.plain(8, 9)  # the media repeats from segment 8
     assert start + body == media.spliced(start + kept, *parts)
     assert playlist.plain(3, 4).startswith(kept)
     assert len(kept) < SEGMENT / 10
     assert gaps(site) == 1
 
 
-def test_full_slots_do_not_stop_the_reloads(
+def test_playlist_is_reloaded_while_all_slots_are_full(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A segment that leaves the list while it waits in line is requested once.
+    """A segment that leaves the playlist while it waits in line is still requested once.
 
-    Only if it begins with a new initialization section, it is a gap.  A segment is tried for two
-    target durations, a minute.
+    It is a gap only if it needs an initialization section that is missing.  A segment is tried for
+    two target durations, a minute.
     """
     wait = HLSStreamWorker.wait
     monkeypatch.setattr(HLSStreamWorker, "wait", lambda worker, time: wait(worker, time / 5))
@@ -123,15 +123,15 @@ def test_full_slots_do_not_stop_the_reloads(
     playlist.end()
     body, is_complete = viewer.read_all()
     assert is_complete
-    kept = playlist.plain(2, 5), playlist.plain(8, 13)  # 5, 6 and 7 need another section
+    kept = playlist.plain(2, 5), playlist.plain(8, 13)  # 5, 6 and 7 need the missing section
     assert body == media.spliced(*(pipe.NULL_PACKET + part for part in kept))
     assert gaps(site) == 3
 
 
-def test_segment_that_left_the_list_while_it_waited_is_requested_once(
+def test_segment_that_left_the_playlist_while_it_waited_is_requested_once(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With one thread and a short list; a segment that is refused then is a gap at once."""
+    """There is one thread and a short playlist. If the segment is refused, it is a gap at once."""
     wait = HLSStreamWorker.wait
     monkeypatch.setattr(HLSStreamWorker, "wait", lambda worker, time: wait(worker, time / 5))
     playlist = live(origin, target_duration=30)
@@ -145,7 +145,7 @@ def test_segment_that_left_the_list_while_it_waited_is_requested_once(
         loads = origin.count(playlist.path)
         playlist.advance(1)
         origin.wait_for(playlist.path, loads + 2)
-    playlist.advance(2)  # the list begins with number 6
+    playlist.advance(2)  # the playlist begins with segment 6
     playlist.end()
     loads = origin.count(playlist.path)
     origin.wait_for(playlist.path, loads + 1)

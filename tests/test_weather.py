@@ -1,4 +1,4 @@
-"""Everything is real: what ordinary providers do, and what a household does to them."""
+"""Ordinary providers and households: radio, panels and log lines. Everything is real."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ Serve = Callable[..., Site]
 #### Radio ####
 
 
-def frames_for_ever(start: int) -> Iterator[bytes]:
-    """MP3 as a relay sends it: from where it is, in pieces that know no frames."""
+def endless_frames(start: int) -> Iterator[bytes]:
+    """Endless MP3 as a relay sends it: from any byte on, and in pieces that ignore frames."""
     frames = b"".join(media.audio_frames("libmp3lame", 44_100))
     for at in itertools.count(start, 4000):
         at %= len(frames)
         yield (frames[at:] + frames)[:4000]
 
 
-def test_radio_that_starts_within_a_frame_is_shared_and_has_the_type_of_its_origin(
+def test_radio_that_starts_within_a_frame_is_shared_with_the_type_of_its_origin(
     origin: Origin, serve: Serve
 ) -> None:
     origin.rate = 64_000
     kind = "Audio/MPEG; charset=utf-8"
-    address = origin.add_endless("/radio", lambda: frames_for_ever(100), content_type=kind)
+    address = origin.add_endless("/radio", lambda: endless_frames(100), content_type=kind)
     site = serve({"radio": address})
     first = site.watch("/radio")
     assert first.headers["Content-Type"] == "audio/mpeg"
@@ -51,7 +51,7 @@ def test_radio_that_starts_within_a_frame_is_shared_and_has_the_type_of_its_orig
 
 
 class Bare(socketserver.StreamRequestHandler):
-    """Has read the request's head, whatever it says."""
+    """Reads the request's head and ignores it."""
 
     def setup(self) -> None:
         super().setup()
@@ -60,16 +60,16 @@ class Bare(socketserver.StreamRequestHandler):
 
 
 class Shoutcast(Bare):
-    """A server of the first version, whose answer is not quite HTTP."""
+    """A Shoutcast 1 server, whose answer is not quite HTTP."""
 
     def handle(self) -> None:
         self.wfile.write(b"ICY 200 OK\r\nicy-name:News\r\ncontent-type:audio/mpeg\r\n\r\n")
         with contextlib.suppress(OSError):
-            for piece in frames_for_ever(100):
+            for piece in endless_frames(100):
                 self.wfile.write(piece)
 
 
-def test_radio_of_an_old_shoutcast_server_is_heard(serve: Serve) -> None:
+def test_radio_of_an_old_shoutcast_server_plays(serve: Serve) -> None:
     with running(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Shoutcast)) as address:
         site = serve({"radio": address}, linger=0)
         with site.watch("/radio") as viewer:
@@ -82,12 +82,12 @@ def test_radio_of_an_old_shoutcast_server_is_heard(serve: Serve) -> None:
 
 
 class Watched(Bare):
-    """Sends a little, and then looks at its connection alone."""
+    """Sends some media, and then only watches its connection."""
 
     def handle(self) -> None:
         self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + b"".join(media.ts_segments()))
         poll = select.poll()
-        poll.register(self.connection, 0)  # errors and resets, which nobody can pass over
+        poll.register(self.connection, 0)  # poll() always reports errors and resets
         assert isinstance(self.server, Panel)
         self.server.was_reset = bool(poll.poll(1000 * TIMEOUT))
 
@@ -96,8 +96,8 @@ class Panel(socketserver.ThreadingTCPServer):
     was_reset = False
 
 
-def test_connection_that_is_given_up_is_reset(serve: Serve) -> None:
-    # An origin with a full socket would count it for another minute or two after an orderly end.
+def test_abandoned_connection_is_reset(serve: Serve) -> None:
+    # After an orderly close, an origin with a full socket would count it for a minute or two more.
     panel = Panel(("127.0.0.1", 0), Watched)
     with (
         running(panel) as address,
@@ -108,7 +108,7 @@ def test_connection_that_is_given_up_is_reset(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("status", [403, 429, 458])
-def test_lingering_channel_gives_way_where_the_panel_allows_one_connection(
+def test_lingering_channel_gives_way_if_the_panel_allows_one_connection(
     origin: Origin, serve: Serve, status: int
 ) -> None:
     origin.rate = 400_000
@@ -123,10 +123,10 @@ def test_lingering_channel_gives_way_where_the_panel_allows_one_connection(
             assert viewer.read(20_000) == source[:20_000]
 
 
-#### What an operator reads ####
+#### The log ####
 
 
-def test_segment_that_is_given_up_is_told_with_its_channel(origin: Origin, tmp_path: Path) -> None:
+def test_abandoned_segment_is_logged_with_its_channel(origin: Origin, tmp_path: Path) -> None:
     film = origin.add(Playlist("film", media.ts_segments(6)))
     origin.fault(film.segment_path(3), Status(403), times=None)
     with Service(tmp_path, {"film": film.url}, options={"timeout": 1}) as service:
@@ -135,8 +135,8 @@ def test_segment_that_is_given_up_is_told_with_its_channel(origin: Origin, tmp_p
         service.wait_for_count(r" warning film: abandoned segment 3: the origin answered 403$", 1)
 
 
-def test_stop_blames_no_origin(origin: Origin, tmp_path: Path) -> None:
-    """Requests that it cuts itself are no failures."""
+def test_stop_logs_no_failures_of_origins(origin: Origin, tmp_path: Path) -> None:
+    """Requests that StreamPipe interrupts itself do not count as failures."""
     streams = {
         f"c{number}": origin.add(
             Playlist(f"c{number}", media.ts_segments(), mode="live", clock=True)

@@ -1,7 +1,7 @@
-"""Zapping: one connection to the provider, one tuner, one viewer, and players in a hurry.
+"""Zapping: players that switch channels quickly while one upstream or one viewer is allowed.
 
-Everything is real; other households are other loopback addresses.  Constants are replaced to tell
-what comes at once from what was waited for.
+Everything is real; other households are other loopback addresses.  Tests replace time limits to
+distinguish an immediate answer from one after a wait.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ other_addresses = pytest.mark.skipif(
 
 
 class Player:
-    """A connection that asks for a stream; what it reads of the answer is up to the test."""
+    """A connection that requests a stream; the test decides how much of the answer it reads."""
 
     def __init__(self, site: Site, path: str, source: str = "127.0.0.1") -> None:
         self._sock = socket.create_connection(("127.0.0.1", site.port), TIMEOUT, (source, 0))
@@ -56,7 +56,7 @@ class Player:
 
     @property
     def status(self) -> int:
-        """Of its answer, waited for."""
+        """The status of its answer; waits for it."""
         while len(self._start) < 12:
             data = self._sock.recv(12 - len(self._start))
             assert data, "no answer"
@@ -64,7 +64,7 @@ class Player:
         return int(self._start[9:12])
 
     def read_media(self) -> None:
-        """A little of it; fails where there is none."""
+        """Read the first bytes of media; fails if there are none."""
         assert self.status == 200
         data = b""
         while not re.search(rb"\r\n\r\nG", data):
@@ -73,11 +73,11 @@ class Player:
             data += more
 
     def read_some(self) -> None:
-        """More of it, after read_media()."""
+        """Read more media, after read_media()."""
         assert self._sock.recv(65536), "the answer has ended"
 
     def say(self, more: bytes) -> None:
-        """After its request."""
+        """Send more bytes after its request."""
         self._sock.sendall(more)
 
     def finish_sending(self) -> None:
@@ -104,13 +104,13 @@ def segmented(origin: Origin, name: str) -> str:
 def household(
     origin: Origin, serve: Serve, kind: Callable[[Origin, str], str], **settings: object
 ) -> Site:
-    """Five channels; linger is so long that nothing ends by it."""
+    """Five channels; `linger` is so long that no channel closes because of it."""
     origin.rate = 2_000_000
     return serve({name: kind(origin, name) for name in CHANNELS}, **{"linger": 600, **settings})
 
 
 def watch(site: Site, path: str) -> Watch:
-    """A viewer that has the first packet."""
+    """A viewer that has received the first packet."""
     viewer = site.watch(path)
     assert (viewer.status, viewer.read(media.PACKET)[:1]) == (200, b"G")
     return viewer
@@ -127,12 +127,12 @@ def upstreams(site: Site) -> int:
     return sum(len(stream["channels"]) for stream in streams)
 
 
-#### The same player asks for the next channel ####
+#### The same player requests the next channel ####
 
 
 @pytest.mark.parametrize("limits", ONE, ids=lambda limits: next(iter(limits)))
 @pytest.mark.parametrize("kind", [relay, segmented])
-def test_channel_that_was_left_gives_way_to_the_next_one(
+def test_channel_without_viewers_gives_way_to_the_next_one(
     origin: Origin, serve: Serve, kind: Callable[[Origin, str], str], limits: dict[str, int]
 ) -> None:
     site = household(origin, serve, kind, server=limits)
@@ -145,10 +145,10 @@ def test_channel_that_was_left_gives_way_to_the_next_one(
 
 
 @pytest.mark.parametrize("limits", ONE, ids=lambda limits: next(iter(limits)))
-def test_channel_is_asked_for_before_the_last_one_is_left(
+def test_player_may_request_a_channel_before_it_leaves_the_last_one(
     origin: Origin, serve: Serve, limits: dict[str, int]
 ) -> None:
-    """Players with a buffer close the old connection when the new one answers, or a little late."""
+    """Players with a buffer close the old connection when the new one answers, or soon after."""
     site = household(origin, serve, relay, server=limits)
     current, statuses = Player(site, "/a"), []
     pause = threading.Event()
@@ -167,14 +167,14 @@ def test_channel_is_asked_for_before_the_last_one_is_left(
 
 @pytest.mark.parametrize("limits", ONE, ids=lambda limits: next(iter(limits)))
 @pytest.mark.parametrize("fault", [StallHeaders(), Stall(100)], ids=["head", "body"])
-def test_start_that_hangs_and_was_left_gives_its_place_back(
+def test_hanging_start_without_viewers_frees_its_place(
     origin: Origin,
     serve: Serve,
     monkeypatch: pytest.MonkeyPatch,
     limits: dict[str, int],
     fault: StallHeaders | Stall,
 ) -> None:
-    """It is looked for where a place is needed, whenever those who wait for a start look."""
+    """Its departure is noticed when a place is needed, without waiting for START_TICK."""
     monkeypatch.setattr(pipe, "START_TICK", LONG)
     site = household(origin, serve, relay, server=limits)
     hanging = origin.fault("/a", fault)
@@ -186,19 +186,19 @@ def test_start_that_hangs_and_was_left_gives_its_place_back(
     hanging.release()
 
 
-def test_health_does_not_count_who_left_a_start(origin: Origin, serve: Serve) -> None:
+def test_health_does_not_count_viewers_that_left_a_start(origin: Origin, serve: Serve) -> None:
     site = household(origin, serve, relay, timeout=600)
     hanging = origin.fault("/a", StallHeaders())
     with Player(site, "/a"):
         hanging.wait_held()
         assert viewers(site) == 1
-    eventually(lambda: viewers(site) == 0, "the one who left is not counted")
+    eventually(lambda: viewers(site) == 0, "the viewer that left is not counted")
     hanging.release()
 
 
 @other_addresses
 @pytest.mark.parametrize("limits", ONE, ids=lambda limits: next(iter(limits)))
-def test_place_that_somebody_else_holds_is_refused_at_once(
+def test_place_that_another_household_holds_is_refused_at_once(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int]
 ) -> None:
     monkeypatch.setattr(pipe, "ZAPPING_TIME", LONG)
@@ -208,15 +208,15 @@ def test_place_that_somebody_else_holds_is_refused_at_once(
         with Player(site, "/b", "127.0.0.3") as player:
             assert player.status == 503
         with Player(site, "/b", "127.0.0.2") as waiting:
-            eventually(lambda: waits_in_watch() == 1, "the same household waits")
+            eventually(lambda: waits_in_watch() == 1, "a player of the same household waits")
             with Player(site, "/b", "127.0.0.3") as player:
-                assert player.status == 503, "whoever waits holds nothing"
+                assert player.status == 503, "a waiting player holds no place"
             somebody.close()
             assert waiting.status == 200
 
 
 def waits_in_watch() -> int:
-    """Threads that wait for a place."""
+    """The number of threads that wait for a place."""
     stacks = [
         {frame.f_code.co_name for frame, _ in traceback.walk_stack(frame)}
         for frame in sys._current_frames().values()
@@ -224,7 +224,7 @@ def waits_in_watch() -> int:
     return sum("watch" in names and "_await_start" not in names for names in stacks)
 
 
-def test_who_waits_for_a_place_and_leaves_takes_none(
+def test_player_that_leaves_while_it_waits_for_a_place_takes_none(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipe, "ZAPPING_TIME", LONG)
@@ -232,14 +232,14 @@ def test_who_waits_for_a_place_and_leaves_takes_none(
     with Player(site, "/a") as player:
         player.read_media()
         with Player(site, "/b"):
-            eventually(lambda: waits_in_watch() == 1, "it waits")
-        eventually(lambda: waits_in_watch() == 0, "it is gone")
+            eventually(lambda: waits_in_watch() == 1, "the player waits")
+        eventually(lambda: waits_in_watch() == 0, "the player is gone")
     with Player(site, "/c") as player:
         player.read_media()
     assert origin.count("/b") == 0
 
 
-def test_place_is_waited_for_no_longer_than_two_seconds(
+def test_player_waits_two_seconds_at_most_for_a_place(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert pipe.ZAPPING_TIME == 2.0
@@ -251,8 +251,8 @@ def test_place_is_waited_for_no_longer_than_two_seconds(
             assert second.status == 503
 
 
-def threads_end_late(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Hold up channels that end, as a busy machine does, until the event is set."""
+def delay_closing(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Delay the end of channels, as on a busy machine, until the event is set."""
     may_end, close = threading.Event(), pipe.Channel._close_upstream
     monkeypatch.setattr(
         pipe.Channel, "_close_upstream", lambda channel: may_end.wait(TIMEOUT) and close(channel)
@@ -261,11 +261,11 @@ def threads_end_late(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 @pytest.mark.parametrize("linger", [0, 600])
-def test_connection_of_a_channel_that_was_left_closes_before_the_next_opens(
+def test_connection_of_an_abandoned_channel_closes_before_the_next_one_opens(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch, linger: int
 ) -> None:
-    """A provider that allows one connection would refuse the second."""
-    may_end = threads_end_late(monkeypatch)
+    """A provider that allows one connection would refuse the second one."""
+    may_end = delay_closing(monkeypatch)
     site = household(origin, serve, relay, server={"max_upstreams": 1}, linger=linger)
     with Player(site, "/a") as player:
         player.read_media()
@@ -281,22 +281,22 @@ def test_connection_of_a_channel_that_was_left_closes_before_the_next_opens(
 
 
 @pytest.mark.parametrize("linger", [0, 0.05])
-def test_channel_is_asked_for_again_while_it_closes(
+def test_channel_can_be_requested_again_while_it_closes(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch, linger: float
 ) -> None:
-    may_end = threads_end_late(monkeypatch)
+    may_end = delay_closing(monkeypatch)
     site = household(origin, serve, relay, server={"max_upstreams": 1}, linger=linger)
     for _ in range(5):
         with Player(site, "/a") as player:
             player.read_media()
-        eventually(lambda: upstreams(site) == 0, "it closes")
+        eventually(lambda: upstreams(site) == 0, "the channel closes")
     assert origin.count("/a") == 5
     origin.wait_connections(0)
     may_end.set()
 
 
-def test_player_opens_a_channel_twice(origin: Origin, serve: Serve) -> None:
-    """A probe, closed after the player itself has come."""
+def test_player_may_open_a_channel_twice(origin: Origin, serve: Serve) -> None:
+    """The first connection is a probe, which is closed after the player itself connected."""
     site = household(origin, serve, relay, server={"max_upstreams": 1})
     for name in ("a", "b", "a"):
         with Player(site, f"/{name}") as probe, Player(site, f"/{name}") as player:
@@ -315,22 +315,22 @@ def test_channel_that_fails_gives_way_to_the_next_one(origin: Origin, serve: Ser
     assert origin.count("/b") == 1
 
 
-def test_start_that_fails_lets_in_who_waits_for_its_place(origin: Origin, serve: Serve) -> None:
+def test_failed_start_frees_its_place_for_a_waiting_player(origin: Origin, serve: Serve) -> None:
     site = household(origin, serve, relay, server={"max_upstreams": 1})
     hanging = origin.fault("/a", StallHeaders(), Status(404))
     with Player(site, "/a") as failing:
         hanging.wait_held()
         with Player(site, "/b") as player:
-            eventually(lambda: waits_in_watch() == 1, "it waits for the place")
+            eventually(lambda: waits_in_watch() == 1, "the player waits for the place")
             hanging.release()
             assert (failing.status, player.status) == (502, 200)
 
 
 @pytest.mark.parametrize("extra", [b"", b"\r\n", b"GET /b HTTP/1.1\r\n\r\n"])
-def test_place_of_who_has_closed_the_sending_side_is_free(
+def test_player_that_closed_its_sending_side_frees_its_place(
     origin: Origin, serve: Serve, extra: bytes
 ) -> None:
-    """Taken for gone, as other servers do; also where something was said before."""
+    """It counts as gone, as with other servers, even if it sent more bytes before."""
     site = household(origin, serve, relay, server={"max_viewers": 1})
     with Player(site, "/a", SOURCES[0]) as half:
         half.read_media()
@@ -354,10 +354,10 @@ def two_qualities(origin: Origin, name: str) -> Multivariant:
     return origin.add(master(name, {"360p": small, "720p": large}))
 
 
-def test_quality_that_a_running_channel_lacks_asks_the_origin_nothing(
+def test_unknown_quality_of_a_running_channel_causes_no_request(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also long after the start."""
+    """This holds long after the start, too."""
     news = two_qualities(origin, "news")
     site = serve({"news": news.url})
     watch(site, "/news")
@@ -371,7 +371,7 @@ def test_quality_that_a_running_channel_lacks_asks_the_origin_nothing(
 
 
 @pytest.mark.parametrize("is_lingering", [True, False], ids=["lingering", "watched"])
-def test_quality_that_does_not_exist_pushes_nothing_out(
+def test_unknown_quality_closes_no_other_channel(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch, is_lingering: bool
 ) -> None:
     monkeypatch.setattr(pipe, "FAILURE_MEMORY", 0.0)
@@ -384,15 +384,15 @@ def test_quality_that_does_not_exist_pushes_nothing_out(
         if is_lingering:
             viewer.close()
     if is_lingering:
-        eventually(lambda: viewers(site) == 0, "both linger")
+        eventually(lambda: viewers(site) == 0, "both channels linger")
     assert site.get("/a?quality=nope").status == 404
     assert upstreams(site) == 2
 
 
-def test_idle_stream_is_asked_once_for_names_that_do_not_exist(
+def test_unknown_qualities_of_an_idle_stream_cause_one_request(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One load in FAILURE_MEMORY, however the name is varied."""
+    """The playlist is loaded once within FAILURE_MEMORY, whatever names are requested."""
     assert pipe.FAILURE_MEMORY == 2.0
     monkeypatch.setattr(pipe, "FAILURE_MEMORY", LONG)
     news = two_qualities(origin, "news")
@@ -404,23 +404,23 @@ def test_idle_stream_is_asked_once_for_names_that_do_not_exist(
     watch(site, "/news?quality=360p")
 
 
-def test_idle_stream_is_asked_again_in_time(
+def test_unknown_quality_of_an_idle_stream_is_requested_again_later(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What its origin offers may have changed."""
+    """Its origin may offer other qualities by then."""
     monkeypatch.setattr(pipe, "FAILURE_MEMORY", 0.2)
     news = two_qualities(origin, "news")
     site = serve({"news": news.url})
     assert site.get("/news?quality=240p").status == 404
     tiny = Playlist("tiny", media.ts_segments(), mode="live", clock=True)
     origin.add(master("news", {"240p": tiny}))
-    eventually(lambda: site.watch("/news?quality=240p").status == 200, "it is found")
+    eventually(lambda: site.watch("/news?quality=240p").status == 200, "the new quality is found")
 
 
-def test_running_channel_is_joined_though_the_newest_start_lacked_it(
+def test_running_channel_can_be_joined_even_if_the_newest_start_did_not_list_it(
     origin: Origin, serve: Serve
 ) -> None:
-    """A transcoder that comes up again lists one rendition after the other."""
+    """A transcoder that restarts lists one rendition after the other."""
     news = two_qualities(origin, "news")
     site = serve({"news": news.url})
     watch(site, "/news")
@@ -435,10 +435,8 @@ def test_running_channel_is_joined_though_the_newest_start_lacked_it(
 #### Several qualities during one start ####
 
 
-def test_qualities_asked_for_at_once_share_one_look_at_the_variants(
-    origin: Origin, serve: Serve
-) -> None:
-    """The viewer of the other quality waits for the first start, and then gets one of its own."""
+def test_simultaneous_requests_for_qualities_share_a_start(origin: Origin, serve: Serve) -> None:
+    """A viewer of the other quality waits for the first start, and then causes a second one."""
     news = two_qualities(origin, "news")
     small, large = (variant.playlist for variant in news.variants)
     hanging = origin.fault(news.path, StallHeaders())
@@ -446,7 +444,7 @@ def test_qualities_asked_for_at_once_share_one_look_at_the_variants(
     paths = ["/news?quality=360p", "/news?quality=720p", "/news?quality=best", "/news?quality=nope"]
     with contextlib.ExitStack() as stack:
         players = [stack.enter_context(Player(site, path)) for path in paths]
-        eventually(lambda: viewers(site) == len(paths), "all wait")
+        eventually(lambda: viewers(site) == len(paths), "all players wait")
         hanging.wait_held()
         assert (upstreams(site), origin.count(news.path)) == (1, 1)
         hanging.release()
@@ -457,7 +455,7 @@ def test_qualities_asked_for_at_once_share_one_look_at_the_variants(
     assert origin.count(small.path) >= 1 <= origin.count(large.path)
 
 
-def test_failed_start_is_told_to_waiting_viewers_of_every_quality(
+def test_waiting_viewers_of_every_quality_get_the_error_of_a_failed_start(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipe, "FAILURE_MEMORY", LONG)
@@ -467,7 +465,7 @@ def test_failed_start_is_told_to_waiting_viewers_of_every_quality(
     paths = ["/news?quality=360p", "/news?quality=720p", "/news"]
     with contextlib.ExitStack() as stack:
         players = [stack.enter_context(Player(site, path)) for path in paths]
-        eventually(lambda: viewers(site) == len(paths), "all wait")
+        eventually(lambda: viewers(site) == len(paths), "all players wait")
         hanging.release()
         assert [player.status for player in players] == [502, 502, 502]
     assert [site.get(path).status for path in paths] == [502, 502, 502]
@@ -483,21 +481,21 @@ def test_viewer_that_leaves_while_it_waits_for_another_quality_is_not_counted(
     with Player(site, "/news?quality=360p") as player:
         hanging.wait_held()
         with Player(site, "/news?quality=720p"):
-            eventually(lambda: viewers(site) == 2, "both wait")
-        eventually(lambda: viewers(site) == 1, "one has left")
+            eventually(lambda: viewers(site) == 2, "both players wait")
+        eventually(lambda: viewers(site) == 1, "one player has left")
         hanging.release()
         player.read_media()
     assert origin.count(news.path) == 1
 
 
 def waiting_seconds(site: Site) -> float:
-    """How long the newest viewer of the first channel has been there."""
+    """Seconds since the newest viewer of the first channel arrived."""
     channel = site.get("/status").json["streams"][0]["channels"][0]
     return float(channel["viewers"][-1]["since_seconds"])
 
 
-def test_time_that_a_viewer_waited_for_another_quality_counts(origin: Origin, serve: Serve) -> None:
-    """Its deadline runs from its own request, whatever start it waits for."""
+def test_time_spent_waiting_for_another_quality_counts(origin: Origin, serve: Serve) -> None:
+    """Its deadline counts from its own request, whichever start it waits for."""
     news = two_qualities(origin, "news")
     large = news.variants[1].playlist
     hanging = origin.fault(news.path, StallHeaders())
@@ -506,11 +504,11 @@ def test_time_that_a_viewer_waited_for_another_quality_counts(origin: Origin, se
     with Player(site, "/news?quality=360p") as small:
         hanging.wait_held()
         early = Task(lambda: site.get("/news?quality=720p").status)
-        eventually(lambda: viewers(site) == 2, "it waits")
-        eventually(lambda: waiting_seconds(site) > 1, "it has waited for a while")
+        eventually(lambda: viewers(site) == 2, "the early viewer waits")
+        eventually(lambda: waiting_seconds(site) > 1, "it has waited for a second")
         hanging.release()
         assert small.status == 200
-        stalled.wait_held()  # the start of its own, which has its own time
+        stalled.wait_held()  # the second start, which has a time limit of its own
         late = Task(lambda: site.watch("/news?quality=720p").status)
         assert early.result() == 504
         stalled.clear()
@@ -522,21 +520,23 @@ def test_time_that_a_viewer_waited_for_another_quality_counts(origin: Origin, se
 
 
 def reload(site: Site, stream: dict[str, object], **server: object) -> None:
-    """Another configuration of the stream `news`, as main would use it."""
+    """Reload the configuration with another stream `news`, as the program does."""
     text = yaml.safe_dump({"server": {"host": "127.0.0.1", **server}, "streams": {"news": stream}})
     site.server.reload(pipe.ConfigReader("test.yml", pipe.engine_options()).read(text))
 
 
-def test_who_waits_for_a_start_gets_the_new_default_quality(origin: Origin, serve: Serve) -> None:
+def test_viewer_that_waits_for_a_start_gets_the_new_default_quality(
+    origin: Origin, serve: Serve
+) -> None:
     news = two_qualities(origin, "news")
     hanging = origin.fault(news.path, StallHeaders(), times=None)
     site = serve({"news": {"url": news.url, "quality": "720p"}})
     paths = ["/news", "/news", "/news?quality=best", "/news?quality=nope"]
     with contextlib.ExitStack() as stack:
         players = [stack.enter_context(Player(site, path)) for path in paths]
-        eventually(lambda: viewers(site) == len(paths), "all wait")
+        eventually(lambda: viewers(site) == len(paths), "all players wait")
         hanging.wait_held()
-        assert origin.count(news.path) == 1, "one start asks for all of them"
+        assert origin.count(news.path) == 1, "there is one start for all viewers"
         hanging.clear()
         reload(site, {"url": news.url, "quality": "360p"})
         assert [player.status for player in players] == [200, 200, 200, 404]
@@ -545,7 +545,7 @@ def test_who_waits_for_a_start_gets_the_new_default_quality(origin: Origin, serv
     hanging.release()
 
 
-def test_stream_that_a_reload_removes_during_its_start(origin: Origin, serve: Serve) -> None:
+def test_viewer_of_a_stream_that_a_reload_removes_gets_404(origin: Origin, serve: Serve) -> None:
     hanging = origin.fault("/a", StallHeaders())
     site = serve({"a": relay(origin, "a")})
     with Player(site, "/a") as player:
@@ -555,10 +555,10 @@ def test_stream_that_a_reload_removes_during_its_start(origin: Origin, serve: Se
     hanging.release()
 
 
-def test_reload_reaches_a_viewer_that_waits_for_a_place_to_start(
+def test_viewer_that_waits_for_a_join_point_gets_the_reloaded_stream(
     origin: Origin, serve: Serve
 ) -> None:
-    """Its channel runs, but sends no tables and no key frame."""
+    """The channel runs, but sends no tables and no key frame to start with."""
 
     def source() -> Iterator[bytes]:
         yield media.ts_segments()[0][media.HEAD_PACKETS * media.PACKET :]
@@ -569,24 +569,24 @@ def test_reload_reaches_a_viewer_that_waits_for_a_place_to_start(
     site = serve({"news": origin.add_endless("/news", source)})
     watch(site, "/news")
     with Player(site, "/news") as player:
-        eventually(lambda: viewers(site) == 2, "both watch")
+        eventually(lambda: viewers(site) == 2, "both viewers are attached")
         reload(site, {"url": relay(origin, "b")})
         player.read_media()
 
 
-def test_reload_during_a_start_reaches_waiting_viewers_of_every_quality(
+def test_waiting_viewers_of_every_quality_get_the_reloaded_stream(
     origin: Origin, serve: Serve
 ) -> None:
-    """The stream goes, or plays something else."""
+    """The stream is removed, or has another address."""
     old, new = two_qualities(origin, "old"), two_qualities(origin, "new")
     hanging = origin.fault(old.path, StallHeaders(), times=None)
     site = serve({"news": old.url, "sport": old.url})
     paths = ["/news?quality=360p", "/news?quality=720p", "/sport?quality=360p", "/sport"]
     with contextlib.ExitStack() as stack:
         players = [stack.enter_context(Player(site, path)) for path in paths]
-        eventually(lambda: viewers(site) == len(paths), "all wait")
+        eventually(lambda: viewers(site) == len(paths), "all players wait")
         hanging.wait_held(2)
-        assert origin.count(old.path) == 2, "a start for each stream"
+        assert origin.count(old.path) == 2, "there is one start for each stream"
         reload(site, {"url": new.url})
         assert [player.status for player in players] == [200, 200, 404, 404]
         variants = site.get("/status").json["streams"][0]["channels"]
@@ -595,7 +595,9 @@ def test_reload_during_a_start_reaches_waiting_viewers_of_every_quality(
     hanging.release()
 
 
-def test_address_that_a_reload_cut_off_is_not_a_failed_one(origin: Origin, serve: Serve) -> None:
+def test_address_that_a_reload_interrupted_does_not_count_as_failed(
+    origin: Origin, serve: Serve
+) -> None:
     urls = [relay(origin, "first"), relay(origin, "second")]
     hanging = origin.fault("/first", StallHeaders())
     site = serve({"news": {"url": urls}})
@@ -609,7 +611,7 @@ def test_address_that_a_reload_cut_off_is_not_a_failed_one(origin: Origin, serve
     hanging.release()
 
 
-def test_qualities_that_a_reload_brings_are_there_at_once(
+def test_new_qualities_are_available_at_once_after_a_reload(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipe, "FAILURE_MEMORY", LONG)
@@ -620,10 +622,10 @@ def test_qualities_that_a_reload_brings_are_there_at_once(
     watch(site, "/news?quality=240p")
 
 
-def test_qualities_that_a_reload_brings_are_there_while_the_old_channel_ends(
+def test_new_qualities_are_available_while_the_old_channel_ends(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    may_end = threads_end_late(monkeypatch)
+    may_end = delay_closing(monkeypatch)
     site = serve({"news": two_qualities(origin, "news").url})
     watch(site, "/news")
     tiny = Playlist("tiny", media.ts_segments(), mode="live", clock=True)
@@ -632,7 +634,7 @@ def test_qualities_that_a_reload_brings_are_there_while_the_old_channel_ends(
     may_end.set()
 
 
-def test_panel_may_still_count_the_connection_of_a_channel_that_a_reload_ended(
+def test_reloaded_channel_waits_until_the_panel_forgets_the_old_connection(
     origin: Origin, serve: Serve
 ) -> None:
     origin.rate = 2_000_000
@@ -642,14 +644,16 @@ def test_panel_may_still_count_the_connection_of_a_channel_that_a_reload_ended(
     watch(site, "/news")
     reload(site, {"url": source, "headers": {"X-New": "yes"}})
     watch(site, "/news")
-    assert any(request.status == 458 for request in origin.requests), "it was not too easy"
+    assert any(request.status == 458 for request in origin.requests), (
+        "the panel refused a connection"
+    )
 
 
-def test_slot_of_a_channel_that_a_reload_ends_is_free_at_once(
+def test_channel_that_a_reload_ends_frees_its_slot_at_once(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its connections are closed, though its thread may take a while to end."""
-    may_end = threads_end_late(monkeypatch)
+    """Its connections are closed at once, although its thread may take longer to end."""
+    may_end = delay_closing(monkeypatch)
     origin.rate = 2_000_000
     site = serve({"news": relay(origin, "a")}, server={"max_upstreams": 1})
     with Player(site, "/news", SOURCES[0]) as player:
@@ -664,8 +668,8 @@ def test_slot_of_a_channel_that_a_reload_ends_is_free_at_once(
 #### A failed start ####
 
 
-def test_each_who_waits_gets_an_error_of_its_own(origin: Origin, serve: Serve) -> None:
-    """One object raised for all of them would collect their tracebacks, frame by frame."""
+def test_each_waiting_viewer_gets_an_exception_of_its_own(origin: Origin, serve: Serve) -> None:
+    """A shared exception would collect the traceback frames of all viewers."""
     hanging = origin.fault("/a", StallHeaders(), Status(404))
     site = serve({"a": relay(origin, "a")})
     stream = site.config.streams["a"]
@@ -676,7 +680,7 @@ def test_each_who_waits_gets_an_error_of_its_own(origin: Origin, serve: Serve) -
         return caught.value
 
     tasks = [Task(watch) for _ in range(5)]
-    eventually(lambda: viewers(site) == 5, "all wait")
+    eventually(lambda: viewers(site) == 5, "all players wait")
     hanging.release()
     errors = [task.result() for task in tasks] + [watch() for _ in range(5)]
     assert len(set(map(id, errors))) == 10
