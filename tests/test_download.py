@@ -743,9 +743,8 @@ def test_bytes_arrive_before_half_of_the_segment_was_sent(
     viewer = serve({"news": playlist.url}).watch("/news")
     init = playlist.find(playlist.init_path)
     whole = (init.body if init else b"") + playlist.plain(0, 4 if half > 100_000 else 8)
-    early = (
-        len(init.body if init else b"") + half - 1000
-    )  # part of a packet or frame may be held back
+    # A part of a packet or frame may be held back.
+    early = len(init.body if init else b"") + half - 1000
     assert viewer.read(early) == whole[:early]
     assert stall.held == 1, "the origin still holds the rest"
     stall.release()
@@ -1372,7 +1371,7 @@ def test_plugins_filter_works_with_broken_bodies(origin: Origin) -> None:
 
 
 def test_streams_own_headers_do_not_disturb_byte_ranges(origin: Origin) -> None:
-    """Six rounds to provoke a race: streamlink's own writer shares one set of headers."""
+    """Six rounds to provoke a race: threads of streamlink's own writer share their headers."""
     playlist = origin.add(
         Playlist("news", pieces(60, show()), byte_ranges=True, aes_key=KEY, aes_iv=IV)
     )

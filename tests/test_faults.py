@@ -483,7 +483,7 @@ def test_restart_with_lower_numbers_is_accepted(
     paths = [request.path for request in origin.requests]
     asked = paths[: paths.index(live.segment_path(2))]
     assert max(asked.count(f"{live.path}?{name}") for name in NAMES) == loads + 1, (
-        "one of the loads is that of the reopening"
+        "reopening loads the playlist once more"
     )
     live.advance()
     audience.expect(live.plain(5, 6))
@@ -823,9 +823,8 @@ def test_second_round_of_addresses_has_growing_pauses(
     live, spare = origin.add(news()), backup.add(news())
     viewer = serve({"news": {"url": [live.url, spare.url]}}, **QUICK).watch("/news")
     assert viewer.read(len(live.plain(2, 5))) == live.plain(2, 5)
-    backup.fault(
-        spare.path, Status(404), times=None
-    )  # before the first address fails, or the backup would take over
+    # Before the first address fails, or else the backup would take over.
+    backup.fault(spare.path, Status(404), times=None)
     origin.fault(live.path, Status(404), times=None)
     backup.wait_for(spare.path, 2)
     _, third = (request.time for request in origin.requests if request.status == 404)
@@ -911,7 +910,7 @@ def test_start_with_silent_addresses_ends_in_time(
     handles = [place.fault("*", StallHeaders(), times=None) for place in (origin, backup)]
     site = serve({"news": {"url": [live.url, spare.url]}}, **QUICK)
     began = time.monotonic()
-    assert site.get("/news").status in (502, 504), "all addresses fail when the time is over"
+    assert site.get("/news").status in (502, 504), "both fail just when the time is over"
     assert 1.8 < time.monotonic() - began < 4
     assert [handle.taken for handle in handles] == [1, 1], "each address is tried once"
 
@@ -1532,7 +1531,7 @@ def test_viewers_survive_forty_random_faults(origin: Origin, serve: Serve, tmp_p
 def assert_pieces_of_segments(body: bytes) -> None:
     """Assert that the body consists of starts of segments, most of them whole, without holes.
 
-    Where one does not continue the previous one, all PIDs signal a discontinuity.
+    If one does not continue the previous one, all PIDs signal a discontinuity.
     """
     heads = {data[:752]: data for data in media.ts_segments(SEGMENTS)}
     kept = b"".join(p for p in media.packets(body) if media.pid(p) != media.PID_NULL)

@@ -515,9 +515,8 @@ def test_hls_works_on_a_machine_whose_clock_is_not_set(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = serve({"news": live(origin).url})
-    monkeypatch.setattr(
-        "time.time", lambda: 0.0
-    )  # like a small computer before it asks a time server
+    # A small computer has no clock of its own and asks a time server later.
+    monkeypatch.setattr("time.time", lambda: 0.0)
     assert site.get("/news.m3u8").status == 200
 
 
@@ -750,7 +749,9 @@ def test_token_and_quality_are_in_every_address(origin: Origin, serve: Serve) ->
 
 
 def wait_closed(site: Site) -> None:
-    eventually(lambda: site.get("/status").json["streams"][0]["channels"] == [], "it is closed")
+    eventually(
+        lambda: site.get("/status").json["streams"][0]["channels"] == [], "the channel is closed"
+    )
 
 
 #### Over seams, closings and restarts ####

@@ -1,4 +1,4 @@
-"""Framers and the test card: real H.264 and AAC, cut in every way. No test uses threads or I/O."""
+"""Framers and the test card: real H.264 and AAC, cut in every way, without threads and sockets."""
 
 from __future__ import annotations
 
@@ -791,7 +791,7 @@ def test_segments_without_the_announced_video_have_join_points() -> None:
 def test_video_that_starts_late_joins_at_its_key_frames(before: int) -> None:
     segments = list(media.ts_segments(10))
     segments[:before] = map(without_video, segments[:before])
-    late = pictures(segments[before])[3]  # its first picture in the segment is not a key frame
+    late = pictures(segments[before])[3]  # not a key frame: the segment begins with it
     segments[before] = segments[before][: 2 * PACKET] + segments[before][late:]
     framer = Fed(pipe.TsFramer())
     feed_segments(framer, segments)
@@ -828,7 +828,7 @@ def test_stream_that_loses_its_video_joins_at_frames() -> None:
 def test_video_is_not_lost_if_the_clock_jumps_back() -> None:
     first, *_, last = media.ts_segments(8)
     framer = Fed(pipe.TsFramer())
-    feed(framer, [last, without_video(first)])  # its sound precedes its video, which is allowed
+    feed(framer, [last, without_video(first)])  # sound may arrive before video
     assert tables_of(framer).video_pid == 0x100
 
 

@@ -222,9 +222,8 @@ def test_new_key_at_the_same_address_loses_one_segment(origin: Origin, serve: Se
     body = b""
     while news.plain(7, 8) not in body:
         body += viewer.read(media.PACKET)
-    start = body.index(
-        news.plain(6, 7)[: media.PACKET]
-    )  # after segment 5, decrypted with the old key
+    # Before it is segment 5, decrypted with the old key.
+    start = body.index(news.plain(6, 7)[: media.PACKET])
     whole = body[start : body.index(news.plain(7, 8))]
     assert media.without_notices(whole) == news.plain(6, 7)
     assert gaps(site) == 1

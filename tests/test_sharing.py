@@ -343,9 +343,8 @@ def test_viewers_may_join_and_leave_while_a_channel_closes(
     dice, pause = random.Random(1), threading.Event()
 
     def arrive(seconds: float) -> Watch:
-        pause.wait(
-            seconds
-        )  # some viewers arrive before the channel closes, some meanwhile, some later
+        # Some viewers arrive before the channel closes, some meanwhile, some later.
+        pause.wait(seconds)
         viewer = site.watch("/relay")
         assert_starts_like_a_segment(viewer.read(20_000))
         return viewer

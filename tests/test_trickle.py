@@ -102,8 +102,8 @@ def test_playlist_is_reloaded_while_all_slots_are_full(
 ) -> None:
     """A segment that leaves the playlist while it waits in line is still requested once.
 
-    It is a gap only if it needs an initialization section that is missing.  A segment is tried for
-    two target durations, a minute.
+    It is a gap only if it needs a new initialization section, which is probably gone.  A segment is
+    tried for two target durations, a minute.
     """
     wait = HLSStreamWorker.wait
     monkeypatch.setattr(HLSStreamWorker, "wait", lambda worker, time: wait(worker, time / 5))
@@ -123,7 +123,7 @@ def test_playlist_is_reloaded_while_all_slots_are_full(
     playlist.end()
     body, is_complete = viewer.read_all()
     assert is_complete
-    kept = playlist.plain(2, 5), playlist.plain(8, 13)  # 5, 6 and 7 need the missing section
+    kept = playlist.plain(2, 5), playlist.plain(8, 13)  # 5, 6 and 7 need a new section
     assert body == media.spliced(*(pipe.NULL_PACKET + part for part in kept))
     assert gaps(site) == 3
 

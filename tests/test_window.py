@@ -631,7 +631,7 @@ def test_private_window_without_viewer_does_not_block_its_feeder() -> None:
 
 
 @pytest.mark.parametrize("live_edge", [1, 2, 3])
-def test_viewer_that_fell_behind_continues_as_a_new_one_starts(live_edge: int) -> None:
+def test_viewer_that_fell_behind_continues_where_a_new_one_starts(live_edge: int) -> None:
     window = Window(8 * SIZE, paused_after=0)
     window.live_edge = live_edge
     viewer = enter(window)
