@@ -522,7 +522,7 @@ def test_live_segment_is_tried_for_two_target_durations(
 
 
 @pytest.mark.long
-def test_live_segment_that_left_the_playlist_is_not_waited_for(
+def test_live_stream_does_not_wait_for_a_segment_that_left_the_playlist(
     origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Otherwise it would be tried for two target durations, a minute."""
@@ -691,7 +691,7 @@ def test_changed_body_is_compared_with_the_received_bytes(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    size=st.integers(1, 3_000),  # an empty answer is no segment
+    size=st.integers(1, 3_000),  # an empty answer does not count as a segment
     breaks=st.lists(st.integers(0, 3_000), max_size=3),
     conduct=st.sampled_from([*ORIGINS.values()]),
     bounds=st.none() | st.tuples(st.integers(0, 2_999), st.integers(0, 2_999)),
@@ -734,7 +734,7 @@ HALVES: dict[str, Callable[[], Playlist]] = {
 
 
 @pytest.mark.parametrize("make", HALVES.values(), ids=HALVES)
-def test_bytes_arrive_before_half_of_the_segment_was_sent(
+def test_bytes_are_passed_on_while_the_rest_of_the_segment_is_missing(
     origin: Origin, serve: Serve, make: Callable[[], Playlist]
 ) -> None:
     playlist = origin.add(make())

@@ -57,7 +57,7 @@ from tests.test_players import PROGRAM, listening_address, vlc
 from tests.test_sharing import feeders
 from tests.threads import Task
 
-# With the others, these would take `python -m pytest` beyond three minutes.
+# With these tests, `python -m pytest` would take more than three minutes.
 pytestmark = pytest.mark.long
 
 SEGMENTS = 12  # of one timeline, a second each; then they repeat
@@ -66,7 +66,7 @@ KEY = bytes(range(16))
 QUICK: Mapping[str, Any] = {"timeout": 2, "reconnect": 20, "linger": 0.1}
 PAUSES = (0.05, 0.1, 0.2)
 CUT = 10_000  # bytes into a segment
-WHOLE = CUT - CUT % media.PACKET  # as much of them as are whole packets
+WHOLE = CUT - CUT % media.PACKET  # bytes in the whole packets among these
 
 Serve = Callable[..., Site]
 

@@ -926,7 +926,9 @@ def test_ended_playlist_does_not_change_while_it_stays(origin: Origin, serve: Se
 
     since = time.monotonic()
     eventually(has_gone, "the playlist is gone")
-    assert time.monotonic() - since > 3.5, "for linger, which is longer than three seconds"
+    assert time.monotonic() - since > 3.5, (
+        "it stays for `linger`, which is longer than three seconds"
+    )
     assert {answer.body for answer in answers[:-1]} == {answers[0].body}
     assert answers[0].body.endswith(b"#EXT-X-ENDLIST\n")
 
@@ -971,13 +973,13 @@ def test_polling_client_is_one_viewer(
     assert site.get("/health").json["viewers"] == 2
     eventually(lambda: site.get("/health").json["viewers"] == 0, "both clients have left")
 
-    def told(words: str) -> int:
+    def count_of(words: str) -> int:
         return sum(words in record.getMessage() for record in caplog.records)
 
-    eventually(lambda: told(" left: ") == 2, "their departures are logged")
-    assert told("started watching") == 2
-    assert told("news: viewer 127.0.0.1 started watching (HLS)") == 2
-    assert told("news: viewer 127.0.0.1 left: ") == 2
+    eventually(lambda: count_of(" left: ") == 2, "their departures are logged")
+    assert count_of("started watching") == 2
+    assert count_of("news: viewer 127.0.0.1 started watching (HLS)") == 2
+    assert count_of("news: viewer 127.0.0.1 left: ") == 2
     metrics = site.get("/metrics").body.decode()
     assert f'streampipe_sent_bytes_total{{stream="news"}} {taken}' in metrics
     assert 'streampipe_viewer_connections_total{stream="news"} 2' in metrics

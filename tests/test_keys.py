@@ -146,9 +146,8 @@ def test_segments_without_padding_are_complete(
     origin: Origin, serve: Serve, container: str
 ) -> None:
     segments = [in_whole_blocks(data, container) for data in CONTAINERS[container]["segments"]]
-    segments[1] = CONTAINERS[container]["segments"][
-        1
-    ]  # usually not a multiple of 16 bytes, so it is padded
+    # This one is padded, because its length is usually not a multiple of 16 bytes.
+    segments[1] = CONTAINERS[container]["segments"][1]
     film = encrypted(origin, container, segments=segments, pads_all=False)
     site = serve({"news": film.url})
     answer = site.get("/news")

@@ -219,7 +219,7 @@ def test_image_without_packets_is_kept(data: bytes) -> None:
     ],
     ids=["none", "bandwidth", "empty", "comma", "resolution", "frame-rate", "quotes"],
 )
-def test_odd_attribute_loses_only_itself(
+def test_odd_attribute_does_not_affect_the_others(
     origin: Origin, serve: Serve, first: str, second: str, qualities: list[str]
 ) -> None:
     films = [origin.add(Playlist(name, SEGMENTS[n:][:5])) for n, name in enumerate(("a", "b"))]

@@ -135,7 +135,7 @@ def test_events_need_no_room() -> None:
     assert buffer.take(100, 0) == [b"x" * 10, segment(1)]
 
 
-def test_wait_free_tells_whether_there_is_room() -> None:
+def test_wait_free_returns_whether_there_is_room() -> None:
     buffer, _ = full_buffer()
     assert not buffer.wait_free(0)
     buffer.take(1, 0)

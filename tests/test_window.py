@@ -181,7 +181,7 @@ def test_one_take_is_bounded() -> None:
     ]  # fmt: skip
 
 
-def test_preamble_counts_for_the_bound_of_a_take() -> None:
+def test_preamble_counts_towards_the_limit_of_a_take() -> None:
     window = Window(100 * pipe.SEND_LIMIT)
     given = [bytes([n]) * pipe.BLOCK_LIMIT for n in range(40)]
     window.begin()
@@ -193,7 +193,7 @@ def test_preamble_counts_for_the_bound_of_a_take() -> None:
     assert window.take(viewer, 0)[0] is given[len(taken) - 1]
 
 
-def test_block_beyond_the_bound_is_taken_alone() -> None:
+def test_block_beyond_the_limit_is_taken_alone() -> None:
     window = Window(100 * pipe.SEND_LIMIT)
     large = bytes(2 * pipe.SEND_LIMIT)
     viewer = enter(window)
