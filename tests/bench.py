@@ -1,27 +1,31 @@
-"""How fast StreamPipe is, beside its peers in the same run, on loopback.
+"""The speed of StreamPipe, beside its peers in the same run, on loopback.
 
-    python -m tests.bench [--quick]           the table: some twelve minutes, or two
-    python -m tests.bench --crowd MINUTES     1,000 viewers of one channel for so long
+    python -m tests.bench [--quick]           the table; it takes twelve minutes, or two
+    python -m tests.bench --crowd MINUTES     1,000 viewers of one channel for this time
     python -m tests.bench --lists             a provider's list of 8,000 channels
 
-Origin, servers and viewers are processes of their own (`tests/peers.py` tells what they serve).
-Programs that are not installed are left out. What the table has:
+Origin, servers and viewers are separate processes; `tests/peers.py` describes the media that they
+serve. Programs that are not installed are omitted. The rows and columns of the table:
 
-cold first byte     from a request to the first byte of media, of a channel or film that nobody
-                    watched; ffmpeg's start counts as it is
-warm first byte     the same, of a live channel that others watch
-film                seconds for 30 segments from the slow origin with 4 downloads at once, which
-                    streamlink's hls-segment-stream-data knows no limit of. The limit is what no
-                    client of whole segments can be faster than: two playlists, then the rounds
+cold first byte     from a request to the first byte of media, for a film without earlier viewers;
+                    ffmpeg's time includes its start
+film of 30 segments seconds for the whole film from the slow origin with 4 downloads at once;
+                    streamlink's hls-segment-stream-data has no limit of downloads. The column
+                    "limit" has the least time for a client of whole segments: two playlists, and
+                    then the segments, 4 at a time
+requests for it     requests to the origin for the film
+warm first byte     like the cold first byte, for a live channel with another viewer
 CPU/GB              user and system seconds of the server's processes for each GB (10**9 bytes):
-                    pulled from the fast origin by one viewer, or sent to so many viewers of live
-                    channels. Viewers throw bytes away in the kernel, from one epoll loop
-bare threads        the same for as many threads that do nothing but send that much from memory
-requests            that the origin has had, for the film or in a minute of the live channel
-joining them        first byte of one more viewer of 1,000
-skips               viewers who lost something; with Icecast, those that it has let go
+                    pulled from the fast origin by one viewer, or sent to a crowd of viewers of
+                    live channels. The viewers discard bytes in the kernel, from one epoll loop.
+                    "1000 of a channel" is a crowd of 1,000 viewers of one channel. The column
+                    "bare threads" is for as many threads that only send as much from memory
+requests a minute   requests to the origin for the live channels
+one more viewer     first byte of a viewer that joins the crowd
+skips               jumps of viewers that fell behind, plus disconnected viewers (with VLC and
+                    Icecast only these)
 
-Absolute times differ from machine to machine; what counts is how the columns compare.
+Absolute times differ between machines; the ratios between the columns matter.
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Run as a script, Python looks for modules in this folder instead of the one above.
+    # For a script, Python looks for modules in this folder instead of the one above.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tests import peers
@@ -54,25 +58,25 @@ from tests.program import Service, eventually
 
 GB = 10**9
 TS_PACKET = 188  # bytes
-BLOCK = 65_424  # bytes that a bare thread sends at once: as much as a block of a window
-ROOM = bytearray(1 << 20)  # for what is thrown away
-SETTLE = 8.0  # seconds for the burst that each viewer gets at first
+BLOCK = 65_424  # bytes that a bare thread sends at once: the size of a window's block
+ROOM = bytearray(1 << 20)  # for bytes to discard
+SETTLE = 8.0  # seconds for the first burst of each viewer
 JOINS = 3  # viewers that join a crowd, one after the other
-LOOK = 30.0  # seconds between two lines of a long crowd
-MORE_MEMORY = 20_000_000  # bytes that a server may grow by in a long crowd
+LOOK = 30.0  # seconds between two lines of --crowd
+MORE_MEMORY = 20_000_000  # bytes that a server may grow by during --crowd
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured."""
+    """The amounts to measure."""
 
     segments: int = 30  # of the film on the slow origin
-    fast_segments: int = 400  # of the film on the fast one: 1 GB
+    fast_segments: int = 400  # of the film on the fast origin: 1 GB
     colds: int = 5  # first bytes of a cold channel
     warms: int = 10  # first bytes of a running channel
     crowds: tuple[tuple[int, int], ...] = ((1, 1), (100, 1), (1000, 1), (200, 20))
-    pollers: int = 200  # of a channel, as HLS
-    seconds: float = 20  # that a crowd is watched
+    pollers: int = 200  # polling clients of one channel
+    seconds: float = 20  # of each crowd
     bare_bytes: int = 3 * GB
 
 
@@ -87,17 +91,17 @@ QUICK = Plan(
 
 @dataclass(frozen=True)
 class Film:
-    """What a program did with the film for one viewer."""
+    """A program's figures for one viewer of the film."""
 
     first: float  # seconds
     total: float  # seconds, from the slow origin
-    requests: int  # of the slow origin
-    cpu: float  # seconds for each GB, from the fast one
+    requests: int  # to the slow origin
+    cpu: float  # seconds for each GB, from the fast origin
 
 
 def film_of_streampipe(plan: Plan, slow: Source, fast: Source) -> Film:
     with peers.streampipe(slow) as server:
-        # What has an end is opened anew for each viewer: every start is a cold one.
+        # A finite stream is opened again for each viewer: every start is cold.
         first = peers.first_byte(*server.film, plan.colds)
         total, requests = whole(server, slow)
     with peers.streampipe(fast) as server:
@@ -106,7 +110,7 @@ def film_of_streampipe(plan: Plan, slow: Source, fast: Source) -> Film:
 
 def film_of_streamlink(slow: Source, fast: Source, *options: str) -> Film:
     with peers.streamlink(slow, *options) as server:
-        whole(server, slow)  # the first viewer's was resolved when the server started
+        whole(server, slow)  # not measured: its stream was resolved before the request
         total, requests = whole(server, slow)
     with peers.streamlink(fast, *options) as server:
         return Film(total.first, total.total, requests, cpu_per_gb(server, fast))
@@ -123,10 +127,10 @@ def film_of_ffmpeg(plan: Plan, slow: Source, fast: Source) -> Film:
 
 
 def whole(server: Server, source: Source) -> tuple[peers.Pull, int]:
-    """The film from its first byte to its last, and how many requests the origin has had."""
+    """Pull the whole film; returns the times and the number of requests to the origin."""
     source.requests()
     result = peers.pull(*server.film)
-    # StreamPipe announces counters that start again, with a packet for each PID of such a segment.
+    # The film's counters restart. StreamPipe signals this with a packet for each PID of a segment.
     excess = result.size - source.size
     if not 0 <= excess <= source.size / 10_000 or excess % TS_PACKET:
         raise RuntimeError(f"{result.size} bytes instead of {source.size}")
@@ -147,7 +151,7 @@ def cpu_of_children() -> float:
 
 
 def film_limit(source: Source) -> float:
-    """Seconds for two playlists and then whole segments, so many at a time."""
+    """The least seconds for two playlists and then whole segments, THREADS at a time."""
     segment = peers.DELAY + source.size / source.segments / peers.RATE
     return 2 * peers.DELAY + math.ceil(source.segments / THREADS) * segment
 
@@ -157,18 +161,18 @@ def film_limit(source: Source) -> float:
 
 @dataclass(frozen=True)
 class Crowd:
-    """What a server did for many viewers."""
+    """A server's figures for many viewers."""
 
     cpu: float  # seconds for each GB delivered
     memory: int  # bytes
     threads: int
-    requests: float  # of the origin, in a minute
-    joined: float  # seconds to the first byte of one more
+    requests: float  # to the origin, in a minute
+    joined: float  # seconds to the first byte of one more viewer
     skips: int
 
 
 def watch_crowd(server: Server, source: Source, viewers: int, seconds: float) -> Crowd:
-    """Let viewers take their burst and then watch for so long."""
+    """Let viewers receive their first burst, then measure them for this time."""
     with crowd_of(server, viewers) as crowd:
         throw_away(crowd, SETTLE)
         source.requests()
@@ -182,7 +186,7 @@ def watch_crowd(server: Server, source: Source, viewers: int, seconds: float) ->
 
 @contextlib.contextmanager
 def crowd_of(server: Server, viewers: int) -> Iterator[list[socket.socket]]:
-    """So many viewers, evenly of all channels, who take nothing yet."""
+    """Connect this many viewers, evenly on all channels; they do not read yet."""
     with contextlib.ExitStack() as stack:
         crowd = []
         for number in range(viewers):
@@ -194,7 +198,10 @@ def crowd_of(server: Server, viewers: int) -> Iterator[list[socket.socket]]:
 
 
 def throw_away(crowd: Sequence[socket.socket], seconds: float) -> tuple[int, int]:
-    """Bytes that came in this time, thrown away in the kernel, and how many viewers were let go."""
+    """Discard the bytes that arrive in this time, in the kernel.
+
+    Returns their number and the number of viewers that were disconnected.
+    """
     size = lost = 0
     with select.epoll() as poll:
         by_number = {sock.fileno(): sock for sock in crowd}
@@ -214,9 +221,9 @@ def throw_away(crowd: Sequence[socket.socket], seconds: float) -> tuple[int, int
 
 
 def polling_cpu(server: Server, viewers: int, seconds: float) -> float:
-    """CPU seconds for each GB that so many take as HLS, each segment once, as a browser does.
+    """CPU seconds for each GB that polling clients fetch; each fetches every segment once.
 
-    Measured like a crowd that streams: after the burst that each gets at first.
+    As in watch_crowd, the measurement starts after the first burst of each client.
     """
     crowd = [Poller(*server.channels[0], number) for number in range(viewers)]
     with select.epoll() as poll, contextlib.ExitStack() as stack:
@@ -231,7 +238,7 @@ def polling_cpu(server: Server, viewers: int, seconds: float) -> float:
 
 
 def take_turns(poll: select.epoll, by_number: dict[int, Poller], seconds: float) -> int:
-    """Bytes that came for these pollers in this time."""
+    """The number of bytes that these pollers receive in this time."""
     size, end = 0, time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         for number, _ in poll.poll(left):
@@ -245,20 +252,20 @@ def take_turns(poll: select.epoll, by_number: dict[int, Poller], seconds: float)
 
 
 class Poller:
-    """A viewer by HLS: asks for the playlist, then for what it has not had, and throws it away."""
+    """A polling client: requests the playlist, then its new segments, and discards them."""
 
     def __init__(self, port: int, path: str, number: int) -> None:
         self.port, self.path, self.number = port, path, number
         self.newest = 0
         self.wanted: list[str] = []  # addresses of segments
-        self.listed: bytearray | None = None  # the playlist's answer, while it comes
+        self.listed: bytearray | None = None  # the answer with the playlist, while it arrives
         self.sock = socket.socket()
 
     def close(self) -> None:
         self.sock.close()
 
     def ask(self, poll: select.epoll) -> int:
-        """The next request, with a connection of its own; returns the number of its socket."""
+        """Send the next request on a new connection; returns the number of its socket."""
         self.close()
         self.listed = None if self.wanted else bytearray()
         path = f"/{self.wanted.pop(0)}" if self.wanted else f"{self.path}.m3u8"
@@ -269,7 +276,7 @@ class Poller:
         return self.sock.fileno()
 
     def take(self) -> int:
-        """The size of what came; 0 at the end of an answer."""
+        """Receive bytes; returns their number, or 0 at the end of an answer."""
         if self.listed is None:
             return self.sock.recv_into(ROOM, len(ROOM), socket.MSG_TRUNC)
         data = self.sock.recv(1 << 16)
@@ -282,7 +289,7 @@ class Poller:
 
 
 def skips_of(server: Server) -> int:
-    """Jumps of viewers that fell behind; only StreamPipe tells."""
+    """Jumps of viewers that fell behind; only StreamPipe reports them."""
     address = f"http://127.0.0.1:{server.channels[0][0]}/metrics"
     try:
         with urllib.request.urlopen(address, timeout=PATIENCE) as answer:
@@ -307,7 +314,7 @@ def bare_cpu(viewers: int, size: int) -> float:
 
 
 def send_bare(viewers: int, blocks: int) -> None:
-    """The child's part: a thread for each viewer, who gets so many blocks."""
+    """The child's part: a thread for each viewer sends it this many blocks."""
     with socket.create_server(("127.0.0.1", 0), backlog=viewers) as listener:
         print_line(str(listener.getsockname()[1]))
         crowd = [listener.accept()[0] for _ in range(viewers)]
@@ -330,9 +337,12 @@ def send_bare(viewers: int, blocks: int) -> None:
 
 
 def long_crowd(viewers: int, minutes: float) -> bool:
-    """Watch one channel for so long; whether nobody lost anything and memory stayed."""
+    """Measure viewers of one channel for this time, with a line every LOOK seconds.
+
+    Returns whether no viewer lost data and the memory stayed within MORE_MEMORY.
+    """
     print_line(
-        f"{'':>8}{'CPU/GB':>10}{'memory':>12}{'threads':>10}{'skips':>8}{'lost':>8}{'a join':>12}"
+        f"{'':>8}{'CPU/GB':>10}{'memory':>12}{'threads':>10}{'skips':>8}{'lost':>8}{'first byte':>12}"
     )
     with (
         peers.origin(1, slow=False) as source,
@@ -366,7 +376,7 @@ Serve = Callable[[Source, int], contextlib.AbstractContextManager[Server]]
 
 
 def servers() -> dict[str, Serve]:
-    """The programs here that serve a live channel to more than one viewer."""
+    """The installed programs that serve a live channel to more than one viewer."""
     found: dict[str, Serve] = {STREAMPIPE: peers.streampipe}
     if peers.is_installed("cvlc"):
         found[VLC] = peers.vlc
@@ -388,7 +398,7 @@ def print_figures(name: str, unit: str, values: Mapping[str, float], scale: floa
 
 
 def bench(plan: Plan) -> None:
-    """Measures one thing after the other; a line is printed as soon as it is known."""
+    """Measure one row after the other; prints each row as soon as it is known."""
     print_row("", {name: name for name in NAMES})
     print_line(
         f"|{'-' * (NAME_WIDTH + 2)}|" + "".join(f"{'-' * (max(8, len(n)) + 1)}:|" for n in NAMES)
@@ -403,7 +413,7 @@ def bench(plan: Plan) -> None:
             bench_crowd(plan, fast, viewers, channels)
         with peers.streampipe(fast) as server:
             cpu = polling_cpu(server, plan.pollers, plan.seconds)
-        print_figures(f"CPU/GB, {plan.pollers} by HLS", "s", {STREAMPIPE: cpu})
+        print_figures(f"CPU/GB, {plan.pollers} polling clients", "s", {STREAMPIPE: cpu})
 
 
 def bench_film(plan: Plan, slow: Source, fast: Source) -> None:
@@ -443,7 +453,7 @@ def bench_crowd(plan: Plan, source: Source, viewers: int, channels: int) -> None
     print_figures("- memory", "MB", {n: crowd.memory for n, crowd in crowds.items()}, 1e-6)
     print_figures("- threads", "", {name: crowd.threads for name, crowd in crowds.items()})
     print_figures("- requests a minute", "", {n: crowd.requests for n, crowd in crowds.items()})
-    print_figures("- joining them", "ms", {n: crowd.joined for n, crowd in crowds.items()}, 1000)
+    print_figures("- one more viewer", "ms", {n: crowd.joined for n, crowd in crowds.items()}, 1000)
     print_figures("- skips", "", {name: crowd.skips for name, crowd in crowds.items()})
 
 
@@ -455,19 +465,19 @@ LIST_VIEWERS = 200
 
 @dataclass(frozen=True)
 class ListFigures:
-    """What a list of many channels costs; times are seconds."""
+    """The costs of a list of many channels; times are seconds."""
 
     answer: float  # from the start to the first answer
-    loaded: float  # from the start until the list's channels are there
+    loaded: float  # from the start until the server has all channels of the list
     playlist: float  # for /playlist.m3u
-    reload: float  # from SIGHUP until the list was loaded and applied again
-    memory: int  # bytes afterwards, before there are viewers
-    lost: int  # viewers that the reload has disconnected
-    starved: int  # viewers that got nothing in the seconds around it
+    reload: float  # from SIGHUP until the list is loaded and applied again
+    memory: int  # bytes after a reload without viewers
+    lost: int  # viewers that were disconnected after the reload
+    starved: int  # viewers without data in the two segments' time after it
 
 
 def channel_list(channels: int, address: str) -> bytes:
-    """A panel's list; its channels have addresses of their own that lead to the same stream."""
+    """A panel's list; its channels have different addresses of the same stream."""
     lines = ["#EXTM3U"]
     for number in range(channels):
         lines += [
@@ -480,7 +490,7 @@ def channel_list(channels: int, address: str) -> bytes:
 
 
 def measure_list(channels: int, viewers: int) -> ListFigures:
-    """Start a server with a list of so many channels, and reload it while viewers watch one."""
+    """Start a server with a list of this many channels, and reload it while viewers watch one."""
     with (
         peers.origin(1, slow=False) as source,
         Origin() as origin,
@@ -493,7 +503,9 @@ def measure_list(channels: int, viewers: int) -> ListFigures:
             ask(service, "/health")
             answer = time.monotonic() - began
             service.wait_for_count("loaded the list", 1)
-            eventually(lambda: f'"streams": {channels},' in ask(service, "/health"), "the list")
+            eventually(
+                lambda: f'"streams": {channels},' in ask(service, "/health"), "the list's channels"
+            )
             loaded = time.monotonic() - began
             began = time.monotonic()
             text = ask(service, "/playlist.m3u")
@@ -517,7 +529,7 @@ def ask(service: Service, path: str) -> str:
 
 
 def reload_list(service: Service, before: int) -> float:
-    """Reload a server whose list has been loaded so many times; returns the seconds it took."""
+    """Reload a server whose list was loaded `before` times; returns the seconds it took."""
     began = time.monotonic()
     service.send(signal.SIGHUP)
     service.wait_for_count("loaded the list", before + 1)
@@ -526,7 +538,10 @@ def reload_list(service: Service, before: int) -> float:
 
 
 def count_bytes(crowd: Sequence[socket.socket], counts: list[int], seconds: float) -> int:
-    """Add up what each viewer gets in this time; returns how many were disconnected."""
+    """Add the bytes that each viewer receives in this time to `counts`.
+
+    Returns the number of viewers that were disconnected.
+    """
     lost = 0
     ends = time.monotonic() + seconds
     with select.epoll() as poll:
@@ -555,16 +570,20 @@ def bench_list() -> None:
     print_line(f"reload                 {found.reload:.2f} s")
     print_line(f"memory                 {found.memory / 1e6:.0f} MB")
     viewers = f"{LIST_VIEWERS} viewers of a channel"
-    print_line(f"{viewers}: {found.lost} lost by a reload, {found.starved} without data after it")
+    print_line(
+        f"{viewers}: {found.lost} disconnected by a reload, {found.starved} without data after it"
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure StreamPipe beside its peers.")
     parser.add_argument("--quick", action="store_true", help="fewer segments and smaller crowds")
-    parser.add_argument("--crowd", type=float, metavar="MINUTES", help="1,000 viewers for so long")
-    parser.add_argument("--viewers", type=int, default=1000, help="of --crowd, instead of 1,000")
-    parser.add_argument("--lists", action="store_true", help="a list of 8,000 channels alone")
-    # What this program runs as its own child.
+    parser.add_argument(
+        "--crowd", type=float, metavar="MINUTES", help="1,000 viewers for this time"
+    )
+    parser.add_argument("--viewers", type=int, default=1000, help="number for --crowd")
+    parser.add_argument("--lists", action="store_true", help="only a list of 8,000 channels")
+    # For the child process of bare_cpu().
     parser.add_argument("--bare", type=int, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

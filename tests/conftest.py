@@ -1,4 +1,4 @@
-"""Fixtures: a real origin and a real StreamPipe on loopback, and proof that both went away."""
+"""Fixtures: a real origin and a real StreamPipe on loopback, and checks that both have ended."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 from tests.origin import Origin
 from tests.server import Site
 
-# Locks between the processes that run tests; see _alone_if_marked().
+# Locks between the test processes; see _alone_if_marked().
 NEXT, RUNNING = "next.lock", "running.lock"
 
-LEFT_OVER = 10.0  # seconds a closing upstream may need: streamlink's threads end in their own time
+LEFT_OVER = 10.0  # seconds that streamlink's threads may need to end after their upstream closed
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def _no_thread_outlives_its_test() -> Iterator[None]:
     yield
     while left := set(threading.enumerate()) - before:
         for thread in left:
-            with contextlib.suppress(RuntimeError):  # it is just being started
+            with contextlib.suppress(RuntimeError):  # it is starting
                 thread.join(LEFT_OVER)
                 assert not thread.is_alive(), f"{thread.name} outlived the test"
 
@@ -36,13 +36,13 @@ def _alone_if_marked(
 ) -> Iterator[None]:
     """Run a test that is marked `alone` while no other process runs a test.
 
-    Every test holds RUNNING while it runs: a marked test for itself, any other test together
-    with its like.  Each takes NEXT first and holds it while it waits for RUNNING, so that a marked
-    test waits for the tests that run already, and for no later ones.
+    Every test holds RUNNING while it runs: a marked test exclusively, the other tests shared.
+    Each test first takes NEXT and holds it while it waits for RUNNING.  Therefore a marked test
+    waits only for tests that are already running, and not for later ones.
     """
     folder = tmp_path_factory.getbasetemp()
     if hasattr(request.config, "workerinput"):
-        folder = folder.parent  # the workers' folders stand side by side in it
+        folder = folder.parent  # all workers have their folders in it
     is_alone = request.node.get_closest_marker("alone") is not None
     with open(folder / NEXT, "w") as turn, open(folder / RUNNING, "w") as running:
         fcntl.flock(turn, fcntl.LOCK_EX)
@@ -59,7 +59,7 @@ def origin() -> Iterator[Origin]:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Site]]:
-    """Start a server: `serve({"news": address}, timeout=5)`; it is closed with the test."""
+    """Start a server: `serve({"news": address}, timeout=5)`; it closes with the test."""
     sites: list[Site] = []
 
     def start(streams: Mapping[str, object], **settings: Any) -> Site:

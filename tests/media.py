@@ -1,9 +1,9 @@
 """Real media for the tests: H.264 and AAC, encoded once per process and kept in memory.
 
-Every function returns bytes as an origin would send them. The picture is a moving gradient and the
-sound a rising tone, so that no two segments are alike and a repeated or lost one is seen in a
-comparison of bytes. All of it is closed GOPs without B-frames: each segment starts with a key frame
-and can be decoded on its own.
+Every function returns bytes as an origin sends them. The picture is a moving gradient and the sound
+a rising tone. Therefore no two segments are equal, and a comparison of bytes shows a repeated or
+lost one. The video has closed GOPs without B-frames: each segment starts with a key frame and can
+be decoded alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SAMPLE_RATE, FRAME_SAMPLES = 48_000, 1024
 PACKET = 188
 PID_SDT, PID_NULL = 0x0011, 0x1FFF
 PIDS_OF_TABLES = (0x0000, 0x1000, 0x1100)  # PAT, and PMT of the programme and the advertisement
-# Packets of a segment that `padded` keeps together: the tables and the start of the key frame.
+# `padded` keeps the first packets of a segment together: the tables and the key frame's start.
 HEAD_PACKETS = 8
 
 
@@ -38,7 +38,7 @@ HEAD_PACKETS = 8
 
 
 def _picture(number: int, width: int = WIDTH, height: int = HEIGHT) -> av.VideoFrame:
-    """Frame `number` of the test picture: gradients that move at their own speed in each plane."""
+    """Frame `number` of the test picture: a gradient in each plane, each with its own speed."""
     frame = av.VideoFrame(width, height, "yuv420p")
     for index, plane in enumerate(frame.planes):
         line = bytes((x * (2 + index) + number * 5) & 255 for x in range(plane.line_size + 256))
@@ -49,7 +49,7 @@ def _picture(number: int, width: int = WIDTH, height: int = HEIGHT) -> av.VideoF
 
 
 def _tone(start: int, rate: int = SAMPLE_RATE) -> av.AudioFrame:
-    """One AAC frame of a tone that rises by 40 Hz a second, from sample `start` on."""
+    """One AAC frame, from sample `start`, of a tone that rises by 40 Hz a second."""
     frame = av.AudioFrame("fltp", "mono", FRAME_SAMPLES)
     times = ((start + i) / rate for i in range(FRAME_SAMPLES))
     values = (0.3 * math.sin(math.tau * (440 + 20 * t) * t) for t in times)
@@ -63,7 +63,7 @@ def _tone(start: int, rate: int = SAMPLE_RATE) -> av.AudioFrame:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What to encode: `count` segments of `seconds` each."""
+    """Settings of an encode: `count` segments of `seconds` each, and their format."""
 
     count: int
     seconds: float
@@ -74,17 +74,17 @@ class _Recipe:
     width: int = WIDTH
     height: int = HEIGHT
     rate: int = SAMPLE_RATE
-    first_pid: int = 0x100  # of the elementary streams
+    first_pid: int = 0x100  # the first PID of the elementary streams
     pmt_pid: int = 0x1000
-    clock: float = 0.0  # seconds at which it starts
+    clock: float = 0.0  # seconds: the first time stamp
 
 
 def _add_video(out: OutputContainer, recipe: _Recipe) -> VideoStream:
     gop = str(round(FPS * recipe.seconds))
-    # One thread: the same bytes in every run. Scene cuts would add key frames between the cuts.
+    # One thread gives the same bytes in every run. Scene cuts would add key frames within segments.
     x264 = "threads=1:open-gop=0"
     if recipe.bitrate:
-        # Filler makes up what so small a picture does not need.
+        # So small a picture needs less than this bit rate: filler adds the rest.
         kbit = recipe.bitrate // 1000
         x264 += f":nal-hrd=cbr:bitrate={kbit}:vbv-maxrate={kbit}:vbv-bufsize={kbit}"
     options = {"preset": "ultrafast", "bf": "0", "g": gop, "sc_threshold": "0"}
@@ -103,8 +103,8 @@ def _encode(
     out: OutputContainer, seconds: float, video: VideoStream | None, audio: AudioStream | None
 ) -> None:
     """Fills the streams with `seconds` of picture and sound, interleaved, and flushes them."""
-    # The encoder's first frame lies one frame early; without the offset the muxer would move all
-    # streams of a file to avoid a negative time stamp, and renditions would not match.
+    # The encoder's first audio frame is one frame early. Without the offset, the muxer would shift
+    # all streams of a file to avoid a negative time stamp, and renditions would not match.
     sample = FRAME_SAMPLES
     for number in range(round(seconds * FPS)):
         if video:
@@ -122,8 +122,8 @@ def _encode(
 def _segments(recipe: _Recipe) -> tuple[bytes, ...]:
     """The files of one continuous encode, cut at key frames by libav's hls muxer.
 
-    The muxer keeps time stamps and continuity counters going from file to file, as an encoder
-    does. For fMP4 the initialization section comes first.
+    The muxer continues time stamps and continuity counters from file to file, as an encoder does.
+    For fMP4, the first item is the initialization section.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -142,7 +142,7 @@ def _segments(recipe: _Recipe) -> tuple[bytes, ...]:
             video = _add_video(out, recipe) if recipe.video else None
             audio = _add_audio(out, recipe.rate) if recipe.audio else None
             _encode(out, recipe.count * recipe.seconds, video, audio)
-        # Sound alone has no key frames to cut at: the last frame may open one file too many.
+        # Sound alone has no key frames to cut at: its last frame may start an extra file.
         files = sorted(folder.glob(f"*.{suffix}"))[: recipe.count]
         heads = [folder / "init.mp4"] if recipe.fmp4 else []
         return tuple(file.read_bytes() for file in (*heads, *files))
@@ -168,7 +168,7 @@ def pid(packet: bytes) -> int:
 
 
 def _without_sdt(segment: bytes) -> bytes:
-    """libav writes a service description in front of the PAT; most packagers do not."""
+    """The segment without the service description that libav writes first; most packagers do not."""
     return b"".join(packet for packet in packets(segment) if pid(packet) != PID_SDT)
 
 
@@ -177,27 +177,29 @@ def ts_segments(
 ) -> tuple[bytes, ...]:
     """MPEG-TS segments of one timeline: PAT, PMT, then a key frame; H.264 and AAC.
 
-    Joined they are one valid stream with continuous time stamps and counters. `bitrate` is the
-    video's in bit/s, held by filler; for large segments `padded` is cheaper.
+    Joined, they are one valid stream with continuous time stamps and counters. `bitrate` is that of
+    the video in bit/s, kept by filler; for large segments, `padded` is cheaper.
     """
     return _ts(_Recipe(count, seconds, bitrate=bitrate))
 
 
 def video_only_segments(count: int = 8, seconds: float = 1.0) -> tuple[bytes, ...]:
-    """The same timeline as `ts_segments`, with the picture alone."""
+    """Segments on the timeline of `ts_segments` with only the picture."""
     return _ts(_Recipe(count, seconds, audio=False))
 
 
 def audio_only_segments(count: int = 8, seconds: float = 1.0) -> tuple[bytes, ...]:
-    """The same timeline as `ts_segments`, with the sound alone."""
+    """Segments on the timeline of `ts_segments` with only the sound."""
     return _ts(_Recipe(count, seconds, video=False))
 
 
 def advertisement_segments(
     count: int = 1, seconds: float = 1.0, *, own_pids: bool = True
 ) -> tuple[bytes, ...]:
-    """What another encoder made: its clock, counters, size and sample rate are others than those of
-    `ts_segments`, and so are its PIDs, unless it was asked to use the same."""
+    """Segments from another encoder: clock, counters, size and sample rate differ.
+
+    Its PIDs also differ from those of `ts_segments`, unless `own_pids` is false.
+    """
     recipe = _Recipe(count, seconds, width=240, height=136, rate=44_100, clock=5000.0)
     return _ts(replace(recipe, first_pid=0x200, pmt_pid=0x1100) if own_pids else recipe)
 
@@ -208,15 +210,15 @@ def _ts(recipe: _Recipe) -> tuple[bytes, ...]:
 
 
 def _null_packet(number: int) -> bytes:
-    """A null packet whose payload tells its number, so that no two of a segment are equal."""
+    """A null packet with its number as payload, so that no two of a segment are equal."""
     return b"\x47\x1f\xff\x10" + number.to_bytes(4, "big") * 46
 
 
 def padded(segment: bytes, size: int) -> bytes:
-    """`segment` grown to the multiple of 188 nearest below `size` with null packets.
+    """`segment` with null packets up to the largest multiple of 188 that `size` allows.
 
-    They are spread evenly behind the first few packets, as in a stream of constant bit rate. A
-    segment that is large enough comes back as it is.
+    They are spread evenly after the first few packets, as in a stream of constant bit rate. A
+    segment that is already large enough is returned unchanged.
     """
     whole = list(packets(segment))
     gaps = max(1, len(whole) - HEAD_PACKETS)
@@ -231,7 +233,7 @@ def padded(segment: bytes, size: int) -> bytes:
 
 
 def with_counters_from_zero(segment: bytes) -> bytes:
-    """The segment as a muxer of its own writes it: the counter of each PID begins with 0."""
+    """The segment as written by a separate muxer: the counter of each PID begins with 0."""
     counters: dict[int, int] = {}
     out = []
     for packet in packets(segment):
@@ -241,24 +243,25 @@ def with_counters_from_zero(segment: bytes) -> bytes:
     return b"".join(out)
 
 
-def spliced(*parts: bytes, is_told: bool = True) -> bytes:
-    """What StreamPipe makes of parts whose clock or counters do not go on from one to the next.
+def spliced(*parts: bytes, is_announced: bool = True) -> bytes:
+    """StreamPipe's output for parts whose clock or counters do not continue from one to the next.
 
-    Behind a seam a packet without payload that says so comes in front of the first one of each PID.
-    Where that is another PAT or PMT than before, this comes with another version in between.
-    `is_told=False`: only the packets tell, and PIDs that go on before the first that does not have
-    nothing in front of them.
+    After a seam, a packet without payload that signals the discontinuity precedes the first packet
+    of each PID. If this first packet is a changed PAT or PMT, a copy with another version number
+    follows the signal. `is_announced=False`: the playlist does not announce the discontinuity, only
+    the packets show it. Then no signal precedes the PIDs that continue before the first that does
+    not.
     """
     data = b"".join(parts)
     jumps = {*itertools.accumulate(map(len, parts))} - {0, len(data)}
     out: list[bytes] = []
     seen: set[int] = {PID_NULL, *range(PID_NULL)}  # since the last seam
     counters: dict[int, int] = {}  # the newest of each PID
-    tables: dict[bool, bytes] = {}  # the newest PMT and PAT
-    may_go_on = not is_told
+    tables: dict[bool, bytes] = {}  # the newest PAT (True) and PMT
+    may_go_on = not is_announced
     for number, packet in enumerate(packets(data)):
         if number * PACKET in jumps:
-            seen, may_go_on = {PID_NULL}, not is_told
+            seen, may_go_on = {PID_NULL}, not is_announced
         table = packet[:3] + packet[4:]
         is_table = pid(packet) in PIDS_OF_TABLES
         if pid(packet) not in seen:
@@ -275,24 +278,27 @@ def spliced(*parts: bytes, is_told: bool = True) -> bytes:
 
 
 def is_notice(packet: bytes) -> bool:
-    """Whether a packet says that its PID does not go on, and carries nothing."""
+    """Whether a packet only signals a discontinuity of its PID, without payload."""
     return bool(packet[3] & 0x30 == 0x20 and packet[5] & 0x80)
 
 
 def without_notices(data: bytes) -> bytes:
-    """What the origin sent of these whole packets."""
+    """These whole packets without the signals that StreamPipe added."""
     return b"".join(packet for packet in packets(data) if not is_notice(packet))
 
 
 def _notice(packet: bytes) -> bytes:
-    """An adaptation field of 183 bytes: discontinuity_indicator, and stuffing."""
+    """The signal before `packet`: an adaptation field with discontinuity_indicator and stuffing."""
     head = bytes([0x47, packet[1] & 0x1F, packet[2], 0x20 | _counted_back(packet)[3] & 0x0F])
     return head + b"\xb7\x80" + b"\xff" * 182
 
 
 def _other_version(packet: bytes) -> bytes:
-    """A table that starts right behind its header, with another version and the packet's number
-    before; CRC_32 as ISO/IEC 13818-1 draws it in annex A."""
+    """A copy of the table in `packet` with another version and the previous counter.
+
+    The table must start right after the packet's header. CRC_32 is that of ISO/IEC 13818-1,
+    annex A.
+    """
     data = bytearray(_counted_back(packet))
     end = 8 + (data[6] << 8 & 0x0F00 | data[7]) - 4
     data[10] ^= 2
@@ -306,8 +312,10 @@ def _other_version(packet: bytes) -> bytes:
 
 
 def _counted_back(packet: bytes) -> bytes:
-    """Its head as that of the packet before it of its PID, which it follows where it has payload
-    and whose number it repeats where it has none."""
+    """`packet` with the counter of the previous packet of its PID.
+
+    With payload, a packet has that counter plus one; without payload, it repeats it.
+    """
     number = packet[3] - bool(packet[3] & 0x10) & 0x0F
     return bytes([0x47, packet[1], packet[2], packet[3] & 0xF0 | number]) + packet[4:]
 
@@ -333,7 +341,7 @@ def _adts_frames(data: bytes) -> Iterator[bytes]:
 
 @functools.cache
 def aac_segments(count: int = 8) -> tuple[bytes, ...]:
-    """Packed audio: ADTS frames without ID3, each segment as near to a second as they allow."""
+    """Packed audio: ADTS frames without ID3, each segment as close to a second as they allow."""
     file = io.BytesIO()
     with av.open(file, "w", format="adts") as out:
         _encode(out, count, None, _add_audio(out))
@@ -347,9 +355,9 @@ def aac_segments(count: int = 8) -> tuple[bytes, ...]:
 def audio_frames(
     codec: str, rate: int = SAMPLE_RATE, bit_rate: int = 64_000, seconds: float = 2
 ) -> tuple[bytes, ...]:
-    """The frames that an encoder makes of the tone: `libmp3lame`, `mp2`, `ac3` or `eac3`.
+    """The tone as frames of an encoder: `libmp3lame`, `mp2`, `ac3` or `eac3`.
 
-    Joined they are packed audio, as these codecs write their headers themselves.
+    Joined, they are packed audio, because frames of these codecs contain their headers.
     """
     encoder = av.CodecContext.create(codec, "w")
     assert isinstance(encoder, av.AudioCodecContext)
@@ -370,15 +378,15 @@ def audio_frames(
 
 
 def _synchsafe(number: int) -> bytes:
-    """The 28 bits of an ID3 size in four bytes of seven."""
+    """The 28 bits of an ID3 size, seven in each of four bytes."""
     return bytes(number >> shift & 0x7F for shift in (21, 14, 7, 0))
 
 
 def id3_timestamp(seconds: float, version: int = 4) -> bytes:
-    """An ID3v2.`version` tag with the time stamp that opens a packed audio segment (RFC 8216 3.4).
+    """An ID3v2.`version` tag with the time stamp that starts a packed audio segment (RFC 8216 3.4).
 
-    Version 2 has frames of three letters with three bytes of size; 3 and 4 differ in how the
-    frame's size is written.
+    Version 2 names frames with three letters and has three bytes of size; 3 and 4 encode the
+    frame's size differently.
     """
     owner = b"com.apple.streaming.transportStreamTimestamp\0"
     payload = owner + struct.pack(">Q", round(seconds * 90_000) & (2**33 - 1))
@@ -395,7 +403,7 @@ def id3_timestamp(seconds: float, version: int = 4) -> bytes:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a decoder made of some media; the times are presentation time stamps in seconds."""
+    """A decoder's result; the times are presentation time stamps in seconds."""
 
     video: tuple[float, ...]
     audio: tuple[float, ...]
@@ -411,11 +419,11 @@ class Decoded:
 
 
 def decode(data: bytes, *, strict: bool = True) -> Decoded:
-    """Decodes everything in `data`, of any container, and raises for the first fault found.
+    """Decodes all of `data`, in any container, and raises the first fault.
 
     A fault is an error of the decoder (`av.FFmpegError`) or a packet that the demuxer flagged as
-    damaged (`ValueError`), such as one after a lost transport packet. `strict=False` lets the
-    latter pass, for streams with a seam.
+    damaged (`ValueError`), such as one after a lost transport packet. `strict=False` ignores
+    damaged packets, for streams with a seam.
     """
     times: dict[str, list[float]] = {"video": [], "audio": []}
     first_key: bool | None = None
@@ -433,8 +441,10 @@ def decode(data: bytes, *, strict: bool = True) -> Decoded:
 
 
 def first_picture(data: bytes) -> tuple[float, bool]:
-    """The time of the first picture in `data`, which may break off anywhere behind it, and whether
-    a key frame came first. Raises where no picture can be decoded."""
+    """The time of the first picture in `data`, and whether the first video packet is a key frame.
+
+    `data` may end anywhere after this picture. Raises if no picture can be decoded.
+    """
     with av.open(io.BytesIO(data), options={"err_detect": "explode"}) as container:
         is_key: bool | None = None
         for packet in container.demux(video=0):

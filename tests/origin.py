@@ -7,13 +7,14 @@
         ...
         stall.release()
 
-`Playlist` is one media playlist and its segments under /<name>/, and moves when a test says so (or
-by the clock). `Origin` serves playlists, files and endless bodies over HTTP/1.1 with persistent
-connections, Range and validators, keeps a log of the requests, and lets chosen requests meet a
-`Fault`. `python tests/origin.py` serves ready-made channels for trying things out by hand.
+`Playlist` is one media playlist and its segments under /<name>/. It moves when a test calls
+`advance`, or by the clock. `Origin` serves playlists, files and endless bodies over HTTP/1.1 with
+persistent connections, Range and validators. It keeps a log of the requests, and applies a `Fault`
+to chosen requests. `python tests/origin.py` serves ready-made channels for manual tests.
 
-Threads: one accepts, one serves each connection. `Origin.stop` ends them all, whatever they wait
-for. Locks: each `Playlist` guards its own position; `Origin._changed` guards everything else.
+Threads: one accepts connections, and each connection has one that serves it. `Origin.stop` ends
+all of them, even while they wait. Locks: each `Playlist` guards its own position;
+`Origin._changed` guards everything else.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
 if __name__ == "__main__" and not (find_spec("Crypto") and find_spec("av")):
     sys.exit(
-        "tests/origin.py needs packages that are not there: pip install -r tests/requirements.txt"
+        "tests/origin.py needs packages that are missing: pip install -r tests/requirements.txt"
     )
 
 from Crypto.Cipher import AES
 from Crypto.Util.Padding import pad
 
 PIECE = 64 * 1024  # bytes of a body written at once
-TICK = 0.02  # seconds of a capped rate written at once: the burst a client may see
-PARTS = 4  # of a segment, in low-latency playlists
-MODIFIED = 1_700_000_000  # Unix time of every Last-Modified: strong, since it is long ago
+TICK = 0.02  # seconds: a capped rate sends bursts as long as this
+PARTS = 4  # parts of each segment in a low-latency playlist
+MODIFIED = 1_700_000_000  # Unix time of every Last-Modified; old enough for a strong validator
 
 TYPES = {
     ".m3u8": "application/vnd.apple.mpegurl",
@@ -67,7 +68,7 @@ TYPES = {
 DEFAULT_TYPE = "application/octet-stream"
 
 
-#### What can be served ####
+#### Content ####
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Endless:
-    """A body without a length; each request reads an iterator of its own."""
+    """A body without a length; each request reads its own iterator."""
 
     source: Callable[[], Iterable[bytes]]
     type: str | None = None
@@ -96,10 +97,10 @@ class Served(Protocol):
     """Something that owns paths of the origin."""
 
     def attach(self, origin: Origin) -> None:
-        """Called once, when it is added."""
+        """Called once, when the origin adds it."""
 
     def find(self, path: str) -> Content | None:
-        """What is at `path` (no query) right now."""
+        """The current content at `path` (without a query)."""
 
 
 ServedT = TypeVar("ServedT", bound=Served)
@@ -110,36 +111,36 @@ ServedT = TypeVar("ServedT", bound=Served)
 
 @dataclass(frozen=True)
 class Segment:
-    """The media of one segment as a viewer shall get it, and what the playlist says of it."""
+    """The media of one segment as a viewer must receive it, and its entry in the playlist."""
 
     data: bytes
     duration: float = 1.0
     discontinuity: bool = False
-    tags: tuple[str, ...] = ()  # more lines in front of its address
-    told: float | None = None  # seconds that EXTINF says; None: the duration
+    tags: tuple[str, ...] = ()  # further lines before its address
+    stated: float | None = None  # seconds in EXTINF; None: the true duration
 
 
-def told(segments: Sequence[bytes], seconds: float, duration: float = 1.0) -> list[Segment]:
-    """Segments of this duration for which the playlist states another one."""
-    return [Segment(data, duration, told=seconds) for data in segments]
+def misstated(segments: Sequence[bytes], seconds: float, duration: float = 1.0) -> list[Segment]:
+    """Segments of this `duration` for which the playlist states `seconds`."""
+    return [Segment(data, duration, stated=seconds) for data in segments]
 
 
 class Playlist:
     """One media playlist at /<name>/index.m3u8 and its segments at /<name>/<number><extension>.
 
-    `vod` lists everything and ends. `event` and `live` begin with `listed` segments (default:
-    `window`) and grow by `advance`; `live` keeps the newest `window` listed. The media repeats
-    endlessly, with a discontinuity where it starts over.
+    `vod` lists all segments and ends. `event` and `live` begin with `listed` segments (default:
+    `window`) and grow by `advance`; `live` lists only the newest `window` segments. The media
+    repeats endlessly, with a discontinuity at each repetition.
 
-    Which media a number has: `vod` and `event` count from `first_sequence`; in `live`, number k is
+    The media of a number: `vod` and `event` count from `first_sequence`; in `live`, number k is
     segments[k % len(segments)], so that two origins of one channel agree.
 
-    `named_iv` is what the playlist says in place of the true `aes_iv`. `named_key` is served in
+    The playlist states `named_iv` in place of the true `aes_iv`. The origin serves `named_key` in
     place of the true `aes_key`; a text is the key's address. Without `pads_all`, only media whose
-    length is no multiple of 16 is padded, as by SRS. With `encrypts_init`, the key is that of the
-    initialization section, too.
+    length is no multiple of 16 is padded, as SRS does. With `encrypts_init`, the key also applies
+    to the initialization section.
 
-    `keep` segments that left the list can still be fetched (None: all); others are 404.
+    The newest `keep` segments that left the list can still be fetched (None: all); others are 404.
     """
 
     def __init__(
@@ -182,7 +183,7 @@ class Playlist:
         # Guards everything below. Reentrant: public methods use each other.
         self._lock = threading.RLock()
         self._due: float | None = None  # when the clock publishes the next segment
-        self._token = 0  # in the addresses of segments, once there is one
+        self._token = 0  # in the addresses of segments; 0: no token
         self._load_locked(segments, init)
         self._number_locked(first_sequence)
         if clock:
@@ -191,7 +192,7 @@ class Playlist:
     def _load_locked(self, segments: Sequence[bytes | Segment], init: bytes | None) -> None:
         self._media = [s if isinstance(s, Segment) else Segment(s) for s in segments]
         type_ = TYPES.get(self._extension, DEFAULT_TYPE)
-        # Kept for their validators, which are costly for large segments.
+        # Kept because they cache their validators, which are costly for large segments.
         self._contents = [Content(media.data, type_) for media in self._media]
         self._files: dict[str, Content] = {}
         if init is not None:
@@ -206,7 +207,7 @@ class Playlist:
 
     def _number_locked(self, first: int) -> None:
         self._first = self._oldest = self._stop = first
-        self._discontinuities = 0  # that have left the list
+        self._discontinuities = 0  # how many have left the list
         self._ended = self._mode == "vod"
         self._publish_locked(self._initial)
 
@@ -218,16 +219,16 @@ class Playlist:
             self._leave_locked(self._stop - self._window)
 
     def _leave_locked(self, oldest: int) -> None:
-        """Takes the numbers below `oldest` from the list."""
+        """Removes the numbers below `oldest` from the list."""
         for number in range(self._oldest, min(oldest, self._stop)):
-            self._discontinuities += self._starts_anew_locked(number)
+            self._discontinuities += self._is_discontinuity_locked(number)
             self._oldest = number + 1
 
     def _index_locked(self, number: int) -> int:
         base = 0 if self._mode == "live" else self._first
         return (number - base) % len(self._media)
 
-    def _starts_anew_locked(self, number: int) -> bool:
+    def _is_discontinuity_locked(self, number: int) -> bool:
         index = self._index_locked(number)
         return self._media[index].discontinuity or (index == 0 and number != self._first)
 
@@ -244,7 +245,7 @@ class Playlist:
             self._publish_locked(count)
 
     def drop(self, count: int = 1) -> None:
-        """Takes the `count` oldest segments from the list before their time."""
+        """Removes the `count` oldest segments from the list early."""
         with self._lock:
             self._leave_locked(self._oldest + count)
 
@@ -260,20 +261,22 @@ class Playlist:
         segments: Sequence[bytes | Segment] | None = None,
         init: bytes | None = None,
     ) -> None:
-        """Numbers anew from `first_sequence`, as an encoder that was started again; with
-        `segments` (and `init`), with other media."""
+        """Numbers again from `first_sequence`, as a restarted encoder does.
+
+        `segments` (and `init`) replace the media.
+        """
         with self._lock:
             if segments is not None:
                 self._load_locked(segments, init)
             self._number_locked(first_sequence)
 
     def change_key(self, key: bytes) -> None:
-        """Has another key at the same address, and encrypts with it, from now on."""
+        """Serves another key at the same address, and encrypts with it, from now on."""
         with self._lock:
             self._aes_key, self._files["key"] = key, Content(key)
 
     def renew_tokens(self, status: int = 403) -> None:
-        """Names segments with a new token from now on; what asks with an older one is refused."""
+        """Lists segments with a new token from now on; requests with an older one are refused."""
         if self._origin is None:
             raise RuntimeError(f"{self.name} was not added to an origin")
         with self._lock:
@@ -283,8 +286,10 @@ class Playlist:
             self._origin.fault(pattern, Status(status), times=None)
 
     def run_by_clock(self) -> None:
-        """From now on a segment appears whenever its duration has passed. An `event` ends with
-        its media."""
+        """From now on, publishes a segment whenever its duration has passed.
+
+        An `event` ends with its media.
+        """
         with self._lock:
             self._due = time.monotonic() + self._media[self._index_locked(self._stop)].duration
 
@@ -297,12 +302,12 @@ class Playlist:
 
     @property
     def newest(self) -> int:
-        """The last number listed; one less than `oldest` when none is."""
+        """The last number listed; `oldest` - 1 if the list is empty."""
         with self._lock:
             self._follow_clock_locked()
             return self._stop - 1
 
-    # Addresses and media, for a test's expectations.
+    # Addresses and media that tests expect.
 
     @property
     def path(self) -> str:
@@ -321,14 +326,14 @@ class Playlist:
         return f"/{self.name}/key"
 
     def segment_path(self, number: int) -> str:
-        """Where segment `number` is fetched; one path for all of them with byte ranges."""
+        """The path of segment `number`; with byte ranges, all segments share one."""
         return f"/{self.name}/{self._file(number)}"
 
     def segment_url(self, number: int) -> str:
         return self._absolute(self.segment_path(number))
 
     def plain(self, first: int, stop: int) -> bytes:
-        """The media of the segments `first` to `stop` (excluded), as a viewer shall get it."""
+        """The media of the segments `first` to `stop` (excluded), as a viewer must receive it."""
         with self._lock:
             numbers = range(first, stop)
             return b"".join(self._media[self._index_locked(n)].data for n in numbers)
@@ -382,7 +387,7 @@ class Playlist:
         lines = list(self._head_locked())
         for number in range(self._oldest, self._stop):
             lines.extend(self._entry_locked(number))
-        if self._low_latency and not self._ended:  # a part of the next segment is there
+        if self._low_latency and not self._ended:  # one part of the next segment exists
             lines.extend(self._parts_locked(self._stop, 1))
             lines.append(f'#EXT-X-PRELOAD-HINT:TYPE=PART,URI="{self._stop}.1.part.ts"')
         if self._ended:
@@ -390,7 +395,7 @@ class Playlist:
         return "\n".join([*lines, ""])
 
     def _head_locked(self) -> Iterator[str]:
-        longest = max(media.told or media.duration for media in self._media)
+        longest = max(media.stated or media.duration for media in self._media)
         has_map = "init.mp4" in self._files
         yield "#EXTM3U"
         yield f"#EXT-X-VERSION:{6 if has_map else 4 if self._byte_ranges else 3}"
@@ -414,13 +419,13 @@ class Playlist:
 
     def _entry_locked(self, number: int) -> Iterator[str]:
         media = self._media[self._index_locked(number)]
-        if self._starts_anew_locked(number):
+        if self._is_discontinuity_locked(number):
             yield "#EXT-X-DISCONTINUITY"
         yield from media.tags
         if self._low_latency and number >= self._stop - 3:
             yield from self._parts_locked(number, PARTS)
-        told = media.duration if media.told is None else media.told
-        yield f"#EXTINF:{told:.6f},"
+        stated = media.duration if media.stated is None else media.stated
+        yield f"#EXTINF:{stated:.6f},"
         if self._byte_ranges:
             yield self._range_locked(number)
         yield self._file(number) + (f"?token={self._token}" if self._token else "")
@@ -432,7 +437,10 @@ class Playlist:
             yield f'#EXT-X-PART:DURATION={duration:.3f},URI="{number}.{part}.part.ts"'
 
     def _range_locked(self, number: int) -> str:
-        """With its offset for even numbers; odd ones follow the one before where there is one."""
+        """The byte range of a segment.
+
+        Even numbers state their offset. Odd ones omit it, unless they are the first in the list.
+        """
         index = self._index_locked(number)
         start, stop = self._offsets[index : index + 2]
         implicit = number % 2 and index and number != self._oldest
@@ -447,9 +455,9 @@ def with_insert(
     insert: Sequence[bytes],
     **options: Any,
 ) -> Playlist:
-    """A programme behind whose first half an insert of another container follows.
+    """A programme whose first half is followed by an insert in another container.
 
-    The playlist names the insert's initialization section from then on.
+    The playlist names the insert's initialization section from there on.
     """
     half = len(programme) // 2
     media = [Segment(data) for data in (*programme[:half], *insert, *programme[half:])]
@@ -464,7 +472,7 @@ def with_insert(
 
 @dataclass(frozen=True)
 class Variant:
-    """A playlist of a multivariant playlist, with the attributes that tell it from the others."""
+    """A playlist of a multivariant playlist, with the attributes that identify it."""
 
     playlist: Playlist
     bandwidth: int
@@ -473,14 +481,17 @@ class Variant:
 
 
 class Multivariant:
-    """A multivariant playlist at /<name>/master.m3u8; `audio` is a separate rendition of the
-    sound of every variant. Adding it adds its playlists."""
+    """A multivariant playlist at /<name>/master.m3u8.
+
+    `audio` is a separate rendition of the sound of all variants. `Origin.add` also adds its
+    playlists.
+    """
 
     def __init__(
         self, name: str, variants: Sequence[Variant], audio: Playlist | None = None
     ) -> None:
         self.name, self.variants, self.audio = name, tuple(variants), audio
-        self.override: bytes | None = None  # served instead
+        self.override: bytes | None = None  # served instead of the playlist
         self._origin: Origin | None = None
 
     @property
@@ -541,13 +552,13 @@ def master(
 
 @dataclass
 class Answer:
-    """What one request is about to get, as things were when it arrived.
+    """The planned answer to one request, from the state at the request's arrival.
 
-    Faults change it before anything is sent.
+    Faults change it before its first byte is sent.
     """
 
     content: Content | Endless
-    path: str = ""  # that was asked for, with the query
+    path: str = ""  # the requested path, with the query
     asked: Mapping[str, str] = field(default_factory=dict)  # the request's headers, in lower case
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
@@ -555,17 +566,17 @@ class Answer:
     validators: bool = True
     etags: Literal["strong", "weak", "none"] = "strong"
     dated: bool = True  # with Last-Modified
-    changed: bool = False  # other validators than usual
+    changed: bool = False  # with different validators
     length_error: int = 0  # added to the true Content-Length
-    hang_up: bool = False  # before the status line
+    hang_up: bool = False  # close the connection before the status line
     stall_headers: bool = False
     stall_at: int | None = None  # bytes of the body
     break_at: int | None = None  # bytes of the body
-    reset: bool = False  # break with a TCP reset
+    reset: bool = False  # close with a TCP reset
     think: float = 0.0  # seconds before the status line
     byte_pause: float = 0.0  # seconds before each byte
-    head_pause: float = 0.0  # the same of the head
-    rate: float = 0.0  # bytes of the body a second; 0: the origin's
+    head_pause: float = 0.0  # seconds before each byte of the head
+    rate: float = 0.0  # bytes of the body a second; 0: the origin's rate
 
     def etag(self) -> str | None:
         if not self.validators or not isinstance(self.content, Content) or self.etags == "none":
@@ -587,7 +598,7 @@ class Fault(Protocol):
 
 @dataclass(frozen=True)
 class Status:
-    """Another status."""
+    """An answer with another status."""
 
     code: int
     body: bytes = b""
@@ -610,16 +621,17 @@ class Redirect:
 
 
 class Tokens:
-    """Addresses that are good for a while, as panels and CDNs give them out.
+    """Addresses that are valid for a while, as from panels and CDNs.
 
-    Ordered for /login and for `target`: the first redirects to the second with a token, and that
-    is refused without one, or with one used `uses` times or older than `seconds`.
+    Apply it to /login and to `target`. The first redirects to the second with a token. The second
+    refuses a request without a token, or if the token was used `uses` times or is older than
+    `seconds`.
     """
 
     def __init__(self, target: str, *, uses: float = 1, seconds: float = math.inf) -> None:
         self._target, self._uses, self._seconds = target, uses, seconds
         self._lock = threading.Lock()
-        self._given: list[tuple[float, int]] = []  # for each token its time and its uses
+        self._given: list[tuple[float, int]] = []  # each token's time and number of uses
 
     def apply(self, answer: Answer) -> None:
         path, _, query = answer.path.partition("?token=")
@@ -640,9 +652,9 @@ class Tokens:
 
 @dataclass(frozen=True)
 class OneAtATime:
-    """A panel that allows one connection: it refuses a request while another one is served.
+    """A panel that allows one connection: it refuses a request while it serves another one.
 
-    Only requests for `path`, exact or a pattern, count; one that was served counts for `lag`
+    Only requests for `path`, exact or a pattern, count. A served request counts until `lag`
     seconds after its end.
     """
 
@@ -662,7 +674,7 @@ class OneAtATime:
 
 @dataclass(frozen=True)
 class Think:
-    """A panel that takes its time before it answers."""
+    """A panel that waits before it answers."""
 
     seconds: float
 
@@ -683,7 +695,7 @@ class Demand:
 
 @dataclass(frozen=True)
 class Body:
-    """Another body, also where there is none."""
+    """Another body, even if `path` has no content."""
 
     body: bytes
     content_type: str = DEFAULT_TYPE
@@ -694,7 +706,7 @@ class Body:
 
 @dataclass(frozen=True)
 class Preface:
-    """Something in front of the body: a byte order mark, blanks, comments."""
+    """Data before the body: a byte order mark, blanks, comments."""
 
     data: bytes
 
@@ -705,7 +717,7 @@ class Preface:
 
 @dataclass(frozen=True)
 class Cut:
-    """The last `size` bytes are missing, and nothing tells that: the length is that of the rest."""
+    """The last `size` bytes are missing without a sign: Content-Length fits the shorter body."""
 
     size: int
 
@@ -716,7 +728,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Edit:
-    """A text in which all that matches a pattern is replaced, as re.sub() does."""
+    """A text body with all matches of a pattern replaced, as by re.sub()."""
 
     pattern: str
     replacement: str | Callable[[re.Match[str]], str]
@@ -727,7 +739,7 @@ class Edit:
             answer.content = Content(text.encode(), answer.content.type)
 
 
-# What packagers write into playlists of segments, and players forgive.
+# Errors in media playlists that packagers make and players tolerate.
 ODD_PLAYLISTS: Mapping[str, Edit] = {
     "blank-lines": Edit(r"$", "\r\n  \r\n"),
     "version-nan": Edit(r"VERSION:.*", "VERSION:NaN"),
@@ -746,7 +758,7 @@ ODD_PLAYLISTS: Mapping[str, Edit] = {
     "range-without-offset": Edit(r"(BYTERANGE:\d+)@\d+", "\\1"),
 }
 
-# What sites that store their segments on image hosts put in front of each: an image of one pixel.
+# Sites that store their segments on image hosts put an image of one pixel before each segment.
 IMAGES: Mapping[str, bytes] = {
     "png": bytes.fromhex(
         "89504e470d0a1a0a0000000d494844520000000100000001080200000090775"
@@ -757,12 +769,12 @@ IMAGES: Mapping[str, bytes] = {
     "gif": b"GIF89a\x01\x00\x01\x00\x00\x00\x00,\x00\x00;",
 }
 WEB_PAGE = b"<!DOCTYPE html>\n<html><head><title>Please log in</title></head></html>\n"
-PANEL_TEXT = b"FAILED TO CONNECT"  # a panel's answer, with status 200, while its source is down
+PANEL_TEXT = b"FAILED TO CONNECT"  # a panel's body, with status 200, while its source is down
 
 
 @dataclass(frozen=True)
 class Gzip:
-    """Compressed, though nobody asked for it. Length, ranges and ETag are the compressed body's."""
+    """Compressed without a request for it. Length, ranges and ETag are the compressed body's."""
 
     def apply(self, answer: Answer) -> None:
         if isinstance(answer.content, Content):
@@ -794,7 +806,7 @@ class Break:
 
 @dataclass(frozen=True)
 class StallHeaders:
-    """Nothing is sent until the fault's handle is released."""
+    """The origin sends no byte until the fault's handle is released."""
 
     def apply(self, answer: Answer) -> None:
         answer.stall_headers = True
@@ -802,7 +814,7 @@ class StallHeaders:
 
 @dataclass(frozen=True)
 class Stall:
-    """After `at` bytes of this answer's body nothing is sent until the handle is released."""
+    """The origin pauses after `at` bytes of this answer's body until the handle is released."""
 
     at: int = 0
 
@@ -812,7 +824,7 @@ class Stall:
 
 @dataclass(frozen=True)
 class Drip:
-    """The body comes byte by byte."""
+    """The body is sent byte by byte."""
 
     per_byte_seconds: float
 
@@ -822,7 +834,7 @@ class Drip:
 
 @dataclass(frozen=True)
 class DripHead:
-    """The status line and the headers come byte by byte."""
+    """The status line and the headers are sent byte by byte."""
 
     per_byte_seconds: float
 
@@ -832,7 +844,7 @@ class DripHead:
 
 @dataclass(frozen=True)
 class Trickle:
-    """The body comes at `rate` bytes a second: a connection that is stuck, beside others."""
+    """The body is sent at `rate` bytes a second: one connection is stuck, others are not."""
 
     rate: float
 
@@ -842,7 +854,7 @@ class Trickle:
 
 @dataclass(frozen=True)
 class WrongLength:
-    """Content-Length is `extra` too much (or, negative, too little); then the connection closes."""
+    """Content-Length is `extra` bytes too large (negative: too small); the connection closes."""
 
     extra: int
 
@@ -852,7 +864,7 @@ class WrongLength:
 
 @dataclass(frozen=True)
 class NoRange:
-    """Range is ignored."""
+    """The origin ignores Range."""
 
     def apply(self, answer: Answer) -> None:
         answer.ranges = False
@@ -860,7 +872,7 @@ class NoRange:
 
 @dataclass(frozen=True)
 class Validators:
-    """Only these: a strong ETag, a weak or none, and perhaps Last-Modified."""
+    """Only these validators: a strong ETag, a weak one or none, and perhaps Last-Modified."""
 
     etags: Literal["strong", "weak", "none"] = "strong"
     dated: bool = False
@@ -871,14 +883,14 @@ class Validators:
 
 @dataclass(frozen=True)
 class ChangedValidator:
-    """ETag and Last-Modified are others than in an answer without this fault."""
+    """ETag and Last-Modified differ from those of an answer without this fault."""
 
     def apply(self, answer: Answer) -> None:
         answer.changed = True
 
 
 class _Bell:
-    """An event that a selector can watch beside sockets. It stays rung."""
+    """An event that a selector can watch beside sockets. Once rung, it stays rung."""
 
     def __init__(self) -> None:
         self._watched, self._rung = socket.socketpair()
@@ -896,7 +908,7 @@ class _Bell:
 
 
 class FaultHandle:
-    """A fault that was ordered with `Origin.fault`."""
+    """A fault that was set with `Origin.fault`."""
 
     def __init__(
         self, origin: Origin, pattern: str, faults: tuple[Fault, ...], times: int | None
@@ -910,32 +922,32 @@ class FaultHandle:
 
     @property
     def taken(self) -> int:
-        """Requests that met the fault."""
+        """The number of requests that met the fault."""
         with self._origin._changed:
             return self._taken
 
     @property
     def held(self) -> int:
-        """Requests that stall right now."""
+        """The number of requests that stall now."""
         with self._origin._changed:
             return self._held
 
     def wait(self, times: int = 1, timeout: float = 10) -> None:
-        """Until `times` requests have met the fault."""
+        """Waits until `times` requests have met the fault."""
         what = f"{times} requests meet the fault on {self.pattern}"
         self._origin.wait_until(lambda: self._taken >= times, what, timeout)
 
     def wait_held(self, count: int = 1, timeout: float = 10) -> None:
-        """Until `count` requests stall at the same time: all they shall get has been sent."""
+        """Waits until `count` requests stall at the same time: all bytes before it were sent."""
         what = f"{count} requests stall on {self.pattern}"
         self._origin.wait_until(lambda: self._held >= count, what, timeout)
 
     def release(self) -> None:
-        """Answers that stall go on; later ones do not stall."""
+        """Answers that stall continue; later ones do not stall."""
         self._released.ring()
 
     def clear(self) -> None:
-        """No further request meets the fault; those that stall go on stalling."""
+        """No further request meets the fault; stalled answers stay stalled."""
         with self._origin._changed:
             self._left = 0
 
@@ -948,7 +960,7 @@ class FaultHandle:
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """Whether `pattern`, exact or with wildcards, means `path`, with or without its query."""
+    """Whether `pattern`, exact or with wildcards, matches `path` with or without its query."""
     candidates = (path, path.partition("?")[0])
     return pattern in candidates or any(fnmatch.fnmatchcase(c, pattern) for c in candidates)
 
@@ -958,16 +970,16 @@ def _matches(path: str, pattern: str) -> bool:
 
 @dataclass(frozen=True)
 class Request:
-    """A request as it is at the moment of asking."""
+    """The state of a request at one moment."""
 
     method: str
     path: str  # with the query
     headers: Mapping[str, str]  # names in lower case
     connection: int  # equal for requests on one connection
     time: float  # time.monotonic() when its head was read
-    sent: int  # bytes of the body so far; counted just after they left
+    sent: int  # bytes of the body so far; counted just after they were sent
     status: int  # 0 before the status line
-    done: bool  # nothing more will be sent
+    done: bool  # the answer has ended
     ended: float  # time.monotonic() when it was done; infinite before
 
 
@@ -980,7 +992,7 @@ class _Record:
     headers: Mapping[str, str]
     connection: int
     time: float
-    began: int  # position among all beginnings and ends
+    began: int  # its position in the order of all beginnings and ends
     ended: int | None = None
     ended_time: float = math.inf
     sent: int = 0
@@ -1001,7 +1013,7 @@ class _Record:
 
 
 def _most_at_once(records: Iterable[_Record]) -> int:
-    """How many of the requests were being answered at the same time at most."""
+    """The largest number of requests that were answered at the same time."""
     steps = []
     for record in records:
         steps.append((record.began, 1))
@@ -1014,11 +1026,11 @@ def _most_at_once(records: Iterable[_Record]) -> int:
 
 
 class _HangUp(Exception):
-    """The connection shall close now."""
+    """The connection must close now."""
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection of a client. Runs in a thread of its own."""
+    """One connection of a client. It runs in its own thread."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -1027,10 +1039,10 @@ class _Handler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self._origin = self.server.origin
-        self._paid_until = 0.0  # the moment at which the capped rate allows the next piece
+        self._paid_until = 0.0  # when the capped rate allows the next piece
 
     def handle(self) -> None:
-        # A client that went away, or a stop of the origin: nobody is left to tell.
+        # The client has left, or the origin stops: there is nothing to answer.
         with contextlib.suppress(OSError, _HangUp):
             super().handle()
 
@@ -1051,7 +1063,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def log_message(self, format: str, *args: Any) -> None:
-        """The log is `Origin.requests`."""
+        """Prints nothing: the log is `Origin.requests`."""
 
     def _send(self, answer: Answer, record: _Record, handle: FaultHandle | None) -> None:
         self._wait(self._origin.delay + answer.think)
@@ -1069,8 +1081,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _hang_up(self, answer: Answer) -> None:
         if answer.reset:
-            # Closed with no time to linger, a socket resets its connection. The orderly shutdown
-            # that the server would do first then finds it closed.
+            # A socket with a linger time of zero resets its connection when it is closed. The
+            # server's orderly shutdown, which would otherwise be first, then finds it closed.
             linger = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.connection.close()
@@ -1079,7 +1091,7 @@ class _Handler(BaseHTTPRequestHandler):
     # Head.
 
     def _select(self, answer: Answer) -> memoryview | Endless:
-        """The part of the content to send; a part or its impossibility changes the status."""
+        """The part of the content to send. Sets the status to 206 for a range, or to 416."""
         if isinstance(answer.content, Endless):
             return answer.content
         body = memoryview(answer.content.body)
@@ -1107,8 +1119,10 @@ class _Handler(BaseHTTPRequestHandler):
         return condition is None or condition in strong
 
     def _wanted_range(self, length: int) -> range | None:
-        """The bytes asked for, none if they do not exist; None for what may be ignored: a
-        malformed Range or several at once."""
+        """The requested bytes; an empty range if they do not exist.
+
+        None for a Range that may be ignored: malformed, or several ranges at once.
+        """
         unit, _, spec = self.headers["Range"].partition("=")
         first, dash, last = spec.strip().partition("-")
         numbers = [text for text in (first, last) if text]
@@ -1180,14 +1194,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.sendall(framed)
 
     def _reach(self, sent: int, answer: Answer, handle: FaultHandle | None) -> None:
-        """Does what shall happen after `sent` bytes of the body."""
+        """Stalls or hangs up if this is due after `sent` bytes of the body."""
         if answer.stall_at == sent and handle:
             self._stall(handle)
         if answer.break_at == sent:
             self._hang_up(answer)
 
     def _pieces(self, blocks: Iterable[memoryview], answer: Answer) -> Iterator[memoryview]:
-        """Cuts the body into what is written at once, and where something shall happen."""
+        """Cuts the body into pieces to write at once. Stalls and breaks are also cuts."""
         marks = [mark for mark in (answer.stall_at, answer.break_at) if mark is not None]
         done = 0
         for block in blocks:
@@ -1205,7 +1219,7 @@ class _Handler(BaseHTTPRequestHandler):
         return min(PIECE, max(1, int(rate * TICK))) if rate else PIECE
 
     def _pace(self, size: int, answer: Answer) -> None:
-        """Waits until `size` more bytes are due. A thread that woke late catches up, by a tick."""
+        """Waits until `size` more bytes are due. A thread that woke late catches up, one tick."""
         self._wait(answer.byte_pause)
         rate = answer.rate or self._origin.rate
         if rate:
@@ -1233,13 +1247,13 @@ class _Handler(BaseHTTPRequestHandler):
                 selector.register(source, selectors.EVENT_READ)
             ready = {key.fileobj for key, _ in selector.select(seconds)}
         if self.server.stopping in ready or self.connection in ready:
-            # No client of these tests sends ahead: what can be read is the end of the connection.
+            # No client of these tests sends ahead: a readable socket means the connection ended.
             raise _HangUp
 
 
 @contextlib.contextmanager
 def _blocks(body: memoryview | Endless) -> Iterator[Iterable[memoryview]]:
-    """The blocks of a body. An endless source that is a generator is closed at the end."""
+    """The blocks of a body. If an endless source is a generator, it is closed at the end."""
     if isinstance(body, memoryview):
         yield (body,)
         return
@@ -1252,20 +1266,20 @@ def _blocks(body: memoryview | Endless) -> Iterator[Iterable[memoryview]]:
 
 
 class _Server(ThreadingHTTPServer):
-    """The listener of an `Origin` and its connections, from one start to one stop."""
+    """The listener of an `Origin` and its connections, from a start to the next stop."""
 
     daemon_threads = True
     request_queue_size = 128
-    allow_reuse_port = False  # a port that is taken shall be an error
+    allow_reuse_port = False  # a port that is already in use must be an error
 
     def __init__(self, origin: Origin, port: int) -> None:
         self.origin = origin
         self.stopping = _Bell()
         # Guarded by the origin's condition:
         self._numbers: dict[socket.socket, int] = {}
-        self._busy: set[socket.socket] = set()  # that are being answered
+        self._busy: set[socket.socket] = set()  # connections with an answer in progress
         self._is_draining = False
-        self._handlers: list[threading.Thread] = []  # used by the accepting thread until it ended
+        self._handlers: list[threading.Thread] = []  # the accepting thread's until it ends
         try:
             super().__init__(("127.0.0.1", port), _Handler)
         except OSError:
@@ -1280,7 +1294,7 @@ class _Server(ThreadingHTTPServer):
 
     def drain(self) -> None:
         """Closes the listener, and each connection once it has no answer to send."""
-        # Where the system allows it, this wakes the accepting thread, which otherwise polls.
+        # If the system allows it, this wakes the accepting thread, which otherwise polls.
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.shutdown()
@@ -1296,12 +1310,15 @@ class _Server(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def begin(self, connection: socket.socket) -> int:
-        """Notes that it is being answered; its number. The caller holds the condition."""
+        """Notes that an answer begins; returns the connection's number.
+
+        The caller holds the condition.
+        """
         self._busy.add(connection)
         return self._numbers[connection]
 
     def finish(self, connection: socket.socket) -> bool:
-        """Notes that its answer was sent; whether it shall close now."""
+        """Notes that the answer was sent; returns whether the connection must close now."""
         with self.origin._changed:
             self._busy.discard(connection)
             return self._is_draining
@@ -1320,10 +1337,10 @@ class _Server(ThreadingHTTPServer):
         return len(self._numbers)
 
     def server_bind(self) -> None:
-        """Without the base class's search for the machine's name, which may ask a name server."""
+        """Skips the base class's look-up of the machine's name, which may ask a name server."""
         socketserver.TCPServer.server_bind(self)
 
-    # Overridden from socketserver, which forgets daemon threads.
+    # Overridden because socketserver does not keep daemon threads.
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self.origin._changed:
@@ -1344,7 +1361,7 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A fault of the origin itself (or of an endless source): raised by `Origin.close`."""
+        """Keeps an error of the origin itself (or of an endless source) for `Origin.close`."""
         error = sys.exc_info()[1]
         if error is not None:
             self.origin._errors.append(error)
@@ -1356,7 +1373,7 @@ class _Server(ThreadingHTTPServer):
 class Origin:
     """An HTTP/1.1 origin on 127.0.0.1; a context manager that starts and closes it.
 
-    The settings may be changed at any time and count from the next answer (`rate`: next piece) on.
+    The settings may change at any time. They apply from the next answer (`rate`: next piece) on.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -1366,15 +1383,16 @@ class Origin:
         self.validators = True  # whether ETag and Last-Modified are sent
         self._port = port
         self._server: _Server | None = None  # while it runs
-        self._drained: list[_Server] = []  # which took no more connections, until all is stopped
+        self._drained: list[_Server] = []  # drained servers, until the origin stops
         self._errors: list[BaseException] = []
-        # Guards everything below, the servers' connections and the faults' counts; notified when
-        # any of it changes, for `wait_until`. Reentrant: conditions waited for may use properties.
+        # Guards everything below, the servers' connections and the faults' counts. Notified when
+        # any of it changes, for `wait_until`. Reentrant: the conditions of `wait_until` may use
+        # properties.
         self._changed = threading.Condition(threading.RLock())
         self._served: list[Served] = []
         self._files: dict[str, Content | Endless] = {}
         self._handles: list[FaultHandle] = []
-        self._habits: list[tuple[str, Fault]] = []  # with their paths
+        self._habits: list[tuple[str, Fault]] = []  # path and fault
         self._records: list[_Record] = []
         self._steps = itertools.count()
         self._connection_numbers = itertools.count(1)
@@ -1383,20 +1401,20 @@ class Origin:
     # Life.
 
     def start(self) -> None:
-        """Listens; after a stop on the same port again."""
+        """Listens; after a stop, on the same port as before."""
         if self._server is None:
             self._server = _Server(self, self._port)
             self._port = self._server.server_address[1]
             self._server.start()
 
     def stop(self) -> None:
-        """Closes the listener and every connection; no thread is left. `start` may follow."""
+        """Closes the listener and every connection, and joins all threads. `start` may follow."""
         self.drain()
         while self._drained:
             self._drained.pop().stop()
 
     def drain(self) -> None:
-        """A graceful stop: new connections are refused, and the others end with their answers.
+        """A graceful stop: refuses new connections and closes the others after their answers.
 
         `start` may follow at once.
         """
@@ -1406,12 +1424,12 @@ class Origin:
             self._server = None
 
     def restart(self) -> None:
-        """A crash: everything closes, and the same content is there again at once."""
+        """A crash: all connections close, and the origin serves the same content again at once."""
         self.stop()
         self.start()
 
     def close(self) -> None:
-        """Stops for good. Raises what went wrong inside the origin, if anything did."""
+        """Stops for good. Raises the first error inside the origin, if there was one."""
         self.stop()
         for handle in self._handles:
             handle._released.close()
@@ -1440,7 +1458,7 @@ class Origin:
     def add(self, served: ServedT) -> ServedT:
         """Serves a playlist, or a multivariant playlist with all of its playlists.
 
-        It takes the place of an earlier one of the same name.
+        It replaces an earlier one of the same name.
         """
         served.attach(self)
         with self._changed:
@@ -1448,7 +1466,7 @@ class Origin:
         return served
 
     def add_file(self, path: str, data: bytes, *, content_type: str = DEFAULT_TYPE) -> str:
-        """Serves `data` at `path`, instead of what was there, and returns the address."""
+        """Serves `data` at `path`, replacing earlier content, and returns the address."""
         with self._changed:
             self._files[path] = Content(data, content_type)
         return self.url + path
@@ -1461,10 +1479,11 @@ class Origin:
         content_type: str | None = None,
         chunked: bool = False,
     ) -> str:
-        """Serves what a fresh iterator of `source` yields, until it, the client or the origin ends.
+        """Serves the output of a new iterator of `source` to each request.
 
-        The end is told by closing the connection, or `chunked` by the final chunk. A source must
-        not block for long: `stop` waits for it.
+        The answer ends when the iterator ends, the client leaves or the origin stops. A closed
+        connection marks the end, or with `chunked` the final chunk. A source must not block for
+        long: `stop` waits for it.
         """
         with self._changed:
             self._files[path] = Endless(source, content_type, chunked)
@@ -1475,7 +1494,7 @@ class Origin:
     def fault(self, path: str, *faults: Fault, times: int | None = 1) -> FaultHandle:
         """The next `times` requests (None: all) for `path`, exact or a pattern, meet all `faults`.
 
-        Orders that match the same request are used up one after the other, the oldest first.
+        Several calls for the same path are used up one after the other, the oldest first.
         """
         handle = FaultHandle(self, path, faults, times)
         with self._changed:
@@ -1483,15 +1502,15 @@ class Origin:
         return handle
 
     def habit(self, path: str, *faults: Fault) -> None:
-        """All requests for `path`, exact or a pattern, meet these, before those of `fault`.
+        """All requests for `path`, exact or a pattern, meet these faults before those of `fault`.
 
-        They last: `clear_faults` leaves them.  A habit cannot stall.
+        They are permanent: `clear_faults` does not remove them.  A habit cannot stall.
         """
         with self._changed:
             self._habits += [(path, fault) for fault in faults]
 
     def clear_faults(self) -> None:
-        """All is well again: no request meets a fault, and answers that stall go on."""
+        """Removes all faults; answers that stall continue."""
         with self._changed:
             for handle in self._handles:
                 handle.clear()
@@ -1506,23 +1525,23 @@ class Origin:
             return tuple(record.snapshot() for record in self._records)
 
     def clear_requests(self) -> None:
-        """Forgets the log and the peaks."""
+        """Clears the log and the peaks."""
         with self._changed:
             self._records.clear()
             self._peak_connections = self.connections
 
     def count(self, path: str) -> int:
-        """Requests so far for `path`, exact or a pattern."""
+        """The number of requests so far for `path`, exact or a pattern."""
         return sum(_matches(request.path, path) for request in self.requests)
 
     def wait_for(self, path: str, times: int = 1, timeout: float = 10) -> None:
-        """Until `path`, exact or a pattern, has been requested `times` times."""
+        """Waits until clients have requested `path`, exact or a pattern, `times` times."""
         self.wait_until(lambda: self.count(path) >= times, f"{times} requests of {path}", timeout)
 
     def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = 10) -> None:
-        """Until `condition` holds, asked again whenever something happened at the origin.
+        """Waits until `condition` holds, and checks it again after each event at the origin.
 
-        Fails with `what` and the log of requests.
+        Fails with the description `what` and the log of requests.
         """
         with self._changed:
             if not self._changed.wait_for(condition, timeout):
@@ -1540,12 +1559,12 @@ class Origin:
 
     @property
     def connections(self) -> int:
-        """Connections open now."""
+        """The number of open connections."""
         with self._changed:
             return self._server.open_connections() if self._server else 0
 
     def wait_connections(self, count: int, timeout: float = 10) -> None:
-        """Until exactly `count` connections are open."""
+        """Waits until exactly `count` connections are open."""
         self.wait_until(lambda: self.connections == count, f"{count} connections", timeout)
 
     @property
@@ -1555,11 +1574,11 @@ class Origin:
 
     @property
     def peak_transfers(self) -> int:
-        """The most requests that were being answered at the same time."""
+        """The largest number of requests that were answered at the same time."""
         return self.peak("*")
 
     def peak(self, path: str) -> int:
-        """The same, of the requests for `path`, exact or a pattern."""
+        """Like `peak_transfers`, for the requests for `path`, exact or a pattern."""
         with self._changed:
             return _most_at_once(r for r in self._records if _matches(r.path, path))
 
@@ -1572,7 +1591,7 @@ class Origin:
         return next(self._connection_numbers)
 
     def _arrived(self, handler: _Handler) -> tuple[_Record, FaultHandle | None]:
-        """Logs a request and finds the fault that it shall meet."""
+        """Logs a request and finds the fault that applies to it."""
         headers = {name.lower(): value for name, value in handler.headers.items()}
         with self._changed:
             number = handler.server.begin(handler.connection)
@@ -1624,7 +1643,7 @@ SILENT = ("127.0.0.2", "127.0.0.3")
 
 @contextlib.contextmanager
 def silent(port: int, addresses: Sequence[str] = SILENT) -> Iterator[None]:
-    """Connections to a port of these addresses wait for ever: the backlog is full (Linux)."""
+    """Connections to this port of these addresses wait forever: the backlog is full (Linux)."""
     with contextlib.ExitStack() as stack:
         for address in addresses:
             listener = stack.enter_context(socket.create_server((address, port), backlog=0))
@@ -1645,14 +1664,15 @@ class Panel:
     """An account at a provider's panel: its list of channels and their raw streams.
 
       /NAME/get.php?username=...&password=...   the list
-      /NAME/live/USER/PASSWORD/NUMBER.ts        a channel; it redirects with `redirects`
-      /NAME/edge/NUMBER.ts?token=...            where to; each token is good for one request
+      /NAME/live/USER/PASSWORD/NUMBER.ts        a channel; a redirect if `redirects` is true
+      /NAME/edge/NUMBER.ts?token=...            its target; each token is valid for one request
 
     `connections` is 1 or 0: the panel refuses a second channel with 458, or allows any number.  It
-    counts a channel for `lag` seconds after its end.  The channels' addresses have these `hosts` in
+    counts a channel until `lag` seconds after its end.  The channels' addresses use the `hosts` in
     turn.
-    `think` is in seconds, before the list is sent.  `headers` are in the list, behind each address,
-    and without them the channels are refused.  `redirects` is also about the list.
+    The panel waits `think` seconds before it sends the list.  The list has these `headers` after
+    each address, and the panel refuses a channel without them.  `redirects` also applies to the
+    list.
     """
 
     def __init__(
@@ -1693,7 +1713,7 @@ class Panel:
     def _add_channel(
         self, number: int, source: Callable[[], Iterable[bytes]], redirects: bool
     ) -> str:
-        """Serve a channel; returns the path of its media."""
+        """Serves a channel; returns the path of its media."""
         path = self.path(number)
         demand = Demand({name.lower(): value for name, value in self._headers.items()})
         if redirects:
@@ -1708,12 +1728,12 @@ class Panel:
         return path
 
     def path(self, number: int) -> str:
-        """The path of a channel, by its position in the list."""
+        """The path of the channel at this position of the list."""
         return f"/{self.name}/live/{self.user}/hunter2/{number}.ts"
 
     @property
     def channels(self) -> str:
-        """A pattern of the requests for channels, wherever they are redirected to."""
+        """A pattern that matches the requests for channels, before and after a redirect."""
         return f"/{self.name}/[le]*/*.ts"
 
     @property
@@ -1735,7 +1755,7 @@ class Panel:
         return "\r\n".join([*lines, ""]).encode()
 
 
-# What panels do, each as a panel of its own.
+# Habits of panels, each of them in a separate panel.
 PANELS: Mapping[str, Mapping[str, Any]] = {
     "panel-headers": {"headers": {"User-Agent": "IPTV/2.1", "X-Device": "tv"}},
     "panel-redirects": {"redirects": True},
@@ -1753,7 +1773,7 @@ PANELS: Mapping[str, Mapping[str, Any]] = {
 
 
 def paced(segments: Sequence[bytes], seconds: float = 1.0, ahead: int = 3) -> Iterator[bytes]:
-    """A raw stream of segments: the first `ahead` at once, then as fast as they play."""
+    """A raw stream of segments: the first `ahead` at once, the others at playing speed."""
     for number, segment in enumerate(itertools.cycle(segments)):
         size = max(1, len(segment) // 20)
         for at in range(0, len(segment), size):
@@ -1766,7 +1786,7 @@ def paced(segments: Sequence[bytes], seconds: float = 1.0, ahead: int = 3) -> It
 
 
 def intra_refresh(pause: float = 0.01) -> Iterator[bytes]:
-    """A raw stream whose first picture is its only key frame; a packet comes after each pause."""
+    """A raw stream whose first picture is its only key frame, with a pause before each packet."""
     from tests import media
 
     (first,) = media.ts_segments(1, 10.0)
@@ -1777,11 +1797,11 @@ def intra_refresh(pause: float = 0.01) -> Iterator[bytes]:
         time.sleep(pause)
 
 
-TOKEN_SECONDS = 20.0  # that the addresses of `vod-tokens` are valid
+TOKEN_SECONDS = 20.0  # how long the addresses of `vod-tokens` are valid
 
 
 def _add_channels(origin: Origin) -> list[str]:
-    """Adds a channel of every kind, moving by the clock, and returns their addresses."""
+    """Adds a channel of each kind, moved by the clock, and returns their addresses."""
     from tests import media
 
     ts = media.ts_segments(30)
@@ -1791,7 +1811,7 @@ def _add_channels(origin: Origin) -> list[str]:
     aac = media.aac_segments(30)
     anew = [media.with_counters_from_zero(segment) for segment in ts]
     jumping = [Segment(data, discontinuity=n % 5 == 0) for n, data in enumerate(ts)]
-    # Another encoder's, with PIDs of its own: each second block of eight seconds.
+    # From another encoder, with different PIDs: every second block of eight seconds.
     advertised = [
         Segment(data, 8.0, discontinuity=True)
         for programme in media.ts_segments(6, 8.0)
@@ -1821,9 +1841,9 @@ def _add_channels(origin: Origin) -> list[str]:
         Playlist("live-trickle", ts, mode="live", clock=True),
         Playlist("long-target", ts, mode="live", window=6, target_duration=10, clock=True),
         Playlist("one-listed", ts, mode="live", window=1, target_duration=3, clock=True),
-        Playlist("told-long", told(ts, 8.0), mode="live", clock=True),
-        Playlist("told-short", told(ts, 0.1), mode="live", clock=True),
-        Playlist("told-zero", told(ts, 0.0), mode="live", target_duration=10, clock=True),
+        Playlist("told-long", misstated(ts, 8.0), mode="live", clock=True),
+        Playlist("told-short", misstated(ts, 0.1), mode="live", clock=True),
+        Playlist("told-zero", misstated(ts, 0.0), mode="live", target_duration=10, clock=True),
         Playlist("low-latency", ts, mode="live", low_latency=True, clock=True),
     ]
     origin.fault("/live-trickle/*5.ts", Trickle(2_000), times=None)
@@ -1849,7 +1869,7 @@ def _add_channels(origin: Origin) -> list[str]:
 
 
 def _add_odd_answers(origin: Origin, ts: Sequence[bytes]) -> list[str]:
-    """Live channels with what panels, CDNs and captive portals do; each fault lasts."""
+    """Adds live channels with the faults of panels, CDNs and captive portals; the faults stay."""
 
     def odd(name: str, *faults: Fault, path: str = "index.m3u8", tags: str = "") -> str:
         media = [
@@ -1887,7 +1907,10 @@ def _add_odd_answers(origin: Origin, ts: Sequence[bytes]) -> list[str]:
 
 
 def _renew_tokens(playlist: Playlist) -> NoReturn:
-    """Pause a player of it for longer than that, and go on."""
+    """Renews the tokens every TOKEN_SECONDS.
+
+    To try it, pause a player of `vod-tokens` for longer than that, then continue.
+    """
     while True:
         playlist.renew_tokens()
         time.sleep(TOKEN_SECONDS)
@@ -1895,7 +1918,7 @@ def _renew_tokens(playlist: Playlist) -> NoReturn:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serve ready-made HLS channels on loopback.")
-    parser.add_argument("--port", type=int, default=0, help="default: any free one")
+    parser.add_argument("--port", type=int, default=0, help="default: any free port")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds before each answer")
     parser.add_argument("--rate", type=float, default=0.0, help="bytes/s on each connection")
     arguments = parser.parse_args()
@@ -1910,6 +1933,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Run as a script, Python looks for modules in this folder instead of the one above.
+    # For a script, Python looks for modules in this folder instead of the one above.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     main()

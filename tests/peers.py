@@ -1,8 +1,8 @@
-"""StreamPipe and its peers, each in processes of its own, with one origin for all of them.
+"""StreamPipe and its peers, each in separate processes, and the origin that they read from.
 
-An origin serves a film and a live channel of 5.2 Mbit/s in segments of 4 s behind a multivariant
-playlist, on loopback: a slow one answers after 50 ms and sends 20 Mbit/s on each connection, as a
-CDN does; a fast one is as fast as it can be.
+An origin serves a film and a live channel on loopback, each with a multivariant playlist, 5.2
+Mbit/s and segments of 4 s. The slow origin answers after 50 ms and sends 20 Mbit/s on each
+connection, like a CDN. The fast origin has no limits.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from tests.program import Service, status_of
 FOLDER = Path(__file__).resolve().parent.parent
 
 SEGMENT_SECONDS = 4.0
-BITRATE = 5_000_000  # of the picture alone
-DISTINCT = 8  # segments; what is longer repeats them
+BITRATE = 5_000_000  # bit/s of the picture alone
+DISTINCT = 8  # segments; longer media repeats them
 LIVE_WINDOW = 6  # segments
 DELAY = 0.05  # seconds before each answer of the slow origin
-RATE = 20_000_000 / 8  # bytes a second on each of its connections
-THREADS = 4  # downloads at once, where a program has them
+RATE = 20_000_000 / 8  # bytes a second on each connection of the slow origin
+THREADS = 4  # downloads at once, if a program supports this
 
 PATIENCE = 60.0  # seconds that an answer may take
-LIFE = 3600.0  # seconds after which a process is killed, whatever it does
+LIFE = 3600.0  # seconds after which a process is killed in any case
 CPUCLOCK_SCHED = 2  # Linux: a CPU clock that counts nanoseconds
 
 
@@ -50,9 +50,10 @@ CPUCLOCK_SCHED = 2  # Linux: a CPU clock that counts nanoseconds
 def process(
     *command: str, as_nobody: bool = False, **more: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A child with its output to be read, which does not outlive the block; `more`: environment.
+    """A child process that ends with the block; its output can be read.
 
-    VLC and Icecast refuse to run as root.
+    `more` are further environment variables. Use `as_nobody` for VLC and Icecast, which refuse to
+    run as root.
     """
     user = "nobody" if as_nobody and os.geteuid() == 0 else None
     child = subprocess.Popen(
@@ -80,7 +81,7 @@ def process(
 
 @contextlib.contextmanager
 def drained(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Its output is read and forgotten, so that it never waits for a reader."""
+    """Read and discard the child's output, so that it never blocks on a full pipe."""
     reader = threading.Thread(target=output(child).read, daemon=True)
     reader.start()
     try:
@@ -95,8 +96,8 @@ def output(child: subprocess.Popen[bytes]) -> IO[bytes]:
     return child.stdout
 
 
-def told(child: subprocess.Popen[bytes], pattern: bytes) -> bytes:
-    """What the pattern's group matches in the first line that has it."""
+def wait_for_line(child: subprocess.Popen[bytes], pattern: bytes) -> bytes:
+    """The match of the pattern's group in the first line that has it."""
     lines = b""
     for line in output(child):
         lines += line
@@ -115,7 +116,7 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Source:
-    """An origin that runs; the addresses of its streams."""
+    """A running origin, with the addresses of its streams."""
 
     film: str
     live: str
@@ -124,7 +125,7 @@ class Source:
     child: subprocess.Popen[bytes]
 
     def requests(self) -> int:
-        """How many it has had since it was last asked."""
+        """The number of requests since the last call."""
         assert self.child.stdin
         self.child.stdin.write(b"\n")
         return int(output(self.child).readline())
@@ -132,14 +133,14 @@ class Source:
 
 @contextlib.contextmanager
 def origin(segments: int, *, slow: bool) -> Iterator[Source]:
-    """An origin with a film of so many segments and a live channel."""
+    """An origin with a film of `segments` segments and a live channel."""
     kind = "slow" if slow else "fast"
     with process(sys.executable, "-m", "tests.peers", str(segments), kind) as child:
         yield Source(**json.loads(output(child).readline()), segments=segments, child=child)
 
 
 def serve_origin(segments: int, kind: str) -> None:
-    """The child's part of `origin`: until its standard input is closed."""
+    """The child's part of `origin`: serves until its standard input is closed."""
     distinct = media.ts_segments(DISTINCT, SEGMENT_SECONDS, bitrate=BITRATE)
     parts = [Segment(data, SEGMENT_SECONDS) for data in distinct]
     film = [parts[number % DISTINCT] for number in range(segments)]
@@ -173,7 +174,7 @@ Place = tuple[int, str]  # port and path of a stream
 
 @dataclass(frozen=True)
 class Server:
-    """A program that serves live channels, or the film, with these processes."""
+    """A program, made of these processes, that serves live channels or the film."""
 
     processes: tuple[int, ...]
     channels: tuple[Place, ...] = ()
@@ -196,14 +197,14 @@ class Server:
 def _cpu_of(number: int) -> float:
     """The CPU seconds of a process, by the clock that clock_getcpuclockid(3) returns.
 
-    /proc counts in ticks of 10 ms, and a small crowd needs only four or five of them in 8 s.
+    /proc counts in ticks of 10 ms, and a small crowd uses only four or five of them in 8 s.
     """
     return time.clock_gettime((~number << 3) | CPUCLOCK_SCHED)
 
 
 @contextlib.contextmanager
 def streampipe(source: Source, channels: int = 1) -> Iterator[Server]:
-    """pipe.py with so many live channels and the film."""
+    """pipe.py with this many live channels and the film."""
     live = {f"live-{number}": f"{source.live}?{number}" for number in range(channels)}
     options = {"threads": THREADS, "linger": 0}
     with (
@@ -218,7 +219,7 @@ def streampipe(source: Source, channels: int = 1) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def streamlink(source: Source, *options: str) -> Iterator[Server]:
-    """The command line's own server, which has one viewer at a time, with the film."""
+    """streamlink's built-in server, which has one viewer at a time, with the film."""
     with tempfile.TemporaryDirectory() as home:
         command = (
             sys.executable, "-m", "streamlink", "--stream-segment-threads", str(THREADS), *options,
@@ -226,7 +227,7 @@ def streamlink(source: Source, *options: str) -> Iterator[Server]:
             source.film, "best",
         )  # fmt: skip
         with process(*command, HOME=home, PYTHONUNBUFFERED="1") as child:
-            port = int(told(child, rb"  http://127\.0\.0\.1:(\d+)/"))
+            port = int(wait_for_line(child, rb"  http://127\.0\.0\.1:(\d+)/"))
             with drained(child):
                 yield Server((child.pid,), film=(port, "/"))
 
@@ -261,7 +262,7 @@ ICECAST = """<icecast>
 
 @contextlib.contextmanager
 def icecast(source: Source, channels: int) -> Iterator[Server]:
-    """Icecast, with an ffmpeg for each channel; it lets go who is 8 MiB behind."""
+    """Icecast, with an ffmpeg for each channel; it disconnects viewers that are 8 MiB behind."""
     port = free_port()
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
@@ -293,7 +294,7 @@ def wait_for_media(port: int, path: str) -> None:
 
 
 def _until(attempt: Callable[[], object]) -> None:
-    """Try again and again; raises what the last attempt did once PATIENCE is over."""
+    """Retry until the attempt succeeds; once PATIENCE is over, raises its last error."""
     deadline, pause = time.monotonic() + PATIENCE, threading.Event()
     while True:
         try:
@@ -311,7 +312,7 @@ def _until(attempt: Callable[[], object]) -> None:
 
 @dataclass(frozen=True)
 class Pull:
-    """What one viewer saw of one stream."""
+    """What one viewer measured for one stream."""
 
     first: float  # seconds from the request to the first byte of media
     total: float  # seconds to the last
@@ -319,7 +320,7 @@ class Pull:
 
 
 def pull(port: int, path: str, limit: float = float("inf")) -> Pull:
-    """Takes a stream to its end, or `limit` bytes of it, over HTTP/1.0: nothing but media."""
+    """Receives a stream, or `limit` bytes of it, over HTTP/1.0: its body is only media."""
     began = time.monotonic()
     with socket.create_connection(("127.0.0.1", port), PATIENCE) as sock:
         sock.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
@@ -334,7 +335,7 @@ def pull(port: int, path: str, limit: float = float("inf")) -> Pull:
 
 
 def pull_ffmpeg(address: str) -> Pull:
-    """The same, of what ffmpeg writes to its standard output; its start counts."""
+    """The same for the standard output of ffmpeg; the times include its start."""
     began = time.monotonic()
     quiet = ("ffmpeg", "-nostdin", "-loglevel", "quiet")
     with process(*quiet, "-i", address, "-c", "copy", "-f", "mpegts", "-") as child:
@@ -356,7 +357,7 @@ def _throw_away(
 
 
 def first_byte(port: int, path: str, times: int) -> float:
-    """The median of the seconds to a first byte, of viewers that leave after it."""
+    """The median of the seconds to a first byte, for viewers that leave after it."""
     return statistics.median(pull(port, path, limit=1).first for _ in range(times))
 
 

@@ -1,4 +1,4 @@
-"""The program as a real process that serves a configuration, and what the system knows of it."""
+"""The program as a real process that serves a configuration, and the system's figures for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from tests.test_cli import Program
 
 
 def eventually(condition: Callable[[], bool], what: str, timeout: float = TIMEOUT) -> None:
-    """Returns once `condition` holds, which nothing notifies of."""
+    """Return once `condition` holds; polls, because nothing notifies of the change.
+
+    `what` completes the message "not within 20 s: ...".
+    """
     deadline, pause = time.monotonic() + timeout, threading.Event()
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
@@ -24,7 +27,7 @@ def eventually(condition: Callable[[], bool], what: str, timeout: float = TIMEOU
 
 
 def status_of(number: int, name: str) -> int:
-    """What Linux tells of a process by this name: threads, or KiB of memory."""
+    """A field of a process's status in Linux: its threads, or KiB of memory."""
     text = Path(f"/proc/{number}/status").read_text()
     found = re.search(rf"^{name}:\s+(\d+)", text, re.M)
     assert found
@@ -32,7 +35,7 @@ def status_of(number: int, name: str) -> int:
 
 
 class Service(Program):
-    """A running `python pipe.py` with these streams on a port of its own."""
+    """A running `python pipe.py` with these streams on a free port."""
 
     def __init__(
         self, folder: Path, streams: Mapping[str, object], *, level: str = "info", **more: object
@@ -60,7 +63,7 @@ class Service(Program):
         (self._folder / "config.yml").write_text(text, encoding="utf-8")
 
     def wait_for_count(self, pattern: str, count: int) -> None:
-        """Until so many lines on stderr have the pattern."""
+        """Wait until `count` lines on stderr match the pattern."""
         with self._read:
             self._read.wait_for(lambda: self._is_closed or self.count(pattern) >= count, TIMEOUT)
             assert self.count(pattern) >= count, f"{pattern!r} is not in {self._lines}"
@@ -70,11 +73,11 @@ class Service(Program):
 
     @property
     def lines(self) -> list[str]:
-        """What it wrote to stderr so far."""
+        """The lines on stderr so far."""
         with self._read:
             return list(self._lines)
 
-    # Linux tells these of every process.
+    # Figures that Linux has for every process.
 
     @property
     def number(self) -> int:
@@ -86,7 +89,7 @@ class Service(Program):
 
     @property
     def memory(self) -> int:
-        """Bytes that are resident."""
+        """Resident bytes."""
         return 1024 * status_of(self.number, "VmRSS")
 
     @property
@@ -103,7 +106,7 @@ class Service(Program):
     @staticmethod
     def _links(folder: Path) -> Iterator[str]:
         for entry in folder.iterdir():
-            with suppress(OSError):  # closed meanwhile
+            with suppress(OSError):  # it was closed in the meantime
                 yield str(entry.readlink())
 
     def __enter__(self) -> Service:

@@ -1,4 +1,4 @@
-"""A running StreamPipe in this process, and viewers that read it over real sockets."""
+"""A running StreamPipe in this process, and viewers that read from it over real sockets."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import yaml
 
 import pipe
 
-TIMEOUT = 20.0  # seconds; nothing a test waits for takes as long
-BROWSER = "text/html,application/xhtml+xml,*/*;q=0.8"  # what a browser accepts as a page
+TIMEOUT = 20.0  # seconds; longer than any event that a test waits for
+BROWSER = "text/html,application/xhtml+xml,*/*;q=0.8"  # a browser's Accept header for a page
 
 
 @dataclass
 class Answer:
-    """A whole answer; `is_complete` tells whether its body ended as it should."""
+    """A whole answer; `is_complete`: its body was not cut off."""
 
     status: int
     headers: http.client.HTTPMessage
@@ -34,11 +34,11 @@ class Answer:
 
 
 class Watch:
-    """One viewer: a connection that has asked for a stream and reads as much as it is told to."""
+    """One viewer: a connection that requests a stream, and reads only when a test calls `read`."""
 
     def __init__(self, port: int, path: str, *, http10: bool = False, **headers: str) -> None:
         self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
-        if http10:  # the library has no other way to say it
+        if http10:  # the library has no public option for this
             vars(self.connection).update(_http_vsn=10, _http_vsn_str="HTTP/1.0")
         self.connection.request("GET", path, headers=headers)
         self.response = self.connection.getresponse()
@@ -46,11 +46,11 @@ class Watch:
         self.headers = self.response.headers
 
     def read(self, size: int) -> bytes:
-        """Exactly `size` bytes; fewer only where the body ends before."""
+        """Exactly `size` bytes; fewer only if the body ends earlier."""
         return self.response.read(size)
 
     def read_all(self) -> tuple[bytes, bool]:
-        """The rest of the body, and whether it ended as it should."""
+        """The rest of the body, and whether it is complete."""
         parts: list[bytes] = []
         try:
             while part := self.response.read1(65536):
@@ -71,9 +71,10 @@ class Watch:
 
 
 class Site:
-    """A server on 127.0.0.1 with these streams; options are those of `options:` in the file.
+    """A server on 127.0.0.1 with these streams.
 
-    `server` holds the keys of `server:`.
+    `server`, `playlists` and the other keywords are the sections `server:`, `playlists:` and
+    `options:` of the file.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Site:
         self._watches: list[Watch] = []
 
     def watch(self, path: str, *, http10: bool = False, **headers: str) -> Watch:
-        """Ask for a stream; returns once its answer's head is there.  Closed with the site."""
+        """Request a stream; returns once the answer's head has arrived.  Closed with the site."""
         self._watches.append(Watch(self.port, path, http10=http10, **headers))
         return self._watches[-1]
 
@@ -120,13 +121,13 @@ class Site:
             return Answer(response.status, response.headers, response.read())
 
     def raw(self, request: bytes) -> bytes:
-        """All bytes that the server answers to these, up to the end of the connection."""
+        """Send these bytes; returns all bytes of the answer until the connection ends."""
         with socket.create_connection(("127.0.0.1", self.port), TIMEOUT) as sock:
             sock.sendall(request)
             return b"".join(iter(lambda: sock.recv(65536), b""))
 
     def close(self) -> None:
-        """End the server and everything in it; each thread of its own is joined."""
+        """Stop the server and join its threads."""
         for watch in self._watches:
             watch.close()
         assert self.server.lists.stop(TIMEOUT), "a list's thread did not end"

@@ -1,10 +1,12 @@
-"""A soak: a real pipe.py, an origin in a process of its own, viewers that come and go at random.
+"""A soak test: a real pipe.py, an origin in a separate process, viewers that join and leave.
 
     python tests/soak.py MINUTES [SEED]
 
 Ten live channels move by the clock while their origin breaks, stalls and refuses some answers.
-What the system says of the process is printed over time; the exit status is 1 where threads,
-sockets, file descriptors or memory have not come back to where they began.
+Viewers watch random channels for random times. The program prints the system's figures for the
+server's process every five seconds. The exit status is 1 if threads, sockets, file descriptors or
+memory do not return to their values at the start, if the log has an error that the origin's faults
+do not explain, or if no viewer received media.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-if __name__ == "__main__":  # Python looks in this script's folder instead of the one above
+if __name__ == "__main__":  # for a script, Python looks in this folder instead of the one above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tests import media
@@ -34,17 +36,17 @@ from tests.server import Watch
 
 CHANNELS = 10
 CROWD = 30  # viewers at once
-WARM_UP = 10.0  # seconds until the first figures
-LEAVE = 30.0  # seconds in which everything may come back
+WARM_UP = 10.0  # seconds before the first figures
+LEAVE = 30.0  # seconds in which the figures must return to the start
 PRINT = 5.0  # seconds between two lines
-MORE_MEMORY = 60 << 20  # bytes that the process may have grown by
+MORE_MEMORY = 60 << 20  # bytes that the process may grow by
 FAULTS: tuple[Fault, ...] = (
     Status(503), Status(404), Close(), Close(reset=True), Break(1000), Stall(5000)
 )  # fmt: skip
 
 
 def serve_origin(pipe: Connection, seed: int) -> None:
-    """Ten channels by the clock, each now and then with a fault, until the pipe closes."""
+    """Serve ten channels by the clock, with random faults, until the parent sends a message."""
     dice = random.Random(seed)
     segments = media.ts_segments()
     with Origin() as origin:
@@ -60,7 +62,7 @@ def serve_origin(pipe: Connection, seed: int) -> None:
 
 @contextlib.contextmanager
 def origin_process(seed: int) -> Iterator[dict[str, str]]:
-    """The streams of an origin that runs in a process of its own."""
+    """The streams of an origin that runs in a separate process."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=serve_origin, args=(theirs, seed))
@@ -79,7 +81,7 @@ def origin_process(seed: int) -> Iterator[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Figures:
-    """What the system knows of the process."""
+    """The system's figures for the process."""
 
     threads: int
     sockets: int
@@ -97,7 +99,7 @@ class Figures:
         )
 
     def is_like(self, start: Figures) -> bool:
-        """Whether it has come back to where it began."""
+        """Whether the figures have returned to those at the start."""
         return (
             self.threads <= start.threads + 2
             and self.sockets <= start.sockets + 1
@@ -107,7 +109,7 @@ class Figures:
 
 
 def visit(port: int, dice: random.Random, end: threading.Event) -> int:
-    """Watch channels, one after the other, some for a moment; returns the bytes that came."""
+    """Watch random channels one after the other, some only briefly; returns the bytes received."""
     received = 0
     while not end.is_set():
         with (
@@ -136,8 +138,8 @@ def print_line(text: str) -> None:
     sys.stdout.flush()
 
 
-def come_and_go(service: Service, seconds: float, seed: int) -> int:
-    """A crowd for so long; returns the bytes it got."""
+def run_crowd(service: Service, seconds: float, seed: int) -> int:
+    """Let a crowd of viewers join and leave for this time; returns the bytes received."""
     end = threading.Event()
     with ThreadPoolExecutor(CROWD) as pool:
         visits = [
@@ -159,34 +161,34 @@ def wait_until_like(service: Service, start: Figures) -> Figures:
 
 
 def troubles(service: Service) -> list[str]:
-    """Lines of the log that no fault of an origin excuses."""
+    """Lines of the log with errors that no fault of an origin explains."""
     words = ("Traceback", "died", "the feeder failed", "a request from ")
     return [line for line in service.lines if any(word in line for word in words)]
 
 
 def soak(minutes: float, seed: int, folder: Path) -> bool:
-    """Whether all is as before after so many minutes, the warm-up among them."""
+    """Whether the process passes a soak of this many minutes, including the warm-up."""
     options = {"linger": 1, "timeout": 5, "reconnect": 5}
     with (
         origin_process(seed) as streams,
         Service(folder, streams, options=options) as service,
     ):
         at_rest = Figures.of(service)
-        come_and_go(service, WARM_UP, seed)
+        run_crowd(service, WARM_UP, seed)
         warm = wait_until_like(service, at_rest)
         start = Figures(at_rest.threads, at_rest.sockets, at_rest.descriptors, warm.memory)
         print_line(f" start   {start}")
-        received = come_and_go(service, 60 * minutes - WARM_UP, seed + 1)
+        received = run_crowd(service, 60 * minutes - WARM_UP, seed + 1)
         end = wait_until_like(service, start)
-        print_line(f"   end   {end}, {received} bytes were watched")
+        print_line(f"   end   {end}, {received} bytes received by viewers")
         bad = troubles(service)
-        print_line("\n".join(bad[:20] or ["no trouble in the log"]))
+        print_line("\n".join(bad[:20] or ["no errors in the log"]))
     return end.is_like(start) and not bad and received > 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Let viewers come and go and watch the process.")
-    parser.add_argument("minutes", type=float, help="0.5 at least")
+    parser = argparse.ArgumentParser(description="Load a server with viewers that join and leave.")
+    parser.add_argument("minutes", type=float, help="at least 0.5")
     parser.add_argument("seed", type=int, nargs="?", default=1)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

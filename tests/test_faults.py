@@ -641,7 +641,7 @@ def test_relay_that_closes_within_a_packet_continues_at_a_key_frame(
         serve({name: add_relay(origin, f"/{name}", *bodies) for name in NAMES}, **QUICK)
     )
     parts = segments(0, 3) + segment(3)[:WHOLE], segments(4, 7)
-    audience.expect(media.spliced(*parts, is_told=False))
+    audience.expect(media.spliced(*parts, is_announced=False))
 
 
 def test_stalled_relay_is_reopened(origin: Origin, serve: Serve) -> None:

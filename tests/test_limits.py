@@ -462,7 +462,7 @@ def announced(segments: list[bytes]) -> list[bytes]:
     """What viewers get of MPEG-TS segments: counters that start again are announced."""
     out = segments[:1]
     for before, segment in itertools.pairwise(segments):
-        out.append(media.spliced(before, segment, is_told=False)[len(before) :])
+        out.append(media.spliced(before, segment, is_announced=False)[len(before) :])
     return out
 
 

@@ -1,4 +1,4 @@
-"""The origin and the media that every other test trusts."""
+"""The origin and the media that all other tests rely on."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def origin() -> Iterator[Origin]:
     before = set(threading.enumerate())
     with Origin() as origin:
         yield origin
-    assert not set(threading.enumerate()) - before, "no thread outlives the origin"
+    assert not set(threading.enumerate()) - before, "a thread outlived the origin"
 
 
 @pytest.fixture
@@ -81,16 +81,16 @@ def test_ts_segments_are_one_stream() -> None:
     assert decoded.starts_with_key
     assert decoded.video_frames == 8 * media.FPS
     for times in (decoded.video, decoded.audio):
-        assert all(a < b < a + 0.05 for a, b in itertools.pairwise(times)), "no gap, no repeat"
+        assert all(a < b < a + 0.05 for a, b in itertools.pairwise(times)), "a gap or a repeat"
 
 
 @pytest.mark.parametrize("number", range(8))
-def test_each_ts_segment_starts_with_what_a_decoder_needs(number: int) -> None:
+def test_each_ts_segment_starts_with_its_tables_and_a_key_frame(number: int) -> None:
     segment = media.ts_segments()[number]
     pat, pmt, video = itertools.islice(media.packets(segment), 3)
     assert media.pid(pat) == 0
     assert media.pid(pmt) == int.from_bytes(pat[15:17], "big") & 0x1FFF
-    assert video[1] & 0x40, "a PES starts"
+    assert video[1] & 0x40, "no PES packet starts here"
     assert media.decode(segment).starts_with_key
 
 
@@ -108,7 +108,7 @@ def test_lost_packet_is_a_decoding_error() -> None:
         media.decode(whole[: 188 * 50] + whole[188 * 53 :])
 
 
-def test_bitrate_and_length() -> None:
+def test_segments_keep_the_bitrate_and_the_length() -> None:
     segments = media.ts_segments(2, 2.0, bitrate=800_000)
     assert [len(segment) for segment in segments] == pytest.approx([225_000] * 2, rel=0.15)
     assert media.decode(b"".join(segments)).video_frames == 4 * media.FPS
@@ -122,7 +122,7 @@ def test_renditions_share_a_timeline() -> None:
     assert audio.audio == media.decode(b"".join(media.ts_segments())).audio
 
 
-def test_padding_leaves_the_media_alone() -> None:
+def test_padding_does_not_change_the_media() -> None:
     plain = b"".join(media.ts_segments()[:2])
     grown = b"".join(media.padded(segment, 300_000) for segment in media.ts_segments()[:2])
     assert len(grown) == 2 * (300_000 // 188 * 188)
@@ -197,7 +197,7 @@ def test_streamlink_reads_vod_byte_exact(origin: Origin, kind: str) -> None:
 def test_streamlink_follows_a_live_playlist(origin: Origin) -> None:
     live = origin.add(Playlist("live", TS, mode="live", window=3, listed=6, first_sequence=2))
     assert (live.oldest, live.newest) == (5, 7)
-    expected = live.plain(6, 11)  # two at the live edge, three to come
+    expected = live.plain(6, 11)  # two at the live edge and the next three
     got = bytearray()
     with contextlib.closing(open_stream(live.url)) as stream:
         while len(got) < len(live.plain(6, 8)):
@@ -249,13 +249,13 @@ def test_live_window_slides_and_repeats() -> None:
     assert live.plain(7, 9) == TS[7] + TS[0]
     live.advance(2)
     assert "#EXT-X-DISCONTINUITY-SEQUENCE:1\n" in text_of(live)
-    assert live.find(live.segment_path(0)), "what left the list can still be had"
-    assert not live.find(live.segment_path(12)), "what was not published cannot"
+    assert live.find(live.segment_path(0)), "a segment that left the list is missing"
+    assert not live.find(live.segment_path(12)), "a segment exists before it is published"
     live.drop(2)
     assert numbers_of(live) == [11]
 
 
-def test_live_restart_and_keep() -> None:
+def test_live_playlist_restarts_and_keeps_old_segments() -> None:
     live = Playlist("live", TS, mode="live", window=3, first_sequence=100, keep=1)
     live.advance(4)
     assert live.find(live.segment_path(103))
@@ -311,13 +311,13 @@ def test_connections_persist_and_requests_are_logged(origin: Origin, client: Cli
     assert first.headers["x-name"] == "Value"
     assert first.connection == second.connection
     assert first.time < second.time
-    origin.wait_until(lambda: all(r.done for r in origin.requests), "all done")
+    origin.wait_until(lambda: all(r.done for r in origin.requests), "all requests are done")
     assert [r.sent for r in origin.requests] == [len(DATA)] * 2
     assert [origin.count(p) for p in ("/file", "/file?a=1", "/f*", "/other")] == [2, 2, 2, 0]
     assert (origin.connections, origin.peak_connections, origin.peak_transfers) == (1, 1, 1)
 
 
-def test_head_and_unknown_paths(origin: Origin, client: Client) -> None:
+def test_head_has_no_body_and_an_unknown_path_is_404(origin: Origin, client: Client) -> None:
     origin.add_file("/file", DATA, content_type="text/x")
     client.request("HEAD", "/file", headers={"Range": "bytes=0-1"})
     response = client.getresponse()
@@ -341,7 +341,7 @@ def test_head_and_unknown_paths(origin: Origin, client: Client) -> None:
         ("lines=0-1", 200, 0, 200_000),
     ],
 )
-def test_range(
+def test_range_selects_bytes(
     origin: Origin, client: Client, wanted: str, status: int, start: int, stop: int
 ) -> None:
     origin.add_file("/file", DATA)
@@ -351,7 +351,7 @@ def test_range(
     assert response.headers["Content-Range"] == expected
 
 
-def test_if_range(origin: Origin, client: Client) -> None:
+def test_if_range_needs_a_strong_validator(origin: Origin, client: Client) -> None:
     origin.add_file("/file", DATA)
     response, _ = get(client, "/file")
     etag, modified = response.headers["ETag"], response.headers["Last-Modified"]
@@ -376,7 +376,9 @@ def test_if_range(origin: Origin, client: Client) -> None:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_endless(origin: Origin, client: Client, chunked: bool) -> None:
+def test_endless_body_continues_until_the_client_leaves(
+    origin: Origin, client: Client, chunked: bool
+) -> None:
     closed = threading.Event()
 
     def source() -> Iterator[bytes]:
@@ -393,11 +395,11 @@ def test_endless(origin: Origin, client: Client, chunked: bool) -> None:
     assert (response.headers["Transfer-Encoding"] == "chunked") == chunked
     response.close()
     client.close()
-    assert closed.wait(10), "the iterator is closed when the client leaves"
+    assert closed.wait(10), "the iterator is still open after the client left"
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_endless_that_ends(origin: Origin, client: Client, chunked: bool) -> None:
+def test_body_without_a_length_ends(origin: Origin, client: Client, chunked: bool) -> None:
     origin.add_endless("/relay", lambda: [b"abc", b"def"], chunked=chunked)
     for _ in range(2):
         assert get(client, "/relay")[1] == b"abcdef"
@@ -410,18 +412,18 @@ def test_endless_that_ends(origin: Origin, client: Client, chunked: bool) -> Non
     assert error.value.partial == b"abcd"
 
 
-def test_rate_and_delay(origin: Origin, client: Client) -> None:
+def test_rate_and_delay_slow_an_answer(origin: Origin, client: Client) -> None:
     origin.add_file("/file", DATA)
     origin.rate, origin.delay = 1_000_000, 0.1
     began = time.monotonic()
     assert get(client, "/file")[1] == DATA
-    assert 0.25 < time.monotonic() - began < 3, "0.1 s of delay, 0.2 s of body, less the burst"
+    assert 0.25 < time.monotonic() - began < 3, "not 0.1 s of delay and 0.2 s of body, less a burst"
 
 
 #### Faults ####
 
 
-def test_statuses_and_other_bodies(origin: Origin, client: Client) -> None:
+def test_faults_change_status_and_body(origin: Origin, client: Client) -> None:
     origin.add_file("/file", DATA)
     origin.fault("/f*", Status(503, b"busy", (("Retry-After", "1"),)), times=2)
     origin.fault("/file", Redirect("/other"))
@@ -438,7 +440,7 @@ def test_statuses_and_other_bodies(origin: Origin, client: Client) -> None:
     assert get(client, "/file")[1] == DATA
 
 
-def test_gzip_and_no_range(origin: Origin, client: Client) -> None:
+def test_faults_compress_the_body_and_ignore_range(origin: Origin, client: Client) -> None:
     origin.add_file("/file", DATA)
     origin.fault("/file", Gzip())
     origin.fault("/file", NoRange())
@@ -458,7 +460,7 @@ def test_gzip_and_no_range(origin: Origin, client: Client) -> None:
         (WrongLength(10), 200_000),
     ],
 )
-def test_bodies_that_end_early(origin: Origin, client: Client, fault: Fault, size: int) -> None:
+def test_body_ends_early(origin: Origin, client: Client, fault: Fault, size: int) -> None:
     origin.add_file("/file", DATA)
     origin.fault("/file", fault)
     client.request("GET", "/file")
@@ -469,16 +471,16 @@ def test_bodies_that_end_early(origin: Origin, client: Client, fault: Fault, siz
     with contextlib.suppress(ConnectionResetError) if fault == RESET else contextlib.nullcontext():
         for piece in iter(lambda: response.read1(10_000), b""):
             got += piece
-        assert fault != RESET, "an orderly end"
+        assert fault != RESET, "the body ended without a reset"
     response.close()
     client.close()
     assert got == DATA[:size]
     assert get(client, "/file")[1] == DATA
-    origin.wait_until(lambda: origin.requests[0].sent == size, "logged")
+    origin.wait_until(lambda: origin.requests[0].sent == size, "the log has the size sent")
 
 
 @pytest.mark.parametrize("fault", [Close(), Close(reset=True)])
-def test_close_before_headers(origin: Origin, client: Client, fault: Fault) -> None:
+def test_connection_closes_before_the_headers(origin: Origin, client: Client, fault: Fault) -> None:
     origin.add_file("/file", DATA)
     origin.fault("/file", fault)
     with pytest.raises(ConnectionError):
@@ -487,7 +489,7 @@ def test_close_before_headers(origin: Origin, client: Client, fault: Fault) -> N
     assert get(client, "/file")[1] == DATA
 
 
-def test_stall_holds_what_is_left(origin: Origin, client: Client) -> None:
+def test_stall_delays_the_rest_of_the_body(origin: Origin, client: Client) -> None:
     origin.add_file("/file", DATA)
     stall = origin.fault("/file", Stall(1000), times=None)
     client.request("GET", "/file")
@@ -501,7 +503,7 @@ def test_stall_holds_what_is_left(origin: Origin, client: Client) -> None:
     assert get(client, "/file")[1] == DATA
 
 
-def test_stalled_headers_are_released_by_clearing(origin: Origin, client: Client) -> None:
+def test_clearing_the_faults_releases_stalled_headers(origin: Origin, client: Client) -> None:
     origin.add_file("/file", DATA)
     stall = origin.fault("/file", StallHeaders())
     client.request("GET", "/file")
@@ -521,7 +523,7 @@ def test_stall_ends_when_the_client_leaves(origin: Origin, client: Client) -> No
     assert stall.held == 0
 
 
-def test_drip_and_order_of_faults(origin: Origin, client: Client) -> None:
+def test_drip_pauses_after_each_byte(origin: Origin, client: Client) -> None:
     origin.add_file("/file", DATA[:5])
     drip = origin.fault("/file", Drip(0.01))
     began = time.monotonic()
@@ -530,7 +532,7 @@ def test_drip_and_order_of_faults(origin: Origin, client: Client) -> None:
     drip.wait()
 
 
-def test_combined_faults(origin: Origin, client: Client) -> None:
+def test_one_request_meets_several_faults(origin: Origin, client: Client) -> None:
     origin.add_file("/file", DATA)
     stall = origin.fault("/file", NoRange(), Stall(10), Break(20))
     client.request("GET", "/file", headers={"Range": "bytes=100-"})
@@ -564,7 +566,7 @@ def test_restart_keeps_port_and_content(origin: Origin, client: Client) -> None:
     assert get(client, "/file")[1] == DATA
 
 
-def test_stop_ends_whatever_a_connection_does(origin: Origin) -> None:
+def test_stop_ends_connections_in_every_state(origin: Origin) -> None:
     origin.add_file("/stalled", DATA)
     origin.add_file("/unread", DATA * 200)
     origin.add_file("/late", DATA)
@@ -584,7 +586,7 @@ def test_stop_ends_whatever_a_connection_does(origin: Origin) -> None:
         client.close()
 
 
-def test_transfers_at_once_are_counted(origin: Origin) -> None:
+def test_simultaneous_transfers_are_counted(origin: Origin) -> None:
     origin.add_file("/a/1", DATA)
     origin.add_file("/a/2", DATA)
     stall = origin.fault("/a/*", StallHeaders(), times=None)
@@ -600,13 +602,13 @@ def test_transfers_at_once_are_counted(origin: Origin) -> None:
     assert (origin.peak_transfers, origin.peak("/a/2"), origin.peak_connections) == (2, 1, 2)
 
 
-def test_waiting_in_vain_shows_the_log(origin: Origin, client: Client) -> None:
+def test_expired_wait_shows_the_log(origin: Origin, client: Client) -> None:
     get(client, "/none")
     with pytest.raises(AssertionError, match="GET /none"):
         origin.wait_for("/other", timeout=0.01)
 
 
-def test_faults_of_the_origin_itself_are_raised() -> None:
+def test_errors_of_the_origin_itself_are_raised() -> None:
     def source() -> Iterator[bytes]:
         yield b"abc"
         raise ZeroDivisionError
@@ -624,7 +626,7 @@ def test_faults_of_the_origin_itself_are_raised() -> None:
 
 
 def panel(origin: Origin, **habits: Any) -> Panel:
-    """A panel whose channels are endless and small."""
+    """A panel whose channels are endless and have a low bit rate."""
 
     def source() -> Iterator[bytes]:
         while True:
@@ -638,7 +640,7 @@ def path_of(address: str) -> str:
     return "/" + address.split("/", 3)[3]
 
 
-def test_panel_refuses_who_lacks_its_headers(origin: Origin, client: Client) -> None:
+def test_panel_refuses_a_request_without_its_headers(origin: Origin, client: Client) -> None:
     tv = panel(origin, headers={"X-Device": "tv"})
     text = get(client, path_of(tv.url))[1].decode()
     assert f"{origin.url}{tv.path(0)}|X-Device=tv\r\n" in text
@@ -652,11 +654,11 @@ def test_panel_refuses_a_second_connection_for_a_while(origin: Origin, client: C
     with urlopen(origin.url + tv.path(0)) as first:
         assert first.read(3) == DATA[:3]
         assert get(client, tv.path(1))[0].status == 458
-        assert get(client, path_of(tv.url))[0].status == 200, "the list is no channel"
-    origin.wait_until(lambda: origin.requests[0].done, "the first one ended")
+        assert get(client, path_of(tv.url))[0].status == 200, "the list counts as a channel"
+    origin.wait_until(lambda: origin.requests[0].done, "the first request ended")
     assert get(client, tv.path(1))[0].status == 458
     ended = origin.requests[0].ended
-    origin.wait_until(lambda: time.monotonic() - ended > 0.3, "a while", 0.5)
+    origin.wait_until(lambda: time.monotonic() - ended > 0.3, "the lag passed", 0.5)
     client.request("GET", tv.path(1))
     assert client.getresponse().status == 200
 
@@ -674,7 +676,7 @@ def test_panel_redirects_with_tokens_for_one_request(origin: Origin, client: Cli
     assert get(client, location)[0].status == 403
 
 
-def test_panel_compresses_its_list_and_thinks(origin: Origin, client: Client) -> None:
+def test_panel_compresses_its_list_and_delays_it(origin: Origin, client: Client) -> None:
     tv = panel(origin, packed=True, think=0.2)
     began = time.monotonic()
     assert gzip.decompress(get(client, path_of(tv.url))[1]) == tv.text()
@@ -682,24 +684,24 @@ def test_panel_compresses_its_list_and_thinks(origin: Origin, client: Client) ->
 
 
 @pytest.mark.long
-def test_run_by_hand_it_names_its_panels() -> None:
+def test_script_prints_the_addresses_of_its_panels() -> None:
     program = Path(media.__file__).with_name("origin.py")
     with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE) as process:
         assert process.stdout
         missing = set(PANELS)
         while missing:
             line = process.stdout.readline().decode()
-            assert line, f"without {missing}"
+            assert line, f"no address of {missing}"
             missing -= {name for name in PANELS if f"/{name}/get.php?" in line}
         process.kill()
 
 
-def test_run_by_hand_without_its_packages_says_what_to_install() -> None:
+def test_script_without_its_packages_says_how_to_install_them() -> None:
     program = Path(media.__file__).with_name("origin.py")
     done = subprocess.run(
         [sys.executable, "-S", str(program)], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        "tests/origin.py needs packages that are not there: pip install -r tests/requirements.txt\n"
+        "tests/origin.py needs packages that are missing: pip install -r tests/requirements.txt\n"
     )

@@ -18,7 +18,7 @@ import pytest
 import pipe
 from tests import media
 from tests.make_test_card import crc32
-from tests.origin import Body, Close, Origin, Playlist, Status, master, told
+from tests.origin import Body, Close, Origin, Playlist, Status, master, misstated
 from tests.program import eventually
 from tests.server import BROWSER, Site, Watch
 from tests.test_faults import delayed
@@ -261,7 +261,7 @@ def test_count_of_lost_segments_does_not_depend_on_stated_durations(
     missing: int,
 ) -> None:
     """The playlist says at most 10 s, and 0 or 2 s for each segment; actually they last 1 s."""
-    media_segments = told(media.ts_segments(SEGMENTS), seconds)
+    media_segments = misstated(media.ts_segments(SEGMENTS), seconds)
     options: dict[str, Any] = {"mode": "live", "window": 3, "target_duration": 10, "keep": 0}
     news = origin.add(Playlist("news", media_segments, **options))
     site = serve({"news": news.url}, timeout=30)

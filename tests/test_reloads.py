@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests import media
-from tests.origin import Origin, Playlist, Segment, told
+from tests.origin import Origin, Playlist, Segment, misstated
 from tests.server import Site
 
 Serve = Callable[..., Site]
@@ -26,9 +26,9 @@ CASES: dict[str, tuple[Sequence[bytes | Segment], int, int, int]] = {
     "long target": (SEGMENTS, 6, 10, 16),
     "one segment": (LONG_SEGMENTS, 1, 6, 6),
     "two segments": (SEGMENTS, 2, 5, 10),
-    "durations too short": (told(SEGMENTS, 0.1), 3, 1, 8),
-    "durations of zero": (told(SEGMENTS, 0.0), 3, 10, 14),
-    "durations a little long": (told(SEGMENTS, 2.5), 5, 10, 14),
+    "durations too short": (misstated(SEGMENTS, 0.1), 3, 1, 8),
+    "durations of zero": (misstated(SEGMENTS, 0.0), 3, 10, 14),
+    "durations a little long": (misstated(SEGMENTS, 2.5), 5, 10, 14),
 }
 
 
@@ -81,7 +81,7 @@ def test_skipped_segments_are_counted_and_the_interval_shrinks(
     origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The playlist states eight times the true durations, so the first intervals are too long."""
-    news = live(origin, told(SEGMENTS, 8.0), window=4)
+    news = live(origin, misstated(SEGMENTS, 8.0), window=4)
     site = serve({"news": news.url}, timeout=20)
     viewer = site.watch("/news")
     assert viewer.read(len(news.plain(1, 4))) == news.plain(1, 4)

@@ -254,7 +254,7 @@ def test_viewer_of_a_film_that_stops_reading_stops_the_downloads(
     film = long_film(origin)
     # Its media repeats every eight segments.
     loops = [film.plain(first, min(first + 8, 60)) for first in range(0, 60, 8)]
-    body = media.spliced(*loops, is_told=False)
+    body = media.spliced(*loops, is_announced=False)
     site = serve({"film": film.url}, ringbuffer_size=LEAST_RING)
     with Sluggish(site, "/film") as viewer:
         others = []

@@ -1,4 +1,4 @@
-"""Real threads that a test starts, waits for and catches at waiting."""
+"""Real threads: a test starts them, waits for them, and sees when they wait."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 from unittest import mock
 
-TIMEOUT = 10.0  # seconds; nothing a test waits for takes as long
+TIMEOUT = 10.0  # seconds; longer than any event that a test waits for
 
 T = TypeVar("T")
 
 
 class Task(Generic[T]):
-    """A function that runs in a thread of its own; `result` waits for it and has its outcome."""
+    """A function in its own thread; `result` waits for it and returns or raises its outcome."""
 
     def __init__(self, function: Callable[[], T]) -> None:
         self._function = function
@@ -42,7 +42,7 @@ class Task(Generic[T]):
     def result(self, timeout: float = TIMEOUT) -> T:
         self._thread.join(timeout)
         if self._thread.is_alive():
-            raise TimeoutError("the thread still runs")
+            raise TimeoutError("the thread is still running")
         if self._error:
             raise self._error
         return self._values[0]
@@ -50,7 +50,7 @@ class Task(Generic[T]):
 
 @contextlib.contextmanager
 def running(server: socketserver.TCPServer) -> Iterator[str]:
-    """Serve until the end of the block, from a thread; yields the address."""
+    """Serve from a thread until the end of the block; yields the address."""
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     with server:
         thread.start()
@@ -62,10 +62,9 @@ def running(server: socketserver.TCPServer) -> Iterator[str]:
 
 
 class Observed(threading.Condition):
-    """A condition in the place of another, to know when a thread waits for it.
+    """A condition that replaces another one, to know when a thread waits for it.
 
-    Once `saw_wait` is true, the thread has let go of the lock: whoever takes it now finds the
-    thread waiting.
+    Once the test can take the lock after `saw_wait`, the thread has released it and is waiting.
     """
 
     def __init__(self, lock: threading.Lock) -> None:
@@ -77,12 +76,12 @@ class Observed(threading.Condition):
         return super().wait(timeout)
 
     def saw_wait(self, timeout: float = TIMEOUT) -> bool:
-        """Whether a thread begins to wait, counting each time once."""
+        """Whether a thread begins to wait. Each wait is reported once."""
         return self._waits.acquire(timeout=timeout)
 
 
 class Waits:
-    """Which threads wait for conditions that were made within `observing()`."""
+    """The threads that wait for conditions created within `observing()`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -90,7 +89,7 @@ class Waits:
 
     @contextlib.contextmanager
     def observing(self) -> Iterator[None]:
-        """Have conditions that are made in this block observed."""
+        """Observe conditions that are created in this block."""
         waits = self
 
         class Condition(threading.Condition):
@@ -106,8 +105,8 @@ class Waits:
             return self._counts.setdefault(thread, threading.Semaphore(0))
 
     def saw(self, task: Task[Any], timeout: float = TIMEOUT) -> bool:
-        """Whether a task begins to wait, counting each time once.
+        """Whether a task begins to wait. Each wait is reported once.
 
-        Then it has let go of the lock: a thread that takes the lock now finds the task waiting.
+        A thread that can take the condition's lock afterwards knows that the task is waiting.
         """
         return self._count(task.ident).acquire(timeout=timeout)
