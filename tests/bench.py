@@ -342,7 +342,7 @@ def long_crowd(viewers: int, minutes: float) -> bool:
     Returns whether no viewer lost data and the memory stayed within MORE_MEMORY.
     """
     print_line(
-        f"{'':>8}{'CPU/GB':>10}{'memory':>12}{'threads':>10}{'skips':>8}{'lost':>8}{'first byte':>12}"
+        f"{'':>8}{'CPU/GB':>10}{'memory':>12}{'threads':>10}{'skips':>8}{'lost':>8}{'to join':>12}"
     )
     with (
         peers.origin(1, slow=False) as source,

@@ -1,12 +1,12 @@
-"""Makes the picture at the top of README, and screenshots of every page for a designer's eye.
+"""Makes the picture at the top of README, and screenshots of every page for a design review.
 
     python -m tests.make_picture [FILE]       default: .github/picture.png; takes a minute
     python -m tests.make_picture --pages FOLDER       takes a few minutes
 
-The picture shows the page with all channels beside a channel that plays.  An origin of its own
+The picture shows the page with all channels beside a channel that plays.  The script's origin
 serves the channels, a real `pipe.py` relays them to some viewers, and headless Chromium
-(/usr/bin/chromium) looks at the pages.  ffmpeg encodes the television programme, and leaves the
-picture the 256 colors that keep it small.
+(/usr/bin/chromium) takes screenshots of the pages.  ffmpeg encodes the television programme, and
+reduces the picture to 256 colors to keep it small.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from playwright.sync_api import Browser, Error, Page, sync_playwright
 
 if __name__ == "__main__":
-    # Run as a script, Python looks for modules in this folder instead of the one above.
+    # For a script, Python looks for modules in this folder instead of the one above.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tests.origin import Origin, Playlist, Segment, Status
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / ".github" / "picture.png"
 LARGEST = 150_000  # bytes
 SECONDS = 50  # of traffic, for the charts
-SEGMENT, COUNT = 2, 8  # seconds of a segment; how many there are of a channel
+SEGMENT, COUNT = 2, 8  # seconds of a segment; segments of a channel
 HEIGHT, WIDE, NARROW, GAP = 740, 860, 400, 20  # pixels
 
 # Name: group, title, the logo's color, viewers.
@@ -53,7 +53,7 @@ CHANNELS = {
     "series": ("Films", "Series", "#d35488", 0),
 }
 
-# What is on television.
+# The picture of every channel.
 SCENE = """
 <style>body { margin: 0 }</style>
 <svg xmlns="http://www.w3.org/2000/svg" width="1280" height="720">
@@ -82,7 +82,7 @@ def segments(browser: Browser, folder: Path) -> list[Segment]:
         *("ffmpeg", "-v", "error", "-loop", "1", "-framerate", "25", "-i", str(still)),
         *("-f", "lavfi", "-i", "sine=frequency=330", "-t", str(SEGMENT * COUNT)),
         *("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p"),
-        # Filler makes up what a still picture does not need.
+        # A still picture needs less than this bit rate: filler adds the rest.
         *("-b:v", rate, "-minrate", rate, "-maxrate", rate, "-bufsize", rate),
         *("-x264-params", "nal-hrd=cbr", "-g", str(25 * SEGMENT), "-sc_threshold", "0"),
         *("-c:a", "aac", "-f", "segment", "-segment_time", str(SEGMENT), str(folder / "%d.ts")),
@@ -93,7 +93,7 @@ def segments(browser: Browser, folder: Path) -> list[Segment]:
 
 
 def logo(title: str, color: str) -> bytes:
-    """A picture in SVG with a title's first letter."""
+    """An SVG logo with the title's first letter."""
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">'
         f'<rect width="64" height="64" rx="14" fill="{color}"/>'
@@ -115,13 +115,13 @@ def streams(origin: Origin, media: list[Segment]) -> dict[str, object]:
 
 @contextlib.contextmanager
 def viewing(port: int, names: Sequence[str]) -> Iterator[None]:
-    """A viewer for each of these names, who throws the media away."""
+    """A viewer for each of these names, which discards the media."""
     threads = [threading.Thread(target=watch, args=(port, f"/{name}")) for name in names]
     for thread in threads:
         thread.start()
     try:
         yield
-    finally:  # the server has ended, and what they read with it
+    finally:  # the server has ended, and with it the viewers' streams
         for thread in threads:
             thread.join()
 
@@ -135,7 +135,7 @@ def watch(port: int, path: str) -> None:
             pass
 
 
-#### What the browser sees ####
+#### The picture of README ####
 
 
 def look(browser: Browser, width: int, scheme: str, height: int = HEIGHT) -> Page:
@@ -144,7 +144,7 @@ def look(browser: Browser, width: int, scheme: str, height: int = HEIGHT) -> Pag
 
 
 def shots(browser: Browser, url: str) -> list[bytes]:
-    """The page with all channels in the light, and a channel that plays in the dark."""
+    """The page with all channels in light colors, and a channel that plays in dark colors."""
     playing, everything = look(browser, NARROW, "dark"), look(browser, WIDE, "light")
     try:
         playing.goto(f"{url}/{next(iter(CHANNELS))}")
@@ -219,7 +219,7 @@ def title_of(n: int) -> str:
 
 
 def household(origin: Origin, media: list[Segment], count: int) -> dict[str, object]:
-    """So many streams in groups: a third has a logo, and a third one that does not load."""
+    """This many streams in groups: a third has a logo, another third has one that does not load."""
     configured: dict[str, object] = {}
     for n in range(1, count + 1):
         stream: dict[str, object] = {
@@ -247,7 +247,7 @@ def household(origin: Origin, media: list[Segment], count: int) -> dict[str, obj
 
 
 def pages_of(count: int, *, is_well: bool) -> dict[str, str]:
-    """The pages to look at, by a name for the file."""
+    """The pages to show: the path by the name for the file."""
     if is_well:
         pages = {"list": "/", "watch": "/s1"}
         if count > 60:
@@ -280,7 +280,7 @@ def take_shots(
 
 
 def look_at_all(folder: Path) -> None:
-    """Take a screenshot of each page, with few and many streams, well and in trouble."""
+    """Take a screenshot of each page, with few and many streams, with and without trouble."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name, sync_playwright() as player:
         browser = player.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)

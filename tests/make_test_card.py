@@ -1,10 +1,10 @@
-"""Makes the test card of pipe.py: a clip of 1.92 s that can be repeated without a seam.
+"""Makes the test card of pipe.py: a clip of 1.92 s that can repeat without a seam.
 
 48 pictures at 25 a second and 90 AAC frames at 48 kHz both last exactly 172,800 ticks of the
 90 kHz clock, so that a copy of the clip with later time stamps continues both streams. The
-transport stream is written here, not by a muxer, to have every packet in a known place.
+script writes the transport stream itself, without a muxer, so that every packet has a known place.
 
-Run it with PyAV installed; it prints the text to put into pipe.py, 96 characters a line.
+Run it with PyAV installed; it prints the text for pipe.py, 96 characters a line.
 """
 
 import base64
@@ -23,7 +23,7 @@ AAC_FRAMES_PER_PES = 5
 AAC_FRAME_TICKS = 1_920
 FIRST_PTS = 126_000
 PCR_LEAD = 54_000  # data arrive 0.6 s before they are due
-PICTURES_PER_TABLES = 12  # PAT and PMT come again every 0.48 s
+PICTURES_PER_TABLES = 12  # PAT and PMT repeat every 0.48 s
 
 PMT_PID, VIDEO_PID, AUDIO_PID = 0x1000, 0x100, 0x101
 VIDEO_STREAM_ID, AUDIO_STREAM_ID = 0xE0, 0xC0
@@ -46,7 +46,7 @@ BARS: list[Colour] = [
     BLACK,
 ]
 
-# Five columns and seven rows a letter, one row a number with the leftmost column as 16.
+# A letter has five columns and seven rows. Each row is a number; the leftmost column is 16.
 FONT = {
     "S": (0b01111, 0b10000, 0b10000, 0b01110, 0b00001, 0b00001, 0b11110),
     "T": (0b11111, 0b00100, 0b00100, 0b00100, 0b00100, 0b00100, 0b00100),
@@ -60,7 +60,7 @@ FONT = {
 
 
 class Picture:
-    """A 4:2:0 picture on which rectangles are drawn; all their edges are even numbers."""
+    """A 4:2:0 picture made of rectangles; all their coordinates are even numbers."""
 
     def __init__(self) -> None:
         self.planes = [
@@ -94,9 +94,9 @@ class Picture:
 
 
 def test_card(number: int) -> Picture:
-    """Picture ``number``: bars, name and a block that goes there and back once in the clip.
+    """Picture ``number``: bars, a name, and a block that moves right and back once in the clip.
 
-    All that moves keeps to the 16-pixel grid of the macroblocks, which makes it cheap.
+    The block moves on the 16-pixel grid of the macroblocks, so that its motion costs few bits.
     """
     picture = Picture()
     bar = WIDTH // len(BARS)
@@ -111,7 +111,7 @@ def test_card(number: int) -> Picture:
 
 
 def without_encoder_text(access_unit: bytes) -> bytes:
-    """The access unit less its SEI (type 6), which hold nothing but the encoder's options."""
+    """The access unit without its SEI units (type 6), which hold only the encoder's options."""
     units = access_unit.replace(b"\0\0\0\1", b"\0\0\1").split(b"\0\0\1")[1:]
     return b"".join(b"\0\0\0\1" + unit for unit in units if unit[0] & 0x1F != 6)
 
@@ -136,14 +136,14 @@ def encode_pictures() -> list[bytes]:
 
 
 def adts(raw: bytes) -> bytes:
-    """The raw AAC-LC frame (48 kHz, stereo) behind an ADTS header (ISO/IEC 14496-3, 1.A.2.2)."""
+    """The raw AAC-LC frame (48 kHz, stereo) with an ADTS header (ISO/IEC 14496-3, 1.A.2.2)."""
     size = len(raw) + 7
     header = 0xFFF1 << 40 | 1 << 38 | 3 << 34 | 2 << 30 | size << 13 | 0x7FF << 2
     return header.to_bytes(7, "big") + raw
 
 
 def encode_silence() -> bytes:
-    """One AAC frame of silence, from the middle: the first ones differ from all the others."""
+    """One AAC frame of silence from the middle, because the encoder's first frames differ."""
     encoder = av.CodecContext.create("aac", "w")
     assert isinstance(encoder, av.AudioCodecContext)
     encoder.sample_rate, encoder.layout, encoder.format = 48_000, "stereo", "fltp"
@@ -169,7 +169,7 @@ def crc32(data: bytes) -> bytes:
 
 
 def section(table_id: int, body: bytes) -> bytes:
-    """A PSI section of program or stream 1, with the pointer field before it."""
+    """A PSI section of program or transport stream 1, after its pointer field."""
     length = 0xB000 | len(body) + 9
     data = bytes([table_id]) + length.to_bytes(2, "big") + b"\0\1\xc1\0\0" + body
     return b"\0" + data + crc32(data)
@@ -187,7 +187,7 @@ def pmt() -> bytes:
 
 
 def pes(stream_id: int, pts: int, data: bytes) -> bytes:
-    """A PES packet with its length and PTS; without B pictures the DTS is the same."""
+    """A PES packet with its length and PTS; the DTS is equal, because there are no B pictures."""
     stamp = 0x21 << 32 | 1 << 16 | 1
     stamp |= (pts >> 30 & 7) << 33 | (pts >> 15 & 0x7FFF) << 17 | (pts & 0x7FFF) << 1
     length = (len(data) + 8).to_bytes(2, "big")
@@ -195,7 +195,7 @@ def pes(stream_id: int, pts: int, data: bytes) -> bytes:
 
 
 def pcr_field(pts: int, key: bool) -> bytes:
-    """The flags of an adaptation field and the PCR, PCR_LEAD before the picture is due."""
+    """The flags of an adaptation field and the PCR, which is PCR_LEAD before the PTS."""
     flags = 0x50 if key else 0x10
     return bytes([flags]) + ((pts - PCR_LEAD) << 15 | 0x3F << 9).to_bytes(6, "big")
 
@@ -232,7 +232,7 @@ class Writer:
 
 
 def audio_until(pts: int, silence: bytes) -> Iterator[tuple[int, bytes]]:
-    """The audio PES packets that are due in the picture which is due at ``pts``."""
+    """The audio PES packets that are due during the picture at ``pts``."""
     ticks = AAC_FRAME_TICKS * AAC_FRAMES_PER_PES
     for at in range(FIRST_PTS, FIRST_PTS + AAC_FRAMES * AAC_FRAME_TICKS, ticks):
         if pts <= at < pts + PICTURE_TICKS:
@@ -253,7 +253,7 @@ def make_clip() -> bytes:
 
 
 def pack(clip: bytes) -> str:
-    """The clip as text; the decoder finds the settings in the header of the old LZMA format."""
+    """The clip as text, compressed in the old LZMA format, whose header has the settings."""
     settings = {"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME}
     choices = [
         lzma.compress(clip, lzma.FORMAT_ALONE, filters=[settings | {"lc": lc, "lp": lp, "pb": pb}])

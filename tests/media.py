@@ -168,7 +168,7 @@ def pid(packet: bytes) -> int:
 
 
 def _without_sdt(segment: bytes) -> bytes:
-    """The segment without the service description that libav writes first; most packagers do not."""
+    """The segment without libav's service description, which most packagers do not write."""
     return b"".join(packet for packet in packets(segment) if pid(packet) != PID_SDT)
 
 

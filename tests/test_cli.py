@@ -1,4 +1,4 @@
-"""The program as its users run it: a real process, a real origin, real sockets and signals."""
+"""The program as users run it: a real process, a real origin, real sockets and signals."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from tests.origin import Fault, Origin, Playlist, Stall, StallHeaders
 from tests.server import BROWSER, Watch
 
 PIPE = Path(pipe.__file__)
-TIMEOUT = 20.0  # seconds; nothing a test waits for takes as long
-EXIT_TIME = 5.0  # seconds in which the program ends, whatever hangs
+TIMEOUT = 20.0  # seconds; longer than any event that a test waits for
+EXIT_TIME = 5.0  # seconds in which the program must end, even if a connection hangs
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (debug|info|warning|error)\b.+", re.I)
 SECRET = "hunter2"
 
 
 class Program:
-    """A running `python pipe.py`; killed where a test leaves it running."""
+    """A running `python pipe.py`; `close` kills it if it is still running."""
 
     def __init__(self, *arguments: str, cwd: Path, python: tuple[str, ...] = ()) -> None:
         self._process = subprocess.Popen(
@@ -64,7 +64,7 @@ class Program:
             self._read.notify_all()
 
     def wait_for(self, pattern: str) -> re.Match[str]:
-        """The first line on stderr that has the pattern, waited for."""
+        """Wait for a line on stderr that has the pattern; returns the first one."""
         with self._read:
             self._read.wait_for(lambda: self._is_closed or self._find(pattern), TIMEOUT)
             found = self._find(pattern)
@@ -78,7 +78,7 @@ class Program:
         return int(self.wait_for(r"listening on \S+ port (\d+)")[1])
 
     def wait_until_packages_load(self) -> None:
-        """Until one of its packages is in memory, where Linux shows them; others follow."""
+        """Wait until one of its packages is loaded, as Linux shows; others load after it."""
         deadline, pause = time.monotonic() + TIMEOUT, threading.Event()
         while "/lxml/" not in Path(f"/proc/{self._process.pid}/maps").read_text():
             assert self._process.poll() is None
@@ -92,17 +92,17 @@ class Program:
         self._process.send_signal(number)
 
     def wait(self, timeout: float = TIMEOUT) -> int:
-        """Its exit status; fails where it does not end in time."""
+        """The exit status; fails if the program does not end in time."""
         return self._process.wait(timeout)
 
     def errors(self) -> list[str]:
-        """What it wrote to stderr in its whole life."""
+        """All lines on stderr, once the program has ended."""
         self.wait()
         self._reader.join(TIMEOUT)
         return self._lines
 
     def output(self) -> str:
-        """What it wrote to stdout in its whole life."""
+        """The whole stdout, once the program has ended."""
         self.wait()
         assert self._process.stdout
         return self._process.stdout.read()
@@ -156,7 +156,7 @@ def get_json(port: int, path: str) -> Any:
 
 
 def ask(port: int, path: str) -> socket.socket:
-    """A connection that has sent a request and waits for no answer."""
+    """A connection that has sent a request and has not read the answer."""
     sock = socket.create_connection(("127.0.0.1", port), TIMEOUT)
     sock.sendall(f"GET {path} HTTP/1.1\r\nHost: tv\r\n\r\n".encode())
     return sock
@@ -165,7 +165,7 @@ def ask(port: int, path: str) -> socket.socket:
 #### Serving ####
 
 
-def test_health_of_the_running_process(run: Run) -> None:
+def test_health_reports_the_running_process(run: Run) -> None:
     port = run("--demo", *HERE).listening_port()
     health = get_json(port, "/health")
     assert 0 <= health.pop("uptime_seconds") < TIMEOUT
@@ -182,7 +182,7 @@ def test_demo_plays_without_a_configuration(run: Run) -> None:
     assert media.decode(clip).starts_with_key
 
 
-def test_demo_does_not_look_at_the_default_file(run: Run, configure: Configure) -> None:
+def test_demo_does_not_read_the_default_file(run: Run, configure: Configure) -> None:
     configure("broken: [")
     port = run("--demo", *HERE).listening_port()
     assert get_json(port, "/health")["streams"] == 1
@@ -212,7 +212,7 @@ def test_command_line_overrides_host_and_port_of_the_file(run: Run, configure: C
     assert get_json(program.listening_port(), "/health")["status"] == "ok"
 
 
-def test_without_streams_it_warns_and_runs(run: Run, configure: Configure) -> None:
+def test_server_without_streams_warns_and_runs(run: Run, configure: Configure) -> None:
     configure("server: {name: TV}")
     program = run(*HERE)
     assert get_json(program.listening_port(), "/")["streams"] == 0
@@ -223,14 +223,14 @@ def test_without_streams_it_warns_and_runs(run: Run, configure: Configure) -> No
 
 
 def first_screen(program: Program) -> list[str]:
-    """What it says up to the line with its port, without time and level."""
+    """The lines of the log up to the one with the port, without time and level."""
     program.listening_port()
     program.send(signal.SIGTERM)
     lines = [re.sub(r"^\S+ \S+ \S+ ", "", line) for line in program.errors()]
     return lines[: [" listening on " in line for line in lines].index(True) + 1]
 
 
-def test_first_screen_of_the_demo(run: Run) -> None:
+def test_first_screen_of_the_demo_has_the_addresses(run: Run) -> None:
     opened, players, card, last = first_screen(run("--demo", *HERE))
     port = last.split()[-1]
     assert opened == f"open http://127.0.0.1:{port}/ in a browser"
@@ -248,7 +248,7 @@ def test_first_screen_has_no_line_for_each_stream(run: Run, configure: Configure
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_address_for_others_where_it_listens_on_all(
+def test_server_on_all_interfaces_shows_an_address_that_others_can_open(
     run: Run, configure: Configure, host: str
 ) -> None:
     if host == "::" and not socket.has_dualstack_ipv6():
@@ -259,12 +259,12 @@ def test_address_for_others_where_it_listens_on_all(
     assert address != host
     port = program.listening_port()
     with socket.create_connection((address, port), TIMEOUT):
-        pass  # that is where it is reached
+        pass  # the address is reachable
     with Watch(port, "/", Accept=BROWSER, Host=f"LocalHost:{port}") as page:
         assert f"http://{address}:{port}/playlist.m3u" in page.read_all()[0].decode()
 
 
-def test_address_of_ipv6_has_brackets(run: Run, configure: Configure) -> None:
+def test_ipv6_address_has_brackets(run: Run, configure: Configure) -> None:
     if not socket.has_dualstack_ipv6():
         pytest.skip("there is no IPv6 here")
     configure("server: {host: '::1', port: 0}")
@@ -279,14 +279,14 @@ def test_public_url_is_the_one_to_open(run: Run, configure: Configure) -> None:
     assert screen[1] == "players: https://tv.example/x/playlist.m3u"
 
 
-def test_token_is_told_to_be_required_and_not_told(run: Run, configure: Configure) -> None:
+def test_log_says_that_a_token_is_required_and_hides_it(run: Run, configure: Configure) -> None:
     configure(f"server: {{token: {SECRET}}}")
     screen = first_screen(run(*HERE))
     assert any(line.startswith("a token is required: ") for line in screen)
     assert not any(SECRET in line for line in screen)
 
 
-def test_token_of_an_environment_variable_is_the_one_required(
+def test_token_is_read_from_an_environment_variable(
     run: Run, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TV_TOKEN", SECRET)
@@ -308,7 +308,7 @@ def test_token_of_an_environment_variable_is_the_one_required(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_lets_the_viewers_go_and_ends_with_status_0(
+def test_signal_disconnects_the_viewers_and_ends_with_status_0(
     run: Run, number: signal.Signals
 ) -> None:
     program = run("--demo", *HERE)
@@ -318,13 +318,13 @@ def test_signal_lets_the_viewers_go_and_ends_with_status_0(
         program.send(number)
         assert program.wait(EXIT_TIME) == 0
         for viewer in (first, second):
-            assert not viewer.read_all()[1], "no final chunk tells players to reconnect"
+            assert not viewer.read_all()[1], "without a final chunk, players reconnect"
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux alone shows what is loaded")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux shows loaded packages")
 @pytest.mark.parametrize("end", [False, True], ids=["reload", "reload and end"])
 def test_signals_during_the_start_are_not_lost(run: Run, end: bool) -> None:
-    """A service manager may reload or stop what it has only just started."""
+    """A service manager may reload or stop a service that it has just started."""
     program = run("--demo", *HERE)
     program.wait_until_packages_load()
     program.send(signal.SIGHUP)
@@ -383,10 +383,10 @@ def test_second_signal_ends_at_once(run: Run) -> None:
     program.send(signal.SIGINT)
     program.wait_for("shutting down")
     program.send(signal.SIGINT)
-    assert program.wait(EXIT_TIME) == 1, "the first signal alone ends with 0"
+    assert program.wait(EXIT_TIME) == 1, "only the first signal ends with status 0"
 
 
-def test_closed_output_is_no_error(tmp_path: Path) -> None:
+def test_closed_stdout_causes_no_error(tmp_path: Path) -> None:
     command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, str(PIPE), "--demo", *HERE]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
@@ -400,7 +400,7 @@ def test_closed_output_is_no_error(tmp_path: Path) -> None:
             process.kill()
 
 
-def test_reader_of_the_findings_may_leave(tmp_path: Path) -> None:
+def test_reader_of_the_findings_may_close_the_pipe(tmp_path: Path) -> None:
     command = f"exec '{sys.executable}' '{PIPE}' --demo --check | true"
     done = subprocess.run(
         ["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=TIMEOUT
@@ -408,7 +408,7 @@ def test_reader_of_the_findings_may_leave(tmp_path: Path) -> None:
     assert "Error" not in done.stderr
 
 
-def test_log_that_nobody_reads_does_not_delay_the_end(tmp_path: Path) -> None:
+def test_unread_log_does_not_delay_the_end(tmp_path: Path) -> None:
     command = [sys.executable, str(PIPE), "--demo", *HERE, "--log-level", "debug"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
@@ -431,10 +431,10 @@ def answers(port: int) -> bool:
     return False
 
 
-#### What cannot run ####
+#### Failed starts ####
 
 
-def test_port_that_is_taken_is_one_line(run: Run) -> None:
+def test_port_in_use_is_reported_in_one_line(run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         program = run("--demo", "--host", "127.0.0.1", "--port", str(port))
@@ -445,7 +445,7 @@ def test_port_that_is_taken_is_one_line(run: Run) -> None:
     assert LOG_LINE.fullmatch(line)
 
 
-def test_host_of_another_machine_is_told(run: Run) -> None:
+def test_host_of_another_machine_is_reported(run: Run) -> None:
     program = run("--demo", "--host", "192.0.2.1")
     assert program.wait() == 1
     (line,) = program.errors()
@@ -453,10 +453,10 @@ def test_host_of_another_machine_is_told(run: Run) -> None:
     assert line.endswith("; this machine has no such address: --host 0.0.0.0 takes all it has")
 
 
-def test_port_that_needs_root_is_told(
+def test_port_that_needs_root_is_reported(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Who runs the tests may be root, and containers let everybody have every port."""
+    """A fake: the tests may run as root, and containers allow every user every port."""
 
     def refuse(server: pipe.Server) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -470,22 +470,24 @@ def test_port_that_needs_root_is_told(
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "fe80::x", "a\\0b"])
-def test_host_that_is_none_is_one_line(run: Run, configure: Configure, host: str) -> None:
+def test_host_without_an_address_is_reported_in_one_line(
+    run: Run, configure: Configure, host: str
+) -> None:
     configure(f'server: {{host: "{host}", port: 0}}')
     program = run()
     assert program.wait() in (1, 2)
     assert len(program.errors()) == 1
 
 
-def test_missing_packages_are_told(run: Run) -> None:
+def test_missing_packages_are_reported(run: Run) -> None:
     program = run("--demo", python=("-S",))
     assert program.wait() == 1
     (line,) = program.errors()
     assert re.fullmatch(r"StreamPipe needs its packages \(.+\): pip install -r .+", line)
 
 
-def test_missing_home_is_one_line(tmp_path: Path) -> None:
-    """A fake: only a user without a passwd entry, and without HOME, really has none."""
+def test_missing_home_is_reported_in_one_line(tmp_path: Path) -> None:
+    """A fake: only a user without a passwd entry and without HOME has no home directory."""
     (tmp_path / "sitecustomize.py").write_text(
         "import pathlib\n"
         "def home(*_):\n"
@@ -505,7 +507,7 @@ def test_missing_home_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sets the limit of another process")
-def test_lack_of_files_is_one_line(run: Run) -> None:
+def test_limit_of_open_files_is_reported_in_one_line(run: Run) -> None:
     program = run("--demo", *HERE)
     port = program.listening_port()
     program.limit_files(40)
@@ -517,7 +519,7 @@ def test_lack_of_files_is_one_line(run: Run) -> None:
         http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
     ) as client:
         client.request("GET", "/health")
-        assert client.getresponse().status == 200, "it recovers"
+        assert client.getresponse().status == 200, "the server recovers"
     program.send(signal.SIGTERM)
     assert program.wait() == 0
     assert sum("no connection can be accepted" in line for line in program.errors()) == 1
@@ -542,7 +544,7 @@ def test_usage_error_ends_with_status_2(run: Run) -> None:
         pytest.param(["--log-level", "loud"], "invalid choice: 'loud'", id="unknown level"),
     ],
 )
-def test_usage_error_is_told(
+def test_usage_error_is_explained(
     capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
 ) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -551,7 +553,7 @@ def test_usage_error_is_told(
     assert reason in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_missing_default_file(run: Run) -> None:
+def test_missing_default_file_is_reported_with_the_next_steps(run: Run) -> None:
     program = run()
     assert program.wait() == 2
     assert program.errors() == [
@@ -560,7 +562,7 @@ def test_missing_default_file(run: Run) -> None:
     ]
 
 
-def test_missing_named_file(run: Run) -> None:
+def test_missing_named_file_is_reported(run: Run) -> None:
     program = run("--demo", "--config", "tv.yml")
     assert program.wait() == 2
     (line,) = program.errors()
@@ -568,7 +570,7 @@ def test_missing_named_file(run: Run) -> None:
     assert "config.example.yml" in line
 
 
-def test_every_mistake_of_the_file_is_a_line(run: Run, configure: Configure) -> None:
+def test_every_mistake_of_the_file_has_its_line(run: Run, configure: Configure) -> None:
     configure("server: {port: 99999}\nstreams:\n  health: u\n  a: {titel: A}\n")
     program = run()
     assert program.wait() == 2
@@ -581,14 +583,14 @@ def test_every_mistake_of_the_file_is_a_line(run: Run, configure: Configure) -> 
     assert program.output() == ""
 
 
-def test_broken_yaml_is_a_line(run: Run, configure: Configure) -> None:
+def test_invalid_yaml_is_reported_in_one_line(run: Run, configure: Configure) -> None:
     configure("streams:\n\tnews: u\n")
     program = run()
     assert program.wait() == 2
     assert program.errors() == ["config.yml:2: invalid YAML: found a tab: use spaces"]
 
 
-def test_demo_beside_a_stream_of_its_name_is_a_mistake(run: Run, configure: Configure) -> None:
+def test_stream_with_the_name_of_the_demo_is_a_mistake(run: Run, configure: Configure) -> None:
     configure("streams: {test-card: 'http://origin.example/x.m3u8'}")
     program = run("--demo", "-c", "config.yml")
     assert program.wait() == 2
@@ -596,10 +598,10 @@ def test_demo_beside_a_stream_of_its_name_is_a_mistake(run: Run, configure: Conf
     assert line.endswith("streams.test-card: --demo adds a stream with this name: rename yours")
 
 
-#### What it writes ####
+#### Output ####
 
 
-def test_version_names_all_three(run: Run) -> None:
+def test_version_names_streampipe_streamlink_and_python(run: Run) -> None:
     program = run("--version")
     assert program.wait() == 0
     numbers = r"\d+\.\d+\.\d+\S*"
@@ -608,14 +610,14 @@ def test_version_names_all_three(run: Run) -> None:
     assert program.errors() == []
 
 
-def test_help_goes_to_stdout(run: Run) -> None:
+def test_help_is_written_to_stdout(run: Run) -> None:
     program = run("--help")
     assert program.wait() == 0
     assert program.output().startswith("usage: pipe.py [-h] ")
     assert program.errors() == []
 
 
-def test_logs_go_to_stderr_alone(run: Run) -> None:
+def test_log_is_written_only_to_stderr(run: Run) -> None:
     program = run("--demo", *HERE)
     port = program.listening_port()
     with Watch(port, "/test-card") as viewer:
@@ -649,7 +651,7 @@ def test_log_level_error_is_silent(run: Run) -> None:
 
 
 def wait_for_listener(port: int) -> None:
-    """For a program whose log does not tell: try until somebody listens."""
+    """Wait until a program listens whose log does not show it: try to connect."""
     deadline = time.monotonic() + TIMEOUT
     pause = threading.Event()
     while time.monotonic() < deadline:
@@ -657,12 +659,12 @@ def wait_for_listener(port: int) -> None:
             socket.create_connection(("127.0.0.1", port), TIMEOUT).close()
             return
         pause.wait(0.02)
-    pytest.fail("nobody listens")
+    pytest.fail("the program does not listen")
 
 
 @pytest.mark.parametrize("secret", [SECRET, "${TV_SECRET}"], ids=["written", "in a variable"])
 @pytest.mark.parametrize("level", ["info", "debug"])
-def test_logs_show_no_more_of_an_address_than_its_host(
+def test_log_shows_only_the_host_of_an_address(
     run: Run,
     configure: Configure,
     origin: Origin,

@@ -1,4 +1,4 @@
-"""Addresses and names on the command line: the program, its origin and its sockets are real."""
+"""Addresses and names on the command line, with a real program, origin and sockets."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_addresses_are_added_to_a_file(tmp_path: Path, origin: Origin, run: Run)
         (["-c", "mine.yml", "tv=http://h.example/get.php"], "playlists.tv: the command line adds"),
     ],
 )
-def test_mistake_is_told_in_one_line(
+def test_mistake_is_reported_in_one_line(
     tmp_path: Path, run: Run, words: list[str], mistake: str
 ) -> None:
     tree = {
@@ -140,7 +140,7 @@ def test_mistake_is_told_in_one_line(
 
 
 @pytest.mark.parametrize("path", ["/get.php", "/channels.m3u", "/channels.m3u8"])
-def test_address_of_a_list_serves_all_of_it(origin: Origin, run: Run, path: str) -> None:
+def test_address_of_a_list_serves_all_its_channels(origin: Origin, run: Run, path: str) -> None:
     channels = {"World News": live(origin, "news"), "Sport": raw(origin, "/sport")}
     program = run(*HERE, f"{channel_list(origin, path, channels)}?username=u&password={SECRET}")
     program.wait_for("loaded the list: 2 channels")
@@ -150,7 +150,7 @@ def test_address_of_a_list_serves_all_of_it(origin: Origin, run: Run, path: str)
     assert SECRET not in "\n".join(program.errors())
 
 
-def test_local_file_of_a_list_serves_all_of_it(tmp_path: Path, origin: Origin, run: Run) -> None:
+def test_local_list_serves_all_its_channels(tmp_path: Path, origin: Origin, run: Run) -> None:
     text = f"#EXTM3U\n#EXTINF:-1,Sport\n{raw(origin, '/sport')}\n"
     (tmp_path / "mine.m3u").write_text(text, encoding="utf-8")
     program = run(*HERE, "mine.m3u")
@@ -164,7 +164,7 @@ LINE = re.compile(r"(\S+)  (ok|failed)(, [^;]+?)?  (.+)")
 
 
 def checked(program: Program) -> dict[str, str]:
-    """What `--check` says of each stream: ok or failed, and how many addresses work."""
+    """The result of `--check` for each stream: ok or failed, and how many addresses work."""
     found = {}
     for line in program.output().splitlines():
         match = LINE.fullmatch(line)
@@ -188,7 +188,7 @@ def test_check_opens_every_address_of_a_stream(tmp_path: Path, origin: Origin, r
     }
 
 
-def test_check_of_names_opens_those_alone(tmp_path: Path, origin: Origin, run: Run) -> None:
+def test_check_of_names_opens_only_those(tmp_path: Path, origin: Origin, run: Run) -> None:
     streams = {name: live(origin, name) for name in ("a", "b", "c")}
     (tmp_path / "config.yml").write_text(json.dumps({"streams": streams}), encoding="utf-8")
     program = run("--check", "c", "a")
@@ -197,7 +197,7 @@ def test_check_of_names_opens_those_alone(tmp_path: Path, origin: Origin, run: R
     assert [request for request in origin.requests if request.path.startswith("/b/")] == []
 
 
-def test_check_of_an_unknown_name_says_so(tmp_path: Path, run: Run) -> None:
+def test_check_of_an_unknown_name_is_an_error(tmp_path: Path, run: Run) -> None:
     streams = {"news": "http://127.0.0.1:9/"}
     (tmp_path / "config.yml").write_text(json.dumps({"streams": streams}), encoding="utf-8")
     program = run("--check", "sport")
@@ -232,7 +232,7 @@ def test_check_of_an_address_needs_no_file(origin: Origin, run: Run) -> None:
 
 @pytest.mark.long
 def test_check_respects_the_limit_of_an_account(origin: Origin, run: Run) -> None:
-    """A panel that allows one connection refuses nobody, although it has six channels."""
+    """A panel that allows one connection refuses no check of its six channels."""
     origin.rate = 4_000_000
     channels = {f"Channel {number}": raw(origin, f"/c{number}") for number in range(6)}
     address = channel_list(origin, "/get.php", channels)
@@ -245,8 +245,8 @@ def test_check_respects_the_limit_of_an_account(origin: Origin, run: Run) -> Non
 
 
 @pytest.mark.long
-def test_check_tries_again_what_a_panel_refuses(origin: Origin, run: Run) -> None:
-    """It still counts the connection that was closed a moment ago."""
+def test_check_retries_after_a_refusal_by_a_panel(origin: Origin, run: Run) -> None:
+    """A panel may still count a connection that has just closed."""
     origin.fault("/news", Status(458), times=2)
     program = run("--check", raw(origin, "/news"))
     assert program.wait(60) == 0
