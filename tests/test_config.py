@@ -1,4 +1,4 @@
-"""The configuration: pure; streamlink's options are the real ones, files are under tmp_path."""
+"""The configuration, without a server. streamlink's options are real; files are in tmp_path."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read(text: str) -> pipe.Config:
 
 
 def mistakes(text: str) -> list[str]:
-    """What is reported of a text that has mistakes."""
+    """The mistakes that are reported for a text."""
     with pytest.raises(pipe.ConfigError) as caught:
         read(text)
     return list(caught.value.mistakes)
@@ -46,7 +46,7 @@ def engine(keys: str) -> str:
 
 
 def stream(keys: str) -> str:
-    """A stream `a` that has an address, and more keys."""
+    """A stream `a` with an address and these keys."""
     return f'streams: {{a: {{url: "{URL}", {keys}}}}}'
 
 
@@ -54,7 +54,7 @@ def read_stream(keys: str) -> pipe.StreamSettings:
     return read(stream(keys)).streams["a"]
 
 
-def test_only_keys_that_no_upstream_depends_on_are_applied_to_a_running_channel() -> None:
+def test_only_keys_that_do_not_affect_the_upstream_apply_to_a_running_channel() -> None:
     keys = [item.name for item in dataclasses.fields(pipe.StreamSettings)]
     options = [item.name for item in dataclasses.fields(pipe.Options)]
     one = pipe.StreamSettings("news", (URL,))
@@ -78,7 +78,7 @@ def test_only_keys_that_no_upstream_depends_on_are_applied_to_a_running_channel(
 @pytest.mark.parametrize(
     "text", ["", "# nothing\n", "null\n", "server: {}\nstreams: {}\noptions: {}\n"]
 )
-def test_nothing_written_means_the_defaults(text: str) -> None:
+def test_empty_file_means_the_defaults(text: str) -> None:
     config = read(text)
     assert dataclasses.asdict(config.server) == {
         "host": "0.0.0.0",
@@ -106,7 +106,7 @@ def test_nothing_written_means_the_defaults(text: str) -> None:
     assert config.streams == {}
 
 
-def test_stream_with_an_address_alone_has_the_defaults() -> None:
+def test_stream_with_only_an_address_has_the_defaults() -> None:
     expected = pipe.StreamSettings("a", (URL,), title="a")
     assert read(f"streams: {{a: '{URL}'}}").streams == {"a": expected}
     assert dataclasses.asdict(expected) == {
@@ -136,7 +136,7 @@ def test_null_means_the_default(key: str, null: str) -> None:
 
 
 @pytest.mark.parametrize("keys", ["threads: ~", "number: ~", "proxy: ~", "streamlink: {ipv4: ~}"])
-def test_null_of_a_stream_means_the_default(keys: str) -> None:
+def test_null_in_a_stream_or_in_options_means_the_default(keys: str) -> None:
     if "streamlink" in keys:
         assert read(options(keys)) == pipe.Config()
     else:
@@ -207,17 +207,17 @@ def test_every_key_has_a_test() -> None:
 
 
 @keys_and_values(SERVER_VALUES)
-def test_server_key_sets_its_field_alone(key: str, text: str, value: Any) -> None:
+def test_server_key_sets_only_its_field(key: str, text: str, value: Any) -> None:
     assert read(server(f"{key}: {text}")).server == pipe.ServerSettings(**{key: value})
 
 
 @keys_and_values(OPTION_VALUES)
-def test_option_sets_its_field_alone(key: str, text: str, value: Any) -> None:
+def test_option_sets_only_its_field(key: str, text: str, value: Any) -> None:
     assert read(options(f"{key}: {text}")).options == pipe.Options(**{key: value})
 
 
 @keys_and_values(STREAM_VALUES)
-def test_stream_key_sets_its_field_alone(key: str, text: str, value: Any) -> None:
+def test_stream_key_sets_only_its_field(key: str, text: str, value: Any) -> None:
     expected = dataclasses.replace(pipe.StreamSettings("a", (URL,), title="a"), **{key: value})
     assert read_stream(f"{key}: {text}") == expected
 
@@ -229,7 +229,7 @@ def test_stream_has_its_own_options(key: str, text: str, value: Any) -> None:
     assert config.options == pipe.Options()
 
 
-def test_options_hold_for_every_stream_that_does_not_say_otherwise() -> None:
+def test_options_apply_to_every_stream_that_does_not_override_them() -> None:
     config = read(f"""
         streams:
           a: {{url: "{URL}", threads: 2}}
@@ -241,7 +241,7 @@ def test_options_hold_for_every_stream_that_does_not_say_otherwise() -> None:
     assert config.streams["b"].options == config.options
 
 
-def test_streamlink_map_of_a_stream_is_merged_over_the_global_one() -> None:
+def test_streamlink_options_of_a_stream_override_the_global_ones() -> None:
     config = read(f"""
         options: {{streamlink: {{hls-live-edge: 2, stream-segment-attempts: 5}}}}
         streams: {{a: {{url: "{URL}", streamlink: {{hls-live-edge: 6}}}}}}
@@ -261,7 +261,7 @@ def test_streamlink_map_of_a_stream_is_merged_over_the_global_one() -> None:
         pytest.param(f"'  {URL} '", (URL,), id="blanks around it"),
     ],
 )
-def test_forms_of_an_address(value: str, urls: tuple[str, ...]) -> None:
+def test_address_may_be_text_or_list_or_map(value: str, urls: tuple[str, ...]) -> None:
     assert read(f"streams: {{a: {value}}}").streams["a"].urls == urls
 
 
@@ -275,31 +275,31 @@ def test_streams_keep_the_order_of_the_file() -> None:
 @pytest.mark.parametrize(
     "name", ["on", "yes", "no", "null", "123", "007", "1e3", "2020-01-01", "a-b", "-"]
 )
-def test_name_is_taken_as_written(name: str) -> None:
+def test_name_is_read_as_written(name: str) -> None:
     streams = read(f"streams:\n  {name}: {URL}\n").streams
     assert streams == {name: pipe.StreamSettings(name, (URL,), title=name)}
 
 
 @pytest.mark.parametrize("value", ["0123", "on", "1e3", "0x1F", "2020-01-01", "1_000", "12:30"])
-def test_text_is_taken_as_written(value: str) -> None:
+def test_text_is_read_as_written(value: str) -> None:
     assert read(server(f"token: {value}")).server.token == value
     assert read_stream(f"title: {value}").title == value
     assert read_stream(f"headers: {{X: {value}}}").headers == {"X": value}
 
 
 @pytest.mark.parametrize("value", ["0123", "on", "2020-01-01", "1_000"])
-def test_text_in_a_map_of_streamlink_is_taken_as_written(value: str) -> None:
+def test_text_in_a_map_of_streamlink_is_read_as_written(value: str) -> None:
     maps = ("http-headers", "http-cookies", "http-query-params")
     found = read(engine(", ".join(f"{option}: {{X: {value}}}" for option in maps)))
     assert found.options.streamlink == {option: {"X": value} for option in maps}
 
 
 @pytest.mark.parametrize("value", ["0123", "127.0.0.1", "on"])
-def test_text_for_streamlink_is_taken_as_written(value: str) -> None:
+def test_text_for_streamlink_is_read_as_written(value: str) -> None:
     assert read(engine(f"ffmpeg-fout: {value}")).options.streamlink == {"ffmpeg-fout": value}
 
 
-def test_numbers_are_decimal_as_written() -> None:
+def test_number_with_leading_zeros_is_decimal() -> None:
     assert read(server("port: 0080")).server.port == 80
     assert read(server("port: '81'")).server.port == 81
 
@@ -343,7 +343,7 @@ ENGINE_BOUNDS: list[tuple[str, str, list[str], list[str]]] = [  # good and bad v
 ]  # fmt: skip
 
 
-def test_bounds_are_those_of_options_that_exist() -> None:
+def test_every_option_with_bounds_exists() -> None:
     assert {option for option, *_ in ENGINE_BOUNDS} <= set(ENGINE)
     assert {name for name in pipe.ENGINE_PARSERS if isinstance(name, str)} <= set(ENGINE)
 
@@ -351,7 +351,7 @@ def test_bounds_are_those_of_options_that_exist() -> None:
 @pytest.mark.parametrize(
     ("option", "value"), [(option, value) for option, _, good, _ in ENGINE_BOUNDS for value in good]
 )
-def test_value_that_streamlink_can_use(option: str, value: str) -> None:
+def test_value_that_streamlink_accepts_is_read(option: str, value: str) -> None:
     found = read(engine(f"{option}: {value}")).options.streamlink
     assert str(found[option]).removesuffix(".0") == value
     Streamlink().set_option(option, found[option])
@@ -361,7 +361,9 @@ def test_value_that_streamlink_can_use(option: str, value: str) -> None:
     ("option", "expected", "value"),
     [(option, message, value) for option, message, _, bad in ENGINE_BOUNDS for value in bad],
 )
-def test_value_that_streamlink_cannot_use(option: str, expected: str, value: str) -> None:
+def test_value_that_streamlink_would_refuse_is_a_mistake(
+    option: str, expected: str, value: str
+) -> None:
     (mistake,) = mistakes(engine(f"{option}: {value}"))
     assert mistake.startswith(f"test.yml:1: options.streamlink.{option}: expected {expected}")
 
@@ -370,7 +372,7 @@ def test_value_that_streamlink_cannot_use(option: str, expected: str, value: str
 @pytest.mark.parametrize(
     "value", ["lo", "if!lo", "127.0.0.1", "host!127.0.0.5", "ifhost!lo!127.0.0.1"]
 )
-def test_interface_of_this_machine(value: str) -> None:
+def test_interface_of_this_machine_is_accepted(value: str) -> None:
     found = read(engine(f"interface: {value}")).options.streamlink
     assert found == {"interface": value}
     Streamlink().set_option("interface", value)
@@ -378,8 +380,10 @@ def test_interface_of_this_machine(value: str) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="streamlink takes only addresses there")
 @pytest.mark.parametrize("value", ["eth0.100", "if!eth0.100"])
-def test_interface_of_a_vlan_has_a_dot(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such a name is not an address.  A test may not add an interface to its machine."""
+def test_interface_whose_name_has_a_dot_is_accepted(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """VLANs have such names.  A fake look-up: a test must not add an interface to its machine."""
     asked: list[str] = []
     monkeypatch.setattr("socket.if_nametoindex", asked.append)
     assert read(engine(f"interface: {value}")).options.streamlink == {"interface": value}
@@ -390,13 +394,13 @@ def test_interface_of_a_vlan_has_a_dot(value: str, monkeypatch: pytest.MonkeyPat
     "value",
     ["nope0", "if!nope0", "192.0.2.7", "host!192.0.2.7", "2001:db8::7", "ifhost!nope0!127.0.0.1"],
 )
-def test_interface_that_this_machine_lacks(value: str) -> None:
+def test_interface_that_this_machine_lacks_is_a_mistake(value: str) -> None:
     (mistake,) = mistakes(engine(f"interface: '{value}'"))
     message = "expected an interface or address of this machine"
     assert mistake == f"test.yml:1: options.streamlink.interface: {message}"
 
 
-def test_file_of_cookies_is_tried(tmp_path: Path) -> None:
+def test_cookie_file_is_accepted_if_it_can_be_loaded(tmp_path: Path) -> None:
     file = tmp_path / "cookies.txt"
     head = "# Netscape HTTP Cookie File\n"
     file.write_text(f"{head}.h.example\tTRUE\t/\tFALSE\t0\tname\tvalue\n", encoding="utf-8")
@@ -409,7 +413,9 @@ def test_file_of_cookies_is_tried(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [None, b"", b"a=b", b"# Netscape HTTP Cookie File\nx\n", b"\xff"]
 )
-def test_file_of_cookies_that_cannot_be_loaded(tmp_path: Path, content: bytes | None) -> None:
+def test_cookie_file_that_cannot_be_loaded_is_a_mistake(
+    tmp_path: Path, content: bytes | None
+) -> None:
     file = tmp_path / "cookies.txt"
     if content is not None:
         file.write_bytes(content)
@@ -420,12 +426,12 @@ def test_file_of_cookies_that_cannot_be_loaded(tmp_path: Path, content: bytes | 
 
 
 @pytest.mark.parametrize("value", ["[~nobody-of-this-name/x]", "['']", "[.]", '["\\0"]'])
-def test_odd_path_of_a_file_of_cookies(value: str) -> None:
+def test_odd_path_of_a_cookie_file_is_a_mistake(value: str) -> None:
     (mistake,) = mistakes(engine(f"http-cookies-files: {value}"))
     assert mistake.startswith("test.yml:1: options.streamlink.http-cookies-files: expected ")
 
 
-def test_certificate_that_does_not_exist(tmp_path: Path) -> None:
+def test_missing_certificate_is_a_mistake(tmp_path: Path) -> None:
     file = tmp_path / "me.pem"
     text = engine(f"http-ssl-cert: '{file}'")
     assert mistakes(text) == ["test.yml:1: options.streamlink.http-ssl-cert: there is no such file"]
@@ -433,10 +439,10 @@ def test_certificate_that_does_not_exist(tmp_path: Path) -> None:
     assert read(text).options.streamlink == {"http-ssl-cert": str(file)}
 
 
-#### YAML's own means ####
+#### Features of YAML ####
 
 
-def test_anchor_and_merge_key_share_settings_and_what_is_written_wins() -> None:
+def test_written_key_overrides_a_merged_one() -> None:
     config = read(f"""
         streams:
           a: &shared {{url: "{URL}", title: A, group: News, threads: 2}}
@@ -471,7 +477,7 @@ def test_alias_inside_itself_is_a_mistake(text: str) -> None:
 
 
 @pytest.mark.parametrize("merge", ["x", "[x]", "[[x]]", ""])
-def test_merge_of_what_is_no_section_is_a_mistake(merge: str) -> None:
+def test_merge_of_a_value_other_than_a_section_is_a_mistake(merge: str) -> None:
     (mistake,) = mistakes(f"streams:\n  a: {{<<: {merge}, url: hls://u}}\n")
     assert mistake.startswith("test.yml:2: ")
 
@@ -493,12 +499,12 @@ def test_several_merged_sections_are_a_mistake() -> None:
     assert f"test.yml:3: {expected}" in mistakes(text)
 
 
-def test_merge_does_not_hide_a_key_that_comes_twice() -> None:
+def test_merge_does_not_hide_a_duplicate_key() -> None:
     text = "streams:\n  a: &a {url: hls://u}\n  b: {<<: *a, title: x, title: y}\n"
     assert mistakes(text) == ["test.yml:3: streams.b.title: duplicate key"]
 
 
-def test_key_that_is_no_text_beside_a_merge() -> None:
+def test_key_other_than_text_beside_a_merge_is_a_mistake() -> None:
     text = "streams:\n  a: &a {url: hls://u}\n  b: {<<: *a, [x]: y}\n"
     assert mistakes(text) == ["test.yml:3: streams.b.(a key): unknown key"]
 
@@ -508,7 +514,7 @@ def test_key_that_is_no_text_beside_a_merge() -> None:
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Set variables; those of no value are taken away."""
+    """Set variables; None removes one."""
 
     def change(**values: str | None) -> None:
         for name, value in values.items():
@@ -523,7 +529,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 Environment = Callable[..., None]
 
 
-def test_environment_variables_stand_in_any_value(environment: Environment) -> None:
+def test_environment_variables_work_in_any_value(environment: Environment) -> None:
     environment(TV_TOKEN="s3cret", _p1="81", HOST="h.example", EMPTY="", PROXY="10.0.0.2")
     config = read("""
         server:
@@ -559,43 +565,45 @@ def test_environment_variables_stand_in_any_value(environment: Environment) -> N
         ("${B}", "${A}"),
     ],
 )
-def test_dollar_sign_that_stands_for_itself(
+def test_dollar_sign_without_a_variable_is_kept(
     written: str, text: str, environment: Environment
 ) -> None:
-    """What a variable holds is taken as it is."""
+    """The value of a variable is not expanded again."""
     environment(A="a", B="${A}")
     assert read(server(f"name: '{written}'")).server.name == text
 
 
-def test_keys_are_taken_as_written(environment: Environment) -> None:
+def test_variable_in_a_key_is_not_expanded(environment: Environment) -> None:
     environment(A="a")
     (mistake,) = mistakes("streams: {'${A}': hls://u}")
     assert mistake.endswith(NAME_RULE)
 
 
 @pytest.mark.parametrize("text", ["${TV_TOKEN}", "https://${TV_TOKEN}/x"])
-def test_environment_variable_that_is_not_set(text: str, environment: Environment) -> None:
+def test_unset_environment_variable_is_a_mistake(text: str, environment: Environment) -> None:
     environment(TV_TOKEN=None)
     expected = "the environment variable TV_TOKEN is not set"
     assert mistakes(f"streams: {{a: '{text}'}}") == [f"test.yml:1: streams.a: {expected}"]
 
 
-def test_environment_variable_of_a_token_that_is_empty(environment: Environment) -> None:
-    """It would let everybody in."""
+def test_empty_environment_variable_for_a_token_is_a_mistake(environment: Environment) -> None:
+    """An empty token would allow all clients."""
     environment(TV_TOKEN="")
     expected = "test.yml:1: server.token: the value is empty: fill it in, or remove the key"
     assert mistakes(server("token: '${TV_TOKEN}'")) == [expected]
 
 
 @pytest.mark.parametrize("value", ["s3cret\n", "a\tb", "\udcff"])
-def test_environment_variable_with_odd_characters(value: str, environment: Environment) -> None:
+def test_environment_variable_with_odd_characters_is_a_mistake(
+    value: str, environment: Environment
+) -> None:
     environment(TV_TOKEN=value)
     expected = "the environment variable TV_TOKEN contains a character that cannot be printed"
     assert mistakes(server("token: '${TV_TOKEN}'")) == [f"test.yml:1: server.token: {expected}"]
 
 
 @pytest.mark.parametrize("value", ["${", "${}", "${1}", "${A:-b}", "${A b}", "${A", "a ${ä}"])
-def test_what_is_no_name_of_a_variable(value: str) -> None:
+def test_invalid_name_of_a_variable_is_a_mistake(value: str) -> None:
     expected = "expected the name of an environment variable, like ${NAME}; write $${ for ${"
     assert mistakes(server(f"token: '{value}'")) == [f"test.yml:1: server.token: {expected}"]
 
@@ -615,7 +623,7 @@ def test_value_of_an_environment_variable_is_never_shown(
 @pytest.mark.parametrize(
     "text", ["server: {token: ${A}}", "server: {trusted: [${A}, b]}", stream("title: x${A}")]
 )
-def test_variable_that_needs_quotes(text: str) -> None:
+def test_variable_that_needs_quotes_is_a_mistake(text: str) -> None:
     expected = "test.yml:1: invalid YAML: put quotes around a value with ${ inside brackets"
     assert mistakes(text) == [expected]
 
@@ -668,7 +676,7 @@ NUMBER_BOUNDS = [
         for value in values
     ],
 )
-def test_number_of_another_type_or_out_of_range(
+def test_number_of_another_type_or_out_of_range_is_a_mistake(
     section: Any, key: str, expected: str, value: str
 ) -> None:
     where = {server: "server", options: "options", stream: "streams.a"}[section]
@@ -688,7 +696,7 @@ def test_number_of_another_type_or_out_of_range(
         stream("number: 1"),
     ],
 )
-def test_bounds_are_valid_themselves(text: str) -> None:
+def test_value_at_a_bound_is_valid(text: str) -> None:
     read(text)
 
 
@@ -722,13 +730,13 @@ def test_bounds_are_valid_themselves(text: str) -> None:
         (engine("http-cookies: u"), 'options.streamlink.http-cookies: expected "key: value" lines'),
     ],
 )
-def test_value_of_another_type(text: str, start: str) -> None:
+def test_value_of_another_type_is_a_mistake(text: str, start: str) -> None:
     (mistake,) = mistakes(text)
     assert mistake.startswith(f"test.yml:1: {start}")
 
 
 @pytest.mark.parametrize("value", ["[]", "''", "x", "[hls-live-edge]"])
-def test_streamlink_options_that_are_no_map(value: str) -> None:
+def test_streamlink_options_must_be_a_map(value: str) -> None:
     (mistake,) = mistakes(options(f"streamlink: {value}"))
     assert mistake.startswith('test.yml:1: options.streamlink: expected "key: value" lines')
 
@@ -742,7 +750,7 @@ TAG = (
 @pytest.mark.parametrize(
     "value", ["!!bool x", "!!int ''", "!!float ''", "!!timestamp x", "!!null 2", "!!int 2", "! 2"]
 )
-def test_tag_of_the_language_is_a_mistake(value: str) -> None:
+def test_standard_yaml_tag_is_a_mistake(value: str) -> None:
     path = "options.streamlink.hls-live-edge"
     expected = [f"test.yml:1: {path}: expected a single value, got {TAG}"]
     assert mistakes(engine(f"hls-live-edge: {value}")) == expected
@@ -766,19 +774,19 @@ def test_tag_of_the_language_is_a_mistake(value: str) -> None:
         ("options:\n  streamlink: !x {}", 'options.streamlink: expected "key: value" lines, got'),
     ],
 )
-def test_tag_is_one_mistake_that_says_what_to_write(text: str, mistake: str) -> None:
+def test_tag_is_one_mistake_with_the_remedy(text: str, mistake: str) -> None:
     assert [re.sub(r"^test.yml:[12]: ", "", found) for found in mistakes(text)] == [
         f"{mistake} {TAG}"
     ]
 
 
-def test_tag_is_a_mistake_wherever_an_alias_brings_it() -> None:
+def test_tag_is_a_mistake_at_each_alias_of_its_value() -> None:
     text = "server:\n  token: &x !secret tv\n  name: *x\n"
     assert [mistake.split(": ")[1] for mistake in mistakes(text)] == ["server.token", "server.name"]
 
 
 @pytest.mark.parametrize("value", ["!a!b", "!pa%zz", "!<x"])
-def test_text_that_begins_like_a_tag_and_is_none(value: str) -> None:
+def test_text_that_begins_like_a_tag_needs_quotes(value: str) -> None:
     expected = "test.yml:2: invalid YAML: put quotes around a text that begins with !"
     assert mistakes(f"server:\n  token: {value}\n") == [expected]
 
@@ -806,7 +814,7 @@ def test_curly_quotes_are_a_mistake(text: str, path: str) -> None:
     assert "hunter2" not in "".join(mistakes(text))
 
 
-def test_colon_in_curly_quotes() -> None:
+def test_colon_in_curly_quotes_is_a_mistake_about_the_quotes() -> None:
     text = "streams:\n  a:\n    url: hls://u\n    title: “News: today”\n"
     assert mistakes(text) == [f"test.yml:4: invalid YAML: {CURLY}"]
 
@@ -833,7 +841,7 @@ def test_curly_quotes_within_a_text_are_part_of_it(written: str, title: str) -> 
         ("proxy: socks5h://", "http:// or socks5h://"),
     ],
 )
-def test_address_without_a_usable_scheme_or_host(keys: str, schemes: str) -> None:
+def test_address_without_a_usable_scheme_or_host_is_a_mistake(keys: str, schemes: str) -> None:
     key = keys.partition(":")[0]
     expected = f"test.yml:1: streams.a.{key}: expected an address that starts with {schemes}"
     assert mistakes(stream(keys)) == [expected]
@@ -841,7 +849,7 @@ def test_address_without_a_usable_scheme_or_host(keys: str, schemes: str) -> Non
 
 @pytest.mark.parametrize("key", ["public_url", "epg"])
 @pytest.mark.parametrize("value", ["tv.example", "ftp://tv.example", "http://", "'http://[x'"])
-def test_address_of_the_server_that_is_none(key: str, value: str) -> None:
+def test_invalid_address_of_the_server_is_a_mistake(key: str, value: str) -> None:
     expected = f"server.{key}: expected an address that starts with http:// or https://"
     assert mistakes(server(f"{key}: {value}")) == [f"test.yml:1: {expected}"]
 
@@ -868,7 +876,7 @@ NO_PORT = "the address has an invalid port: expected a number from 1 to 65535"
     ],
     ids=lambda value: value if "{" not in value else "",
 )
-def test_port_of_an_address_that_does_not_exist(text: str, path: str, port: str) -> None:
+def test_invalid_port_of_an_address_is_a_mistake(text: str, path: str, port: str) -> None:
     assert mistakes(text.format(port)) == [f"test.yml:1: {path}: {NO_PORT}"]
 
 
@@ -879,12 +887,12 @@ def test_port_of_an_address_that_does_not_exist(text: str, path: str, port: str)
         *("http://u:188100@h.example/x", "http://h.example/?x=http://h:188100", "udp://@:1234"),
     ],
 )
-def test_address_with_a_port_that_exists_or_none(address: str) -> None:
+def test_address_with_a_valid_port_or_without_a_port_is_read(address: str) -> None:
     assert read(f"streams: {{a: '{address}'}}").streams["a"].urls == (address,)
 
 
 @pytest.mark.parametrize("host", ["192.168.1.2:8080", "localhost:188100", ":8080"])
-def test_port_in_the_host(host: str) -> None:
+def test_port_in_the_host_is_a_mistake(host: str) -> None:
     expected = "test.yml:1: server.host: write the port under port:, not after the host"
     assert mistakes(server(f"host: '{host}'")) == [expected]
 
@@ -896,26 +904,26 @@ NAME_RULE = (
 
 
 @pytest.mark.parametrize("name", ["A", "a_b", "a b", "ä", "a.m3u", ".."])
-def test_bad_name(name: str) -> None:
+def test_invalid_name_is_a_mistake(name: str) -> None:
     expected = f"test.yml:2: streams.{name}: {NAME_RULE}"
     assert mistakes(f"streams:\n  '{name}': hls://u\n") == [expected]
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "%61", "a\\nb", "a" * 100 + "/", "日本"])
-def test_odd_name(name: str) -> None:
+def test_mistake_about_an_odd_name_has_the_rule(name: str) -> None:
     (mistake,) = mistakes(f'streams:\n  "{name}": hls://u\n')
     assert mistake.startswith("test.yml:2: streams.")
     assert mistake.endswith(f": {NAME_RULE}")
 
 
 @pytest.mark.parametrize("name", ["health", "status", "metrics", "playlist"])
-def test_reserved_name(name: str) -> None:
+def test_reserved_name_is_a_mistake(name: str) -> None:
     expected = f"test.yml:1: streams.{name}: this name is reserved: choose another"
     assert mistakes(f"streams: {{{name}: hls://u}}") == [expected]
 
 
 @pytest.mark.parametrize("names", [("a", "a"), ("007", "'007'")])
-def test_name_that_stands_twice(names: tuple[str, str]) -> None:
+def test_duplicate_name_is_a_mistake(names: tuple[str, str]) -> None:
     text = "streams:\n  {}: hls://u\n  {}: hls://v\n".format(*names)
     assert mistakes(text) == [f"test.yml:3: streams.{names[0]}: duplicate key"]
 
@@ -929,11 +937,11 @@ def test_name_that_stands_twice(names: tuple[str, str]) -> None:
         ("options: {streamlink: {ipv4: true,\n  ipv4: false}}", "options.streamlink.ipv4"),
     ],
 )
-def test_key_that_stands_twice(text: str, path: str) -> None:
+def test_duplicate_key_is_a_mistake(text: str, path: str) -> None:
     assert mistakes(text) == [f"test.yml:2: {path}: duplicate key"]
 
 
-def test_number_that_another_stream_has() -> None:
+def test_number_of_another_stream_is_a_mistake() -> None:
     text = """\
 streams:
   a:
@@ -946,7 +954,7 @@ streams:
     assert mistakes(text) == ["test.yml:7: streams.b.number: 7 is already used by a"]
 
 
-def test_number_that_a_stream_of_a_long_name_has() -> None:
+def test_number_of_a_stream_with_a_long_name_is_a_mistake() -> None:
     a, b = 60 * "a", 60 * "b"
     text = f"streams: {{{a}: {{url: hls://u, number: 1}}, {b}: {{url: hls://u, number: 1}}}}"
     assert mistakes(text) == [f"test.yml:1: streams.{b}.number: 1 is already used by {a}"]
@@ -1017,7 +1025,7 @@ def test_address_without_a_scheme_is_refused(address: str) -> None:
 
 
 @pytest.mark.parametrize("address", ["http://", "hls://", "hls://https://"])
-def test_scheme_alone_is_no_address(address: str) -> None:
+def test_scheme_alone_is_a_missing_address(address: str) -> None:
     assert mistakes(f"streams: {{a: '{address}'}}") == [
         "test.yml:1: streams.a: the address is missing"
     ]
@@ -1031,17 +1039,17 @@ def test_scheme_alone_is_no_address(address: str) -> None:
         *("https://www.twitch.tv/x", "HTTP://[::1]:80/~x/./a", "http://h/http://file:///x"),
     ],
 )
-def test_address_with_a_scheme_or_prefix_is_taken(address: str) -> None:
+def test_address_with_a_scheme_or_prefix_is_accepted(address: str) -> None:
     assert read(f"streams: {{a: '{address}'}}").streams["a"].urls == (address,)
 
 
-def test_control_character_in_an_address() -> None:
+def test_control_character_in_an_address_is_a_mistake() -> None:
     expected = ["test.yml:1: streams.a: the address contains a control character"]
     assert mistakes('streams: {a: "http://h/\\nx"}') == expected
 
 
 @pytest.mark.parametrize("name", ["Bad Name", "", "X:", "Größe", "a\\nb"])
-def test_bad_name_of_a_header(name: str) -> None:
+def test_invalid_name_of_a_header_is_a_mistake(name: str) -> None:
     (mistake,) = mistakes(stream(f'headers: {{"{name}": x}}'))
     assert mistake.startswith("test.yml:1: streams.a.headers")
     assert mistake.endswith(": this is not a valid header name")
@@ -1072,7 +1080,7 @@ def test_safety_option_is_refused(option: str, section: str) -> None:
 
 
 @pytest.mark.parametrize("option", ["ipv4", "ipv6"])
-def test_ip_version_is_no_option_of_a_stream(option: str) -> None:
+def test_ip_version_is_refused_in_a_stream(option: str) -> None:
     expected = "this affects the whole process: set it under options.streamlink"
     path = f"streams.a.streamlink.{option}"
     assert mistakes(stream(f"streamlink: {{{option}: true}}")) == [
@@ -1090,12 +1098,12 @@ def test_ip_version_is_no_option_of_a_stream(option: str) -> None:
         (stream("headers: "), "streams.a.headers"),
     ],
 )
-def test_empty_section(text: str, path: str) -> None:
+def test_empty_section_is_a_mistake(text: str, path: str) -> None:
     expected = "this section is empty: indent the lines that belong to it, or remove it"
     assert mistakes(text) == [f"test.yml:1: {path}: {expected}"]
 
 
-def test_value_that_is_left_out_is_no_empty_section() -> None:
+def test_omitted_value_is_not_an_empty_section() -> None:
     assert mistakes("server:\n  token:\n  x: 1\n") == ["test.yml:3: server.x: unknown key"]
 
 
@@ -1175,7 +1183,7 @@ QUOTE = "this quoted text has no closing quote"
         ),
     ],
 )  # fmt: skip
-def test_broken_yaml_is_one_line_at_its_place(text: str, mistake: str) -> None:
+def test_invalid_yaml_is_one_mistake_at_its_line(text: str, mistake: str) -> None:
     assert mistakes(text) == [f"test.yml:{mistake}"]
 
 
@@ -1184,7 +1192,7 @@ def test_control_character_in_yaml_is_reported_at_its_line() -> None:
     assert mistake.startswith("test.yml:3: invalid YAML: ")
 
 
-def test_space_that_is_missing_before_the_address() -> None:
+def test_missing_space_before_an_address_is_a_mistake() -> None:
     text = "streams:\n  a:\n    url:http://u\n"
     assert mistakes(text) == ["test.yml:3: streams.a: put a space after the first colon"]
 
@@ -1198,12 +1206,12 @@ def test_space_that_is_missing_before_the_address() -> None:
         pytest.param("b{n}: &a{n} {{<<: *a{m}, <<: *a{m}, <<: *a{m}}}", id="many merges"),
     ],
 )
-def test_aliases_that_would_expand_to_too_much_take_no_time(line: str) -> None:
+def test_exponential_aliases_are_reported_quickly(line: str) -> None:
     bombs = "\n".join("  " + line.format(n=n, m=n - 1) for n in range(1, 40))
     assert mistakes(f"streams:\n  a: &a0 {{k: v}}\n{bombs}\n")
 
 
-def test_merges_in_a_long_row_are_read_or_reported() -> None:
+def test_long_chain_of_merges_is_reported() -> None:
     rows = "\n".join(f"  - &s{n} {{<<: *s{n - 1}}}" for n in range(1, 900))
     assert mistakes(f"rows:\n  - &s0 {{url: hls://u}}\n{rows}\nstreams: {{a: *s899}}\n")
 
@@ -1215,11 +1223,11 @@ def test_large_file_is_read() -> None:
 
 
 @pytest.mark.parametrize("text", ["[" * 5000, "{a: " * 5000, "streams: {a: " + "[" * 5000])
-def test_endless_nesting_is_a_mistake(text: str) -> None:
+def test_deep_nesting_is_a_mistake(text: str) -> None:
     assert len(mistakes(text)) == 1
 
 
-def test_every_mistake_is_reported_at_once_by_line() -> None:
+def test_all_mistakes_are_reported_in_order_of_lines() -> None:
     text = """\
 sever: {}
 server:
@@ -1315,7 +1323,7 @@ def test_file_is_utf_8_with_or_without_a_byte_order_mark(tmp_path: Path, encodin
     assert pipe.load_config(path, ENGINE).server.name == "Fernsehen für alle 📺"
 
 
-def test_missing_file_is_told_with_what_to_do(tmp_path: Path) -> None:
+def test_missing_file_is_reported_with_the_next_step(tmp_path: Path) -> None:
     path = tmp_path / "config.yml"
     with pytest.raises(pipe.ConfigError) as caught:
         pipe.load_config(path, ENGINE)
@@ -1323,7 +1331,7 @@ def test_missing_file_is_told_with_what_to_do(tmp_path: Path) -> None:
     assert mistake.startswith(f"{path}: no such file; copy config.example.yml to ")
 
 
-def test_unreadable_file_is_one_line(tmp_path: Path) -> None:
+def test_unreadable_file_is_reported_in_one_line(tmp_path: Path) -> None:
     binary = tmp_path / "clip.ts"
     binary.write_bytes(b"\x47\xff\xfe\n")
     for path in (tmp_path, binary):
@@ -1334,7 +1342,7 @@ def test_unreadable_file_is_one_line(tmp_path: Path) -> None:
         assert len(mistake.splitlines()) == 1
 
 
-#### Whatever is written ####
+#### Arbitrary text ####
 
 WORDS = [
     *("server", "streams", "options", "url", "streamlink", "headers", "trusted", "number"),
@@ -1357,7 +1365,7 @@ SYNTAX = st.sampled_from(
 
 
 def found_mistakes(text: str) -> tuple[str, ...]:
-    """What is reported, or nothing; any other exception than a ConfigError fails the test."""
+    """The reported mistakes, if any; other exceptions than ConfigError fail the test."""
     try:
         config = read(text)
     except pipe.ConfigError as error:
@@ -1367,7 +1375,7 @@ def found_mistakes(text: str) -> tuple[str, ...]:
 
 
 def check_outcome(text: str) -> None:
-    """A configuration, or mistakes that are one line each and say where."""
+    """The text is a configuration, or each mistake is one line with its place."""
     for mistake in found_mistakes(text):
         assert re.fullmatch(r"test\.yml:[1-9][0-9]*: .+", mistake)
         assert len(mistake.splitlines()) == 1
@@ -1400,14 +1408,14 @@ def read_playlist(keys: str) -> pipe.PlaylistSettings:
     return read(f'playlists: {{p: {{url: "{LIST}", {keys}}}}}').playlists["p"]
 
 
-def test_playlist_with_an_address_alone_has_the_defaults() -> None:
+def test_playlist_with_only_an_address_has_the_defaults() -> None:
     expected = pipe.PlaylistSettings("p", LIST)
     assert read(f"playlists: {{p: '{LIST}'}}").playlists == {"p": expected}
     assert read_playlist("") == expected
 
 
 @keys_and_values(PLAYLIST_VALUES)
-def test_key_of_a_playlist_sets_its_field_alone(key: str, text: str, value: Any) -> None:
+def test_key_of_a_playlist_sets_only_its_field(key: str, text: str, value: Any) -> None:
     assert read_playlist(f"{key}: {text}") == pipe.PlaylistSettings("p", LIST, **{key: value})
 
 
@@ -1457,7 +1465,7 @@ def test_list_may_be_a_local_file(path: str) -> None:
         (f"{{url: '{LIST}', group: x}}", "playlists.p.group: unknown key: did you mean groups?"),
     ],
 )
-def test_mistakes_of_a_playlist(entry: str, mistake: str) -> None:
+def test_mistake_of_a_playlist_is_reported(entry: str, mistake: str) -> None:
     (found,) = mistakes(f"playlists: {{p: {entry}}}")
     assert found.removeprefix("test.yml:1: ") == mistake
 
@@ -1469,7 +1477,7 @@ def test_mistakes_of_a_playlist(entry: str, mistake: str) -> None:
         ("status", "this name is reserved: choose another"),
     ],
 )
-def test_name_of_a_playlist(name: str, mistake: str) -> None:
+def test_invalid_name_of_a_playlist_is_a_mistake(name: str, mistake: str) -> None:
     (found,) = mistakes(f"playlists: {{{name}: '{LIST}'}}")
     assert found == f"test.yml:1: playlists.{name}: {mistake}"
 
@@ -1488,7 +1496,9 @@ def test_numbers_of_streams_without_an_address_are_unique() -> None:
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "config.yml.txt"])
-def test_a_file_with_a_slip_in_its_name_is_found(tmp_path: Path, name: str) -> None:
+def test_missing_file_with_a_similar_one_is_reported_with_that_name(
+    tmp_path: Path, name: str
+) -> None:
     (tmp_path / name).write_text("")
     path = tmp_path / "config.yml"
     with pytest.raises(pipe.ConfigError) as caught:

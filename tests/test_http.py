@@ -1,4 +1,4 @@
-"""HTTP as clients see it: a real server and origin, raw sockets, every byte looked at."""
+"""HTTP as clients see it: a real server and origin, raw sockets, and a check of every byte."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ GET_NEWS = b"GET /news HTTP/1.1\r\nHost: tv.example\r\n\r\n"
 
 @dataclass(frozen=True)
 class Raw:
-    """An answer as it came over the socket."""
+    """An answer as received from the socket."""
 
     status: int
     version: str
@@ -67,27 +67,27 @@ def parse(data: bytes) -> Raw:
 
 
 def ask(site: Site, request: bytes) -> Raw:
-    """One whole exchange; the server closes."""
+    """One request and its answer; the server closes the connection."""
     return parse(site.raw(request))
 
 
 def get(site: Site, target: str, version: str = "1.1", **headers: str) -> Raw:
-    """A GET whose target is sent as it is."""
+    """A GET with an unchanged target."""
     lines = [f"GET {target} HTTP/{version}", "Host: tv.example"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return ask(site, "\r\n".join([*lines, "", ""]).encode("latin-1"))
 
 
 def dechunk(body: bytes) -> tuple[bytes, bool]:
-    """The payload of a chunked body, and whether it has the final chunk and nothing behind it."""
+    """The payload of a chunked body, and whether the body ends with the final chunk."""
     parts: list[bytes] = []
     while match := re.match(rb"([0-9a-f]+)\r\n", body):
         size, start = int(match[1], 16), match.end()
         if size == 0:
-            assert body[start:] == b"\r\n", "nothing follows the final chunk"
+            assert body[start:] == b"\r\n", "bytes follow the final chunk"
             return b"".join(parts), True
         parts.append(body[start : start + size])
-        if len(body) < start + size + 2:  # broken off inside the chunk
+        if len(body) < start + size + 2:  # the body ends within the chunk
             return b"".join(parts), False
         assert body[start + size : start + size + 2] == b"\r\n"
         body = body[start + size + 2 :]
@@ -101,7 +101,7 @@ def vod(origin: Origin, name: str = "vod") -> Playlist:
 
 @pytest.fixture
 def news(origin: Origin, serve: Serve) -> Site:
-    """A site with one stream, a short TS playlist with an end."""
+    """A site with one stream: a short, finite TS playlist."""
     return serve({"news": vod(origin).url}, timeout=5)
 
 
@@ -113,7 +113,7 @@ NEWS = b"".join(media.ts_segments(4)[:2])
 
 @pytest.mark.parametrize("path", ["/", "/health"])
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_health_tells_how_the_server_is(
+def test_health_reports_the_state_of_the_server(
     serve: Serve, origin: Origin, path: str, version: str
 ) -> None:
     url = vod(origin).url
@@ -159,7 +159,7 @@ def test_head_of_a_stream_opens_nothing(
     assert news.channels.viewer_count() == 0
 
 
-def test_head_tells_the_type_last_seen(origin: Origin, serve: Serve) -> None:
+def test_head_has_the_last_known_type(origin: Origin, serve: Serve) -> None:
     init, fragments = media.fmp4(4)
     playlist = origin.add(Playlist("films", fragments[:1], init=init, extension=".m4s"))
     site = serve({"films": playlist.url, "news": vod(origin).url}, timeout=5)
@@ -173,7 +173,9 @@ def test_head_tells_the_type_last_seen(origin: Origin, serve: Serve) -> None:
 @pytest.mark.parametrize(
     ("path", "status"), [("/", 200), ("/health", 200), ("/nothing", 404), ("/../x", 404)]
 )
-def test_head_of_short_answers_has_their_head_alone(news: Site, path: str, status: int) -> None:
+def test_head_of_a_document_has_the_same_headers_and_no_body(
+    news: Site, path: str, status: int
+) -> None:
     whole = get(news, path)
     head = ask(news, f"HEAD {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
     assert (head.status, head.body) == (status, b"")
@@ -193,7 +195,7 @@ def test_head_of_short_answers_has_their_head_alone(news: Site, path: str, statu
         b"OPTIONS /nothing HTTP/1.1\r\nHost: x",
     ],
 )
-def test_options_tells_what_is_allowed(news: Site, origin: Origin, line: bytes) -> None:
+def test_options_lists_the_allowed_methods(news: Site, origin: Origin, line: bytes) -> None:
     answer = ask(news, line + b"\r\n\r\n")
     assert (answer.status, answer.body) == (204, b"")
     assert {"GET", "HEAD", "OPTIONS"} <= set(answer.headers["Allow"].split(", "))
@@ -285,17 +287,17 @@ def test_unknown_and_malformed_names_are_not_found(news: Site, origin: Origin, t
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_name_as_people_type_it_leads_to_the_stream(
+def test_name_with_capitals_or_slashes_redirects_to_the_stream(
     news: Site, origin: Origin, method: str, target: str, location: str
 ) -> None:
-    """Telephones begin with a capital.  The address is relative: right behind any proxy."""
+    """Phone keyboards start with a capital.  A relative address is correct behind any proxy."""
     answer = ask(news, f"{method} {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
     assert (answer.status, answer.headers["Location"], answer.body) == (302, location, b"")
     assert (answer.headers["Content-Length"], origin.requests) == ("0", ())
     assert answer.headers["Access-Control-Allow-Origin"] == "*"
 
 
-def test_name_as_people_type_it_tells_strangers_nothing(serve: Serve) -> None:
+def test_redirects_do_not_reveal_names_without_the_token(serve: Serve) -> None:
     site = serve({"news": "http://origin.example/x.m3u8"}, server={"token": "s3cret"})
     for target in ("/News", "/news/", "/Nothing", "/nothing/"):
         assert get(site, target).status == 401
@@ -303,7 +305,7 @@ def test_name_as_people_type_it_tells_strangers_nothing(serve: Serve) -> None:
 
 @pytest.mark.parametrize("accept", ["*/*", BROWSER])
 def test_name_may_end_in_ts(news: Site, accept: str) -> None:
-    """Some players choose by the ending; a browser gets the media there, too."""
+    """Some players choose by the extension; a browser also gets the media at this address."""
     answer = get(news, "/news.ts", Accept=accept)
     assert (answer.status, answer.headers["Content-Type"]) == (200, "video/mp2t")
     assert dechunk(answer.body) == (NEWS, True)
@@ -312,7 +314,7 @@ def test_name_may_end_in_ts(news: Site, accept: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["/%6eews", "http://tv.example/news", "/n%65ws?a=%2e%2e"])
-def test_name_may_be_written_as_urls_may(news: Site, target: str) -> None:
+def test_name_may_be_encoded_or_part_of_a_full_address(news: Site, target: str) -> None:
     answer = get(news, target)
     assert answer.status == 200
     assert dechunk(answer.body) == (NEWS, True)
@@ -333,13 +335,13 @@ of_every_query = pytest.mark.parametrize("query", QUERIES, ids=[query[:25] for q
 
 
 @of_every_query
-def test_unknown_parameters_do_not_matter(news: Site, query: str) -> None:
+def test_unknown_parameters_are_ignored(news: Site, query: str) -> None:
     answer = get(news, "/news" + query, "1.0")
     assert (answer.status, answer.body) == (200, NEWS)
 
 
 @of_every_query
-def test_unknown_parameters_do_not_matter_to_health(news: Site, query: str) -> None:
+def test_health_ignores_unknown_parameters(news: Site, query: str) -> None:
     assert json.loads(get(news, "/health" + query).body)["status"] == "ok"
 
 
@@ -354,7 +356,7 @@ def test_http11_body_is_chunked_and_exact(news: Site) -> None:
 
 
 @pytest.mark.parametrize("headers", [{}, {"Connection": "keep-alive"}, {"TE": "chunked"}])
-def test_http10_body_is_bare(news: Site, headers: dict[str, str]) -> None:
+def test_http10_body_is_not_chunked(news: Site, headers: dict[str, str]) -> None:
     answer = get(news, "/news", "1.0", **headers)
     assert answer.status == 200
     assert "Transfer-Encoding" not in answer.headers
@@ -382,7 +384,7 @@ ODD_REQUESTS: dict[str, dict[str, str]] = {
 
 
 @pytest.mark.parametrize("headers", ODD_REQUESTS.values(), ids=list(ODD_REQUESTS))
-def test_media_is_the_same_whatever_headers_ask_for(news: Site, headers: dict[str, str]) -> None:
+def test_request_headers_do_not_change_the_media(news: Site, headers: dict[str, str]) -> None:
     answer = get(news, "/news", **headers)
     assert answer.status == 200
     assert dechunk(answer.body) == (NEWS, True)
@@ -446,7 +448,7 @@ def aac_file() -> bytes:
 
 
 @pytest.mark.parametrize(("kind", "served", "expected"), FILES.values(), ids=list(FILES))
-def test_type_comes_from_the_first_bytes(
+def test_type_is_detected_from_the_first_bytes(
     origin: Origin,
     serve: Serve,
     kind: str,
@@ -459,9 +461,7 @@ def test_type_comes_from_the_first_bytes(
     assert dechunk(answer.body) == (expected(), True)
 
 
-def test_playlist_of_fmp4_is_sent_behind_its_initialization_section(
-    origin: Origin, serve: Serve
-) -> None:
+def test_initialization_section_precedes_fmp4_segments(origin: Origin, serve: Serve) -> None:
     init, fragments = media.fmp4(4)
     url = origin.add(Playlist("films", fragments, init=init, extension=".m4s")).url
     answer = get(serve({"films": url}, timeout=5), "/films")
@@ -470,7 +470,7 @@ def test_playlist_of_fmp4_is_sent_behind_its_initialization_section(
 
 
 @pytest.mark.parametrize("version", [2, 3, 4])
-def test_playlist_of_aac_is_sent_without_its_tags(
+def test_aac_segments_are_sent_without_their_tags(
     origin: Origin, serve: Serve, version: int
 ) -> None:
     segments = media.aac_segments(4)
@@ -518,10 +518,10 @@ def test_quality_that_does_not_exist_is_not_found(
     assert answer.status == 404
     assert "360p" in answer.error
     assert "720p" in answer.error
-    assert dechunk(get(site, "/news").body)[1], "the others are served as before"
+    assert dechunk(get(site, "/news").body)[1], "other qualities are served as before"
 
 
-def test_configured_quality_that_does_not_exist_is_the_upstreams_fault(
+def test_configured_quality_that_does_not_exist_is_a_failed_upstream(
     origin: Origin, serve: Serve
 ) -> None:
     stream = {"url": two_qualities(origin), "quality": "1080p"}
@@ -562,7 +562,7 @@ FAILURES: dict[str, Callable[[Origin], str]] = {
 
 
 @pytest.mark.parametrize("make", FAILURES.values(), ids=list(FAILURES))
-def test_failed_upstream_is_told_in_words(
+def test_failed_upstream_is_explained_without_private_data(
     origin: Origin, serve: Serve, make: Callable[[Origin], str]
 ) -> None:
     url = make(origin) + f"?key={SECRET}"
@@ -575,13 +575,13 @@ def test_failed_upstream_is_told_in_words(
 
 
 @pytest.mark.parametrize("code", [403, 404, 500])
-def test_status_of_the_origin_is_told(origin: Origin, serve: Serve, code: int) -> None:
+def test_error_has_the_status_of_the_origin(origin: Origin, serve: Serve, code: int) -> None:
     site = serve({"news": broken(origin, Status(code))}, timeout=2)
     assert str(code) in get(site, "/news").error
 
 
 @pytest.mark.parametrize("scheme", ["htp", "rtsp", "udp"])
-def test_scheme_that_nobody_knows_is_told(serve: Serve, scheme: str) -> None:
+def test_unsupported_scheme_is_explained(serve: Serve, scheme: str) -> None:
     answer = get(serve({"news": f"{scheme}://h.example/x"}), "/news")
     assert answer.status == 502
     assert answer.error == f"{scheme}:// is not supported: use http:// or https://"
@@ -596,7 +596,7 @@ STALLS: dict[str, tuple[str, Fault]] = {
 
 
 @pytest.mark.parametrize(("path", "fault"), STALLS.values(), ids=list(STALLS))
-def test_stalled_upstream_is_given_up_in_time(
+def test_stalled_upstream_fails_in_time(
     origin: Origin, serve: Serve, path: str, fault: Fault
 ) -> None:
     url = vod(origin).url
@@ -614,9 +614,7 @@ def test_stalled_upstream_is_given_up_in_time(
     [b"", b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n", b"#EXTM3U\n#EXT-X-ENDLIST\n"],
     ids=["empty", "live", "ended"],
 )
-def test_playlist_without_segments_is_given_up_in_time(
-    origin: Origin, serve: Serve, text: bytes
-) -> None:
+def test_playlist_without_segments_fails_in_time(origin: Origin, serve: Serve, text: bytes) -> None:
     playlist = vod(origin)
     playlist.override = text
     site = serve({"news": playlist.url}, timeout=0.5)
@@ -627,7 +625,7 @@ def test_playlist_without_segments_is_given_up_in_time(
     assert time.monotonic() - began < 2
 
 
-def test_failed_start_is_shared_by_those_who_wait_for_it(origin: Origin, serve: Serve) -> None:
+def test_waiting_viewers_share_a_failed_start(origin: Origin, serve: Serve) -> None:
     playlist = vod(origin)
     stall = origin.fault(playlist.path, StallHeaders(), Status(404), times=None)
     site = serve({"news": playlist.url}, timeout=5)
@@ -658,7 +656,7 @@ def test_failed_start_is_remembered_for_a_moment(
 
 
 def check_broken_off(answer: Raw, stream: bytes, least: int) -> None:
-    """A body of nothing but media, as far as it came, without the final chunk."""
+    """Check that a body has only the media that arrived, and no final chunk."""
     assert answer.status == 200
     payload, is_final = dechunk(answer.body)
     assert not is_final
@@ -698,7 +696,7 @@ def test_live_source_that_ends_has_no_final_chunk(
     check_broken_off(answer, stream, len(stream))
 
 
-def test_playlist_that_vanishes_has_no_final_chunk(origin: Origin, serve: Serve) -> None:
+def test_stream_of_a_vanished_playlist_has_no_final_chunk(origin: Origin, serve: Serve) -> None:
     live = origin.add(Playlist("live", media.ts_segments(4), mode="live", window=3))
     site = serve({"news": live.url}, timeout=0.5, reconnect=0)
     asker = Task(lambda: ask(site, GET_NEWS))
@@ -708,7 +706,7 @@ def test_playlist_that_vanishes_has_no_final_chunk(origin: Origin, serve: Serve)
     check_broken_off(asker.result(), stream, len(stream))
 
 
-def test_live_playlist_that_ends_has_the_final_chunk(
+def test_stream_of_an_ended_live_playlist_has_the_final_chunk(
     origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "streampipe")
@@ -726,7 +724,7 @@ def test_live_playlist_that_ends_has_the_final_chunk(
 #### The server stops ####
 
 
-def test_stopping_server_says_so(news: Site, origin: Origin) -> None:
+def test_stopping_server_answers_503(news: Site, origin: Origin) -> None:
     assert news.channels.stop(5)
     for path in ("/", "/health"):
         answer = get(news, path)
@@ -742,7 +740,7 @@ def test_stopping_server_says_so(news: Site, origin: Origin) -> None:
 
 
 @pytest.mark.parametrize("http10", [False, True], ids=["1.1", "1.0"])
-def test_stopping_server_lets_viewers_go(origin: Origin, serve: Serve, http10: bool) -> None:
+def test_stopping_server_disconnects_viewers(origin: Origin, serve: Serve, http10: bool) -> None:
     live = origin.add(Playlist("live", media.ts_segments(4), mode="live", window=3))
     site = serve({"news": live.url}, timeout=5)
     viewer = site.watch("/news", http10=http10)
@@ -750,10 +748,10 @@ def test_stopping_server_lets_viewers_go(origin: Origin, serve: Serve, http10: b
     assert site.channels.stop(TIMEOUT)
     rest, is_complete = viewer.read_all()
     assert live.plain(live.oldest, live.newest + 1).startswith(start + rest)
-    assert is_complete is http10, "HTTP/1.0 knows no end but the connection's"
+    assert is_complete is http10, "an HTTP/1.0 body ends with the connection"
 
 
-def test_start_that_is_under_way_learns_of_the_stop(origin: Origin, serve: Serve) -> None:
+def test_stop_ends_a_start_in_progress(origin: Origin, serve: Serve) -> None:
     playlist = vod(origin)
     stall = origin.fault(playlist.path, StallHeaders(), times=None)
     site = serve({"news": playlist.url}, timeout=10)
@@ -773,7 +771,7 @@ def test_each_answer_closes_its_connection(news: Site) -> None:
     assert news.raw(request * 3).count(b"HTTP/1.1 200 OK\r\n") == 1
 
 
-def test_head_may_come_in_parts(news: Site) -> None:
+def test_head_may_arrive_byte_by_byte(news: Site) -> None:
     with socket.create_connection(("127.0.0.1", news.port), TIMEOUT) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for byte in b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n":
@@ -805,7 +803,7 @@ def test_empty_line_before_a_request_is_ignored(news: Site) -> None:
 @pytest.mark.parametrize(
     "start", [b"", b"GET", b"GET /news HTTP/1.1\r\nHost: x\r\n", b"\0", b"GET /news\r\n"]
 )
-def test_head_that_does_not_end_is_given_up(
+def test_head_without_an_end_is_refused_in_time(
     news: Site, origin: Origin, monkeypatch: pytest.MonkeyPatch, start: bytes
 ) -> None:
     monkeypatch.setattr(pipe, "HEAD_TIMEOUT", 0.2)
@@ -815,10 +813,8 @@ def test_head_that_does_not_end_is_given_up(
     assert origin.requests == ()
 
 
-def test_head_that_comes_byte_by_byte_is_given_up_too(
-    news: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each byte in time is not enough: all of it has to be."""
+def test_slow_head_is_refused_in_time(news: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HEAD_TIMEOUT is for the whole head, not for each byte."""
     monkeypatch.setattr(pipe, "HEAD_TIMEOUT", 0.3)
     began = time.monotonic()
     with socket.create_connection(("127.0.0.1", news.port), 0.02) as sock:
@@ -827,7 +823,7 @@ def test_head_that_comes_byte_by_byte_is_given_up_too(
 
 
 def drip(sock: socket.socket, data: bytes) -> int:
-    """Send a byte whenever the other side says nothing; how many until it closed or answered."""
+    """Send byte by byte; returns how many were sent until the server closed or answered."""
     for sent in range(len(data)):
         try:
             sock.sendall(data[sent : sent + 1])
@@ -841,7 +837,7 @@ def drip(sock: socket.socket, data: bytes) -> int:
 
 
 def refused(answer: bytes) -> None:
-    """A closed connection, or an error in our form; never anything else."""
+    """Check that the answer is a closed connection or an error in JSON."""
     if answer:
         parsed = parse(answer)
         assert parsed.status in (400, 408, 414, 431, 505)
@@ -849,7 +845,7 @@ def refused(answer: bytes) -> None:
 
 
 def exchange(site: Site, request: bytes) -> bytes:
-    """The answer, or nothing where the server closed before it had read all."""
+    """The answer, or nothing if the server closed before it had read the whole request."""
     try:
         return site.raw(request)
     except (ConnectionResetError, BrokenPipeError):
@@ -890,10 +886,10 @@ def test_garbage_is_refused(
     monkeypatch.setattr(pipe, "HEAD_TIMEOUT", 1.0)
     refused(exchange(news, garbage))
     assert origin.requests == ()
-    assert get(news, "/health").status == 200, "the server is as well as before"
+    assert get(news, "/health").status == 200, "the server works as before"
 
 
-def test_client_that_leaves_at_once_harms_nobody(news: Site) -> None:
+def test_client_that_leaves_at_once_does_no_harm(news: Site) -> None:
     for start in (b"", b"GET /he", GET_NEWS):
         with socket.create_connection(("127.0.0.1", news.port), TIMEOUT) as sock:
             sock.sendall(start)
