@@ -252,7 +252,7 @@ def test_server_on_all_interfaces_shows_an_address_that_others_can_open(
     run: Run, configure: Configure, host: str
 ) -> None:
     if host == "::" and not socket.has_dualstack_ipv6():
-        pytest.skip("there is no IPv6 here")
+        pytest.skip("this machine has no IPv6")
     configure(f"server: {{host: '{host}', port: 0}}")
     program = run()
     address = program.wait_for(r"open http://(\S+):\d+/ in a browser")[1]
@@ -266,7 +266,7 @@ def test_server_on_all_interfaces_shows_an_address_that_others_can_open(
 
 def test_ipv6_address_has_brackets(run: Run, configure: Configure) -> None:
     if not socket.has_dualstack_ipv6():
-        pytest.skip("there is no IPv6 here")
+        pytest.skip("this machine has no IPv6")
     configure("server: {host: '::1', port: 0}")
     program = run()
     assert program.wait_for(r"players: (\S+):\d+/playlist.m3u$")[1] == "http://[::1]"

@@ -1,6 +1,6 @@
-"""What a server behind reverse proxies believes of their headers; server and origin are real.
+"""The headers of reverse proxies that a server believes; server and origin are real.
 
-The proxies themselves are real in test_proxies.py.
+test_proxies.py has real proxies.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def viewers_of(site: Site) -> list[str]:
 
 
 @pytest.mark.parametrize(("chain", "address"), CHAINS.values(), ids=list(CHAINS))
-def test_viewer_is_the_last_that_is_no_proxy(
+def test_viewer_is_the_last_address_before_the_proxies(
     origin: Origin, serve: Serve, chain: str, address: str
 ) -> None:
     site = serve({"news": live(origin).url}, server=PROXIES)
@@ -57,7 +57,7 @@ def test_viewer_is_the_last_that_is_no_proxy(
     assert viewers_of(site) == [address]
 
 
-def test_header_may_come_several_times(origin: Origin, serve: Serve) -> None:
+def test_header_may_be_repeated(origin: Origin, serve: Serve) -> None:
     site = serve({"news": live(origin).url}, server={**PROXIES, "token": TOKEN, "trusted": []})
     lines = ["X-Forwarded-For: 198.51.100.1", "X-Forwarded-For: 203.0.113.7"]
     request = [
@@ -73,18 +73,18 @@ def test_header_may_come_several_times(origin: Origin, serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("proxies", [[], ["192.0.2.0/24"]], ids=["none", "others"])
-def test_header_of_anybody_else_is_ignored(
+def test_header_of_an_unknown_proxy_is_ignored(
     origin: Origin, serve: Serve, proxies: list[str]
 ) -> None:
     site = serve({"news": live(origin).url}, server={"proxies": proxies})
     for behind in ("203.0.113.7", "203.0.113.8"):
         header = {"X-Forwarded-For": behind}
         assert site.ask("GET", "/news.m3u8", **header).status == 200
-    assert viewers_of(site) == ["127.0.0.1"], "one that polls, not one for each header"
+    assert viewers_of(site) == ["127.0.0.1"], "the header must not make two polling clients of one"
 
 
-def test_telephone_with_a_port_is_one_viewer(origin: Origin, serve: Serve) -> None:
-    """Some proxies add the port, which is another for each request."""
+def test_requests_from_different_ports_are_one_viewer(origin: Origin, serve: Serve) -> None:
+    """Some proxies add the client's port, which differs for each request."""
     site = serve({"news": live(origin).url}, server={**PROXIES, "max_viewers": 2})
     for port in range(49152, 49158):
         header = {"X-Forwarded-For": f"203.0.113.7:{port}"}
@@ -96,7 +96,7 @@ def test_telephone_with_a_port_is_one_viewer(origin: Origin, serve: Serve) -> No
     ("behind", "status"),
     [("192.168.1.7", 200), ("203.0.113.7", 401), ("192.168.1.7, 203.0.113.7", 401), ("", 401)],
 )
-def test_trust_is_the_viewers(serve: Serve, behind: str, status: int) -> None:
+def test_trust_depends_on_the_address_of_the_viewer(serve: Serve, behind: str, status: int) -> None:
     server = {**PROXIES, "token": TOKEN, "trusted": ["192.168.0.0/16"]}
     site = serve({"news": NOWHERE}, server=server)
     assert site.ask("GET", "/status", **{"X-Forwarded-For": behind}).status == status
@@ -110,8 +110,12 @@ def test_log_names_the_viewer(
     header: dict[str, Any] = {"X-Forwarded-For": "203.0.113.7"}
     site.watch("/news", **header).read(188)
     assert site.ask("GET", "/health", **header).status == 200
-    eventually(lambda: "news: viewer 203.0.113.7 started watching" in caplog.text, "it arrives")
-    eventually(lambda: "client 203.0.113.7: GET /health: 200" in caplog.text, "it asks")
+    eventually(
+        lambda: "news: viewer 203.0.113.7 started watching" in caplog.text, "the viewer is logged"
+    )
+    eventually(
+        lambda: "client 203.0.113.7: GET /health: 200" in caplog.text, "the request is logged"
+    )
     assert "127.0.0.1" not in caplog.text
 
 
@@ -148,7 +152,7 @@ def test_log_names_the_viewer(
     ],
     ids=repr,
 )
-def test_addresses_are_those_behind_the_proxy(
+def test_links_have_the_address_of_the_proxy(
     serve: Serve, headers: dict[str, str], base: str
 ) -> None:
     site = serve({"news": NOWHERE})
@@ -178,7 +182,7 @@ def test_absolute_target_replaces_host(
     assert f"{base}/news\n".encode() in body
 
 
-def test_public_address_wins(serve: Serve) -> None:
+def test_public_url_overrides_the_headers(serve: Serve) -> None:
     site = serve({"news": NOWHERE}, server={"public_url": "https://tv.example/sub"})
     headers = {"X-Forwarded-Prefix": "/tv", "X-Forwarded-Port": "8443"}
     _, (entry,) = playlist(site.ask("GET", "/playlist.m3u", **headers))
@@ -190,7 +194,7 @@ def test_public_address_wins(serve: Serve) -> None:
 
 @pytest.fixture
 def only_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Routes as on a machine whose network has IPv6 alone."""
+    """Routes as on a machine whose network has only IPv6."""
     connect, getsockname = socket.socket.connect, socket.socket.getsockname
 
     def fake_connect(sock: socket.socket, address: Any) -> None:
@@ -211,11 +215,11 @@ def only_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("host", "expected"), [("::", "[2001:470::7]"), ("0.0.0.0", "localhost")], ids=["all", "IPv4"]
 )
-def test_machine_without_ipv4_is_named_by_ipv6(
+def test_machine_without_ipv4_shows_its_ipv6_address(
     serve: Serve, caplog: pytest.LogCaptureFixture, host: str, expected: str
 ) -> None:
     if host == "::" and not socket.has_dualstack_ipv6():
-        pytest.skip("there is no IPv6 here")
+        pytest.skip("this machine has no IPv6")
     caplog.set_level(logging.INFO, "streampipe")
     site = serve({}, server={"host": host})
     pipe.announce(site.config, site.server)

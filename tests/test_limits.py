@@ -1,6 +1,6 @@
-"""Limits: a real server and origin on loopback, real sockets, the kernel's own figures.
+"""Limits: a real server and origin on loopback, real sockets, and the kernel's own figures.
 
-Replaced are only constants, to reach a limit sooner, and what other platforms do not have.
+The tests replace only constants, to reach a limit sooner, and functions that other platforms lack.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ Serve = Callable[..., Site]
 
 KIB, MIB = 1 << 10, 1 << 20
 STALLED = 20  # seconds until a viewer that reads nothing is disconnected: twice pipe.HEAD_TIMEOUT
-UNSENT = 0x894B  # SIOCOUTQNSD of Linux: bytes that were written and not sent yet
+UNSENT = 0x894B  # SIOCOUTQNSD of Linux: bytes that were written but not sent
 PACKET = media.PACKET
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads figures of Linux' kernel")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads figures of the Linux kernel")
 
 
 def live(origin: Origin, name: str = "news", size: int | None = None) -> Playlist:
-    """A live channel whose segments have `size` bytes."""
+    """A live channel; its segments have `size` bytes, if given."""
     segments = media.ts_segments()
     if size:
         segments = tuple(media.padded(segment, size // PACKET * PACKET) for segment in segments)
@@ -71,7 +71,7 @@ def assert_refused(answer: Answer, words: str) -> None:
 
 
 def connect(port: int, host: str = "127.0.0.1", room: int | None = None) -> socket.socket:
-    """A connection; `room` is what its kernel takes of an answer that is not read."""
+    """A connection; `room` is its receive buffer in bytes."""
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     if room:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
@@ -83,7 +83,7 @@ def connect(port: int, host: str = "127.0.0.1", room: int | None = None) -> sock
 def idle_viewer(
     port: int, path: str, version: str = "1.1", room: int | None = 4096
 ) -> socket.socket:
-    """A viewer that has read the start of its answer's head and reads no more."""
+    """A viewer that has read the start of the answer's head and then stops reading."""
     sock = connect(port, room=room)
     sock.sendall(f"GET {path} HTTP/{version}\r\nHost: tv\r\n\r\n".encode())
     assert sock.recv(12) == b"HTTP/1.1 200"
@@ -106,22 +106,22 @@ def viewer_threads() -> int:
 #### max_viewers ####
 
 
-def test_viewer_beyond_the_limit_is_told_to_come_back(origin: Origin, serve: Serve) -> None:
+def test_viewer_beyond_the_limit_gets_503_with_retry_after(origin: Origin, serve: Serve) -> None:
     site = serve({"news": live(origin).url}, server={"max_viewers": 2})
     first, second = site.watch("/news"), site.watch("/news")
     assert (first.status, second.status) == (200, 200)
     assert_refused(site.get("/news"), "there are too many viewers")
     health = site.get("/health")
     assert (health.status, health.json["viewers"]) == (200, 2)
-    assert site.ask("HEAD", "/news").status == 200, "a probe is no viewer"
+    assert site.ask("HEAD", "/news").status == 200, "a probe does not count as a viewer"
 
 
-def test_place_of_a_viewer_that_left_is_free_again(origin: Origin, serve: Serve) -> None:
+def test_viewer_that_left_frees_its_slot(origin: Origin, serve: Serve) -> None:
     site = serve({"news": live(origin).url}, server={"max_viewers": 1})
     first = site.watch("/news")
     first.read(PACKET)
     first.close()
-    eventually(lambda: viewers(site) == 0, "the viewer's leaving is noticed")
+    eventually(lambda: viewers(site) == 0, "the viewer's departure is noticed")
     assert site.watch("/news").status == 200
 
 
@@ -133,8 +133,8 @@ def test_refused_viewer_opens_no_upstream(origin: Origin, serve: Serve) -> None:
     assert origin.count("/other/*") == 0
 
 
-def test_viewer_counts_as_long_as_it_reads(origin: Origin, serve: Serve) -> None:
-    """Its upstream may be finished and closed long before."""
+def test_viewer_counts_until_it_has_read_everything(origin: Origin, serve: Serve) -> None:
+    """Its upstream may have been closed long before."""
     body = media.padded(media.ts_segments()[0], 5000 * PACKET)
     site = serve({"file": origin.add_file("/file.ts", body)}, server={"max_viewers": 1})
     with contextlib.closing(idle_viewer(site.port, "/file", "1.0")) as slow:
@@ -142,10 +142,10 @@ def test_viewer_counts_as_long_as_it_reads(origin: Origin, serve: Serve) -> None
         assert viewers(site) == 1
         assert_refused(site.get("/file"), "there are too many viewers")
         assert read_to_end(slow).endswith(body[-PACKET:])
-    eventually(lambda: viewers(site) == 0, "nobody watches")
+    eventually(lambda: viewers(site) == 0, "no viewer is left")
 
 
-def test_no_limit_of_viewers(origin: Origin, serve: Serve) -> None:
+def test_viewers_are_unlimited_with_zero(origin: Origin, serve: Serve) -> None:
     site = serve({"news": live(origin).url}, server={"max_viewers": 0})
     assert {site.watch("/news").status for _ in range(5)} == {200}
 
@@ -159,7 +159,9 @@ def test_upstream_beyond_the_limit_is_refused(origin: Origin, serve: Serve) -> N
     site.watch("/news").read(PACKET)
     assert_refused(site.get("/other"), "there are too many upstreams")
     assert origin.count("/other/*") == 0
-    assert site.watch("/news").status == 200, "one more viewer needs no upstream"
+    assert site.watch("/news").status == 200, (
+        "another viewer of a channel needs no further upstream"
+    )
 
 
 def test_lingering_channel_gives_way(origin: Origin, serve: Serve) -> None:
@@ -171,14 +173,16 @@ def test_lingering_channel_gives_way(origin: Origin, serve: Serve) -> None:
         with site.watch(f"/{name}") as viewer:
             viewer.read(PACKET)
             assert viewers(site) == 1
-        eventually(lambda: viewers(site) == 0, "the viewer's leaving is noticed")
-        assert upstreams(site) == count + 1, "it lingers"
+        eventually(lambda: viewers(site) == 0, "the viewer's departure is noticed")
+        assert upstreams(site) == count + 1, "the channel does not linger"
     assert site.watch("/third").status == 200
-    eventually(lambda: channel_states(site)["first"] == [], "the one idle for longest gave way")
+    eventually(
+        lambda: channel_states(site)["first"] == [], "the channel idle for longest is closed"
+    )
     assert channel_states(site)["second"] == ["live"]
     origin.clear_requests()
     site.watch("/second").read(PACKET)
-    assert origin.count("/second/*.ts") == 0, "it was joined, not started"
+    assert origin.count("/second/*.ts") == 0, "the viewer must join the lingering channel"
 
 
 def channel_states(site: Site) -> dict[str, list[str]]:
@@ -190,7 +194,7 @@ def upstreams(site: Site) -> int:
     return sum(map(len, channel_states(site).values()))
 
 
-def test_viewers_of_what_has_an_end_count_as_upstreams(origin: Origin, serve: Serve) -> None:
+def test_each_viewer_of_a_finite_stream_counts_as_an_upstream(origin: Origin, serve: Serve) -> None:
     vod = origin.add(Playlist("vod", media.ts_segments()))
     origin.fault(vod.segment_path(2), Stall(1000), times=None)
     site = serve({"vod": vod.url}, server={"max_upstreams": 2})
@@ -198,7 +202,7 @@ def test_viewers_of_what_has_an_end_count_as_upstreams(origin: Origin, serve: Se
     assert [viewer.read(PACKET)[:1] for viewer in watching] == [b"G", b"G"]
     assert_refused(site.get("/vod"), "there are too many upstreams")
     watching[0].close()
-    eventually(lambda: upstreams(site) == 1, "its upstream closed")
+    eventually(lambda: upstreams(site) == 1, "its upstream is closed")
     assert site.watch("/vod").status == 200
 
 
@@ -207,13 +211,13 @@ def test_viewers_of_what_has_an_end_count_as_upstreams(origin: Origin, serve: Se
 
 @pytest.fixture
 def four_connections(origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> Site:
-    """A site for one viewer, with room for three more connections."""
+    """A site for one viewer that accepts three further connections."""
     monkeypatch.setattr(pipe, "SPARE_CONNECTIONS", 3)
     return serve({"news": live(origin).url}, server={"max_viewers": 1})
 
 
 def refusal(port: int) -> bytes:
-    """What a client hears that says nothing."""
+    """The answer to a client that sends no request."""
     with contextlib.closing(connect(port)) as sock:
         return read_to_end(sock)
 
@@ -232,7 +236,7 @@ def test_connection_beyond_the_limit_is_refused_without_a_thread(four_connection
     assert four_connections.get("/health").status == 200
 
 
-def test_no_limit_of_viewers_still_bounds_connections(
+def test_connections_are_limited_even_if_viewers_are_not(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipe, "MOST_CONNECTIONS", 2)
@@ -241,19 +245,19 @@ def test_no_limit_of_viewers_still_bounds_connections(
         assert refusal(site.port).startswith(b"HTTP/1.1 503 ")
 
 
-def test_documented_bounds() -> None:
+def test_limits_have_the_documented_values() -> None:
     assert (pipe.SPARE_CONNECTIONS, pipe.MOST_CONNECTIONS) == (256, 4096)
     assert (pipe.HEAD_TIMEOUT, pipe.HEAD_LIMIT) == (10.0, 64 * KIB)
     assert pipe.Server.request_queue_size == 1024
 
 
-def test_health_answers_while_viewers_fill_the_server(four_connections: Site) -> None:
+def test_health_answers_while_the_server_is_full(four_connections: Site) -> None:
     four_connections.watch("/news").read(PACKET)
     assert_refused(four_connections.get("/news"), "there are too many viewers")
     assert four_connections.get("/health").json["viewers"] == 1
 
 
-def test_system_without_threads_left_refuses_and_goes_on(
+def test_server_recovers_from_a_lack_of_threads(
     four_connections: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = threading.Thread.start
@@ -267,7 +271,7 @@ def test_system_without_threads_left_refuses_and_goes_on(
         patch.setattr(threading.Thread, "start", fail)
         for _ in range(6):
             assert refusal(four_connections.port).startswith(b"HTTP/1.1 503 ")
-    assert four_connections.get("/health").status == 200, "no place was lost"
+    assert four_connections.get("/health").status == 200, "each refusal must free its connection"
 
 
 #### The request head ####
@@ -285,8 +289,8 @@ def test_head_of_nearly_64_kib_is_read(origin: Origin, serve: Serve) -> None:
     [b"X: " + 8000 * b"x" + b"\r\n", b"X: y\r\n", b" \r\n", b"\0"],
     ids=["long fields", "short fields", "continued lines", "zeros"],
 )
-def test_head_above_64_kib_is_given_up_at_once(origin: Origin, serve: Serve, line: bytes) -> None:
-    """No matter how it is made up, and though more could still come."""
+def test_head_above_64_kib_is_refused_at_once(origin: Origin, serve: Serve, line: bytes) -> None:
+    """This holds for any kind of lines, and the server does not wait for the end of the head."""
     site = serve({"news": live(origin).url})
     flood = b"GET /news HTTP/1.1\r\n" + line * (2 * pipe.HEAD_LIMIT // len(line))
     began = time.monotonic()
@@ -298,11 +302,11 @@ def test_head_above_64_kib_is_given_up_at_once(origin: Origin, serve: Serve, lin
     assert origin.requests == ()
 
 
-def test_head_that_comes_byte_by_byte_is_searched_once(
+def test_slow_head_is_searched_only_once(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not all of it again with each byte: a few clients would take a core."""
-    searches: queue.SimpleQueue[int] = queue.SimpleQueue()  # the bytes of each
+    """A search of the whole head after each byte would let a few clients use up a core."""
+    searches: queue.SimpleQueue[int] = queue.SimpleQueue()  # the bytes of each search
     empty_line = pipe.EMPTY_LINE
 
     class Counting:
@@ -315,11 +319,11 @@ def test_head_that_comes_byte_by_byte_is_searched_once(
     head = b"GET /health HTTP/1.1\r\nHost: tv\r\nX: " + 1000 * b"x" + b"\r\n\r\n"
     searched = 0
     with contextlib.closing(connect(site.port)) as sock:
-        for byte in head:  # the next when the last was looked at
+        for byte in head:  # each one is sent after the search of those before
             searched += searches.get(timeout=TIMEOUT)
             sock.sendall(bytes([byte]))
         assert read_to_end(sock).startswith(b"HTTP/1.1 200 ")
-    assert searched <= 4 * len(head), "each byte with those of an end before it"
+    assert searched <= 4 * len(head), "a search may only repeat the three bytes before the new ones"
 
 
 def test_silent_connections_end_in_time(
@@ -330,30 +334,32 @@ def test_silent_connections_end_in_time(
     with contextlib.ExitStack() as stack:
         crowd = [stack.enter_context(contextlib.closing(connect(site.port))) for _ in range(20)]
         assert [read_to_end(sock) for sock in crowd] == 20 * [b""]
-    eventually(lambda: viewer_threads() == 0, "their threads end")
+    eventually(lambda: viewer_threads() == 0, "the threads of the connections end")
 
 
-#### Viewers that take nothing ####
+#### Viewers that do not read ####
 
 
-def test_viewer_that_takes_nothing_is_dropped(
+def test_viewer_that_reads_nothing_is_disconnected(
     origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "streampipe")
     site = serve({"relay": endless(origin)}, viewer_timeout=0.5)
     healthy = Task(lambda: site.get("/relay"))
     with contextlib.closing(idle_viewer(site.port, "/relay")) as stuck:
-        eventually(lambda: "read nothing for 0.5 s" in caplog.text, "the viewer is dropped")
+        eventually(lambda: "read nothing for 0.5 s" in caplog.text, "the viewer is disconnected")
         assert healthy.is_running
-        assert not read_to_end(stuck).endswith(b"\r\n0\r\n\r\n"), "players shall come back"
+        assert not read_to_end(stuck).endswith(b"\r\n0\r\n\r\n"), (
+            "without a final chunk, players reconnect"
+        )
     dropped = b'streampipe_viewer_drops_total{stream="relay",reason="timeout"} 1\n'
     assert dropped in site.get("/metrics").body
     site.channels.stop(TIMEOUT)
     healthy.result()
 
 
-def test_slow_viewer_is_not_dropped(origin: Origin, serve: Serve) -> None:
-    """It takes a little all the time, each of which is progress."""
+def test_slow_viewer_stays_connected(origin: Origin, serve: Serve) -> None:
+    """A viewer that keeps reading a little makes progress."""
     site = serve({"relay": endless(origin)}, viewer_timeout=0.5)
     until = time.monotonic() + 1.5
     pause = threading.Event()
@@ -389,14 +395,14 @@ def test_viewer_that_pauses_at_the_end_gets_the_final_chunk(
 
 
 def fill(sock: socket.socket) -> None:
-    """Give the kernel all it takes, as a burst just before a silence would."""
+    """Fill the kernel's send buffer, as a burst just before a silence does."""
     sock.settimeout(0)
     with contextlib.suppress(BlockingIOError):
         while True:
             sock.send(65536 * b"x")
 
 
-#### What the kernel holds, and what it looks for ####
+#### Options of sockets ####
 
 
 def server_side(site: Site) -> socket.socket:
@@ -415,14 +421,16 @@ def unsent(site: Site) -> int:
 def test_unsent_data_in_the_kernel_is_bounded(origin: Origin, serve: Serve) -> None:
     site = serve({"relay": endless(origin)})
     with contextlib.closing(idle_viewer(site.port, "/relay")):
-        eventually(lambda: unsent(site) >= pipe.UNSENT_LIMIT // 2, "the kernel takes no more")
+        eventually(lambda: unsent(site) >= pipe.UNSENT_LIMIT // 2, "the kernel's buffer fills")
         received = origin.requests[0].sent
-        origin.wait_until(lambda: origin.requests[0].sent > received + 4 * MIB, "4 MiB more come")
+        origin.wait_until(
+            lambda: origin.requests[0].sent > received + 4 * MIB, "the server reads 4 MiB more"
+        )
         assert unsent(site) <= pipe.UNSENT_LIMIT + pipe.SEND_LIMIT
 
 
 @pytest.mark.parametrize("seconds", [1.0, 600.0, 86400.0])
-def test_dead_peers_are_found_but_paused_players_kept(
+def test_kernel_detects_dead_peers_and_keeps_paused_players(
     origin: Origin, serve: Serve, seconds: float
 ) -> None:
     site = serve({"news": live(origin).url}, viewer_timeout=seconds)
@@ -448,7 +456,7 @@ SEGMENT_SECONDS = 10
 
 
 def large_segments(count: int, *, is_fmp4: bool) -> tuple[bytes | None, list[bytes]]:
-    """An initialization section and segments of ten seconds; three of them again and again."""
+    """An initialization section and segments of ten seconds, which repeat three segments."""
     size = SEGMENT_SECONDS * RATE
     if is_fmp4:
         init, fragments = media.fmp4()
@@ -459,7 +467,7 @@ def large_segments(count: int, *, is_fmp4: bool) -> tuple[bytes | None, list[byt
 
 
 def announced(segments: list[bytes]) -> list[bytes]:
-    """What viewers get of MPEG-TS segments: counters that start again are announced."""
+    """MPEG-TS segments as viewers receive them: with signals where counters restart."""
     out = segments[:1]
     for before, segment in itertools.pairwise(segments):
         out.append(media.spliced(before, segment, is_announced=False)[len(before) :])
@@ -471,7 +479,7 @@ def box(kind: bytes, size: int) -> bytes:
 
 
 def watch_whole(port: int, count: int, init: bytes, segments: list[bytes], rate: float) -> None:
-    """Read so many segments at a rate; fails where anything is left out after the start."""
+    """Read this many segments at a rate; fails if a byte after the start is missing."""
     with Watch(port, "/news") as viewer:
         assert viewer.read(len(init)) == init
         start = viewer.read(4096)
@@ -484,7 +492,7 @@ def watch_whole(port: int, count: int, init: bytes, segments: list[bytes], rate:
 
 @pytest.mark.parametrize("speed", [5, 1], ids=["scaled", "real-length"])
 @pytest.mark.parametrize("is_fmp4", [False, True], ids=["ts", "fmp4"])
-def test_segments_larger_than_the_window(
+def test_viewers_lose_nothing_of_segments_larger_than_the_window(
     origin: Origin, tmp_path: Path, is_fmp4: bool, speed: int
 ) -> None:
     """Two viewers at 1.5 times real time lose nothing; the second joins two segments late."""
@@ -507,7 +515,7 @@ def test_segments_larger_than_the_window(
         assert [line for line in service.lines if re.search(wrong, line)] == []
 
 
-#### Where it listens ####
+#### Host and port ####
 
 
 def ipv6_works() -> bool:
@@ -517,9 +525,9 @@ def ipv6_works() -> bool:
     return False
 
 
-@pytest.mark.skipif(not ipv6_works(), reason="there is no IPv6 here")
+@pytest.mark.skipif(not ipv6_works(), reason="this machine has no IPv6")
 @pytest.mark.parametrize("client", ["127.0.0.1", "::1"])
-def test_ipv6_host_serves_both(origin: Origin, serve: Serve, client: str) -> None:
+def test_ipv6_host_also_serves_ipv4(origin: Origin, serve: Serve, client: str) -> None:
     site = serve({"news": live(origin).url}, server={"host": "::"})
     with contextlib.closing(connect(site.port, client)) as sock:
         sock.sendall(b"GET /playlist.m3u HTTP/1.0\r\n\r\n")
@@ -530,7 +538,7 @@ def test_ipv6_host_serves_both(origin: Origin, serve: Serve, client: str) -> Non
     assert re.search(rf"\nhttp://{shown}:{site.port}/news\n".encode(), answer)
 
 
-def test_port_zero_is_a_free_port_each_time(serve: Serve) -> None:
+def test_port_zero_means_a_free_port(serve: Serve) -> None:
     first, second = serve({}), serve({})
     assert 0 < first.port != second.port > 0
     assert [site.get("/health").status for site in (first, second)] == [200, 200]
@@ -548,13 +556,13 @@ LINUX_OPTIONS = (
 )
 
 
-def test_viewers_are_served_without_what_linux_has(
+def test_viewers_are_served_without_functions_of_linux(
     origin: Origin,
     serve: Serve,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Windows has no sendmsg() either."""
+    """Windows also lacks sendmsg()."""
     for name in LINUX_OPTIONS:
         monkeypatch.delattr(socket, name, raising=False)
     monkeypatch.setattr(
@@ -569,7 +577,7 @@ def test_viewers_are_served_without_what_linux_has(
 
 
 @pytest.mark.parametrize("missing", [[], ["MSG_DONTWAIT"]], ids=["here", "on-windows"])
-def test_viewer_that_left_is_known_by_its_socket(
+def test_closed_socket_shows_that_a_viewer_left(
     monkeypatch: pytest.MonkeyPatch, missing: list[str]
 ) -> None:
     for name in missing:
@@ -581,14 +589,14 @@ def test_viewer_that_left_is_known_by_its_socket(
             pipe.tune(sock, 600.0)
             assert not pipe.has_left(sock)
             player.send(b"more")
-            eventually(lambda: sock.recv(1, socket.MSG_PEEK) == b"m", "it has come")
-            assert not pipe.has_left(sock), "whoever says something is there"
+            eventually(lambda: sock.recv(1, socket.MSG_PEEK) == b"m", "the bytes arrive")
+            assert not pipe.has_left(sock), "a viewer that sends bytes has not left"
             player.send(b"more")
             player.shutdown(socket.SHUT_WR)
-            eventually(lambda: pipe.has_left(sock), "it left")
+            eventually(lambda: pipe.has_left(sock), "the departure is noticed")
 
 
-def test_option_that_the_system_refuses_is_left_out() -> None:
+def test_option_that_the_system_refuses_is_ignored() -> None:
     class Picky(socket.socket):
         refused: list[int]
 
@@ -602,7 +610,7 @@ def test_option_that_the_system_refuses_is_left_out() -> None:
         assert len(sock.refused) > 1
 
 
-def test_signals_without_sighup(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_end_signals_work_without_sighup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(signal, "SIGHUP")
     before = {number: signal.getsignal(number) for number in pipe.END_SIGNALS}
     try:
@@ -614,17 +622,19 @@ def test_signals_without_sighup(monkeypatch: pytest.MonkeyPatch) -> None:
             signal.signal(number, handler)
 
 
-#### Many at once ####
+#### Crowds ####
 
 
 @linux_only
 @pytest.mark.long
 @pytest.mark.alone
-def test_crowd_that_does_not_read_harms_nobody(origin: Origin, tmp_path: Path) -> None:
+def test_crowd_that_does_not_read_does_not_affect_other_viewers(
+    origin: Origin, tmp_path: Path
+) -> None:
     """50 healthy viewers lose no byte next to 200 that never read and 500 idle connections.
 
-    All viewers are still there when the idle connections have timed out: if the 200 had been
-    disconnected by then, another viewer would be let in.
+    All viewers are still connected when the idle connections have timed out: if the 200 had been
+    disconnected by then, the server would accept another viewer.
     """
     news = live(origin, size=100 * KIB)
     with Service(
@@ -658,23 +668,27 @@ def test_crowd_that_does_not_read_harms_nobody(origin: Origin, tmp_path: Path) -
                 news.advance()
                 origin.wait_for(news.segment_path(news.newest))
             news.end()
-            edges = [start, *range(8, news.newest + 1, 8), news.newest + 1]  # of the media's turns
+            edges = [
+                start,
+                *range(8, news.newest + 1, 8),
+                news.newest + 1,
+            ]  # where the media repeats
             turns = itertools.starmap(news.plain, itertools.pairwise(edges))
             expected = media.spliced(*turns), True
             for body, is_complete in (read.result() for read in reads):
                 # Null packets fill the silence while the idle connections time out.
                 assert (body.replace(pipe.NULL_PACKET, b""), is_complete) == expected
             service.wait_for_count(f"read nothing for {STALLED} s|left: ", 1)
-        eventually(lambda: service.threads <= before[0] + 1, "the threads are as before", 40)
+        eventually(lambda: service.threads <= before[0] + 1, "the threads end", 40)
         grown = service.memory - before[1]
         assert grown < 60 * MIB, f"{grown} bytes more than before"
 
 
 @pytest.mark.long
-def test_joining_and_leaving_in_the_second_of_the_teardown(
+def test_viewers_join_and_leave_during_the_teardown(
     origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """15 viewers come and go 200 times around the end of their channel's linger time."""
+    """15 viewers join and leave 200 times around the end of their channel's linger time."""
     caplog.set_level(logging.WARNING)
     origin.rate = 4_000_000
     linger = 0.05
@@ -698,10 +712,10 @@ def test_joining_and_leaving_in_the_second_of_the_teardown(
             assert origin.count("/relay") <= starts + 1, f"a second upstream in round {number}"
     origin.wait_connections(0)
     assert [record.getMessage() for record in caplog.records] == []
-    eventually(lambda: threading.active_count() <= before, "no thread is left")
+    eventually(lambda: threading.active_count() <= before, "the threads end")
 
 
 @linux_only
 @pytest.mark.long
-def test_soak_of_a_minute(tmp_path: Path) -> None:
+def test_soak_of_a_minute_succeeds(tmp_path: Path) -> None:
     assert soak.soak(1, 1, tmp_path)

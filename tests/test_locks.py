@@ -1,4 +1,4 @@
-"""Locks that a thread takes while it holds another one, compared with the map in pipe.py."""
+"""Nested locks, compared with the map in pipe.py: a thread takes one while it holds another."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def codes_of(owner: type) -> list[object]:
 
 
 class Trace:
-    """The pairs of locks that were nested, the outer one first."""
+    """Records the pairs of nested locks, the outer one first."""
 
     def __init__(self) -> None:
         self.pairs: set[Pair] = set()
         self._held = threading.local()
 
     def held(self) -> list[Traced]:
-        """The locks that this thread holds, in the order it took them."""
+        """The locks that this thread holds, in the order of acquisition."""
         if not hasattr(self._held, "locks"):
             self._held.locks = []
         found: list[Traced] = self._held.locks
         return found
 
     def make(self, make: Callable[[], Any]) -> Any:
-        """A lock; it is traced if a line of pipe.py makes it a field."""
+        """A lock; it is traced if a line of pipe.py assigns it to an attribute of an object."""
         frame = sys._getframe(2)
         while frame.f_back and frame.f_code.co_filename == threading.__file__:
             frame = frame.f_back
@@ -57,11 +57,11 @@ class Trace:
 
 
 class Traced:
-    """A lock that notes which others its taker holds.  Conditions find what they need in it."""
+    """A lock that records the other locks of its thread.  It has the methods for conditions."""
 
     def __init__(self, trace: Trace, name: str, lock: Any) -> None:
         self._trace, self.name, self._lock = trace, name, lock
-        if hasattr(lock, "_release_save"):  # a reentrant one
+        if hasattr(lock, "_release_save"):  # a reentrant lock
             self._release_save, self._acquire_restore = self._save, self._restore
             self._is_owned = lock._is_owned
 
@@ -120,8 +120,8 @@ def pairs_of_the_map() -> set[Pair]:
     }
 
 
-def test_locks_of_the_map_exist() -> None:
-    """Each is a field that its class makes."""
+def test_every_lock_of_the_map_exists() -> None:
+    """Its class assigns it to this attribute."""
     names = {name for pair in pairs_of_the_map() for name in pair}
     assert len(names) >= 7
     for name in names:
@@ -134,7 +134,7 @@ def live(origin: Origin, name: str) -> Playlist:
 
 
 def use(site: Site, news: Playlist) -> None:
-    """Viewers, polling clients, reports, a failed start, a reload."""
+    """Use the server: viewers, polling clients, reports, a failed start, reloads."""
     viewers = [site.watch("/news") for _ in range(3)]
     for _ in range(3):
         news.advance()
@@ -151,15 +151,15 @@ def use(site: Site, news: Playlist) -> None:
     assert site.get("/film").status == 404
     changed = pipe.StreamSettings("news", ("http://127.0.0.1:9/other.m3u8",))
     site.server.reload(pipe.Config(streams={"news": changed}))
-    eventually(lambda: site.get("/health").json["viewers"] == 0, "its viewers are gone")
+    eventually(lambda: site.get("/health").json["viewers"] == 0, "the viewers are disconnected")
 
 
-def test_locks_are_nested_as_the_map_says(origin: Origin, serve: Serve, trace: Trace) -> None:
+def test_locks_are_only_nested_as_in_the_map(origin: Origin, serve: Serve, trace: Trace) -> None:
     news, film = live(origin, "news"), origin.add(Playlist("film", media.ts_segments()))
     streams = {"news": news.url, "film": film.url, "lost": f"{origin.url}/lost.m3u8"}
     site = serve(streams, linger=0)
     use(site, news)
     assert site.channels.stop(TIMEOUT)
-    assert ("Channels.changed", "Window._lock") in trace.pairs, "the locks are traced"
+    assert ("Channels.changed", "Window._lock") in trace.pairs, "the locks are not traced"
     unknown = sorted(trace.pairs - pairs_of_the_map())
-    assert unknown == [], f"pipe.py's docstring does not have: {unknown}"
+    assert unknown == [], f"pipe.py's docstring lacks these: {unknown}"

@@ -1,4 +1,4 @@
-"""The log, and readers of it that stop, leave or have no room: nothing waits for them."""
+"""The log, and readers of it that stop, leave or have no room: the server does not wait."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def live(origin: Origin, name: str = "news") -> Playlist:
     return origin.add(Playlist(name, media.ts_segments(), mode="live"))
 
 
-#### The program, with any kind of stderr ####
+#### The program with various kinds of stderr ####
 
 
 class Program:
-    """`python pipe.py` in a folder of its own; `stderr` is read, or not, by the test."""
+    """`python pipe.py` in a separate folder; a test may read `stderr` or leave it unread."""
 
     def __init__(
         self,
@@ -75,15 +75,15 @@ class Program:
 
     @property
     def port(self) -> int:
-        """The port that it listens on, waited for; the system says it, whatever the log does."""
-        eventually(lambda: bool(self._ports) or self._find_port(), "it listens")
+        """Wait for the port; it is read from the system, because the log may be unreadable."""
+        eventually(lambda: bool(self._ports) or self._find_port(), "the program listens")
         return self._ports[0]
 
     def _find_port(self) -> bool:
-        assert self._process.poll() is None, "it ended"
+        assert self._process.poll() is None, "the program ended"
         own = set()
         for entry in Path(f"/proc/{self.number}/fd").iterdir():
-            with contextlib.suppress(OSError):  # closed meanwhile
+            with contextlib.suppress(OSError):  # it was closed in the meantime
                 own.add(str(entry.readlink()))
         for line in Path(f"/proc/{self.number}/net/tcp").read_text().splitlines()[1:]:
             fields = line.split()
@@ -92,14 +92,14 @@ class Program:
         return bool(self._ports)
 
     def ask(self, path: str = "/health") -> int:
-        """The status of an answer, which must not take long."""
+        """The status of an answer, which must arrive within EXIT_TIME."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=EXIT_TIME)
         with contextlib.closing(connection):
             connection.request("GET", path)
             return connection.getresponse().status
 
     def end(self) -> None:
-        """It ends cleanly and in time."""
+        """End the program; it must end cleanly and in time."""
         self._process.send_signal(signal.SIGTERM)
         assert self._process.wait(EXIT_TIME) == 0
 
@@ -112,14 +112,14 @@ class Program:
 
 
 class Lines:
-    """Reads the other end of a log until a line has the pattern, or up to its end."""
+    """Reads a log up to a line with a pattern, or to its end."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._rest = b""
 
     def until(self, pattern: str) -> list[str]:
-        """All lines up to the first that has the pattern."""
+        """All lines up to the first with the pattern."""
         return Task(lambda: self._read(re.compile(pattern))).result(TIMEOUT)
 
     def all(self) -> list[str]:
@@ -135,7 +135,7 @@ class Lines:
                 continue
             try:
                 data = os.read(self._descriptor, 65536)
-            except OSError:  # a terminal says so at its end
+            except OSError:  # the end of a terminal
                 data = b""
             if not data:
                 assert not wanted, f"{wanted} is not in {lines[-20:]}"
@@ -146,7 +146,7 @@ class Lines:
 
 @pytest.fixture
 def pipe_ends() -> Iterator[tuple[int, int]]:
-    """The end of a pipe to read from, and the one to write to."""
+    """The reading and the writing end of a pipe."""
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_ROOM)
     with os.fdopen(reader, "rb", 0), os.fdopen(writer, "wb", 0):
@@ -154,7 +154,7 @@ def pipe_ends() -> Iterator[tuple[int, int]]:
 
 
 def unread(descriptor: int) -> int:
-    """Bytes that nobody has read yet."""
+    """The number of unread bytes in a pipe."""
     buffer = fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4))
     return int.from_bytes(buffer, sys.byteorder)
 
@@ -164,10 +164,10 @@ def dropped_in(lines: Iterable[str]) -> int:
 
 
 @pytest.mark.long
-def test_log_that_nobody_reads_stops_nobody(
+def test_unread_log_does_not_stop_the_server(
     origin: Origin, tmp_path: Path, pipe_ends: tuple[int, int]
 ) -> None:
-    """A viewer keeps receiving, 20,000 requests are answered, and the end takes no longer."""
+    """A viewer receives, 20,000 requests are answered, and the program ends in time."""
     reader, writer = pipe_ends
     news = live(origin)
     requests, rounds = 20_000, 20
@@ -180,20 +180,20 @@ def test_log_that_nobody_reads_stops_nobody(
                 assert set(clients.map(program.ask, paths)) == {200}
                 news.advance()
                 assert len(viewer.read(size // 2)) == size // 2
-        assert unread(reader) > PIPE_ROOM - 4096, "the pipe is full"
+        assert unread(reader) > PIPE_ROOM - 4096, "the pipe must be full"
         log = Lines(reader)
-        told = log.until(DROPPED.pattern)
+        first = log.until(DROPPED.pattern)
         kept = log.until(r"/no-such-stream: 404") if program.ask("/no-such-stream") else []
-        assert dropped_in(told) + len(told) + len(kept) > requests
-        assert len(told) + len(kept) < 15_000
+        assert dropped_in(first) + len(first) + len(kept) > requests
+        assert len(first) + len(kept) < 15_000
         with ThreadPoolExecutor(4) as clients:
             assert set(clients.map(program.ask, 2_000 * ["/health"])) == {200}
-        assert unread(reader) > PIPE_ROOM - 4096, "the pipe is full again"
+        assert unread(reader) > PIPE_ROOM - 4096, "the pipe must be full again"
         program.end()
 
 
-def test_terminal_that_is_stopped_stops_nobody(origin: Origin, tmp_path: Path) -> None:
-    """Ctrl+S stops a terminal, and Ctrl+Q lets it continue."""
+def test_stopped_terminal_does_not_stop_the_server(origin: Origin, tmp_path: Path) -> None:
+    """Ctrl+S stops a terminal, and Ctrl+Q continues it."""
     leader, follower = os.openpty()
     with os.fdopen(leader, "r+b", 0), os.fdopen(follower, "wb", 0):
         tty.setraw(follower)
@@ -211,13 +211,13 @@ def test_terminal_that_is_stopped_stops_nobody(origin: Origin, tmp_path: Path) -
             os.write(leader, b"\x11")
             lines = log.until("news: .* left: ")
             asked = [line for line in lines if re.search(r"GET /x\d: 404", line)]
-            assert len(asked) == 9, "no line is lost"
+            assert len(asked) == 9, "a line is lost"
             os.write(leader, b"\x13")
             program.ask()
             program.end()
 
 
-def test_reader_may_leave_and_return(tmp_path: Path) -> None:
+def test_log_continues_after_its_reader_leaves_and_returns(tmp_path: Path) -> None:
     fifo = tmp_path / "log"
     os.mkfifo(fifo)
     first = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
@@ -228,12 +228,12 @@ def test_reader_may_leave_and_return(tmp_path: Path) -> None:
         Lines(first).until("listening on")
         os.close(first)
         assert [program.ask(f"/x{number}") for number in range(5)] == 5 * [404]
-        second = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)  # it is not opened for writing twice
+        second = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)  # the program keeps its open end
         os.set_blocking(second, True)
         with os.fdopen(second, "rb", 0):
             assert program.ask("/y") == 404
             lines = Lines(second).until("GET /y: 404")
-        # A client has its answer before the line of it is written: the last ones may come late.
+        # A request's line is written after its answer: the last lines may be written late.
         assert dropped_in(lines) + sum("GET /x" in line for line in lines) == 5
         assert [line for line in lines if not LOG_LINE.fullmatch(line)] == []
         program.end()
@@ -242,8 +242,8 @@ def test_reader_may_leave_and_return(tmp_path: Path) -> None:
 LIMIT = 20_000  # bytes
 
 
-def test_full_disk_costs_lines_alone(tmp_path: Path) -> None:
-    """A file that cannot grow ends within a line; once there is room, whole lines follow."""
+def test_full_disk_only_loses_lines(tmp_path: Path) -> None:
+    """A file that cannot grow may end within a line; once it has room, whole lines follow."""
     file = tmp_path / "log"
     with open(file, "ab") as log:
         program = Program(tmp_path, log)
@@ -254,25 +254,25 @@ def test_full_disk_costs_lines_alone(tmp_path: Path) -> None:
         assert file.stat().st_size == LIMIT
         resource.prlimit(program.number, resource.RLIMIT_FSIZE, (2 * LIMIT, 2 * LIMIT))
         assert program.ask("/y") == 404
-        eventually(lambda: "GET /y: 404" in file.read_text(), "it is written")
+        eventually(lambda: "GET /y: 404" in file.read_text(), "the line is written")
         program.end()
     before, after = file.read_bytes()[:LIMIT].decode(), file.read_bytes()[LIMIT:].decode()
-    assert after.startswith("\n"), "the line that broke off stays what it is"
+    assert after.startswith("\n"), "the incomplete line must end before the next one"
     written = len(re.findall(r"GET /x\d+: 404\n", before + after))
-    # The line that broke off counts as dropped, whatever is there of it.
+    # The incomplete line counts as dropped, even if its text is complete.
     assert dropped_in(after.splitlines()) + written == 500
     lines = [*before.splitlines()[:-1], *after.splitlines()[1:]]
     assert [line for line in lines if not LOG_LINE.fullmatch(line)] == []
 
 
-def test_disk_without_any_room_stops_nobody(tmp_path: Path) -> None:
+def test_disk_without_any_room_does_not_stop_the_server(tmp_path: Path) -> None:
     with open("/dev/full", "wb") as full, Program(tmp_path, full) as program:
         assert [program.ask() for _ in range(9)] == 9 * [200]
         program.end()
 
 
 def test_stderr_may_be_closed(tmp_path: Path) -> None:
-    """No socket gets its number, or another program's complaints would go to a viewer."""
+    """No socket takes its number; otherwise a viewer would receive other programs' messages."""
     prefix = ["sh", "-c", 'exec "$@" 2>&-', "sh"]
     with Program(tmp_path, subprocess.DEVNULL, prefix=prefix) as program:
         assert [program.ask() for _ in range(9)] == 9 * [200]
@@ -280,22 +280,22 @@ def test_stderr_may_be_closed(tmp_path: Path) -> None:
         program.end()
 
 
-def test_mistake_goes_nowhere_if_stderr_is_closed(tmp_path: Path) -> None:
-    """Not to stdout, where a program may read something else."""
+def test_mistake_is_not_written_if_stderr_is_closed(tmp_path: Path) -> None:
+    """stdout stays empty, because another program may read it."""
     command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, str(PIPE)]
     done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, timeout=TIMEOUT)
     assert (done.returncode, done.stdout) == (2, b"")
 
 
-def test_pipe_that_does_not_block_loses_nothing(tmp_path: Path, pipe_ends: tuple[int, int]) -> None:
-    """Whoever shares the pipe may have made it so; 2,000 lines are more than it holds."""
+def test_non_blocking_pipe_loses_nothing(tmp_path: Path, pipe_ends: tuple[int, int]) -> None:
+    """Another user of the pipe may have set this mode. The pipe cannot hold 2,000 lines."""
     reader, writer = pipe_ends
     os.set_blocking(writer, False)
     count = 2_000
     with Program(tmp_path, writer) as program, ThreadPoolExecutor(4) as clients:
         paths = [f"/x{number}" for number in range(count)]
         assert set(clients.map(program.ask, paths)) == {404}
-        assert unread(reader) > PIPE_ROOM - 4096, "the pipe is full"
+        assert unread(reader) > PIPE_ROOM - 4096, "the pipe must be full"
         log = Lines(reader)
         assert program.ask("/y") == 404
         lines = log.until("GET /y: 404")
@@ -305,8 +305,8 @@ def test_pipe_that_does_not_block_loses_nothing(tmp_path: Path, pipe_ends: tuple
         program.end()
 
 
-def test_failure_of_a_finalizer_is_a_line_of_the_log() -> None:
-    """Python itself would write it to stderr, from a thread that has to wait for its reader."""
+def test_failure_of_a_finalizer_is_written_to_the_log() -> None:
+    """Python itself would write it to stderr, and block the thread until stderr is read."""
     lines = (
         "import pipe, logging",
         "pipe.set_up_logging('info')",
@@ -319,22 +319,22 @@ def test_failure_of_a_finalizer_is_a_line_of_the_log() -> None:
         [sys.executable, "-c", "\n".join(lines)],
         cwd=PIPE.parent, capture_output=True, encoding="utf-8", check=True, timeout=TIMEOUT,
     )  # fmt: skip
-    told = done.stderr.splitlines()
-    assert LOG_LINE.fullmatch(told[0])
-    assert "Exception ignored in" in told[0]
-    assert told[-1] == "ZeroDivisionError: division by zero"
+    written = done.stderr.splitlines()
+    assert LOG_LINE.fullmatch(written[0])
+    assert "Exception ignored in" in written[0]
+    assert written[-1] == "ZeroDivisionError: division by zero"
 
 
 #### Under systemd ####
 
 
 def journal(descriptor: int) -> list[str]:
-    """The start of a command whose environment says that the journal reads this stream."""
+    """The start of a command; its environment states that the journal reads this stream."""
     status = os.fstat(descriptor)
     return ["env", f"JOURNAL_STREAM={status.st_dev}:{status.st_ino}"]
 
 
-def test_journal_gets_the_priority_of_each_line_and_adds_the_time_itself(
+def test_journal_lines_have_a_priority_and_no_time(
     tmp_path: Path, pipe_ends: tuple[int, int]
 ) -> None:
     reader, writer = pipe_ends
@@ -349,8 +349,8 @@ def test_journal_gets_the_priority_of_each_line_and_adds_the_time_itself(
         program.end()
 
 
-def test_journal_gets_the_priority_of_each_line_of_a_traceback(pipe_ends: tuple[int, int]) -> None:
-    """The journal reads each line by itself: one without a priority would count as information."""
+def test_each_journal_line_of_a_traceback_has_a_priority(pipe_ends: tuple[int, int]) -> None:
+    """The journal reads each line separately; a line without a priority would count as info."""
     reader, writer = pipe_ends
     lines = (
         "import pipe, logging, threading",
@@ -362,12 +362,12 @@ def test_journal_gets_the_priority_of_each_line_of_a_traceback(pipe_ends: tuple[
     )
     command = [*journal(writer), sys.executable, "-c", "\n".join(lines)]
     subprocess.run(command, cwd=PIPE.parent, stderr=writer, check=True, timeout=TIMEOUT)
-    told = Lines(reader).until("ZeroDivisionError")
-    assert len(told) > 3
-    assert {line[:3] for line in told} == {"<3>"}
+    found = Lines(reader).until("ZeroDivisionError")
+    assert len(found) > 3
+    assert {line[:3] for line in found} == {"<3>"}
 
 
-def test_journal_gets_mistakes_as_errors(tmp_path: Path, pipe_ends: tuple[int, int]) -> None:
+def test_mistakes_are_errors_in_the_journal(tmp_path: Path, pipe_ends: tuple[int, int]) -> None:
     reader, writer = pipe_ends
     command = [*journal(writer), sys.executable, str(PIPE)]
     done = subprocess.run(command, cwd=tmp_path, stderr=writer, check=False, timeout=TIMEOUT)
@@ -375,10 +375,10 @@ def test_journal_gets_mistakes_as_errors(tmp_path: Path, pipe_ends: tuple[int, i
     assert Lines(reader).until("no such file")[0].startswith("<3>config.yml: no such file; ")
 
 
-def test_stream_that_is_not_the_journal_gets_times(
+def test_lines_have_times_if_stderr_is_not_the_journal(
     tmp_path: Path, pipe_ends: tuple[int, int]
 ) -> None:
-    """A program keeps the variable that it inherited when its stderr is redirected."""
+    """A program with a redirected stderr still inherits the journal's variable."""
     reader, writer = pipe_ends
     with open(os.devnull, "rb") as other:
         prefix = journal(other.fileno())
@@ -393,7 +393,7 @@ def test_stream_that_is_not_the_journal_gets_times(
 
 
 class Reader(io.RawIOBase):
-    """A stream whose reader has stopped, until it reads on."""
+    """A stream whose reader stops at a text, until `reads_on` is set."""
 
     def __init__(self, stops_at: str = "") -> None:
         self._stops_at = stops_at.encode()
@@ -420,7 +420,7 @@ def text_of(reader: Reader, encoding: str) -> TextIO:
 
 
 class Log:
-    """A log that writes to a reader; a first line has reached it, and it stops at that."""
+    """A log that writes to a reader; the reader has stopped at the first line."""
 
     def __init__(self) -> None:
         self.reader = Reader()
@@ -452,19 +452,19 @@ def log() -> Iterator[Log]:
     log.handler.close()
 
 
-def test_ten_thousand_lines_wait(log: Log) -> None:
+def test_log_keeps_ten_thousand_waiting_lines(log: Log) -> None:
     for number in range(10_007):
         log.write(logging.INFO, "line %d", number)
-    told, *lines = log.read_on()
-    assert re.fullmatch(r"warning dropped 7 log lines: .*", told)
+    report, *lines = log.read_on()
+    assert re.fullmatch(r"warning dropped 7 log lines: .*", report)
     assert lines == [f"info line {number}" for number in range(10_000)]
 
 
-def test_lines_are_counted_once(log: Log) -> None:
+def test_dropped_lines_are_reported_once(log: Log) -> None:
     for number in range(10_001):
         log.write(logging.INFO, "line %d", number)
     log.reader.reads_on.set()
-    eventually(lambda: log.reader.lines[-1:] == ["info line 9999"], "all are written")
+    eventually(lambda: log.reader.lines[-1:] == ["info line 9999"], "all lines are written")
     assert "dropped 1 log line:" in log.reader.lines[1]
     log.write(logging.INFO, "another")
     assert log.read_on()[-2:] == ["info line 9999", "info another"]
@@ -477,10 +477,10 @@ def test_warnings_and_errors_displace_the_oldest_lesser_lines(log: Log, level: i
         log.write(logging.DEBUG if number % 2 else logging.INFO, "line %d", number)
     for number in range(3):
         log.write(level, "trouble %d", number)
-    told, before, *lines = log.read_on()
+    report, before, *lines = log.read_on()
     name = logging.getLevelName(level)
-    assert "dropped 3 log lines:" in told
-    assert before == f"{name} before", "it is older, but no lesser line"
+    assert "dropped 3 log lines:" in report
+    assert before == f"{name} before", "an older line of the same level must stay"
     assert [line.split(" ", 1)[1] for line in lines[:-3]] == [f"line {n}" for n in range(3, 9_999)]
     assert lines[-3:] == [f"{name} trouble {number}" for number in range(3)]
 
@@ -493,29 +493,29 @@ def test_lesser_lines_displace_nothing(log: Log) -> None:
     assert lines == [f"debug line {number}" for number in range(10_000)]
 
 
-def test_an_error_displaces_a_warning_where_there_is_nothing_less(log: Log) -> None:
+def test_error_displaces_a_warning_if_there_is_no_lesser_line(log: Log) -> None:
     for number in range(10_000):
         log.write(logging.WARNING, "line %d", number)
     log.write(logging.WARNING, "another")
     log.write(logging.ERROR, "trouble")
-    told, *lines = log.read_on()
-    assert "dropped 2 log lines:" in told
+    report, *lines = log.read_on()
+    assert "dropped 2 log lines:" in report
     assert lines == [*(f"warning line {number}" for number in range(1, 10_000)), "error trouble"]
 
 
 def test_waiting_lines_are_bounded_in_bytes(log: Log) -> None:
-    """At debug level, clients choose how long a line is."""
+    """At debug level, clients determine the length of a line."""
     for _ in range(1_000):
         log.write(logging.DEBUG, "%s", 65_536 * "x")
     log.write(logging.ERROR, "trouble")
-    told, *lines = log.read_on()
+    report, *lines = log.read_on()
     assert sum(map(len, lines)) < 16 * 1024 * 1024
-    assert dropped_in([told]) == 1_001 - len(lines)
+    assert dropped_in([report]) == 1_001 - len(lines)
     assert lines[-1] == "error trouble"
 
 
-def test_line_that_waits_keeps_nothing_alive(log: Log) -> None:
-    """A record with a traceback would keep every local variable in it."""
+def test_waiting_line_keeps_no_objects_alive(log: Log) -> None:
+    """A record with a traceback would keep all local variables of its frames."""
 
     class Window: ...
 
@@ -534,29 +534,29 @@ def test_line_that_waits_keeps_nothing_alive(log: Log) -> None:
     assert "RuntimeError: broken" in log.read_on()
 
 
-def test_line_that_cannot_be_formatted_is_told_in_the_log(log: Log) -> None:
+def test_line_that_cannot_be_formatted_is_reported_in_the_log(log: Log) -> None:
     log.write(logging.INFO, "%d lines", "no")
     log.write(logging.INFO, "another")
-    told, another = log.read_on()
-    assert told == "error a log line of test_log.py:1 cannot be formatted"
+    report, another = log.read_on()
+    assert report == "error a log line of test_log.py:1 cannot be formatted"
     assert another == "info another"
 
 
-def test_characters_that_the_log_lacks_are_escaped(log: Log) -> None:
+def test_characters_outside_the_encoding_are_escaped(log: Log) -> None:
     log.write(logging.INFO, "Zürich")
     assert log.read_on() == [r"info Z\xfcrich"]
 
 
-def test_flush_waits_a_second_at_most(log: Log) -> None:
+def test_flush_waits_at_most_a_second(log: Log) -> None:
     log.write(logging.INFO, "another")
     flush = Task(log.handler.flush)
     flush.result(TIMEOUT)
     assert log.reader.lines == []
-    assert log.read_on() == ["info another"], "and loses nothing"
+    assert log.read_on() == ["info another"], "the flush must lose nothing"
 
 
-def test_finalizer_may_log_while_another_line_is_made(log: Log) -> None:
-    """The garbage collector runs it in whatever thread, which may hold the log's lock."""
+def test_finalizer_may_log_while_another_line_is_formatted(log: Log) -> None:
+    """The garbage collector runs it in any thread, even in one that holds the log's lock."""
 
     class Odd:
         def __str__(self) -> str:
@@ -571,10 +571,10 @@ def test_finalizer_may_log_while_another_line_is_made(log: Log) -> None:
 
 
 @pytest.mark.parametrize("words", ["started watching (HLS)", " left: "])
-def test_nobody_waits_for_whoever_reads_the_log(
+def test_stuck_log_does_not_delay_answers(
     origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture, words: str
 ) -> None:
-    """Not even the client that the line is about."""
+    """Even the client that the line is about does not wait."""
     caplog.set_level(logging.INFO, "streampipe")
     stuck = Reader(words)
     handler = pipe.LogHandler(text_of(stuck, "utf-8"))

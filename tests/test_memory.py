@@ -1,7 +1,7 @@
-"""What a channel that ended leaves behind: no memory, no thread, and no state that others wait for.
+"""An ended channel leaves no memory, no thread, and no state that blocks other channels.
 
-The program runs as a process of its own where its memory is measured.  Threads that cannot be
-started stand for a system that allows no more of them (a pids limit, TasksMax of systemd).
+The tests of memory run the program as a separate process.  The other tests simulate a system that
+allows no further threads (a pids limit, TasksMax of systemd).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from tests.server import Site, Watch
 Serve = Callable[..., Site]
 
 MIB = 1 << 20
-SIZE = 15 * MIB  # bytes, a little less than a window holds
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads figures of Linux' kernel")
+SIZE = 15 * MIB  # bytes, a little less than the size of a window
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads figures of the Linux kernel")
 
 
 #### Memory ####
@@ -34,7 +34,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads figures o
 
 @pytest.fixture
 def without_collector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python processes that start from now on never look for cycles."""
+    """Disable the garbage collector in Python processes that start from now on."""
     folder = tmp_path / "path"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text("import gc\ngc.disable()\n")
@@ -42,14 +42,14 @@ def without_collector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def zap(service: Service, path: str) -> None:
-    """Watch a channel until SIZE of it has come, leave it, and wait until nothing is left of it."""
+    """Watch a channel for SIZE bytes, leave it, and wait until the channel has ended."""
     with Watch(service.port, path) as viewer:
         assert (viewer.status, len(viewer.read(SIZE))) == (200, SIZE)
     eventually(lambda: not channels(service.port), "the channel ended")
 
 
 def channels(port: int) -> list[dict[str, object]]:
-    """All that the status page knows of."""
+    """All channels in /status."""
     with Watch(port, "/status") as page:
         streams = json.loads(page.read_all()[0])["streams"]
         return [channel for stream in streams for channel in stream["channels"]]
@@ -75,10 +75,10 @@ def broken(origin: Origin, name: str) -> str:
 @pytest.mark.long
 @pytest.mark.usefixtures("without_collector")
 @pytest.mark.parametrize("kind", [segmented, relayed, broken])
-def test_zapping_through_large_channels_gives_memory_back(
+def test_zapping_through_large_channels_frees_their_memory(
     origin: Origin, tmp_path: Path, kind: Callable[[Origin, str], str]
 ) -> None:
-    """Twenty, one after the other, of which each fills its window of 16 MiB."""
+    """A viewer watches twenty channels one after the other; each fills its window of 16 MiB."""
     streams = {f"tv{number}": kind(origin, f"tv{number}") for number in range(20)}
     options = {"linger": 0, "reconnect": 0}
     memory = []
@@ -86,7 +86,7 @@ def test_zapping_through_large_channels_gives_memory_back(
         for name in streams:
             zap(service, f"/{name}")
             memory.append(service.memory // MIB)
-    # Of twenty windows; what is freed stays with the allocator in part, up to 45 MiB were seen.
+    # Less than four of twenty windows: the allocator keeps some freed memory, at most 45 MiB so far.
     assert memory[-1] - memory[1] < 4 * SIZE // MIB, memory
 
 
@@ -97,7 +97,7 @@ Fail = Callable[[str], contextlib.AbstractContextManager[None]]
 
 @pytest.fixture
 def no_thread(monkeypatch: pytest.MonkeyPatch) -> Fail:
-    """Within `no_thread("feed-")`, threads of that name cannot be started."""
+    """Within `no_thread("^feed-")`, threads whose names match cannot be started."""
     start = threading.Thread.start
 
     @contextlib.contextmanager
@@ -137,7 +137,7 @@ def assert_plays(site: Site) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_channel_whose_thread_cannot_be_started_leaves_nothing_behind(
+def test_channel_whose_thread_cannot_be_started_is_removed(
     origin: Origin, serve: Serve, no_thread: Fail, kind: Callable[[Origin], str]
 ) -> None:
     site = serve({"news": kind(origin)}, server={"max_upstreams": 1, "max_viewers": 1}, linger=0)
@@ -155,7 +155,7 @@ def test_channel_whose_thread_cannot_be_started_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_upstream_whose_closing_thread_cannot_be_started_closes(
+def test_upstream_closes_without_a_closing_thread(
     origin: Origin, serve: Serve, no_thread: Fail, kind: Callable[[Origin], str]
 ) -> None:
     site = serve({"news": kind(origin)}, server={"max_upstreams": 1}, linger=0)
@@ -182,7 +182,7 @@ def test_upstream_whose_threads_cannot_be_started_fails(
     site = serve({"news": kind(origin)}, linger=0, timeout=2)
     with no_thread(name):
         assert site.get("/news").status in (502, 503)
-        eventually(lambda: not channels(site.port), "nothing is left of it")
+        eventually(lambda: not channels(site.port), "the channel is removed")
         origin.wait_connections(0)
     eventually(lambda: site.watch("/news").status == 200, "the failure is forgotten")
 

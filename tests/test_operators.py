@@ -1,4 +1,4 @@
-"""What an operator learns of a running server; server, origin, signals and sockets are real."""
+"""Logs and metrics for an operator, with a real server, origin, signals and sockets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.test_readme import promtool
 from tests.threads import Task
 
 Serve = Callable[..., Site]
-SEGMENTS = 30  # of one timeline, a second each
+SEGMENTS = 30  # on one timeline, one second each
 
 
 def live(origin: Origin, name: str = "news", **options: Any) -> Playlist:
@@ -40,7 +40,7 @@ def live(origin: Origin, name: str = "news", **options: Any) -> Playlist:
 
 
 def states(site: Site) -> dict[str, str]:
-    """The state of each stream, as /status has it."""
+    """The state of each stream in /status."""
     return {each["stream"]: each["state"] for each in site.get("/status").json["streams"]}
 
 
@@ -48,11 +48,11 @@ def states(site: Site) -> dict[str, str]:
 
 
 def reload(site: Site, config: pipe.Config) -> None:
-    """As SIGHUP does once the file is read."""
+    """Reload this configuration, as after SIGHUP."""
     pipe.reload(site.server, lambda: config)
 
 
-def test_reload_of_an_unchanged_file_keeps_every_failure(
+def test_reload_of_an_unchanged_file_keeps_all_failures(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipe, "FAILURE_MEMORY", 1000.0)
@@ -76,9 +76,7 @@ def test_reload_of_an_unchanged_file_keeps_every_failure(
     assert broken.taken == 2, "the failed start is remembered, and the failed address is tried last"
 
 
-def test_reload_forgets_the_failures_of_a_changed_stream_alone(
-    origin: Origin, serve: Serve
-) -> None:
+def test_reload_forgets_only_the_failures_of_a_changed_stream(origin: Origin, serve: Serve) -> None:
     origin.fault("/*.m3u8", Status(503), times=None)
     site = serve({name: f"{origin.url}/{name}.m3u8" for name in ("same", "other")})
     for path in ("/same", "/other"):
@@ -89,7 +87,7 @@ def test_reload_forgets_the_failures_of_a_changed_stream_alone(
 
 
 def add_list(origin: Origin, **urls: str) -> str:
-    """Serve a channel list of these; returns its address."""
+    """Serve a channel list of these streams; returns its address."""
     text = "#EXTM3U\n" + "".join(f"#EXTINF:-1,{name}\n{url}\n" for name, url in urls.items())
     return origin.add_file("/list.m3u", text.encode(), content_type="audio/x-mpegurl")
 
@@ -109,7 +107,7 @@ def test_new_channel_list_keeps_the_failures_of_unchanged_streams(
 
 
 NEWS, SPORT = "http://origin.example/secret/news.m3u8", "http://origin.example/secret/sport.m3u8"
-# Each file is loaded after the one before; the line says what is different.
+# Each file is loaded after the one before; the text is the log line about the differences.
 FILES: list[tuple[dict[str, object], dict[str, object], str]] = [
     ({"news": NEWS}, {}, "no change"),
     ({"news": NEWS, "sport": SPORT}, {}, "1 stream added"),
@@ -128,7 +126,7 @@ FILES: list[tuple[dict[str, object], dict[str, object], str]] = [
 ]  # fmt: skip
 
 
-def test_reload_says_what_changed(tmp_path: Path) -> None:
+def test_reload_logs_the_changes(tmp_path: Path) -> None:
     with Service(tmp_path, {"news": NEWS}) as service:
         for number, (streams, more, words) in enumerate(FILES, 1):
             service.configure(streams, **more)
@@ -193,7 +191,7 @@ def test_wrong_token_is_logged_with_the_address(
 def test_request_without_a_guess_is_not_logged(
     serve: Serve, caplog: pytest.LogCaptureFixture, path: str, headers: dict[str, Any]
 ) -> None:
-    """A browser begins without a token, and asks its person only then."""
+    """A browser first sends a request without a token, and then asks its user for it."""
     site = serve({"news": NEWS}, server={"token": TOKEN})
     site.get(path, **headers)
     assert guessers(caplog) == []
@@ -208,39 +206,39 @@ def test_wrong_token_of_a_trusted_client_is_not_logged(
 
 
 def guess_from(site: Site, *addresses: str) -> None:
-    """A request with a wrong token through a proxy, from each of these."""
+    """Send a request with a wrong token through a proxy from each of these addresses."""
     for address in addresses:
         headers: dict[str, Any] = {"X-Forwarded-For": address}
         assert site.get(f"/status?token={GUESS}", **headers).status == 401
 
 
-def test_wrong_tokens_are_one_line_in_ten_seconds_for_each_address(
+def test_wrong_tokens_of_an_address_are_logged_once_in_ten_seconds(
     serve: Serve, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert pipe.REPEAT_TIME == 10.0
     site = serve({"news": NEWS}, server=PROXIES)
     guess_from(site, *3 * ["203.0.113.7", "2001:470::7", "::ffff:203.0.113.7"])
     assert guessers(caplog) == ["203.0.113.7", "2001:470::7"]
-    monkeypatch.setattr(pipe, "REPEAT_TIME", 0.0)  # as if they had passed
+    monkeypatch.setattr(pipe, "REPEAT_TIME", 0.0)  # as if ten seconds had passed
     guess_from(site, "203.0.113.7")
     assert guessers(caplog) == ["203.0.113.7", "2001:470::7", "203.0.113.7"]
 
 
-def test_addresses_that_sent_wrong_tokens_cost_a_bounded_memory(
+def test_record_of_wrong_tokens_has_a_bounded_size(
     serve: Serve, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody with a network of IPv6 has more addresses than a server has memory."""
+    """A client with an IPv6 network has more addresses than a server can store."""
     monkeypatch.setattr(pipe, "GUESSERS", 2)
     site = serve({"news": NEWS}, server=PROXIES)
     first, *others = [f"2001:470::{number}" for number in range(1, 4)]
     guess_from(site, first, *others, others[-1], first)
-    assert guessers(caplog) == [first, *others, first], "the oldest is forgotten"
+    assert guessers(caplog) == [first, *others, first], "the oldest address must be forgotten"
 
 
 def fail2ban(tool: str, *arguments: str | Path) -> str:
-    """What one of fail2ban's tools prints; fails if the tool finds a mistake."""
+    """The output of a tool of fail2ban; fails if the tool finds a mistake."""
     if not shutil.which(tool):
-        assert "CI" not in os.environ, "fail2ban must be there"
+        assert "CI" not in os.environ, "CI must install fail2ban"
         pytest.skip("needs fail2ban")
     command = [tool, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
@@ -258,11 +256,11 @@ def fail2ban_files() -> tuple[str, str]:
     return rules, jail
 
 
-def test_fail2ban_takes_the_jail_of_readme(tmp_path: Path) -> None:
-    fail2ban("fail2ban-client", "--version")  # or skip before its files are needed
+def test_fail2ban_accepts_the_jail_of_readme(tmp_path: Path) -> None:
+    fail2ban("fail2ban-client", "--version")  # skips the test if fail2ban is missing
     folder = tmp_path / "fail2ban"
     shutil.copytree("/etc/fail2ban", folder)
-    (folder / "jail.d" / "defaults-debian.conf").unlink(missing_ok=True)  # wants a log of sshd
+    (folder / "jail.d" / "defaults-debian.conf").unlink(missing_ok=True)  # needs sshd's log
     rules, jail = fail2ban_files()
     (folder / "filter.d" / "streampipe.conf").write_text(rules, encoding="utf-8")
     (folder / "jail.d" / "streampipe.conf").write_text(jail, encoding="utf-8")
@@ -273,12 +271,12 @@ def test_fail2ban_takes_the_jail_of_readme(tmp_path: Path) -> None:
 
 
 def banned(log: Path, rules: Path) -> list[str]:
-    """The addresses that fail2ban finds in a log with a filter, in its order."""
+    """The addresses that fail2ban finds in a log with a filter, in the order of the log."""
     return fail2ban("fail2ban-regex", "--out", "ip", log, rules).split()
 
 
 def test_fail2ban_finds_wrong_tokens_with_the_filter_of_readme(tmp_path: Path) -> None:
-    """In a log with times, as a terminal or a container has it, and in systemd's journal."""
+    """The filter works in a log with times, as in a terminal or container, and in the journal."""
     rules = tmp_path / "streampipe.conf"
     rules.write_text(fail2ban_files()[0], encoding="utf-8")
     guessed = ["203.0.113.7", "2001:470::7"]
@@ -298,7 +296,7 @@ def test_fail2ban_finds_wrong_tokens_with_the_filter_of_readme(tmp_path: Path) -
     log = tmp_path / "log"
     log.write_text("\n".join([*lines, ""]), encoding="utf-8")
     assert banned(log, rules) == guessed
-    # What fail2ban makes of an entry of the journal; the date is only for the tool.
+    # fail2ban's form of a journal entry; the date is only for the tool.
     entries = [re.sub(r"^([\d-]+ [\d:,]+) ", r"\1 tv python[77]: ", line) for line in lines]
     log.write_text("\n".join([*entries, ""]), encoding="utf-8")
     assert banned(log, rules) == guessed
@@ -308,7 +306,7 @@ def test_fail2ban_finds_wrong_tokens_with_the_filter_of_readme(tmp_path: Path) -
 
 
 def state(site: Site, stream: str = "news") -> str:
-    """The one state that a stream is in, as /metrics has it."""
+    """The state of a stream in /metrics, where exactly one is 1."""
     samples = metrics(site)
     found = {
         dict(labels)["state"]: value
@@ -333,7 +331,7 @@ def drops(site: Site, stream: str = "news") -> dict[str, float]:
     }
 
 
-def test_stream_that_nobody_requested_has_no_samples(origin: Origin, serve: Serve) -> None:
+def test_stream_without_a_request_has_no_samples(origin: Origin, serve: Serve) -> None:
     site = serve({"news": live(origin).url, "idle": NEWS})
     assert not any("stream" in dict(labels) for _, labels in metrics(site))
     with site.watch("/news") as viewer:
@@ -342,7 +340,7 @@ def test_stream_that_nobody_requested_has_no_samples(origin: Origin, serve: Serv
         assert streams == {"news"}
 
 
-def test_every_state_of_a_stream_is_a_metric(
+def test_metrics_have_the_state_of_a_stream(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipe, "REOPEN_PAUSES", (0.1, 0.2))
@@ -358,11 +356,13 @@ def test_every_state_of_a_stream_is_a_metric(
         assert (state(site), metric(site, "upstreams", stream="news")) == ("live", 1)
         assert metric(site, "upstream_slots") == 1
         origin.stop()
-        eventually(lambda: state(site) == "waiting", "the outage shows")
-        assert metric(site, "upstreams", stream="news") == 0, "it is in trouble"
-        assert metric(site, "upstream_slots") == 1, "it holds its slot"
+        eventually(lambda: state(site) == "waiting", "the outage is shown")
+        assert metric(site, "upstreams", stream="news") == 0, (
+            "an upstream in trouble does not count"
+        )
+        assert metric(site, "upstream_slots") == 1, "the channel must keep its slot"
         assert watch.read_all()[1] is False
-    eventually(lambda: state(site) == "failed", "it is given up")
+    eventually(lambda: state(site) == "failed", "the channel has failed")
     assert metric(site, "upstream_slots") == 0
     assert drops(site) == {"reconnect": 1}
 
@@ -378,7 +378,7 @@ def test_private_stream_is_live_and_then_idle(origin: Origin, serve: Serve) -> N
     assert drops(site, "film") == {}
 
 
-def test_polling_client_that_an_outage_disconnects_is_counted(
+def test_polling_client_that_an_outage_disconnects_is_a_drop(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipe, "REOPEN_PAUSES", (0.1, 0.2))
@@ -386,10 +386,10 @@ def test_polling_client_that_an_outage_disconnects_is_counted(
     site = serve({"news": news.url}, timeout=3, reconnect=1)
     assert site.get("/news.m3u8").status == 200
     origin.stop()
-    eventually(lambda: drops(site) == {"reconnect": 1}, "it is counted")
+    eventually(lambda: drops(site) == {"reconnect": 1}, "the client is counted")
 
 
-def test_viewers_of_a_changed_stream_are_counted(origin: Origin, serve: Serve) -> None:
+def test_viewers_of_a_changed_stream_are_drops(origin: Origin, serve: Serve) -> None:
     news = live(origin)
     site = serve({"news": news.url})
     assert site.get("/news.m3u8").status == 200
@@ -398,31 +398,31 @@ def test_viewers_of_a_changed_stream_are_counted(origin: Origin, serve: Serve) -
         changed = replace(site.config.streams["news"], headers={"X-Key": "new"})
         reload(site, replace(site.config, streams={"news": changed}))
         assert viewer.read_all()[1] is False
-    eventually(lambda: drops(site) == {"reload": 2}, "both are counted")
+    eventually(lambda: drops(site) == {"reload": 2}, "both viewers are counted")
 
 
-def test_viewer_of_a_source_that_cannot_be_resumed_is_counted(origin: Origin, serve: Serve) -> None:
-    """fMP4 without segments or a length: nobody knows where it would continue."""
+def test_viewer_of_a_source_that_cannot_be_resumed_is_a_drop(origin: Origin, serve: Serve) -> None:
+    """fMP4 without segments or a length has no known position to continue from."""
     init, segments = media.fmp4(2)
     data = b"".join([init, *segments])
     address = origin.add_endless("/film", lambda: [data])
     site = serve({"film": f"httpstream://{address}"})
     with site.watch("/film") as viewer:
         assert viewer.read_all() == (data, False)
-    eventually(lambda: drops(site, "film") == {"failed": 1}, "it is counted")
+    eventually(lambda: drops(site, "film") == {"failed": 1}, "the viewer is counted")
 
 
-def test_viewers_that_a_shutdown_disconnects_are_counted(origin: Origin, serve: Serve) -> None:
+def test_viewer_that_a_shutdown_disconnects_is_a_drop(origin: Origin, serve: Serve) -> None:
     news = live(origin)
     site = serve({"news": news.url})
     with site.watch("/news") as viewer:
         assert viewer.read(media.PACKET)
         assert site.channels.stop(TIMEOUT)
         assert viewer.read_all()[1] is False
-        eventually(lambda: drops(site) == {"shutdown": 1}, "it is counted")
+        eventually(lambda: drops(site) == {"shutdown": 1}, "the viewer is counted")
 
 
-def test_viewer_that_leaves_is_not_counted(origin: Origin, serve: Serve) -> None:
+def test_viewer_that_leaves_is_not_a_drop(origin: Origin, serve: Serve) -> None:
     site = serve({"news": live(origin).url}, linger=0)
     with site.watch("/news") as viewer:
         assert viewer.read(media.PACKET)
@@ -430,7 +430,7 @@ def test_viewer_that_leaves_is_not_counted(origin: Origin, serve: Serve) -> None
     assert drops(site) == {}
 
 
-def test_limits_and_refusals_are_metrics(origin: Origin, serve: Serve) -> None:
+def test_metrics_have_limits_and_refusals(origin: Origin, serve: Serve) -> None:
     urls = {name: live(origin, name).url for name in ("one", "two", "three")}
     site = serve(urls, server={"max_viewers": 2, "max_upstreams": 1})
     assert (metric(site, "max_viewers"), metric(site, "max_upstreams")) == (2, 1)
@@ -446,7 +446,7 @@ def test_limits_and_refusals_are_metrics(origin: Origin, serve: Serve) -> None:
             assert metric(site, "refusals_total", reason="max_viewers") == 1
 
 
-def test_refusals_of_an_account_are_a_metric(origin: Origin, serve: Serve) -> None:
+def test_metrics_have_the_refusals_of_an_account(origin: Origin, serve: Serve) -> None:
     urls = {name: live(origin, name).url for name in ("one", "two")}
     site = serve({}, playlists={"tv": {"url": add_list(origin, **urls), "max_upstreams": 1}})
     eventually(lambda: set(states(site)) == set(urls), "the list is loaded")
@@ -465,19 +465,19 @@ def test_refused_connections_are_counted(serve: Serve, monkeypatch: pytest.Monke
         assert b" 503 " in site.raw(b"GET /health HTTP/1.1\r\n\r\n")
 
     def count() -> int:
-        """The refused connections, once the page itself is not refused."""
+        """The number of refused connections; 0 if the page itself is refused."""
         page = site.get("/metrics").body.decode()
         found = re.search(r'^streampipe_refusals_total\{reason="connections"\} (\d+)', page, re.M)
         return int(found[1]) if found else 0
 
-    eventually(lambda: count() >= 1, "it is counted")
+    eventually(lambda: count() >= 1, "the refused connection is counted")
 
 
 def broken_file() -> NoReturn:
     raise pipe.ConfigError(["config.yml:1: streams: found a tab: use spaces"])
 
 
-def test_last_reload_is_a_metric(serve: Serve) -> None:
+def test_metrics_have_the_last_reload(serve: Serve) -> None:
     site = serve({"news": NEWS})
 
     def last() -> tuple[float, float]:
@@ -487,7 +487,7 @@ def test_last_reload_is_a_metric(serve: Serve) -> None:
         return result, found[f"{name}_timestamp_seconds", frozenset()]
 
     begun = last()
-    assert begun[0] == 1, "the start counts"
+    assert begun[0] == 1, "the start must count as a reload"
     assert begun[1] == pytest.approx(time.time(), abs=TIMEOUT)
     pipe.reload(site.server, broken_file)
     failed = last()
@@ -500,21 +500,21 @@ def test_last_reload_is_a_metric(serve: Serve) -> None:
 
 #### README's alerts ####
 
-STEP = 15  # seconds between two scrapes; the pages are real, the time between them is not
+STEP = 15  # seconds between two scrapes; the pages are real, but the tests do not wait this long
 INSTANCE = {"instance": "tv:8080", "job": "streampipe"}
 
 
 class Scrapes:
-    """Real pages of /metrics, as the series that promtool takes for its tests of rules."""
+    """Real pages of /metrics, as input series for promtool's tests of rules."""
 
     def __init__(self, site: Site) -> None:
         self._site = site
         self._pages: list[dict[Key, float]] = []
 
     def take(self, count: int = 1) -> None:
-        """Read the page once; nothing changes until so many scrapes have passed.
+        """Read the page once, and use it for this many scrapes.
 
-        What is a time becomes one of promtool's, which begins at 0.
+        Time stamps are converted to promtool's clock, which starts at 0.
         """
         page = metrics(self._site)
         shift = STEP * len(self._pages) - time.time()
@@ -524,7 +524,7 @@ class Scrapes:
         self._pages += count * [page]
 
     def time(self, back: int = 0) -> str:
-        """The time of the newest scrape, or of the one that is so many before it."""
+        """The time of the newest scrape, or of the one `back` scrapes earlier."""
         return f"{STEP * (len(self._pages) - 1 - back)}s"
 
     @property
@@ -553,7 +553,7 @@ class Scrapes:
 
 
 def alert(rules: Any, time: str, name: str, *found: dict[str, str]) -> dict[str, Any]:
-    """What promtool expects: at this time, this alert fires with these labels, or not at all."""
+    """A case for promtool: at this time, this alert fires with these labels, or not at all."""
     (rule,) = [rule for rule in rules["groups"][0]["rules"] if rule["alert"] == name]
     expected = []
     for labels in found:
@@ -583,7 +583,7 @@ def test_alerts_of_readme_fire_in_an_outage(
     viewer, other = site.watch("/news"), site.watch("/frozen")
     assert viewer.read(len(news.plain(2, 5))) == news.plain(2, 5)
     assert other.read(len(frozen.plain(2, 5))) == frozen.plain(2, 5)
-    for number in range(5, 15):  # the other playlist stays as it is, which is no failure yet
+    for number in range(5, 15):  # the frozen playlist does not change, which is not a failure yet
         news.advance()
         assert viewer.read(len(news.plain(number, number + 1))) == news.plain(number, number + 1)
         scrapes.take()
@@ -606,7 +606,7 @@ def test_alerts_of_readme_fire_in_an_outage(
     pipe.reload(site.server, broken_file)
     scrapes.take(24)
     tests.append(alert(rules, scrapes.time(20), waits, *two))
-    tests.append(alert(rules, scrapes.time(), waits))  # nobody has asked for five minutes
+    tests.append(alert(rules, scrapes.time(), waits))  # no request for five minutes
     tests.append(alert(rules, scrapes.time(), no_bytes))
     tests.append(alert(rules, scrapes.time(), failed, INSTANCE))
 

@@ -1,8 +1,8 @@
 """Real processes behind a real HAProxy and a real nginx, configured as README shows.
 
-Only addresses, ports and paths are replaced in those. What proxies make of heads and addresses is
-tried with Caddy and Apache, too. Where a proxy is missing its tests are skipped, but not with CI in
-the environment.
+The tests replace only addresses, ports and paths in these configurations. The tests of heads and
+addresses also use Caddy and Apache. If a proxy is not installed, its tests are skipped, or fail if
+the environment has CI.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from tests.test_docs import README
 from tests.test_sharing import eventually
 
 FOLDER = Path(__file__).parent
-TIMEOUT = 20.0  # seconds; nothing a test waits for takes as long
+TIMEOUT = 20.0  # seconds; longer than any event that a test waits for
 CHANNELS = [f"channel{number}" for number in range(1, 7)]
 VIEWERS = 5  # of each channel
-SEGMENTS = 8  # until the media begins anew
+SEGMENTS = 8  # until the media repeats
 ONE_SEGMENT = len(media.ts_segments(SEGMENTS)[0])
 
 pytestmark = pytest.mark.long
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.long
 
 
 class Viewer:
-    """A viewer that takes all there is, in a thread of its own."""
+    """A viewer that reads as fast as it can, in its own thread."""
 
     def __init__(self, port: int, path: str) -> None:
         self.path = path
@@ -80,7 +80,7 @@ class Viewer:
 
 @pytest.fixture
 def watch() -> Iterator[Callable[[int, str], Viewer]]:
-    """Watch a path on a port; the viewer leaves with the test."""
+    """Watch a path on a port; the viewer leaves at the end of the test."""
     with contextlib.ExitStack() as stack:
 
         def start(port: int, path: str) -> Viewer:
@@ -94,15 +94,15 @@ def watch() -> Iterator[Callable[[int, str], Viewer]]:
 Watching = Callable[[int, str], Viewer]
 
 
-def go_on(viewers: Sequence[Viewer], size: int = ONE_SEGMENT) -> None:
-    """Wait until each has so many more bytes, or will have no more."""
+def wait_for_progress(viewers: Sequence[Viewer], size: int = ONE_SEGMENT) -> None:
+    """Wait until each viewer has `size` more bytes, or its stream has ended."""
     wanted = [(viewer, len(viewer.body) + size) for viewer in viewers]
     for viewer, least in wanted:
 
         def is_done(viewer: Viewer = viewer, least: int = least) -> bool:
             return viewer.ended.is_set() or len(viewer.body) >= least
 
-        eventually(is_done, f"{viewer.path} goes on")
+        eventually(is_done, f"{viewer.path} continues")
 
 
 #### Processes ####
@@ -119,7 +119,7 @@ class Server:
         self.port = self.program.listening_port()
 
     def channels(self) -> set[str]:
-        """Those that it pulls now."""
+        """The channels that it pulls now."""
         streams = get_json(self.port, "/status")["streams"]
         return {stream["stream"] for stream in streams if stream["channels"]}
 
@@ -148,7 +148,7 @@ def free_port() -> int:
 
 
 def adapted(name: str, replacements: Mapping[str, str], target: Path) -> Path:
-    """A copy of a configuration with these texts replaced, each of which it has once."""
+    """A copy of a configuration with these texts replaced; each must occur exactly once."""
     text = (FOLDER / name).read_text(encoding="utf-8")
     for old, new in replacements.items():
         assert text.count(old) == 1, old
@@ -159,7 +159,7 @@ def adapted(name: str, replacements: Mapping[str, str], target: Path) -> Path:
 
 @contextlib.contextmanager
 def running(*command: str, port: int) -> Iterator[None]:
-    """A proxy, from its listening to its end."""
+    """A proxy that listens on this port until the end of the block."""
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -175,16 +175,16 @@ def running(*command: str, port: int) -> Iterator[None]:
 
 
 def need(program: str) -> str:
-    """The program's path, also where /usr/sbin is not in PATH; skips the test without it."""
+    """The program's path, even if PATH lacks /usr/sbin; skips the test if it is missing."""
     found = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     if not found:
-        assert "CI" not in os.environ, f"{program} must be there"
+        assert "CI" not in os.environ, f"CI must install {program}"
         pytest.skip(f"needs {program}")
     return found
 
 
 def addresses(servers: list[Server]) -> dict[str, str]:
-    """Where the configurations' servers are in a test."""
+    """The addresses in the configurations, with the test's addresses of the servers."""
     return {
         f"192.0.2.{number}:8080": f"127.0.0.1:{server.port}"
         for number, server in enumerate(servers, 1)
@@ -201,7 +201,7 @@ def haproxy(servers: list[Server], folder: Path) -> Iterator[int]:
 
 
 def certificate(folder: Path) -> tuple[Path, Path]:
-    """A fresh certificate for 127.0.0.1, and its key."""
+    """A new certificate for 127.0.0.1, and its key."""
     file, key = folder / "tv.pem", folder / "tv.key"
     names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
     kind = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
@@ -212,7 +212,7 @@ def certificate(folder: Path) -> tuple[Path, Path]:
 
 @contextlib.contextmanager
 def nginx_with_tls(servers: list[Server], folder: Path) -> Iterator[tuple[int, int]]:
-    """The ports of plain HTTP and of TLS."""
+    """nginx in front of all servers; yields its ports for plain HTTP and TLS."""
     port, tls_port = free_port(), free_port()
     replacements = {
         "listen 80;": f"listen 127.0.0.1:{port};",
@@ -227,7 +227,10 @@ def nginx_with_tls(servers: list[Server], folder: Path) -> Iterator[tuple[int, i
 
 @contextlib.contextmanager
 def nginx_for_one(server: Server, folder: Path) -> Iterator[int]:
-    """The port of TLS; the configuration is included, as those in Debian's conf.d are."""
+    """nginx in front of one server; yields its port for TLS.
+
+    Another file includes the configuration, as Debian's nginx does with conf.d.
+    """
     port = free_port()
     replacements = {**tls(folder, port), "127.0.0.1:8080": f"127.0.0.1:{server.port}"}
     included = adapted("nginx_one.conf", replacements, folder / "nginx_one.conf")
@@ -239,7 +242,7 @@ def nginx_for_one(server: Server, folder: Path) -> Iterator[int]:
 
 
 def tls(folder: Path, port: int) -> dict[str, str]:
-    """What a configuration's TLS is in a test."""
+    """The replacements for a configuration's TLS: the port, certificate and key of a test."""
     file, key = certificate(folder)
     return {
         "listen 443 ssl;": f"listen 127.0.0.1:{port} ssl;",
@@ -255,7 +258,7 @@ def scratch_paths(folder: Path) -> str:
 
 @contextlib.contextmanager
 def running_nginx(config: Path, port: int) -> Iterator[None]:
-    """nginx with this configuration; it keeps its files in the folder of that."""
+    """nginx with this configuration; it keeps its files in the same folder."""
     folder = config.parent
     settings = f"daemon off; pid {folder}/nginx.pid;"
     log = str(folder / "nginx.log")
@@ -275,33 +278,36 @@ Proxy = Callable[[list[Server], Path], contextlib.AbstractContextManager[int]]
 
 @pytest.fixture(params=[haproxy, nginx], ids=["haproxy", "nginx"])
 def front(request: pytest.FixtureRequest, servers: list[Server], tmp_path: Path) -> Iterator[int]:
-    """The port of a proxy in front of the servers."""
+    """The port of a proxy in front of the three servers."""
     proxy: Proxy = request.param
     with proxy(servers, tmp_path) as port:
         yield port
 
 
-#### What they do together ####
+#### Three servers behind a proxy ####
 
 
 def is_from(body: bytes, channel: Playlist) -> bool:
-    """Whether these bytes are the channel's, none lost and none twice.
+    """Whether these bytes are the channel's, without a gap or a repeat.
 
-    It begins anew now and then, which is announced.
+    StreamPipe adds a signal at each repetition of the media.
     """
     whole = body[: len(body) // media.PACKET * media.PACKET]
     return media.without_notices(whole) in channel.plain(0, channel.newest + 1)
 
 
 def segment_requests(origin: Origin, channel: Playlist) -> list[int]:
-    """How often each segment that was asked for was."""
+    """The number of requests for each segment that was requested."""
     paths = [request.path for request in origin.requests]
     asked = {path for path in paths if path.startswith(f"/{channel.name}/") and path[-3:] == ".ts"}
     return [paths.count(path) for path in asked]
 
 
-def watched_again(watch: Watching, port: int, path: str) -> Viewer:
-    """A viewer that came back, and again where it met a server that was not known to be gone."""
+def reconnected(watch: Watching, port: int, path: str) -> Viewer:
+    """A viewer that reconnects until it is served.
+
+    The proxy may send it to the ended server until it notices that this one is gone.
+    """
     viewers: list[Viewer] = []
 
     def is_served() -> bool:
@@ -312,7 +318,7 @@ def watched_again(watch: Watching, port: int, path: str) -> Viewer:
     return viewers[-1]
 
 
-def test_each_channel_is_pulled_once_and_moves_alone(
+def test_each_channel_is_pulled_once_and_only_channels_of_a_lost_server_move(
     origin: Origin,
     channels: Mapping[str, Playlist],
     servers: list[Server],
@@ -321,7 +327,7 @@ def test_each_channel_is_pulled_once_and_moves_alone(
 ) -> None:
     viewers = [watch(front, f"/{name}") for name in CHANNELS for _ in range(VIEWERS)]
     assert {viewer.status for viewer in viewers} == {200}
-    go_on(viewers)
+    wait_for_progress(viewers)
     pulled = [server.channels() for server in servers]
     assert sorted(name for names in pulled for name in names) == CHANNELS
     for channel in channels.values():
@@ -337,8 +343,8 @@ def test_each_channel_is_pulled_once_and_moves_alone(
     assert len(gone) == VIEWERS * len(moving) > 0
     for viewer in gone:
         assert viewer.ended.wait(TIMEOUT)
-    back = [watched_again(watch, front, viewer.path) for viewer in gone]
-    go_on([*others, *back])
+    back = [reconnected(watch, front, viewer.path) for viewer in gone]
+    wait_for_progress([*others, *back])
     for viewer in [*others, *back]:
         assert not viewer.ended.is_set()
         assert is_from(viewer.body, channels[viewer.path[1:]])
@@ -348,19 +354,19 @@ def test_each_channel_is_pulled_once_and_moves_alone(
         assert set(segment_requests(origin, channels[viewer.path[1:]])) == {1}
 
 
-def test_channel_that_moved_starts_like_any_other(
+def test_channel_that_moved_starts_at_a_key_frame(
     channels: Mapping[str, Playlist], servers: list[Server], front: int, watch: Watching
 ) -> None:
-    go_on([watch(front, "/channel1")], 188)
+    wait_for_progress([watch(front, "/channel1")], 188)
     (victim,) = (server for server in servers if server.channels())
     victim.program.send(signal.SIGKILL)
     victim.program.wait()
-    viewer = watched_again(watch, front, "/channel1")
-    go_on([viewer], 2 * ONE_SEGMENT)
+    viewer = reconnected(watch, front, "/channel1")
+    wait_for_progress([viewer], 2 * ONE_SEGMENT)
     body = viewer.body
     assert not viewer.ended.is_set()
     assert is_from(body, channels["channel1"])
-    assert media.first_picture(body)[1], "it starts with a key frame"
+    assert media.first_picture(body)[1], "the stream must start with a key frame"
 
 
 def test_relay_of_a_relay_plays(
@@ -377,18 +383,18 @@ def test_relay_of_a_relay_plays(
         assert viewer.headers["Content-Type"] == "video/mp2t"
         body = viewer.read(size)
         assert is_from(body, channels["channel1"])
-        assert media.first_picture(body)[1], "it starts with a key frame"
+        assert media.first_picture(body)[1], "the stream must start with a key frame"
     assert set(segment_requests(origin, channels["channel1"])) == {1}
 
 
 def test_all_addresses_of_a_channel_lead_to_one_server(
     servers: list[Server], front: int, watch: Watching
 ) -> None:
-    """HLS has an address for each segment, and every server numbers its own."""
-    go_on([watch(front, f"/{name}") for name in CHANNELS], 188)
+    """HLS has an address for each segment, and each server has its own numbers."""
+    wait_for_progress([watch(front, f"/{name}") for name in CHANNELS], 188)
     for name in CHANNELS:
         for path in (f"/{name}.m3u8?quality=best", f"/{name}/1.ts", f"/{name}/init.mp4"):
-            # Every server answers this method with the same status, and counts it.
+            # Each server answers this method with the same status, and counts the answer.
             assert send(front, "DELETE", path).status == 405
     refused = {server.port: refusals(server) for server in servers}
     assert refused == {server.port: 3 * len(server.channels()) for server in servers}
@@ -404,7 +410,7 @@ def send(port: int, method: str, path: str) -> http.client.HTTPResponse:
 
 
 def refusals(server: Server) -> int:
-    """How many requests a server answered with 405."""
+    """The number of requests that a server answered with 405."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)
     with contextlib.closing(connection):
         connection.request("GET", "/metrics")
@@ -413,7 +419,7 @@ def refusals(server: Server) -> int:
     return int(found[1]) if found else 0
 
 
-def test_playlist_names_the_proxy(front: int) -> None:
+def test_playlist_has_the_address_of_the_proxy(front: int) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", front, timeout=TIMEOUT)
     with contextlib.closing(connection):
         connection.request("GET", "/playlist.m3u")
@@ -435,7 +441,7 @@ def test_nginx_adds_tls_to_one_server(channels: Mapping[str, Playlist], tmp_path
 
 
 def check_tls(port: int, folder: Path) -> None:
-    """Lists name the proxy's address with https, and channels play."""
+    """Check that lists have the proxy's address with https, and that channels play."""
     trust = ssl.create_default_context(cafile=str(folder / "tv.pem"))
     connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=TIMEOUT, context=trust)
     with contextlib.closing(connection):
@@ -448,12 +454,12 @@ def check_tls(port: int, folder: Path) -> None:
     assert text.split("\n")[2] == f"https://127.0.0.1:{port}/channel1"
 
 
-#### What one of them makes of heads and addresses ####
+#### Heads and addresses behind one proxy ####
 
 
 @contextlib.contextmanager
 def caddy(servers: list[Server], folder: Path) -> Iterator[int]:
-    """Caddy as it is, with the server below /tv, too."""
+    """Caddy with its default headers; the server is at / and below /tv."""
     program, port = need("caddy"), free_port()
     upstream = f"127.0.0.1:{servers[0].port}"
     config = folder / "Caddyfile"
@@ -484,7 +490,7 @@ http://:{port} {{
 
 @contextlib.contextmanager
 def apache(servers: list[Server], folder: Path) -> Iterator[int]:
-    """Apache as it is, with the server below /tv, too."""
+    """Apache with its default headers; the server is at / and below /tv."""
     program, port = need("apache2"), free_port()
     upstream = f"http://127.0.0.1:{servers[0].port}"
     names = ("mpm_event", "authz_core", "proxy", "proxy_http", "headers")
@@ -512,7 +518,7 @@ def apache(servers: list[Server], folder: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def bare_nginx(servers: list[Server], folder: Path) -> Iterator[int]:
-    """nginx that drops the port from Host, with the server below /tv, too."""
+    """nginx that removes the port from Host; the server is at / and below /tv."""
     port = free_port()
     own = scratch_paths(folder)
     upstream = f"http://127.0.0.1:{servers[0].port}"
@@ -544,7 +550,7 @@ ALL_PROXIES = [haproxy, nginx, *WITH_PATH]
 
 @pytest.fixture
 def server(channels: Mapping[str, Playlist], tmp_path: Path) -> Iterator[Server]:
-    """One with five hundred logos, each of another host, that knows of proxies."""
+    """A server that trusts the proxy and has five hundred logos on different hosts."""
     streams: dict[str, object] = {
         f"logo-{number}": {
             "url": "http://origin.example/x.m3u8",
@@ -574,19 +580,19 @@ def get(port: int, path: str, **headers: str) -> tuple[int, str]:
         return response.status, response.read().decode()
 
 
-FOUND = "/?q=logo"  # shows as many of the five hundred as a page has
+FOUND = "/?q=logo"  # shows as many of the five hundred as fit on a page
 
 
 @pytest.mark.parametrize("path", [FOUND, "/nobody"], ids=["status", "error"])
-def test_page_of_many_logos_passes(alone: int, path: str) -> None:
+def test_page_of_many_logos_passes_the_proxy(alone: int, path: str) -> None:
     status, page = get(alone, path, Accept=BROWSER)
     assert status == (200 if path == FOUND else 404)
     last = pipe.MOST_CARDS - 1
     assert (f"http://h{last}.example/" in page) == (path == FOUND)
 
 
-def test_viewer_has_an_address_of_its_own(server: Server, alone: int) -> None:
-    """Whatever the client claims; the proxy is 127.0.0.1."""
+def test_status_has_the_address_of_the_viewer(server: Server, alone: int) -> None:
+    """The server ignores the address that the client claims; the proxy is 127.0.0.1."""
     connection = http.client.HTTPConnection(
         "127.0.0.1", alone, timeout=TIMEOUT, source_address=("127.0.0.2", 0)
     )
@@ -600,13 +606,13 @@ def test_viewer_has_an_address_of_its_own(server: Server, alone: int) -> None:
     assert [viewer["address"] for viewer in viewers] == ["127.0.0.2"]
 
 
-def test_list_names_the_proxys_port(alone: int) -> None:
+def test_list_has_the_port_of_the_proxy(alone: int) -> None:
     _, text = get(alone, "/playlist.m3u")
     assert text.split("\n")[2] == f"http://127.0.0.1:{alone}/channel1"
 
 
 @pytest.mark.parametrize("alone", WITH_PATH, indirect=True, ids=lambda proxy: proxy.__name__)
-def test_list_names_the_path_below_a_proxy(alone: int) -> None:
+def test_list_has_the_path_below_a_proxy(alone: int) -> None:
     status, text = get(alone, "/tv/playlist.m3u")
     assert status == 200
     address = text.split("\n")[2]

@@ -1,4 +1,4 @@
-"""Security and logs: real servers, origins and processes; all that they write is searched."""
+"""Security and logs: real servers, origins and processes; the tests search all their output."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ WAYS_OUT = {
 
 @pytest.fixture
 def closed(origin: Origin, serve: Serve) -> Site:
-    """A site with a token; networks that need none are elsewhere."""
+    """A site with a token; its trusted network does not include the tests' client."""
     vod = origin.add(Playlist("vod", media.ts_segments()[:2]))
     return serve(
         {"news": vod.url}, server={"token": TOKEN, "trusted": ["192.0.2.0/24"], "max_viewers": 9}
@@ -121,7 +121,7 @@ def assert_closed(answer: Answer) -> None:
 
 
 @pytest.mark.parametrize(("query", "headers"), WAYS_IN.values(), ids=list(WAYS_IN))
-def test_token_opens(closed: Site, query: str, headers: dict[str, str]) -> None:
+def test_token_gives_access(closed: Site, query: str, headers: dict[str, str]) -> None:
     answer = closed.ask("GET", f"/news{query}", **headers)
     assert answer.status == 200
     assert answer.body == b"".join(media.ts_segments()[:2])
@@ -129,7 +129,7 @@ def test_token_opens(closed: Site, query: str, headers: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(("query", "headers"), WAYS_OUT.values(), ids=list(WAYS_OUT))
-def test_anything_else_does_not(
+def test_request_without_the_token_is_refused(
     closed: Site, origin: Origin, query: str, headers: dict[str, str]
 ) -> None:
     assert_closed(closed.ask("GET", f"/news{query}", **headers))
@@ -138,7 +138,7 @@ def test_anything_else_does_not(
 
 @pytest.mark.parametrize("path", ["/news", "/unknown", "/", *PAGES])
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_token_is_asked_for_everywhere(closed: Site, method: str, path: str) -> None:
+def test_every_path_requires_the_token(closed: Site, method: str, path: str) -> None:
     method = PAGES.get(path, "GET") if method == "GET" else method
     assert_closed(closed.ask(method, path, Accept=BROWSER))
     opened = closed.ask(method, path, Accept=BROWSER, **bearer(TOKEN))
@@ -151,7 +151,7 @@ def test_options_need_no_token(closed: Site) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/health"])
-def test_health_stays_open_and_says_no_more_than_it_must(closed: Site, path: str) -> None:
+def test_health_without_the_token_is_short(closed: Site, path: str) -> None:
     assert closed.ask("GET", path).json == {"status": "ok", "streams": 1}
     assert set(closed.ask("GET", f"{path}?token={TOKEN}").json) == {
         "status", "streams", "viewers", "uptime_seconds",
@@ -177,7 +177,7 @@ SPECIAL = ["a b", "a+b&c=d#e?f/g%41", "pa:ss:word", "quo\"te's", "t\u00f6ken-\u2
 
 
 @pytest.mark.parametrize("token", SPECIAL)
-def test_token_of_any_characters_opens(origin: Origin, serve: Serve, token: str) -> None:
+def test_token_may_have_any_characters(origin: Origin, serve: Serve, token: str) -> None:
     site = serve({"news": live(origin).url}, server={"token": token})
     assert site.ask("HEAD", f"/news?token={quote(token, safe='')}").status == 200
     assert site.ask("HEAD", "/news", **basic(token)).status == 200
@@ -187,8 +187,8 @@ def test_token_of_any_characters_opens(origin: Origin, serve: Serve, token: str)
 
 
 @pytest.mark.parametrize("token", ["t\u00f6ken-\u20ac", "a+b", "a+b c+d"])
-def test_token_may_be_sent_as_it_was_typed(origin: Origin, serve: Serve, token: str) -> None:
-    """Kodi encodes nothing, and people type a plus where a query means a space."""
+def test_token_may_be_sent_unencoded(origin: Origin, serve: Serve, token: str) -> None:
+    """Kodi does not encode a token, and people type a plus, which means a space in a query."""
     site = serve({"news": live(origin).url}, server={"token": token})
     for typed, status in ((token, b"200"), (token + "x", b"401")):
         query = typed.replace(" ", "%20").encode()
@@ -198,7 +198,7 @@ def test_token_may_be_sent_as_it_was_typed(origin: Origin, serve: Serve, token: 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
 def test_password_of_basic_may_be_latin_1(origin: Origin, serve: Serve, encoding: str) -> None:
-    """OkHttp, requests and aiohttp send it so; a challenge asks for UTF-8."""
+    """OkHttp, requests and aiohttp send Latin-1, although the challenge asks for UTF-8."""
     site = serve({"news": live(origin).url}, server={"token": "t\u00f6ken"})
     for password, status in (("t\u00f6ken", 200), ("t\u00f6kex", 401)):
         credentials = base64.b64encode(f"tv:{password}".encode(encoding)).decode()
@@ -207,7 +207,7 @@ def test_password_of_basic_may_be_latin_1(origin: Origin, serve: Serve, encoding
 
 
 @pytest.mark.parametrize("token", [TOKEN, *SPECIAL])
-def test_links_carry_the_token(origin: Origin, serve: Serve, token: str) -> None:
+def test_links_contain_the_token(origin: Origin, serve: Serve, token: str) -> None:
     site = serve({"news": live(origin).url}, server={"token": token})
     carried = quote(token, safe="")
     pages = {
@@ -245,16 +245,18 @@ def test_trusted_networks_need_no_token(origin: Origin, serve: Serve) -> None:
         ("192.0.2.7", [], False),
     ],
 )
-def test_network_of_an_address(address: str, networks: list[str], expected: bool) -> None:
+def test_address_is_compared_with_networks(
+    address: str, networks: list[str], expected: bool
+) -> None:
     assert pipe.is_in(address, networks) is expected
 
 
-def test_trust_counts_for_ipv4_on_an_ipv6_socket(origin: Origin, serve: Serve) -> None:
+def test_trusted_ipv4_network_applies_on_an_ipv6_socket(origin: Origin, serve: Serve) -> None:
     server = {"host": "::", "token": TOKEN, "trusted": ["127.0.0.1/32"]}
     try:
         site = serve({"news": live(origin).url}, server=server)
     except OSError:
-        pytest.skip("there is no IPv6 here")
+        pytest.skip("this machine has no IPv6")
     assert site.ask("GET", "/status").status == 200
     with contextlib.suppress(OSError), socket.create_connection(("::1", site.port), 5) as sock:
         sock.sendall(b"GET /status HTTP/1.0\r\n\r\n")
@@ -264,9 +266,9 @@ def test_trust_counts_for_ipv4_on_an_ipv6_socket(origin: Origin, serve: Serve) -
 #### Secrets ####
 
 
-def everything(service: Service, names: list[str]) -> str:
-    """What the process tells: of each stream and on each page, then its whole log."""
-    told = []
+def all_output(service: Service, names: list[str]) -> str:
+    """The answers for each stream and page, then the process's whole output and log."""
+    output = []
     streams, others = [f"/{name}" for name in names], ("/status", "/metrics", "/playlist.m3u", "/")
     asked = [
         *((path, "*/*") for path in streams),
@@ -275,10 +277,10 @@ def everything(service: Service, names: list[str]) -> str:
     for path, accept in asked:
         with Watch(service.port, path, Accept=accept, Authorization=f"Bearer {TOKEN}") as watch:
             head = f"{watch.status} {watch.headers}"
-            told.append(head + watch.response.read(20_000).decode("latin-1"))
+            output.append(head + watch.response.read(20_000).decode("latin-1"))
     service.send(signal.SIGTERM)
     assert service.wait(EXIT_TIME) == 0
-    return "\n".join([*told, service.output(), *service.errors()])
+    return "\n".join([*output, service.output(), *service.errors()])
 
 
 def free_port() -> int:
@@ -287,7 +289,7 @@ def free_port() -> int:
 
 
 def failing(origin: Origin) -> dict[str, tuple[object, Fault | None]]:
-    """Streams that fail, each with a secret in another place, and how their origin fails."""
+    """Streams that fail, each with its secret in a different place, and their origin's fault."""
     host = f"127.0.0.1:{origin.port}"
     nowhere = f"127.0.0.1:{free_port()}"
     plain = f"http://{host}/{{}}/index.m3u8"
@@ -329,7 +331,7 @@ def failing(origin: Origin) -> dict[str, tuple[object, Fault | None]]:
     }  # fmt: skip
 
 
-def test_no_secret_of_a_failing_upstream_is_told(origin: Origin, tmp_path: Path) -> None:
+def test_secrets_of_a_failing_upstream_stay_hidden(origin: Origin, tmp_path: Path) -> None:
     streams = failing(origin)
     for letter, (_, fault) in zip(_letters(streams), streams.values(), strict=True):
         if fault and letter:
@@ -337,24 +339,24 @@ def test_no_secret_of_a_failing_upstream_is_told(origin: Origin, tmp_path: Path)
     config = {name: settings for name, (settings, _) in streams.items()}
     more = {"token": TOKEN, "options": {"timeout": 0.5}}
     with Service(tmp_path, config, level="debug", **more) as service:
-        told = everything(service, list(config))
-    assert_each_failed(told, config)
+        output = all_output(service, list(config))
+    assert_each_failed(output, config)
     for secret in (SECRET, TOKEN):
-        shown = [line for line in told.splitlines() if secret in line]
-        # Links and the search form carry it.
+        shown = [line for line in output.splitlines() if secret in line]
+        # Links and the search form contain the token.
         carried = re.compile(rf'(\?|&amp;)token={TOKEN}|type="hidden" name="token" value="{TOKEN}"')
         shown = [line for line in shown if not carried.search(line)]
         assert shown == []
 
 
-def assert_each_failed(told: str, streams: Iterable[str]) -> None:
+def assert_each_failed(output: str, streams: Iterable[str]) -> None:
     for name in streams:
         pattern = rf"(?m) (?i:debug) (?:\S+ )?127\.0\.0\.1: GET /{name}: 50[24]$"
-        assert re.search(pattern, told), name
+        assert re.search(pattern, output), name
 
 
 def _letters(streams: dict[str, tuple[object, Fault | None]]) -> Iterator[str]:
-    """The folder at the origin that each stream's address names."""
+    """The folder of the origin in each stream's address, or an empty text."""
     for settings, _ in streams.values():
         found = re.search(r"127\.0\.0\.1:\d+/([a-z])/", str(settings))
         yield found[1] if found else ""
@@ -365,8 +367,8 @@ def secret_playlist(line: str) -> bytes:
     return f"{head}{line}\n".encode()
 
 
-def test_no_secret_of_a_playlist_is_told(origin: Origin, tmp_path: Path) -> None:
-    """Keys, maps and segments that cannot be had: their addresses are nobody's business."""
+def test_secrets_of_a_playlist_stay_hidden(origin: Origin, tmp_path: Path) -> None:
+    """The addresses of keys, maps and segments that cannot be fetched stay hidden."""
     nowhere = f"http://tv:{SECRET}@127.0.0.1:{free_port()}/{SECRET}?sig={SECRET}"
     here = f"/x/{SECRET}?sig={SECRET}"
     lines = {
@@ -384,9 +386,9 @@ def test_no_secret_of_a_playlist_is_told(origin: Origin, tmp_path: Path) -> None
         config[name] = f"{origin.url}/{name}/index.m3u8"
     more = {"token": TOKEN, "options": {"timeout": 0.5, "reconnect": 1}}
     with Service(tmp_path, config, level="debug", **more) as service:
-        told = everything(service, list(config))
-    assert_each_failed(told, config)
-    assert [line for line in told.splitlines() if SECRET in line] == []
+        output = all_output(service, list(config))
+    assert_each_failed(output, config)
+    assert [line for line in output.splitlines() if SECRET in line] == []
 
 
 MESSAGES = [
@@ -400,7 +402,7 @@ MESSAGES = [
 
 @pytest.mark.parametrize("secret", [SECRET, "p@ss-word", "it's-secret", "br(ack)et", "50%-off"])
 @pytest.mark.parametrize("message", MESSAGES)
-def test_message_of_a_library_loses_the_secret(message: str, secret: str) -> None:
+def test_secret_is_removed_from_a_library_message(message: str, secret: str) -> None:
     config = pipe.ConfigReader("x.yml", pipe.engine_options()).read(
         "streams: {news: {url: 'http://a.example/', headers: {X-Key: "
         + json.dumps(secret) + "}}}"
@@ -408,9 +410,9 @@ def test_message_of_a_library_loses_the_secret(message: str, secret: str) -> Non
     formatter = pipe.LogFormatter()
     formatter.secrets = pipe.secrets_of(config)
     record = logging.LogRecord("urllib3", 30, "", 0, message.format(secret), None, None)
-    told = formatter.format(record)
-    assert secret[-4:] not in told
-    assert secret[:4] not in told
+    line = formatter.format(record)
+    assert secret[-4:] not in line
+    assert secret[:4] not in line
 
 
 @pytest.mark.parametrize(
@@ -426,7 +428,7 @@ def test_message_of_a_library_loses_the_secret(message: str, secret: str) -> Non
         (["abcd"], "abc", "abc"),
     ],
 )
-def test_secrets_disappear_wherever_they_stand(
+def test_secrets_are_hidden_anywhere_in_a_text(
     secrets: list[str], text: str, expected: str
 ) -> None:
     assert pipe.Secrets(secrets).hide(text) == expected
@@ -476,7 +478,7 @@ def test_local_file_is_never_read(
     )
 
 
-# The library leaves the socket of a refused redirect to the garbage collector.
+# After a refused redirect, only the garbage collector closes the library's socket.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("path", ["/x/index.m3u8", "/x/key", "/x/init.mp4", "/x/0.ts"])
 @pytest.mark.parametrize("form", ["file://{0}", "//localhost{0}"])
@@ -501,7 +503,7 @@ def test_redirect_to_a_local_file_is_never_followed(
 #### Logs ####
 
 
-def test_log_is_one_tagged_line_for_an_event(origin: Origin, tmp_path: Path) -> None:
+def test_log_has_one_tagged_line_for_an_event(origin: Origin, tmp_path: Path) -> None:
     news = live(origin)
     with Service(tmp_path, {"news": news.url, "tv-2": live(origin, "b").url}) as service:
         for name in ("news", "tv-2"):
@@ -518,7 +520,7 @@ def test_log_is_one_tagged_line_for_an_event(origin: Origin, tmp_path: Path) -> 
         assert [line for line in service.errors() if not LOG_LINE.fullmatch(line)] == []
 
 
-def test_messages_of_the_engine_are_tagged(origin: Origin, tmp_path: Path) -> None:
+def test_messages_of_streamlink_are_tagged(origin: Origin, tmp_path: Path) -> None:
     news = live(origin, "tv-2")
     options = {"linger": 0}
     with Service(tmp_path, {"tv-2": news.url}, level="debug", options=options) as service:
@@ -533,7 +535,7 @@ def test_messages_of_the_engine_are_tagged(origin: Origin, tmp_path: Path) -> No
     assert [line for line in engine if not re.search(r" (?i:debug|info) tv-2: ", line)] == []
 
 
-def test_each_viewer_is_logged_however_many_come(origin: Origin, tmp_path: Path) -> None:
+def test_each_of_many_viewers_is_logged(origin: Origin, tmp_path: Path) -> None:
     news = live(origin)
     with Service(tmp_path, {"news": news.url}) as service:
         with Watch(service.port, "/news") as stays:
@@ -547,8 +549,8 @@ def test_each_viewer_is_logged_however_many_come(origin: Origin, tmp_path: Path)
         assert sum(" started watching" in line for line in service.errors()) == 41
 
 
-def test_refusals_of_a_stream_are_one_line(origin: Origin, tmp_path: Path) -> None:
-    """A player that knocks forty times a second fills no disk."""
+def test_refusals_of_a_stream_are_logged_once(origin: Origin, tmp_path: Path) -> None:
+    """A player that retries forty times a second must not fill a disk."""
     streams = {"news": live(origin).url, "tv": live(origin, "tv").url}
     with Service(tmp_path, streams, max_viewers=1, trusted=["::1"]) as service:
         with Watch(service.port, "/news") as stays:
@@ -562,9 +564,9 @@ def test_refusals_of_a_stream_are_one_line(origin: Origin, tmp_path: Path) -> No
         service.send(signal.SIGTERM)
         assert service.wait(EXIT_TIME) == 0
         refusals = [line for line in service.errors() if " refused: " in line]
-    told = [re.sub(r".* (?i:warning) ", "", line) for line in refusals]
+    logged = [re.sub(r".* (?i:warning) ", "", line) for line in refusals]
     wanted = "{}: viewer 127.0.0.1 refused: there are too many viewers"
-    assert told == [wanted.format(name) for name in streams]
+    assert logged == [wanted.format(name) for name in streams]
 
 
 def refusal(port: int) -> int:
@@ -575,7 +577,7 @@ def refusal(port: int) -> int:
 def test_failed_starts_of_a_stream_are_logged_once(origin: Origin, tmp_path: Path) -> None:
     missing = origin.url + "/missing"
     with Service(tmp_path, {"news": {"url": missing, "quality": "best"}}) as service:
-        for number in range(10):  # each quality is a start of its own
+        for number in range(10):  # each quality is a separate start
             with Watch(service.port, f"/news?quality=q{number}") as failed:
                 assert failed.status == 502
         service.send(signal.SIGTERM)
@@ -583,7 +585,7 @@ def test_failed_starts_of_a_stream_are_logged_once(origin: Origin, tmp_path: Pat
         assert sum("address 1 of 1 (127.0.0.1): " in line for line in service.errors()) == 1
 
 
-def test_monitoring_is_logged_at_debug_only(origin: Origin, tmp_path: Path) -> None:
+def test_monitoring_is_only_logged_at_debug(origin: Origin, tmp_path: Path) -> None:
     paths = ("/health", "/", "/status", "/metrics", "/playlist.m3u", "/news.m3u")
     with Service(tmp_path, {"news": live(origin).url}) as service:
         before = len(service.lines)
@@ -609,8 +611,8 @@ def reload(service: Service, streams: dict[str, Any], **more: object) -> None:
     service.wait_for_count("reloaded", done + 1)
 
 
-def test_reload_disturbs_no_unchanged_stream(origin: Origin, tmp_path: Path) -> None:
-    """Everything but what the upstream is made of may change."""
+def test_reload_does_not_interrupt_an_unchanged_stream(origin: Origin, tmp_path: Path) -> None:
+    """Settings that do not affect the upstream may change."""
     news = live(origin)
     before = {"url": news.url, "title": "Old"}
     with Service(tmp_path, {"news": before}) as service, Watch(service.port, "/news") as viewer:
@@ -630,11 +632,11 @@ def test_reload_disturbs_no_unchanged_stream(origin: Origin, tmp_path: Path) -> 
         news.advance()
         news.end()
         assert viewer.read_all() == (news.plain(6, 7), True)
-        assert origin.count(news.segment_path(2)) == 1, "it was never opened again"
+        assert origin.count(news.segment_path(2)) == 1, "the stream was opened again"
 
 
-def test_file_that_is_being_written_is_not_used(origin: Origin, tmp_path: Path) -> None:
-    """It is empty for a moment, and would let everybody in."""
+def test_reload_ignores_a_file_that_is_being_written(origin: Origin, tmp_path: Path) -> None:
+    """The file is empty for a moment; without its token, the server would be open."""
     news = live(origin)
     with contextlib.ExitStack() as stack:
         service = stack.enter_context(Service(tmp_path, {"news": news.url}, token=TOKEN))
@@ -649,8 +651,10 @@ def test_file_that_is_being_written_is_not_used(origin: Origin, tmp_path: Path) 
             assert status.status == 401
 
 
-def test_file_that_is_emptied_after_a_reload_is_not_used(origin: Origin, tmp_path: Path) -> None:
-    """Also if the server started without streams."""
+def test_reload_ignores_a_file_that_was_emptied_after_a_reload(
+    origin: Origin, tmp_path: Path
+) -> None:
+    """The same holds if the server started without streams."""
     news = live(origin)
     with Service(tmp_path, {}, token=TOKEN) as service:
         service.configure({"news": news.url}, token=TOKEN)
@@ -663,7 +667,7 @@ def test_file_that_is_emptied_after_a_reload_is_not_used(origin: Origin, tmp_pat
             assert status.status == 401
 
 
-def test_linger_of_a_running_channel_follows_a_reload(origin: Origin, tmp_path: Path) -> None:
+def test_reload_changes_the_linger_of_a_running_channel(origin: Origin, tmp_path: Path) -> None:
     news = live(origin)
     with Service(tmp_path, {"news": news.url}, options={"linger": 600}) as service:
         with Watch(service.port, "/news") as viewer:
@@ -685,7 +689,7 @@ CHANGES: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
-def test_changed_stream_lets_its_viewers_go(
+def test_changed_stream_disconnects_its_viewers(
     origin: Origin, serve: Serve, change: dict[str, object]
 ) -> None:
     news, other = live(origin), live(origin, "other")
@@ -697,13 +701,13 @@ def test_changed_stream_lets_its_viewers_go(
     neighbour.read(len(other.plain(2, 5)))
     viewer.read(len(news.plain(2, 5)))
     site.server.reload(changed)
-    assert viewer.read_all() == (b"", False), "no final chunk: players come back"
+    assert viewer.read_all() == (b"", False), "without a final chunk, players reconnect"
     other.advance()
     other.end()
     assert neighbour.read_all() == (other.plain(5, 6), True)
 
 
-def test_removed_stream_lets_its_viewers_go(origin: Origin, tmp_path: Path) -> None:
+def test_removed_stream_disconnects_its_viewers(origin: Origin, tmp_path: Path) -> None:
     streams = {"news": live(origin).url, "old": live(origin, "old").url}
     with Service(tmp_path, streams) as service, Watch(service.port, "/old") as viewer:
         viewer.read(PACKET)
@@ -714,8 +718,8 @@ def test_removed_stream_lets_its_viewers_go(origin: Origin, tmp_path: Path) -> N
         service.wait_for("old: viewer 127.0.0.1 disconnected by the server: ")
 
 
-def test_stream_that_a_reload_repairs_plays_at_once(origin: Origin, serve: Serve) -> None:
-    """Though a start of the broken one was under way, whose failure is no news of the new one."""
+def test_stream_that_a_reload_corrects_plays_at_once(origin: Origin, serve: Serve) -> None:
+    """The failure of an old start in progress does not count for the corrected stream."""
     news = live(origin)
     hung = origin.fault("/hung", StallHeaders(), times=None)
     site = serve({"news": f"{origin.url}/hung"})
@@ -729,7 +733,7 @@ def test_stream_that_a_reload_repairs_plays_at_once(origin: Origin, serve: Serve
         assert site.watch("/news").status == 200
 
 
-def test_broken_file_changes_nothing(origin: Origin, tmp_path: Path) -> None:
+def test_reload_of_a_broken_file_changes_nothing(origin: Origin, tmp_path: Path) -> None:
     news = live(origin)
     with Service(tmp_path, {"news": news.url}) as service, Watch(service.port, "/news") as viewer:
         viewer.read(len(news.plain(2, 5)))
@@ -743,7 +747,7 @@ def test_broken_file_changes_nothing(origin: Origin, tmp_path: Path) -> None:
         assert viewer.read_all() == (news.plain(5, 6), True)
 
 
-def test_missing_file_changes_nothing(origin: Origin, tmp_path: Path) -> None:
+def test_reload_of_a_missing_file_changes_nothing(origin: Origin, tmp_path: Path) -> None:
     with Service(tmp_path, {"news": live(origin).url}) as service:
         (tmp_path / "config.yml").unlink()
         service.send(signal.SIGHUP)
@@ -752,18 +756,20 @@ def test_missing_file_changes_nothing(origin: Origin, tmp_path: Path) -> None:
             assert viewer.status == 200
 
 
-def test_another_port_needs_a_restart(origin: Origin, tmp_path: Path) -> None:
+def test_change_of_the_port_needs_a_restart(origin: Origin, tmp_path: Path) -> None:
     streams = {"news": live(origin).url}
     with Service(tmp_path, streams) as service:
         reload(service, streams, port=free_port())
         service.wait_for("(?i)warning server.host and server.port only change on restart")
         reload(service, streams)
-        assert service.count("only change on restart") == 1, "it listens where the file says"
+        assert service.count("only change on restart") == 1, (
+            "no warning: the file has the port in use"
+        )
         with Watch(service.port, "/health") as watch:
             assert watch.status == 200
 
 
-def test_token_of_a_reload_counts_at_once(origin: Origin, tmp_path: Path) -> None:
+def test_new_token_applies_at_once(origin: Origin, tmp_path: Path) -> None:
     streams = {"news": live(origin).url}
     with Service(tmp_path, streams, level="debug") as service:
         with Watch(service.port, "/news") as viewer:
@@ -781,7 +787,7 @@ def test_token_of_a_reload_counts_at_once(origin: Origin, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.long)])
-def test_exit_in_time_with_many_viewers(origin: Origin, tmp_path: Path, count: int) -> None:
+def test_server_with_many_viewers_ends_in_time(origin: Origin, tmp_path: Path, count: int) -> None:
     news = live(origin)
     hung = origin.fault("/hung", StallHeaders(), times=None)
     streams = {"news": news.url, "hung": f"{origin.url}/hung"}
@@ -803,7 +809,7 @@ def test_exit_in_time_with_many_viewers(origin: Origin, tmp_path: Path, count: i
         assert service.wait(EXIT_TIME) == 0
 
 
-def test_new_streams_are_refused_while_it_drains(origin: Origin, tmp_path: Path) -> None:
+def test_new_requests_are_refused_during_a_shutdown(origin: Origin, tmp_path: Path) -> None:
     with Service(tmp_path, {"news": live(origin).url}) as service:
         with Watch(service.port, "/news") as viewer:
             viewer.read(PACKET)
