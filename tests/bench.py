@@ -7,7 +7,7 @@
 Origin, servers and viewers are separate processes; `tests/peers.py` describes the media that they
 serve. Programs that are not installed are omitted. The rows and columns of the table:
 
-cold first byte     from a request to the first byte of media, for a film without earlier viewers;
+cold first byte     from a request to the first byte of media, for a film without other viewers;
                     ffmpeg's time includes its start
 film of 30 segments seconds for the whole film from the slow origin with 4 downloads at once;
                     streamlink's hls-segment-stream-data has no limit of downloads. The column
@@ -130,7 +130,8 @@ def whole(server: Server, source: Source) -> tuple[peers.Pull, int]:
     """Pull the whole film; returns the times and the number of requests to the origin."""
     source.requests()
     result = peers.pull(*server.film)
-    # The film's counters restart. StreamPipe signals this with a packet for each PID of a segment.
+    # The counters restart at each repetition of the film's segments. StreamPipe signals this with a
+    # packet for each PID.
     excess = result.size - source.size
     if not 0 <= excess <= source.size / 10_000 or excess % TS_PACKET:
         raise RuntimeError(f"{result.size} bytes instead of {source.size}")

@@ -248,9 +248,9 @@ def spliced(*parts: bytes, is_announced: bool = True) -> bytes:
 
     After a seam, a packet without payload that signals the discontinuity precedes the first packet
     of each PID. If this first packet is a changed PAT or PMT, a copy with another version number
-    follows the signal. `is_announced=False`: the playlist does not announce the discontinuity, only
-    the packets show it. Then no signal precedes the PIDs that continue before the first that does
-    not.
+    follows the signal. `is_announced=False`: only the packets show the discontinuity, neither a
+    playlist nor a new opening announces it. Then no signal precedes the PIDs that continue before
+    the first that does not.
     """
     data = b"".join(parts)
     jumps = {*itertools.accumulate(map(len, parts))} - {0, len(data)}

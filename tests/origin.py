@@ -94,7 +94,7 @@ class Endless:
 
 
 class Served(Protocol):
-    """Something that owns paths of the origin."""
+    """An object that serves some paths of the origin."""
 
     def attach(self, origin: Origin) -> None:
         """Called once, when the origin adds it."""
@@ -591,7 +591,7 @@ class Answer:
 
 
 class Fault(Protocol):
-    """Something that goes wrong with a request; several may be combined."""
+    """A fault that changes the answer to a request; several may be combined."""
 
     def apply(self, answer: Answer) -> None: ...
 
@@ -938,7 +938,7 @@ class FaultHandle:
         self._origin.wait_until(lambda: self._taken >= times, what, timeout)
 
     def wait_held(self, count: int = 1, timeout: float = 10) -> None:
-        """Waits until `count` requests stall at the same time: all bytes before it were sent."""
+        """Waits until `count` requests stall at the same time; all earlier bytes were sent."""
         what = f"{count} requests stall on {self.pattern}"
         self._origin.wait_until(lambda: self._held >= count, what, timeout)
 
@@ -1672,7 +1672,7 @@ class Panel:
     turn.
     The panel waits `think` seconds before it sends the list.  The list has these `headers` after
     each address, and the panel refuses a channel without them.  `redirects` also applies to the
-    list.
+    list; `packed` compresses it.
     """
 
     def __init__(

@@ -47,7 +47,7 @@ class Program:
             text=True,
             encoding="utf-8",
         )
-        self._read = threading.Condition()  # guards the two below
+        self._read = threading.Condition()  # guards the two attributes below
         self._lines: list[str] = []
         self._is_closed = False
         self._reader = threading.Thread(target=self._read_log)

@@ -208,7 +208,7 @@ def test_check_of_an_unknown_name_is_an_error(tmp_path: Path, run: Run) -> None:
 def test_check_that_crashes_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A fault of ours fails one address of a stream, and the line says so."""
+    """An error within StreamPipe fails one address of a stream, and the line reports it."""
 
     def crash(*_: object) -> pipe.Channel:
         raise RuntimeError

@@ -442,7 +442,7 @@ def test_missing_certificate_is_a_mistake(tmp_path: Path) -> None:
 #### Features of YAML ####
 
 
-def test_written_key_overrides_a_merged_one() -> None:
+def test_own_key_overrides_a_merged_one() -> None:
     config = read(f"""
         streams:
           a: &shared {{url: "{URL}", title: A, group: News, threads: 2}}
@@ -910,7 +910,7 @@ def test_invalid_name_is_a_mistake(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "%61", "a\\nb", "a" * 100 + "/", "日本"])
-def test_mistake_about_an_odd_name_has_the_rule(name: str) -> None:
+def test_mistake_about_an_odd_name_states_the_rule(name: str) -> None:
     (mistake,) = mistakes(f'streams:\n  "{name}": hls://u\n')
     assert mistake.startswith("test.yml:2: streams.")
     assert mistake.endswith(f": {NAME_RULE}")

@@ -21,7 +21,7 @@ from tests.origin import Origin, Playlist
 from tests.program import eventually
 from tests.server import TIMEOUT, Site
 
-# With the others, these would take `python -m pytest` beyond three minutes.
+# Without this mark, `python -m pytest` would take more than three minutes.
 pytestmark = pytest.mark.long
 
 Serve = Callable[..., Site]

@@ -502,7 +502,7 @@ def two_qualities(origin: Origin) -> str:
         ("?quality=%33%36%30p", 0),
     ],
 )
-def test_quality_picks_a_variant(origin: Origin, serve: Serve, query: str, segment: int) -> None:
+def test_quality_selects_a_variant(origin: Origin, serve: Serve, query: str, segment: int) -> None:
     site = serve({"news": two_qualities(origin)}, timeout=5)
     answer = get(site, "/news" + query)
     assert answer.status == 200

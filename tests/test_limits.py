@@ -34,7 +34,7 @@ from tests.server import TIMEOUT, Answer, Site, Watch
 from tests.test_sharing import paced
 from tests.threads import Task
 
-# With the others, these would take `python -m pytest` beyond three minutes.
+# Without this mark, `python -m pytest` would take more than three minutes.
 pytestmark = pytest.mark.long
 
 Serve = Callable[..., Site]
@@ -145,7 +145,7 @@ def test_viewer_counts_until_it_has_read_everything(origin: Origin, serve: Serve
     eventually(lambda: viewers(site) == 0, "no viewer is left")
 
 
-def test_viewers_are_unlimited_with_zero(origin: Origin, serve: Serve) -> None:
+def test_max_viewers_of_zero_means_no_limit(origin: Origin, serve: Serve) -> None:
     site = serve({"news": live(origin).url}, server={"max_viewers": 0})
     assert {site.watch("/news").status for _ in range(5)} == {200}
 
@@ -467,7 +467,7 @@ def large_segments(count: int, *, is_fmp4: bool) -> tuple[bytes | None, list[byt
 
 
 def announced(segments: list[bytes]) -> list[bytes]:
-    """MPEG-TS segments as viewers receive them: with signals where counters restart."""
+    """MPEG-TS segments as viewers receive them: with a signal at each restart of counters."""
     out = segments[:1]
     for before, segment in itertools.pairwise(segments):
         out.append(media.spliced(before, segment, is_announced=False)[len(before) :])
@@ -672,7 +672,7 @@ def test_crowd_that_does_not_read_does_not_affect_other_viewers(
                 start,
                 *range(8, news.newest + 1, 8),
                 news.newest + 1,
-            ]  # where the media repeats
+            ]  # repetitions of the media
             turns = itertools.starmap(news.plain, itertools.pairwise(edges))
             expected = media.spliced(*turns), True
             for body, is_complete in (read.result() for read in reads):

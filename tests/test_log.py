@@ -228,7 +228,7 @@ def test_log_continues_after_its_reader_leaves_and_returns(tmp_path: Path) -> No
         Lines(first).until("listening on")
         os.close(first)
         assert [program.ask(f"/x{number}") for number in range(5)] == 5 * [404]
-        second = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)  # the program keeps its open end
+        second = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)  # the program keeps the other end
         os.set_blocking(second, True)
         with os.fdopen(second, "rb", 0):
             assert program.ask("/y") == 404
@@ -242,7 +242,7 @@ def test_log_continues_after_its_reader_leaves_and_returns(tmp_path: Path) -> No
 LIMIT = 20_000  # bytes
 
 
-def test_full_disk_only_loses_lines(tmp_path: Path) -> None:
+def test_full_disk_costs_only_lines_of_the_log(tmp_path: Path) -> None:
     """A file that cannot grow may end within a line; once it has room, whole lines follow."""
     file = tmp_path / "log"
     with open(file, "ab") as log:
@@ -259,7 +259,7 @@ def test_full_disk_only_loses_lines(tmp_path: Path) -> None:
     before, after = file.read_bytes()[:LIMIT].decode(), file.read_bytes()[LIMIT:].decode()
     assert after.startswith("\n"), "the incomplete line must end before the next one"
     written = len(re.findall(r"GET /x\d+: 404\n", before + after))
-    # The incomplete line counts as dropped, even if its text is complete.
+    # The incomplete line counts as dropped, however much of it was written.
     assert dropped_in(after.splitlines()) + written == 500
     lines = [*before.splitlines()[:-1], *after.splitlines()[1:]]
     assert [line for line in lines if not LOG_LINE.fullmatch(line)] == []

@@ -86,7 +86,7 @@ def test_zapping_through_large_channels_frees_their_memory(
         for name in streams:
             zap(service, f"/{name}")
             memory.append(service.memory // MIB)
-    # Less than four of twenty windows: the allocator keeps some freed memory, at most 45 MiB so far.
+    # Less than four of twenty windows: the allocator keeps some freed memory, up to 45 MiB so far.
     assert memory[-1] - memory[1] < 4 * SIZE // MIB, memory
 
 

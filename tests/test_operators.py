@@ -73,7 +73,7 @@ def test_reload_of_an_unchanged_file_keeps_all_failures(
     assert site.get("/broken").status == 502
     with site.watch("/news") as viewer:
         assert viewer.read(media.PACKET)
-    assert broken.taken == 2, "the failed start is remembered, and the failed address is tried last"
+    assert broken.taken == 2, "the failed start or the order of the addresses is forgotten"
 
 
 def test_reload_forgets_only_the_failures_of_a_changed_stream(origin: Origin, serve: Serve) -> None:
@@ -378,7 +378,7 @@ def test_private_stream_is_live_and_then_idle(origin: Origin, serve: Serve) -> N
     assert drops(site, "film") == {}
 
 
-def test_polling_client_that_an_outage_disconnects_is_a_drop(
+def test_polling_client_that_an_outage_disconnects_counts_as_a_drop(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipe, "REOPEN_PAUSES", (0.1, 0.2))
@@ -389,7 +389,7 @@ def test_polling_client_that_an_outage_disconnects_is_a_drop(
     eventually(lambda: drops(site) == {"reconnect": 1}, "the client is counted")
 
 
-def test_viewers_of_a_changed_stream_are_drops(origin: Origin, serve: Serve) -> None:
+def test_viewers_of_a_changed_stream_count_as_drops(origin: Origin, serve: Serve) -> None:
     news = live(origin)
     site = serve({"news": news.url})
     assert site.get("/news.m3u8").status == 200
@@ -401,7 +401,9 @@ def test_viewers_of_a_changed_stream_are_drops(origin: Origin, serve: Serve) -> 
     eventually(lambda: drops(site) == {"reload": 2}, "both viewers are counted")
 
 
-def test_viewer_of_a_source_that_cannot_be_resumed_is_a_drop(origin: Origin, serve: Serve) -> None:
+def test_viewer_of_a_source_that_cannot_be_resumed_counts_as_a_drop(
+    origin: Origin, serve: Serve
+) -> None:
     """fMP4 without segments or a length has no known position to continue from."""
     init, segments = media.fmp4(2)
     data = b"".join([init, *segments])
@@ -412,7 +414,7 @@ def test_viewer_of_a_source_that_cannot_be_resumed_is_a_drop(origin: Origin, ser
     eventually(lambda: drops(site, "film") == {"failed": 1}, "the viewer is counted")
 
 
-def test_viewer_that_a_shutdown_disconnects_is_a_drop(origin: Origin, serve: Serve) -> None:
+def test_viewer_that_a_shutdown_disconnects_counts_as_a_drop(origin: Origin, serve: Serve) -> None:
     news = live(origin)
     site = serve({"news": news.url})
     with site.watch("/news") as viewer:
@@ -422,7 +424,7 @@ def test_viewer_that_a_shutdown_disconnects_is_a_drop(origin: Origin, serve: Ser
         eventually(lambda: drops(site) == {"shutdown": 1}, "the viewer is counted")
 
 
-def test_viewer_that_leaves_is_not_a_drop(origin: Origin, serve: Serve) -> None:
+def test_viewer_that_leaves_does_not_count_as_a_drop(origin: Origin, serve: Serve) -> None:
     site = serve({"news": live(origin).url}, linger=0)
     with site.watch("/news") as viewer:
         assert viewer.read(media.PACKET)

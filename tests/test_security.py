@@ -34,7 +34,7 @@ from tests.program import Service
 from tests.server import BROWSER, TIMEOUT, Answer, Site, Watch
 from tests.test_cli import EXIT_TIME, LOG_LINE
 
-# With the others, these would take `python -m pytest` beyond three minutes.
+# Without this mark, `python -m pytest` would take more than three minutes.
 pytestmark = pytest.mark.long
 
 Serve = Callable[..., Site]
@@ -151,7 +151,7 @@ def test_options_need_no_token(closed: Site) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/health"])
-def test_health_without_the_token_is_short(closed: Site, path: str) -> None:
+def test_health_needs_no_token_and_shows_less_without_it(closed: Site, path: str) -> None:
     assert closed.ask("GET", path).json == {"status": "ok", "streams": 1}
     assert set(closed.ask("GET", f"{path}?token={TOKEN}").json) == {
         "status", "streams", "viewers", "uptime_seconds",
