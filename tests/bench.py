@@ -9,7 +9,7 @@ serve. Programs that are not installed are omitted. The rows and columns of the 
 
 cold first byte     from a request to the first byte of media, for a film without other viewers;
                     ffmpeg's time includes its start
-film of 30 segments seconds for the whole film from the slow origin with 4 downloads at once;
+film of N segments  seconds for the whole film from the slow origin with 4 downloads at once;
                     streamlink's hls-segment-stream-data has no limit of downloads. The column
                     "limit" has the least time for a client of whole segments: two playlists, and
                     then the segments, 4 at a time
