@@ -1,7 +1,7 @@
-"""The pages as axe-core sees them, the checker of accessibility, in headless Chromium.
+"""The accessibility checker axe-core runs on the pages, in headless Chromium.
 
-Server and origin are real.  Where npm or Chromium is missing the tests are skipped, but not with CI
-in the environment.
+Server and origin are real.  The tests are skipped if npm or Chromium is missing, but fail if CI is
+set in the environment.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.long
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("count", [1, 12, 300])
-def test_checker_finds_nothing_on_any_page(
+def test_pages_have_no_accessibility_violations(
     origin: Origin, serve: Serve, look: Look, packages: Path, count: int, scheme: Scheme
 ) -> None:
     site = serve(many_streams(origin, count))

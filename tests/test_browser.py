@@ -1,6 +1,6 @@
-"""The pages for people in a real browser, headless Chromium; server and origin are real, too.
+"""The pages in a real browser, headless Chromium, with a real server and origin.
 
-Where Chromium is missing the tests are skipped, but not with CI in the environment.
+The tests are skipped if Chromium is missing, but fail if CI is set in the environment.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.long
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     if not Path(CHROMIUM).exists():
-        assert "CI" not in os.environ, f"{CHROMIUM} must be there"
+        assert "CI" not in os.environ, f"CI must install {CHROMIUM}"
         pytest.skip(f"needs {CHROMIUM}")
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
@@ -45,16 +45,16 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _browser_before_each_test(browser: Browser) -> None:
-    """Its threads are older than any test, and may outlive it."""
+    """Start the browser before any test, because its threads may outlive each of them."""
 
 
 class Visit:
-    """A page that is looked at, and what the browser says and asks for meanwhile."""
+    """An open page, its requests, and the messages and errors of the browser."""
 
     def __init__(self, page: Page, address: str) -> None:
         self.page = page
         self.asked: list[str] = []
-        self.fetched: list[str] = []  # by its script
+        self.fetched: list[str] = []  # requested by the page's script
         self.said: list[str] = []
         page.on("request", self._note)
         page.on("console", lambda message: self.said.append(message.text))
@@ -71,7 +71,7 @@ class Visit:
         return self.page.evaluate(script)
 
     def until(self, condition: Callable[[], bool], what: str, timeout: float = 60.0) -> None:
-        """Let the browser work until `condition` holds."""
+        """Wait, while the browser runs, until `condition` holds."""
         deadline = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
@@ -84,7 +84,7 @@ Look = Callable[..., Visit]
 
 @pytest.fixture
 def look(browser: Browser) -> Iterator[Look]:
-    """Open an address: `look(site.url, width=390, scheme="dark")`."""
+    """Opens an address: `look(site.url, width=390, scheme="dark")`."""
     contexts = []
 
     def start(
@@ -112,13 +112,13 @@ Serve = Callable[..., Site]
 
 
 def live(origin: Origin, name: str = "news") -> str:
-    """A channel of large segments, for a chart that has something to show."""
+    """A live channel whose segments are large enough for a visible chart."""
     segments = [media.padded(segment, 120_000) for segment in media.ts_segments(8)]
     return origin.add(Playlist(name, segments, mode="live", window=5, clock=True)).url
 
 
 def many_streams(origin: Origin, count: int) -> dict[str, object]:
-    """A live one, a failing one, one of a long title, and as many others."""
+    """`count` streams: a live one, a failing one with a long title, and others never opened."""
     origin.fault("/bad*", Status(503), times=None)
     groups = ["News", "Sport", "Films and series", None]
     streams: dict[str, object] = {
@@ -137,7 +137,7 @@ def many_streams(origin: Origin, count: int) -> dict[str, object]:
 
 @pytest.fixture(params=[1, 12, 100], ids="{} streams".format)
 def busy(request: pytest.FixtureRequest, origin: Origin, serve: Serve) -> Site:
-    """A server of as many streams: the first is watched, the second has failed."""
+    """A server with 1, 12 or 100 streams: the first has a viewer, the second has failed."""
     site = serve(many_streams(origin, request.param), server={"name": "Living room"})
     site.watch("/news").read(188)
     assert request.param == 1 or site.get("/bad").status == 502
@@ -168,16 +168,16 @@ def test_page_is_readable(busy: Site, look: Look, width: int, scheme: Scheme) ->
 
 
 def luminance(color: str) -> float:
-    """As the WCAG define it, of a color the browser computed."""
+    """The relative luminance, as defined by WCAG, of a color computed by the browser."""
     channels = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
 def contrast(visit: Visit, selector: str) -> float:
-    """Of a text to what lies behind it.
+    """The contrast of a text to its background.
 
-    In one step, because the page's script may replace the element between two.
+    One script reads both colors, because the page may replace the element between two calls.
     """
     ink, paper = visit.page.evaluate(
         """selector => {
@@ -206,20 +206,20 @@ def test_links_are_large_enough_for_fingers(busy: Site, look: Look, width: int) 
 
 
 @pytest.mark.parametrize("busy", [12], indirect=True)
-def test_nothing_leaves_the_server_and_nothing_is_complained_about(
+def test_page_requests_only_the_server_and_logs_no_errors(
     busy: Site, look: Look, origin: Origin
 ) -> None:
     before = len([r for r in origin.requests if not r.path.startswith("/news/")])
     visit = look(busy.url)
     updates = f"{busy.url}/status?active=1&html=1"
-    visit.until(lambda: visit.asked.count(updates) >= 2, "the page asks for news")
+    visit.until(lambda: visit.asked.count(updates) >= 2, "the page requests updates")
     assert {url.rstrip("/") for url in visit.asked} == {busy.url, updates}
     assert visit.said == []
     assert len([r for r in origin.requests if not r.path.startswith("/news/")]) == before
 
 
-def test_states_and_figures_are_kept_current(origin: Origin, serve: Serve, look: Look) -> None:
-    """In place: the focus and the place in the page stay, and nothing is loaded again."""
+def test_page_updates_states_and_numbers_in_place(origin: Origin, serve: Serve, look: Look) -> None:
+    """Updates keep the focus and the scroll position, and do not reload the page."""
     streams = {f"s{n}": NOWHERE for n in range(50)}
     bad = {"url": f"{origin.url}/bad.m3u8", "title": "Broken"}
     site = serve({**streams, "news": live(origin), "bad": bad})
@@ -246,8 +246,8 @@ def test_states_and_figures_are_kept_current(origin: Origin, serve: Serve, look:
     assert visit.said == []
 
 
-def test_hidden_page_asks_for_nothing(serve: Serve, look: Look) -> None:
-    """A tab in the background, a locked telephone."""
+def test_hidden_page_sends_no_requests(serve: Serve, look: Look) -> None:
+    """A page is hidden in a background tab or on a locked phone."""
     visit = look(serve({"news": NOWHERE}).url)
     visit.measure("""() => {
         Object.defineProperty(document, "hidden", {get: () => true})
@@ -256,13 +256,13 @@ def test_hidden_page_asks_for_nothing(serve: Serve, look: Look) -> None:
         window.setTimeout = (...given) => { window.timers++; return real(...given) }
     }""")
     asked = len(visit.asked)
-    visit.until(lambda: visit.measure("timers") >= 2, "it looks again")
+    visit.until(lambda: visit.measure("timers") >= 2, "the page's timer fires again")
     visit.page.wait_for_timeout(1000)
     assert visit.measure("timers") <= 3
     assert len(visit.asked) == asked
 
 
-def test_open_page_costs_less_than_a_kilobyte_a_second(
+def test_updates_cost_less_than_a_kilobyte_a_second(
     origin: Origin, serve: Serve, look: Look
 ) -> None:
     url = live(origin)
@@ -279,7 +279,7 @@ def test_open_page_costs_less_than_a_kilobyte_a_second(
             times.append(time.monotonic())
 
     visit.page.on("response", note)
-    visit.until(lambda: len(times) >= 2, "two answers")
+    visit.until(lambda: len(times) >= 2, "two updates arrive")
     assert sizes[0] / (times[1] - times[0]) < 1000
 
 
@@ -289,7 +289,7 @@ def test_links_work(origin: Origin, serve: Serve, look: Look, token: str | None)
     visit = look(f"{site.url}/?token=a+b%26c")
     card = visit.page.locator("#news").bounding_box()
     assert card
-    visit.page.mouse.click(card["x"] + card["width"] / 2, card["y"] + 3)  # the whole card
+    visit.page.mouse.click(card["x"] + card["width"] / 2, card["y"] + 3)  # anywhere on it
     visit.page.wait_for_url(re.compile("/news"))
     assert visit.page.title() == "news - StreamPipe"
     with visit.page.expect_download(timeout=5000) as download:
@@ -301,26 +301,26 @@ def test_links_work(origin: Origin, serve: Serve, look: Look, token: str | None)
     visit.page.get_by_text("All streams").click()
     visit.page.wait_for_url(re.compile("#news$"))
     assert visit.page.locator("li").count() == 1
-    visit.until(lambda: any("/status?" in url for url in visit.asked), "news")
+    visit.until(lambda: any("/status?" in url for url in visit.asked), "an update is requested")
     assert not any("401" in words for words in visit.said)
 
 
-def address_shown(visit: Visit) -> Any:
-    """What is selected, and can be copied, once the address is touched."""
+def selected_address(visit: Visit) -> Any:
+    """The text that a click on the address selects for copying."""
     visit.page.locator("code").click()
     return visit.measure("getSelection().toString()")
 
 
-def test_address_is_selected_by_a_touch(origin: Origin, serve: Serve, look: Look) -> None:
+def test_click_selects_the_address(origin: Origin, serve: Serve, look: Look) -> None:
     site = serve({"news": live(origin)})
-    assert address_shown(look(site.url)) == f"{site.url}/playlist.m3u"
-    assert address_shown(look(f"{site.url}/news", 390)) == f"{site.url}/news"
+    assert selected_address(look(site.url)) == f"{site.url}/playlist.m3u"
+    assert selected_address(look(f"{site.url}/news", 390)) == f"{site.url}/news"
 
 
 #### Many streams ####
 
 
-def test_sixty_streams_are_not_far_away_on_a_phone(
+def test_sixty_streams_are_easy_to_reach_on_a_phone(
     origin: Origin, serve: Serve, look: Look
 ) -> None:
     visit = look(serve(many_streams(origin, 60)).url, 390)
@@ -342,7 +342,7 @@ def shown_cards(visit: Visit) -> int:
 
 
 def three_hundred() -> dict[str, object]:
-    """As many streams, in twelve groups."""
+    """300 streams in twelve groups."""
     return {
         f"s{n}": {
             "url": NOWHERE,
@@ -355,7 +355,7 @@ def three_hundred() -> dict[str, object]:
 
 
 @pytest.mark.parametrize("extra", [0, 300], ids=["three hundred", "six hundred"])
-def test_what_plays_shows_until_a_group_is_chosen(
+def test_playing_streams_are_listed_until_a_group_is_chosen(
     origin: Origin, serve: Serve, look: Look, extra: int
 ) -> None:
     more = {f"x{n}": {"url": NOWHERE, "group": "More"} for n in range(extra)}
@@ -364,7 +364,7 @@ def test_what_plays_shows_until_a_group_is_chosen(
     playing = visit.page.locator("#Playing li")
     assert playing.count() == 0
     site.watch("/news").read(188)
-    playing.wait_for()  # without a reload
+    playing.wait_for()  # the page is not reloaded
     assert re.match(r"TN\s+The News\s+live\s.\s1\sviewer$", playing.inner_text())
     visit.page.locator("[type=search]").fill("kanal 217")
     visit.page.locator("#s217").wait_for()
@@ -416,7 +416,7 @@ def test_any_of_three_hundred_channels_is_two_steps_away(
 
 
 def test_search_finds_any_of_thousands(serve: Serve, look: Look, has_script: bool) -> None:
-    """The page has the cards that were asked for alone."""
+    """The page contains only the cards that match."""
     streams = {f"s{n}": {"url": NOWHERE, "group": f"Group {n % 7}"} for n in range(2000)}
     visit = look(serve(streams).url, has_script=has_script)
     assert visit.page.locator("#List li").count() == 0
@@ -431,12 +431,12 @@ def test_search_finds_any_of_thousands(serve: Serve, look: Look, has_script: boo
     assert "86 more" in visit.page.locator("#List").inner_text()
 
 
-def test_results_of_a_search_are_in_sight_among_many_groups(serve: Serve, look: Look) -> None:
+def test_search_results_are_in_view_despite_many_groups(serve: Serve, look: Look) -> None:
     streams = {f"s{n}": {"url": NOWHERE, "group": f"Group number {n % 60}"} for n in range(600)}
     visit = look(serve(streams).url, height=720)
     visit.page.locator("nav a", has_text="Group number 59").click()
     visit.page.locator("#s59").wait_for()
-    visit.until(lambda: visit.measure("scrollY") > 0, "the group is in sight")
+    visit.until(lambda: visit.measure("scrollY") > 0, "the page scrolls to the group")
     card = visit.page.locator("#s59").bounding_box()
     assert card
     assert 0 < card["y"] < 720
@@ -461,7 +461,9 @@ def test_group_chosen_just_after_typing_is_shown(serve: Serve, look: Look) -> No
     assert shown_cards(visit) == 25
 
 
-def test_each_trouble_is_one_line_on_a_phone(origin: Origin, serve: Serve, look: Look) -> None:
+def test_each_failed_stream_takes_one_line_on_a_phone(
+    origin: Origin, serve: Serve, look: Look
+) -> None:
     site = serve(many_streams(origin, 3))
     assert site.get("/bad").status == 502
     visit = look(site.url, 390)
@@ -472,12 +474,14 @@ def test_each_trouble_is_one_line_on_a_phone(origin: Origin, serve: Serve, look:
     assert visit.measure("document.documentElement.scrollWidth") <= 390
 
 
-def test_arrows_of_the_links_to_zap_show_beside_long_titles(serve: Serve, look: Look) -> None:
+def test_long_titles_do_not_hide_the_arrows_of_zap_links(serve: Serve, look: Look) -> None:
     visit = look(
         f"{serve({'a': NOWHERE, 'b': {'url': NOWHERE, 'title': LONG}, 'c': NOWHERE}).url}/a"
     )
     link = visit.page.locator("[rel=next]")
-    assert link.evaluate("link => link.scrollWidth <= link.clientWidth"), "nothing is cut off"
+    assert link.evaluate("link => link.scrollWidth <= link.clientWidth"), (
+        "the arrow must not be cut off"
+    )
     assert link.inner_text().endswith("\u203a")
 
 
@@ -490,7 +494,7 @@ def logo_box(visit: Visit, name: str) -> tuple[float, float]:
     return width, natural
 
 
-def test_logo_lies_over_initials_that_show_where_it_does_not_load(
+def test_logo_covers_the_initials_unless_it_fails_to_load(
     origin: Origin, serve: Serve, look: Look
 ) -> None:
     wide = "<svg xmlns='http://www.w3.org/2000/svg' width='90' height='30'/>"
@@ -502,7 +506,7 @@ def test_logo_lies_over_initials_that_show_where_it_does_not_load(
     visit = look(serve(streams).url)
     visit.page.wait_for_load_state("networkidle")
     assert logo_box(visit, "good") == (64, 90)
-    assert logo_box(visit, "missing") == (0, 0), "it hides nothing"
+    assert logo_box(visit, "missing") == (0, 0), "a missing logo must not cover the initials"
     assert visit.page.locator("#missing .logo").inner_text() == "MC"
     assert [line for line in visit.said if "404" not in line and "none.svg" not in line] == []
     asked = [request for request in origin.requests if request.path.endswith(".svg")]
@@ -510,7 +514,7 @@ def test_logo_lies_over_initials_that_show_where_it_does_not_load(
     assert not any("referer" in request.headers for request in asked)
 
 
-def test_initials_show_until_the_logo_has_loaded(
+def test_initials_are_visible_until_the_logo_has_loaded(
     origin: Origin, serve: Serve, look: Look, has_script: bool
 ) -> None:
     square = "<svg xmlns='http://www.w3.org/2000/svg' width='30' height='30'/>"
@@ -523,7 +527,7 @@ def test_initials_show_until_the_logo_has_loaded(
     visit.page.goto(site.url, wait_until="commit")
     shown = "name => getComputedStyle(document.querySelector(`#${name} img`)).opacity"
     visit.page.locator("#good img").wait_for()
-    visit.until(lambda: visit.page.evaluate(shown, "good") == "1", "the logo shows")
+    visit.until(lambda: visit.page.evaluate(shown, "good") == "1", "the logo is visible")
     assert visit.page.evaluate(shown, "slow") == ("0" if has_script else "1")
     fit = "getComputedStyle(document.querySelector('#good img')).objectFit"
     assert visit.measure(fit) == "contain"
@@ -531,7 +535,7 @@ def test_initials_show_until_the_logo_has_loaded(
 
 
 def test_edges_of_all_cards_line_up(origin: Origin, serve: Serve, look: Look) -> None:
-    """Those of streams that play or have failed are as wide as the others."""
+    """Cards of playing and failed streams are as wide as the others."""
     site = serve(many_streams(origin, 30))
     site.watch("/news").read(188)
     assert site.get("/bad").status == 502
@@ -542,7 +546,7 @@ def test_edges_of_all_cards_line_up(origin: Origin, serve: Serve, look: Look) ->
     )
     assert len(boxes) == 30
     assert len({left for left, _ in boxes}) == 5
-    assert len({width for _, width in boxes}) <= 2, "rounded"
+    assert len({width for _, width in boxes}) <= 2, "widths may differ by rounding"
 
 
 #### The watch page ####
@@ -560,10 +564,10 @@ def test_watch_page_is_readable(busy: Site, look: Look, width: int, scheme: Sche
     assert video
     assert links
     assert video["width"] == width
-    assert links["y"] + links["height"] <= 900, "one need not scroll for them"
+    assert links["y"] + links["height"] <= 900, "the links must be visible without scrolling"
 
 
-def test_page_asks_for_the_password_where_there_is_a_token(browser: Browser, serve: Serve) -> None:
+def test_browser_can_send_the_token_as_password(browser: Browser, serve: Serve) -> None:
     site = serve({"news": NOWHERE}, server={"token": "s3cret"})
     credentials: Any = {"username": "anybody", "password": "s3cret"}
     context = browser.new_context(http_credentials=credentials)

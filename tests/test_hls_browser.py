@@ -1,6 +1,6 @@
-"""The watch page in a real browser, headless Chromium: the address of a stream, opened, plays.
+"""The watch page plays streams in a real browser, headless Chromium.
 
-Where Chromium is missing the tests are skipped, but not with CI in the environment.
+The tests are skipped if Chromium is missing, but fail if CI is set in the environment.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ browser_before_each_test = test_browser._browser_before_each_test
 
 Serve = Callable[..., Site]
 
-PAGES = 5  # of each kind, side by side
-PLAYED = 15.0  # seconds of a page that plays
+PAGES = 5  # open at once, each with its own channel
+PLAYED = 15.0  # seconds that a page must play
 
 pytestmark = pytest.mark.long
 
@@ -70,7 +70,7 @@ def qualities(origin: Origin, name: str) -> str:
 
 
 def discontinuous(origin: Origin, name: str) -> str:
-    """Every third segment begins the time anew."""
+    """A channel whose timestamps restart with every third segment."""
     segments = [
         Segment(data, discontinuity=number % 3 == 0)
         for number, data in enumerate(media.ts_segments(3) * 20)
@@ -84,8 +84,8 @@ CHANNELS = [ts, long_ts, fmp4, encrypted, qualities, discontinuous]
 #### Chromium ####
 
 
-# Waits until the video has played for so long since now, whatever the page's script has to load
-# again meanwhile.
+# Waits until the video has played for this many more seconds, even if the page's script reloads it
+# in the meantime.
 WATCH = """([seconds, limit]) => new Promise(done => {
     const video = document.querySelector("video")
     let played = 0, last = video.currentTime
@@ -100,17 +100,17 @@ WATCH = """([seconds, limit]) => new Promise(done => {
 })"""
 
 
-def play_on(visit: Visit, seconds: float = PLAYED, limit: float = 60.0) -> None:
+def assert_keeps_playing(visit: Visit, seconds: float = PLAYED, limit: float = 60.0) -> None:
     assert visit.page.evaluate(WATCH, [seconds, limit]) == "", reasons(visit)
 
 
 def tries(visit: Visit) -> int:
-    """How often the page's script has asked whether it can load the video again."""
+    """How often the page's script has checked whether it can reload the video."""
     return sum(address.partition("?")[0].endswith(".m3u8") for address in visit.fetched)
 
 
 def reasons(visit: Visit) -> list[str]:
-    """What Chromium tells developers of its player's errors."""
+    """The errors of the player in Chromium's developer tools."""
     found: list[str] = []
     tools = visit.page.context.new_cdp_session(visit.page)
     tools.on("Media.playerErrorsRaised", lambda event: found.append(json.dumps(event)))
@@ -119,20 +119,20 @@ def reasons(visit: Visit) -> list[str]:
 
 
 def assert_plays(visit: Visit, seconds: float = PLAYED) -> None:
-    """The page plays for so long, looks right, and logs and requests nothing else.
+    """Checks that the page plays this long, logs no errors and requests nothing unexpected.
 
-    Chromium fails now and then at the start of a channel (DEMUXER_ERROR_COULD_NOT_PARSE) while the
-    machine is busy; the page's script then loads the video again, once.  The cause is Chromium's,
-    in version 156 at least: if its first segments take longer to load than they last, it loads the
-    playlist again while it still has a listed segment to load, and forgets that segment.  If the
-    playlist then has a single new one, the gap before it is fatal.  A link that delays each
-    segment of 1 s by 0.5 s shows it on about every third page.
+    On a busy machine Chromium sometimes fails at the start of a channel with
+    DEMUXER_ERROR_COULD_NOT_PARSE; the page's script then reloads the video once.  It is a bug of
+    Chromium, at least in version 156: if the first segments take longer to load than to play,
+    Chromium reloads the playlist before it has loaded all listed segments, and forgets the rest.
+    If the new playlist adds a single segment, the gap before it is fatal.  A connection that
+    delays each segment of 1 s by 0.5 s reproduces it on about every third page.
     """
-    play_on(visit, seconds)
+    assert_keeps_playing(visit, seconds)
     assert tries(visit) <= 1, reasons(visit)
     assert visit.measure("document.querySelector('video').videoWidth") == media.WIDTH
     assert visit.measure("document.scripts.length") == 1
-    aborted = re.compile("failed: .*ERR_ABORTED")  # Chromium looks into a segment, and leaves it
+    aborted = re.compile("failed: .*ERR_ABORTED")  # Chromium often cancels a segment
     assert [words for words in visit.said if not aborted.match(words)] == []
     server = visit.page.url.rpartition("/")[0]
     assert all(address.startswith((server, "data:")) for address in visit.asked)
@@ -140,7 +140,7 @@ def assert_plays(visit: Visit, seconds: float = PLAYED) -> None:
 
 @pytest.mark.parametrize("state", ["cold", "warm"])
 @pytest.mark.parametrize("channel", CHANNELS)
-def test_address_of_a_stream_plays(
+def test_stream_address_opens_a_playing_page(
     origin: Origin,
     serve: Serve,
     look: Look,
@@ -168,7 +168,7 @@ def address_of(service: Service) -> str:
     return f"http://127.0.0.1:{service.port}/news"
 
 
-def test_page_plays_on_while_the_configuration_is_read_again(
+def test_page_keeps_playing_during_a_reload_of_the_configuration(
     origin: Origin, service: Service, look: Look
 ) -> None:
     with service:
@@ -177,10 +177,10 @@ def test_page_plays_on_while_the_configuration_is_read_again(
         service.configure({"news": f"{origin.url}/news/index.m3u8", "more": "http://h.example/x"})
         service.send(signal.SIGHUP)
         service.wait_for("reloaded")
-        play_on(visit)
+        assert_keeps_playing(visit)
 
 
-def test_page_plays_on_after_an_outage_of_the_origin(
+def test_page_recovers_from_an_outage_of_the_origin(
     origin: Origin, serve: Serve, look: Look
 ) -> None:
     site = serve({"news": ts(origin, "news")})
@@ -191,13 +191,13 @@ def test_page_plays_on_after_an_outage_of_the_origin(
     origin.stop()
     visit.page.wait_for_timeout(8000)
     origin.start()
-    play_on(visit)
+    assert_keeps_playing(visit)
 
 
-def test_page_plays_on_after_an_outage_longer_than_reconnect(
+def test_page_recovers_from_an_outage_longer_than_reconnect(
     origin: Origin, serve: Serve, look: Look
 ) -> None:
-    """Chromium itself stops for good; the page's script says so and tries again."""
+    """Chromium's player stops for good; the page's script reports it and retries."""
     site = serve({"news": ts(origin, "news")})
     visit = look(f"{site.url}/news")
     assert_plays(visit, 3)
@@ -208,13 +208,13 @@ def test_page_plays_on_after_an_outage_longer_than_reconnect(
     said.filter(has_text="Trying again in").wait_for(timeout=90_000)
     visit.page.wait_for_timeout(30_000)
     origin.start()
-    play_on(visit, limit=120)
+    assert_keeps_playing(visit, limit=120)
     assert said.is_hidden()
     assert visit.page.locator("header .live").is_visible()
 
 
 def processes_of(mark: str) -> list[int]:
-    """The browser that has this mark in its command line, and all processes under it."""
+    """The browser whose command line contains `mark`, and all its descendants."""
     parents: dict[int, int] = {}
     found: list[int] = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -229,10 +229,10 @@ def processes_of(mark: str) -> list[int]:
     return found
 
 
-def test_page_plays_on_after_its_machine_slept(
+def test_page_recovers_after_its_machine_slept(
     origin: Origin, serve: Serve, browser: Browser
 ) -> None:
-    """For two minutes the browser does nothing, and the server goes on."""
+    """The browser is suspended for two minutes while the server continues."""
     site = serve({"news": ts(origin, "news")})
     mark = f"--marked-by-a-test={os.getpid()}-{site.port}"
     another = browser.browser_type.launch(
@@ -249,21 +249,21 @@ def test_page_plays_on_after_its_machine_slept(
     finally:
         for number in numbers:
             os.kill(number, signal.SIGCONT)
-    play_on(visit, limit=120)
+    assert_keeps_playing(visit, limit=120)
     another.close()
 
 
-def test_page_plays_on_after_a_restart_of_the_program(
+def test_page_recovers_from_a_restart_of_the_program(
     origin: Origin, service: Service, tmp_path: Path, look: Look
 ) -> None:
     with service:
         visit = look(address_of(service))
         assert_plays(visit, 3)
     with Service(tmp_path, {"news": f"{origin.url}/news/index.m3u8"}, port=service.port):
-        play_on(visit)
+        assert_keeps_playing(visit)
 
 
-def test_page_plays_on_after_a_program_that_was_away_for_long(
+def test_page_recovers_from_a_long_absence_of_the_program(
     origin: Origin, service: Service, tmp_path: Path, look: Look
 ) -> None:
     with service:
@@ -271,13 +271,13 @@ def test_page_plays_on_after_a_program_that_was_away_for_long(
         assert_plays(visit, 3)
     visit.page.locator("#Said", has_text="The server does not answer").wait_for(timeout=90_000)
     with Service(tmp_path, {"news": f"{origin.url}/news/index.m3u8"}, port=service.port):
-        play_on(visit, limit=120)
+        assert_keeps_playing(visit, limit=120)
 
 
-def test_page_of_a_stream_that_fails_plays_once_it_is_back(
+def test_page_of_a_failing_stream_plays_once_the_stream_recovers(
     origin: Origin, serve: Serve, look: Look
 ) -> None:
-    """It asks at growing intervals, from 10 s on, and says when."""
+    """The page retries at growing intervals, beginning with 10 s, and shows the next one."""
     address = ts(origin, "news")
     failing = origin.fault("/news/*", Status(503), times=None)
     site = serve({"news": {"url": address, "title": "The News"}, "other": "http://h.example/x"})
@@ -292,7 +292,7 @@ def test_page_of_a_stream_that_fails_plays_once_it_is_back(
     said.filter(has_text="the origin answered 503. Trying again in 20 s").wait_for()
     failing.clear()
     visit.page.locator("video").wait_for()
-    play_on(visit)
+    assert_keeps_playing(visit)
     assert visit.page.locator("#Trouble").count() == 0
     assert said.is_hidden()
 
@@ -306,7 +306,7 @@ ENDED = """new Promise(done => {
 })"""
 
 
-def test_page_plays_to_the_end_of_a_channel_that_ends(
+def test_page_plays_to_the_end_of_a_finished_channel(
     origin: Origin, serve: Serve, look: Look
 ) -> None:
     playlist = Playlist("news", media.ts_segments(60), mode="live", window=6, clock=True)

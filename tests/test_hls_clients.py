@@ -1,6 +1,6 @@
-"""HLS as real players, proxies and another StreamPipe read it.
+"""HLS with real players, real proxies and a second StreamPipe.
 
-Where a player is missing its tests are skipped, but not with CI in the environment.
+The tests of a missing player are skipped, but fail if CI is set in the environment.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CROWD = 300
 def ffmpeg_plays(address: str) -> None:
     player = ffmpeg(address, 4)
     assert player.returncode == 0, player.stdout
-    harmless = "MOOV Atom|Last message|out of order"  # it says these of the origin's list, too
+    harmless = "MOOV Atom|Last message|out of order"  # also logged for the origin's list
     assert [line for line in player.stdout.splitlines() if not re.search(harmless, line)] == []
 
 
@@ -62,7 +62,7 @@ def vlc_plays(address: str) -> None:
 
 
 def gstreamer_plays(address: str) -> None:
-    """Decodes 40 pictures, or frames of sound; by itself it would go on."""
+    """Decodes 40 frames of video or audio, then stops the player."""
     sink = ["fakesink", "silent=false", "sync=false"]
     command = ["gst-launch-1.0", "-v", "souphttpsrc", f"location={address}", "!", "decodebin"]
     with subprocess.Popen([*command, "!", *sink], stdout=subprocess.PIPE, text=True) as player:
@@ -78,7 +78,7 @@ def gstreamer_plays(address: str) -> None:
 
 
 def streamlink_plays(address: str) -> None:
-    """It reads the first three segments, as the origin has them."""
+    """Reads 20 kB of the stream with streamlink's command."""
     command = [sys.executable, "-m", "streamlink", "--stdout", f"hls://{address}", "best"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as player:
         try:
@@ -92,7 +92,7 @@ def streamlink_plays(address: str) -> None:
 @pytest.mark.parametrize(
     "plays", [ffmpeg_plays, mpv_plays, vlc_plays, gstreamer_plays, streamlink_plays]
 )
-def test_player_plays(
+def test_player_plays_hls(
     origin: Origin, serve: Serve, plays: Callable[[str], None], channel: Channel
 ) -> None:
     playlist = origin.add(channel(mode="live", listed=5, window=12, clock=True))
@@ -110,7 +110,7 @@ def viewers_of(site: Site) -> list[Mapping[str, Any]]:
 
 
 @pytest.mark.parametrize("channel", [plain, fmp4, aac])
-def test_relay_has_the_segments_of_the_origin(
+def test_relay_serves_the_segments_of_the_origin(
     origin: Origin, serve: Serve, channel: Channel
 ) -> None:
     playlist = origin.add(channel(mode="live", window=12))
@@ -121,7 +121,7 @@ def test_relay_has_the_segments_of_the_origin(
     for _ in range(3):
         playlist.advance(1)
         follow(relay, "/news.m3u8", client)
-    eventually(lambda: len(follow(relay, "/news.m3u8", client)) == 6, "all have come")
+    eventually(lambda: len(follow(relay, "/news.m3u8", client)) == 6, "six segments are listed")
     bodies = [client.bodies[number] for number in range(oldest, oldest + 6)]
     theirs = [playlist.plain(n, n + 1) for n in range(playlist.newest - 5, playlist.newest + 1)]
     if channel is plain:
@@ -131,8 +131,8 @@ def test_relay_has_the_segments_of_the_origin(
     assert viewer.status == 200
 
 
-def test_what_is_missing_is_missing_behind_a_relay(origin: Origin, serve: Serve) -> None:
-    """A gap of the origin is a discontinuity in the list, and nothing repeats."""
+def test_gap_of_the_origin_is_a_gap_behind_a_relay(origin: Origin, serve: Serve) -> None:
+    """The relay lists a gap of the origin as a discontinuity."""
     playlist = origin.add(plain(mode="live", window=12))
     first = serve({"news": playlist.url})
     relay = serve({"news": f"{first.url}/news.m3u8"})
@@ -140,10 +140,10 @@ def test_what_is_missing_is_missing_behind_a_relay(origin: Origin, serve: Serve)
     playlist.drop(1)
     playlist.advance(2)
 
-    def has_come() -> bool:
+    def has_new_segment() -> bool:
         return listed_in(relay.get("/news.m3u8").body.decode())[-1].number > listed[-1].number
 
-    eventually(has_come, "it goes on")
+    eventually(has_new_segment, "the relay lists a new segment")
     newest = listed_in(relay.get("/news.m3u8").body.decode())[-1]
     assert newest.discontinuities > listed[-1].discontinuities
     body = relay.get(f"/{newest.address}").body
@@ -154,7 +154,7 @@ def test_what_is_missing_is_missing_behind_a_relay(origin: Origin, serve: Serve)
 
 
 def get(port: int, path: str, agent: str = "tests") -> bytes:
-    """The body of an answer, which must be a 200."""
+    """The body of an answer whose status must be 200."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
     with contextlib.closing(connection):
         connection.request("GET", path, headers={"User-Agent": agent})
@@ -164,7 +164,7 @@ def get(port: int, path: str, agent: str = "tests") -> bytes:
         return body
 
 
-def test_list_and_segments_are_asked_of_one_server(
+def test_proxy_sends_list_and_segment_requests_to_one_server(
     channels: Mapping[str, Playlist], servers: Sequence[Server], front: int
 ) -> None:
     for name, channel in channels.items():
@@ -173,11 +173,11 @@ def test_list_and_segments_are_asked_of_one_server(
         assert media.without_notices(b"".join(bodies)) in channel.plain(0, channel.newest + 1)
         assert get(front, f"/{name}.m3u").startswith(b"#EXTM3U")
     pulled = [name for server in servers for name in server.channels()]
-    assert sorted(pulled) == sorted(channels), "each is pulled once"
+    assert sorted(pulled) == sorted(channels), "each channel must be pulled by one server"
 
 
 def poll(port: int, agent: str, rounds: int) -> int:
-    """Load the list and what is new in it, again and again; returns the bytes of media."""
+    """Load the list and its new segments `rounds` times; returns the bytes of media."""
     newest = size = 0
     for _ in range(rounds):
         for segment in listed_in(get(port, "/news.m3u8", agent).decode()):
@@ -187,8 +187,8 @@ def poll(port: int, agent: str, rounds: int) -> int:
     return size
 
 
-def test_crowd_that_polls_beside_one_that_streams(origin: Origin, tmp_path: Path) -> None:
-    """Each one that polls has all segments, nobody who streams skips, through a real HAProxy."""
+def test_crowds_of_polling_and_streaming_clients_are_served(origin: Origin, tmp_path: Path) -> None:
+    """300 clients poll through a real HAProxy while 300 viewers stream from the server directly."""
     channel = Playlist("news", media.ts_segments(SEGMENTS), mode="live", window=5, clock=True)
     server = Server(tmp_path / "one", {"news": origin.add(channel).url})
     rounds = 4
@@ -204,7 +204,7 @@ def test_crowd_that_polls_beside_one_that_streams(origin: Origin, tmp_path: Path
         agents = [f"player {number}" for number in range(CROWD)]
         sizes = list(pollers.map(functools.partial(poll, front, rounds=rounds), agents))
         assert min(sizes) >= (LEAST + rounds - 1) * min(map(len, media.ts_segments(SEGMENTS)))
-        assert read.result()[1] == 0, "nobody who streams was let go"
+        assert read.result()[1] == 0, "no streaming viewer may be dropped"
         stream = get_json(server.port, "/status")["streams"][0]
         assert stream["peak"] >= CROWD
     paths = [request.path for request in origin.requests if request.path.endswith(".ts")]

@@ -1,7 +1,7 @@
 """Kodi with its IPTV Simple Client, on a virtual screen: it loads the list, plays and zaps.
 
-Kodi, server, origin and media are real.  The test reads the screen to see that a picture moves.
-Where Kodi is missing the tests are skipped, but not with CI in the environment.
+Kodi, server, origin and media are real.  The tests read the screen to see whether the picture
+moves.  They are skipped if Kodi is missing, but fail if CI is set in the environment.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Serve = Callable[..., Site]
 
 ADDON = "pvr.iptvsimple"
 WIDTH, HEIGHT = 640, 360  # pixels of the screen
-START_TIME = 90.0  # seconds that Kodi may need to start, and then to load the list
-PICTURE_TIME = 30.0  # seconds until a picture moves
+START_TIME = 90.0  # seconds that Kodi may take to start, and again to load the list
+PICTURE_TIME = 30.0  # seconds that a picture may take to move
 ZAPS = 10
 
-# Kodi hears JSON-RPC on a port of its own, and asks nothing of the network.
+# Kodi accepts JSON-RPC on a port of its own.
 ADVANCED_SETTINGS = """<advancedsettings>
   <jsonrpc><tcpport>{port}</tcpport></jsonrpc>
 </advancedsettings>
@@ -62,7 +62,7 @@ class Screen:
             self.name = f":{answer.readline().strip()}"
 
     def picture_moves(self) -> bool:
-        """Whether two looks at the screen, half a second apart, differ in a tenth of it."""
+        """Whether a tenth of the screen changes within half a second."""
         command = [
             "ffmpeg", "-nostdin", "-v", "error", "-f", "x11grab", "-framerate", "2",
             "-video_size", f"{WIDTH}x{HEIGHT}", "-i", self.name, "-frames:v", "2",
@@ -87,7 +87,7 @@ class Kodi:
         self._port = free_port()
         self._connection: socket.socket | None = None
         self._calls = 0
-        self._received = ""  # text that has not been read as messages yet
+        self._received = ""  # text that has not been parsed yet
         userdata = home / ".kodi" / "userdata"
         addon = userdata / "addon_data" / ADDON
         addon.mkdir(parents=True)
@@ -109,7 +109,7 @@ class Kodi:
         )
 
     def start(self) -> None:
-        """Connect once Kodi listens, and switch the add-on on, which it starts with off."""
+        """Connect once Kodi listens, and enable the add-on, which is disabled at first."""
 
         def listens() -> bool:
             try:
@@ -134,7 +134,7 @@ class Kodi:
                 return message["result"]
 
     def _receive(self) -> dict[str, Any]:
-        """The next message; Kodi writes them one behind the other, without separators."""
+        """The next message; Kodi sends messages without separators."""
         assert self._connection
         while True:
             try:
@@ -146,7 +146,7 @@ class Kodi:
                 return dict(message)
 
     def load_channels(self, group: str, count: int) -> dict[str, int]:
-        """The channels of `alltv` or `allradio` by their titles, once there are so many."""
+        """Wait until the group (`alltv` or `allradio`) has `count` channels; maps titles to ids."""
         found: dict[str, int] = {}
 
         def are_loaded() -> bool:
@@ -158,14 +158,14 @@ class Kodi:
                 found[channel["label"]] = channel["channelid"]
             return len(found) == count
 
-        eventually(are_loaded, f"Kodi's channels, {found}", START_TIME)
+        eventually(are_loaded, f"Kodi has {count} channels, not {found}", START_TIME)
         return found
 
     def play(self, channel: int) -> None:
         self.call("Player.Open", item={"channelid": channel})
 
     def played(self) -> str:
-        """The title of the channel that plays, and its codecs, as Kodi tells."""
+        """The title and the codecs of the playing channel, as reported by Kodi."""
         labels = ["VideoPlayer.ChannelName", "VideoPlayer.VideoCodec", "VideoPlayer.AudioCodec"]
         found = self.call("XBMC.GetInfoLabels", labels=labels)
         return " ".join(found[label] for label in labels)
@@ -173,17 +173,17 @@ class Kodi:
     def close(self) -> None:
         if self._connection:
             self._connection.close()
-        os.killpg(self._process.pid, signal.SIGKILL)  # a session of its own: the script and Kodi
+        os.killpg(self._process.pid, signal.SIGKILL)  # Kodi's start script and Kodi
         self._process.wait(timeout=20)
         self.screen.close()
 
 
 @pytest.fixture
 def start_kodi(tmp_path: Path) -> Iterator[Callable[[str], Kodi]]:
-    """Start a Kodi that loads the channel list at an address."""
+    """Starts a Kodi that loads the channel list at an address."""
     for program in ("kodi", "Xvfb", "ffmpeg"):
         if not shutil.which(program):
-            assert "CI" not in os.environ, f"{program} must be there"
+            assert "CI" not in os.environ, f"CI must install {program}"
             pytest.skip(f"needs {program}")
     started: list[Kodi] = []
 
@@ -202,7 +202,7 @@ def moving_segments(count: int) -> list[Segment]:
 
 
 def channels(origin: Origin) -> dict[str, object]:
-    """Live TS, live fMP4, and a film."""
+    """Two live TS channels, a live fMP4 channel and a film."""
     init, parts = media.fmp4(60, 2.0)
     fragments = [Segment(data, 2.0) for data in parts]
     live: dict[str, Any] = {"mode": "live", "window": 6, "clock": True}
@@ -226,7 +226,7 @@ def test_kodi_loads_the_list_and_zaps(
 
 
 def zap(kodi: Kodi, times: int) -> None:
-    """Play one of four channels after the other, so many times."""
+    """Switch `times` times between four channels."""
     numbers = list(kodi.load_channels("alltv", 4).items())
     assert len(numbers) == 4
     for zap in range(times):
@@ -237,11 +237,11 @@ def zap(kodi: Kodi, times: int) -> None:
             return kodi.played().startswith(title)
 
         eventually(is_playing, f"{title} plays", PICTURE_TIME)
-        eventually(kodi.screen.picture_moves, f"a picture of {title} moves", PICTURE_TIME)
+        eventually(kodi.screen.picture_moves, f"the picture of {title} moves", PICTURE_TIME)
         assert "h264" in kodi.played()
 
 
-def test_kodi_zaps_through_a_providers_list_with_one_connection(
+def test_kodi_zaps_within_an_account_of_one_connection(
     origin: Origin, serve: Serve, start_kodi: Callable[[str], Kodi]
 ) -> None:
     segments = media.ts_segments(60)
@@ -252,7 +252,7 @@ def test_kodi_zaps_through_a_providers_list_with_one_connection(
 
 
 def test_kodi_plays_radio(origin: Origin, serve: Serve, start_kodi: Callable[[str], Kodi]) -> None:
-    """Live AAC: the sound's clock goes on."""
+    """The play time of live AAC advances."""
     frames = media.aac_segments(60)
     playlist = origin.add(
         Playlist("aac", frames, extension=".aac", mode="live", window=6, clock=True)
@@ -266,5 +266,5 @@ def test_kodi_plays_radio(origin: Origin, serve: Serve, start_kodi: Callable[[st
         time = kodi.call("XBMC.GetInfoLabels", labels=["Player.Time"])["Player.Time"]
         return str(time) >= "00:05"
 
-    eventually(has_played, "five seconds of sound", PICTURE_TIME)
+    eventually(has_played, "five seconds have been played", PICTURE_TIME)
     assert "aac" in kodi.played()

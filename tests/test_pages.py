@@ -1,6 +1,7 @@
-"""The pages around the streams, per-stream options and --check; server, origin and proxy are real.
+"""The pages around the streams, options of single streams, and --check.
 
-What is written for other programs is read by their parsers: Prometheus' own, XML's and HTML's.
+Server, origin and proxy are real.
+Real parsers read the answers for other programs: Prometheus's own, one of XML and one of HTML.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from tests.test_sharing import Sluggish, eventually, feeders
 from tests.threads import running
 
 Serve = Callable[..., Site]
-TIMEOUT = 20.0  # seconds; nothing a test waits for takes as long
+TIMEOUT = 20.0  # seconds; longer than anything a test waits for
 TOKEN = "t&k n/1"
 QUOTED_TOKEN = "t%26k%20n%2F1"
 NOWHERE = "http://origin.example/secret-path/x.m3u8"  # configured and never opened
@@ -73,7 +74,7 @@ PAGES = [
 
 
 def live(origin: Origin, name: str = "news", **options: Any) -> Playlist:
-    """A channel of a segment a second, which loses none: all can be fetched for ever."""
+    """A live channel with a segment a second; old segments remain available."""
     settings: dict[str, Any] = {"mode": "live", "window": 5, "clock": True} | options
     return origin.add(Playlist(name, media.ts_segments(8), **settings))
 
@@ -89,7 +90,7 @@ class Entry:
 
 
 def playlist(answer: Answer) -> tuple[str, list[Entry]]:
-    """First line and entries of an M3U; every line of it has to be of the known form."""
+    """The first line and the entries of an M3U; checks the form of every line."""
     assert answer.status == 200
     assert answer.headers["Content-Type"] == "audio/x-mpegurl"
     assert int(answer.headers["Content-Length"]) == len(answer.body)
@@ -102,7 +103,7 @@ def playlist(answer: Answer) -> tuple[str, list[Entry]]:
     return head, entries
 
 
-def test_playlist_has_every_stream_in_the_files_order(serve: Serve) -> None:
+def test_playlist_lists_every_stream_in_configured_order(serve: Serve) -> None:
     full = {"title": "Zwölf", "logo": "https://x.example/l.png", "group": "News", "number": 12}
     site = serve({"z12": {"url": NOWHERE, "tvg_id": "z.example", **full}, "a": NOWHERE})
     assert playlist(site.get("/playlist.m3u")) == (
@@ -125,7 +126,7 @@ def test_playlist_has_every_stream_in_the_files_order(serve: Serve) -> None:
     )
 
 
-def test_playlist_of_one_stream_has_it_alone(serve: Serve) -> None:
+def test_playlist_of_one_stream_has_only_that_stream(serve: Serve) -> None:
     site = serve({"one": {"url": NOWHERE, "group": "G"}, "two": NOWHERE})
     head, entries = playlist(site.get("/one.m3u"))
     assert head == "#EXTM3U"
@@ -136,7 +137,7 @@ def test_playlist_of_one_stream_has_it_alone(serve: Serve) -> None:
 @pytest.mark.parametrize(
     "path", ["/three.m3u", "/.m3u", "/playlist.ts", "/playlist.M3U", "/x/one.m3u"]
 )
-def test_playlist_of_no_stream_is_not_found(serve: Serve, path: str) -> None:
+def test_playlist_of_unknown_stream_is_not_found(serve: Serve, path: str) -> None:
     assert serve({"one": NOWHERE}).get(path).status == 404
 
 
@@ -173,12 +174,12 @@ def test_values_cannot_break_out_of_their_line(serve: Serve, written: str, clean
 
 @pytest.mark.parametrize("key", ["group", "tvg_id"])
 @pytest.mark.parametrize("value", [" ", "\n", "\u2028 "], ids=["space", "line feed", "others"])
-def test_value_that_is_empty_is_left_out(serve: Serve, key: str, value: str) -> None:
+def test_empty_values_are_omitted(serve: Serve, key: str, value: str) -> None:
     _, (entry,) = playlist(serve({"one": {"url": NOWHERE, key: value}}).get("/playlist.m3u"))
     assert entry.attributes == {"channel-id": "one", "tvg-name": "one"}
 
 
-def test_title_of_commas_alone_is_the_name(serve: Serve) -> None:
+def test_title_of_only_commas_is_replaced_by_the_name(serve: Serve) -> None:
     _, (entry,) = playlist(serve({"one": {"url": NOWHERE, "title": ",,"}}).get("/one.m3u"))
     assert (entry.title, entry.attributes["tvg-name"]) == ("one", "one")
 
@@ -191,19 +192,19 @@ def test_title_of_commas_alone_is_the_name(serve: Serve) -> None:
     ],
     ids=["comma", "quotes"],
 )
-def test_address_of_a_logo_stays_one(serve: Serve, logo: str, shown: str) -> None:
+def test_logo_address_is_quoted(serve: Serve, logo: str, shown: str) -> None:
     """mpv ends an entry's attributes at the first comma."""
     _, (entry,) = playlist(serve({"one": {"url": NOWHERE, "logo": logo}}).get("/one.m3u"))
     assert entry.attributes.get("tvg-logo") == shown
 
 
 def jellyfins_title(line: str) -> str:
-    """As its M3uParser reads it: what follows the last comma."""
+    """The title as Jellyfin's M3uParser reads it: the text after the last comma."""
     return line.rpartition(",")[2].strip()
 
 
 def mpvs_title(line: str) -> str:
-    """As its demux_playlist reads it: what follows the first comma."""
+    """The title as mpv's demux_playlist reads it: the text after the first comma."""
     return line.partition(",")[2].strip()
 
 
@@ -214,12 +215,12 @@ def test_players_that_split_at_commas_see_the_whole_title(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("path", ["/playlist.m3u8", "/lineup.m3u"])
-def test_list_has_other_names(serve: Serve, path: str) -> None:
+def test_playlist_has_aliases(serve: Serve, path: str) -> None:
     site = serve({"one": NOWHERE, "two": {"url": NOWHERE, "group": "G"}})
     assert playlist(site.get(path)) == playlist(site.get("/playlist.m3u"))
 
 
-def test_stream_named_lineup_has_a_list_of_its_own(serve: Serve) -> None:
+def test_stream_named_lineup_has_its_own_playlist(serve: Serve) -> None:
     site = serve({"lineup": NOWHERE, "two": NOWHERE})
     _, entries = playlist(site.get("/lineup.m3u"))
     assert [entry.title for entry in entries] == ["lineup"]
@@ -249,7 +250,7 @@ FORWARDED = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "tv.example:8443"
     ],
 )
 @pytest.mark.parametrize("path", ["/playlist.m3u", "/one.m3u"])
-def test_addresses_are_those_the_client_reaches(
+def test_playlist_uses_addresses_that_the_client_can_reach(
     serve: Serve, server: dict[str, str], headers: dict[str, str], base: str, path: str
 ) -> None:
     _, (entry,) = playlist(serve({"one": NOWHERE}, server=server).ask("GET", path, **headers))
@@ -257,7 +258,7 @@ def test_addresses_are_those_the_client_reaches(
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::"])
-def test_address_without_host_is_the_sockets(serve: Serve, host: str) -> None:
+def test_address_without_host_header_is_the_socket_address(serve: Serve, host: str) -> None:
     site = serve({"one": NOWHERE}, server={"host": host})
     answer = site.raw(b"GET /playlist.m3u HTTP/1.0\r\n\r\n")
     entry = f'#EXTINF:-1 channel-id="one" tvg-name="one",one\n{site.url}/one\n'
@@ -272,7 +273,7 @@ def test_address_without_host_is_the_sockets(serve: Serve, host: str) -> None:
         *("[x]:1", "a#b", "h%0d%0aX", ".example:80:80", "h\\x", "b\xe4d"),
     ],
 )
-def test_host_that_is_none_is_not_repeated(serve: Serve, header: str, value: str) -> None:
+def test_invalid_host_is_not_repeated(serve: Serve, header: str, value: str) -> None:
     site = serve({"one": NOWHERE})
     _, (entry,) = playlist(site.ask("GET", "/playlist.m3u", **{"Host": "", header: value}))
     assert entry.url == f"{site.url}/one"
@@ -293,7 +294,7 @@ def basic(password: str) -> str:
     "headers", [{}, {"Authorization": "Bearer x"}, {"Authorization": basic("x")}], ids=repr
 )
 @pytest.mark.parametrize("path", PAGES)
-def test_pages_ask_for_the_token(serve: Serve, path: str, headers: dict[str, str]) -> None:
+def test_pages_require_the_token(serve: Serve, path: str, headers: dict[str, str]) -> None:
     answer = closed(serve).ask("GET", path, **headers)
     assert answer.status == 401
     assert answer.headers["WWW-Authenticate"].startswith("Basic ")
@@ -320,7 +321,7 @@ def test_trusted_network_needs_no_token(serve: Serve, path: str) -> None:
     assert closed(serve, trusted=["127.0.0.0/8"]).get(path).status == 200
 
 
-def test_trust_is_the_sockets_and_not_a_headers(serve: Serve) -> None:
+def test_trust_depends_on_the_socket_and_not_on_headers(serve: Serve) -> None:
     site = closed(serve, trusted=["10.0.0.0/8"])
     assert site.ask("GET", "/status", **{"X-Forwarded-For": "10.0.0.1"}).status == 401
 
@@ -339,12 +340,12 @@ def test_token_of_the_playlist_opens_the_stream(origin: Origin, serve: Serve) ->
     assert site.watch(entry.url.removeprefix(site.url)).status == 200
 
 
-def test_health_says_little_without_the_token(serve: Serve) -> None:
+def test_health_shows_little_without_the_token(serve: Serve) -> None:
     site = closed(serve)
     assert site.get("/health").json == site.get("/").json == {"status": "ok", "streams": 1}
 
 
-def test_page_for_people_asks_for_the_token(serve: Serve) -> None:
+def test_status_page_requires_the_token(serve: Serve) -> None:
     site = closed(serve)
     assert site.ask("GET", "/", **HTML).status == 401
     assert site.ask("GET", f"/?token={QUOTED_TOKEN}", **HTML).status == 200
@@ -376,7 +377,7 @@ def test_tuner_count_is_an_integer(serve: Serve, server: dict[str, int], count: 
         pytest.param((1, 2), {"own": "https://example.com/own.m3u8"}, 64, id="own-stream"),
     ],
 )
-def test_tuner_count_is_at_most_what_the_accounts_allow(
+def test_tuner_count_is_at_most_the_sum_of_account_limits(
     serve: Serve, tmp_path: Path, limits: Sequence[int], own: dict[str, str], count: int
 ) -> None:
     file = tmp_path / "list.m3u"
@@ -390,7 +391,7 @@ def test_tuner_count_is_at_most_what_the_accounts_allow(
     assert site.get("/discover.json").json["TunerCount"] == count
 
 
-def test_discover_has_what_clients_need(serve: Serve) -> None:
+def test_discover_has_the_fields_that_clients_need(serve: Serve) -> None:
     site = serve({}, server={"name": "My TV"})
     answer = site.get("/discover.json")
     assert answer.headers["Content-Type"] == "application/json"
@@ -404,17 +405,17 @@ def test_discover_has_what_clients_need(serve: Serve) -> None:
 
 
 def guide_numbers(site: Site) -> dict[str, str]:
-    """By stream, in the lineup's order."""
+    """The guide number of each stream, in the order of the lineup."""
     lineup = site.get("/lineup.json").json
     return {urllib.parse.urlsplit(each["URL"]).path[1:]: each["GuideNumber"] for each in lineup}
 
 
 def number_of(name: str) -> int:
-    """The number that a stream of this name has if no other stream has it."""
+    """The guide number of a stream with this name, unless it is taken."""
     return 10000 + zlib.crc32(name.encode()) % 90000
 
 
-def test_lineup_has_every_stream_in_the_files_order(serve: Serve) -> None:
+def test_lineup_lists_every_stream_in_configured_order(serve: Serve) -> None:
     site = serve({"c": NOWHERE, "a": {"url": NOWHERE, "number": 7, "title": "A!"}})
     assert site.get("/lineup.json").json == [
         {"GuideNumber": str(number_of("c")), "GuideName": "c", "URL": f"{site.url}/c"},
@@ -422,8 +423,8 @@ def test_lineup_has_every_stream_in_the_files_order(serve: Serve) -> None:
     ]
 
 
-def test_stream_that_is_inserted_moves_no_guide_number(serve: Serve) -> None:
-    """Plex maps its guide by them."""
+def test_inserted_stream_does_not_change_other_guide_numbers(serve: Serve) -> None:
+    """Plex maps its guide by number."""
     names = [f"stream-{number}" for number in range(60)]
     before = guide_numbers(serve(dict.fromkeys(names, NOWHERE)))
     assert all(10000 <= int(number) <= 99999 for number in before.values())
@@ -434,7 +435,7 @@ def test_stream_that_is_inserted_moves_no_guide_number(serve: Serve) -> None:
 
 
 def colliding() -> tuple[str, str]:
-    """Two names with the same number."""
+    """Two names that have the same number_of()."""
     seen: dict[int, str] = {}
     for name in (f"s{count}" for count in itertools.count()):
         if number_of(name) in seen:
@@ -444,7 +445,7 @@ def colliding() -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("is_reversed", [False, True])
-def test_names_that_collide_get_the_next_number_in_their_order(
+def test_colliding_names_get_consecutive_numbers_in_name_order(
     serve: Serve, is_reversed: bool
 ) -> None:
     pair = sorted(colliding())
@@ -452,20 +453,20 @@ def test_names_that_collide_get_the_next_number_in_their_order(
     assert found == {pair[0]: str(number_of(pair[0])), pair[1]: str(number_of(pair[0]) + 1)}
 
 
-def test_guide_number_that_is_configured_is_kept_free(serve: Serve) -> None:
+def test_configured_guide_number_is_reserved(serve: Serve) -> None:
     number = number_of("a")
     found = guide_numbers(serve({"a": NOWHERE, "b": {"url": NOWHERE, "number": number}}))
     assert found == {"a": str(number + 1), "b": str(number)}
 
 
-def test_numbers_after_the_last_begin_with_the_first() -> None:
+def test_guide_numbers_wrap_around_after_the_last() -> None:
     last = next(name for name in (f"s{n}" for n in itertools.count()) if number_of(name) == 99999)
     streams = [pipe.StreamSettings("a", (), number=99999), pipe.StreamSettings(last, ())]
     assert pipe.guide_numbers(streams) == {"a": 99999, last: 10000}
 
 
 def test_tuner_plays_a_channel_by_its_number(origin: Origin, serve: Serve) -> None:
-    """Channels DVR makes these addresses itself."""
+    """Channels DVR constructs these addresses itself."""
     site = serve({"news": live(origin).url, "seven": {"url": NOWHERE, "number": 7}})
     number = guide_numbers(site)["news"]
     assert site.watch(f"/auto/v{number}?transcode=none").read(188)[:1] == b"G"
@@ -474,7 +475,7 @@ def test_tuner_plays_a_channel_by_its_number(origin: Origin, serve: Serve) -> No
         assert site.get(path).status == 404
 
 
-def test_tuner_is_closed_without_the_token(serve: Serve) -> None:
+def test_tuner_requires_the_token(serve: Serve) -> None:
     assert closed(serve).get(f"/auto/v{number_of('news')}").status == 401
 
 
@@ -484,12 +485,12 @@ def device_id(site: Site) -> str:
     return found
 
 
-def test_device_is_known_by_machine_and_port(
+def test_device_id_depends_on_machine_and_port(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = serve({}, server={"name": "A"}), serve({}, server={"name": "A"})
     before = device_id(one)
-    assert before != device_id(two), "two servers on one machine are two tuners"
+    assert before != device_id(two), "two servers on one machine must be two tuners"
     monkeypatch.setattr(one.server, "config", replace(one.config, streams={}))
     settings = replace(one.config.server, name="B")
     monkeypatch.setattr(one.server, "config", replace(one.config, server=settings))
@@ -504,10 +505,10 @@ def test_device_is_known_by_machine_and_port(
 
 
 @pytest.mark.parametrize("text", [None, "", "uninitialized\n"], ids=["none", "empty", "not yet"])
-def test_device_of_a_machine_without_id_has_that_of_its_network_card(
+def test_device_id_without_machine_id_depends_on_the_network_card(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None
 ) -> None:
-    """As in a container."""
+    """Containers often have no machine ID."""
     file = tmp_path / "machine-id"
     if text is not None:
         file.write_text(text, encoding="ascii")
@@ -533,7 +534,7 @@ def test_scan_may_be_posted_with_a_body(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("path", ["/lineup.json", "/status", "/playlist.m3u", "/news"])
-def test_nothing_else_can_be_posted_to(serve: Serve, path: str) -> None:
+def test_post_is_refused_everywhere_else(serve: Serve, path: str) -> None:
     answer = serve({"news": NOWHERE}).ask("POST", path)
     assert (answer.status, answer.headers["Allow"]) == (405, "GET, HEAD, OPTIONS")
 
@@ -619,7 +620,7 @@ def test_status_of_an_idle_server(serve: Serve) -> None:
     assert stream == {**texts, **nothing, **idle, "gaps": 0, "channels": []}
 
 
-def test_status_tells_of_channels_and_viewers(origin: Origin, serve: Serve) -> None:
+def test_status_shows_channels_and_viewers(origin: Origin, serve: Serve) -> None:
     site = serve({"news": live(origin).url, "other": NOWHERE})
     agent: dict[str, Any] = {"User-Agent": "TV/1 (é)"}
     viewer = site.watch("/news", **agent)
@@ -647,10 +648,10 @@ def bitrate(site: Site) -> int:
 
 
 @pytest.mark.parametrize("seconds", [2, 6, 10])
-def test_bitrate_is_the_medias_whatever_its_segments_last(
+def test_bitrate_does_not_depend_on_segment_duration(
     origin: Origin, serve: Serve, seconds: int
 ) -> None:
-    """From the start on, when several segments arrive at once, and with segments of all sizes."""
+    """It is right from the start, when several segments arrive at once, and for uneven sizes."""
     sizes = [2_000_000 + 300_000 * (number % 4) for number in range(8)]
     bodies = map(media.padded, media.ts_segments(), sizes)
     segments = [Segment(body, float(seconds)) for body in bodies]
@@ -661,7 +662,7 @@ def test_bitrate_is_the_medias_whatever_its_segments_last(
         if first > 2:
             news.advance(end - first)
         viewer.read(len(news.plain(first, end)))
-        eventually(lambda: bitrate(site) > 0, "it is known")
+        eventually(lambda: bitrate(site) > 0, "the bitrate is known")
         assert bitrate(site) == pytest.approx(8 * 2_450_000 / seconds, rel=0.15)
     assert f"{bitrate(site) / 1e6:.1f} Mbit/s" in page(site).text
 
@@ -669,7 +670,7 @@ def test_bitrate_is_the_medias_whatever_its_segments_last(
 @pytest.mark.long
 @pytest.mark.parametrize("pause", [0.0, 1.5], ids=["evenly", "in-bursts"])
 def test_bitrate_of_a_source_without_segments(origin: Origin, serve: Serve, pause: float) -> None:
-    """The backlog that it sends at first does not count."""
+    """The backlog that the source sends first is not counted."""
     event, seconds = threading.Event(), pause or 0.1
     backlog, piece = media.ts_segments(8), media.padded(media.ts_segments()[0], 1_000_000)
 
@@ -681,13 +682,13 @@ def test_bitrate_of_a_source_without_segments(origin: Origin, serve: Serve, paus
 
     site = serve({"news": origin.add_endless("/relay", relay)})
     site.watch("/news").read(media.PACKET)
-    eventually(lambda: bitrate(site) > 0, "it is known")
+    eventually(lambda: bitrate(site) > 0, "the bitrate is known")
     assert bitrate(site) == pytest.approx(8_000_000, rel=0.2)
     event.set()
-    eventually(lambda: bitrate(site) == 0, "it is over when nothing arrives")
+    eventually(lambda: bitrate(site) == 0, "the bitrate drops to zero once nothing arrives")
 
 
-def test_status_tells_how_much_the_window_holds(origin: Origin, serve: Serve) -> None:
+def test_status_shows_the_length_of_the_window(origin: Origin, serve: Serve) -> None:
     site = serve({"news": live(origin).url})
     site.watch("/news").read(188)
 
@@ -698,16 +699,16 @@ def test_status_tells_how_much_the_window_holds(origin: Origin, serve: Serve) ->
     assert seconds() < TIMEOUT
 
 
-def test_status_keeps_totals_of_those_who_left(origin: Origin, serve: Serve) -> None:
+def test_status_keeps_totals_after_viewers_leave(origin: Origin, serve: Serve) -> None:
     film = origin.add(Playlist("film", media.ts_segments(4)))
     site = serve({"film": film.url})
     size = len(site.get("/film").body)
-    eventually(lambda: status(site)["streams"][0]["viewers"] == 0, "the viewer is gone")
+    eventually(lambda: status(site)["streams"][0]["viewers"] == 0, "the viewer has left")
     (stream,) = status(site)["streams"]
     assert (stream["bytes_in"], stream["bytes_out"], stream["peak"]) == (size, size, 1)
 
 
-def test_status_tells_the_last_error_without_the_address(origin: Origin, serve: Serve) -> None:
+def test_status_shows_the_last_error_without_the_address(origin: Origin, serve: Serve) -> None:
     origin.fault("/news/*", Status(503), times=None)
     site = serve({"news": f"{origin.url}/news/index.m3u8?key=hunter2"})
     assert site.get("/news").status == 502
@@ -717,7 +718,7 @@ def test_status_tells_the_last_error_without_the_address(origin: Origin, serve: 
     assert (stream["state"], stream["viewers"]) == ("failed", 0)
 
 
-def test_stream_has_failed_until_media_comes_again(origin: Origin, serve: Serve) -> None:
+def test_stream_is_failed_until_media_arrives_again(origin: Origin, serve: Serve) -> None:
     news = live(origin)
     site = serve({"news": news.url, "idle": NOWHERE}, linger=0)
 
@@ -728,21 +729,19 @@ def test_stream_has_failed_until_media_comes_again(origin: Origin, serve: Serve)
     assert site.get("/news").status == 502
     assert states() == ["failed", "idle"]
     site.channels.reload(site.config)
-    assert states() == ["failed", "idle"], "the file is unchanged"
+    assert states() == ["failed", "idle"], "an unchanged configuration keeps the state"
     changed = replace(site.config.streams["news"], headers={"X-Key": "new"})
     site.channels.reload(replace(site.config, streams={**site.config.streams, "news": changed}))
-    assert states() == ["idle", "idle"], "nothing is known of what is configured now"
+    assert states() == ["idle", "idle"], "a changed stream starts without a state"
     origin.fault(news.path, Status(503), times=1)
     assert site.get("/news").status == 502
-    with site.watch("/news?quality=worst") as viewer:  # best is answered from memory
+    with site.watch("/news?quality=worst") as viewer:  # "best" still gets the remembered failure
         viewer.read(188)
         assert states() == ["live", "idle"]
-    eventually(lambda: states() == ["idle", "idle"], "it closes")
+    eventually(lambda: states() == ["idle", "idle"], "the channel closes")
 
 
-def test_quality_that_does_not_exist_is_no_failure_of_the_stream(
-    origin: Origin, serve: Serve
-) -> None:
+def test_unknown_quality_does_not_mark_the_stream_as_failed(origin: Origin, serve: Serve) -> None:
     site = serve({"news": two_qualities(origin)})
     assert site.get("/news?quality=4k").status == 404
     assert status(site)["streams"][0]["state"] == "idle"
@@ -754,7 +753,7 @@ Key = tuple[str, frozenset[tuple[str, str]]]
 
 
 def metrics(site: Site) -> dict[Key, float]:
-    """All samples, as Prometheus' parser reads them; each appears once."""
+    """All samples, read by Prometheus's parser; checks that each appears only once."""
     answer = site.get("/metrics")
     assert answer.status == 200
     assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
@@ -820,7 +819,7 @@ def test_failures_are_counted_by_reason(origin: Origin, serve: Serve) -> None:
     assert metric(site, "http_requests_total", code="502") == 1
 
 
-def test_first_bytes_are_a_histogram(origin: Origin, serve: Serve) -> None:
+def test_first_byte_times_are_a_histogram(origin: Origin, serve: Serve) -> None:
     site = serve({"news": live(origin).url})
     for _ in range(2):
         site.watch("/news").read(188)
@@ -838,12 +837,12 @@ def test_first_bytes_are_a_histogram(origin: Origin, serve: Serve) -> None:
 
 
 def fallen(before: Mapping[Key, float], after: Mapping[Key, float]) -> dict[Key, float]:
-    """The counters that fell or vanished, which Prometheus would take for a restart."""
+    """The counters that fell or vanished; Prometheus would treat that as a restart."""
     counters = {k: v for k, v in before.items() if k[0].endswith(("_total", "_bucket", "_count"))}
     return {k: v for k, v in counters.items() if after.get(k, -1.0) < v}
 
 
-def test_counters_stay_when_viewers_and_channels_go(origin: Origin, serve: Serve) -> None:
+def test_counters_never_fall_when_viewers_and_channels_leave(origin: Origin, serve: Serve) -> None:
     site = serve({"news": two_qualities(origin)}, linger=0.3)
     viewers = [site.watch(f"/news?quality={quality}") for quality in ("480p", "720p", "480p")]
     seen = [metrics(site)]
@@ -858,8 +857,8 @@ def test_counters_stay_when_viewers_and_channels_go(origin: Origin, serve: Serve
         assert fallen(before, after) == {}
 
 
-def test_counters_stay_while_a_viewer_reads_what_is_left(origin: Origin, serve: Serve) -> None:
-    """The upstream has ended and its viewer still takes from the window."""
+def test_counters_never_fall_while_a_viewer_reads_the_rest(origin: Origin, serve: Serve) -> None:
+    """The upstream has ended, but its viewer still reads from the window."""
     large = [media.padded(segment, 220_000) for segment in media.ts_segments(8)[:4]]
     film = origin.add(Playlist("film", large))
     site = serve({"film": film.url})
@@ -874,9 +873,9 @@ def test_counters_stay_while_a_viewer_reads_what_is_left(origin: Origin, serve: 
         assert site.get("/health").json["viewers"] == 1
 
 
-def test_promtool_finds_nothing_to_say(origin: Origin, serve: Serve) -> None:
+def test_promtool_has_no_complaints(origin: Origin, serve: Serve) -> None:
     if not shutil.which("promtool"):
-        assert "CI" not in os.environ, "promtool must be there"
+        assert "CI" not in os.environ, "CI must install promtool"
         pytest.skip("needs promtool")
     origin.fault("/bad*", Status(503), times=None)
     site = serve({"news": live(origin).url, "bad": f"{origin.url}/bad.m3u8"})
@@ -917,16 +916,16 @@ class Document(HTMLParser):
         return " ".join(" ".join(self._texts).split())
 
     def all(self, tag: str, **attributes: str) -> list[dict[str, str]]:
-        """The attributes of each tag of this kind that has these."""
+        """The attributes of each `tag` that has these attributes, among others."""
         found = (have for name, have in self.tags if name == tag)
         return [have for have in found if attributes.items() <= have.items()]
 
     def links(self, kind: str | None = None) -> list[str]:
-        """Where they lead, those of a class alone, or all of them."""
+        """The targets of all links, or only of those with this class."""
         return [have["href"] for have in self.all("a") if kind in (None, have.get("class"))]
 
     def check_scripts(self, answer: Answer) -> None:
-        """One script, which the policy allows by its hash, and no handler in an attribute."""
+        """Checks that the page has one script, allowed by its hash, and no inline handlers."""
         assert self.all("script") == [{}]
         (script,) = self.scripts
         assert len(script.encode()) <= 8192
@@ -947,7 +946,7 @@ def test_root_is_json_for_programs(serve: Serve, headers: dict[str, str]) -> Non
 
 
 @pytest.mark.parametrize("headers", BROWSERS.values(), ids=list(BROWSERS))
-def test_root_is_a_page_for_a_persons_browser(serve: Serve, headers: dict[str, str]) -> None:
+def test_root_is_a_page_for_browsers(serve: Serve, headers: dict[str, str]) -> None:
     answer = serve({}).ask("GET", "/", **headers)
     assert (answer.status, answer.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
 
@@ -956,7 +955,7 @@ def test_health_is_json_for_browsers_too(serve: Serve) -> None:
     assert serve({}).ask("GET", "/health", **HTML).json["status"] == "ok"
 
 
-def test_page_is_one_document_that_loads_nothing_but_logos(origin: Origin, serve: Serve) -> None:
+def test_page_is_one_document_that_loads_only_logos(origin: Origin, serve: Serve) -> None:
     logo = "https://logo.example/l.png?a=1&b=2"
     site = serve({"news": {"url": live(origin).url, "logo": logo}, "other": NOWHERE})
     site.watch("/news").read(188)
@@ -1005,15 +1004,15 @@ def test_page_has_a_strict_policy(serve: Serve, path: str) -> None:
         pytest.param("https://l\u00f6go.example/l.png", "", id="not ASCII"),
     ],
 )
-def test_policy_allows_the_hosts_of_logos_alone(serve: Serve, logo: str, allowed: str) -> None:
+def test_policy_allows_only_the_hosts_of_logos(serve: Serve, logo: str, allowed: str) -> None:
     site = serve({"a": {"url": NOWHERE, "logo": logo}, "b": {"url": NOWHERE, "logo": logo}})
     assert policy(site.ask("GET", "/", **HTML))["img-src"].split() == ["data:", *allowed.split()]
     assert page(site).all("img")[0]["src"] == logo
 
 
 @pytest.mark.parametrize("path", ["/", "/s7", "/nobody"], ids=["status", "watch", "error"])
-def test_head_does_not_grow_with_the_configuration(serve: Serve, path: str) -> None:
-    """Proxies allow 4 KiB; logos are shown nevertheless."""
+def test_response_head_does_not_grow_with_the_configuration(serve: Serve, path: str) -> None:
+    """Some proxies accept only 4 KiB.  Logos are shown nevertheless."""
     site = serve({
         f"s{number}": {"url": NOWHERE, "logo": f"https://logos-{number}.example/l.png"}
         for number in range(500)
@@ -1034,7 +1033,9 @@ COMPRESSED = ["/", "/playlist.m3u", "/status", "/metrics", "/lineup.json"]
 
 @pytest.mark.parametrize("path", COMPRESSED)
 @pytest.mark.parametrize("accepted", ["gzip", "deflate, GZip;q=0.5, br", "x-gzip"])
-def test_page_is_compressed_for_who_accepts_that(serve: Serve, path: str, accepted: str) -> None:
+def test_page_is_compressed_if_the_client_accepts_gzip(
+    serve: Serve, path: str, accepted: str
+) -> None:
     site = serve(MANY)
     plain = site.ask("GET", path, **HTML)
     answer = site.ask("GET", path, **HTML, **{"Accept-Encoding": accepted})
@@ -1050,10 +1051,12 @@ def test_page_is_compressed_for_who_accepts_that(serve: Serve, path: str, accept
 
 @pytest.mark.parametrize("accepted", ["", "identity", "deflate, br", "gzip;q=0", "gzip; q=0.0"])
 @pytest.mark.parametrize("path", COMPRESSED)
-def test_page_is_plain_for_who_does_not(serve: Serve, path: str, accepted: str) -> None:
+def test_page_is_plain_if_the_client_does_not_accept_gzip(
+    serve: Serve, path: str, accepted: str
+) -> None:
     answer = serve(MANY).ask("GET", path, **HTML, **{"Accept-Encoding": accepted})
     assert "Content-Encoding" not in answer.headers
-    # Streams that nobody has requested have no metrics.
+    # A stream has no metrics before its first request.
     assert (b"streampipe_build_info" if path == "/metrics" else b"stream-299") in answer.body
 
 
@@ -1067,7 +1070,7 @@ def test_media_and_short_answers_are_never_compressed(
     assert (answer.status, answer.headers["Content-Encoding"]) == (200, None)
 
 
-def test_page_shows_no_origin(origin: Origin, serve: Serve) -> None:
+def test_page_hides_the_origins_address(origin: Origin, serve: Serve) -> None:
     address = f"http://user:hunter2@127.0.0.1:{origin.port}/hush/x.m3u8?key=hunter2"
     site = serve({"bad": address, "idle": NOWHERE})
     assert site.get("/bad").status == 502
@@ -1079,16 +1082,16 @@ def test_page_shows_no_origin(origin: Origin, serve: Serve) -> None:
 HOSTILE = """</b><script>alert("1")</script><img src=x onerror='y'>&amp;"""
 
 
-def test_page_escapes_what_is_configured(serve: Serve) -> None:
+def test_page_escapes_configured_text(serve: Serve) -> None:
     stream = {"url": NOWHERE, "title": HOSTILE, "group": HOSTILE}
     found = page(serve({"one": stream}, server={"name": HOSTILE}))
     assert len(found.scripts) == 1
     assert found.all("img") == []
     shown = " ".join(HOSTILE.split())
-    assert found.text.count(shown) == 4, "the title, the name, the group and the stream"
+    assert found.text.count(shown) == 4, "in the title, the heading, the group and the stream"
 
 
-def test_page_escapes_an_origins_words(origin: Origin, serve: Serve) -> None:
+def test_page_shows_the_status_that_an_origin_answered(origin: Origin, serve: Serve) -> None:
     origin.fault("/news*", Status(418), times=None)
     site = serve({"news": f"{origin.url}/news.m3u8"})
     site.get("/news")
@@ -1099,7 +1102,7 @@ Group = tuple[str, str, list[str]]
 
 
 def groups(site: Site) -> list[Group]:
-    """Id, heading and streams of each group, in the page's order."""
+    """The id, heading and streams of each group, in the order of the page."""
     text = site.ask("GET", "/", **HTML).body.decode()
     found = re.findall(r'class="group" id="([^"]*)".*?<h2>(.*?)</h2>(.*?)</details>', text, re.S)
     return [(name, head, re.findall(r'<li id="([^"]*)"', rest)) for name, head, rest in found]
@@ -1116,7 +1119,7 @@ def test_page_groups_the_streams(serve: Serve) -> None:
     assert page(site).links("button") == ["./#", *links, f"./?group=Streams#{found[2][0]}"]
 
 
-def test_card_stays_in_its_group_whatever_its_stream_does(origin: Origin, serve: Serve) -> None:
+def test_card_stays_in_its_group_in_every_state(origin: Origin, serve: Serve) -> None:
     origin.fault("/bad*", Status(503), times=None)
     streams = {
         "idle": {"url": NOWHERE, "group": "Failed"},
@@ -1133,11 +1136,11 @@ def test_card_stays_in_its_group_whatever_its_stream_does(origin: Origin, serve:
     assert "last error" not in text
     assert "7 news live · 1 viewer" in text
     assert "0 viewers" not in text
-    assert "idle idle" not in text, "the state that needs no mention"
+    assert "idle idle" not in text, "the state idle is not displayed"
 
 
 @pytest.mark.parametrize("group", ["Films & series", 'a"b', "<b>", "x y%20z", "\u00e9#?"], ids=repr)
-def test_links_lead_to_groups_of_any_name(serve: Serve, group: str) -> None:
+def test_links_to_groups_work_for_any_name(serve: Serve, group: str) -> None:
     site = serve({"a": {"url": NOWHERE, "group": group}, "b": NOWHERE})
     found = page(site)
     address, _, target = found.links("button")[1].partition("#")
@@ -1156,7 +1159,7 @@ def test_page_of_one_group_has_no_links_to_groups(serve: Serve) -> None:
     assert page(serve({"a": NOWHERE, "b": NOWHERE})).all("nav") == []
 
 
-def test_page_tells_how_a_stream_is(origin: Origin, serve: Serve) -> None:
+def test_page_shows_the_state_of_a_stream(origin: Origin, serve: Serve) -> None:
     site = serve({"news": {"url": live(origin).url, "title": "The News"}}, server={"name": "My TV"})
     site.watch("/news").read(188)
     found = page(site)
@@ -1165,14 +1168,14 @@ def test_page_tells_how_a_stream_is(origin: Origin, serve: Serve) -> None:
     assert [tag for tag, _ in found.tags].count("svg") == 1
 
 
-def test_figure_stays_on_a_line_with_its_unit(origin: Origin, serve: Serve) -> None:
+def test_number_stays_on_one_line_with_its_unit(origin: Origin, serve: Serve) -> None:
     site = serve({"news": live(origin).url})
     site.watch("/news").read(188)
     body = site.ask("GET", "/", **HTML).body.decode()
     assert "live</span></span>\u00a0\u00b7 <span>1\u00a0viewer</span>" in body
 
 
-def test_all_charts_have_one_scale_with_its_unit(origin: Origin, serve: Serve) -> None:
+def test_all_charts_share_one_scale_with_its_unit(origin: Origin, serve: Serve) -> None:
     large = [media.padded(segment, 900_000) for segment in media.ts_segments(8)]
     news = origin.add(Playlist("news", large, mode="live", window=5, clock=True))
     radio = Playlist("radio", media.aac_segments(8), mode="live", clock=True, extension=".aac")
@@ -1188,13 +1191,13 @@ def test_all_charts_have_one_scale_with_its_unit(origin: Origin, serve: Serve) -
 
     eventually(lambda: any("Mbit/s" in scale for scale in scales()), "the chart has bars")
     first, second = scales()
-    assert first == second, "the radio's bars are as small as its bitrate"
+    assert first == second, "both charts must use the same scale"
     assert re.fullmatch(r"[125]0* Mbit/s", first)
     assert len(re.findall(rf"{first} \d+ s up 5 minutes ago now", page(site).text)) == 2
 
 
 def test_no_page_reloads_itself(origin: Origin, serve: Serve) -> None:
-    """That would take the focus from a person with a remote control or a screen reader."""
+    """A reload loses the focus, which users of remote controls and screen readers depend on."""
     site = serve({"news": live(origin).url, "bad": "http://127.0.0.1:9/x.m3u8"})
     for path in ("/", "/news", "/bad", "/nobody"):
         found = Document(site.ask("GET", path, **HTML).body)
@@ -1231,7 +1234,7 @@ def test_search_finds_streams(serve: Serve, words: str, found: list[str]) -> Non
     site = serve(CHANNELS)
     assert cards(site, f"?q={words}") == found
     shown = page(site, f"?q={words}").all("input", type="search")[0]["value"]
-    assert shown == urllib.parse.unquote_plus(words), "it stays in its field"
+    assert shown == urllib.parse.unquote_plus(words), "the search field keeps the words"
 
 
 @pytest.mark.parametrize(
@@ -1242,8 +1245,8 @@ def test_search_finds_streams(serve: Serve, words: str, found: list[str]) -> Non
         pytest.param("kanal+12", ["group"], id="words of title and group"),
     ],
 )
-def test_search_shows_the_best_first(serve: Serve, words: str, found: list[str]) -> None:
-    """In one list, whatever the groups; each card tells its group."""
+def test_search_lists_the_best_matches_first(serve: Serve, words: str, found: list[str]) -> None:
+    """Results form one list across all groups; each card shows its group."""
     streams: dict[str, dict[str, object]] = {
         "group": {"title": "Twelve", "group": "Kanal 12"},
         "old": {"title": "The oldZDF", "group": "A"},
@@ -1263,14 +1266,14 @@ def test_search_shows_the_best_first(serve: Serve, words: str, found: list[str])
     assert f"{len(found)} channel" in shown.text
 
 
-def test_search_that_finds_nothing_says_so(serve: Serve) -> None:
+def test_search_without_matches_says_so(serve: Serve) -> None:
     found = page(serve(CHANNELS), "?q=xyz")
     assert "No channel matches" in found.text
     assert found.all("li", id="arte") == []
 
 
-def test_search_for_programs_is_the_page_too(serve: Serve) -> None:
-    """A page's script requests it, which is no request for a person to see."""
+def test_search_is_the_page_for_scripts_too(serve: Serve) -> None:
+    """The page's script requests it; such a request looks like a program's."""
     headers: dict[str, Any] = PROGRAMS["page's script"]
     assert b'<li id="arte"' in serve(CHANNELS).ask("GET", "/?q=arte", **headers).body
     site = closed(serve)
@@ -1278,7 +1281,7 @@ def test_search_for_programs_is_the_page_too(serve: Serve) -> None:
 
 
 def opened(found: Document) -> list[str]:
-    """The groups that are open."""
+    """The ids of the open groups."""
     return [have["id"] for have in found.all("details", **{"class": "group"}) if "open" in have]
 
 
@@ -1297,8 +1300,8 @@ def test_page_opens_groups_by_the_number_of_streams(serve: Serve, count: int) ->
 
 
 @pytest.mark.parametrize("count", [61, 501])
-def test_only_group_is_open(serve: Serve, count: int) -> None:
-    """It has no link that could open it."""
+def test_a_single_group_is_open(serve: Serve, count: int) -> None:
+    """There are no links to groups that could open it."""
     site = serve({f"s{n}": NOWHERE for n in range(count)})
     found = page(site)
     assert opened(found) == [":Streams"]
@@ -1322,12 +1325,12 @@ def test_only_group_is_open(serve: Serve, count: int) -> None:
         ("Z\u00fcrich", "Z"),
     ],
 )
-def test_initials_tell_channels_apart(serve: Serve, title: str, initials: str) -> None:
+def test_initials_distinguish_channels(serve: Serve, title: str, initials: str) -> None:
     text = page(serve({"a": {"url": NOWHERE, "title": title}})).text
     assert f"Streams {initials} {title} " in text
 
 
-def test_three_hundred_streams_weigh_little(serve: Serve) -> None:
+def test_page_of_three_hundred_streams_is_small_and_fast(serve: Serve) -> None:
     words = ["World", "Sport", "Film", "Kids", "Music", "Nature", "Local", "Life", "Shop", "Tech"]
     streams = {
         f"{words[n % 10].lower()}-{n * 7919 % 1000}": {
@@ -1349,9 +1352,7 @@ def test_three_hundred_streams_weigh_little(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("query", [{}, {"group": ["Group 3"]}, {"q": ["77"]}], ids=str)
-def test_pages_of_thousands_of_streams_take_little_time(
-    serve: Serve, query: dict[str, list[str]]
-) -> None:
+def test_pages_of_thousands_of_streams_are_fast(serve: Serve, query: dict[str, list[str]]) -> None:
     site = serve({"s1": NOWHERE})
     streams = {}
     for n in range(8000):
@@ -1368,7 +1369,7 @@ def test_pages_of_thousands_of_streams_take_little_time(
     assert len(updates.body) < 1000
 
 
-def test_status_can_be_limited(origin: Origin, serve: Serve) -> None:
+def test_status_can_be_filtered(origin: Origin, serve: Serve) -> None:
     site = serve({"news": live(origin).url, "idle": NOWHERE, "other": NOWHERE})
     site.watch("/news").read(188)
 
@@ -1382,23 +1383,21 @@ def test_status_can_be_limited(origin: Origin, serve: Serve) -> None:
     assert names("active=0&x=y") == names("")
 
 
-def test_status_tells_how_long_a_channel_waits_and_when_it_gives_up(
-    origin: Origin, serve: Serve
-) -> None:
+def test_status_shows_how_long_a_channel_waits_and_will_wait(origin: Origin, serve: Serve) -> None:
     news = live(origin)
     site = serve({"news": news.url}, reconnect=50)
     site.watch("/news").read(188)
     (channel,) = status(site)["streams"][0]["channels"]
     assert channel["waiting_seconds"] is channel["gives_up_seconds"] is None
     origin.fault("/news*", Status(503), times=None)
-    eventually(lambda: status(site)["streams"][0]["state"] == "waiting", "it waits")
+    eventually(lambda: status(site)["streams"][0]["state"] == "waiting", "the channel waits")
     (channel,) = status(site)["streams"][0]["channels"]
     assert channel["waiting_seconds"] + channel["gives_up_seconds"] == pytest.approx(50, abs=0.2)
     text = page(site).text
     assert re.search(r"1 waiting news waiting for \d+ s, gives up in \d+ s the origin", text)
 
 
-def test_failure_that_is_over_needs_no_attention(
+def test_old_failure_needs_no_attention(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     origin.fault("/bad*", Status(404), times=None)
@@ -1412,10 +1411,10 @@ def test_failure_that_is_over_needs_no_attention(
     assert re.search(
         r"bad failed (just now|\d s ago), not tried since the origin answered 404", found.text
     )
-    assert found.all("span", **{"class": "failed"}) == [], "it fades"
+    assert found.all("span", **{"class": "failed"}) == [], "an old failure is not highlighted"
 
 
-def test_attention_is_folded_if_much_needs_it(origin: Origin, serve: Serve) -> None:
+def test_attention_is_folded_if_it_lists_many_streams(origin: Origin, serve: Serve) -> None:
     origin.fault("/bad*", Status(404), times=None)
     site = serve({f"s{n}": f"{origin.url}/bad{n}.m3u8" for n in range(4)})
     for n in range(3):
@@ -1426,7 +1425,7 @@ def test_attention_is_folded_if_much_needs_it(origin: Origin, serve: Serve) -> N
     assert "4 failed" in page(site).text
 
 
-def test_page_tells_who_is_watching(origin: Origin, serve: Serve) -> None:
+def test_page_lists_the_viewers(origin: Origin, serve: Serve) -> None:
     site = serve({"news": {"url": live(origin).url, "title": "The News"}})
     assert "hidden" in page(site).all("details", id="Viewers")[0]
     agent: dict[str, Any] = {"User-Agent": "VLC/3.0.18 LibVLC/3.0.18"}
@@ -1448,7 +1447,7 @@ def test_page_tells_who_is_watching(origin: Origin, serve: Serve) -> None:
         ("", "unknown"),
     ],
 )
-def test_player_is_told_by_its_user_agent(agent: str, player: str) -> None:
+def test_player_is_recognized_by_its_user_agent(agent: str, player: str) -> None:
     assert pipe.player_of(agent) == player
 
 
@@ -1457,13 +1456,13 @@ def test_page_links_to_each_stream(serve: Serve, token: str | None) -> None:
     site = serve({"a": {"url": NOWHERE, "title": "A!"}, "b": NOWHERE}, server={"token": token})
     query = f"?token={QUOTED_TOKEN}" if token else ""
     found = page(site, query)
-    assert found.links() == [f"{path}{query}" for path in ("a", "b")], "one tab stop for each card"
+    assert found.links() == [f"{path}{query}" for path in ("a", "b")], "one link in each card"
     fields = [have["value"] for have in found.all("input", type="hidden", name="token")]
     assert fields == ([token] if token else [])
 
 
 @pytest.mark.parametrize("token", [None, TOKEN], ids=["open", "with token"])
-def test_page_tells_the_address_to_type_on_a_television(serve: Serve, token: str | None) -> None:
+def test_page_shows_the_address_for_televisions(serve: Serve, token: str | None) -> None:
     server = {"token": token, "public_url": "https://tv.example/sub/"}
     query = f"?token={QUOTED_TOKEN}" if token else ""
     text = page(serve({"a": NOWHERE}, server=server), query).text
@@ -1479,7 +1478,7 @@ def test_page_without_streams_says_so(serve: Serve) -> None:
 
 @pytest.mark.parametrize("path", [*PAGES, "/", "/health"])
 @pytest.mark.parametrize("accept", ["*/*", BROWSER])
-def test_head_is_the_same_without_a_body(
+def test_head_has_the_headers_of_get_but_no_body(
     origin: Origin, serve: Serve, path: str, accept: str
 ) -> None:
     site = serve({"news": f"{origin.url}/news.m3u8"})
@@ -1510,7 +1509,7 @@ def test_head_without_the_token_is_refused(serve: Serve, path: str) -> None:
 
 @dataclass
 class Proxied:
-    """A forward proxy on loopback, and what went through it."""
+    """A forward proxy on loopback, and the addresses requested through it."""
 
     port: int
     seen: list[str] = field(default_factory=list)
@@ -1546,7 +1545,7 @@ def film(origin: Origin, name: str = "film", **options: Any) -> Playlist:
     return origin.add(Playlist(name, media.ts_segments(4), **options))
 
 
-def test_stream_has_a_proxy_of_its_own(
+def test_stream_can_have_its_own_proxy(
     origin: Origin, serve: Serve, forward_proxy: Proxied
 ) -> None:
     one, two = film(origin, "one"), film(origin, "two")
@@ -1558,7 +1557,7 @@ def test_stream_has_a_proxy_of_its_own(
     assert set(forward_proxy.seen) == {origin.url + path for path in paths}
 
 
-def test_stream_has_headers_of_its_own(origin: Origin, serve: Serve) -> None:
+def test_stream_can_have_its_own_headers(origin: Origin, serve: Serve) -> None:
     one, two = film(origin, "one"), film(origin, "two")
     headers = {"Referer": "https://r.example/", "X-Key": "k"}
     site = serve(
@@ -1573,7 +1572,7 @@ def test_stream_has_headers_of_its_own(origin: Origin, serve: Serve) -> None:
         )
 
 
-def test_stream_has_threads_of_its_own(origin: Origin, serve: Serve) -> None:
+def test_stream_can_have_its_own_threads(origin: Origin, serve: Serve) -> None:
     origin.delay = 0.05
     one, two = (
         origin.add(Playlist(name, media.ts_segments(8), mode="vod")) for name in ("one", "two")
@@ -1584,7 +1583,7 @@ def test_stream_has_threads_of_its_own(origin: Origin, serve: Serve) -> None:
     assert 2 <= origin.peak("/two/*.ts") <= 4
 
 
-def test_stream_has_a_timeout_of_its_own(origin: Origin, serve: Serve) -> None:
+def test_stream_can_have_its_own_timeout(origin: Origin, serve: Serve) -> None:
     origin.fault("/one*", StallHeaders(), times=None)
     site = serve({"one": {"url": f"{origin.url}/one.m3u8", "timeout": 0.5}}, timeout=TIMEOUT)
     began = time.monotonic()
@@ -1592,19 +1591,17 @@ def test_stream_has_a_timeout_of_its_own(origin: Origin, serve: Serve) -> None:
     assert time.monotonic() - began < TIMEOUT / 2
 
 
-def test_stream_has_a_linger_of_its_own(origin: Origin, serve: Serve) -> None:
+def test_stream_can_have_its_own_linger(origin: Origin, serve: Serve) -> None:
     one, two = live(origin, "one"), live(origin, "two")
     site = serve({"one": {"url": one.url, "linger": 0}, "two": two.url}, linger=TIMEOUT)
     for name in ("one", "two"):
         with site.watch(f"/{name}") as viewer:
             viewer.read(188)
-    eventually(lambda: metric(site, "upstreams", stream="one") == 0, "the first one closes")
+    eventually(lambda: metric(site, "upstreams", stream="one") == 0, "the first channel closes")
     assert metric(site, "upstreams", stream="two") == 1
 
 
-def test_stream_has_engine_options_of_its_own_over_the_global_ones(
-    origin: Origin, serve: Serve
-) -> None:
+def test_engine_options_of_a_stream_override_the_global_ones(origin: Origin, serve: Serve) -> None:
     one, two, three = (live(origin, name, clock=False) for name in ("one", "two", "three"))
     site = serve(
         {
@@ -1634,7 +1631,7 @@ def test_stream_has_engine_options_of_its_own_over_the_global_ones(
         pytest.param(None, "?x=1&quality=worst", "low", id="asked for by a synonym"),
     ],
 )
-def test_quality_is_the_streams_or_the_viewers(
+def test_requested_quality_overrides_the_configured_one(
     origin: Origin, serve: Serve, quality: str | None, query: str, wanted: str
 ) -> None:
     stream = {"url": two_qualities(origin), **({"quality": quality} if quality else {})}
@@ -1644,7 +1641,7 @@ def test_quality_is_the_streams_or_the_viewers(
     assert pulled == {wanted}
 
 
-def test_stream_holds_no_more_than_late_viewers_need(origin: Origin, serve: Serve) -> None:
+def test_window_keeps_no_more_than_late_viewers_need(origin: Origin, serve: Serve) -> None:
     large = [media.padded(segment, 300_000) for segment in media.ts_segments(8)]
     news = origin.add(Playlist("news", large, mode="live", window=8))
     size = 1 << 20
@@ -1664,7 +1661,7 @@ LINE = re.compile(r"(\S+)  (ok|failed)  (.+)")
 
 @pytest.fixture
 def check(tmp_path: Path) -> Iterator[Callable[..., tuple[int, list[str], list[str]]]]:
-    """Run --check with a configuration; its status and what it wrote to stdout and stderr."""
+    """Runs --check with a configuration; returns the exit status and the lines of both outputs."""
     with contextlib.ExitStack() as stack:
 
         def run(
@@ -1688,7 +1685,7 @@ def seconds_of(words: str) -> float:
     return float(found[1])
 
 
-def test_check_tells_what_comes_of_each_stream(origin: Origin, check: Check) -> None:
+def test_check_describes_each_stream(origin: Origin, check: Check) -> None:
     init, fragments = media.fmp4(4)
     radio = Playlist("radio", media.aac_segments(4), extension=".aac")
     streams = {
@@ -1716,7 +1713,7 @@ def test_check_tells_what_comes_of_each_stream(origin: Origin, check: Check) -> 
         pytest.param(StallHeaders(), None, id="silence"),
     ],
 )
-def test_check_tells_why_a_stream_failed(
+def test_check_shows_why_a_stream_failed(
     origin: Origin, check: Check, fault: Fault, reason: str | None
 ) -> None:
     origin.fault("/bad/*", fault, times=None)
@@ -1730,7 +1727,7 @@ def test_check_tells_why_a_stream_failed(
     assert "hunter2" not in "".join(output + errors)
 
 
-def test_check_names_the_qualities_when_the_configured_one_is_missing(
+def test_check_lists_the_qualities_if_the_configured_one_is_missing(
     origin: Origin, check: Check
 ) -> None:
     status, (line,), _ = check({"news": {"url": two_qualities(origin), "quality": "4k"}})
@@ -1749,7 +1746,7 @@ def test_check_says_that_sound_needs_ffmpeg(origin: Origin, check: Check) -> Non
     assert line.endswith("; no sound: install ffmpeg")
 
 
-def test_check_opens_a_few_streams_at_a_time(origin: Origin, check: Check) -> None:
+def test_check_opens_several_streams_at_once(origin: Origin, check: Check) -> None:
     origin.delay = 0.2
     streams = {f"s{n}": live(origin, f"s{n}").url for n in range(9)}
     status, output, _ = check(streams)
@@ -1764,21 +1761,21 @@ def test_check_of_no_streams_fails(check: Check) -> None:
     assert "no streams are configured: add some under streams:" in errors[-1]
 
 
-def test_check_of_a_broken_configuration_ends_with_2(tmp_path: Path) -> None:
+def test_check_of_an_invalid_configuration_exits_with_2(tmp_path: Path) -> None:
     (tmp_path / "config.yml").write_text("streams: {a: {titel: x}}", encoding="utf-8")
     program = Program("--check", cwd=tmp_path)
     with contextlib.closing(program):
         assert (program.wait(), program.output()) == (2, "")
 
 
-def test_check_of_the_demo_is_well(tmp_path: Path) -> None:
+def test_check_of_the_demo_succeeds(tmp_path: Path) -> None:
     program = Program("--check", "--demo", cwd=tmp_path)
     with contextlib.closing(program):
         assert program.wait() == 0
         assert program.output().startswith("test-card  ok  video/mp2t; ")
 
 
-def test_check_shows_its_progress_on_a_terminal_alone(origin: Origin, tmp_path: Path) -> None:
+def test_check_shows_its_progress_only_on_a_terminal(origin: Origin, tmp_path: Path) -> None:
     streams = {name: film(origin, name).url for name in ("one", "two")}
     (tmp_path / "config.yml").write_text(json.dumps({"streams": streams}), encoding="utf-8")
     leader, follower = pty.openpty()

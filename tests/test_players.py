@@ -1,6 +1,6 @@
-"""Real players, as processes of their own, against `python pipe.py` and real origins.
+"""Real players, as separate processes, with `python pipe.py` and real origins.
 
-Where a player is missing its tests are skipped, but not with CI in the environment.
+The tests of a missing player are skipped, but fail if CI is set in the environment.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.program import eventually
 from tests.server import Site
 
 PROGRAM = Path(__file__).parent.parent / "pipe.py"
-TIMEOUT = 50.0  # seconds; no player is asked to play for as long
+TIMEOUT = 50.0  # seconds; longer than any player has to play
 
 Serve = Callable[..., Site]
 
@@ -34,9 +34,9 @@ Serve = Callable[..., Site]
 
 
 def run(*command: str, **more: Any) -> subprocess.CompletedProcess[str]:
-    """Runs a player to its end; skips the test where it is not installed."""
+    """Runs a player until it exits; skips the test if the player is not installed."""
     if not shutil.which(command[0]):
-        assert "CI" not in os.environ, f"{command[0]} must be there"
+        assert "CI" not in os.environ, f"CI must install {command[0]}"
         pytest.skip(f"needs {command[0]}")
     return subprocess.run(
         command,
@@ -52,13 +52,13 @@ def run(*command: str, **more: Any) -> subprocess.CompletedProcess[str]:
 
 
 def ffmpeg(address: str, seconds: float) -> subprocess.CompletedProcess[str]:
-    """Decodes; the first fault ends it."""
+    """Decodes a stream with ffmpeg, which fails at the first error."""
     strict = ["-nostdin", "-v", "warning", "-xerror", "-err_detect", "explode"]
     return run("ffmpeg", *strict, "-i", address, "-t", str(seconds), "-f", "null", "-")
 
 
 def frames(address: str, seconds: float, track: str) -> int:
-    """How many frames ffmpeg decodes of `track` ("v", "a")."""
+    """The number of frames that ffmpeg decodes of a track ("v" or "a")."""
     player = run(
         "ffmpeg", "-nostdin", "-v", "error", "-xerror", "-i", address, "-t", str(seconds),
         "-map", f"0:{track}", "-f", "framecrc", "-",
@@ -68,7 +68,7 @@ def frames(address: str, seconds: float, track: str) -> int:
 
 
 def vlc(address: str, seconds: float, *more: str) -> subprocess.CompletedProcess[str]:
-    """Plays without window and sound; as another user where this is root, which it refuses."""
+    """Plays without window and sound; as user `nobody` instead of root, which VLC refuses."""
     nobody = {"user": "nobody", "extra_groups": []} if os.geteuid() == 0 else {}
     silent = ["--intf", "dummy", "--vout", "dummy", "--aout", "dummy", "--no-color"]
     command = ["cvlc", "-vv", *silent, *more, f"--run-time={seconds:g}", address, "vlc://quit"]
@@ -92,7 +92,7 @@ def curl(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[str]:
-    """The address of a server that runs the newcomer's first command."""
+    """The address of a server that was started with --demo."""
     command = [sys.executable, str(PROGRAM), "--demo", "--host", "127.0.0.1", "--port", "0"]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8"
@@ -127,7 +127,7 @@ def test_ffmpeg_plays_the_test_card(demo: str) -> None:
 @pytest.mark.parametrize(
     ("track", "rate"), [("v", 25), ("a", 48_000 / 1024)], ids=["video", "audio"]
 )
-def test_test_card_has_all_frames(demo: str, track: str, rate: float) -> None:
+def test_no_frame_of_the_test_card_is_missing(demo: str, track: str, rate: float) -> None:
     assert frames(f"{demo}/test-card", 8, track) == pytest.approx(8 * rate, abs=2)
 
 
@@ -147,14 +147,14 @@ def test_mpv_plays_the_test_card(demo: str) -> None:
     assert (player.returncode, player.stdout.strip()) == (0, "")
 
 
-def test_curl_asks_for_health(demo: str) -> None:
+def test_curl_reads_the_health_page(demo: str) -> None:
     player = curl("--fail", f"{demo}/health")
     assert player.returncode == 0
     assert json.loads(player.stdout)["status"] == "ok"
 
 
 @pytest.mark.parametrize("version", ["--http1.0", "--http1.1"])
-def test_curl_asks_for_the_head(demo: str, version: str) -> None:
+def test_curl_reads_the_head_of_an_answer(demo: str, version: str) -> None:
     player = curl(version, "--head", f"{demo}/test-card")
     status, *headers = player.stdout.rstrip().split("\n")
     assert player.returncode == 0
@@ -164,7 +164,7 @@ def test_curl_asks_for_the_head(demo: str, version: str) -> None:
 
 @pytest.mark.parametrize("version", ["--http1.0", "--http1.1"])
 def test_curl_receives_packets(demo: str, version: str, tmp_path: Path) -> None:
-    """The start of the test card, three segments, comes at once; then the connection is cut."""
+    """The first three segments of the test card arrive; then `head` closes the connection."""
     file = tmp_path / "card.ts"
     size = 3 * 14_664
     command = f"curl -sN {version} {demo}/test-card | head -c {size} > {file}"
@@ -179,7 +179,7 @@ def test_curl_receives_packets(demo: str, version: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def imported(origin: Origin, serve: Serve) -> str:
-    """The address of a list made from a panel's, with all that panels do."""
+    """The address of a playlist whose streams were imported from a panel's list."""
     segments = media.ts_segments(60)
     panel = Panel(origin, "panel-all", source=lambda: paced(segments), **PANELS["panel-all"])
     site = serve({}, playlists={"tv": panel.url})
@@ -188,7 +188,7 @@ def imported(origin: Origin, serve: Serve) -> str:
 
 
 def assert_all_were_played(origin: Origin) -> None:
-    """Each channel of the panel once, though it allows one connection."""
+    """Checks that each channel was played once, although the panel allows one connection."""
     played = [r.path for r in origin.requests if "/edge/" in r.path and r.status == 200]
     assert [path.partition("?")[0] for path in played] == [
         f"/panel-all/edge/{number}.ts" for number in range(4)
@@ -236,7 +236,7 @@ CHANNELS = [plain, fmp4, aac, aes]
 
 
 @pytest.mark.parametrize("channel", CHANNELS)
-def test_ffmpeg_plays_what_has_an_end(
+def test_ffmpeg_plays_finite_streams(
     origin: Origin, serve: Serve, channel: Callable[..., Playlist]
 ) -> None:
     site = serve({"film": origin.add(channel()).url})
@@ -248,7 +248,9 @@ def test_ffmpeg_plays_what_has_an_end(
 
 @pytest.mark.long
 @pytest.mark.parametrize("channel", CHANNELS)
-def test_ffmpeg_plays_live(origin: Origin, serve: Serve, channel: Callable[..., Playlist]) -> None:
+def test_ffmpeg_plays_live_streams(
+    origin: Origin, serve: Serve, channel: Callable[..., Playlist]
+) -> None:
     playlist = origin.add(channel(mode="live", listed=3, window=12, clock=True))
     site = serve({"news": playlist.url}, linger=0)
     player = ffmpeg(f"{site.url}/news", 6)
@@ -257,7 +259,7 @@ def test_ffmpeg_plays_live(origin: Origin, serve: Serve, channel: Callable[..., 
 
 @pytest.mark.long
 @pytest.mark.parametrize("channel", [fmp4, aac])
-def test_vlc_knows_the_container(
+def test_vlc_recognizes_the_container(
     origin: Origin, serve: Serve, channel: Callable[..., Playlist]
 ) -> None:
     site = serve({"film": origin.add(channel()).url})

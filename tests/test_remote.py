@@ -1,4 +1,4 @@
-"""A person in front of a television or a phone, in headless Chromium; server and origin are real.
+"""Using the pages on a television or a phone, in headless Chromium, with a real server and origin.
 
 A remote control has arrow keys, Enter, Back and perhaps keys for the channels.
 """
@@ -35,7 +35,7 @@ def live(origin: Origin) -> str:
 
 @pytest.fixture
 def site(origin: Origin, serve: Serve) -> Site:
-    """300 channels in twelve groups, all of which play."""
+    """A server with 300 working channels in twelve groups."""
     url = live(origin)
     streams: dict[str, object] = {}
     for n in range(1, 301):
@@ -45,7 +45,7 @@ def site(origin: Origin, serve: Serve) -> Site:
 
 
 def focused(page: Page) -> str:
-    """The text of the element that has the focus; empty if none has."""
+    """The text of the focused element; empty if no element has the focus."""
     words = page.evaluate(
         "document.activeElement === document.body ? '' : document.activeElement.innerText"
     )
@@ -59,7 +59,7 @@ PLACE = """element => {
 
 
 def go_to(page: Page, selector: str) -> int:
-    """Press arrow keys as a person does who looks at the target; returns how many."""
+    """Move the focus to an element with arrow keys, as a person would; returns the key presses."""
     target = page.locator(selector)
     for count in range(60):
         if target.evaluate("element => element === document.activeElement"):
@@ -74,7 +74,7 @@ def go_to(page: Page, selector: str) -> int:
     raise AssertionError(f"{selector} cannot be reached; the focus is on {focused(page)!r}")
 
 
-def test_a_person_with_a_remote_control_finds_a_channel_and_zaps(site: Site, look: Look) -> None:
+def test_remote_control_can_find_a_channel_and_zap(site: Site, look: Look) -> None:
     visit = look(site.url, **TELEVISION)
     page = visit.page
     presses = go_to(page, "nav a:has-text('Group 8')")
@@ -84,12 +84,16 @@ def test_a_person_with_a_remote_control_finds_a_channel_and_zaps(site: Site, loo
     page.keyboard.press("Enter")
     page.wait_for_url(re.compile("/s217"))
     page.keyboard.press("ArrowDown")
-    assert focused(page) == "\u2039 Channel 216", "the channels beside it are the first to reach"
+    assert focused(page) == "\u2039 Channel 216", (
+        "the first arrow key must reach the neighbouring channels"
+    )
     page.keyboard.press("ArrowRight")
     assert focused(page) == "Channel 218 \u203a"
     page.keyboard.press("Enter")
     page.wait_for_url(re.compile("/s218"))
-    visit.until(lambda: focused(page) == "Channel 219 \u203a", "the focus stays")
+    visit.until(
+        lambda: focused(page) == "Channel 219 \u203a", "the next page focuses the same link"
+    )
     page.keyboard.press("Enter")
     page.wait_for_url(re.compile("/s219"))
     for number in (220, 221):
@@ -106,19 +110,21 @@ def test_a_person_with_a_remote_control_finds_a_channel_and_zaps(site: Site, loo
 
 
 def test_digits_find_a_channel_by_its_number(site: Site, look: Look) -> None:
-    """Four presses to any channel; Back leads to what the digits found."""
+    """Three digits and Enter open any channel; Back returns to the results of the search."""
     visit = look(site.url, **TELEVISION)
     page = visit.page
     for digit in "217":
         page.keyboard.press(digit)
-    visit.until(lambda: focused(page) == "C217 Group 8 217 Channel 217", "the best has the focus")
+    visit.until(
+        lambda: focused(page) == "C217 Group 8 217 Channel 217", "the best match is focused"
+    )
     page.keyboard.press("Enter")
     page.wait_for_url(re.compile("/s217$"))
     page.keyboard.press("PageUp")
     page.wait_for_url(re.compile("/s218$"))
     page.go_back()
     page.wait_for_url(re.compile(r"\?q=217$"))
-    visit.until(lambda: "Channel 217" in focused(page), "there is a focus to start from")
+    visit.until(lambda: "Channel 217" in focused(page), "the result is focused again")
 
 
 def test_digits_in_the_search_field_are_text(site: Site, look: Look) -> None:
@@ -133,7 +139,7 @@ def test_digits_in_the_search_field_are_text(site: Site, look: Look) -> None:
     assert "group+11" in page.url or "group%2011" in page.url
 
 
-def test_sound_is_in_reach_of_a_remote_control(site: Site, look: Look) -> None:
+def test_remote_control_can_switch_the_sound_on(site: Site, look: Look) -> None:
     visit = look(f"{site.url}/s2", **TELEVISION)
     page = visit.page
     page.locator("#Sound").wait_for()
@@ -144,23 +150,21 @@ def test_sound_is_in_reach_of_a_remote_control(site: Site, look: Look) -> None:
     page.locator("#Sound").wait_for(state="hidden")
     assert not page.evaluate("document.querySelector('video').muted")
     page.keyboard.press("ArrowRight")
-    assert focused(page) == "Channel 3 \u203a", "the way to zap, at once"
+    assert focused(page) == "Channel 3 \u203a", "the next link to zap must have the focus"
 
 
-def test_back_leads_from_a_group_to_all(site: Site, look: Look) -> None:
+def test_back_returns_from_a_group_to_all_groups(site: Site, look: Look) -> None:
     visit = look(site.url, **TELEVISION)
     page = visit.page
     go_to(page, "nav a:has-text('Group 8')")
     page.keyboard.press("Enter")
-    visit.until(lambda: "Channel 201" in focused(page), "the first card has the focus")
+    visit.until(lambda: "Channel 201" in focused(page), "the first card is focused")
     page.go_back()
     page.locator("#Hint").wait_for()
     assert page.locator(".group li:visible").count() == 0
 
 
-def test_channel_in_another_group_than_the_list_shows_is_found_again(
-    site: Site, look: Look
-) -> None:
+def test_back_focuses_a_channel_of_another_group(site: Site, look: Look) -> None:
     visit = look(f"{site.url}/?group=Group+8", **TELEVISION)
     page = visit.page
     page.locator("#s225 a").click()
@@ -168,13 +172,13 @@ def test_channel_in_another_group_than_the_list_shows_is_found_again(
     page.keyboard.press("PageUp")
     page.wait_for_url(re.compile("/s226$"))
     page.go_back()
-    visit.until(lambda: "Channel 226" in focused(page), "its group is open")
+    visit.until(lambda: "Channel 226" in focused(page), "the channel is focused in its group")
     page.wait_for_url(re.compile("Group%209"))
 
 
 @pytest.mark.parametrize(("width", "height"), [(1920, 1080), (390, 844)])
-def test_keys_to_zap_stay_in_place(site: Site, look: Look, width: int, height: int) -> None:
-    """Also under a mouse, however long the titles of the neighbours are."""
+def test_zap_links_stay_in_place(site: Site, look: Look, width: int, height: int) -> None:
+    """The link for zapping must stay under a mouse, however long the neighbours' titles are."""
     places = []
     for name in ("s2", "s99", "s300"):
         box = look(f"{site.url}/{name}", width, height=height).page.locator("[rel=next]")
@@ -184,7 +188,7 @@ def test_keys_to_zap_stay_in_place(site: Site, look: Look, width: int, height: i
 
 
 @pytest.mark.parametrize(("key", "name"), [("ChannelUp", "s3"), ("ChannelDown", "s1")])
-def test_channel_keys_zap(site: Site, look: Look, key: str, name: str) -> None:
+def test_channel_keys_of_a_remote_control_zap(site: Site, look: Look, key: str, name: str) -> None:
     page = look(f"{site.url}/s2").page
     page.evaluate(f"document.dispatchEvent(new KeyboardEvent('keydown', {{key: '{key}'}}))")
     page.wait_for_url(re.compile(f"/{name}$"))
@@ -243,8 +247,8 @@ def test_sound_stays_on_from_channel_to_channel(site: Site, look: Look) -> None:
         assert sound.is_hidden()
 
 
-def test_sound_that_the_browser_forbids_has_a_button(site: Site, look: Look) -> None:
-    """As at the first visit of a person who had the sound on, before anything was touched."""
+def test_forbidden_sound_has_a_button(site: Site, look: Look) -> None:
+    """Browsers forbid sound until the user has touched the page, although sound was on before."""
     visit = look(f"{site.url}/s2")
     visit.page.evaluate("sessionStorage.sound = 'on'")
     visit.page.reload()
@@ -258,7 +262,7 @@ def test_sound_that_the_browser_forbids_has_a_button(site: Site, look: Look) -> 
     ("agent", "has_video"), [(FIREFOX, False), (FIREFOX_ON_ANDROID, True)], ids=["desktop", "phone"]
 )
 @pytest.mark.parametrize("has_script", [True, False], ids=["with script", "without"])
-def test_firefox_on_a_desktop_gets_a_player_and_the_reason(
+def test_firefox_on_a_desktop_offers_a_player_and_explains_why(
     site: Site, look: Look, agent: str, has_video: bool, has_script: bool
 ) -> None:
     page = look(f"{site.url}/s2", agent=agent, has_script=has_script).page
@@ -267,10 +271,12 @@ def test_firefox_on_a_desktop_gets_a_player_and_the_reason(
     if not has_video:
         assert "Firefox on a desktop does not play" in screen.inner_text()
         assert screen.locator("a[download='s2.m3u']").is_visible()
-        assert page.locator(".player").count() == 1, "the button of the video's place is enough"
+        assert page.locator(".player").count() == 1, (
+            "one button is enough: the one in the video's place"
+        )
 
 
-def test_page_in_trouble_works_without_script(origin: Origin, serve: Serve, look: Look) -> None:
+def test_error_page_works_without_script(origin: Origin, serve: Serve, look: Look) -> None:
     failing = origin.fault("/news/*", Status(404), times=None)
     site = serve({"news": live(origin), "other": live(origin)})
     visit = look(f"{site.url}/news", has_script=False)
@@ -286,10 +292,10 @@ def test_page_in_trouble_works_without_script(origin: Origin, serve: Serve, look
     after = visit.page.locator("nav").bounding_box()
     assert before
     assert after
-    assert abs(after["y"] - before["y"]) < 40, "the reason had the video's place"
+    assert abs(after["y"] - before["y"]) < 40, "the message must take about the space of the video"
 
 
-def test_every_card_is_one_tab_stop(site: Site, look: Look) -> None:
+def test_each_card_is_one_tab_stop(site: Site, look: Look) -> None:
     visit = look(f"{site.url}/?group=Group+2")
     visit.page.locator("#s51 a").focus()
     for number in (52, 53):

@@ -1,6 +1,6 @@
-"""The page that plays a stream, and the pages of errors; server and origin are real.
+"""The page that plays a stream, and the error pages; server and origin are real.
 
-What only a browser can tell is in test_browser.py.
+Tests that need a browser are in test_browser.py.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def video(found: Document) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("headers", PROGRAMS.values(), ids=list(PROGRAMS))
-def test_players_get_the_media(origin: Origin, serve: Serve, headers: dict[str, Any]) -> None:
+def test_players_receive_the_media(origin: Origin, serve: Serve, headers: dict[str, Any]) -> None:
     site = serve({"news": live(origin).url})
     viewer = site.watch("/news", **headers)
     assert viewer.headers["Content-Type"] == "video/mp2t"
@@ -65,7 +65,7 @@ def test_browsers_get_a_page_that_plays_it(origin: Origin, serve: Serve) -> None
     flags = dict.fromkeys(("controls", "autoplay", "muted", "playsinline"), "")
     assert video(found) == {"src": "news.m3u8", **flags}
     assert not {"iframe", "object", "form"} & {tag for tag, _ in found.tags}
-    assert found.all("meta", **{"http-equiv": "refresh"}) == [], "it would end the picture"
+    assert found.all("meta", **{"http-equiv": "refresh"}) == [], "a reload would interrupt playback"
     assert "The News - StreamPipe" in found.text
     assert "The News live · 1 viewer" in found.text
     assert f"enter {site.url}/news " in found.text
@@ -85,7 +85,7 @@ def test_browsers_get_a_page_that_plays_it(origin: Origin, serve: Serve) -> None
     ],
 )
 @pytest.mark.parametrize("token", [None, TOKEN], ids=["open", "with token"])
-def test_quality_and_token_are_carried_along(
+def test_links_keep_quality_and_token(
     origin: Origin, serve: Serve, query: str, expected: str, token: str | None
 ) -> None:
     low, high = (live(origin, name) for name in ("low", "high"))
@@ -102,20 +102,20 @@ def test_quality_and_token_are_carried_along(
     assert f"news.m3u{query}" in found.links()
 
 
-def test_quality_that_does_not_exist_is_a_page(origin: Origin, serve: Serve) -> None:
+def test_unknown_quality_is_an_error_page(origin: Origin, serve: Serve) -> None:
     site = serve({"news": live(origin).url})
     answer = site.ask("GET", "/news?quality=%22%3E%3Cscript%3E", **HTML)
     error_page(answer, 404, "no such quality; available: ")
 
 
-def test_address_is_the_one_that_the_client_reaches(origin: Origin, serve: Serve) -> None:
+def test_page_shows_an_address_that_the_client_can_reach(origin: Origin, serve: Serve) -> None:
     site = serve({"news": live(origin).url}, server={"public_url": "https://tv.example/sub"})
     found = watch_page(site)
     assert "enter https://tv.example/sub/news " in found.text
-    assert video(found)["src"] == "news.m3u8", "what the page's policy allows"
+    assert video(found)["src"] == "news.m3u8", "the page's policy allows only its own address"
 
 
-def test_page_leads_to_the_streams_before_and_after(origin: Origin, serve: Serve) -> None:
+def test_page_links_to_the_previous_and_next_streams(origin: Origin, serve: Serve) -> None:
     url = live(origin).url
     streams = {name: {"url": url, "title": name.upper()} for name in ("one", "two", "three")}
     site = serve(streams)
@@ -124,29 +124,27 @@ def test_page_leads_to_the_streams_before_and_after(origin: Origin, serve: Serve
     assert "\u2039 ONE THREE \u203a" in watch_page(site, "/two").text
 
 
-def test_page_offers_the_qualities_that_the_newest_start_found(
-    origin: Origin, serve: Serve
-) -> None:
+def test_page_offers_the_qualities_found_by_the_latest_start(origin: Origin, serve: Serve) -> None:
     low, high = (live(origin, name) for name in ("low", "high"))
     site = serve({"news": origin.add(master("news", {"480p": low, "720p": high})).url})
     links = {link["href"]: link for link in watch_page(site).all("a", **{"class": "button"})}
     assert sorted(links) == ["./#news", "news?quality=480p", "news?quality=720p"]
-    assert "aria-current" in links["news?quality=720p"], "the one that plays"
+    assert "aria-current" in links["news?quality=720p"], "720p is playing"
     assert "aria-current" not in links["news?quality=480p"]
 
 
-def test_page_tells_how_the_stream_is(origin: Origin, serve: Serve) -> None:
+def test_page_shows_the_state_of_its_stream(origin: Origin, serve: Serve) -> None:
     origin.fault("/bad*", Status(503), times=None)
     site = serve({"news": live(origin).url, "bad": f"{origin.url}/bad.m3u8"})
     site.watch("/news").read(188)
     assert site.get("/bad").status == 502
     text = watch_page(site).text
     assert "news live · 2 viewers" in text
-    assert "bit/s" not in text, "the picture counts here, not the figures"
+    assert "bit/s" not in text, "bitrates belong on the status page"
     error_page(site.ask("GET", "/bad", **HTML), 502, "the origin answered 503")
 
 
-def test_page_says_in_a_sentence_what_to_do(origin: Origin, serve: Serve) -> None:
+def test_error_page_gives_advice(origin: Origin, serve: Serve) -> None:
     origin.fault("/bad*", Status(404), times=None)
     site = serve({"bad": f"{origin.url}/bad.m3u8"})
     text = error_page(site.ask("GET", "/bad", **HTML), 502, "the origin answered 404").text
@@ -154,7 +152,7 @@ def test_page_says_in_a_sentence_what_to_do(origin: Origin, serve: Serve) -> Non
     assert re.search(r"bad failed (just now|\d s ago) the origin", text)
 
 
-def test_page_tells_that_sound_is_missing(origin: Origin, serve: Serve) -> None:
+def test_page_says_that_sound_is_missing(origin: Origin, serve: Serve) -> None:
     picture = Playlist("picture", media.video_only_segments(4))
     sound = Playlist("sound", media.audio_only_segments(4))
     url = origin.add(master("news", {"720p": picture}, audio=sound)).url
@@ -167,29 +165,29 @@ def test_page_shows_the_logo(origin: Origin, serve: Serve) -> None:
     site = serve({"news": {"url": url, "title": "A News", "logo": logo}, "other": url})
     polite = {"alt": "", "loading": "lazy", "referrerpolicy": "no-referrer"}
     assert watch_page(site).all("img") == [{"src": logo, **polite}]
-    assert video(watch_page(site))["poster"] == logo, "which a radio shows as long as it plays"
+    assert video(watch_page(site))["poster"] == logo, "a radio shows it while it plays"
     assert "AN" in watch_page(site).text
     assert watch_page(site, "/other").all("img") == []
     allowed = policy(site.ask("GET", "/news", **HTML))
     assert allowed["img-src"].split() == ["data:", "https://logo.example"]
 
 
-def test_page_escapes_what_is_configured(origin: Origin, serve: Serve) -> None:
+def test_page_escapes_configured_text(origin: Origin, serve: Serve) -> None:
     stream = {"url": live(origin).url, "title": HOSTILE}
     site = serve({"a": stream, "b": stream}, server={"name": HOSTILE})
     found = watch_page(site, "/a")
     assert len(found.scripts) == 1
     assert found.all("img") == []
-    assert found.text.count(" ".join(HOSTILE.split())) == 4, "twice above, a heading, a link"
+    assert found.text.count(" ".join(HOSTILE.split())) == 4, "two at the top, a heading, a link"
 
 
-def test_page_shows_no_origin(origin: Origin, serve: Serve) -> None:
+def test_page_hides_the_origins_address(origin: Origin, serve: Serve) -> None:
     site = serve({"news": f"http://user:hunter2@127.0.0.1:{origin.port}/hush/x.m3u8?key=hunter2"})
     body = site.ask("GET", "/news", **HTML).body.decode()
     assert not any(word in body for word in ("hunter2", "hush", str(origin.port)))
 
 
-def test_head_of_the_page_starts_nothing(origin: Origin, serve: Serve) -> None:
+def test_head_request_does_not_start_the_stream(origin: Origin, serve: Serve) -> None:
     site = serve({"news": live(origin).url})
     head, _, body = site.raw(
         b"HEAD /news HTTP/1.1\r\nHost: h\r\nAccept: application/xhtml+xml\r\n\r\n"
@@ -199,7 +197,7 @@ def test_head_of_the_page_starts_nothing(origin: Origin, serve: Serve) -> None:
     assert (body, origin.requests, feeders()) == (b"", (), [])
 
 
-#### What no browser plays ####
+#### Streams that browsers cannot play ####
 
 
 Frame = TypeVar("Frame", av.VideoFrame, av.AudioFrame)
@@ -213,7 +211,7 @@ def _blank(frame: Frame) -> Frame:
 
 @functools.cache
 def coded(video: str, audio: str, **options: str) -> bytes:
-    """Four seconds of MPEG-TS in these codecs, a key frame a second."""
+    """Four seconds of MPEG-TS in these codecs, with a key frame every second."""
     file = io.BytesIO()
     with av.open(file, "w", format="mpegts", options=options) as out:
         fast = {"preset": "ultrafast", "x265-params": "log-level=none:keyint=25:bframes=0"}
@@ -254,7 +252,7 @@ def coded(video: str, audio: str, **options: str) -> bytes:
         pytest.param(("mpeg2video", "mp2"), {}, "MPEG-2", id="MPEG-2"),
     ],
 )
-def test_page_tells_what_no_browser_plays(
+def test_page_names_codecs_that_browsers_cannot_play(
     origin: Origin, serve: Serve, codecs: tuple[str, str], options: dict[str, str], words: str
 ) -> None:
     body = coded(*codecs, **options)
@@ -266,8 +264,8 @@ def test_page_tells_what_no_browser_plays(
 
 
 @pytest.mark.parametrize("kind", ["TS", "fMP4", "radio"])
-def test_page_of_what_has_no_hls(origin: Origin, serve: Serve, kind: str) -> None:
-    """Browsers play fMP4 and radio as they come, but no MPEG-TS."""
+def test_page_of_a_stream_without_hls(origin: Origin, serve: Serve, kind: str) -> None:
+    """Browsers can play plain fMP4 and radio, but not MPEG-TS."""
     init, fragments = media.fmp4()
     films = {
         "TS": Playlist("film", media.ts_segments()),
@@ -280,7 +278,7 @@ def test_page_of_what_has_no_hls(origin: Origin, serve: Serve, kind: str) -> Non
     found = watch_page(serve({"news": url}))
     assert [attributes["src"] for attributes in found.all("video")] == ["news"] * (kind != "TS")
     assert ("Browsers cannot play this recording here" in found.text) == (kind == "TS")
-    assert ("No picture?" in found.text) == (kind != "TS"), "help for what is there"
+    assert ("No picture?" in found.text) == (kind != "TS"), "help is shown only beside a video"
 
 
 #### Errors ####
@@ -298,17 +296,17 @@ def error_page(answer: Answer, status: int, reason: str) -> Document:
 
 
 @pytest.mark.parametrize("path", ["/nobody", "/nobody.m3u", "/Nobody/", "/../etc"])
-def test_stream_that_does_not_exist_is_a_page_for_people(serve: Serve, path: str) -> None:
+def test_unknown_stream_is_an_error_page_for_browsers(serve: Serve, path: str) -> None:
     site = serve({"news": NOWHERE}, server={"token": TOKEN})
     found = error_page(site.ask("GET", path + QUERY, **HTML), 404, "there is no such stream")
     home = "./" if path.count("/") == 1 else "../"
     assert found.links() == [f"{home}{QUERY}"]
-    assert found.all("form") == [], "one stream needs no search"
+    assert found.all("form") == [], "no search for a single stream"
     answer = site.ask("GET", path + QUERY)
     assert (answer.status, answer.json) == (404, {"error": "there is no such stream"})
 
 
-def test_page_that_does_not_exist_has_a_search(serve: Serve) -> None:
+def test_error_page_of_unknown_address_has_a_search(serve: Serve) -> None:
     site = serve({"news": NOWHERE, "sport": NOWHERE}, server={"name": "My TV", "token": TOKEN})
     answer = site.ask("GET", "/no/body" + QUERY, **HTML)
     found = error_page(answer, 404, "there is no such stream")
@@ -320,7 +318,7 @@ def test_page_that_does_not_exist_has_a_search(serve: Serve) -> None:
     assert "My TV" not in stranger.text
 
 
-def test_fault_that_may_pass_is_a_page_that_tries_again(serve: Serve) -> None:
+def test_page_of_a_temporary_error_retries(serve: Serve) -> None:
     site = serve({"news": NOWHERE})
     assert site.channels.stop(1)
     answer = site.ask("GET", "/news", **HTML)
@@ -335,13 +333,13 @@ def test_fault_that_may_pass_is_a_page_that_tries_again(serve: Serve) -> None:
 
 @pytest.mark.parametrize("path", ["/", "/news", "/nobody", "/status", "/playlist.m3u"])
 @pytest.mark.parametrize("query", ["", "?token=wrong"])
-def test_token_is_asked_for_with_a_page(serve: Serve, path: str, query: str) -> None:
+def test_missing_token_is_an_error_page(serve: Serve, path: str, query: str) -> None:
     site = serve({"news": NOWHERE}, server={"token": TOKEN})
     answer = site.ask("GET", path + query, **HTML)
     assert answer.headers["WWW-Authenticate"].startswith("Basic realm=")
     words = "a token is required: add ?token=... to the address, or give it as the password"
     found = error_page(answer, 401, words)
-    assert found.links() == [], "they would lead to the same"
+    assert found.links() == [], "links would lead to the same error"
     if path != "/":
         assert site.ask("GET", path + query).json == {"error": words}
 
@@ -350,17 +348,17 @@ def test_token_is_asked_for_with_a_page(serve: Serve, path: str, query: str) -> 
     ("method", "path", "status"),
     [("GET", "/news", 401), ("POST", "/news", 405), ("PUT", "/", 405), ("POST", "/%ff", 405)],
 )
-def test_no_page_tells_strangers_the_token(
+def test_error_pages_do_not_reveal_the_token(
     serve: Serve, method: str, path: str, status: int
 ) -> None:
     answer = serve({"news": NOWHERE}, server={"token": TOKEN}).ask(method, path, **HTML)
     found = error_page(answer, status, "")
-    assert found.links() == [], "they would lead to a 401"
+    assert found.links() == [], "links would lead to a 401"
     assert QUOTED_TOKEN not in answer.body.decode()
     assert TOKEN not in f"{answer.headers}"
 
 
-def test_head_that_cannot_be_read_is_no_page(serve: Serve) -> None:
+def test_error_for_an_unreadable_request_is_not_a_page(serve: Serve) -> None:
     answer = serve({}).raw(b"GET / HTTP/9.9\r\nAccept: application/xhtml+xml\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 505 ")
     assert b"Content-Type: application/json" in answer

@@ -1,8 +1,8 @@
 """Web players on a page of another origin, in Chromium: hls.js, shaka, video.js, mpegts.js.
 
-Players, browser, server and origin are real.  The players are those of `tests/package.json`; the
-page that uses them has another origin than StreamPipe, so every answer needs its CORS header.
-Where npm or Chromium is missing the tests are skipped, but not with CI in the environment.
+Players, browser, server and origin are real.  `tests/package.json` lists the players.  Their page
+has a different origin from StreamPipe, so every answer needs a CORS header.  The tests are skipped
+if npm or Chromium is missing, but fail if CI is set in the environment.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ browser_before_each_test = test_browser._browser_before_each_test
 Serve = Callable[..., Site]
 
 TESTS = Path(__file__).parent
-INSTALL_TIME = 300.0  # seconds that npm may need for the packages
+INSTALL_TIME = 300.0  # seconds that npm may take to install the packages
 OUTAGE = 8000  # milliseconds without the origin
-PLAYED = 6.0  # seconds that each player plays before and after something happens
+PLAYED = 6.0  # seconds that each player must play, also after an outage
 
-# How an origin runs a channel for as long as a test needs it.
+# Options of a channel that stays live for the whole test.
 LIVE: dict[str, Any] = {"mode": "live", "window": 6, "clock": True}
 
 pytestmark = pytest.mark.long
@@ -50,14 +50,14 @@ PAGE = """<!doctype html>
 <script>
     const video = document.querySelector("video")
     const address = {address!r}
-    const errors = []  // those after which the player has stopped
-    const asides = []  // those that the player recovers from by itself
+    const errors = []  // fatal errors
+    const asides = []  // errors from which the player recovers by itself
 </script>
 <script src="/node_modules/{script}"></script>
 <script>{play}</script>
 """
 
-# By player: its file, what it is given to play, and how a page uses it.
+# For each player: its script, the ending of the address that it plays, and the page's code.
 PLAYERS = {
     "hls.js": (
         "hls.js/dist/hls.min.js",
@@ -111,9 +111,9 @@ PLAYERS = {
 
 @pytest.fixture(scope="session")
 def packages(request: pytest.FixtureRequest) -> Path:
-    """The folder that holds the packages; installed once, and kept in pytest's cache."""
+    """The folder with the installed packages, which is kept in pytest's cache."""
     if not shutil.which("npm"):
-        assert "CI" not in os.environ, "npm must be there"
+        assert "CI" not in os.environ, "CI must install npm"
         pytest.skip("needs npm")
     cache = request.config.cache
     assert cache
@@ -131,7 +131,7 @@ def packages(request: pytest.FixtureRequest) -> Path:
 
 
 class _PageHandler(SimpleHTTPRequestHandler):
-    """Serves the players' files, and at `/play` the page that uses one of them."""
+    """Serves the players' files and, at `/play`, a page that uses one of them."""
 
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
@@ -148,7 +148,7 @@ class _PageHandler(SimpleHTTPRequestHandler):
         self.wfile.write(page)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Chromium asks for hundreds of files."""
+        """Log nothing: Chromium requests hundreds of files."""
 
 
 @pytest.fixture
@@ -167,10 +167,10 @@ def pages(packages: Path) -> Iterator[str]:
         thread.join()
 
 
-#### What a player says ####
+#### Results of players ####
 
 
-# Resolves with "" once the video has played up to `until` seconds, or with what went wrong.
+# Resolves with "" once the video has played up to `until` seconds, or with an error.
 PLAYS_UNTIL = """until => new Promise(done => {
     const look = () => {
         if (errors.length > 0) done(`${errors}`)
@@ -184,13 +184,13 @@ PLAYS_UNTIL = """until => new Promise(done => {
 
 
 def plays(visit: Visit, seconds: float = PLAYED) -> str:
-    """Empty once the page has played for so long from now on; otherwise what went wrong."""
+    """Wait until the page has played for this long; returns "" or an error."""
     now = visit.measure("video.currentTime")
     return str(visit.page.evaluate(PLAYS_UNTIL, now + seconds))
 
 
 def open_players(pages: str, site: Site, look: Look, players: list[str]) -> dict[str, Visit]:
-    """One page for each player, side by side."""
+    """Open one page for each player."""
     visits = {}
     for player in players:
         address = f"{site.url}/news{PLAYERS[player][1]}"
@@ -198,8 +198,8 @@ def open_players(pages: str, site: Site, look: Look, players: list[str]) -> dict
     return visits
 
 
-def all_play(visits: dict[str, Visit]) -> dict[str, str]:
-    """What went wrong, by player; empty where all of them play."""
+def playback_errors(visits: dict[str, Visit]) -> dict[str, str]:
+    """The error of each player that does not play."""
     results = {player: plays(visit) for player, visit in visits.items()}
     return {player: result for player, result in results.items() if result}
 
@@ -220,7 +220,7 @@ def fmp4(origin: Origin) -> str:
 
 
 def discontinuous(origin: Origin) -> str:
-    """Every third segment begins the time anew."""
+    """A channel whose timestamps restart with every third segment."""
     segments = [
         Segment(data, 2.0, discontinuity=number % 3 == 0)
         for number, data in enumerate(media.ts_segments(3, 2.0) * 14)
@@ -228,7 +228,7 @@ def discontinuous(origin: Origin) -> str:
     return origin.add(Playlist("jumps", segments, **LIVE)).url
 
 
-# mpegts.js 1.8 ignores discontinuity_indicator, so it stops when the clock of `/news` begins anew.
+# mpegts.js 1.8 ignores discontinuity_indicator, so it stops when the timestamps of `/news` restart.
 HLS_PLAYERS = ["hls.js", "shaka-player", "video.js"]
 
 
@@ -237,7 +237,7 @@ HLS_PLAYERS = ["hls.js", "shaka-player", "video.js"]
     [(ts, list(PLAYERS)), (fmp4, HLS_PLAYERS), (discontinuous, HLS_PLAYERS)],
     ids=["ts", "fmp4", "discontinuous"],
 )
-def test_players_on_another_page_play(
+def test_players_on_a_page_of_another_origin_play(
     origin: Origin,
     serve: Serve,
     look: Look,
@@ -247,13 +247,13 @@ def test_players_on_another_page_play(
 ) -> None:
     site = serve({"news": channel(origin)})
     visits = open_players(pages, site, look, players)
-    assert all_play(visits) == {}
+    assert playback_errors(visits) == {}
 
 
 @pytest.mark.parametrize(
     ("channel", "players"), [(ts, list(PLAYERS)), (fmp4, HLS_PLAYERS)], ids=["ts", "fmp4"]
 )
-def test_players_on_another_page_outlast_an_outage(
+def test_players_on_a_page_of_another_origin_survive_an_outage(
     origin: Origin,
     serve: Serve,
     look: Look,
@@ -263,18 +263,18 @@ def test_players_on_another_page_outlast_an_outage(
 ) -> None:
     site = serve({"news": channel(origin)})
     visits = open_players(pages, site, look, players)
-    assert all_play(visits) == {}
+    assert playback_errors(visits) == {}
     origin.stop()
     next(iter(visits.values())).page.wait_for_timeout(OUTAGE)
     origin.start()
-    assert all_play(visits) == {}
+    assert playback_errors(visits) == {}
 
 
 @pytest.mark.parametrize("player", list(PLAYERS))
-def test_player_on_another_page_learns_why_a_channel_fails(
+def test_page_of_another_origin_sees_the_status_of_a_failure(
     serve: Serve, look: Look, pages: str, player: str
 ) -> None:
-    """An error without its CORS header would be a network failure without a status."""
+    """Without a CORS header, a script sees a network failure and no status."""
     site = serve({"news": "http://127.0.0.1:9/x.m3u8"})
     visit = open_players(pages, site, look, [player])[player]
     status = visit.page.evaluate("fetch(address).then(answer => answer.status)")
