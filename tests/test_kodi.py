@@ -158,7 +158,7 @@ class Kodi:
                 found[channel["label"]] = channel["channelid"]
             return len(found) == count
 
-        eventually(are_loaded, f"Kodi has {count} channels, not {found}", START_TIME)
+        eventually(are_loaded, f"Kodi loads its channels, {found}", START_TIME)
         return found
 
     def play(self, channel: int) -> None:
