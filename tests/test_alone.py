@@ -1,4 +1,4 @@
-"""Tests that are marked `alone`: nothing else runs beside them."""
+"""The marker `alone`: no other test runs at the same time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SPAN = 0.05  # seconds that each of the inner tests lasts
+SPAN = 0.05  # seconds that each inner test takes
 INNER = f"""
 import threading, time
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_beside_others_again(number):
 """
 
 
-def test_marked_tests_run_while_no_other_test_does(tmp_path: Path) -> None:
+def test_marked_test_runs_while_no_other_test_runs(tmp_path: Path) -> None:
     inner = tmp_path / "test_inner.py"
     inner.write_text(INNER)
     command = [
@@ -59,4 +59,4 @@ def test_marked_tests_run_while_no_other_test_does(tmp_path: Path) -> None:
     for (_, ended, name), (began, _, following) in itertools.pairwise(spans):
         if began < ended:
             overlapping.add((name, following))
-    assert overlapping == {("beside", "beside")}, "two processes, and nothing beside `alone`"
+    assert overlapping == {("beside", "beside")}, "only unmarked tests may overlap, and must"

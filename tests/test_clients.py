@@ -1,7 +1,7 @@
-"""What players and media servers do on the wire, and those that are there as real programs.
+"""Requests of players and media servers, and real players.
 
-Clients that cannot be installed are replayed request by request, over real sockets. Where a real
-player is missing its tests are skipped, but not with CI in the environment.
+Clients that cannot be installed are replayed request by request, over real sockets.  The tests of a
+missing player are skipped, but fail if CI is set in the environment.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.test_players import aac, ffmpeg, fmp4, mpv, plain, run, vlc
 from tests.test_sharing import eventually
 
 Serve = Callable[..., Site]
-TIMEOUT = 20.0  # seconds; nothing a test waits for takes as long
+TIMEOUT = 20.0  # seconds; longer than anything a test waits for
 LAVF = {
     "User-Agent": "Lavf/59.27.100",
     "Accept": "*/*",
@@ -45,7 +45,7 @@ EXOPLAYER = {"User-Agent": "TiviMate/5.0 (Linux; Android 12)", "Accept-Encoding"
 
 
 class Exchange:
-    """A request, sent as a client of these headers does, and the answer as far as it is read."""
+    """A client's request, and its answer: all of the body or its first `size` bytes."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ ONE_SEGMENT = len(media.ts_segments(8)[0])
 
 
 def assert_plays(answer: Exchange) -> None:
-    assert answer.status == 200, "never 206: TVHeadend would discard it, and ffmpeg seek"
+    assert answer.status == 200, "never 206: TVHeadend would discard it, and ffmpeg would seek"
     assert answer.headers["Content-Type"] == "video/mp2t"
     assert "icy-metaint" not in answer.headers
     assert "Content-Range" not in answer.headers
@@ -88,7 +88,7 @@ def assert_plays(answer: Exchange) -> None:
 
 
 def kodi(site: Site) -> None:
-    """IPTV Simple's zap: does it exist, what is it, what is its type, and then ffmpeg."""
+    """IPTV Simple zaps: HEAD, a first look at the media, HEAD again, and then ffmpeg plays."""
     assert head(site, KODI).status == 200
     assert len(get(site, KODI, 1024).body) == 1024
     probed = head(site, KODI)
@@ -98,7 +98,7 @@ def kodi(site: Site) -> None:
 
 
 def jellyfin(site: Site) -> None:
-    """It shares one connection between its viewers where HEAD says video/MP2T."""
+    """Jellyfin shares one connection between its viewers if HEAD answers video/MP2T."""
     probed = head(site, CHROME)
     assert probed.status == 200
     assert probed.headers["Content-Type"].lower() == "video/mp2t"
@@ -106,27 +106,27 @@ def jellyfin(site: Site) -> None:
 
 
 def emby(site: Site) -> None:
-    """Its probe opens the stream and closes it, its player opens it again."""
+    """Emby's probe opens and closes the stream; then its player opens it again."""
     for _ in range(2):
         assert_plays(get(site, LAVF, ONE_SEGMENT))
 
 
 def tvheadend(site: Site) -> None:
     answer = get(site, TVHEADEND, ONE_SEGMENT)
-    assert answer.reason, "it wants three words in the status line"
+    assert answer.reason, "TVHeadend needs three words in the status line"
     assert answer.headers["Connection"] == "close"
     assert_plays(answer)
 
 
 def exoplayer(site: Site) -> None:
-    """It resumes at what it has; a live stream cannot, and begins anew."""
+    """ExoPlayer tries to resume with a Range; a live stream starts again instead."""
     assert_plays(get(site, EXOPLAYER, ONE_SEGMENT))
     resumed = {**EXOPLAYER, "Range": f"bytes={ONE_SEGMENT}-"}
     assert_plays(get(site, resumed, ONE_SEGMENT))
 
 
 def plex(site: Site) -> None:
-    """The walk through HDHomeRun's documents to a channel, each found in the one before."""
+    """Plex follows HDHomeRun's documents to a channel; each document contains the next address."""
 
     def document(path: str, method: str = "GET") -> Any:
         answer = Exchange(site, f"{method} {path} HTTP/1.1", {"User-Agent": "PlexMediaServer"})
@@ -134,7 +134,7 @@ def plex(site: Site) -> None:
         return json.loads(answer.body)
 
     def path_of(address: str) -> str:
-        assert address.startswith(f"{site.url}/"), "every address is absolute"
+        assert address.startswith(f"{site.url}/"), "every address must be absolute"
         return address.removeprefix(site.url)
 
     found = document("/discover.json")
@@ -153,14 +153,14 @@ def plex(site: Site) -> None:
 
 
 def haproxy(site: Site) -> None:
-    """Its default health check, which has no Host, before a viewer comes."""
+    """HAProxy sends its default health check, without Host, before a viewer connects."""
     answer = site.raw(b"OPTIONS / HTTP/1.0\r\n\r\n")
     assert re.match(rb"HTTP/1\.[01] 2\d\d ", answer)
     assert_plays(get(site, LAVF, ONE_SEGMENT, version="1.0"))
 
 
 def relay(site: Site) -> None:
-    """Streamlink's httpstream:// offers compression."""
+    """Streamlink's httpstream:// accepts compressed answers."""
     answer = get(site, {"Accept-Encoding": "gzip, deflate", "Accept": "*/*"}, ONE_SEGMENT)
     assert "Content-Encoding" not in answer.headers
     assert_plays(answer)
@@ -175,7 +175,7 @@ def live(origin: Origin, name: str = "news") -> Playlist:
 
 
 def assert_pulled_once(origin: Origin, channel: Playlist) -> None:
-    """No segment was asked for twice, as a second upstream would."""
+    """Checks that no segment was requested twice; a second upstream would request it again."""
     paths = [request.path for request in origin.requests if request.path.endswith(".ts")]
     assert paths
     assert sorted(set(paths)) == sorted(paths)
@@ -205,8 +205,8 @@ def status_of(site: Site) -> Any:
     return site.get("/status").json["streams"][0]
 
 
-def test_double_request_after_an_error_starts_once(origin: Origin, serve: Serve) -> None:
-    """VLC asks at once a second time, with HTTP/1.0, when the first answer is an error."""
+def test_repeated_request_after_an_error_does_not_start_again(origin: Origin, serve: Serve) -> None:
+    """After an error, VLC repeats its request at once with HTTP/1.0."""
     fault = origin.fault("/news*", Status(503), times=None)
     site = serve({"news": f"hls://{origin.url}/news.m3u8"})
     first = get(site, {**VLC, "Range": "bytes=0-"}, 0)
@@ -227,10 +227,10 @@ def test_second_request_of_vlc_is_answered_without_chunks(origin: Origin, serve:
 
 @pytest.mark.parametrize("path", ["/", "/health", "/news", "/playlist.m3u"])
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_monitors_that_send_head_open_nothing(
+def test_head_requests_of_monitors_open_nothing(
     origin: Origin, serve: Serve, path: str, version: str
 ) -> None:
-    """UptimeRobot's free checks."""
+    """UptimeRobot's free checks send HEAD."""
     site = serve({"news": live(origin).url})
     answer = site.raw(f"HEAD {path} HTTP/{version}\r\nHost: h\r\n\r\n".encode())
     assert answer.split()[1] == b"200"
@@ -238,9 +238,7 @@ def test_monitors_that_send_head_open_nothing(
     assert origin.requests == ()
 
 
-def test_kodis_look_at_the_list_every_ten_seconds_opens_nothing(
-    origin: Origin, serve: Serve
-) -> None:
+def test_kodis_regular_load_of_the_playlist_opens_nothing(origin: Origin, serve: Serve) -> None:
     site = serve({"news": live(origin).url})
     for _ in range(5):
         assert Exchange(site, "GET /playlist.m3u HTTP/1.1", KODI).status == 200
@@ -251,7 +249,7 @@ def test_kodis_look_at_the_list_every_ten_seconds_opens_nothing(
 
 
 def gstreamer(address: str, buffers: int = 40) -> subprocess.CompletedProcess[str]:
-    """Decodes so many pictures, or frames of sound."""
+    """Decodes this many frames of video or audio."""
     sink = ["fakesink", f"num-buffers={buffers}", "sync=false"]
     source = ["souphttpsrc", f"location={address}"]
     return run("gst-launch-1.0", "-q", *source, "!", "decodebin", "!", *sink)
@@ -310,7 +308,9 @@ def ffmpeg_in_background(site: Site) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.long
-def test_player_that_is_killed_and_comes_back_disturbs_nobody(origin: Origin, serve: Serve) -> None:
+def test_killed_and_restarted_player_does_not_disturb_other_viewers(
+    origin: Origin, serve: Serve
+) -> None:
     if run("ffmpeg", "-version").returncode:
         pytest.fail("ffmpeg does not run")
     news = live(origin)
@@ -320,11 +320,11 @@ def test_player_that_is_killed_and_comes_back_disturbs_nobody(origin: Origin, se
     for _ in range(2):
         with ffmpeg_in_background(site) as player:
             try:
-                eventually(lambda: status_of(site)["viewers"] == 2, "the player watches")
+                eventually(lambda: status_of(site)["viewers"] == 2, "the player is a viewer")
                 body += other.read(ONE_SEGMENT)
             finally:
                 player.send_signal(signal.SIGKILL)
-        eventually(lambda: status_of(site)["viewers"] == 1, "the player is gone")
+        eventually(lambda: status_of(site)["viewers"] == 1, "the killed player has been removed")
         body += other.read(ONE_SEGMENT)
     assert body in news.plain(0, news.newest + 1)
     assert_pulled_once(origin, news)

@@ -1,7 +1,7 @@
-"""README's container: with an engine it is built and run as README says, with none its steps are.
+"""README's container: built and run by Docker if there is one, and simulated in a plain folder.
 
-Without an engine the image is a plain folder, and its program runs as in the container: it reads a
-file system that it cannot write to but for /tmp, without a privilege of root.
+In the simulation, the steps of the Dockerfile are applied to a folder.  The program runs as in the
+container: without root's privileges, and with a read-only file system except for /tmp.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ ROOT = Path(pipe.__file__).parent
 (DOCKERFILE,) = blocks("dockerfile")
 LINES = "".join(blocks("sh")).splitlines()
 BUILD, RUN, RELOAD = [line for line in LINES if line.startswith("docker ")]
-TIMEOUT = 20.0  # seconds; nothing a test waits for takes as long, but for what pip and docker do
-PATIENCE = 600.0
+TIMEOUT = 20.0  # seconds; longer than anything a test waits for, except pip and docker
+PATIENCE = 600.0  # seconds for pip and docker
 
-# Everything that is there is read-only, and /tmp empty; then, as its user, it has no privileges.
+# Make all files read-only, mount an empty /tmp, and run the command without privileges.
 SANDBOX = """
 mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && mount -o remount,bind,ro / &&
 mount -t tmpfs tmpfs /tmp && exec setpriv --bounding-set=-all --inh-caps=-all --no-new-privs "$@"
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.long
 
 
 class Image:
-    """A folder that has got what the Dockerfile puts into an image; `commands` are by keyword."""
+    """A folder with the files of the Dockerfile's image; `commands` maps keywords to commands."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -71,14 +71,14 @@ class Image:
             assert self.run(["python", "-m", *value.split()])
         elif keyword in ("HEALTHCHECK", "ENTRYPOINT"):
             self.commands[keyword] = json.loads(value.removeprefix("CMD "))
-        else:  # what a folder has not; ffmpeg is on the machine
+        else:  # not needed in a folder; ffmpeg is installed on the machine
             assert keyword in ("RUN", "USER", "EXPOSE")
 
     def path(self, program: str) -> str:
         return str(self.folder / "bin" / "python") if program == "python" else program
 
     def run(self, command: list[str]) -> bool:
-        """Run a command of the image's; returns whether it was well."""
+        """Run a command of the image; returns whether it succeeded."""
         command = [self.path(command[0]), *command[1:]]
         done = subprocess.run(command, capture_output=True, timeout=PATIENCE, check=False)
         return done.returncode == 0
@@ -87,11 +87,11 @@ class Image:
 @pytest.fixture(scope="module")
 def image() -> Iterator[Image]:
     if not shutil.which("ffmpeg"):
-        assert "CI" not in os.environ, "ffmpeg must be there"
+        assert "CI" not in os.environ, "CI must install ffmpeg"
         pytest.skip("needs ffmpeg")
     if not is_read_only_possible():
-        pytest.skip("needs to be root, and to be allowed to mount")
-    # Not in /tmp, which the container's is laid over.
+        pytest.skip("needs root and the permission to mount")
+    # Not in /tmp, because the container's /tmp hides it.
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         yield Image(Path(folder))
 
@@ -107,7 +107,7 @@ def sandboxed(folder: str | Path, *command: str) -> list[str]:
 
 
 class Container:
-    """The image's program, with a configuration beside it, on a port of its own."""
+    """The program of the image, running with its own configuration and port."""
 
     def __init__(self, image: Image, streams: dict[str, str]) -> None:
         self._image = image
@@ -120,7 +120,7 @@ class Container:
         with tempfile.TemporaryFile() as log:
             self._log = os.dup(log.fileno())
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        eventually(lambda: "listening on" in self.log, "it listens")
+        eventually(lambda: "listening on" in self.log, "the program listens")
         self.port = int(self.log.rpartition("port ")[2])
 
     @property
@@ -131,7 +131,7 @@ class Container:
         self._config.write_text(yaml.safe_dump({"streams": streams}), encoding="utf-8")
 
     def is_healthy(self) -> bool:
-        """What an engine would find now."""
+        """The result of the health check."""
         command = self._image.commands["HEALTHCHECK"]
         assert "8080" in command[-1]
         return self._image.run([*command[:-1], command[-1].replace("8080", str(self.port))])
@@ -167,7 +167,7 @@ def separate_sound(origin: Origin) -> str:
     return origin.add(master("apart", {"360p": picture}, audio=sound)).url
 
 
-def test_separate_sound_plays_where_only_tmp_can_be_written(origin: Origin, start: Start) -> None:
+def test_separate_sound_plays_if_only_tmp_is_writable(origin: Origin, start: Start) -> None:
     container = start({"apart": separate_sound(origin)})
     with Watch(container.port, "/apart") as viewer:
         assert viewer.status == 200
@@ -176,24 +176,24 @@ def test_separate_sound_plays_where_only_tmp_can_be_written(origin: Origin, star
     assert received["audio"] > 25
 
 
-def test_health_check_tells_whether_it_runs(start: Start) -> None:
+def test_health_check_detects_whether_the_program_runs(start: Start) -> None:
     container = start({})
     assert container.is_healthy()
     assert container.end() == 0
     assert not container.is_healthy()
 
 
-def test_signal_of_the_reload_command_reads_the_configuration_again(start: Start) -> None:
+def test_signal_of_the_reload_command_reloads_the_configuration(start: Start) -> None:
     container = start({"one": "http://origin.example/x.m3u8"})
     container.configure({"one": "http://origin.example/x.m3u8", "two": "http://origin.example/y"})
     found = re.fullmatch(r"docker kill --signal=(\w+) streampipe", RELOAD)
     assert found
     container.process.send_signal(signal.Signals[f"SIG{found[1]}"])
-    eventually(lambda: "reloaded: 1 stream added" in container.log, "it reads the file again")
+    eventually(lambda: "reloaded: 1 stream added" in container.log, "the configuration is reloaded")
 
 
-def test_run_command_gives_what_the_file_asks_for() -> None:
-    """The folder of the configuration, the port, and a read-only system but for /tmp."""
+def test_run_command_fits_the_dockerfile() -> None:
+    """It mounts the configuration, publishes the port, and makes all but /tmp read-only."""
     (entrypoint,) = re.findall(r"^ENTRYPOINT (.+)$", DOCKERFILE, re.M)
     folder = Path(json.loads(entrypoint)[-1]).parent
     assert f'-v "$PWD/config:{folder}:ro"' in RUN
@@ -202,7 +202,7 @@ def test_run_command_gives_what_the_file_asks_for() -> None:
     assert " --restart unless-stopped " in RUN
 
 
-#### With an engine ####
+#### With Docker ####
 
 
 def docker(*arguments: str) -> str:
@@ -215,7 +215,7 @@ def docker(*arguments: str) -> str:
 
 @pytest.fixture
 def context(tmp_path: Path) -> Iterator[Path]:
-    """A folder with all that README's commands need; what they started ends with the test."""
+    """A folder with all files that README's commands need; removes their container afterwards."""
     try:
         docker("info")
     except (OSError, subprocess.CalledProcessError):
@@ -230,11 +230,11 @@ def context(tmp_path: Path) -> Iterator[Path]:
         docker("rm", "-f", "streampipe")
 
 
-def test_commands_build_run_and_reload_it(context: Path) -> None:
+def test_commands_build_run_and_reload_the_container(context: Path) -> None:
     for command in (BUILD, RUN):
         subprocess.run(["bash", "-c", command], cwd=context, check=True, timeout=PATIENCE)
     state = ("inspect", "--format", "{{.State.Health.Status}}", "streampipe")
-    eventually(lambda: docker(*state).strip() == "healthy", "it is healthy", timeout=90)
+    eventually(lambda: docker(*state).strip() == "healthy", "the container is healthy", timeout=90)
     with Watch(8080, "/health") as answer:
         assert answer.status == 200
         assert answer.read_all()[1]
@@ -243,4 +243,6 @@ def test_commands_build_run_and_reload_it(context: Path) -> None:
     streams = "streams: {news: 'http://origin.example/x.m3u8'}"
     (context / "config" / "config.yml").write_text(streams, encoding="utf-8")
     subprocess.run(["bash", "-c", RELOAD], cwd=context, check=True, timeout=PATIENCE)
-    eventually(lambda: "reloaded: " in docker("logs", "streampipe"), "it is reloaded")
+    eventually(
+        lambda: "reloaded: " in docker("logs", "streampipe"), "the configuration is reloaded"
+    )

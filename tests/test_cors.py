@@ -1,4 +1,4 @@
-"""Which answers players on other web pages may read; server and origin are real."""
+"""CORS: the answers that pages of other origins may read; server and origin are real."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FOR_OTHERS = ["/", "/health", "/status", "/metrics", "/discover.json", "/lineup.
 
 
 def cors(answer: Answer) -> dict[str, str]:
-    """The headers that tell a browser what other pages may read."""
+    """The CORS headers of an answer."""
     return {k: v for k, v in answer.headers.items() if k.startswith("Access-Control-")}
 
 
@@ -62,14 +62,14 @@ def test_errors_of_media_may_be_read_by_other_pages(origin: Origin, serve: Serve
 
 
 @pytest.mark.parametrize("path", FOR_PLAYERS)
-def test_other_pages_may_read_that_a_token_is_required(serve: Serve, path: str) -> None:
+def test_other_pages_may_read_a_401(serve: Serve, path: str) -> None:
     answer = serve({"news": NOWHERE}, server={"token": TOKEN}).get(path)
     assert (answer.status, cors(answer)) == (401, ANYBODY)
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "PUT"])
 @pytest.mark.parametrize("path", FOR_OTHERS)
-def test_other_pages_may_read_nothing_else(serve: Serve, method: str, path: str) -> None:
+def test_other_pages_may_not_read_anything_else(serve: Serve, method: str, path: str) -> None:
     assert cors(serve({"news": NOWHERE}).ask(method, path, **PREFLIGHT)) == {}
 
 
@@ -94,8 +94,8 @@ def test_preflight_is_always_answered(serve: Serve, server: dict[str, object], p
     assert cors(answer) == {**ANYBODY, **methods, **headers}
 
 
-def test_client_that_is_trusted_alone_shares_nothing(origin: Origin, serve: Serve) -> None:
-    """Any page that somebody at home opens could read the token out of the list."""
+def test_trusted_client_without_token_shares_nothing(origin: Origin, serve: Serve) -> None:
+    """Otherwise any page opened on a trusted machine could read the token from the playlist."""
     site = serve({"news": live(origin).url, "film": film(origin).url}, server=TRUSTED)
     hls = site.get("/news.m3u8")
     segment = re.findall(r"^news/\d+\.ts\?", hls.body.decode(), re.M)[0].rstrip("?")
@@ -111,7 +111,7 @@ def test_client_that_is_trusted_alone_shares_nothing(origin: Origin, serve: Serv
     [(f"?token={QUOTED_TOKEN}", {}), ("", {"Authorization": f"Bearer {TOKEN}"})],
     ids=["query", "Bearer"],
 )
-def test_trusted_client_with_the_token_is_like_any_other(
+def test_trusted_client_with_the_token_shares_its_answers(
     serve: Serve, query: str, headers: dict[str, str]
 ) -> None:
     answer = serve({"news": NOWHERE}, server=TRUSTED).ask("GET", f"/news.m3u{query}", **headers)

@@ -1,4 +1,4 @@
-"""README, config.example.yml, --help and requirements.txt, held against the code; pure."""
+"""README, config.example.yml, --help and requirements.txt agree with the code; pure."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ EXAMPLE = (ROOT / "config.example.yml").read_text(encoding="utf-8")
 
 SERVER = {field.name for field in dataclasses.fields(pipe.ServerSettings)}
 OPTIONS = {field.name for field in dataclasses.fields(pipe.Options)}
-# What the file calls `url` are the `urls`; the name is the key, `options` are keys of their own.
+# The key `url` sets the field `urls`.
 STREAM = {*pipe.readers_of(pipe.StreamSettings), "url"}
 PLAYLIST = {*pipe.readers_of(pipe.PlaylistSettings), "url"}
 
 
 def as_yaml(value: object) -> object:
-    """A default as YAML has it."""
+    """A default value, converted to the types of YAML."""
     if isinstance(value, tuple | list):
         return list(value)
     return dict(value) if isinstance(value, Mapping) else value
@@ -47,7 +47,7 @@ EVERY_DEFAULT = {
     **defaults(pipe.Options(), "options", OPTIONS),
     **defaults(pipe.StreamSettings("", ()), "streams.NAME", STREAM - {"url"}),
     **defaults(pipe.PlaylistSettings("", ""), "playlists.NAME", PLAYLIST - {"url"}),
-    # Three that no literal shows.
+    # README has no literal for these three.
     "playlists.NAME.url": "required",
     "streams.NAME.url": "required",
     "streams.NAME.title": "the name",
@@ -55,25 +55,25 @@ EVERY_DEFAULT = {
 
 
 def blocks(language: str) -> list[str]:
-    """The fenced blocks of README in a language."""
+    """The fenced code blocks of README in a language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
 
 
 def section(title: str) -> str:
-    """A part of README: what stands below a heading, or is folded away under a title."""
+    """A part of README: the text below a heading or within a folded section."""
     if f"\n## {title}\n" in README:
         return re.split(r"\n## |\n<details>", README.split(f"\n## {title}\n")[1])[0]
     return README.split(f"\n<summary><b>{title}</b>: ")[1].split("\n</details>\n")[0]
 
 
 def table(title: str) -> list[list[str]]:
-    """The cells of a section's table, without its head."""
+    """The cells of the table in a section, without the head."""
     rows = re.findall(r"^\| ?(.*?) ?\|$", section(title), re.M)[2:]
     return [re.split(r" ?\| ?", row) for row in rows]
 
 
 def option_table() -> dict[str, object]:
-    """Default by option, as README has them."""
+    """The default of each option, according to README."""
     rows = {}
     for option, default, *_ in table("Configuration"):
         literal = re.fullmatch(r"`(.+)`", default)
@@ -82,7 +82,7 @@ def option_table() -> dict[str, object]:
 
 
 def typed(values: Mapping[str, object]) -> dict[str, tuple[type, object]]:
-    """Values that compare unequal where only their types differ, as 20 and 20.0."""
+    """Adds the type to each value, so that 20 and 20.0 compare unequal."""
     return {key: (type(value), value) for key, value in values.items()}
 
 
@@ -98,27 +98,27 @@ def test_front_of_readme_is_short() -> None:
     ]
 
 
-def test_rest_of_readme_is_folded_and_ends_with_the_changelog() -> None:
+def test_rest_of_readme_is_folded_and_ends_with_changelog() -> None:
     rest = README.split("\n<details>\n", 1)[1]
     parts = rest.split("\n<details>\n")
     titles = [part[: part.index("</b>: ")].removeprefix("<summary><b>") for part in parts]
     assert titles[0] == "Configuration"
     assert titles[-1] == "Changelog"
     assert len(titles) == len(set(titles))
-    # Without an empty line after the summary, GitHub shows no Markdown in it.
+    # GitHub needs an empty line after the summary to render the Markdown below it.
     assert all(re.match(r"<summary>.+</summary>\n\n", part) for part in parts)
     between = [part.split("\n</details>\n")[1] for part in parts]
     assert "".join(between[:-1]).strip() == ""
     assert between[-1].startswith("\nMIT license, see [LICENSE](LICENSE).")
 
 
-def test_parts_that_readme_speaks_of_are_there() -> None:
+def test_sections_that_readme_refers_to_exist() -> None:
     for title in re.findall(r'(?:see |\()"([^"]+)"|"([^"]+)" below', README):
         assert section(title[0] or title[1])
 
 
-def test_tables_of_readme_are_whole() -> None:
-    """Every row has as many cells as the head, and no column is without content."""
+def test_tables_of_readme_are_complete() -> None:
+    """Every row has as many cells as the head, and only cells of the first column may be empty."""
     for rows in re.findall(r"(?:^\|.*\|\n)+", README, re.M):
         head, _, *body = [re.split(r" ?\| ?", row)[1:-1] for row in rows.splitlines()]
         assert {len(row) for row in body} == {len(head)}, head
@@ -126,7 +126,7 @@ def test_tables_of_readme_are_whole() -> None:
             assert all(row[column] for row in body), head
 
 
-def test_code_of_a_line_is_on_one_line() -> None:
+def test_inline_code_does_not_span_lines() -> None:
     text = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
     assert [code for code in re.findall(r"`[^`]*`", text) if "\n" in code] == []
 
@@ -138,14 +138,14 @@ def test_picture_of_readme_is_small() -> None:
     assert len(picture) < 150_000
 
 
-def test_reasons_of_readme_are_those_of_the_program() -> None:
+def test_program_gives_the_reasons_that_readme_lists() -> None:
     source = Path(pipe.__file__).read_text(encoding="utf-8")
     told = section("Troubleshooting").split("| 502, and the reason")[1]
     told += section("Faults").split("| reason |")[1]
     reasons = re.findall(r"^\| (`.+?) \|", told, re.M)
     words = [word for row in reasons for word in re.findall(r"`(.+?)`", row)]
     assert len(words) >= 20
-    # Of one that tells more, what comes before: a status, or the qualities that there are.
+    # Of a reason with a status or a list of qualities, only the words before it are in the source.
     assert [
         word for word in words if re.split(r"(?<=available: )|(?=\d)", word)[0] not in source
     ] == []
@@ -189,11 +189,11 @@ def test_example_shows_every_key_of_a_playlist_with_its_default_and_one_of_optio
     )
 
 
-def test_example_says_the_default_of_quality() -> None:
+def test_example_states_the_default_of_quality() -> None:
     assert f"default: {pipe.StreamSettings('', ()).quality}\n" in EXAMPLE
 
 
-def test_example_can_be_used_as_it_is() -> None:
+def test_example_is_a_valid_configuration() -> None:
     config = pipe.load_config(ROOT / "config.example.yml", pipe.engine_options())
     assert list(config.streams) == ["channel1", "channel2"]
     assert list(config.playlists) == ["provider"]
@@ -211,7 +211,7 @@ def test_every_key_of_the_example_has_a_comment() -> None:
     assert [line.split(":")[0] for line in bare] == ["channel1", "channel2", "provider"]
 
 
-def test_readme_repeats_the_example() -> None:
+def test_readme_contains_the_example() -> None:
     assert EXAMPLE in blocks("yaml")
 
 
@@ -220,12 +220,12 @@ def test_readme_repeats_the_example() -> None:
     [("haproxy", ["haproxy.cfg"]), ("nginx", ["nginx_one.conf", "nginx.conf"])],
 )
 def test_readme_shows_the_tested_configurations(language: str, names: list[str]) -> None:
-    """The one for a single server comes first."""
+    """nginx's configuration for a single server is the first of the two."""
     tested = [(ROOT / "tests" / name).read_text(encoding="utf-8") for name in names]
     assert blocks(language) == tested
 
 
-def test_time_outs_of_the_proxies_are_above_the_longest_silence() -> None:
+def test_timeouts_of_proxies_exceed_the_longest_silence() -> None:
     options = pipe.Options()
     silence, pause = options.timeout + options.reconnect, options.viewer_timeout
     for name, (from_server, to_client) in {
@@ -240,7 +240,7 @@ def test_time_outs_of_the_proxies_are_above_the_longest_silence() -> None:
 
 @pytest.fixture
 def unit(tmp_path: Path) -> Path:
-    """README's unit, with the one thing that a machine of the tests has not: the program."""
+    """README's unit, changed to start the Python of the tests: systemd checks that it exists."""
     text, _ = blocks("ini")
     file = tmp_path / "streampipe.service"
     file.write_text(with_python(text), encoding="utf-8")
@@ -249,7 +249,7 @@ def unit(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reloading_unit(unit: Path) -> Path:
-    """The unit with README's drop-in, which lets it reload."""
+    """The unit with README's drop-in for reloading."""
     _, text = blocks("ini")
     folder = unit.with_name("streampipe.service.d")
     assert f"`/etc/systemd/system/{folder.name}/reload.conf`" in README
@@ -259,7 +259,7 @@ def reloading_unit(unit: Path) -> Path:
 
 
 def with_python(text: str) -> str:
-    """A unit that starts the Python of the tests."""
+    """The text of a unit, with the Python of the tests in ExecStart."""
     python = re.search(r"^ExecStart=(\S+)", text, re.M)
     assert python
     return text.replace(python[1], sys.executable)
@@ -268,7 +268,7 @@ def with_python(text: str) -> str:
 def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
     program = shutil.which("systemd-analyze")
     if not program:
-        assert "CI" not in os.environ, "systemd-analyze must be there"
+        assert "CI" not in os.environ, "CI must install systemd-analyze"
         pytest.skip("needs systemd-analyze")
     command = [program, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -282,16 +282,16 @@ def test_unit_of_readme_is_valid(name: str, request: pytest.FixtureRequest) -> N
     assert (done.returncode, said) == (0, [])
 
 
-def test_mistake_in_the_drop_in_of_readme_would_be_noticed(reloading_unit: Path) -> None:
+def test_mistake_in_the_drop_in_is_detected(reloading_unit: Path) -> None:
     file = reloading_unit.with_name("streampipe.service.d") / "reload.conf"
     file.write_text(file.read_text(encoding="utf-8") + "ExecReloads=x\n", encoding="utf-8")
     assert "Unknown key 'ExecReloads'" in analyze("verify", "--man=no", str(reloading_unit)).stderr
 
 
-def test_drop_in_of_readme_reads_the_file_itself_and_reloads_it() -> None:
+def test_drop_in_of_readme_reads_and_reloads_the_file_itself() -> None:
     unit, drop_in = blocks("ini")
     assert "\nExecReload=/bin/kill -HUP $MAINPID\n" in drop_in
-    # Empty assignments take back what the unit says.
+    # Empty assignments reset the settings of the unit.
     assert "\nLoadCredential=\n" in drop_in
     assert "\nExecStart=\nExecStart=" in drop_in
     (source,) = re.findall(r"^LoadCredential=config.yml:(.+)$", unit, re.M)
@@ -299,8 +299,8 @@ def test_drop_in_of_readme_reads_the_file_itself_and_reloads_it() -> None:
     assert commands[0].replace("${CREDENTIALS_DIRECTORY}/config.yml", source) == commands[1]
 
 
-def test_unit_of_readme_starts_again_after_every_passing_fault() -> None:
-    """A file on a disk that is mounted late is a mistake (2); SIGHUP during a start ends it."""
+def test_unit_of_readme_restarts_after_every_failure() -> None:
+    """Even status 2 may pass, if the file's disk is mounted late; SIGHUP may end a start."""
     unit, drop_in = blocks("ini")
     assert "\nRestart=always\n" in unit
     assert "\nStartLimitIntervalSec=0\n" in unit.partition("[Service]")[0]
@@ -318,11 +318,11 @@ def test_unit_of_readme_keeps_the_configuration_secret() -> None:
     text, _ = blocks("ini")
     assert "\nLoadCredential=config.yml:/etc/" in text
     assert " -c ${CREDENTIALS_DIRECTORY}/config.yml\n" in text
-    # systemd copies credentials at a start: a reload would read the old ones again.
+    # systemd copies credentials only at a start; a reload would read the old file.
     assert "ExecReload=" not in text
 
 
-def test_paths_of_readme_are_those_of_the_server() -> None:
+def test_readme_lists_all_paths_of_the_server() -> None:
     named = set(re.findall(r"`(?:GET |POST )?(/[a-z0-9_.]+)`", section("HTTP API")))
     served = set(pipe.PAGES) | {"/health"}
     assert served - {"/"} <= named
@@ -332,7 +332,7 @@ def test_paths_of_readme_are_those_of_the_server() -> None:
 
 
 def parser_options() -> dict[str, Any]:
-    """Default by option, of every option that has one to tell."""
+    """The default of each option of the parser."""
     actions = pipe.build_parser()._actions
     return {name: action.default for action in actions for name in action.option_strings}
 
@@ -351,12 +351,12 @@ def test_readme_has_the_options_of_the_parser() -> None:
     assert option_names(block) == option_names(pipe.build_parser().format_help())
 
 
-def test_help_says_the_same_in_readme() -> None:
+def test_readme_repeats_the_texts_of_help() -> None:
     for action in pipe.build_parser()._actions:
         assert str(action.help) in " ".join(section("Command line").split()), action.dest
 
 
-def test_help_tells_the_defaults() -> None:
+def test_help_shows_the_defaults() -> None:
     told = {
         action.dest: found[1]
         for action in pipe.build_parser()._actions
@@ -381,7 +381,7 @@ def test_first_two_blocks_of_readme_are_commands() -> None:
     assert re.findall(r"^```([a-z]+)$", README, re.M)[:2] == ["sh", "sh"]
 
 
-def test_requirements_are_those_of_the_script() -> None:
+def test_requirements_match_those_of_the_script() -> None:
     source = Path(pipe.__file__).read_text(encoding="utf-8")
     metadata = re.search(r"^# /// script\n((?:# .*\n)+)# ///$", source, re.M)
     assert metadata
@@ -394,7 +394,7 @@ def test_requirements_are_those_of_the_script() -> None:
 
 
 def read_github(path: str) -> Any:
-    # YAML 1.1 takes the key `on` for a boolean.
+    # BaseLoader, because YAML 1.1 reads the key `on` as a boolean.
     text = (ROOT / ".github" / path).read_text(encoding="utf-8")
     return yaml.load(text, yaml.BaseLoader)
 
@@ -411,7 +411,7 @@ def test_workflow_runs_everything_on_each_python_and_each_week() -> None:
     assert "streamlink/streamlink" in jobs["development"]["steps"][-1]["env"]["STREAMLINK"]
 
 
-def test_issue_form_asks_for_what_is_needed() -> None:
+def test_issue_form_requires_version_check_and_log() -> None:
     fields = read_github("ISSUE_TEMPLATE/fault.yml")["body"]
     needed = [
         field["attributes"]["label"]
@@ -423,7 +423,7 @@ def test_issue_form_asks_for_what_is_needed() -> None:
     }
 
 
-def test_top_level_is_what_it_shall_be() -> None:
+def test_top_level_has_only_the_expected_files() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a checkout")
     command = ["git", "ls-files", "-z"]
@@ -434,14 +434,14 @@ def test_top_level_is_what_it_shall_be() -> None:
     }
 
 
-def test_readme_shows_an_answer_of_this_version() -> None:
+def test_readme_shows_answers_of_this_version() -> None:
     (answer,) = blocks("console")
     assert f"\nServer: StreamPipe/{pipe.__version__}\n" in answer
     assert f"\nContent-Type: {pipe.MPEG_TS.media_type}\n" in answer
 
 
-def test_each_top_level_name_is_given_once() -> None:
-    """A second assignment of another section would silently take the place of the first."""
+def test_each_top_level_name_is_assigned_once() -> None:
+    """Otherwise one section could silently replace a name of another."""
     counts: Counter[str] = Counter()
     for node in ast.parse((ROOT / "pipe.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -454,7 +454,7 @@ def test_each_top_level_name_is_given_once() -> None:
 
 
 def advice_rows() -> list[tuple[list[str], str]]:
-    """The reasons of each row of README's tables of reasons, and what README says to do."""
+    """The reasons and the advice in each row of README's two tables of reasons."""
     rows = []
     tables = re.findall(
         r"^\| [^|\n]*reason[^|\n]* \| what to do[^\n]*\n\|---.*\n((?:\|.*\n)+)", README, re.M
@@ -466,7 +466,7 @@ def advice_rows() -> list[tuple[list[str], str]]:
     return rows
 
 
-def test_pages_advise_what_readme_does() -> None:
+def test_pages_give_the_advice_of_readme() -> None:
     rows, failed = advice_rows(), HTTPStatus.BAD_GATEWAY
     assert len(rows) == len(pipe.ADVICE) >= 20
     for reasons, advice in rows:

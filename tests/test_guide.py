@@ -1,4 +1,4 @@
-"""The programme guide at /epg.xml: a real server and origin, seen from outside."""
+"""The programme guide at /epg.xml; real server and origin, tested from outside."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def add_list(origin: Origin, guide: str, path: str = "/list.m3u", title: str = "
 
 
 def guides(site: Site) -> list[str]:
-    """The guides that /playlist.m3u names, without our address."""
+    """The paths of the guides in the head of /playlist.m3u."""
     head = site.get("/playlist.m3u").body.decode().splitlines()[0]
     if head == "#EXTM3U":
         return []
@@ -60,10 +60,10 @@ def get(site: Site, headers: dict[str, str]) -> Answer:
 
 
 def loaded(site: Site, count: int) -> None:
-    eventually(lambda: len(site.server.config.streams) == count, "the streams")
+    eventually(lambda: len(site.server.config.streams) == count, "the lists are loaded")
 
 
-def test_configured_guide_is_passed_on(origin: Origin, serve: Serve) -> None:
+def test_configured_guide_is_forwarded(origin: Origin, serve: Serve) -> None:
     address = add_guide(origin, TEXT)
     site = serve({}, server={"epg": address}, user_agent="VLC/3")
     assert guides(site) == ["/epg.xml"]
@@ -78,7 +78,7 @@ def test_configured_guide_is_passed_on(origin: Origin, serve: Serve) -> None:
     assert request.headers["user-agent"] == "VLC/3"
 
 
-def test_guides_of_lists_are_passed_on(origin: Origin, serve: Serve) -> None:
+def test_guides_of_lists_are_forwarded(origin: Origin, serve: Serve) -> None:
     first = add_list(origin, add_guide(origin, b"<tv>1</tv>", "/1.xml"), "/1.m3u")
     second = add_list(origin, add_guide(origin, b"<tv>2</tv>", "/2.xml"), "/2.m3u", "Two")
     keys = {"url": second, "headers": {"X-Account": "b"}}
@@ -93,7 +93,7 @@ def test_guides_of_lists_are_passed_on(origin: Origin, serve: Serve) -> None:
     assert accounts == ["b"]
 
 
-def test_configured_guide_is_before_those_of_lists(origin: Origin, serve: Serve) -> None:
+def test_configured_guide_precedes_those_of_lists(origin: Origin, serve: Serve) -> None:
     of_list = add_list(origin, add_guide(origin, b"<tv>1</tv>", "/1.xml"))
     own = add_guide(origin, b"<tv>own</tv>")
     site = serve({}, playlists={"a": of_list}, server={"epg": own, "token": "t0ken"})
@@ -107,13 +107,13 @@ def test_configured_guide_is_before_those_of_lists(origin: Origin, serve: Serve)
     assert site.get("/epg/a.xml").status == 401
 
 
-def test_no_guide(origin: Origin, serve: Serve) -> None:
+def test_missing_guide_is_404(origin: Origin, serve: Serve) -> None:
     site = serve({})
     assert guides(site) == []
     assert site.get("/epg.xml").status == 404
 
 
-def test_guide_of_a_list_that_is_not_loaded(origin: Origin, serve: Serve) -> None:
+def test_guide_of_a_list_that_is_not_loaded_yet_is_503(origin: Origin, serve: Serve) -> None:
     address = add_list(origin, add_guide(origin, TEXT))
     thinking = origin.fault("/list.m3u", StallHeaders())
     site = serve({}, playlists={"a": address})
@@ -125,7 +125,7 @@ def test_guide_of_a_list_that_is_not_loaded(origin: Origin, serve: Serve) -> Non
     assert site.get("/epg.xml").status == 200
 
 
-def test_head_asks_nobody(origin: Origin, serve: Serve) -> None:
+def test_head_of_a_guide_sends_no_request(origin: Origin, serve: Serve) -> None:
     site = serve({}, server={"epg": add_guide(origin, TEXT)})
     answer = site.ask("HEAD", "/epg.xml")
     assert (answer.status, answer.body) == (200, b"")
@@ -134,8 +134,8 @@ def test_head_asks_nobody(origin: Origin, serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("members", [1, 3])
-def test_compressed_guide(origin: Origin, serve: Serve, members: int) -> None:
-    """It is passed on as it is, or unpacked for a client that does not take gzip."""
+def test_guide_is_decompressed_if_necessary(origin: Origin, serve: Serve, members: int) -> None:
+    """A guide is forwarded unchanged, or decompressed for a client that does not accept gzip."""
     third = len(TEXT) // members
     pieces = [TEXT[n * third : (n + 1) * third] for n in range(members - 1)]
     pieces.append(TEXT[(members - 1) * third :])
@@ -157,7 +157,7 @@ def test_compressed_guide(origin: Origin, serve: Serve, members: int) -> None:
     assert old.headers["Transfer-Encoding"] is None
 
 
-def test_guide_with_a_content_encoding(origin: Origin, serve: Serve) -> None:
+def test_guide_with_a_content_encoding_is_decoded(origin: Origin, serve: Serve) -> None:
     site = serve({}, server={"epg": add_guide(origin, TEXT)})
     packed = Body(gzip.compress(TEXT))
 
@@ -172,7 +172,7 @@ def test_guide_with_a_content_encoding(origin: Origin, serve: Serve) -> None:
     assert zlib.decompress(answer.body, 31) == TEXT
 
 
-def test_validators_are_passed_on(origin: Origin, serve: Serve) -> None:
+def test_validators_are_forwarded(origin: Origin, serve: Serve) -> None:
     site = serve({}, server={"epg": add_guide(origin, TEXT)})
     answer = site.get("/epg.xml")
     etag, date = answer.headers["ETag"], answer.headers["Last-Modified"]
@@ -197,7 +197,9 @@ def test_validators_are_passed_on(origin: Origin, serve: Serve) -> None:
     ],
     ids=["403", "page", "xhtml", "file"],
 )
-def test_guide_that_fails(origin: Origin, serve: Serve, fault: object, reason: str) -> None:
+def test_guide_that_fails_is_a_502(
+    origin: Origin, serve: Serve, fault: object, reason: str
+) -> None:
     site = serve({}, server={"epg": add_guide(origin, TEXT)})
     origin.fault(XMLTV, fault)  # type: ignore[arg-type]
     answer = site.get("/epg.xml")
@@ -205,7 +207,7 @@ def test_guide_that_fails(origin: Origin, serve: Serve, fault: object, reason: s
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_guide_that_breaks_off_has_no_end(origin: Origin, serve: Serve, is_packed: bool) -> None:
+def test_interrupted_guide_is_incomplete(origin: Origin, serve: Serve, is_packed: bool) -> None:
     data = gzip.compress(TEXT) if is_packed else TEXT
     site = serve({}, server={"epg": add_guide(origin, data)})
     origin.fault(XMLTV, Break(100_000))
@@ -216,7 +218,7 @@ def test_guide_that_breaks_off_has_no_end(origin: Origin, serve: Serve, is_packe
     assert TEXT.startswith(answer.body)
 
 
-def test_broken_gzip_file_has_no_end(origin: Origin, serve: Serve) -> None:
+def test_corrupt_gzip_file_is_incomplete(origin: Origin, serve: Serve) -> None:
     packed = bytearray(gzip.compress(TEXT))
     packed[50_000:50_100] = bytes(100)
     site = serve({}, server={"epg": add_guide(origin, bytes(packed))})
@@ -225,7 +227,7 @@ def test_broken_gzip_file_has_no_end(origin: Origin, serve: Serve) -> None:
 
 @pytest.mark.long
 def test_large_guide_is_not_held_in_memory(tmp_path: Path, origin: Origin) -> None:
-    """40 MB that are unpacked from 40 kB, and 40 MB that do not compress."""
+    """One guide of 40 MB is compressed to 40 kB; another one cannot be compressed."""
     origin.add_file("/zeros.gz", gzip.compress(b"<tv>" + bytes(40_000_000)))
     noise = random.Random(1).randbytes(1 << 20)
     origin.add_endless("/noise", lambda: itertools.repeat(noise, 40), chunked=True)
@@ -245,7 +247,7 @@ def test_large_guide_is_not_held_in_memory(tmp_path: Path, origin: Origin) -> No
             assert peak - before < 10_000_000
 
 
-def test_guides_account_is_in_no_log(tmp_path: Path, origin: Origin) -> None:
+def test_account_in_a_guide_address_is_not_logged(tmp_path: Path, origin: Origin) -> None:
     address = add_list(origin, add_guide(origin, TEXT))
     origin.fault(XMLTV, Status(403))
     with Service(tmp_path, {}, level="debug", playlists={"tv": address}) as service:
@@ -260,7 +262,7 @@ def test_guides_account_is_in_no_log(tmp_path: Path, origin: Origin) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 100, 65536])
-def test_unpacking_is_bounded(size: int) -> None:
+def test_decompression_is_bounded(size: int) -> None:
     packed = gzip.compress(bytes(3_000_000)) + gzip.compress(b"end")
     parts = (packed[at : at + size] for at in range(0, len(packed), size))
     found = list(pipe.unpacked(parts))

@@ -1,4 +1,4 @@
-"""Channel lists and the streams that they become: pure, compared with another parser of them."""
+"""Channel lists and the streams made from them; pure, and compared with another parser."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def parsed(text: str | bytes, piece: int = 1 << 16, **keys: Any) -> pipe.Channel
 
 
 def entry(line: str, *more: str, address: str = f"{PANEL}/live/ada.l/hunter2/1.ts") -> pipe.Entry:
-    """The one entry of a list with this #EXTINF, and lines between it and its address."""
+    """The entry of a list with this #EXTINF line, followed by `more` lines and the address."""
     text = "\n".join(["#EXTM3U", line, *more, address])
     (found,) = parsed(text).entries
     return found
@@ -63,7 +63,7 @@ def simple(*titles: str, group: str = "") -> str:
 
 #### Whole lists, modelled on those of panels and of public collections ####
 
-# A panel's: every attribute is there and many are empty, headings, films, a radio station.
+# A panel's list: every attribute exists, many are empty; with headings, films, a radio station.
 OF_A_PANEL = f"""#EXTM3U url-tvg="{PANEL}/xmltv.php?username=ada.l&password=hunter2"\r
 #EXTINF:-1 tvg-id="" tvg-name="##### UK #####" tvg-logo="" group-title="UK",##### UK #####\r
 {PANEL}/live/ada.l/hunter2/1.ts\r
@@ -81,7 +81,7 @@ OF_A_PANEL = f"""#EXTM3U url-tvg="{PANEL}/xmltv.php?username=ada.l&password=hunt
 {PANEL}/live/ada.l/hunter2/7.ts\r
 """
 
-# A collection's: other addresses, user agents, qualities in the titles, comments.
+# A public collection: various addresses, user agents, qualities in titles, comments.
 OF_A_COLLECTION = """\ufeff#EXTM3U x-tvg-url="https://guide.example/a.xml.gz,https://guide.example/b.xml"
 # gathered by volunteers
 
@@ -98,7 +98,7 @@ rtmp://cam.example/live/1
 https://user:secret@radio.example/a.aac|User-Agent=Kodi%2F21&Referer=https://radio.example/
 """
 
-# What people write by hand.
+# A list written by hand.
 BY_HAND = """#EXTINF:0, First channel
 http://10.0.0.2/one.m3u8
 #EXTINF:-1 tvg-id=second tvg-logo=http://10.0.0.2/2.png group-title=At home,Second, the other one
@@ -107,7 +107,7 @@ http://10.0.0.2/two.m3u8
 """
 
 
-def test_list_of_a_panel() -> None:
+def test_list_of_a_panel_is_parsed() -> None:
     found = parsed(OF_A_PANEL)
     assert [(e.title, e.tvg_id, e.group) for e in found.entries] == [
         ("UK: One FHD", "one.uk", "UK"),
@@ -122,7 +122,7 @@ def test_list_of_a_panel() -> None:
     assert list(streams(OF_A_PANEL)) == ["uk-one-fhd", "uk-one-sd", "tv-1", "jazz-co"]
 
 
-def test_list_of_a_collection() -> None:
+def test_list_of_a_collection_is_parsed() -> None:
     found = parsed(OF_A_COLLECTION)
     assert [(e.title, e.group) for e in found.entries] == [
         ("Allgäu TV (720p) [Not 24/7]", "General"),
@@ -143,7 +143,7 @@ def test_list_of_a_collection() -> None:
     assert list(streams(OF_A_COLLECTION)) == ["allgau-tv-720p-not-24-7", "dw-1080p", "studio-a"]
 
 
-def test_list_by_hand() -> None:
+def test_list_written_by_hand_is_parsed() -> None:
     first, second = parsed(BY_HAND).entries
     assert (first.title, first.group) == ("First channel", None)
     assert (second.title, second.group) == ("Second, the other one", "At home")
@@ -152,12 +152,12 @@ def test_list_by_hand() -> None:
 
 @pytest.mark.parametrize("text", [OF_A_PANEL, OF_A_COLLECTION, BY_HAND])
 @pytest.mark.parametrize("piece", [1, 7, 100])
-def test_list_is_the_same_however_its_bytes_arrive(text: str, piece: int) -> None:
+def test_list_does_not_depend_on_how_its_bytes_arrive(text: str, piece: int) -> None:
     assert parsed(text, piece) == parsed(text)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="ipytv needs Python 3.11")
-def test_another_parser_finds_the_same_in_clean_lists() -> None:
+def test_another_parser_agrees_on_clean_lists() -> None:
     import ipytv.playlist  # type: ignore[import-untyped]
 
     for text in (OF_A_PANEL, OF_A_COLLECTION.lstrip("\ufeff")):
@@ -197,7 +197,7 @@ def test_another_parser_finds_the_same_in_clean_lists() -> None:
         ('tvg-id="a" group-title="B;C; D",T', ("a", "B", "T")),
         ('tvg-id="a" group-title=" ; B",T', ("a", "B", "T")),
         ('tvg-id="a" tvg-name="T" group-title="B",', ("a", "B", "T")),
-        # blanks around the sign
+        # blanks around the equals sign
         ('tvg-id = "a" group-title= "B",T', ("a", "B", "T")),
         ("tvg-id = a group-title =B,T", ("a", "B", "T")),
         ("tvg-id='a'  group-title\t=\t'B',T", ("a", "B", "T")),
@@ -222,20 +222,20 @@ def test_attributes(line: str, expected: tuple[str | None, str | None, str]) -> 
 
 
 @pytest.mark.parametrize("duration", ["-1", "0", "-1.5", "", " -1", "3600"])
-def test_any_duration(duration: str) -> None:
+def test_any_duration_is_accepted(duration: str) -> None:
     assert entry(f'#EXTINF:{duration} tvg-id="a",T').title == "T"
     assert entry(f"#EXTINF:{duration},T").title == "T"
 
 
-def test_group_line() -> None:
+def test_group_line_is_the_group_of_an_entry_without_one() -> None:
     assert entry("#EXTINF:-1,T", "#EXTGRP:B; C").group == "B"
     assert entry('#EXTINF:-1 group-title="A",T', "#EXTGRP:B").group == "A"
     assert entry('#EXTINF:-1 group-title="",T', "#EXTGRP:B").group == "B"
     assert entry("#EXTINF:-1,T", '#EXTGRP: "Our group" ').group == "Our group"
 
 
-def test_group_line_in_front_of_an_entry_is_of_all_that_follow() -> None:
-    """Kodi reads it so, too.  Behind an #EXTINF, it is of this entry alone."""
+def test_group_line_before_an_entry_applies_to_all_following_entries() -> None:
+    """As in Kodi.  After an #EXTINF, it applies only to that entry."""
     text = f"""#EXTM3U
 #EXTGRP:News
 #EXTINF:-1,A
@@ -255,26 +255,26 @@ def test_group_line_in_front_of_an_entry_is_of_all_that_follow() -> None:
     assert groups == {"A": "News", "B": "Sport", "C": "News", "D": "Films", "E": None}
 
 
-def test_latin_1_and_utf_8_in_one_list() -> None:
+def test_list_may_mix_latin_1_and_utf_8() -> None:
     text = simple("Köln").encode("latin-1") + simple("Łódź").encode()
     assert [found.title for found in parsed(text).entries] == ["Köln", "Łódź"]
 
 
 @pytest.mark.parametrize("order", ["le", "be"])
 @pytest.mark.parametrize("piece", [1, 3, 1 << 16])
-def test_list_in_utf_16(order: str, piece: int) -> None:
-    """Windows' Notepad calls it "Unicode".  U+0A0A has the bytes of two line ends."""
+def test_list_may_be_in_utf_16(order: str, piece: int) -> None:
+    """Notepad on Windows calls it "Unicode".  U+0A0A consists of two bytes of line ends."""
     text = OF_A_COLLECTION.lstrip("\ufeff") + simple("Łódź \U0001f4fa", "\u0a0a")
     data = f"\ufeff{text}".encode(f"utf-16-{order}")
     assert parsed(data, piece) == parsed(text)
 
 
-def test_list_in_utf_16_that_is_cut_off_ends_with_its_last_whole_character() -> None:
+def test_truncated_utf_16_ends_with_the_last_whole_character() -> None:
     data = simple("News").encode("utf-16") + "#".encode("utf-16-le")[:1]
     assert titles_of(parsed(data)) == ["News"]
 
 
-def test_lines_that_end_with_a_carriage_return() -> None:
+def test_lines_may_end_with_a_carriage_return() -> None:
     text = OF_A_PANEL.replace("\r\n", "\n")
     assert parsed(text.replace("\n", "\r")) == parsed(text)
 
@@ -318,7 +318,7 @@ def test_channel_numbers_of_tvheadend_and_hdhomerun() -> None:
         ("http://l.example/" + 5000 * "a", False),
     ],
 )
-def test_logo_is_an_address_for_everyone(logo: str, is_kept: bool) -> None:
+def test_logo_address_must_be_public(logo: str, is_kept: bool) -> None:
     assert entry(f'#EXTINF:-1 tvg-logo="{logo}",T').logo == (logo if is_kept else None)
 
 
@@ -340,14 +340,14 @@ def test_logo_is_an_address_for_everyone(logo: str, is_kept: bool) -> None:
         ("|", {}),
     ],
 )  # fmt: skip
-def test_headers_behind_the_address(tail: str, expected: dict[str, str]) -> None:
+def test_headers_after_the_address_are_parsed(tail: str, expected: dict[str, str]) -> None:
     address = f"{PANEL}/live/1.ts"
     found = entry("#EXTINF:-1,T", address=address + tail)
     assert found.headers == expected
     assert found.address == address + ("|" if tail == "|" else "")
 
 
-def test_headers_in_lines() -> None:
+def test_header_lines_are_parsed() -> None:
     found = entry(
         "#EXTINF:-1,T",
         "#EXTVLCOPT:http-user-agent=Mozilla/5.0, a=b",
@@ -364,7 +364,7 @@ def test_headers_in_lines() -> None:
     }
 
 
-def test_headers_in_a_line_for_kodi() -> None:
+def test_header_lines_for_kodi_are_parsed() -> None:
     found = entry(
         "#EXTINF:-1,T",
         "#KODIPROP:inputstream.adaptive.stream_headers=User-Agent=K%2F21&Referer=https://a.example/?x=1",
@@ -378,12 +378,12 @@ def test_headers_in_a_line_for_kodi() -> None:
     }
 
 
-def test_headers_are_of_one_entry() -> None:
+def test_headers_apply_to_one_entry() -> None:
     text = f"#EXTINF:-1,A\n#EXTVLCOPT:http-user-agent=x\n{PANEL}/a\n#EXTINF:-1,B\n{PANEL}/b\n"
     assert [found.headers for found in parsed(text).entries] == [{"User-Agent": "x"}, {}]
 
 
-def test_headers_of_an_entry_win_over_the_playlists_and_those_of_streams_over_both() -> None:
+def test_headers_of_stream_override_entry_and_entry_overrides_playlist() -> None:
     text = f"#EXTINF:-1,A\n{PANEL}/a|User-Agent=entry&X-One=entry\n#EXTINF:-1,B\n{PANEL}/b\n"
     keys = playlist(headers={"user-agent": "list", "X-Two": "list", "X-Three": "list"})
     config = pipe.Config(
@@ -417,7 +417,7 @@ def test_headers_of_an_entry_win_over_the_playlists_and_those_of_streams_over_bo
         "· · ·",
     ],
 )
-def test_headings_are_left_out(title: str) -> None:
+def test_headings_are_omitted(title: str) -> None:
     found = parsed(simple("News", title, "Sport"))
     assert [each.title for each in found.entries] == ["News", "Sport"]
     assert found.omitted == {"headings": 1}
@@ -427,7 +427,7 @@ def test_headings_are_left_out(title: str) -> None:
     "title",
     ["C-SPAN", "#1 Hits", "|UK| BBC ONE |HD|", "Canal++", "- News -", "24", "A&E", "E! **", "1+1"],
 )
-def test_titles_with_signs_are_no_headings(title: str) -> None:
+def test_titles_with_signs_are_not_headings(title: str) -> None:
     assert titles(simple(title)) == [title]
 
 
@@ -438,7 +438,7 @@ def test_titles_with_signs_are_no_headings(title: str) -> None:
         *("file:///etc/passwd", "/etc/passwd", "live/1.ts", "hls://file:///etc/passwd", "C:\\a.ts"),
     ],
 )
-def test_other_kinds_of_addresses_are_left_out(address: str) -> None:
+def test_other_kinds_of_addresses_are_omitted(address: str) -> None:
     found = parsed(simple("News") + f"#EXTINF:-1,Other\n{address}\n")
     assert [each.title for each in found.entries] == ["News"]
     assert found.omitted == {"with another kind of address": 1}
@@ -457,19 +457,19 @@ def test_other_kinds_of_addresses_are_left_out(address: str) -> None:
         *("http://file:///etc/passwd", "http://a.example/" + 5000 * "a", "https://http://~/x"),
     ],
 )
-def test_invalid_addresses_are_left_out(address: str) -> None:
+def test_invalid_addresses_are_omitted(address: str) -> None:
     found = parsed(simple("News") + f"#EXTINF:-1,Other\n{address}\n")
     assert [each.title for each in found.entries] == ["News"]
     assert found.omitted == {"with an invalid address": 1}
 
 
-def test_films_are_left_out_unless_they_are_wanted() -> None:
+def test_films_are_omitted_unless_wanted() -> None:
     assert len(parsed(OF_A_PANEL, films=True).entries) == 6
     text = f"#EXTINF:-1,A\n{PANEL}/live/1.ts?from=/movie/\n"
     assert titles(text) == ["A"]
 
 
-def test_entries_that_repeat_are_left_out() -> None:
+def test_repeated_entries_are_omitted() -> None:
     one = f'#EXTINF:-1 group-title="G",A\n{PANEL}/a\n'
     found = parsed(one + one + one.replace('"G"', '"H"') + one.replace("/a\n", "/b\n"))
     assert [(each.title, each.group, each.address[-1]) for each in found.entries] == [
@@ -480,7 +480,7 @@ def test_entries_that_repeat_are_left_out() -> None:
     assert found.omitted == {"duplicates": 1}
 
 
-def test_entry_without_an_address_ends_where_the_next_begins() -> None:
+def test_entry_without_an_address_ends_at_the_next_entry() -> None:
     text = '#EXTINF:-1 group-title="G",A\n#EXTVLCOPT:http-origin=x\n'
     text += f"#EXTINF:-1,B\n{PANEL}/b\n#EXTINF:-1,C"
     found = parsed(text)
@@ -488,26 +488,26 @@ def test_entry_without_an_address_ends_where_the_next_begins() -> None:
     assert found.omitted == {"without an address": 2}
 
 
-def test_entry_without_an_address_leaves_nothing_to_the_next() -> None:
+def test_entry_without_an_address_does_not_affect_the_next() -> None:
     text = "#EXTINF:-1,A\n#EXTGRP:G\n#EXTVLCOPT:http-user-agent=a\n"
     text += f"#EXTINF:-1,B\n{PANEL}/b\n#EXTVLCOPT:http-user-agent=c\n#EXTINF:-1,C\n{PANEL}/c\n"
     found = [(each.title, each.group, each.headers) for each in parsed(text).entries]
     assert found == [("B", None, {}), ("C", None, {"User-Agent": "c"})]
 
 
-def test_addresses_without_a_title_are_left_out() -> None:
+def test_addresses_without_a_title_are_omitted() -> None:
     found = parsed(f"#EXTM3U\n{PANEL}/0\n" + simple("A"))
     assert len(found.entries) == 1
     assert found.omitted == {"without a title": 1}
 
 
-def test_overlong_line_is_left_out() -> None:
+def test_overlong_line_is_omitted() -> None:
     found = parsed(simple("A", 2 * pipe.LINE_LIMIT * "x", "B"))
     assert [each.title for each in found.entries] == ["A", "B"]
     assert found.omitted == {"too long": 1, "without a title": 1}
 
 
-def test_twenty_thousand_entries_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entries_beyond_the_limit_are_omitted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pipe.CHANNEL_LIMIT == 20_000
     monkeypatch.setattr(pipe, "CHANNEL_LIMIT", 3)
     found = parsed(simple(*"ABCDE"))
@@ -556,7 +556,7 @@ def test_wanted_group_is_shown() -> None:
     assert found.group == "Sports"
 
 
-#### No list ####
+#### Texts that are not lists ####
 
 
 @pytest.mark.parametrize(
@@ -578,13 +578,13 @@ def test_wanted_group_is_shown() -> None:
         ),
     ],
 )
-def test_text_that_is_no_list(text: str, reason: str) -> None:
+def test_text_that_is_not_a_list_is_refused(text: str, reason: str) -> None:
     with pytest.raises(pipe.ListError) as caught:
         parsed(text)
     assert str(caught.value) == reason
 
 
-def test_list_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipe, "LIST_LIMIT", 1 << 20)
     with pytest.raises(pipe.ListError, match="larger than 1 MiB"):
         parsed(b"#" * (3 << 20))
@@ -611,26 +611,26 @@ def test_list_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
         ("第1频道", "tv-1"),
     ],
 )
-def test_name_of_a_title(title: str, name: str) -> None:
+def test_name_is_made_from_the_title(title: str, name: str) -> None:
     assert list(streams(simple(title))) == [name]
 
 
-def test_name_from_the_id() -> None:
+def test_name_may_be_made_from_the_id() -> None:
     text = f'#EXTINF:-1 tvg-id="Perviy.ru",Первый\n{PANEL}/1\n#EXTINF:-1 tvg-id="Ж",Ж\n{PANEL}/2\n'
     assert list(streams(text)) == ["perviy-ru", "tv-1"]
 
 
-def test_names_that_repeat_get_numbers() -> None:
+def test_repeated_names_get_numbers() -> None:
     text = simple("News", "news!", "NEWS 2", "News", "Ж", "Я")
     assert list(streams(text)) == ["news", "news-2", "news-2-2", "news-3", "tv-1", "tv-2"]
 
 
-def test_prefix() -> None:
+def test_prefix_is_part_of_the_name() -> None:
     assert list(streams(simple("News", "Ж"), prefix="uk-")) == ["uk-news", "uk-tv-1"]
 
 
 def names_after(*texts: str, **keys: Any) -> dict[str, str]:
-    """Addresses' last parts by name, after these lists were loaded one after the other."""
+    """Load these lists in turn; maps each stream name to the last part of its address."""
     known: dict[pipe.Identity, str] = {}
     config = pipe.Config(playlists={"tv": playlist(**keys)})
     for text in texts:
@@ -644,7 +644,7 @@ def numbered(*numbers: int, title: str = "News") -> str:
     )
 
 
-def test_channel_keeps_its_name_whatever_is_inserted_before_it() -> None:
+def test_channel_keeps_its_name_if_others_are_inserted_before_it() -> None:
     assert names_after(numbered(1, 2), numbered(3, 1, 4, 2)) == {
         "news": "1",
         "news-2": "2",
@@ -653,7 +653,7 @@ def test_channel_keeps_its_name_whatever_is_inserted_before_it() -> None:
     }
 
 
-def test_channel_keeps_its_name_when_those_before_it_are_gone() -> None:
+def test_channel_keeps_its_name_if_those_before_it_are_removed() -> None:
     assert names_after(numbered(1, 2, 3), numbered(3)) == {"news-3": "3"}
     assert names_after(numbered(1, 2), numbered(2), numbered(5, 2)) == {"news": "5", "news-2": "2"}
 
@@ -663,16 +663,16 @@ def test_channel_keeps_its_name_when_only_its_address_changes() -> None:
     assert names_after(before, after) == {"news": "1", "news-2": "2"}
 
 
-def test_equal_entries_keep_their_names_by_their_order() -> None:
+def test_equal_entries_keep_their_names_in_order() -> None:
     one = f"#EXTINF:-1,News\n{PANEL}/a\n#EXTINF:-1,News\n{PANEL}/b\n"
     assert names_after(one, simple("X") + one) == {"x": "0.ts", "news": "a", "news-2": "b"}
 
 
-def test_order_of_the_streams_is_the_lists() -> None:
+def test_streams_are_in_the_order_of_the_list() -> None:
     assert list(names_after(numbered(1, 2), numbered(2, 1))) == ["news-2", "news"]
 
 
-def test_another_prefix_renames() -> None:
+def test_changed_prefix_renames_streams() -> None:
     config = pipe.Config(playlists={"tv": playlist()})
     lists = {"tv": parsed(simple("News"))}
     _, known = pipe.with_lists(config, lists, {})
@@ -684,7 +684,7 @@ def test_another_prefix_renames() -> None:
 
 
 def two_lists(first: str, second: str, **more: Any) -> pipe.Config:
-    """What two playlists become; `more` are fields of the configuration, and `merge`."""
+    """The configuration with two loaded lists; `more` are fields of Config, or `merge`."""
     keys = {"merge": more.pop("merge", False)}
     playlists = {
         "a": pipe.PlaylistSettings("a", LIST_URL, headers={"X-Account": "aaaa"}, **keys),
@@ -694,12 +694,12 @@ def two_lists(first: str, second: str, **more: Any) -> pipe.Config:
     return pipe.with_lists(config, {"b": parsed(second), "a": parsed(first)}, {})[0]
 
 
-def test_channels_without_letters_are_counted_in_each_list() -> None:
+def test_channels_without_letters_are_numbered_in_each_list() -> None:
     found = two_lists(simple("Ж", "Я"), simple("Ж"))
     assert list(found.streams) == ["a-1", "a-2", "b-1"]
 
 
-def test_lists_are_in_the_files_order() -> None:
+def test_lists_are_in_configured_order() -> None:
     found = two_lists(simple("News", "One"), simple("News", "Two"))
     assert list(found.streams) == ["news", "one", "news-2", "two"]
     assert [stream.playlist for stream in found.streams.values()] == ["a", "a", "b", "b"]
@@ -715,7 +715,7 @@ def test_merged_entries_are_one_stream_with_several_addresses() -> None:
 
 
 def test_merged_entries_of_two_lists_keep_their_own_headers() -> None:
-    """The headers of one provider's account are never sent to another."""
+    """The headers of one provider's account are never sent to another provider."""
     second = "#EXTINF:-1,news\nhttp://other.example/n.ts\n"
     found = two_lists(simple("News"), second, merge=True).streams["news"]
     assert found.urls == (f"{PANEL}/live/ada.l/hunter2/0.ts", "http://other.example/n.ts")
@@ -730,7 +730,7 @@ def test_merged_entries_keep_their_name() -> None:
     assert names_after(before, after, merge=True) == {"news": "3"}
 
 
-def test_stream_with_an_address_wins_over_an_imported_one() -> None:
+def test_stream_with_an_address_replaces_an_imported_one() -> None:
     own = pipe.StreamSettings("news", ("http://own.example/n.m3u8",), title="Own")
     found = two_lists(simple("News", "One"), simple("News"), streams={"news": own})
     assert found.streams["news"] is own
@@ -746,7 +746,7 @@ def test_stream_without_an_address_overrides_an_imported_one() -> None:
     assert stream.urls == (f"{PANEL}/live/ada.l/hunter2/0.ts",)
 
 
-def test_first_of_two_numbers_counts_and_those_of_the_file_count_before() -> None:
+def test_first_of_equal_numbers_is_kept_and_configured_numbers_first() -> None:
     text = "".join(
         f'#EXTINF:-1 tvg-chno="{number}",{title}\n{PANEL}/{title}\n'
         for number, title in [(1, "a"), (1, "b"), (2, "c"), (3, "d"), (3, "e")]
@@ -775,21 +775,21 @@ def test_first_of_two_numbers_counts_and_those_of_the_file_count_before() -> Non
         "a.xml;https://g.example/a.xml",
     ],
 )
-def test_first_of_several_guides(text: str) -> None:
+def test_first_of_several_guides_is_used(text: str) -> None:
     assert parsed(f'#EXTM3U url-tvg="{text}"\n{simple("A")}').guide == "https://g.example/a.xml"
 
 
-def test_guide_with_a_semicolon_in_its_address() -> None:
+def test_guide_address_may_contain_semicolons() -> None:
     guide = "https://g.example/a.php;v=1?x=1;y=2"
     assert parsed(f'#EXTM3U url-tvg="{guide}"\n{simple("A")}').guide == guide
 
 
-def test_guides_are_those_of_the_lists() -> None:
+def test_guides_are_taken_from_the_lists() -> None:
     found = two_lists(OF_A_PANEL, simple("A"))
     assert found.guides == {"a": f"{PANEL}/xmltv.php?username=ada.l&password=hunter2"}
 
 
-def test_changed_headers_of_a_merged_address_count_as_a_change() -> None:
+def test_changed_headers_of_a_merged_address_are_a_change() -> None:
     found = two_lists(simple("News"), simple("News").replace("/0.ts", "/9.ts"), merge=True)
     stream = found.streams["news"]
     (address, other) = next(iter(stream.others.items()))
@@ -810,7 +810,7 @@ TEXTS = st.lists(PIECES | st.text(max_size=6), max_size=60).map("".join)
 
 @settings(max_examples=300, deadline=None)
 @given(TEXTS | st.binary(max_size=200).map(lambda data: data.decode("latin-1")))
-def test_any_text_is_a_list_of_valid_streams_or_none(text: str) -> None:
+def test_any_text_is_a_list_of_valid_streams_or_refused(text: str) -> None:
     try:
         found = parsed(text, films=True)
     except pipe.ListError:
@@ -834,7 +834,7 @@ def test_any_text_is_a_list_of_valid_streams_or_none(text: str) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.permutations(["News", "Sport", "News", "Ж", "Я", "One"]), st.integers(0, 6))
-def test_names_of_any_order_stay(order: list[str], cut: int) -> None:
+def test_names_are_kept_in_any_order(order: list[str], cut: int) -> None:
     text = "".join(
         f'#EXTINF:-1 tvg-id="{number}",{title}\n{PANEL}/{number}\n'
         for number, title in enumerate(order)
@@ -859,8 +859,8 @@ def test_names_of_any_order_stay(order: list[str], cut: int) -> None:
         "#EXTM3U x-tvg-url=" + "http://," * 7_000,
     ],
 )
-def test_odd_lines_take_no_time(line: str) -> None:
-    """A backtracking expression would take minutes; the time limit of a test is the assertion."""
+def test_odd_lines_are_parsed_quickly(line: str) -> None:
+    """A backtracking expression would take minutes; the time limit of the test is the assertion."""
     for _ in range(20):
         parser = pipe.ListParser(playlist())
         parser.feed(f"{line}\n{PANEL}/1\n".encode())

@@ -1,7 +1,7 @@
-"""A site whose streams streamlink finds with a plugin: real streamlink, with one plugin more.
+"""A site whose streams streamlink finds with a plugin: real streamlink with an additional plugin.
 
-The plugin asks the site's page and its API the way streamlink's own do; no test can ask the sites
-those are for.
+The plugin reads a page and an API of the site in the same way as streamlink's own plugins do.  The
+sites of those plugins are out of reach for tests.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __plugin__ = Site
 
 @pytest.fixture(autouse=True)
 def _plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every session from here on knows the plugin."""
+    """Add the plugin to each new session."""
     (tmp_path / "examplesite.py").write_text(PLUGIN, encoding="utf-8")
 
     class WithPlugin(Streamlink):
@@ -56,7 +56,7 @@ def _plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def page_of(origin: Origin, playlist: Playlist) -> str:
-    """The address of a page whose player gets this playlist from the site's API."""
+    """The address of a page whose API names this playlist."""
     variants = origin.add(master(f"{playlist.name}-all", {"720p": playlist}))
     facts = json.dumps({"hls": variants.url})
     api = origin.add_file("/api", facts.encode(), content_type="application/json")
@@ -64,14 +64,14 @@ def page_of(origin: Origin, playlist: Playlist) -> str:
     return origin.add_file("/site/news", page, content_type="text/html")
 
 
-def test_stream_of_a_page_plays(origin: Origin, serve: Serve) -> None:
+def test_stream_found_by_a_plugin_plays(origin: Origin, serve: Serve) -> None:
     film = Playlist("film", media.ts_segments())
     answer = serve({"news": page_of(origin, film)}).get("/news")
     assert answer.body == film.plain(0, 8)
     assert answer.is_complete
 
 
-def test_page_is_asked_again_when_its_address_expires(origin: Origin, serve: Serve) -> None:
+def test_page_is_read_again_when_the_stream_address_expires(origin: Origin, serve: Serve) -> None:
     old = Playlist("old", media.ts_segments(), mode="live")
     new = Playlist("new", media.ts_segments(), mode="live")
     viewer = serve({"news": page_of(origin, old)}, reconnect=20).watch("/news")
@@ -81,6 +81,6 @@ def test_page_is_asked_again_when_its_address_expires(origin: Origin, serve: Ser
     new.advance(1)
     new.end()
     rest, is_complete = viewer.read_all()
-    assert got + rest == new.plain(2, 6), "no second is lost or repeated"
+    assert got + rest == new.plain(2, 6), "nothing may be lost or repeated"
     assert is_complete
     assert origin.count("/site/news") == 2

@@ -1,7 +1,7 @@
-"""README's examples, run as they stand; only addresses and ports are replaced.
+"""README's examples are run unchanged, except for addresses and ports.
 
-The first two commands are run by .ci/run, the container's and its file by test_container.py, the
-proxies' configurations by test_proxies.py, and the unit is analyzed by test_docs.py.
+.ci/run runs the first two commands, test_container.py the Dockerfile and its commands,
+test_proxies.py the configurations of proxies; test_docs.py analyzes the unit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.test_docs import README, blocks, section
 ADDRESS = "http://localhost:8080"
 
 
-def test_every_example_is_one_that_is_run() -> None:
+def test_number_of_examples_is_known() -> None:
     fences = re.findall(r"^```(.*)$", README, re.M)
     several = {"sh": 4, "yaml": 6, "text": 3}
     once = ["console", "dockerfile", "haproxy"]
@@ -41,21 +41,23 @@ def test_every_example_is_one_that_is_run() -> None:
 
 
 def read(text: str) -> Mapping[str, pipe.StreamSettings]:
-    """The streams of a configuration without mistakes."""
+    """The streams of a configuration; raises an error if it is invalid."""
     return pipe.ConfigReader("README.md", pipe.engine_options()).read(text).streams
 
 
 PROVIDER = "https://example.com/get.php?username=u&password=p&type=m3u_plus"
 
 
-def test_quick_start_is_one_command_and_four_lines_that_work(
+def test_quick_start_is_a_working_command_and_four_working_lines(
     origin: Origin, tmp_path: Path
 ) -> None:
-    """A shell takes the command as it stands; the list and the stream are then served."""
+    """The command is valid in a shell, and both examples serve their streams."""
     quick_start = section("Quick start")
     (command,) = re.findall(r'`python pipe\.py ("https.+?")`', quick_start)
     (text,) = re.findall(r"```yaml\n(.+?)```", quick_start, re.S)
-    assert quick_start.index(command) < quick_start.index(text), "the list is the first thing"
+    assert quick_start.index(command) < quick_start.index(text), (
+        "the command must be above the file"
+    )
     assert len(text.splitlines()) == 4
     playlist = origin.add(Playlist("one", media.ts_segments(), mode="live", clock=True))
     origin.add_file("/get.php", f"#EXTM3U\n#EXTINF:-1,One\n{playlist.url}\n".encode())
@@ -77,14 +79,14 @@ def streams_at(address: str) -> int:
         return int(json.load(answer)["streams"])
 
 
-def test_every_configuration_has_no_mistakes() -> None:
+def test_all_configurations_are_valid() -> None:
     configurations = [text for text in blocks("yaml") if "streams:\n" in text]
     assert len(configurations) == 3
     assert all(read(text) for text in configurations)
 
 
-def test_options_of_the_text_exist() -> None:
-    """Those that troubleshooting tells to set are taken as they are written there."""
+def test_options_in_troubleshooting_are_valid() -> None:
+    """The options suggested under Troubleshooting are valid as written there."""
     told = re.findall(r"`([a-z_]+): ([^`]+)`", section("Troubleshooting"))
     assert {key for key, _ in told} >= {"quality", "threads", "url", "headers"}
     for key, value in told:
@@ -94,15 +96,15 @@ def test_options_of_the_text_exist() -> None:
 
 def promtool(*arguments: str) -> None:
     if not shutil.which("promtool"):
-        assert "CI" not in os.environ, "promtool must be there"
+        assert "CI" not in os.environ, "CI must install promtool"
         pytest.skip("needs promtool")
     command = ["promtool", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_prometheus_takes_its_rules(tmp_path: Path) -> None:
-    """When they fire is tested in test_operators.py, in a real outage."""
+def test_prometheus_accepts_the_rules(tmp_path: Path) -> None:
+    """test_operators.py tests whether they fire, in a real outage."""
     (text,) = [text for text in blocks("yaml") if "- alert: " in text]
     assert text.count("- alert: ") == 4
     file = tmp_path / "rules.yml"
@@ -110,7 +112,7 @@ def test_prometheus_takes_its_rules(tmp_path: Path) -> None:
     promtool("check", "rules", "--lint-fatal", str(file))
 
 
-def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
+def test_prometheus_accepts_the_configuration(tmp_path: Path) -> None:
     (text,) = [text for text in blocks("yaml") if "scrape_configs:" in text]
     secured = text.replace("streampipe\n", "streampipe\n    authorization: {credentials: s3cret}\n")
     assert "`authorization: {credentials: s3cret}` beside `job_name`" in README
@@ -121,12 +123,12 @@ def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
 
 
 def without_numbers(text: str) -> str:
-    """Without what differs from run to run: the time, and counts."""
+    """Replaces values that differ from run to run: times and counts."""
     text = re.sub(r"^Date: .+$", "Date: now", text, flags=re.M)
     return re.sub(r'(?<=": )\d+|\d+\.\d\d(?= s)', "N", text)
 
 
-def test_console_shows_what_the_server_answers(tmp_path: Path) -> None:
+def test_console_example_shows_real_answers(tmp_path: Path) -> None:
     (console,) = blocks("console")
     steps = re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)+)", console, re.M)
     assert len(steps) == 3
@@ -137,14 +139,14 @@ def test_console_shows_what_the_server_answers(tmp_path: Path) -> None:
             here = ["bash", "-c", command.replace(ADDRESS, address)]
             output = subprocess.run(here, check=True, stdout=subprocess.PIPE, timeout=TIMEOUT)
             answer = output.stdout.decode("latin-1").replace("\r\n", "\n")
-            if shown.endswith("\n...\n"):  # media follow
+            if shown.endswith("\n...\n"):  # followed by media
                 head, _, body = answer.partition("\n\n")
                 assert body.startswith("G")
                 answer = f"{head}\n\n...\n"
             assert without_numbers(answer).strip() == without_numbers(shown).strip()
 
 
-def test_check_prints_what_readme_shows(origin: Origin, tmp_path: Path) -> None:
+def test_check_prints_the_output_in_readme(origin: Origin, tmp_path: Path) -> None:
     (example,) = [text for text in blocks("text") if text.startswith("$ python pipe.py --check\n")]
     small, large = (Playlist(name, media.ts_segments(4)) for name in ("small", "large"))
     picture = Playlist("picture", media.video_only_segments(4))
@@ -164,8 +166,8 @@ def test_check_prints_what_readme_shows(origin: Origin, tmp_path: Path) -> None:
         assert without_numbers(program.output()) == without_numbers(expected)
 
 
-def test_the_unit_restarts_too_slowly_for_the_limit_of_systemd() -> None:
-    """Five starts within 10 s are the limit: the unit would stay dead after a passing fault."""
+def test_unit_restarts_too_slowly_for_the_start_limit() -> None:
+    """systemd allows five starts within 10 s; beyond that limit the unit would stay stopped."""
     unit = README
     found = re.search(r"^RestartSec=(\d+)$", unit, re.M)
     assert found

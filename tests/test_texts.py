@@ -1,4 +1,4 @@
-"""Short texts that origins send in place of media. Everything is real and seen from outside."""
+"""Short texts that origins send instead of media; real server and origin, tested from outside."""
 
 from __future__ import annotations
 
@@ -46,25 +46,25 @@ def reason(site: Site, path: str = "/news") -> tuple[int, str]:
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=list(TEXTS))
 @pytest.mark.parametrize("place", ["{}/news", "{}/news.m3u8", "httpstream://{}/news"])
-def test_text_is_no_stream(origin: Origin, serve: Serve, place: str, text: bytes) -> None:
+def test_text_is_not_a_stream(origin: Origin, serve: Serve, place: str, text: bytes) -> None:
     origin.fault("/news*", Body(text, "video/mp2t"), times=None)
     site = serve({"news": place.format(origin.url)})
     assert reason(site) == (502, REASON)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_text_without_a_length_is_no_stream(origin: Origin, serve: Serve, chunked: bool) -> None:
+def test_text_without_a_length_is_not_a_stream(origin: Origin, serve: Serve, chunked: bool) -> None:
     address = origin.add_endless("/news", lambda: [PANEL_TEXT, b"\n" * 60], chunked=chunked)
     assert reason(serve({"news": address})) == (502, REASON)
 
 
-def test_compressed_text_is_no_stream(origin: Origin, serve: Serve) -> None:
+def test_compressed_text_is_not_a_stream(origin: Origin, serve: Serve) -> None:
     origin.fault("/news", Body(PANEL_TEXT), Gzip(), times=None)
     assert reason(serve({"news": f"{origin.url}/news"})) == (502, REASON)
 
 
-def test_text_in_place_of_a_variant_is_told(origin: Origin, serve: Serve) -> None:
-    """Only streamlink's worker requests that playlist."""
+def test_text_instead_of_a_variant_is_reported(origin: Origin, serve: Serve) -> None:
+    """Only streamlink's worker thread requests the playlist of a variant."""
     address = origin.add_file(
         "/tv.m3u8", b"#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1000000\n/news.m3u8\n"
     )
@@ -80,7 +80,9 @@ def test_check_reports_a_text_as_failed(origin: Origin, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("place", ["/news", "/news/index.m3u8", "/news/*.ts"])
-def test_backup_takes_over_from_a_text(origin: Origin, serve: Serve, place: str) -> None:
+def test_backup_replaces_an_address_that_sends_text(
+    origin: Origin, serve: Serve, place: str
+) -> None:
     news = live(origin)
     origin.fault(place, Body(PANEL_TEXT), times=None)
     origin.fault("/news", Redirect(news.url), times=None)
@@ -92,7 +94,7 @@ def test_backup_takes_over_from_a_text(origin: Origin, serve: Serve, place: str)
         assert viewer.read(len(backup.plain(2, 5))) == backup.plain(2, 5)
 
 
-def test_first_words_go_to_the_debug_log_alone(
+def test_first_words_of_a_text_are_logged_only_at_debug(
     origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -111,10 +113,10 @@ def test_first_words_go_to_the_debug_log_alone(
 
 @pytest.mark.parametrize("text", [PANEL_TEXT, WEB_PAGE, b"#EXTM3U\n"], ids=["text", "page", "list"])
 @pytest.mark.parametrize("mode", ["live", "vod"])
-def test_nothing_but_texts_is_told_at_once(
+def test_stream_of_only_texts_is_reported_at_once(
     origin: Origin, serve: Serve, mode: str, text: bytes
 ) -> None:
-    """Not after two target durations, which are as long as `timeout` here."""
+    """The start must not wait for two target durations, or for `timeout`."""
     news = live(origin, mode=mode, target_duration=10)
     origin.fault("/news/*.ts", Body(text, "video/mp2t"), times=None)
     words = pipe.WEB_PAGE if text == WEB_PAGE else REASON
@@ -129,7 +131,7 @@ def test_start_does_not_wait_for_a_segment_that_is_a_text(origin: Origin, serve:
 
 
 @pytest.mark.parametrize("place", ["playlist", "segment"])
-def test_text_in_between_is_an_outage(origin: Origin, serve: Serve, place: str) -> None:
+def test_text_in_a_running_stream_is_an_outage(origin: Origin, serve: Serve, place: str) -> None:
     news = live(origin)
     site = serve({"news": news.url})
     viewer = site.watch("/news")
@@ -139,17 +141,17 @@ def test_text_in_between_is_an_outage(origin: Origin, serve: Serve, place: str) 
     if place == "playlist":
         text.wait()
 
-        def is_told() -> bool:
+        def is_shown() -> bool:
             stream = site.get("/status").json["streams"][0]
             return (stream["state"], stream["last_error"]) == ("waiting", REASON)
 
-        eventually(is_told, "the status tells of the text")
+        eventually(is_shown, "the status shows the text as the reason")
     news.advance()
     assert viewer.read(len(news.plain(5, 6))) == news.plain(5, 6)
     assert text.taken == 2
 
 
-def test_segment_that_stays_a_text_is_a_gap(origin: Origin, serve: Serve) -> None:
+def test_segment_that_remains_a_text_is_a_gap(origin: Origin, serve: Serve) -> None:
     news = live(origin)
     site = serve({"news": news.url})
     viewer = site.watch("/news")
@@ -161,7 +163,9 @@ def test_segment_that_stays_a_text_is_a_gap(origin: Origin, serve: Serve) -> Non
     assert site.get("/status").json["streams"][0]["gaps"] == 1
 
 
-def test_text_in_place_of_an_initialization_section(origin: Origin, serve: Serve) -> None:
+def test_text_instead_of_an_initialization_section_is_reported(
+    origin: Origin, serve: Serve
+) -> None:
     init, fragments = media.fmp4()
     news = live(origin, segments=fragments, init=init, extension=".m4s", target_duration=10)
     text = origin.fault(news.init_path, Body(PANEL_TEXT), times=None)
@@ -170,8 +174,8 @@ def test_text_in_place_of_an_initialization_section(origin: Origin, serve: Serve
     assert text.taken
 
 
-def test_rest_of_a_segment_is_not_continued_by_a_text(origin: Origin, serve: Serve) -> None:
-    """A panel answers the request for the rest with status 200 and its message."""
+def test_text_is_not_taken_as_the_rest_of_a_segment(origin: Origin, serve: Serve) -> None:
+    """A panel answers the request for the rest of a segment with status 200 and a message."""
     film = live(origin, mode="vod")
     origin.fault(film.segment_path(3), Break(1000), times=1)
     text = origin.fault(film.segment_path(3), Body(PANEL_TEXT), times=2)
@@ -179,9 +183,7 @@ def test_rest_of_a_segment_is_not_continued_by_a_text(origin: Origin, serve: Ser
     assert (answer.body, answer.is_complete, text.taken) == (film.plain(0, 12), True, 2)
 
 
-def test_film_whose_session_expired_with_a_text_is_resolved_again(
-    origin: Origin, serve: Serve
-) -> None:
+def test_film_is_resolved_again_if_texts_replace_its_segments(origin: Origin, serve: Serve) -> None:
     film = live(origin, mode="vod")
     origin.fault("/film", Redirect(film.url), times=None)
     site = serve({"news": f"{origin.url}/film"}, threads=2)
@@ -190,7 +192,7 @@ def test_film_whose_session_expired_with_a_text_is_resolved_again(
     start = viewer.read(len(film.plain(0, 2)))
     texts = origin.fault("/news/*.ts", Body(PANEL_TEXT), times=None)
     texts.wait(2)
-    eventually(lambda: origin.count("/film") > 1, "it is resolved again")
+    eventually(lambda: origin.count("/film") > 1, "the address is resolved again")
     texts.clear()
     rest, is_complete = viewer.read_all()
     assert (start + rest, is_complete) == (film.plain(0, 12), True)
@@ -206,6 +208,6 @@ def test_media_that_begins_like_a_text_is_media(origin: Origin, serve: Serve, st
     assert (answer.status, answer.body) == (200, data)
 
 
-def test_status_of_a_refusal_is_told_before_its_text(origin: Origin, serve: Serve) -> None:
+def test_status_of_a_refusal_matters_more_than_its_text(origin: Origin, serve: Serve) -> None:
     origin.fault("/news", Status(403, PANEL_TEXT), times=None)
     assert reason(serve({"news": f"{origin.url}/news"})) == (502, "the origin answered 403")
