@@ -1,6 +1,6 @@
 """Accounts: the streams of one playlist share its connections.
 
-Panels, server and players are real.  Other members of the household are other loopback addresses.
+Panels, server and players are real.  Each member of the household has its own loopback address.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ def raw() -> Iterable[bytes]:
 
 
 def panel(origin: Origin, name: str = "panel", **habits: Any) -> Panel:
-    """A panel that allows one connection and refuses a second one with 458."""
+    """A panel that by default allows one connection, and refuses a second one with 458."""
     origin.rate = 2_000_000
     return Panel(origin, name, source=raw, **{"connections": 1, **habits})
 
 
 def household(serve: Serve, *panels: Panel, **settings: Any) -> Site:
-    """A server with the list of each panel, merged; `settings` are more of its options.
+    """A server that merges the lists of these panels.
 
-    `limit` is each account's, `streams` are more streams.
+    `limit` is the limit of each account, and `streams` are further streams; the other settings are
+    options of the server.
     """
     limit = settings.pop("limit", 1)
     streams = settings.pop("streams", {})
@@ -63,22 +64,22 @@ def household(serve: Serve, *panels: Panel, **settings: Any) -> Site:
 
 @contextlib.contextmanager
 def watching(site: Site, path: str, source: str = SOURCES[0]) -> Iterator[Player]:
-    """A player that has media."""
+    """A player that has received media."""
     with Player(site, path, source) as player:
         player.read_media()
         yield player
 
 
-def refusal(site: Site, path: str, words: str = FULL) -> None:
-    """Assert that another member of the household is refused, and told why."""
+def assert_refused(site: Site, path: str, words: str = FULL) -> None:
+    """Check that another member of the household is refused, with these words as the reason."""
     with site.watch(path) as viewer:
-        assert viewer.status == 503, "or its answer has no end"
+        assert viewer.status == 503, "any other answer may be endless"
         assert int(viewer.headers["Retry-After"]) > 0
         assert json.loads(viewer.read_all()[0]) == {"error": words}
 
 
 def reload(site: Site, limit: int, **server: Any) -> None:
-    """Another limit of every account, as SIGHUP uses it."""
+    """Reload with another limit for every account, as SIGHUP does."""
     playlists = {
         name: replace(found, max_upstreams=limit) for name, found in site.config.playlists.items()
     }
@@ -90,7 +91,7 @@ def reload(site: Site, limit: int, **server: Any) -> None:
 
 
 def zap(site: Site, count: int) -> list[float]:
-    """Seconds until the first media of each of so many channels, one after the other."""
+    """Play `count` channels in turn; returns the seconds until the first media of each."""
     seconds = []
     for name in itertools.islice(itertools.cycle(NAMES), count):
         began = time.monotonic()
@@ -108,10 +109,10 @@ def test_player_zaps_with_one_connection(origin: Origin, serve: Serve, redirects
     assert [states[name] for name in NAMES] == [[], [], [], ["live"]]
 
 
-def test_channel_that_was_left_is_closed_before_the_next_one_opens(
+def test_abandoned_channel_is_closed_before_the_next_one_opens(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The panel never has two connections, also if the thread that closes one takes a while."""
+    """The panel never has two connections, even if the thread that closes one is slow."""
     may_end = delay_closing(monkeypatch)
     site = household(serve, panel(origin, connections=0))
     with watching(site, "/bbc-one"):
@@ -122,22 +123,24 @@ def test_channel_that_was_left_is_closed_before_the_next_one_opens(
 
 
 @pytest.mark.long
-def test_player_zaps_twenty_times_in_good_time(origin: Origin, serve: Serve) -> None:
-    """The panel counts a connection for a moment after it was closed, whatever host it went to."""
+def test_player_can_zap_quickly_twenty_times(origin: Origin, serve: Serve) -> None:
+    """The panel counts each connection for a moment after it was closed, on all of its hosts."""
     hosts = ("127.0.0.1", "localhost")
     tv = panel(origin, redirects=True, lag=0.3, hosts=hosts)
     site = household(serve, tv)
     assert max(zap(site, 20)) < 1.5
-    assert any(request.status == 458 for request in origin.requests), "it was not too easy"
+    assert any(request.status == 458 for request in origin.requests), (
+        "the panel refused at least one"
+    )
 
 
-def test_player_asks_for_the_next_channel_before_it_leaves_the_last(
+def test_player_may_request_the_next_channel_before_it_leaves_the_last(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipe, "ZAPPING_TIME", LONG)
     site = household(serve, panel(origin))
     with watching(site, "/bbc-one") as old, Player(site, "/arte", SOURCES[0]) as new:
-        eventually(lambda: waits_in_watch() == 1, "it waits for the slot")
+        eventually(lambda: waits_in_watch() == 1, "the new player waits for the slot")
         old.close()
         new.read_media()
 
@@ -156,22 +159,25 @@ def test_browser_zaps_with_one_connection(origin: Origin, serve: Serve) -> None:
         assert site.get(f"/{name}.m3u8").status == 200
     assert channel_states(site) == {"one": ["live"], "two": []}
     with Player(site, "/two", SOURCES[1]) as somebody_else:
-        assert somebody_else.status == 503, "the polling client watches"
+        assert somebody_else.status == 503, "the polling client still occupies the slot"
 
 
 #### A second member of the household ####
 
 
 @other_addresses
-def test_second_viewer_is_told_what_is_playing(
+def test_refusal_says_which_channel_is_playing(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At once, without a request to the panel; the channel that is playing stays open to all."""
+    """The refusal is immediate and sends no request to the panel.
+
+    The channel that is playing remains open to everyone.
+    """
     monkeypatch.setattr(pipe, "ZAPPING_TIME", LONG)
     tv = panel(origin)
     site = household(serve, tv)
     with watching(site, "/bbc-one"):
-        refusal(site, "/arte")
+        assert_refused(site, "/arte")
         page = site.get("/arte", Accept="text/html,application/xhtml+xml")
         assert page.status == 503
         assert FULL in page.body.decode()
@@ -181,23 +187,23 @@ def test_second_viewer_is_told_what_is_playing(
 
 
 @other_addresses
-def test_refusal_names_everything_that_is_playing(origin: Origin, serve: Serve) -> None:
+def test_refusal_names_all_channels_that_are_playing(origin: Origin, serve: Serve) -> None:
     titles = ["One", "Two", "Three", "Four", "Five", "Six"]
     site = household(serve, panel(origin, titles=titles, connections=0), limit=2)
     with watching(site, "/one"), watching(site, "/two"):
         words = "this account allows 2 connections: One and Two are playing"
-        refusal(site, "/three", words)
+        assert_refused(site, "/three", words)
         reload(site, 5)
         with watching(site, "/three"), watching(site, "/four"), watching(site, "/five"):
             words = "this account allows 5 connections: One, Two, Three and 2 more are playing"
-            refusal(site, "/six", words)
+            assert_refused(site, "/six", words)
 
 
 @other_addresses
 def test_viewer_of_another_account_does_not_wait(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client that leaves its channel would not make room in the account that is full."""
+    """The channel that the client leaves would not make room in the full account."""
     monkeypatch.setattr(pipe, "ZAPPING_TIME", LONG)
     own = relay(origin, "own")
     site = household(serve, panel(origin), streams={"own": own})
@@ -209,20 +215,20 @@ def test_viewer_of_another_account_does_not_wait(
         assert player.status == 503
 
 
-def test_account_without_a_limit(origin: Origin, serve: Serve) -> None:
+def test_account_may_have_no_limit(origin: Origin, serve: Serve) -> None:
     site = household(serve, panel(origin, connections=0), limit=0)
     with contextlib.ExitStack() as stack:
         for name in NAMES:
             stack.enter_context(watching(site, f"/{name}"))
 
 
-def test_stream_of_the_file_shares_the_account(origin: Origin, serve: Serve) -> None:
-    """Its address has the panel's host and port, and the user in its path."""
+def test_configured_stream_shares_the_account(origin: Origin, serve: Serve) -> None:
+    """Its address has the host, the port and the user of the panel's account."""
     tv = panel(origin)
     own = origin.url + tv.path(2)
     site = household(serve, tv, streams={"own": {"url": own}})
     with watching(site, "/bbc-one"):
-        refusal(site, "/own")
+        assert_refused(site, "/own")
 
 
 def test_stream_of_another_user_has_its_own_account(origin: Origin, serve: Serve) -> None:
@@ -230,7 +236,7 @@ def test_stream_of_another_user_has_its_own_account(origin: Origin, serve: Serve
     streams = {"own": {"url": origin.url + other.path(0)}}
     site = household(serve, panel(origin), streams=streams)
     with watching(site, "/bbc-one"), watching(site, "/own"):
-        refusal(site, "/arte")
+        assert_refused(site, "/arte")
 
 
 def test_each_viewer_of_a_film_takes_a_slot(
@@ -247,15 +253,15 @@ def test_each_viewer_of_a_film_takes_a_slot(
         assert viewer.read(media.PACKET)[:1] == b"G"
         for path in ("/film", "/other"):
             words = "this account allows 1 connection: Film is playing"
-            refusal(site, path, words)
+            assert_refused(site, path, words)
     eventually(lambda: site.watch("/film").status == 200, "the slot is free again")
 
 
-#### Who gives way ####
+#### Channels that give way ####
 
 
 def test_lingering_channel_of_the_account_gives_way(origin: Origin, serve: Serve) -> None:
-    """Not one of another account, however long it has been idle."""
+    """A channel of another account does not, however long it has been idle."""
     site = household(serve, panel(origin), streams={"own": relay(origin, "own")})
     for name in ("own", "bbc-one"):
         with watching(site, f"/{name}"):
@@ -267,10 +273,10 @@ def test_lingering_channel_of_the_account_gives_way(origin: Origin, serve: Serve
 
 
 @pytest.mark.parametrize("full", ["account", "server"])
-def test_start_at_two_full_limits_closes_one_channel(
+def test_start_at_two_reached_limits_closes_one_channel(
     origin: Origin, serve: Serve, full: str
 ) -> None:
-    """The one that makes room under both limits, although others have been idle for longer."""
+    """It closes the channel that makes room under both limits, even if another was idle longer."""
     server = {"max_upstreams": 2 if full == "server" else 3}
     site = household(serve, panel(origin), streams={"own": relay(origin, "own")}, server=server)
     for name in ("own", "bbc-one"):
@@ -282,14 +288,14 @@ def test_start_at_two_full_limits_closes_one_channel(
 
 
 def test_refused_start_closes_nothing(origin: Origin, serve: Serve) -> None:
-    """A lingering channel of the account would not make room under the server's limit."""
+    """Closing the account's lingering channel would not make room under the server's limit."""
     streams = {name: relay(origin, name) for name in ("a", "b")}
     site = household(serve, panel(origin), streams=streams)
     with watching(site, "/a"), watching(site, "/b"):
         with watching(site, "/bbc-one"):
             pass
         reload(site, 1, max_upstreams=2)
-        refusal(site, "/arte", "there are too many upstreams")
+        assert_refused(site, "/arte", "there are too many upstreams")
         assert channel_states(site)["bbc-one"] == ["live"]
 
 
@@ -299,8 +305,8 @@ def test_all_channels_above_a_lowered_limit_give_way(origin: Origin, serve: Serv
     for name in streams:
         with watching(site, f"/{name}"):
             pass
-        # The server may notice that two viewers left in another order than they did.
-        eventually(lambda: site.get("/health").json["viewers"] == 0, "it lingers")
+        # Otherwise the server may notice the departures of viewers in a different order.
+        eventually(lambda: site.get("/health").json["viewers"] == 0, "the channel lingers")
     reload(site, 1, max_upstreams=2)
     with watching(site, "/bbc-one"):
         states = channel_states(site)
@@ -316,7 +322,7 @@ def two_panels(origin: Origin, serve: Serve, **settings: Any) -> tuple[Panel, Pa
 
 
 @other_addresses
-def test_backup_on_another_account_takes_over_at_once(
+def test_backup_on_another_account_is_used_at_once(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipe, "ZAPPING_TIME", LONG)
@@ -324,13 +330,15 @@ def test_backup_on_another_account_takes_over_at_once(
     with watching(site, "/bbc-one"):
         with watching(site, "/arte", SOURCES[1]):
             assert (origin.count(first.path(2)), origin.count(second.path(2))) == (0, 1)
-            refusal(site, "/rai-uno")
+            assert_refused(site, "/rai-uno")
         with watching(site, "/rai-uno", SOURCES[1]):
-            assert channel_states(site)["arte"] == [], "it lingered on the second account"
+            assert channel_states(site)["arte"] == [], "arte lingered on the second account"
 
 
-def test_first_account_is_used_once_its_viewer_has_left(origin: Origin, serve: Serve) -> None:
-    """Nobody noticed yet that the viewer left: a backup is not needed for that."""
+def test_first_account_is_used_again_after_its_viewer_has_left(
+    origin: Origin, serve: Serve
+) -> None:
+    """The server has not noticed yet that the viewer left, but must not use a backup."""
     first, second, site = two_panels(origin, serve)
     with watching(site, "/bbc-one"):
         pass
@@ -338,23 +346,23 @@ def test_first_account_is_used_once_its_viewer_has_left(origin: Origin, serve: S
         assert (origin.count(first.path(2)), origin.count(second.path(2))) == (1, 0)
 
 
-def test_start_whose_backup_fails_is_refused_for_the_first_account(
+def test_start_whose_backup_fails_is_refused_because_of_the_first_account(
     origin: Origin, serve: Serve
 ) -> None:
-    """The refusal is not remembered: the slot may be free again any moment."""
+    """The refusal is not remembered, because the slot may become free at any moment."""
     first, second, site = two_panels(origin, serve)
     origin.fault(second.path(2), Status(404))
     with watching(site, "/bbc-one"):
-        refusal(site, "/arte")
+        assert_refused(site, "/arte")
     with watching(site, "/arte"):
         assert origin.count(first.path(2)) == 1
 
 
 @other_addresses
-def test_start_asks_the_busy_panel_again_if_the_backups_account_is_full(
+def test_start_retries_the_busy_panel_if_the_backup_account_is_full(
     origin: Origin, serve: Serve
 ) -> None:
-    """The panel still counts the connection that was just closed."""
+    """The panel may still count the connection that was just closed."""
     first, second, site = two_panels(origin, serve)
     with watching(site, "/bbc-one") as old, watching(site, "/rai-uno", SOURCES[1]):
         old.close()
@@ -364,7 +372,9 @@ def test_start_asks_the_busy_panel_again_if_the_backups_account_is_full(
 
 
 @other_addresses
-def test_channel_that_moves_to_its_backup_gives_its_slot_back(origin: Origin, serve: Serve) -> None:
+def test_channel_that_switches_to_its_backup_releases_its_slot(
+    origin: Origin, serve: Serve
+) -> None:
     first, second, site = two_panels(origin, serve)
     origin.fault(first.path(0), Break(1_000_000))
     gone = origin.fault(first.path(0), Status(404), times=None)
@@ -375,14 +385,14 @@ def test_channel_that_moves_to_its_backup_gives_its_slot_back(origin: Origin, se
         with watching(site, "/arte", SOURCES[1]):
             assert (origin.count(first.path(2)), origin.count(second.path(2))) == (1, 0)
             words = "this account allows 1 connection: Arte is playing"
-            refusal(site, "/rai-uno", words)
+            assert_refused(site, "/rai-uno", words)
 
 
 @other_addresses
-def test_channel_whose_backups_account_is_full_waits_for_its_own(
+def test_channel_waits_for_its_own_account_if_the_backup_account_is_full(
     origin: Origin, serve: Serve
 ) -> None:
-    """It says why, and it disturbs nobody."""
+    """The status shows the reason, and the other channel is not disturbed."""
     first, second, site = two_panels(origin, serve)
     origin.fault(first.path(0), Break(1_000_000))
     hanging = origin.fault(first.path(0), StallHeaders())
@@ -401,18 +411,20 @@ def test_channel_whose_backups_account_is_full_waits_for_its_own(
 
 
 @other_addresses
-def test_reload_that_raises_the_limit(origin: Origin, serve: Serve) -> None:
+def test_reload_can_raise_the_limit(origin: Origin, serve: Serve) -> None:
     site = household(serve, panel(origin, connections=0))
     with watching(site, "/bbc-one"):
-        refusal(site, "/arte")
+        assert_refused(site, "/arte")
         reload(site, 2)
         with watching(site, "/arte", SOURCES[1]):
             words = "this account allows 2 connections: BBC One and Arte are playing"
-            refusal(site, "/rai-uno", words)
+            assert_refused(site, "/rai-uno", words)
 
 
 @other_addresses
-def test_reload_that_lowers_the_limit_disturbs_nobody(origin: Origin, serve: Serve) -> None:
+def test_reload_that_lowers_the_limit_does_not_disturb_viewers(
+    origin: Origin, serve: Serve
+) -> None:
     site = household(serve, panel(origin, connections=0), limit=2)
     with watching(site, "/bbc-one") as first:
         with watching(site, "/arte", SOURCES[1]) as second:
@@ -420,9 +432,9 @@ def test_reload_that_lowers_the_limit_disturbs_nobody(origin: Origin, serve: Ser
             first.read_some()
             second.read_some()
             words = "this account allows 1 connection: BBC One and Arte are playing"
-            refusal(site, "/rai-uno", words)
-        eventually(lambda: site.get("/health").json["viewers"] == 1, "one has left")
-        refusal(site, "/rai-uno")
+            assert_refused(site, "/rai-uno", words)
+        eventually(lambda: site.get("/health").json["viewers"] == 1, "the second viewer has left")
+        assert_refused(site, "/rai-uno")
         assert channel_states(site)["bbc-one"] == ["live"]
     with watching(site, "/rai-uno"):
         states = channel_states(site)
@@ -430,7 +442,7 @@ def test_reload_that_lowers_the_limit_disturbs_nobody(origin: Origin, serve: Ser
 
 
 @other_addresses
-def test_reload_that_gives_a_running_stream_an_account(origin: Origin, serve: Serve) -> None:
+def test_reload_can_give_a_running_stream_an_account(origin: Origin, serve: Serve) -> None:
     tv = panel(origin)
     config = {"own": {"url": origin.url + tv.path(0), "title": "BBC One"}}
     site = serve(config, linger=600)
@@ -438,4 +450,4 @@ def test_reload_that_gives_a_running_stream_an_account(origin: Origin, serve: Se
         playlist = pipe.PlaylistSettings("panel", tv.url)
         site.server.reload(replace(site.config, playlists={"panel": playlist}))
         eventually(lambda: len(site.server.config.streams) == 5, "the list is loaded")
-        refusal(site, "/arte")
+        assert_refused(site, "/arte")

@@ -1,4 +1,4 @@
-"""Hosts with several addresses, some dead. Name look-ups are fakes of DNS; all else is real."""
+"""Hosts with several addresses, some of them dead.  Only the DNS look-ups are faked."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SEGMENTS = media.ts_segments(12)
 HOST = "origin.example"
 REFUSING = "127.0.0.4"
 GOOD = "127.0.0.1"
-SOON = 3.0  # seconds; a tenth of the time-out, and enough for a busy machine
+SOON = 3.0  # seconds; a tenth of most time-outs here, and enough on a busy machine
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="only Linux ignores connections beyond a full backlog"
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> Names:
-    """Addresses by host name; "!AF_INET6" fails that family's look-up, and any joint one."""
+    """Addresses by host name; "!AF_INET6" fails look-ups of that family and of all families."""
     table: Names = {}
     real = socket.getaddrinfo
 
@@ -77,7 +77,7 @@ def at_host(url: str) -> str:
         pytest.param([GOOD, SILENT[0]], id="good-first"),
     ],
 )
-def test_dead_addresses_cost_a_moment(
+def test_dead_addresses_cost_little_time(
     origin: Origin,
     serve: Serve,
     names: Names,
@@ -94,7 +94,7 @@ def test_dead_addresses_cost_a_moment(
         assert time.monotonic() - began < SOON
     told = [record for record in caplog.records if "does not answer" in record.getMessage()]
     assert bool(told) == (addresses[0] != GOOD)
-    assert len(told) <= 8  # the first connections alone, which begin at the same time
+    assert len(told) <= 8  # only by the first connections, which start together
 
 
 def test_address_that_answered_is_tried_first(
@@ -125,10 +125,10 @@ def test_address_that_answered_is_tried_first(
         pytest.param(SILENT[0], "the origin did not answer in time", id="silent"),
     ],
 )
-def test_dead_server_of_segments_shows_as_trouble(
+def test_dead_server_of_segments_is_shown_as_trouble(
     origin: Origin, serve: Serve, names: Names, address: str, reason: str
 ) -> None:
-    """The playlist's server answers; a segment's has one address, which is dead for a while."""
+    """The playlist's server answers, but a segment's only server is dead for a while."""
     names[HOST] = [address]
     news = origin.add(Playlist("news", SEGMENTS, mode="live", target_duration=2))
     moved = at_host(origin.add_file("/moved.ts", SEGMENTS[5]))
@@ -144,16 +144,16 @@ def test_dead_server_of_segments_shows_as_trouble(
         assert viewer.read(len(news.plain(2, 5))) == news.plain(2, 5)
         assert (status()["state"], status()["last_error"]) == ("live", None)
         news.advance()
-        eventually(lambda: status()["state"] == "waiting", "it shows")
+        eventually(lambda: status()["state"] == "waiting", "the trouble is shown")
         assert status()["last_error"] == reason
         names[HOST] = [GOOD]
         news.advance()
-        eventually(lambda: status()["state"] == "live", "it clears")
+        eventually(lambda: status()["state"] == "live", "the trouble is over")
     assert status()["restarts"] == 0
 
 
-def test_name_that_moves_while_a_channel_runs(origin: Origin, serve: Serve, names: Names) -> None:
-    """The remembered address is no longer the host's; each new connection looks the name up."""
+def test_host_may_move_while_a_channel_runs(origin: Origin, serve: Serve, names: Names) -> None:
+    """Each new connection looks the name up, because a remembered address may be outdated."""
     names[HOST] = [GOOD]
     news = origin.add(Playlist("news", SEGMENTS, mode="live"))
     viewer = serve({"news": at_host(news.url)}, timeout=30).watch("/news")
@@ -173,7 +173,7 @@ def test_name_that_moves_while_a_channel_runs(origin: Origin, serve: Serve, name
 
 @contextlib.contextmanager
 def forwarding(listener: socket.socket, port: int) -> Iterator[None]:
-    """Pass each connection of a listener on to a port of 127.0.0.1."""
+    """Forward the connections of `listener` to a port of 127.0.0.1."""
     sockets: list[socket.socket] = []
     threads: list[threading.Thread] = []
 
@@ -211,7 +211,7 @@ def forwarding(listener: socket.socket, port: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("family", ["AF_INET", "AF_INET6"])
-def test_look_up_that_fails_for_one_family(
+def test_look_up_may_fail_for_one_family(
     origin: Origin, serve: Serve, names: Names, family: str
 ) -> None:
     stream = film(origin)
@@ -232,7 +232,7 @@ def test_look_up_that_fails_for_one_family(
         (["!AF_INET", "!AF_INET6"], (502, "the origin's host name is unknown")),
     ],
 )
-def test_host_without_a_good_address_is_told_in_time(
+def test_host_without_a_good_address_is_reported_in_time(
     origin: Origin, serve: Serve, names: Names, addresses: list[str], expected: tuple[int, str]
 ) -> None:
     names[HOST] = addresses
@@ -253,7 +253,7 @@ def test_silent_host_leaves_the_backup_its_time(origin: Origin, serve: Serve, na
         assert site.get("/film").body == stream.plain(0, 12)
 
 
-def test_stop_ends_an_attempt_to_connect(origin: Origin, names: Names) -> None:
+def test_cut_ends_an_attempt_to_connect(origin: Origin, names: Names) -> None:
     names[HOST] = [*SILENT]
     session = pipe.Http()
     with silent(origin.port):
@@ -287,7 +287,7 @@ def certified(folder: Path) -> tuple[ssl.SSLContext, Path]:
 
 
 def test_cut_ends_tls_within_the_tls_of_a_proxy(names: Names, tmp_path: Path) -> None:
-    """An https origin behind an https proxy; both ends are one thread."""
+    """An https origin is behind an https proxy; one thread is both of them."""
     context, file = certified(tmp_path)
     names[HOST] = [GOOD]
     is_asked = threading.Event()
@@ -300,7 +300,7 @@ def test_cut_ends_tls_within_the_tls_of_a_proxy(names: Names, tmp_path: Path) ->
             inner = context.wrap_bio(from_client, to_client, True)
             while not is_asked.is_set():
                 try:
-                    inner.read(65536)  # after the handshake, if that is not done yet
+                    inner.read(65536)  # completes the handshake first
                     is_asked.set()
                 except ssl.SSLWantReadError:
                     outer.sendall(to_client.read())
@@ -329,7 +329,7 @@ def test_cut_ends_tls_within_the_tls_of_a_proxy(names: Names, tmp_path: Path) ->
         server.join()
 
 
-def test_handshake_follows_the_race(names: Names, tmp_path: Path) -> None:
+def test_tls_handshake_follows_the_race_of_addresses(names: Names, tmp_path: Path) -> None:
     context, file = certified(tmp_path)
     names[HOST] = [*SILENT, GOOD]
     with socket.create_server((GOOD, 0)) as listener:

@@ -59,4 +59,4 @@ def test_marked_test_runs_while_no_other_test_runs(tmp_path: Path) -> None:
     for (_, ended, name), (began, _, following) in itertools.pairwise(spans):
         if began < ended:
             overlapping.add((name, following))
-    assert overlapping == {("beside", "beside")}, "only unmarked tests may overlap, and must"
+    assert overlapping == {("beside", "beside")}, "unmarked tests overlap, marked ones do not"

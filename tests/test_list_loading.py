@@ -1,4 +1,4 @@
-"""Loading channel lists: a real server, a real origin that behaves like a panel, real streams."""
+"""Loading channel lists: a real server, and a real origin that behaves like a panel."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ LIST = f"{PATH}?{ACCOUNT}&type=m3u_plus"
 
 
 def listing(origin: Origin, *titles: str, guide: str = "", tail: str = "") -> bytes:
-    """A panel's list; each title is the name of a playlist of the origin."""
+    """A panel's list, with a channel of the origin for each title."""
     head = f'#EXTM3U url-tvg="{guide}"' if guide else "#EXTM3U"
     lines = [head]
     for title in titles:
@@ -66,35 +66,35 @@ def add_channels(origin: Origin, *names: str) -> None:
 
 
 def add_list(origin: Origin, data: bytes) -> str:
-    """Serve a list; returns its address."""
+    """Have the origin serve a list; returns its address."""
     return origin.add_file(PATH, data, content_type="audio/x-mpegurl") + LIST.removeprefix(PATH)
 
 
 def paths(site: Site) -> list[str]:
-    """The streams of /playlist.m3u, in its order."""
+    """The names of the streams in /playlist.m3u, in order."""
     lines = site.get("/playlist.m3u").body.decode().splitlines()
     return [line.rpartition("/")[2] for line in lines if line.startswith("http")]
 
 
 def loaded(site: Site, *names: str) -> None:
-    """Wait until the server has exactly these streams."""
+    """Wait until the server has exactly these streams, in this order."""
     eventually(lambda: list(site.server.config.streams) == list(names), f"streams {names}")
 
 
 def status(site: Site) -> dict[str, Any]:
-    """What /status says of the one list."""
+    """The report of /status on the only list."""
     (report,) = site.get("/status").json["playlists"]
     return dict(report)
 
 
 def seconds_left(each: pipe.LoadingList) -> float:
-    """Until the list's next load."""
+    """The seconds until the next load of a list."""
     assert each.due is not None
     return each.due - time.monotonic()
 
 
 def reload(site: Site) -> None:
-    """As SIGHUP does, with the same file."""
+    """Reload an unchanged configuration, as SIGHUP does."""
     site.server.reload(site.config)
 
 
@@ -106,7 +106,7 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 #### A list becomes streams ####
 
 
-def test_list_is_played(origin: Origin, serve: Serve) -> None:
+def test_streams_of_a_list_play(origin: Origin, serve: Serve) -> None:
     add_channels(origin, "one", "two")
     address = add_list(origin, listing(origin, "One", "Two"))
     site = serve({}, playlists={"tv": address})
@@ -126,29 +126,29 @@ def page(site: Site, path: str = "/") -> str:
     return site.get(path, Accept="text/html,application/xhtml+xml").body.decode()
 
 
-def test_list_of_a_local_file(tmp_path: Path, origin: Origin, serve: Serve) -> None:
+def test_list_of_a_local_file_is_loaded(tmp_path: Path, origin: Origin, serve: Serve) -> None:
     file = tmp_path / "tv.m3u"
     file.write_bytes(listing(origin, "One"))
     site = serve({}, playlists={"tv": str(file)})
     loaded(site, "one")
     file.unlink()
     reload(site)
-    eventually(lambda: status(site)["last_error"], "the failure")
+    eventually(lambda: status(site)["last_error"], "the failure is shown")
     assert status(site)["last_error"] == "the file cannot be read: No such file or directory"
     assert paths(site) == ["one"]
 
 
-def test_device_is_not_read(tmp_path: Path, serve: Serve) -> None:
+def test_device_file_is_not_read(tmp_path: Path, serve: Serve) -> None:
     link = tmp_path / "zero.m3u"
     link.symlink_to("/dev/zero")
     site = serve({}, playlists={"tv": str(link)})
     eventually(
-        lambda: status(site)["last_error"] == "the path is not that of a file", "the failure"
+        lambda: status(site)["last_error"] == "the path is not that of a file", "it is refused"
     )
 
 
-def test_list_behind_a_redirect_and_compressed(origin: Origin, serve: Serve) -> None:
-    """With the playlist's headers and user agent, and think time before the answer."""
+def test_list_may_be_redirected_and_compressed(origin: Origin, serve: Serve) -> None:
+    """All requests have the playlist's headers and user agent; the answer may take its time."""
     origin.add_file("/real.m3u", listing(origin, "One"))
     add_list(origin, b"")
     origin.fault(PATH + "*", Redirect("/real.m3u"), times=None)
@@ -165,7 +165,7 @@ def test_list_behind_a_redirect_and_compressed(origin: Origin, serve: Serve) -> 
     assert site.server.config.streams["one"].options.user_agent == "VLC/3"
 
 
-def test_streams_of_the_file_change_and_hide_those_of_the_list(
+def test_configured_streams_replace_and_hide_those_of_the_list(
     origin: Origin, serve: Serve
 ) -> None:
     add_channels(origin, "one", "two", "three")
@@ -183,7 +183,7 @@ def test_streams_of_the_file_change_and_hide_those_of_the_list(
     assert site.config.streams["one"].urls[0] == site.server.config.streams["one"].urls[0]
 
 
-def test_override_without_a_stream_is_told_once(
+def test_override_without_a_stream_is_logged_once(
     origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "streampipe")
@@ -193,11 +193,11 @@ def test_override_without_a_stream_is_told_once(
     reload(site)
     origin.wait_for(LIST, 2)
     words = "streams.none: url is missing, and no list has this stream"
-    eventually(lambda: words in caplog.text, "the warning")
+    eventually(lambda: words in caplog.text, "the warning is logged")
     assert caplog.text.count(words) == 1
 
 
-#### Until it is loaded ####
+#### Until the first load ####
 
 
 def test_players_wait_for_the_first_load(origin: Origin, serve: Serve) -> None:
@@ -221,7 +221,7 @@ def test_players_wait_for_the_first_load(origin: Origin, serve: Serve) -> None:
     assert site.get("/nothing").status == 404
 
 
-def test_players_get_what_exists_after_a_minute(
+def test_players_get_the_existing_streams_after_a_minute(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert pipe.FIRST_LIST_TIME == 60.0
@@ -229,7 +229,7 @@ def test_players_get_what_exists_after_a_minute(
     address = add_list(origin, listing(origin, "One"))
     thinking = origin.fault(LIST, StallHeaders())
     site = serve({"own": f"{origin.url}/own/index.m3u8"}, playlists={"tv": address})
-    eventually(lambda: site.get("/playlist.m3u").status == 200, "the playlist")
+    eventually(lambda: site.get("/playlist.m3u").status == 200, "the playlist is served")
     assert paths(site) == ["own"]
     assert site.get("/one").status == 404
     thinking.release()
@@ -252,14 +252,14 @@ def test_players_get_what_exists_after_a_minute(
     ],
     ids=["403", "458", "page", "empty", "break", "file", "loop"],
 )
-def test_list_that_fails_leaves_the_previous_one(
+def test_failed_load_keeps_the_previous_list(
     origin: Origin,
     serve: Serve,
     caplog: pytest.LogCaptureFixture,
     fault: Any,
     reason: str,
 ) -> None:
-    """One line for an outage, the reason on the page and in /status, and no account anywhere."""
+    """An outage logs one line; the page and /status show the reason, and never the account."""
     caplog.set_level(logging.INFO, "streampipe")
     address = add_list(origin, listing(origin, "One", "Two"))
     site = serve({}, playlists={"tv": address})
@@ -273,10 +273,12 @@ def test_list_that_fails_leaves_the_previous_one(
     shown = page(site)
     assert f'<li>List tv: <span class="failed">{html.escape(reason)}</span></li>' in shown
     failing.clear()
-    eventually(lambda: status(site)["last_error"] is None, "the list again")
+    eventually(lambda: status(site)["last_error"] is None, "the list is loaded again")
     failures = [line for line in caplog.messages if "is not used" in line]
     assert failures == [f"tv: the list is not used: {reason}; the previous list stays"]
-    eventually(lambda: caplog.text.count("tv: loaded the list: 2 channels") == 2, "the log")
+    eventually(
+        lambda: caplog.text.count("tv: loaded the list: 2 channels") == 2, "both loads are logged"
+    )
     for text in (caplog.text, shown, str(status(site))):
         assert "hunter2" not in text
         assert "ada.l" not in text
@@ -290,7 +292,7 @@ def test_pauses_between_failed_loads_grow(
     each = site.server.lists._lists["tv"]
     found = []
     for count in range(1, 9):
-        eventually(lambda n=count: each.refusals == n, "a failed load")  # type: ignore[misc]
+        eventually(lambda n=count: each.refusals == n, "a load fails")  # type: ignore[misc]
         with site.server.lists._changed:
             found.append(round(seconds_left(each), -1))
             each.due = 0.0
@@ -298,17 +300,17 @@ def test_pauses_between_failed_loads_grow(
     assert found == [10, 30, 60, 120, 300, 600, 600, 600]
 
 
-def test_changed_address_begins_anew(
+def test_changed_address_starts_with_a_clean_record(
     origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its first failure is logged, and repeated as soon as the first failure of any other list."""
+    """The first failure of the new address is logged, and retried after the shortest pause."""
     monkeypatch.setattr(pipe, "LIST_PAUSES", (10.0, 600.0))
     site = serve({}, playlists={"tv": origin.url + "/none"})
     each = site.server.lists._lists["tv"]
 
     def failed(count: int) -> float:
-        """Wait for this many failures in a row; returns the seconds until the next load."""
-        eventually(lambda: each.refusals == count, f"{count} failures")
+        """Wait for this many failures in succession; returns the seconds until the next load."""
+        eventually(lambda: each.refusals == count, f"{count} loads fail")
         with site.server.lists._changed:
             return seconds_left(each)
 
@@ -330,25 +332,25 @@ def test_changed_address_begins_anew(
     ]
 
 
-def test_failed_lists_are_a_metric(origin: Origin, serve: Serve) -> None:
+def test_failed_lists_are_counted_in_metrics(origin: Origin, serve: Serve) -> None:
     address = add_list(origin, listing(origin, "One"))
     site = serve({}, playlists={"tv": address, "none": origin.url + "/none"})
     loaded(site, "one")
-    eventually(lambda: metric(site, "failed_lists") == 1, "the failure of one")
+    eventually(lambda: metric(site, "failed_lists") == 1, "one list has failed")
     failing = origin.fault(PATH, Status(403), times=None)
     reload(site)
-    eventually(lambda: metric(site, "failed_lists") == 2, "the failure of both")
+    eventually(lambda: metric(site, "failed_lists") == 2, "both lists have failed")
     failing.clear()
-    eventually(lambda: metric(site, "failed_lists") == 1, "the list again")
+    eventually(lambda: metric(site, "failed_lists") == 1, "one list is loaded again")
     assert metric(serve({}), "failed_lists") == 0
 
 
-def test_page_asks_for_the_lists_once(
+def test_page_reads_the_state_of_lists_once(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or a list that fails in between would be fine in one part of the page alone."""
+    """Otherwise a list that fails in between would have two states on one page."""
     site = serve({}, playlists={"tv": origin.url + "/none"})
-    eventually(lambda: status(site)["last_error"], "the failure")
+    eventually(lambda: status(site)["last_error"], "the failure is shown")
     lists = site.server.lists
     asked = []
     report = lists.report
@@ -362,7 +364,7 @@ def test_page_asks_for_the_lists_once(
     assert len(asked) == 1
 
 
-def test_list_that_takes_too_long_is_a_failure(
+def test_list_that_loads_too_slowly_fails(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert pipe.LIST_TIME == 300.0
@@ -370,10 +372,10 @@ def test_list_that_takes_too_long_is_a_failure(
     address = add_list(origin, listing(origin, "One"))
     origin.fault(LIST, Drip(0.05), times=None)
     site = serve({}, playlists={"tv": address})
-    eventually(lambda: status(site)["last_error"] == pipe.TIMED_OUT, "the failure")
+    eventually(lambda: status(site)["last_error"] == pipe.TIMED_OUT, "the load times out")
 
 
-def test_list_that_lost_most_of_its_channels_has_to_be_so_twice(
+def test_list_that_lost_most_channels_is_accepted_after_ten_minutes(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "streampipe")
@@ -385,8 +387,8 @@ def test_list_that_lost_most_of_its_channels_has_to_be_so_twice(
     for _ in range(3):
         before = origin.count(LIST)
         reload(site)
-        eventually(lambda n=before: origin.count(LIST) > n, "a load")  # type: ignore[misc]
-        eventually(lambda: status(site)["last_error"], "the doubt")
+        eventually(lambda n=before: origin.count(LIST) > n, "the list is loaded")  # type: ignore[misc]
+        eventually(lambda: status(site)["last_error"], "the shrunk list is doubted")
     assert status(site)["last_error"].startswith("the list has only 2 channels instead of 5: ")
     assert list(site.server.config.streams) == list("abcde")
     assert caplog.text.count("the list has only 2 channels") == 1
@@ -400,7 +402,7 @@ def test_list_that_lost_most_of_its_channels_has_to_be_so_twice(
     assert status(site)["last_error"] is None
 
 
-def test_list_that_was_short_for_a_moment(
+def test_list_that_shrinks_only_briefly_keeps_its_channels(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipe, "SHRUNK_TIME", 0.3)
@@ -411,15 +413,15 @@ def test_list_that_was_short_for_a_moment(
     short = origin.fault(LIST, Body(listing(origin, "A")))
     reload(site)
     short.wait()
-    eventually(lambda: origin.count(LIST) == 3, "the second look")
-    eventually(lambda: status(site)["last_error"] is None, "the list again")
+    eventually(lambda: origin.count(LIST) == 3, "the list is loaded again")
+    eventually(lambda: status(site)["last_error"] is None, "the full list is accepted")
     assert list(site.server.config.streams) == list("abcde")
 
 
-def test_short_list_that_then_fails_is_not_loaded_all_the_time(
+def test_shrunk_list_that_then_fails_backs_off(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After ten minutes, the pauses are those of any other failure."""
+    """Ten minutes after it shrank, its failures have the same pauses as others."""
     monkeypatch.setattr(pipe, "LIST_PAUSES", (600.0,))
     address = add_list(origin, listing(origin, *"ABCDE"))
     site = serve({}, playlists={"tv": address})
@@ -427,19 +429,19 @@ def test_short_list_that_then_fails_is_not_loaded_all_the_time(
     add_list(origin, listing(origin, "A"))
     reload(site)
     each = site.server.lists._lists["tv"]
-    eventually(lambda: each.shrunk is not None, "the doubt")
+    eventually(lambda: each.shrunk is not None, "the shrunk list is doubted")
     failing = origin.fault(LIST, Status(403), times=None)
     with site.server.lists._changed:
         each.shrunk = (each.shrunk or 0.0) - 600
         each.due = 0.0
         site.server.lists._changed.notify_all()
-    eventually(lambda: status(site)["last_error"] == "the origin answered 403", "the failure")
+    eventually(lambda: status(site)["last_error"] == "the origin answered 403", "a load fails")
     with site.server.lists._changed:
         assert 500 < seconds_left(each) <= 600
     assert failing.taken == 1
 
 
-def test_other_settings_may_bring_fewer_channels(origin: Origin, serve: Serve) -> None:
+def test_changed_settings_may_reduce_the_channels(origin: Origin, serve: Serve) -> None:
     address = add_list(origin, listing(origin, *"ABCDE"))
     other = origin.add_file("/other.m3u", listing(origin, "A"))
     site = serve({}, playlists={"tv": address})
@@ -452,7 +454,9 @@ def test_other_settings_may_bring_fewer_channels(origin: Origin, serve: Serve) -
 #### Reloads ####
 
 
-def test_new_list_does_not_disturb_viewers_of_what_stays(origin: Origin, serve: Serve) -> None:
+def test_new_list_does_not_disturb_viewers_of_remaining_channels(
+    origin: Origin, serve: Serve
+) -> None:
     add_channels(origin, "one", "two", "three")
     address = add_list(origin, listing(origin, "One", "Two"))
     site = serve({}, playlists={"tv": {"url": address, "max_upstreams": 2}})
@@ -470,7 +474,7 @@ def test_new_list_does_not_disturb_viewers_of_what_stays(origin: Origin, serve: 
     assert site.get("/status?stream=one").json["streams"]
 
 
-def test_list_is_loaded_again_every_refresh(origin: Origin, serve: Serve) -> None:
+def test_list_is_reloaded_after_each_refresh_interval(origin: Origin, serve: Serve) -> None:
     address = add_list(origin, listing(origin, "One"))
     site = serve({}, playlists={"tv": {"url": address, "refresh": 0.2}})
     loaded(site, "one")
@@ -479,7 +483,7 @@ def test_list_is_loaded_again_every_refresh(origin: Origin, serve: Serve) -> Non
     origin.wait_for(LIST, 4)
 
 
-def test_list_without_refresh_is_loaded_on_a_reload_only(origin: Origin, serve: Serve) -> None:
+def test_list_without_refresh_is_loaded_only_on_reload(origin: Origin, serve: Serve) -> None:
     address = add_list(origin, listing(origin, "One"))
     site = serve({}, playlists={"tv": {"url": address, "refresh": 0}})
     loaded(site, "one")
@@ -488,7 +492,7 @@ def test_list_without_refresh_is_loaded_on_a_reload_only(origin: Origin, serve: 
     origin.wait_for(LIST, 2)
 
 
-def test_playlists_come_and_go_with_the_file(origin: Origin, serve: Serve) -> None:
+def test_playlists_are_added_and_removed_by_a_reload(origin: Origin, serve: Serve) -> None:
     first = add_list(origin, listing(origin, "One"))
     second = origin.add_file("/second.m3u", listing(origin, "One", "Two"))
     site = serve({}, playlists={"a": first})
@@ -551,7 +555,7 @@ def test_server_without_a_thread_for_its_list_can_be_closed(
     assert site.server.lists.stop(5.0)
 
 
-def test_names_do_not_depend_on_the_list_that_is_loaded_first(origin: Origin, serve: Serve) -> None:
+def test_names_do_not_depend_on_the_order_of_loads(origin: Origin, serve: Serve) -> None:
     first = origin.add_file("/first.m3u", listing(origin, "News"))
     second = origin.add_file("/second.m3u", listing(origin, "News", "Two"))
     thinking = origin.fault("/first.m3u", StallHeaders())
@@ -579,10 +583,8 @@ def test_closing_does_not_wait_for_a_list(origin: Origin, serve: Serve) -> None:
 #### Panels ####
 
 
-def test_list_and_channels_of_a_panel_that_allows_one_connection(
-    origin: Origin, serve: Serve
-) -> None:
-    """The list is not a second connection while a channel plays between its requests."""
+def test_one_connection_is_enough_for_a_list_and_its_channels(origin: Origin, serve: Serve) -> None:
+    """The connection that loaded the list must be closed before a channel plays."""
     add_channels(origin, "one")
     address = add_list(origin, listing(origin, "One"))
     origin.fault("/*", OneAtATime(origin, 458), times=None)
@@ -599,10 +601,8 @@ def test_list_and_channels_of_a_panel_that_allows_one_connection(
         for name, habits in PANELS.items()
     ],
 )
-def test_list_of_a_panel_is_loaded_and_its_channels_are_played(
-    origin: Origin, serve: Serve, name: str
-) -> None:
-    """With headers, redirects, one connection, think time and compression."""
+def test_lists_and_channels_of_panels_work(origin: Origin, serve: Serve, name: str) -> None:
+    """The panels use headers, redirects, one connection, slow answers and compression."""
     origin.rate = 2_000_000
     panel = Panel(origin, name, source=lambda: itertools.cycle(SEGMENTS), **PANELS[name])
     site = serve({}, playlists={"tv": panel.url})
@@ -615,10 +615,10 @@ def test_list_of_a_panel_is_loaded_and_its_channels_are_played(
             assert viewer.read(188)[0] == 0x47
 
 
-def test_entry_of_a_compressed_list_has_no_size_limit_but_the_list_has(
+def test_size_of_a_decompressed_list_is_limited(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A small compressed body may hold a list without an end."""
+    """A small compressed body may contain a very large list."""
     monkeypatch.setattr(pipe, "LIST_LIMIT", 1 << 20)
     address = add_list(origin, listing(origin, "One"))
     large = b"#EXTM3U\n" + b"# \n" * (1 << 20)
@@ -626,14 +626,14 @@ def test_entry_of_a_compressed_list_has_no_size_limit_but_the_list_has(
     origin.fault(LIST, Body(large), Gzip(), times=None)
     site = serve({}, playlists={"tv": address})
     reason = "the list is larger than 1 MiB"
-    eventually(lambda: status(site)["last_error"] == reason, "the failure")
+    eventually(lambda: status(site)["last_error"] == reason, "the list is refused")
 
 
 #### The program ####
 
 
 def test_program_loads_lists_at_the_start_and_on_sighup(tmp_path: Path, origin: Origin) -> None:
-    """Nothing of the account is in the log, not even at debug level."""
+    """The log never contains the account's data, not even at debug level."""
     add_channels(origin, "one", "two")
     tail = "|X-Secret=pa55word"
     address = add_list(origin, listing(origin, "One", tail=f"?token=s3cr3t{tail}"))
@@ -651,7 +651,7 @@ def test_program_loads_lists_at_the_start_and_on_sighup(tmp_path: Path, origin: 
         assert not [line for line in lines if secret in line]
 
 
-def test_check_tests_the_streams_of_lists(tmp_path: Path, origin: Origin) -> None:
+def test_check_includes_the_streams_of_lists(tmp_path: Path, origin: Origin) -> None:
     add_channels(origin, "one")
     address = add_list(origin, listing(origin, "One"))
     text = f"playlists:\n  tv: '{address}'\n  bad: '{origin.url}/none.m3u'\n"

@@ -263,7 +263,7 @@ def test_list_may_mix_latin_1_and_utf_8() -> None:
 @pytest.mark.parametrize("order", ["le", "be"])
 @pytest.mark.parametrize("piece", [1, 3, 1 << 16])
 def test_list_may_be_in_utf_16(order: str, piece: int) -> None:
-    """Notepad on Windows calls it "Unicode".  U+0A0A consists of two bytes of line ends."""
+    """Notepad on Windows calls it "Unicode".  Both bytes of U+0A0A are line feeds."""
     text = OF_A_COLLECTION.lstrip("\ufeff") + simple("Łódź \U0001f4fa", "\u0a0a")
     data = f"\ufeff{text}".encode(f"utf-16-{order}")
     assert parsed(data, piece) == parsed(text)

@@ -1,6 +1,6 @@
-"""What origins do with playlists and keys, and what is said of it: redirects, pages, DRM, gaps.
+"""Odd answers of origins for playlists, keys and segments: redirects, pages, DRM, gaps.
 
-Everything is real and seen from outside. Time is shortened where its length is not the matter.
+Server and origin are real and tested from outside.  Times are shortened if they do not matter.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def news(name: str = "news", **more: object) -> Playlist:
 
 
 def reason(site: Site, path: str = "/news") -> tuple[int, str]:
-    """How a start fails."""
+    """The status and the reason of a start that fails."""
     answer = site.get(path)
     return answer.status, answer.json["error"]
 
@@ -73,8 +73,8 @@ def answering(data: bytes) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("uses", [1, 3])
-def test_token_in_a_redirect_is_asked_for_anew(origin: Origin, serve: Serve, uses: int) -> None:
-    """The address is good for a few requests: nothing is opened again, and nothing is lost."""
+def test_new_token_is_requested_from_the_redirect(origin: Origin, serve: Serve, uses: int) -> None:
+    """A token is valid for a few requests.  The upstream is not reopened, and nothing is lost."""
     live = origin.add(news())
     tokens = Tokens(live.path, uses=uses)
     origin.fault(LOGIN, tokens, times=None)
@@ -91,7 +91,7 @@ def test_token_in_a_redirect_is_asked_for_anew(origin: Origin, serve: Serve, use
 
 
 def test_token_of_a_redirect_is_used_once(origin: Origin, serve: Serve) -> None:
-    """Panels ban clients that collect refusals: no reload sends an old token."""
+    """Panels ban clients after too many refusals, so no reload may send an old token."""
     live = origin.add(news())
     tokens = Tokens(live.path)
     origin.fault(LOGIN, tokens, times=None)
@@ -104,8 +104,10 @@ def test_token_of_a_redirect_is_used_once(origin: Origin, serve: Serve) -> None:
     assert {r.status for r in origin.requests if r.path.startswith(live.path)} == {200}
 
 
-def test_answer_of_the_address_decides(origin: Origin, serve: Serve) -> None:
-    """Only where the address itself refuses, it is resolved anew."""
+def test_refusal_by_the_configured_address_reopens_the_upstream(
+    origin: Origin, serve: Serve
+) -> None:
+    """The upstream is reopened only if the configured address itself refuses."""
     live = origin.add(news())
     tokens = Tokens(live.path)
     origin.fault(LOGIN, tokens, times=2)
@@ -125,17 +127,17 @@ def test_answer_of_the_address_decides(origin: Origin, serve: Serve) -> None:
     assert site.get("/status").json["streams"][0]["restarts"] == 1
 
 
-#### Who does not answer ####
+#### Origins that do not answer ####
 
 
-def test_refused_connection_is_told(origin: Origin, serve: Serve) -> None:
+def test_refused_connection_is_reported(origin: Origin, serve: Serve) -> None:
     address = origin.url
     origin.stop()
     site = serve({"news": f"{address}/news.m3u8"})
     assert reason(site) == (502, "the origin refuses connections")
 
 
-def test_unknown_name_is_told(serve: Serve) -> None:
+def test_unknown_host_name_is_reported(serve: Serve) -> None:
     site = serve({"news": "http://nowhere.invalid/news.m3u8"})
     assert reason(site) == (502, "the origin's host name is unknown")
 
@@ -158,16 +160,16 @@ def test_unknown_name_is_told(serve: Serve) -> None:
         ),
     ],
 )
-def test_lost_connection_is_told(error: OSError, words: str) -> None:
-    """What a loopback has no network for."""
+def test_network_errors_are_explained(error: OSError, words: str) -> None:
+    """These errors cannot be produced on a loopback interface."""
     wrapped = requests.ConnectionError("Max retries exceeded with url: /secret")
     wrapped.__cause__ = error
     assert pipe.explain(wrapped) == words
 
 
 @pytest.mark.parametrize("address", ["https://{}", "hls://{}", "httpstream://{}"])
-def test_https_where_http_is_spoken_is_told(origin: Origin, serve: Serve, address: str) -> None:
-    """Streamlink takes an address behind a prefix for https."""
+def test_https_to_an_http_server_is_reported(origin: Origin, serve: Serve, address: str) -> None:
+    """Streamlink assumes https for an address without a scheme after its prefix."""
     live = origin.add(news())
     site = serve({"news": address.format(live.url.removeprefix("http://"))})
     status, words = reason(site)
@@ -182,19 +184,19 @@ def test_https_where_http_is_spoken_is_told(origin: Origin, serve: Serve, addres
     ],
     ids=["ssh", "nothing"],
 )
-def test_other_protocol_is_told(serve: Serve, answer: bytes, words: str) -> None:
+def test_other_protocol_is_reported(serve: Serve, answer: bytes, words: str) -> None:
     with answering(answer) as address:
         assert reason(serve({"news": f"{address}/news"})) == (502, words)
 
 
-def test_plain_text_that_is_declared_as_gzip_is_told(serve: Serve) -> None:
+def test_plain_text_declared_as_gzip_is_reported(serve: Serve) -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 8\r\n\r\n#EXTM3U\n"
     with answering(answer) as address:
         words = "the origin's answer cannot be decompressed"
         assert reason(serve({"news": f"{address}/news.m3u8"})) == (502, words)
 
 
-def test_refusing_proxy_is_not_taken_for_the_origin(origin: Origin, serve: Serve) -> None:
+def test_refusal_by_a_proxy_is_not_blamed_on_the_origin(origin: Origin, serve: Serve) -> None:
     live = origin.add(news())
     with Origin() as other:
         refusing = other.url.removeprefix("http://")
@@ -203,7 +205,7 @@ def test_refusing_proxy_is_not_taken_for_the_origin(origin: Origin, serve: Serve
         assert reason(site) == (502, "the proxy does not answer")
 
 
-#### Pages in the place of streams ####
+#### Pages instead of streams ####
 
 PAGES = {
     "html": WEB_PAGE,
@@ -216,14 +218,16 @@ PAGES = {
 
 @pytest.mark.parametrize("page", PAGES.values(), ids=list(PAGES))
 @pytest.mark.parametrize("place", ["{}/news", "{}/news.m3u8", "httpstream://{}/news"])
-def test_page_is_no_stream(origin: Origin, serve: Serve, place: str, page: bytes) -> None:
+def test_page_is_not_a_stream(origin: Origin, serve: Serve, place: str, page: bytes) -> None:
     origin.fault("/news*", Body(page, "video/mp2t"), times=None)
     site = serve({"news": place.format(origin.url)})
     assert reason(site) == (502, "the origin sent a web page, not a stream")
 
 
 @pytest.mark.parametrize("kind", ["variant", "key"])
-def test_page_within_a_stream_is_told(origin: Origin, serve: Serve, kind: str) -> None:
+def test_page_instead_of_a_variant_or_key_is_reported(
+    origin: Origin, serve: Serve, kind: str
+) -> None:
     live = origin.add(news(aes_key=bytes(16)))
     channel = origin.add(master("tv", {"720p": live}))
     origin.fault(live.key_path if kind == "key" else live.path, Body(WEB_PAGE), times=None)
@@ -231,7 +235,7 @@ def test_page_within_a_stream_is_told(origin: Origin, serve: Serve, kind: str) -
     assert (status, words.endswith("the origin sent a web page, not a stream")) == (502, True)
 
 
-def test_check_says_that_it_is_a_page(origin: Origin, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_reports_a_page_as_failed(origin: Origin, capsys: pytest.CaptureFixture[str]) -> None:
     origin.fault("/news", Body(WEB_PAGE, "text/html"), times=None)
     stream = pipe.StreamSettings("news", (f"{origin.url}/news",))
     assert pipe.run_check(pipe.Config(streams={"news": stream})) == 1
@@ -240,8 +244,10 @@ def test_check_says_that_it_is_a_page(origin: Origin, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("place", ["playlist", "segment"])
-def test_captive_portal_in_between_is_an_outage(origin: Origin, serve: Serve, place: str) -> None:
-    """It answers every request with 200 and a page, which no viewer may get."""
+def test_captive_portal_during_a_stream_is_an_outage(
+    origin: Origin, serve: Serve, place: str
+) -> None:
+    """A captive portal answers every request with 200 and a page, which no viewer may receive."""
     live = origin.add(news())
     viewer = serve({"news": live.url}).watch("/news")
     assert viewer.read(len(live.plain(2, 5))) == live.plain(2, 5)
@@ -253,14 +259,14 @@ def test_captive_portal_in_between_is_an_outage(origin: Origin, serve: Serve, pl
 
 
 def test_media_that_begins_like_a_page_is_media(origin: Origin, serve: Serve) -> None:
-    """A relay's first bytes are from anywhere in a packet."""
+    """A relay's first bytes may be from the middle of a packet."""
     data = b"<a " + b"".join(SEGMENTS)[3:]
     site = serve({"news": origin.add_file("/news", data)})
     answer = site.get("/news")
     assert (answer.status, answer.body) == (200, data)
 
 
-#### In front of a playlist ####
+#### Text before a playlist ####
 
 PREFACES = {
     "bom": b"\xef\xbb\xbf",
@@ -271,7 +277,7 @@ PREFACES = {
 
 @pytest.mark.parametrize("preface", PREFACES.values(), ids=list(PREFACES))
 @pytest.mark.parametrize("address", ["media", "multivariant", "unknown"])
-def test_playlist_may_begin_late(
+def test_playlist_may_begin_with_other_text(
     origin: Origin, serve: Serve, address: str, preface: bytes
 ) -> None:
     live = origin.add(news())
@@ -289,12 +295,12 @@ def test_playlist_may_begin_late(
     assert site.get("/status").json["streams"][0]["last_error"] is None
 
 
-#### Answers that drip ####
+#### Answers that arrive very slowly ####
 
 
 @pytest.mark.parametrize("fault", [DripHead(0.2), Drip(0.2)], ids=["head", "body"])
 @pytest.mark.parametrize("address", ["/tv/master.m3u8", "/news/index.m3u8", "/unknown"])
-def test_dripping_address_leaves_the_backup_its_time(
+def test_slow_address_leaves_time_for_the_backup(
     origin: Origin, serve: Serve, address: str, fault: Fault
 ) -> None:
     live = origin.add(news())
@@ -308,7 +314,7 @@ def test_dripping_address_leaves_the_backup_its_time(
         assert viewer.read(len(backup.plain(2, 5))) == backup.plain(2, 5)
 
 
-def test_dripping_reload_is_an_outage_as_long_as_it_lasts(origin: Origin, serve: Serve) -> None:
+def test_slow_reload_is_an_outage_until_it_ends(origin: Origin, serve: Serve) -> None:
     live = origin.add(news())
     viewer = serve({"news": live.url}, timeout=1.5).watch("/news")
     viewer.read(len(live.plain(2, 5)))
@@ -318,10 +324,10 @@ def test_dripping_reload_is_an_outage_as_long_as_it_lasts(origin: Origin, serve:
     assert viewer.read(len(live.plain(5, 6))) == live.plain(5, 6)
 
 
-def test_dripping_head_of_a_segment_is_noticed_by_the_channel(
+def test_slow_head_of_a_segment_is_noticed_by_the_channel(
     origin: Origin, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The channel is opened again, and continues at the segment."""
+    """The channel reopens its upstream and continues at that segment."""
     live = origin.add(news(target_duration=1))
     site = serve({"news": live.url}, timeout=2)
     viewer = site.watch("/news")
@@ -330,7 +336,7 @@ def test_dripping_head_of_a_segment_is_noticed_by_the_channel(
     live.advance()
     assert viewer.read(len(live.plain(5, 6))) == live.plain(5, 6)
     assert (dripping.taken, site.channels.record("news").counts["restarts"]) == (1, 1)
-    # A download that we cut tells nothing of the origin.
+    # A download that was cut on purpose must not be logged as a failure.
     assert "abandoned segment" not in caplog.text
 
 
@@ -382,14 +388,14 @@ def test_useless_playlist_is_explained(
     ],
     ids=["no-segments", "no-bytes"],
 )
-def test_empty_playlist_is_told(
+def test_empty_playlist_is_reported(
     origin: Origin, serve: Serve, text: str, status: int, words: str
 ) -> None:
     assert failing(origin, serve, text, timeout=1.5) == (status, words)
 
 
-def test_playlist_that_is_empty_at_first_is_waited_for(origin: Origin, serve: Serve) -> None:
-    """An encoder that starts lists nothing yet."""
+def test_start_waits_for_a_playlist_that_is_empty_at_first(origin: Origin, serve: Serve) -> None:
+    """An encoder that has just started lists no segments yet."""
     live = origin.add(news())
     empty = origin.fault(live.path, Body(playlist_of().encode()), times=2)
     viewer = serve({"news": live.url}).watch("/news")
@@ -405,15 +411,15 @@ def test_playlist_that_is_empty_at_first_is_waited_for(origin: Origin, serve: Se
         ('METHOD=AES-128,URI="key",KEYFORMAT="com.apple.streamingkeydelivery"', "AES-128"),
     ],
 )
-def test_drm_is_told_at_once(origin: Origin, serve: Serve, key: str, method: str) -> None:
+def test_drm_is_reported_at_once(origin: Origin, serve: Serve, key: str, method: str) -> None:
     live = origin.add(news())
     lines = [f"#EXT-X-KEY:{key}", "#EXTINF:2,", live.segment_path(0)]
     words = f"the stream is DRM-protected ({method}) and cannot be played"
     assert failing(origin, serve, playlist_of(*lines)) == (502, words)
 
 
-def test_list_of_channels_is_told(origin: Origin, serve: Serve) -> None:
-    """What a provider hands out: played as HLS, one channel would follow the other."""
+def test_channel_list_is_reported(origin: Origin, serve: Serve) -> None:
+    """Played as HLS, the channels of a provider's list would follow each other."""
     channel = origin.add(news())
     body = f'#EXTM3U\n#EXTINF:-1 group-title="News",The News\n{channel.url}\n'
     origin.fault("/get.m3u", Body(body.encode()), times=None)
@@ -421,11 +427,13 @@ def test_list_of_channels_is_told(origin: Origin, serve: Serve) -> None:
     assert reason(serve({"news": f"{origin.url}/get.m3u"})) == (502, words)
 
 
-def test_initialization_section_holds_beyond_a_discontinuity(origin: Origin, serve: Serve) -> None:
-    """RFC 8216, 4.3.2.5: until another one is listed."""
+def test_initialization_section_applies_beyond_a_discontinuity(
+    origin: Origin, serve: Serve
+) -> None:
+    """It applies until the next EXT-X-MAP (RFC 8216, 4.3.2.5)."""
     init, fragments = media.fmp4(6)
     live = Playlist("news", fragments, init=init, extension=".m4s", mode="live", window=6)
-    origin.add(live).advance(4)  # the start of the second round is listed, and before our start
+    origin.add(live).advance(4)  # the media start over within the list, before the viewer starts
     viewer = serve({"news": live.url}).watch("/news")
     assert viewer.read(len(init)) == init
 
@@ -438,7 +446,7 @@ def test_initialization_section_holds_beyond_a_discontinuity(origin: Origin, ser
     ],
 )
 @pytest.mark.parametrize("mode", ["live", "vod"])
-def test_refusal_of_everything_is_told_at_once(
+def test_refusal_of_all_requests_is_reported_at_once(
     origin: Origin, serve: Serve, status: int, kind: str, mode: str
 ) -> None:
     init, fragments = media.fmp4(6)
@@ -452,10 +460,10 @@ def test_refusal_of_everything_is_told_at_once(
     answered, words = reason(serve({"news": channel.url}))
     assert answered == 502
     assert words.endswith(f"the origin answered {status}")
-    assert refused.taken <= 20  # it is not waited for
+    assert refused.taken <= 20  # far fewer than if the start waited for its time-out
 
 
-def test_wrong_key_is_told(origin: Origin, serve: Serve) -> None:
+def test_wrong_key_is_reported(origin: Origin, serve: Serve) -> None:
     live = origin.add(news(aes_key=bytes(16)))
     origin.fault(live.key_path, Body(b"too short"), times=None)
     status, words = reason(serve({"news": live.url}, timeout=4))
@@ -465,23 +473,23 @@ def test_wrong_key_is_told(origin: Origin, serve: Serve) -> None:
     )
 
 
-def test_key_that_was_wrong_once_is_asked_for_again(origin: Origin, serve: Serve) -> None:
+def test_wrong_key_is_requested_again_by_the_next_start(origin: Origin, serve: Serve) -> None:
     live = origin.add(news(aes_key=bytes(16)))
     wrong = origin.fault(live.key_path, Body(b"too short"))
     site = serve({"news": live.url})
     words = "the key cannot be fetched: the decryption key is not an AES-128 key"
-    assert reason(site) == (502, words)  # at once: asking again does not make a key of it
+    assert reason(site) == (502, words)  # at once, because a retry would not help
     eventually(lambda: site.watch("/news").status == 200, "the next start has the right key")
     viewer = site.watch("/news")
     assert viewer.read(len(live.plain(2, 5))) == live.plain(2, 5)
     assert (wrong.taken, origin.count(live.key_path)) == (1, 2)
 
 
-#### Segments that are not there ####
+#### Missing segments ####
 
 
 @pytest.mark.parametrize("mode", ["live", "vod"])
-def test_first_segment_that_is_missing_delays_no_start(
+def test_missing_first_segment_does_not_delay_the_start(
     origin: Origin, serve: Serve, mode: str
 ) -> None:
     channel = origin.add(Playlist("news", SEGMENTS[:6], mode=mode, target_duration=10))  # type: ignore[arg-type]
@@ -495,8 +503,8 @@ def test_first_segment_that_is_missing_delays_no_start(
     assert site.get("/status").json["streams"][0]["gaps"] == 1
 
 
-def test_newest_segment_may_come_late(origin: Origin, serve: Serve) -> None:
-    """A cache lists it before it has it."""
+def test_newest_segment_may_be_late(origin: Origin, serve: Serve) -> None:
+    """A cache may list a segment before it can serve it."""
     live = origin.add(news())
     late = origin.fault(live.segment_path(4), Status(404), times=2)
     site = serve({"news": live.url}, streamlink={"hls-live-edge": 1})
@@ -511,7 +519,7 @@ def with_gaps(*numbers: int) -> list[Segment]:
 
 
 @pytest.mark.parametrize("gap", [2, 3])
-def test_marked_gap_is_passed_over_at_once(origin: Origin, serve: Serve, gap: int) -> None:
+def test_marked_gap_is_skipped_at_once(origin: Origin, serve: Serve, gap: int) -> None:
     live = origin.add(Playlist("news", with_gaps(gap), mode="live", target_duration=10))
     missing = origin.fault(live.segment_path(gap), Status(404), times=None)
     site = serve({"news": live.url}, timeout=8)
@@ -531,8 +539,8 @@ def test_marked_gap_in_a_film_of_long_segments_is_counted(origin: Origin, serve:
     assert site.get("/status").json["streams"][0]["gaps"] == 1
 
 
-def test_marked_gaps_end_no_upstream(origin: Origin, serve: Serve) -> None:
-    """Two of six."""
+def test_marked_gaps_do_not_end_the_upstream(origin: Origin, serve: Serve) -> None:
+    """Two of the six listed segments are gaps."""
     live = origin.add(Playlist("news", with_gaps(5, 6), mode="live", window=6, listed=6))
     origin.fault(live.segment_path(5), Status(404), times=None)
     origin.fault(live.segment_path(6), Status(404), times=None)
@@ -548,8 +556,8 @@ def test_marked_gaps_end_no_upstream(origin: Origin, serve: Serve) -> None:
 #### Numbers and offsets ####
 
 
-def test_byte_range_without_offset_may_be_the_first(origin: Origin, serve: Serve) -> None:
-    """It follows the one before in the list, wherever the stream begins (RFC 8216, 4.3.2.2)."""
+def test_first_byte_range_may_have_no_offset(origin: Origin, serve: Serve) -> None:
+    """It follows the range listed before it, even if that is not played (RFC 8216, 4.3.2.2)."""
     live = origin.add(Playlist("news", SEGMENTS, mode="live", window=6, byte_ranges=True))
     site = serve({"news": live.url}, streamlink={"hls-live-edge": 3})
     viewer = site.watch("/news")
@@ -558,7 +566,7 @@ def test_byte_range_without_offset_may_be_the_first(origin: Origin, serve: Serve
 
 
 @pytest.mark.parametrize("mode", ["live", "vod"])
-def test_start_offset_is_for_the_start_alone(origin: Origin, serve: Serve, mode: str) -> None:
+def test_start_offset_applies_only_to_the_start(origin: Origin, serve: Serve, mode: str) -> None:
     channel = Playlist("news", SEGMENTS[:10], mode=mode, window=8)  # type: ignore[arg-type]
     origin.add(channel)
     first = 4 if mode == "live" else 3
@@ -578,14 +586,14 @@ def test_start_offset_is_for_the_start_alone(origin: Origin, serve: Serve, mode:
     assert viewer.read(len(channel.plain(stop - 1, stop))) == channel.plain(stop - 1, stop)
 
 
-#### What the log says of it ####
+#### The log ####
 
 
 @pytest.mark.parametrize("level", ["info", "debug"])
-def test_engine_tells_of_playlists_at_debug_only(
+def test_streamlinks_messages_on_playlists_are_logged_only_at_debug(
     origin: Origin, tmp_path: Path, level: str
 ) -> None:
-    """Each failed reload, each jump of the numbers, each strange attribute."""
+    """Streamlink reports failed reloads, jumps of the numbers and invalid attributes."""
     live = origin.add(
         Playlist("news", [Segment(d, tags=("#EXT-X-START:?",)) for d in SEGMENTS], mode="live")
     )
@@ -595,7 +603,7 @@ def test_engine_tells_of_playlists_at_debug_only(
             failing = origin.fault(live.path, Status(503), times=2)
             failing.wait(2)
             live.advance(8)
-            parts = (2, 5), (8, len(SEGMENTS)), (len(SEGMENTS), 13)  # it begins anew
+            parts = (2, 5), (8, len(SEGMENTS)), (len(SEGMENTS), 13)  # the media start over
             expected = media.spliced(*(live.plain(*part) for part in parts))
             assert start + viewer.read(len(expected) - len(start)) == expected
         lines = service.lines
@@ -611,7 +619,7 @@ def test_engine_tells_of_playlists_at_debug_only(
 
 
 @pytest.mark.parametrize("name", ["a-executor", "executor-0", "x-executor-0"])
-def test_name_of_a_stream_lifts_no_bound(
+def test_stream_name_cannot_lift_the_limit_of_playlists(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(pipe, "PLAYLIST_LIMIT", 100_000)
