@@ -43,5 +43,5 @@ def test_pages_have_no_accessibility_violations(
         visit.measure(checker)
         found = visit.measure("axe.run(document)")
         assert found["passes"]
-        told = [(each["id"], each["nodes"][0]["html"]) for each in found["violations"]]
-        assert told == [], path
+        violations = [(each["id"], each["nodes"][0]["html"]) for each in found["violations"]]
+        assert violations == [], path

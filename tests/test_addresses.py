@@ -92,9 +92,9 @@ def test_dead_addresses_cost_little_time(
         answer = site.get("/film")
         assert (answer.body, answer.is_complete) == (stream.plain(0, 12), True)
         assert time.monotonic() - began < SOON
-    told = [record for record in caplog.records if "does not answer" in record.getMessage()]
-    assert bool(told) == (addresses[0] != GOOD)
-    assert len(told) <= 8  # only by the first connections, which start together
+    logged = [record for record in caplog.records if "does not answer" in record.getMessage()]
+    assert bool(logged) == (addresses[0] != GOOD)
+    assert len(logged) <= 8  # only by the first connections, which start together
 
 
 def test_address_that_answered_is_tried_first(

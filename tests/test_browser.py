@@ -53,17 +53,17 @@ class Visit:
 
     def __init__(self, page: Page, address: str) -> None:
         self.page = page
-        self.asked: list[str] = []
+        self.requested: list[str] = []
         self.fetched: list[str] = []  # requested by the page's script
-        self.said: list[str] = []
+        self.messages: list[str] = []
         page.on("request", self._note)
-        page.on("console", lambda message: self.said.append(message.text))
-        page.on("pageerror", lambda error: self.said.append(str(error)))
-        page.on("requestfailed", lambda r: self.said.append(f"failed: {r.url} {r.failure}"))
+        page.on("console", lambda message: self.messages.append(message.text))
+        page.on("pageerror", lambda error: self.messages.append(str(error)))
+        page.on("requestfailed", lambda r: self.messages.append(f"failed: {r.url} {r.failure}"))
         page.goto(address)
 
     def _note(self, request: Request) -> None:
-        self.asked.append(request.url)
+        self.requested.append(request.url)
         if request.resource_type == "fetch":
             self.fetched.append(request.url)
 
@@ -164,7 +164,7 @@ def test_page_is_readable(busy: Site, look: Look, width: int, scheme: Scheme) ->
         name = f"{len(busy.config.streams)}-{width}-{scheme}.png"
         shot = visit.page.screenshot(full_page=cards.count() <= 12)
         (Path(folder) / name).write_bytes(shot)
-    assert visit.said == []
+    assert visit.messages == []
 
 
 def luminance(color: str) -> float:
@@ -212,9 +212,9 @@ def test_page_requests_only_the_server_and_logs_no_errors(
     before = len([r for r in origin.requests if not r.path.startswith("/news/")])
     visit = look(busy.url)
     updates = f"{busy.url}/status?active=1&html=1"
-    visit.until(lambda: visit.asked.count(updates) >= 2, "the page requests updates")
-    assert {url.rstrip("/") for url in visit.asked} == {busy.url, updates}
-    assert visit.said == []
+    visit.until(lambda: visit.requested.count(updates) >= 2, "the page requests updates")
+    assert {url.rstrip("/") for url in visit.requested} == {busy.url, updates}
+    assert visit.messages == []
     assert len([r for r in origin.requests if not r.path.startswith("/news/")]) == before
 
 
@@ -242,8 +242,8 @@ def test_page_updates_states_and_numbers_in_place(origin: Origin, serve: Serve, 
     assert "127.0.0.1" in (visit.page.locator("#Viewers").text_content() or "")
     assert visit.measure("document.activeElement.closest('li').id") == "news"
     assert visit.measure("document.querySelector('#news').getBoundingClientRect().top") > 0
-    assert [url for url in visit.asked if "/status?" not in url] == [f"{site.url}/"]
-    assert visit.said == []
+    assert [url for url in visit.requested if "/status?" not in url] == [f"{site.url}/"]
+    assert visit.messages == []
 
 
 def test_hidden_page_sends_no_requests(serve: Serve, look: Look) -> None:
@@ -255,11 +255,11 @@ def test_hidden_page_sends_no_requests(serve: Serve, look: Look) -> None:
         window.timers = 0
         window.setTimeout = (...given) => { window.timers++; return real(...given) }
     }""")
-    asked = len(visit.asked)
+    before = len(visit.requested)
     visit.until(lambda: visit.measure("timers") >= 2, "the page's timer fires again")
     visit.page.wait_for_timeout(1000)
     assert visit.measure("timers") <= 3
-    assert len(visit.asked) == asked
+    assert len(visit.requested) == before
 
 
 def test_updates_cost_less_than_a_kilobyte_a_second(
@@ -301,8 +301,8 @@ def test_links_work(origin: Origin, serve: Serve, look: Look, token: str | None)
     visit.page.get_by_text("All streams").click()
     visit.page.wait_for_url(re.compile("#news$"))
     assert visit.page.locator("li").count() == 1
-    visit.until(lambda: any("/status?" in url for url in visit.asked), "an update is requested")
-    assert not any("401" in words for words in visit.said)
+    visit.until(lambda: any("/status?" in url for url in visit.requested), "an update is requested")
+    assert not any("401" in words for words in visit.messages)
 
 
 def selected_address(visit: Visit) -> Any:
@@ -412,7 +412,7 @@ def test_any_of_three_hundred_channels_is_two_steps_away(
         visit.page.wait_for_url(re.compile("q=nobody"))
     visit.page.locator("#Nothing").wait_for()
     assert shown_cards(visit) == 0
-    assert visit.said == []
+    assert visit.messages == []
 
 
 def test_search_finds_any_of_thousands(serve: Serve, look: Look, has_script: bool) -> None:
@@ -508,10 +508,10 @@ def test_logo_covers_the_initials_unless_it_fails_to_load(
     assert logo_box(visit, "good") == (64, 90)
     assert logo_box(visit, "missing") == (0, 0), "a missing logo must not cover the initials"
     assert visit.page.locator("#missing .logo").inner_text() == "MC"
-    assert [line for line in visit.said if "404" not in line and "none.svg" not in line] == []
-    asked = [request for request in origin.requests if request.path.endswith(".svg")]
-    assert {request.path for request in asked} == {"/logo.svg", "/none.svg"}
-    assert not any("referer" in request.headers for request in asked)
+    assert [line for line in visit.messages if "404" not in line and "none.svg" not in line] == []
+    logos = [request for request in origin.requests if request.path.endswith(".svg")]
+    assert {request.path for request in logos} == {"/logo.svg", "/none.svg"}
+    assert not any("referer" in request.headers for request in logos)
 
 
 def test_initials_are_visible_until_the_logo_has_loaded(

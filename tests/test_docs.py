@@ -140,9 +140,9 @@ def test_picture_of_readme_is_small() -> None:
 
 def test_program_gives_the_reasons_that_readme_lists() -> None:
     source = Path(pipe.__file__).read_text(encoding="utf-8")
-    told = section("Troubleshooting").split("| 502, and the reason")[1]
-    told += section("Faults").split("| reason |")[1]
-    reasons = re.findall(r"^\| (`.+?) \|", told, re.M)
+    tables = section("Troubleshooting").split("| 502, and the reason")[1]
+    tables += section("Faults").split("| reason |")[1]
+    reasons = re.findall(r"^\| (`.+?) \|", tables, re.M)
     words = [word for row in reasons for word in re.findall(r"`(.+?)`", row)]
     assert len(words) >= 20
     # Of a reason with a status or a list of qualities, only the words before it are in the source.
@@ -278,8 +278,8 @@ def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_unit_of_readme_is_valid(name: str, request: pytest.FixtureRequest) -> None:
     file: Path = request.getfixturevalue(name)
     done = analyze("verify", "--man=no", str(file))
-    said = [line for line in done.stderr.splitlines() if "streampipe" in line]
-    assert (done.returncode, said) == (0, [])
+    messages = [line for line in done.stderr.splitlines() if "streampipe" in line]
+    assert (done.returncode, messages) == (0, [])
 
 
 def test_mistake_in_the_drop_in_is_detected(reloading_unit: Path) -> None:
@@ -357,12 +357,12 @@ def test_readme_repeats_the_texts_of_help() -> None:
 
 
 def test_help_shows_the_defaults() -> None:
-    told = {
+    shown = {
         action.dest: found[1]
         for action in pipe.build_parser()._actions
         if (found := re.search(r"\(default: (\S+)\)", action.help or ""))
     }
-    assert told == {"config": "config.yml", "log_level": parser_options()["--log-level"]}
+    assert shown == {"config": "config.yml", "log_level": parser_options()["--log-level"]}
 
 
 #### Commands, packages, files ####

@@ -133,9 +133,9 @@ def assert_plays(visit: Visit, seconds: float = PLAYED) -> None:
     assert visit.measure("document.querySelector('video').videoWidth") == media.WIDTH
     assert visit.measure("document.scripts.length") == 1
     aborted = re.compile("failed: .*ERR_ABORTED")  # Chromium often cancels a segment
-    assert [words for words in visit.said if not aborted.match(words)] == []
+    assert [words for words in visit.messages if not aborted.match(words)] == []
     server = visit.page.url.rpartition("/")[0]
-    assert all(address.startswith((server, "data:")) for address in visit.asked)
+    assert all(address.startswith((server, "data:")) for address in visit.requested)
 
 
 @pytest.mark.parametrize("state", ["cold", "warm"])
@@ -202,14 +202,14 @@ def test_page_recovers_from_an_outage_longer_than_reconnect(
     visit = look(f"{site.url}/news")
     assert_plays(visit, 3)
     origin.stop()
-    said = visit.page.locator("#Said")
-    said.filter(has_text="The source has stopped").wait_for(timeout=60_000)
+    message = visit.page.locator("#Said")
+    message.filter(has_text="The source has stopped").wait_for(timeout=60_000)
     visit.page.locator("header .waiting", has_text="gives up in").wait_for()
-    said.filter(has_text="Trying again in").wait_for(timeout=90_000)
+    message.filter(has_text="Trying again in").wait_for(timeout=90_000)
     visit.page.wait_for_timeout(30_000)
     origin.start()
     assert_keeps_playing(visit, limit=120)
-    assert said.is_hidden()
+    assert message.is_hidden()
     assert visit.page.locator("header .live").is_visible()
 
 
@@ -287,14 +287,14 @@ def test_page_of_a_failing_stream_plays_once_the_stream_recovers(
     assert visit.page.locator("#Trouble a", has_text="Try now").is_visible()
     assert visit.page.locator("nav a", has_text="other").is_visible()
     assert visit.page.locator("video").is_hidden()
-    said = visit.page.locator("#Said")
-    said.filter(has_text="in 10 s").wait_for()
-    said.filter(has_text="the origin answered 503. Trying again in 20 s").wait_for()
+    message = visit.page.locator("#Said")
+    message.filter(has_text="in 10 s").wait_for()
+    message.filter(has_text="the origin answered 503. Trying again in 20 s").wait_for()
     failing.clear()
     visit.page.locator("video").wait_for()
     assert_keeps_playing(visit)
     assert visit.page.locator("#Trouble").count() == 0
-    assert said.is_hidden()
+    assert message.is_hidden()
 
 
 ENDED = """new Promise(done => {

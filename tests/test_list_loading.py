@@ -352,16 +352,16 @@ def test_page_reads_the_state_of_lists_once(
     site = serve({}, playlists={"tv": origin.url + "/none"})
     eventually(lambda: status(site)["last_error"], "the failure is shown")
     lists = site.server.lists
-    asked = []
+    calls = []
     report = lists.report
 
     def count() -> list[dict[str, Any]]:
-        asked.append(1)
+        calls.append(1)
         return report()
 
     monkeypatch.setattr(lists, "report", count)
     assert "List tv: not loaded yet" in page(site)
-    assert len(asked) == 1
+    assert len(calls) == 1
 
 
 def test_list_that_loads_too_slowly_fails(
@@ -461,15 +461,15 @@ def test_new_list_does_not_disturb_viewers_of_remaining_channels(
     address = add_list(origin, listing(origin, "One", "Two"))
     site = serve({}, playlists={"tv": {"url": address, "max_upstreams": 2}})
     loaded(site, "one", "two")
-    stays, goes = site.watch("/one"), site.watch("/two")
-    assert (stays.status, goes.status) == (200, 200)
-    stays.read(188), goes.read(188)
+    remaining, removed = site.watch("/one"), site.watch("/two")
+    assert (remaining.status, removed.status) == (200, 200)
+    remaining.read(188), removed.read(188)
     add_list(origin, listing(origin, "Three", "One"))
     reload(site)
     loaded(site, "three", "one")
-    _, is_complete = goes.read_all()
+    _, is_complete = removed.read_all()
     assert not is_complete
-    assert stays.read(200 * 188)
+    assert remaining.read(200 * 188)
     assert origin.count("/one/index.m3u8") >= 1
     assert site.get("/status?stream=one").json["streams"]
 

@@ -216,7 +216,7 @@ def test_another_parser_agrees_on_clean_lists() -> None:
         ('tvg-id="a\tb\0c\u202ed" group-title="B\u00a0B",T\x07', ("a bcd", "B B", "T")),
     ],
 )
-def test_attributes(line: str, expected: tuple[str | None, str | None, str]) -> None:
+def test_attributes_are_parsed(line: str, expected: tuple[str | None, str | None, str]) -> None:
     found = entry(f"#EXTINF:-1 {line}")
     assert (found.tvg_id, found.group, found.title) == expected
 
@@ -291,11 +291,11 @@ def test_lines_may_end_with_a_carriage_return() -> None:
         ("1" * 30, None),
     ],
 )
-def test_number(text: str, expected: int | None) -> None:
+def test_channel_number_is_parsed(text: str, expected: int | None) -> None:
     assert entry(f'#EXTINF:-1 tvg-chno="{text}",T').number == expected
 
 
-def test_channel_numbers_of_tvheadend_and_hdhomerun() -> None:
+def test_channel_numbers_of_tvheadend_and_hdhomerun_are_parsed() -> None:
     assert entry('#EXTINF:-1 tvh-chnum="5",T').number == 5
     assert entry('#EXTINF:-1 channel-number="17",T').number == 17
     assert entry('#EXTINF:-1 channel-number="17" tvg-chno="3",T').number == 3
@@ -545,7 +545,7 @@ GROUPS = "".join(
         (["News", "Sports", "!News"], "b"),
     ],
 )
-def test_groups(groups: Sequence[str], expected: str) -> None:
+def test_groups_choose_channels(groups: Sequence[str], expected: str) -> None:
     found = parsed(GROUPS, groups=tuple(groups))
     assert "".join(each.title for each in found.entries) == expected
     assert found.omitted["in other groups"] == 6 - len(expected)

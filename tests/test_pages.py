@@ -607,7 +607,7 @@ def status(site: Site) -> Any:
     return answer.json
 
 
-def test_status_of_an_idle_server(serve: Serve) -> None:
+def test_idle_server_has_a_complete_status(serve: Serve) -> None:
     site = serve({"news": {"url": NOWHERE, "title": "N", "group": "G"}}, server={"name": "TV"})
     found = status(site)
     check_shape(found, SERVER_SHAPE)
@@ -669,7 +669,9 @@ def test_bitrate_does_not_depend_on_segment_duration(
 
 @pytest.mark.long
 @pytest.mark.parametrize("pause", [0.0, 1.5], ids=["evenly", "in-bursts"])
-def test_bitrate_of_a_source_without_segments(origin: Origin, serve: Serve, pause: float) -> None:
+def test_bitrate_of_a_source_without_segments_is_measured(
+    origin: Origin, serve: Serve, pause: float
+) -> None:
     """The backlog that the source sends first is not counted."""
     event, seconds = threading.Event(), pause or 0.1
     backlog, piece = media.ts_segments(8), media.padded(media.ts_segments()[0], 1_000_000)
@@ -1487,12 +1489,12 @@ def test_head_has_the_headers_of_get_but_no_body(
     assert head.startswith(b"HTTP/1.1 200 ")
     assert body == b""
     answer = site.get(path, Accept=accept, Host="h")
-    told = dict(re.findall(r"^([A-Za-z-]+): (.*)$", head.decode().replace("\r", ""), re.M))
+    received = dict(re.findall(r"^([A-Za-z-]+): (.*)$", head.decode().replace("\r", ""), re.M))
     varies = ("Date", "Content-Length")
-    assert {k: v for k, v in told.items() if k not in varies} == {
+    assert {k: v for k, v in received.items() if k not in varies} == {
         k: v for k, v in answer.headers.items() if k not in varies
     }
-    assert int(told["Content-Length"]) == pytest.approx(len(answer.body), abs=60)
+    assert int(received["Content-Length"]) == pytest.approx(len(answer.body), abs=60)
     assert origin.requests == ()
 
 

@@ -239,8 +239,8 @@ def test_check_reports_a_page_as_failed(origin: Origin, capsys: pytest.CaptureFi
     origin.fault("/news", Body(WEB_PAGE, "text/html"), times=None)
     stream = pipe.StreamSettings("news", (f"{origin.url}/news",))
     assert pipe.run_check(pipe.Config(streams={"news": stream})) == 1
-    said = capsys.readouterr().out
-    assert said == "news  failed  the origin sent a web page, not a stream\n"
+    output = capsys.readouterr().out
+    assert output == "news  failed  the origin sent a web page, not a stream\n"
 
 
 @pytest.mark.parametrize("place", ["playlist", "segment"])
@@ -375,9 +375,9 @@ def playlist_of(*lines: str) -> str:
 def test_useless_playlist_is_explained(
     origin: Origin, serve: Serve, lines: list[str], words: str
 ) -> None:
-    status, told = failing(origin, serve, playlist_of(*lines))
+    status, message = failing(origin, serve, playlist_of(*lines))
     assert status == 502
-    assert words in told
+    assert words in message
 
 
 @pytest.mark.parametrize(
@@ -608,8 +608,8 @@ def test_streamlinks_messages_on_playlists_are_logged_only_at_debug(
             assert start + viewer.read(len(expected) - len(start)) == expected
         lines = service.lines
     words = "Reloading failed|Sequence gap|attributes list|pool"
-    told = [line for line in lines if re.search(words, line)]
-    assert bool(told) == (level == "debug"), told
+    found = [line for line in lines if re.search(words, line)]
+    assert bool(found) == (level == "debug"), found
     assert any(
         "news: address 1 of 1 (127.0.0.1): the origin answered 503" in line for line in lines
     )

@@ -87,9 +87,9 @@ def test_all_configurations_are_valid() -> None:
 
 def test_options_in_troubleshooting_are_valid() -> None:
     """The options suggested under Troubleshooting are valid as written there."""
-    told = re.findall(r"`([a-z_]+): ([^`]+)`", section("Troubleshooting"))
-    assert {key for key, _ in told} >= {"quality", "threads", "url", "headers"}
-    for key, value in told:
+    suggested = re.findall(r"`([a-z_]+): ([^`]+)`", section("Troubleshooting"))
+    assert {key for key, _ in suggested} >= {"quality", "threads", "url", "headers"}
+    for key, value in suggested:
         settings = {"url": "https://example.com/x.m3u8", key: yaml.safe_load(value)}
         assert read(yaml.safe_dump({"streams": {"news": settings}}))
 

@@ -255,7 +255,7 @@ def test_forbidden_sound_has_a_button(site: Site, look: Look) -> None:
     await_picture(visit)
     assert visit.page.locator("#Sound").is_visible()
     assert visit.measure("document.querySelector('video').muted")
-    assert visit.said == [] or not any("Error" in words for words in visit.said)
+    assert visit.messages == [] or not any("Error" in words for words in visit.messages)
 
 
 @pytest.mark.parametrize(

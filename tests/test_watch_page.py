@@ -264,7 +264,9 @@ def test_page_names_codecs_that_browsers_cannot_play(
 
 
 @pytest.mark.parametrize("kind", ["TS", "fMP4", "radio"])
-def test_page_of_a_stream_without_hls(origin: Origin, serve: Serve, kind: str) -> None:
+def test_page_without_hls_plays_the_stream_itself_if_possible(
+    origin: Origin, serve: Serve, kind: str
+) -> None:
     """Browsers can play plain fMP4 and radio, but not MPEG-TS."""
     init, fragments = media.fmp4()
     films = {
