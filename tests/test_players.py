@@ -179,7 +179,7 @@ def test_curl_receives_packets(demo: str, version: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def imported(origin: Origin, serve: Serve) -> str:
-    """The address of a playlist whose streams were imported from a panel's list."""
+    """The address of a playlist imported from a panel that combines all habits of panels."""
     segments = media.ts_segments(60)
     panel = Panel(origin, "panel-all", source=lambda: paced(segments), **PANELS["panel-all"])
     site = serve({}, playlists={"tv": panel.url})
