@@ -57,7 +57,7 @@ Threads
     close-NAME-0   closes an upstream, which may have to wait for streamlink's threads
     log            writes the log, so that no other thread waits for the program that reads it
     list-NAME-0    one for each playlist: loads its channel list and applies it
-    check-N        for --check: each opens one address after the other
+    check-N        for --check: each starts a Channel for one address after the other
     judge_N        for addresses on the command line: finds out whether each is a list or a stream
     demo           for --demo: an origin, with a thread for each of its connections
     timers         threading.Timer: one aborts an opening, or the load of a list or a guide, that
@@ -1112,7 +1112,8 @@ def setting(parse: Parse, default: Any, *, restarts: bool = True) -> Any:
     """A field for a key whose value is shaped like `default`; `parse` parses each text in it.
 
     A default may be a map: dataclasses refuse one, so this passes it as a factory.
-    `restarts`: an open upstream depends on it, so a reload that changes it ends the channel.
+    `restarts`, which counts in Options and StreamSettings alone: an open upstream depends on it, so
+    a reload that changes it ends the channel.
     """
     metadata = {"read": reader_of(parse, default), "restarts": restarts}
     return field(default_factory=lambda: default, metadata=metadata)
@@ -3977,10 +3978,9 @@ class Window:
 
         # _lock guards everything below.
         self._lock = threading.Lock()
-        self._grown = threading.Condition(self._lock)  # viewers wait; append() and end() notify
-        self._taken = threading.Condition(self._lock)  # the feeder waits; viewers notify
-        # Polling clients wait for a segment or an end; finish(), end() and close_hls() notify.
-        self._list_changed = threading.Condition(self._lock)
+        self._grown = threading.Condition(self._lock)  # viewers wait for blocks or an end
+        self._taken = threading.Condition(self._lock)  # the feeder waits for room
+        self._list_changed = threading.Condition(self._lock)  # polling clients wait for a segment
         self._feeder_waits = False
 
         self._blocks: deque[Block] = deque()
@@ -5212,7 +5212,7 @@ def engine_options() -> EngineOptions:
 class Session:
     """Streamlink for one opening of a channel's upstream; openings share nothing.
 
-    Only the channel's feeder uses it, but any thread may call http.cut().
+    One thread uses it, a channel's feeder or that of a Fetch; any thread may call http.cut().
     """
 
     def __init__(self, stream: StreamSettings, timeout: float) -> None:
@@ -6053,9 +6053,10 @@ def read_bounded(response: requests.Response, start: bytes = b"") -> None:
     untyped._content_consumed = True
 
 
-# How an upstream ends.  The thread in the third column ends the ReaderBuffer; only the first end
-# counts.  read() returns everything received until then, and then raises SourceEnded (complete) or
-# UpstreamError (failure).
+# How an upstream ends.  The thread in the third column ends its ReaderBuffer: a track's writer that
+# of its track, and for ffmpeg the pump that of the upstream.  Only the first end counts.  read()
+# returns everything received until then, and then raises SourceEnded (complete) or UpstreamError
+# (failure).
 #
 #   HLS            complete  writer   all up to EXT-X-ENDLIST was passed on, filtered or a gap
 #                  failure   writer   no key; no initialization section; a failed segment that is
@@ -6846,14 +6847,14 @@ class SegmentDownload(Download):
 
       the playlist no longer lists the segment              abandoned
       refused at a start, and next to be handed on          abandoned, unless it may only be late
-      refused for REFUSAL_TIME, and its upstream ends       abandoned
+      refused for REFUSAL_TIME, and is_fatal() is true      abandoned
       answered without a byte for REFUSAL_TIME              abandoned
       no byte arrived within its patience                   abandoned
       otherwise                                             retried
 
-    When it is abandoned, or its bytes are unusable, its upstream ends or continues (is_fatal):
+    When an initialization section is abandoned, or its bytes are unusable, its upstream ends.  For
+    a segment, is_fatal() decides:
 
-      it is an initialization section                       ends
       the origin is gone, and nothing else was answered     ends
       start: it is the third one missing, or the newest     ends
       finite: a connection failed                           ends, once for this segment
@@ -8481,7 +8482,7 @@ class Channel:
         self.wake()
 
     def wake(self) -> None:
-        """Make the thread check its channel now."""
+        """Make the thread check its channel now if it waits for data of its upstream."""
         upstream = self._upstream
         if upstream:
             upstream.buffer.wake()
@@ -9281,7 +9282,7 @@ def no_quality_error(qualities: Iterable[str]) -> StreamError:
 #   the rest of a file does not fit     Channel._finish            ENDED   the file changed ...
 #   StreamPipe has a fault              Channel._run               ENDED   the feeder failed
 #   it was idle for its linger time     close_if_abandoned         CLOSED  -
-#   it is idle in an outage's pause     close_if_unwatched         CLOSED  -
+#   it is idle in a pause between tries close_if_unwatched         CLOSED  -
 #   it is idle, and its slot is needed  _make_room                 CLOSED  -
 #   it is idle, and its host counts     close_idle_beside          CLOSED  -
 #     its connection
