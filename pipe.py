@@ -3897,7 +3897,7 @@ class HlsSegment:
     end: int  # number of the block after its last one
     size: int  # bytes
     duration: float  # seconds
-    clock: float  # seconds of all segments before it
+    start_time: float  # seconds of all segments before it
     preamble: bytes  # what a decoder needs before it
     map_number: int  # number of the first segment with the same initialization section
     is_apart: bool  # it does not continue the segment before it
@@ -4292,7 +4292,7 @@ class Window:
             end=end,
             size=sum(len(block) for block in self._blocks_between(first, end)),
             duration=seconds,
-            clock=self._clock,
+            start_time=self._clock,
             preamble=preamble,
             map_number=self._newest_map.number,
             is_apart=self._is_apart,
@@ -4647,7 +4647,7 @@ class Window:
         if self._container.is_packed_audio:
             if 0 < len(segment.preamble) < TAG_LIMIT:
                 return [segment.preamble, *blocks]
-            return [timestamp_tag(segment.clock), *blocks]
+            return [timestamp_tag(segment.start_time), *blocks]
         first_packet = bytes(blocks[0][:3])
         starts_with_tables = len(first_packet) == 3 and pid_of(first_packet) == 0
         if starts_with_tables:
@@ -5232,7 +5232,7 @@ class Session:
         self._streams: Mapping[str, Any] = {}
         self._copies: Mapping[str, Sequence[Any]] = {}  # by name: copies of a master's variant
         self._raw: Opened | None = None  # a body that no plugin handles and that is not a playlist
-        self.slack = 0  # how many segments a playlist may lag behind the first segment wanted
+        self.allowed_lag = 0  # how many segments a playlist may lag behind the first segment wanted
 
     def resolve(self, address: str) -> None:
         """Find the streams at an address; raises UpstreamError.
@@ -5279,7 +5279,7 @@ class Session:
         `left_out`: the tracks that were left out at the channel's start; None at its start.
         """
         upstream: Upstream | None = None
-        self.slack = STALE_NUMBERS if is_other_address else 0
+        self.allowed_lag = STALE_NUMBERS if is_other_address else 0
         deadline = Deadline(self.http, self._ends - time.monotonic())
         try:
             with deadline:
@@ -6205,7 +6205,7 @@ class Upstream:
                 log.debug("cannot close", exc_info=True)
         for file in files:
             if isinstance(file, SegmentReader):
-                file.let_go()
+                file.drop_references()
         files.clear()
         self._files.clear()
         self._unused.clear()
@@ -6290,7 +6290,7 @@ def use_own_reader(stream: Any, session: Session, track: str = "", **reading: An
     """
     stream.name = session.name + track  # part of the names of its threads, and so of log lines
     reader = _own_reader(type(stream).__reader__)
-    stream.__reader__ = functools.partial(reader, slack=session.slack, **reading)
+    stream.__reader__ = functools.partial(reader, allowed_lag=session.allowed_lag, **reading)
     stream.__parser__ = _own_parser(type(stream).__parser__)
 
 
@@ -6625,11 +6625,11 @@ class SegmentReader(HLSStreamReader):
         name: str | None,
         buffer: ReaderBuffer,
         first: int | None,
-        slack: int,
+        allowed_lag: int,
         fail: weakref.WeakMethod[Callable[[str], None]] | None,
     ) -> None:
         self.first = first  # number of the segment to begin with, if the playlist lists it
-        self.slack = slack  # how many segments the playlist may lag behind `first`
+        self.allowed_lag = allowed_lag  # how many segments the playlist may lag behind `first`
         self.is_track = fail is not None
         self._fail_upstream = fail  # a track's: a weak reference to ProcessUpstream._fail
         self.start = b""  # the first bytes of media; empty until the writer's thread has some
@@ -6710,7 +6710,7 @@ class SegmentReader(HLSStreamReader):
         self.worker.closed = True
         self.worker._wait.set()
 
-    def let_go(self) -> None:
+    def drop_references(self) -> None:
         """Drop the references of streamlink's threads to this reader and its bytes.
 
         Does nothing if one of the threads is still running.
@@ -6801,7 +6801,7 @@ class WatchedWorker(HLSStreamWorker):
         `first` and `last` are the numbers that the playlist lists.
         """
         self.duration_offset_start = 0.0
-        if first <= self.reader.first <= last + 1 + self.reader.slack:
+        if first <= self.reader.first <= last + 1 + self.reader.allowed_lag:
             self.sequence = self.reader.first
 
     def _measure(self, newest: int, is_skipping: bool) -> None:
@@ -6933,7 +6933,7 @@ class SegmentDownload(Download):
             return False
 
         # A server that stops may still answer on open connections while it refuses new ones.
-        if failure in NO_SERVER and self._is_old:
+        if failure in NO_SERVER and self._can_resolve_again:
             return True
         if failure is None or not nothing_else_answers:
             return False
@@ -6949,10 +6949,10 @@ class SegmentDownload(Download):
         if failure in REFUSALS:
             return self._may_have_expired
         has_waiting = any(not other.has_begun or other.began >= tries.asked for other in others)
-        return self._is_old and has_waiting
+        return self._can_resolve_again and has_waiting
 
     @property
-    def _is_old(self) -> bool:
+    def _can_resolve_again(self) -> bool:
         """Whether resolving the segment's address again may help."""
         reader = self._writer.reader
         is_first = self._segment.num == reader.first
@@ -6966,7 +6966,7 @@ class SegmentDownload(Download):
         missing segments caused a reopening, another reopening for the second one would begin with
         the first one again.
         """
-        return self._is_old and bool(self._writer.reader.start)
+        return self._can_resolve_again and bool(self._writer.reader.start)
 
     def _nothing_else_answers(self, tries: Tries, failure: str | None) -> bool:
         """Whether no other request was answered while this one failed.
@@ -6985,7 +6985,7 @@ class SegmentDownload(Download):
             return not any(other.was_answered for other in others)
 
         since = tries.failing_since
-        if self._is_old and not self._writer.is_start:
+        if self._can_resolve_again and not self._writer.is_start:
             since = tries.failed
         for other in others:
             if other.was_answered and since < other.answered < tries.asked:
@@ -8088,10 +8088,10 @@ class Splicer:
 # --------------------------------------------------------------------------------------------------
 
 BAD_TIME = 60.0  # seconds after a failure in which starts try that address last
-SLOT = 5  # seconds that one bar in a page's chart covers
-SLOTS = 60  # bars in a chart
+CHART_STEP = 5  # seconds that one bar in a page's chart covers
+CHART_BARS = 60  # bars in a chart
 AVERAGED_TIME = 15.0  # seconds; a bitrate is averaged over at least that much media
-PAUSE = 1.0  # seconds without a byte after which the next bytes are another burst
+BURST_GAP = 1.0  # seconds without a byte after which the next bytes are another burst
 LONGEST_PIECE = 2.0  # seconds after which bytes without a pause are divided into two bursts
 # The upper bounds of the histogram's buckets in seconds, as Prometheus writes them.
 FIRST_BYTE_BOUNDS = ("0.01", "0.05", "0.1", "0.25", "0.5", "1.0", "2.5", "5.0", "10.0", "+Inf")
@@ -8183,7 +8183,7 @@ class Bitrate:
         began = self._burst_began
         if began is None:
             self._burst_began = now
-        elif now - self._arrived > PAUSE or now - began > LONGEST_PIECE:
+        elif now - self._arrived > BURST_GAP or now - began > LONGEST_PIECE:
             if not self._is_first_burst:
                 self._add_piece(self._size, now - began)
             self._size = 0
@@ -8237,7 +8237,8 @@ class StreamRecord:
         self.failure_times: dict[str, float] = {}  # when each address last failed
         # The address that had media last, and the copy of its variant.
         self._good_copy: tuple[str, int] | None = None
-        self._slots: deque[tuple[int, int]] = deque(maxlen=SLOTS + 1)  # number and bytes of each
+        # The number and the bytes of each bar.
+        self._bars: deque[tuple[int, int]] = deque(maxlen=CHART_BARS + 1)
         self._warnings = LineLimit()  # used by choose_level()
 
     def add(self, name: str, amount: int = 1) -> None:
@@ -8316,21 +8317,21 @@ class StreamRecord:
         return copy
 
     def add_received(self, size: int) -> None:
-        slot = int(time.monotonic() / SLOT)
+        bar = int(time.monotonic() / CHART_STEP)
         with self._lock:
             self.counts["received"] += size
             self.has_failed = False
-            if self._slots and self._slots[-1][0] == slot:
-                _, counted = self._slots.pop()
+            if self._bars and self._bars[-1][0] == bar:
+                _, counted = self._bars.pop()
                 size += counted
-            self._slots.append((slot, size))
+            self._bars.append((bar, size))
 
     def bitrates(self) -> list[float]:
-        """Bits per second in each of the last SLOTS complete slots, the oldest first."""
-        now = int(time.monotonic() / SLOT)
+        """Bits per second in each of the last CHART_BARS complete bars, the oldest first."""
+        now = int(time.monotonic() / CHART_STEP)
         with self._lock:
-            slots = dict(self._slots)
-        return [slots.get(slot, 0) * 8 / SLOT for slot in range(now - SLOTS, now)]
+            bars = dict(self._bars)
+        return [bars.get(bar, 0) * 8 / CHART_STEP for bar in range(now - CHART_BARS, now)]
 
     def reasons(self) -> tuple[Counter[str], Counter[str]]:
         """Copies of `failures` and `drops`."""
@@ -8449,7 +8450,8 @@ class Channel:
         self._copies = 1  # number of copies that the address offered last
         self._last_byte = self.since  # last arrival of media, or the start; status() reads it
         self._troubled_since: float | None = None  # when `trouble` was first set in this outage
-        self._told: set[tuple[Place, str]] = set()  # what was logged since the last recovery
+        # The failures that were logged since the last recovery.
+        self._logged_failures: set[tuple[Place, str]] = set()
         self._gaps = 0  # segments lost since the last recovery
         self._losses = Losses()  # those of the upstream's tracks that were counted so far
         self._segment_time: float | None = None  # seconds, as last measured
@@ -8604,7 +8606,7 @@ class Channel:
 
     def _log_failure(self, error: StreamError) -> None:
         """Log why the channel has ended, unless the log has this reason already."""
-        if any(reason == error.reason for _, reason in self._told):
+        if any(reason == error.reason for _, reason in self._logged_failures):
             return
         what = "ended" if self._splicer else "not started"
         level = self._choose_level()
@@ -8778,15 +8780,15 @@ class Channel:
             self._troubled_since = time.monotonic()
         self.trouble = reason
         self.record.note_trouble(reason)
-        if (self._place, reason) not in self._told:
-            self._told.add((self._place, reason))
+        if (self._place, reason) not in self._logged_failures:
+            self._logged_failures.add((self._place, reason))
             level = self._choose_level()
             log.log(level, "%s: %s: %s", self.stream.name, self._origin, reason)
 
     def _note_recovery(self) -> None:
         """Log that media arrives again, and end the outage."""
         line = f"recovered after {time.monotonic() - self._last_byte:.1f} s"
-        if any(place != self._place for place, _ in self._told):
+        if any(place != self._place for place, _ in self._logged_failures):
             line = f"{self._origin}: {line}"
         if self._gaps:
             line += f"; {_many(self._gaps, 'segment')} lost"
@@ -8794,7 +8796,7 @@ class Channel:
         self.trouble = None
         self._troubled_since = None
         self._gaps = 0
-        self._told.clear()
+        self._logged_failures.clear()
 
     def _choose_level(self) -> int:
         """Choose the level of a log line.
@@ -9253,7 +9255,7 @@ def no_quality_error(qualities: Iterable[str]) -> StreamError:
 # How a viewer leaves.  `log` has the words of the log line, `reason` the label in the metric.
 #   cause                               decided by                 log                  reason
 #   it closed its connection            Handler._take, or a send;  left                 -
-#                                       at a limit, _let_go
+#                                       at a limit, _detach_departed
 #   the source ended, and it has all    Window.take                got everything       -
 #   it took no byte for viewer_timeout  Handler._send_pieces       read nothing for ... timeout
 #   it fell behind, and cannot skip     Window.take                fell behind          fell behind
@@ -9264,7 +9266,8 @@ def no_quality_error(qualities: Iterable[str]) -> StreamError:
 #   the server stops                    drop_reason                                     shutdown
 #   it polls, and was silent for        remove_pollers             left                 -
 #     poll_patience
-#   it polls another channel            _let_go, at a limit        left                 -
+#   it polls another channel, at a      _detach_departed           left                 -
+#     limit
 #   it polls, and the source ended      Channel._see_pollers_off   left                 -
 #   it polls, and the channel failed    end                        left                 drop_reason
 #   its start has no media for it       _await_start               a line of the start  -
@@ -9283,7 +9286,7 @@ def no_quality_error(qualities: Iterable[str]) -> StreamError:
 #   StreamPipe has a fault              Channel._run               ENDED   the feeder failed
 #   it was idle for its linger time     close_if_abandoned         CLOSED  -
 #   it is idle in a pause between tries close_if_unwatched         CLOSED  -
-#   it is idle, and its slot is needed  _make_room                 CLOSED  -
+#   it is idle, and its slot is needed  _free_slots                CLOSED  -
 #   it is idle, and its host counts     close_idle_beside          CLOSED  -
 #     its connection
 #   a reload changed its stream         reload                     CLOSED  the reload's line
@@ -9623,7 +9626,7 @@ class Channels:
     def _make_seat(self, viewer: Viewer) -> None:
         """Raise LimitReached if there are too many viewers, not counting those that have left."""
         if not self._has_seat():
-            self._let_go([viewer])
+            self._detach_departed([viewer])
         if not self._has_seat():
             reason = "there are too many viewers"
             raise LimitReached(reason, "max_viewers", _addresses_of(self._channels))
@@ -9639,7 +9642,7 @@ class Channels:
         held_by: set[str] = set()
         for number, position in enumerate(order):
             try:
-                self._make_room(stream, stream.urls[position], [viewer])
+                self._free_slots(stream, stream.urls[position], [viewer])
             except LimitReached as refusal:
                 if first is None:
                     first = refusal
@@ -9649,7 +9652,7 @@ class Channels:
         assert first, "every stream has an address"
         raise LimitReached(first.reason, first.limit, held_by)
 
-    def _let_go(self, newcomers: Collection[Viewer]) -> None:
+    def _detach_departed(self, newcomers: Collection[Viewer]) -> None:
         """Detach viewers that have left.
 
         A polling client has left its channel if it is among the newcomers to another.
@@ -9702,7 +9705,7 @@ class Channels:
             closing += surplus
         return Room(closing)
 
-    def _make_room(
+    def _free_slots(
         self,
         stream: StreamSettings,
         address: str,
@@ -9716,7 +9719,7 @@ class Channels:
         """
         room = self._room_at(stream, address, mover)
         if room.refusal:
-            self._let_go(newcomers)
+            self._detach_departed(newcomers)
             room = self._room_at(stream, address, mover)
         if room.refusal:
             raise room.refusal
@@ -9812,7 +9815,7 @@ class Channels:
         The channel gives back its slot of another account.  Raises LimitReached if none is free.
         """
         with self.changed:
-            self._make_room(channel.stream, address, channel.viewers, channel)
+            self._free_slots(channel.stream, address, channel.viewers, channel)
             channel.address = address
             channel.account = self._account_of(channel.stream, address)
 
@@ -9889,7 +9892,7 @@ class Channels:
         """
         with self.changed:
             counted = _counted_by(address, self._account_of(newcomer.stream, address))
-            self._let_go(newcomer.viewers)
+            self._detach_departed(newcomer.viewers)
             for channel in tuple(self._channels):
                 is_counted = not counted.isdisjoint(_counted_by(channel.address, channel.account))
                 if channel.is_running and not channel.viewers and is_counted:
@@ -10879,7 +10882,7 @@ MOST_VIEWERS = 200  # rows of the table of viewers
 HUES = 24  # colors behind initials
 FEW_GROUPS = 24  # if there are more, their links would push the results of a search off the screen
 UNFOLDED_LINES = 3  # if more need attention, their list is folded
-FRESH = 600.0  # seconds during which a failure needs attention
+ATTENTION_TIME = 600.0  # seconds during which a failure needs attention
 HELP = """<p>No picture? Chrome and Edge play this from version 142 on, as do Safari and Android's
 browsers. Firefox on a desktop does not. Page Up and Page Down change the channel.</p>"""
 NO_HLS = "Firefox on a desktop does not play this kind of stream (HLS). Chrome, Edge and Safari do."
@@ -11427,7 +11430,7 @@ class Board:
 
     def _is_over(self, stream: StreamSettings) -> bool:
         """Whether a failure no longer matters: it is old, or its account now plays a stream."""
-        is_old = self.active[stream.name]["last_error_seconds"] > FRESH
+        is_old = self.active[stream.name]["last_error_seconds"] > ATTENTION_TIME
         return is_old or self._account(stream.name) in self.playing_accounts
 
     def _account(self, name: str) -> str | None:
@@ -11558,11 +11561,11 @@ def _chart(bitrates: Sequence[float], scale: float, uptime: float) -> str:
     top = f"{scale / 1e3:g} kbit/s"
     if scale >= 1e6:
         top = f"{scale / 1e6:g} Mbit/s"
-    minutes = f"{SLOT * SLOTS // 60} minutes"
+    minutes = f"{CHART_STEP * CHART_BARS // 60} minutes"
     return (
         f'<div class="chart" role="img" aria-label="Bitrate of the last {minutes}, on a scale to '
         f'{top}"><p>{top}<span>{_duration(uptime)} up</span></p>'
-        f'<svg viewBox="0 0 {BAR_STEP * SLOTS} {CHART_HEIGHT}" preserveAspectRatio="none">'
+        f'<svg viewBox="0 0 {BAR_STEP * CHART_BARS} {CHART_HEIGHT}" preserveAspectRatio="none">'
         f'<path d="{bars}"/></svg><p>{minutes} ago<span>now</span></p></div>'
     )
 
@@ -13195,18 +13198,18 @@ class Server(ThreadingHTTPServer):
         self,
         config: Config,
         channels: Channels,
-        learn: Callable[[Config], None] = lambda config: None,
+        before_use: Callable[[Config], None] = lambda config: None,
     ) -> None:
         """Bind and listen; raises OSError.
 
-        `learn` is called with each configuration before it is used.
+        `before_use` is called with each configuration before it is used.
         """
         self.config = config  # a reload replaces it as a whole
         self.last_reload = Reload(is_successful=True)  # main replaces it; until then, the start
         self.channels = channels
         self.stopping = channels.stopping  # once set, new viewers are refused
         self.lists = Lists(config, self.use)
-        self._learn = learn
+        self._before_use = before_use
         self.started = time.monotonic()
         self.numbers = itertools.count(1)  # for threads' names
         self._file_warnings = LineLimit()  # used only by the listener
@@ -13334,7 +13337,7 @@ class Server(ThreadingHTTPServer):
 
     def use(self, config: Config) -> None:
         """Use a new configuration that includes the streams of its lists."""
-        self._learn(config)
+        self._before_use(config)
         self.config = config
         self.channels.reload(config)
 
@@ -14308,16 +14311,16 @@ def serve(
     config: Config,
     received: Signals,
     read_again: Callable[[], Config],
-    learn: Callable[[Config], None],
+    before_use: Callable[[Config], None],
 ) -> int:
     """Serve, and block until a signal ends it.  Returns the exit status.
 
-    `read_again` returns the configuration for a reload, or raises ConfigError.  `learn` is called
-    with each configuration before it is used.
+    `read_again` returns the configuration for a reload, or raises ConfigError.  `before_use` is
+    called with each configuration before it is used.
     """
     channels = Channels(config)
     try:
-        server = Server(config, channels, learn)
+        server = Server(config, channels, before_use)
     except (OSError, ValueError, TypeError, OverflowError) as error:  # odd hosts may raise any
         where = f"{config.server.host} port {config.server.port}"
         advice = "choose another with --host or --port"

@@ -1407,7 +1407,7 @@ def test_old_failure_needs_no_attention(
     assert site.get("/bad").status == 502
     assert page(site).all("span", **{"class": "failed"})
     assert "hidden" not in page(site).all("details", id="Attention")[0]
-    monkeypatch.setattr(pipe, "FRESH", -1.0)
+    monkeypatch.setattr(pipe, "ATTENTION_TIME", -1.0)
     found = page(site)
     assert "hidden" in found.all("details", id="Attention")[0]
     assert re.search(
