@@ -1831,7 +1831,7 @@ class ListParser:
         if key in self._seen:
             return "duplicates"
         if len(self._entries) >= CHANNEL_LIMIT:
-            return f"beyond the limit of {CHANNEL_LIMIT:,} (choose groups:)"
+            return f"above the limit of {CHANNEL_LIMIT:,} (select groups with groups:)"
         self._seen.add(key)
 
         headers = NO_HEADERS
@@ -7612,7 +7612,7 @@ class ProcessUpstream(Upstream):
         elif all(missing):
             self.missing = "no sound"
         else:
-            self.missing = "not all sound"
+            self.missing = "some audio tracks are missing"
 
         for file in unused:
             worker = cast(WatchedWorker, file.worker)
@@ -8682,7 +8682,9 @@ class Channel:
         source, and Stop if the channel must end.
         """
         if self.state is State.PRIVATE and not self._has_end:
-            raise UpstreamError("a source without a length cannot be resumed")
+            raise UpstreamError(
+                "the stream broke off, and cannot be resumed because its length is unknown"
+            )
         tried = {self._place}  # since media last arrived
         self._first_copy = self._copy
         waits = _reopen_pauses()
@@ -10074,7 +10076,7 @@ def load_list(settings: PlaylistSettings, fetch: Fetch) -> ChannelList:
 def _parts_of_file(path: Path) -> Iterator[bytes]:
     try:
         if path.exists() and not path.is_file():  # reading a device might never end
-            raise ListError("the path is not that of a file")
+            raise ListError("the path is not a file")
         with path.open("rb") as file:
             while part := file.read(64 * KIB):
                 yield part
@@ -10329,7 +10331,8 @@ class Lists:
             if pause > 0:
                 doubt = (
                     f"the list has only {_many(len(outcome.entries), 'channel')} instead of "
-                    f"{each.channel_count}: it is accepted if it is as short in 10 minutes"
+                    f"{each.channel_count}: it will be accepted if it is still this short in "
+                    "10 minutes"
                 )
                 self._refuse(each, doubt)
                 each.load_in(pause)
@@ -10787,13 +10790,13 @@ STATE_METRICS = {  # the state in the metrics, by the state in /status
 STREAM_METRICS = {
     "stream_state": "1 for the state that a stream is in: live, waiting, failed or idle.",
     "viewers": "Viewers now.",
-    "upstreams": "Upstreams that work: open, and not in trouble.",
+    "upstreams": "Upstreams that deliver media.",
     "window_bytes": "Bytes in windows.",
     "viewer_connections_total": "Viewers that arrived.",
     "sent_bytes_total": "Media sent to viewers.",
     "received_bytes_total": "Media received from origins.",
-    "viewer_skips_total": "Jumps of viewers that fell behind.",
-    "segment_gaps_total": "Segments given up.",
+    "viewer_skips_total": "Times that viewers fell behind and skipped ahead.",
+    "segment_gaps_total": "Segments lost.",
     "upstream_restarts_total": "Upstreams reopened.",
     "upstream_errors_total": "Upstream failures, by reason.",
     "last_error_timestamp_seconds": "When an origin failed last, if it did.",
@@ -11680,7 +11683,7 @@ def _found(board: Board, choice: Choice) -> str:
     cards = "".join(_card(board, stream, has_group=True) for stream in found[:MOST_CARDS])
     more = ""
     if len(found) > MOST_CARDS:
-        more = f"<p>{len(found) - MOST_CARDS} more: search for them.</p>"
+        more = f"<p>{len(found) - MOST_CARDS} more are not shown: use the search.</p>"
     heading = f"<h2>{_many(len(found), 'channel')} found</h2>"
     return f'{heading}<ul class="cards" id="Found">{cards}</ul>{more}'
 
@@ -11720,7 +11723,7 @@ def _groups(board: Board, chosen: str) -> str:
             f'<ul class="cards">{cards}</ul></details>\n'
         )
         if len(streams) > len(shown):
-            text += f"<p>{len(streams) - len(shown)} more: search for them.</p>"
+            text += f"<p>{len(streams) - len(shown)} more are not shown: use the search.</p>"
 
     if is_many and chosen not in groups:
         text += '<p id="Hint">Choose a group, or search.</p>'
@@ -11913,7 +11916,7 @@ def _screen(site: Site, stream: StreamSettings, watched: Watched, source: str, a
         if not (may_pass and has_hls):
             return trouble
     if not source:
-        words = "Browsers cannot play this recording here: open it in a player."
+        words = "Browsers cannot play this recording: open it in a player."
         return f'<div class="said"><p>{words}</p>{_player_link(site, stream)}</div>'
     if not has_hls:
         return f'<div class="said"><p>{NO_HLS}</p>{_player_link(site, stream)}</div>'
@@ -11957,7 +11960,7 @@ def _unplayed(site: Site, stream: StreamSettings) -> str:
     codecs = " and ".join(site.record(stream).unplayed)
     if not codecs:
         return ""
-    words = f"It has {codecs}, which browsers do not play here: open it in a player."
+    words = f"It has {codecs}, which browsers cannot play: open it in a player."
     return f'<p class="note">{words}</p>'
 
 
@@ -12261,7 +12264,10 @@ GUIDE_TIME = 3600.0  # seconds that relaying a guide may take in all; some guide
 GUIDE_SEND_TIME = 60.0  # seconds without progress after which a guide's client is disconnected
 RELOAD_WAIT = 5.0  # seconds that a playlist request may wait for a new segment
 COMPRESSED_SIZE = 1 * KIB  # bytes of the smallest page worth compressing
-NO_TOKEN = "a token is required: add ?token=... to the address, or give it as the password"
+NO_TOKEN = (
+    "a token is required: add ?token=... to the address, or enter it as the password, leaving the "
+    "user name empty"
+)
 TOO_LARGE = "its segments are larger than the window: set a larger ringbuffer_size"
 
 
@@ -13332,7 +13338,7 @@ class Server(ThreadingHTTPServer):
     def reload(self, config: Config) -> None:
         """Use a new configuration and load its lists; the listening address does not change."""
         if (config.server.host, config.server.port) != self.configured:
-            log.warning("server.host and server.port only change on restart")
+            log.warning("changes to server.host and server.port take effect after a restart")
         self.lists.reload(config)
 
     def use(self, config: Config) -> None:
@@ -14469,7 +14475,7 @@ def check_or_serve(
         had_streams = bool(config.streams or config.playlists)
         has_streams = bool(new.streams or new.playlists)
         if had_streams and not has_streams:  # an editor may empty a file before writing it
-            raise ConfigError(["the file has no streams any more"])
+            raise ConfigError(["the file no longer has any streams"])
         config = new
         return new
 

@@ -142,9 +142,7 @@ def test_device_file_is_not_read(tmp_path: Path, serve: Serve) -> None:
     link = tmp_path / "zero.m3u"
     link.symlink_to("/dev/zero")
     site = serve({}, playlists={"tv": str(link)})
-    eventually(
-        lambda: status(site)["last_error"] == "the path is not that of a file", "it is refused"
-    )
+    eventually(lambda: status(site)["last_error"] == "the path is not a file", "it is refused")
 
 
 def test_list_may_be_redirected_and_compressed(origin: Origin, serve: Serve) -> None:

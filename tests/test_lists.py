@@ -512,7 +512,8 @@ def test_entries_beyond_the_limit_are_omitted(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(pipe, "CHANNEL_LIMIT", 3)
     found = parsed(simple(*"ABCDE"))
     assert [each.title for each in found.entries] == ["A", "B", "C"]
-    assert found.summary() == "3 channels; left out: 2 beyond the limit of 3 (choose groups:)"
+    summary = "3 channels; left out: 2 above the limit of 3 (select groups with groups:)"
+    assert found.summary() == summary
 
 
 #### Groups ####

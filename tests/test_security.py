@@ -107,7 +107,10 @@ def closed(origin: Origin, serve: Serve) -> Site:
     )
 
 
-NO_TOKEN = "a token is required: add ?token=... to the address, or give it as the password"
+NO_TOKEN = (
+    "a token is required: add ?token=... to the address, or enter it as the password, leaving the "
+    "user name empty"
+)
 
 
 def assert_closed(answer: Answer) -> None:
@@ -644,7 +647,7 @@ def test_reload_ignores_a_file_that_is_being_written(origin: Origin, tmp_path: P
         viewer.read(len(news.plain(2, 5)))
         service.write("")
         service.send(signal.SIGHUP)
-        service.wait_for("not reloaded: the file has no streams any more")
+        service.wait_for("not reloaded: the file no longer has any streams")
         news.advance()
         assert viewer.read(len(news.plain(5, 6))) == news.plain(5, 6)
         with Watch(service.port, "/status") as status:
@@ -662,7 +665,7 @@ def test_reload_ignores_a_file_that_was_emptied_after_a_reload(
         service.wait_for("reloaded: 1 stream added")
         service.write("")
         service.send(signal.SIGHUP)
-        service.wait_for("not reloaded: the file has no streams any more")
+        service.wait_for("not reloaded: the file no longer has any streams")
         with Watch(service.port, "/status") as status:
             assert status.status == 401
 
@@ -760,11 +763,10 @@ def test_change_of_the_port_needs_a_restart(origin: Origin, tmp_path: Path) -> N
     streams = {"news": live(origin).url}
     with Service(tmp_path, streams) as service:
         reload(service, streams, port=free_port())
-        service.wait_for("(?i)warning server.host and server.port only change on restart")
+        words = "changes to server.host and server.port take effect after a restart"
+        service.wait_for(f"(?i)warning {words}")
         reload(service, streams)
-        assert service.count("only change on restart") == 1, (
-            "no warning: the file has the port in use"
-        )
+        assert service.count(words) == 1, "no warning: the file has the port in use"
         with Watch(service.port, "/health") as watch:
             assert watch.status == 200
 

@@ -258,9 +258,9 @@ def test_page_names_codecs_that_browsers_cannot_play(
     body = coded(*codecs, **options)
     channel = Playlist("news", [Segment(body, discontinuity=n > 0) for n in range(4)], mode="live")
     text = watch_page(serve({"news": origin.add(channel).url})).text
-    note = f"It has {words}, which browsers do not play here: open it in a player."
+    note = f"It has {words}, which browsers cannot play: open it in a player."
     assert (note in text) == bool(words)
-    assert ("which browsers do not play" in text) == bool(words)
+    assert ("which browsers cannot play" in text) == bool(words)
 
 
 @pytest.mark.parametrize("kind", ["TS", "fMP4", "radio"])
@@ -279,7 +279,7 @@ def test_page_without_hls_plays_the_stream_itself_if_possible(
         url = origin.add(films[kind]).url
     found = watch_page(serve({"news": url}))
     assert [attributes["src"] for attributes in found.all("video")] == ["news"] * (kind != "TS")
-    assert ("Browsers cannot play this recording here" in found.text) == (kind == "TS")
+    assert ("Browsers cannot play this recording" in found.text) == (kind == "TS")
     assert ("No picture?" in found.text) == (kind != "TS"), "help is shown only beside a video"
 
 
@@ -339,7 +339,10 @@ def test_missing_token_is_an_error_page(serve: Serve, path: str, query: str) -> 
     site = serve({"news": NOWHERE}, server={"token": TOKEN})
     answer = site.ask("GET", path + query, **HTML)
     assert answer.headers["WWW-Authenticate"].startswith("Basic realm=")
-    words = "a token is required: add ?token=... to the address, or give it as the password"
+    words = (
+        "a token is required: add ?token=... to the address, or enter it as the password, leaving "
+        "the user name empty"
+    )
     found = error_page(answer, 401, words)
     assert found.links() == [], "links would lead to the same error"
     if path != "/":
