@@ -1650,11 +1650,11 @@ class ListParser:
         self._wants_films = settings.films
         self._groups = GroupFilter(settings.groups)
         self._secrets = account_secrets(settings.url)
-        self._is_start = True  # too few bytes so far to know the encoding
+        self._awaits_encoding = True  # too few bytes so far to know the encoding
         self._utf_16: codecs.IncrementalDecoder | None = None  # if a BOM shows that encoding
         self._carry = b""  # the start of an incomplete line
         self._size = 0  # bytes so far
-        self._is_first = True  # no line with text has been read yet
+        self._awaits_first_line = True  # no line with text has been read yet
         self._has_titles = False  # an #EXTINF has been read
         self._seen: set[tuple[object, ...]] = set()  # title, group, address, headers
         self._entries: list[Entry] = []
@@ -1679,13 +1679,13 @@ class ListParser:
         if self._size > LIST_LIMIT:
             raise ListError(f"the list is larger than {LIST_LIMIT // MIB} MiB")
 
-        if self._is_start:
+        if self._awaits_encoding:
             data = self._carry + data
             if len(data) < len(codecs.BOM_UTF16):
                 self._carry = data
                 return
             self._carry = b""
-            self._is_start = False
+            self._awaits_encoding = False
             if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 self._utf_16 = codecs.getincrementaldecoder("utf-16")("replace")
 
@@ -1725,9 +1725,9 @@ class ListParser:
         text = text.strip("\ufeff\0 \t\r\n")
         if not text:
             return
-        if self._is_first and text.startswith(("<", "{")):
+        if self._awaits_first_line and text.startswith(("<", "{")):
             raise ListError(NOT_A_LIST)
-        self._is_first = False
+        self._awaits_first_line = False
         if text.startswith("#"):
             self._read_tag(text)
         else:
@@ -7697,7 +7697,7 @@ class InsertFilter:
         self._held: list[bytes | SegmentEvent] = []  # a segment whose container is not known yet
         self._start = b""  # the bytes of that segment
         self._is_leaving_out = False  # the open segment is left out
-        self.insert: Container | None = None  # of the newest segment, if it is an insert
+        self.insert_container: Container | None = None  # of the newest segment, if it is an insert
 
     def pass_on(self, items: Iterable[bytes | SegmentEvent]) -> list[bytes | SegmentEvent]:
         """Take items, and return all that can be passed on now, without inserts."""
@@ -7761,9 +7761,9 @@ class InsertFilter:
             return []
         held, self._held = self._held, []
         if self._fits(container):
-            self.insert = None
+            self.insert_container = None
             return held
-        self.insert = container
+        self.insert_container = container
         self._is_leaving_out = True
         return []
 
@@ -7894,9 +7894,9 @@ class Splicer:
         return self._framer.unplayed
 
     @property
-    def insert(self) -> Container | None:
+    def insert_container(self) -> Container | None:
         """The container of the newest segment, if it was left out because of that container."""
-        return self._filter.insert
+        return self._filter.insert_container
 
     @property
     def is_skipping(self) -> bool:
@@ -9013,7 +9013,7 @@ class Channel:
             raise UpstreamError(trouble or NO_DATA)
         insert = None
         if self._splicer is not None:
-            insert = self._splicer.insert
+            insert = self._splicer.insert_container
         if insert and now - self._last_byte > self.stream.options.reconnect:
             raise UpstreamError(switched_to(insert))
 
@@ -9096,8 +9096,8 @@ class Channel:
             self._pass_event(upstream, item)
         if pieces:
             self._pass_bytes(upstream, b"".join(pieces))
-        if self._splicer.insert and self.trouble is None:
-            self._note_trouble(switched_to(self._splicer.insert))
+        if self._splicer.insert_container and self.trouble is None:
+            self._note_trouble(switched_to(self._splicer.insert_container))
 
     def _pass_event(self, upstream: Upstream, event: SegmentEvent) -> None:
         assert self._splicer
@@ -11372,7 +11372,7 @@ class Board:
 
         facts = []
         if status["state"] != "idle":
-            facts.append(self._state(stream))
+            facts.append(self._state_html(stream))
         if status["viewers"]:
             viewers = _many(status["viewers"], "viewer")
             if status["peak"] > status["viewers"]:
@@ -11406,7 +11406,7 @@ class Board:
             notes.append(f"last error, {age}: {status['last_error']}")
         return [html.escape(note) for note in notes]
 
-    def _state(self, stream: StreamSettings) -> str:
+    def _state_html(self, stream: StreamSettings) -> str:
         """Return a state in words, with the age of a failure or the times of a wait."""
         status = self.active[stream.name]
         state = status["state"]
@@ -11416,7 +11416,7 @@ class Board:
             words = "playing"
         elif state == "failed":
             words = f"failed {_ago(status['last_error_seconds'])}"
-            if self._is_over(stream):
+            if self._no_longer_matters(stream):
                 color = "over"
                 words += ", not tried since"
         elif state in ("waiting", "starting"):
@@ -11431,7 +11431,7 @@ class Board:
         left = _whole(_duration(channels[0]["gives_up_seconds"]))
         return f"{state} for {waited}, gives up in {left}"
 
-    def _is_over(self, stream: StreamSettings) -> bool:
+    def _no_longer_matters(self, stream: StreamSettings) -> bool:
         """Whether a failure no longer matters: it is old, or its account now plays a stream."""
         is_old = self.active[stream.name]["last_error_seconds"] > ATTENTION_TIME
         return is_old or self._account(stream.name) in self.playing_accounts
@@ -11472,13 +11472,13 @@ class Board:
                 )
         for stream in self.streams:
             state = self.state(stream)
-            if state == "waiting" or (state == "failed" and not self._is_over(stream)):
+            if state == "waiting" or (state == "failed" and not self._no_longer_matters(stream)):
                 counts[state] += 1
                 trouble = html.escape(self.active[stream.name]["last_error"] or "")
                 title = html.escape(stream.title)
                 lines.append(
                     f'<li><a href="{stream.name}{self.query}">{title}</a> '
-                    f"{self._state(stream)} <i>{trouble}</i></li>"
+                    f"{self._state_html(stream)} <i>{trouble}</i></li>"
                 )
         if not lines:
             return ""
