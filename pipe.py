@@ -95,7 +95,8 @@ Where it is decided
     meaning of a configuration key   Configuration: the dataclasses, with each key's parser
     a list's entry becomes a stream  Channel lists: ListParser, name_entries, with_lists
     whether a loaded list is used    Lists._accept_or_refuse
-    start of a viewer                Window._choose_join; join points: Join, TsFramer._join_at
+    a viewer's first byte, in time   Channels.watch, Handler._first_blocks; HLS: _await_news
+    its place in the stream          Window._choose_join; join points: Join, TsFramer._join_at
     eviction, or waiting for viewers Window._make_room and _foremost_wait, with their cases
     blocks kept for late viewers     Window._update_needed
     sharing of an upstream           Channels._find, _find_start; the states stand above State
@@ -297,7 +298,8 @@ JUDGE_GRACE = 1.5  # extra seconds for Channel._judge, so that a download abando
 STOP_TIME = 4.0  # seconds that Channels.stop() may take, so that the process exits within 5 s
 
 STREAM_NAME = re.compile(r"[a-z0-9-]+")
-RESERVED_NAMES = frozenset({"health", "status", "metrics", "playlist"})  # paths of the server
+# Paths of the server that look like a stream's.
+RESERVED_NAMES = frozenset({"health", "status", "metrics", "playlist"})
 LEAST_SECRET = 4  # characters; shorter texts also occur in ordinary words
 PLAYING = ("live", "private")  # states in which media flows
 
@@ -4451,7 +4453,10 @@ class Window:
     # Viewers
 
     def enter(self, viewer: Viewer) -> None:
-        """Attach a viewer at a join point, or at block 0 before the first block is appended."""
+        """Attach a viewer at a join point, or at block 0 before the first block is appended.
+
+        Its thread must call take() at once: until then, a full window waits for it.
+        """
         with self._lock:
             viewer.next = 0
             viewer.pending = []
@@ -8423,7 +8428,8 @@ class Channel:
         self.account: str | None = None  # name of the playlist in whose account it holds a slot
         self.state = State.STARTING
         self.is_reserved = is_reserved  # only the viewer that caused its start may attach
-        self.stopped = threading.Event()  # set once, in stop(): wakes its thread, which must end
+        # Set by stop() alone, not at the end of the source; wakes its thread, which must end.
+        self.stopped = threading.Event()
         self.variant: str | None = None  # None until its start finds it
         self.variants: Mapping[str, str] | None = None  # name to variant; None until it finds them
         self.viewers: dict[Viewer, None] = {}  # in order of arrival
@@ -12207,7 +12213,8 @@ def _whole(words: str) -> str:
 
 # Some players accept only .m3u8.  HDHomeRun tuners have a lineup.m3u.
 M3U_LISTS = ("/playlist.m3u", "/playlist.m3u8", "/lineup.m3u")
-# By path.  The playlist of a single stream is at /NAME.m3u.
+# By path.  All of these need the token; paths that need none are in Handler._route.  The playlist
+# of a single stream is at /NAME.m3u.
 PAGES: Mapping[str, Callable[[Site], Page]] = {
     "/": status_page,
     "/status": status_answer,
@@ -12964,7 +12971,7 @@ class Handler(BaseHTTPRequestHandler):
             remaining = deadline - time.monotonic()
             if window.await_listed(None, max(0.0, min(START_TICK, remaining))):
                 return
-            viewer.moved = time.monotonic()
+            viewer.moved = time.monotonic()  # it waits, so it is not silent
             if viewer.moved >= deadline:
                 trouble = TOO_LARGE if window.lacks_room else channel.trouble
                 raise no_media_error(channel.stream, trouble)
