@@ -621,6 +621,9 @@ STREAM_NAME_RULE = (
     "use title: for the name that people see"
 )
 PLAYLIST_NAME_RULE = "a playlist's name may only contain a-z, 0-9 and -, e.g. provider-1"
+# The similarity that difflib measures between a misspelled key and a known one: `group` and
+# `groups` reach it.
+ALMOST_EQUAL = 0.9
 
 
 class TaggedNode(yaml.Node):
@@ -1411,12 +1414,30 @@ class ConfigReader:
     def _unknown_key(self, name: str, value: yaml.Node, known: Collection[str]) -> str:
         """The message for an unknown key."""
         is_top_level = len(self.path) == 1
+        if name == "name" and "title" in known:  # a stream's
+            return "unknown key: did you mean title?"
+        if not difflib.get_close_matches(name, known, 1, ALMOST_EQUAL):
+            place = self._place_of(name)
+            if place:
+                return f"belongs {place}"
         if is_top_level and isinstance(value, yaml.ScalarNode) and "://" in value.value:
             return "unknown key; if it is a stream, put it under streams:"
         close = difflib.get_close_matches(name, sorted(known), 1)
         if close:
             return f"unknown key: did you mean {close[0]}?"
         return "unknown key"
+
+    def _place_of(self, name: str) -> str | None:
+        """Where a misplaced key belongs, for a message; None if no section has such a key."""
+        if len(self.path) > 1 and self.path[-2] == "streamlink":
+            return "beside streamlink:" if name in readers_of(Options) else None
+        if self.path[0] == "playlists" and name == "name":
+            return None  # the list's name is meant, rather than the server's
+        if name not in self.engine:
+            return _section_of(name)
+        if len(self.path) > 1 and self.path[0] != "server":
+            return "under streamlink:"
+        return "under streamlink: in options:"
 
     def _config(self, root: yaml.Node) -> Config:
         readers: dict[str, Read] = {
@@ -1434,6 +1455,7 @@ class ConfigReader:
         overrides: dict[str, Mapping[str, Any]] = {}
         for name, (key, node) in sections.get("streams", {}).items():
             with self.at(key, "streams", name):
+                _check_entry(name, node, "stream", readers_of(StreamSettings))
                 _check_name(name, STREAM_NAME_RULE)
                 values = self._stream_values(name, node)
                 if "url" in values:
@@ -1450,6 +1472,7 @@ class ConfigReader:
         playlists: dict[str, PlaylistSettings] = {}
         for name, (key, node) in entries.items():
             with self.at(key, "playlists", name):
+                _check_entry(name, node, "list", readers_of(PlaylistSettings))
                 _check_name(name, PLAYLIST_NAME_RULE)
                 playlists[name] = self._playlist(name, node, options)
         return playlists
@@ -1487,6 +1510,45 @@ class ConfigReader:
         with self.at(key, "number"):
             if owner != name:
                 raise ValueError(f"{number} is already used by {owner}")
+
+
+def _section_of(name: str) -> str | None:
+    """The section that has a key, for a message; None if none has it."""
+    if name in readers_of(ServerSettings):
+        return "under server:"
+    if name in readers_of(Options):
+        return "under options:"
+    if name == "url":
+        return 'under a stream: news: {url: "..."}'
+    if name in readers_of(StreamSettings):
+        return f'under a stream: news: {{url: "...", {name}: ...}}'
+    if name in readers_of(PlaylistSettings):
+        return f'under a list: provider: {{url: "...", {name}: ...}}'
+    return None
+
+
+def _check_entry(name: str, node: yaml.Node, kind: str, own: Collection[str]) -> None:
+    """Raise ValueError if an entry of `streams:` or `playlists:` is a misplaced option.
+
+    An entry may be called like an option (`films:`) if its value can be that of an entry.
+    `kind` is `stream` or `list`, and `own` are the options that only this kind of entry has.
+    """
+    if STREAM_NAME.fullmatch(name) and _may_be_entry(node):
+        return
+    if name == "url" or name in own or name in readers_of(Options):
+        raise ValueError(f"this is an option: write it below the {kind}'s name, beside url:")
+    place = _section_of(name)
+    if place:
+        raise ValueError(f"this is an option: it belongs {place}")
+
+
+def _may_be_entry(node: yaml.Node) -> bool:
+    """Whether a value is a section, or contains an address, a list's path or a variable."""
+    if isinstance(node, yaml.SequenceNode):
+        return any(_may_be_entry(item) for item in node.value)
+    if isinstance(node, yaml.ScalarNode):
+        return re.search(r"://|\$\{|\.m3u", node.value, re.I) is not None
+    return True
 
 
 def _check_name(name: str, mistake: str) -> None:
@@ -1537,7 +1599,8 @@ def _yaml_mistake(error: yaml.YAMLError, text: str) -> tuple[int, str]:
             if re.match(slip.line, line):
                 return number, f"invalid YAML: {slip.advice}"
     problem = re.sub(r"(alias|handle) ['\"].*", r"\1", problem)  # the name may be part of a secret
-    return named + 1, f"invalid YAML: {problem}"
+    last = max(1, len(lines))  # the end of the file may be named, which is after the last line
+    return last, f"invalid YAML: {problem}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -11595,7 +11658,7 @@ def status_page(site: Site) -> Page:
     cards = _found(board, choice) if choice.words else _groups(board, choice.group)
     hint = ""
     if count == 0:
-        hint = f"<p>{NO_STREAMS.capitalize()}.</p>"
+        hint = _no_streams_hint(board)
 
     parts = board.parts()
     attention = parts["Attention"]
@@ -11835,6 +11898,24 @@ def player_of(agent: str) -> str:
     if not player:
         return "unknown"
     return player
+
+
+def _no_streams_hint(board: Board) -> str:
+    """Return the reasons why the page has no streams: lists that are not loaded, or none at all."""
+    reasons = []
+    for report in board.lists:
+        if report["loaded_seconds"] is not None:
+            continue
+        name = report["playlist"]
+        trouble = report["last_error"]
+        if trouble is None:
+            reason = f"The list {name} is being loaded: reload this page in a moment"
+        else:
+            reason = f"The list {name} could not be loaded: {trouble}"
+        reasons.append(f"<p>{html.escape(reason)}.</p>")
+    if reasons:
+        return "\n".join(reasons)
+    return f"<p>{NO_STREAMS.capitalize()}.</p>"
 
 
 def _lists(board: Board) -> str:

@@ -641,7 +641,6 @@ def test_variable_that_needs_quotes_is_a_mistake(text: str) -> None:
         ("server: {prt: 1}", "server.prt: unknown key: did you mean port?"),
         ("options: {thread: 1}", "options.thread: unknown key: did you mean threads?"),
         (stream("qualty: x"), "streams.a.qualty: unknown key: did you mean quality?"),
-        (stream("host: x"), "streams.a.host: unknown key"),
         (
             "options: {streamlink: {hls-liv-edge: 2}}",
             "options.streamlink.hls-liv-edge: unknown key: "
@@ -651,6 +650,73 @@ def test_variable_that_needs_quotes_is_a_mistake(text: str) -> None:
 )  # fmt: skip
 def test_unknown_key_is_reported_with_the_nearest_valid_one(text: str, mistake: str) -> None:
     assert mistakes(text) == [f"test.yml:1: {mistake}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "mistake"),
+    [
+        ("token: x", "token: belongs under server:"),
+        (f"epg: '{URL}'", "epg: belongs under server:"),
+        ("max_viewers: 5", "max_viewers: belongs under server:"),
+        ("threads: 8", "threads: belongs under options:"),
+        ("linger: 5", "linger: belongs under options:"),
+        ("server: {threads: 8}", "server.threads: belongs under options:"),
+        ("options: {port: 80}", "options.port: belongs under server:"),
+        (stream("host: x"), "streams.a.host: belongs under server:"),
+        (stream("token: x"), "streams.a.token: belongs under server:"),
+        (
+            "quality: best",
+            'quality: belongs under a stream: news: {url: "...", quality: ...}',
+        ),
+        (f"url: '{URL}'", 'url: belongs under a stream: news: {url: "..."}'),
+        (
+            "options: {refresh: 5}",
+            'options.refresh: belongs under a list: provider: {url: "...", refresh: ...}',
+        ),
+        ("hls-live-edge: 2", "hls-live-edge: belongs under streamlink: in options:"),
+        ("options: {hls-live-edge: 2}", "options.hls-live-edge: belongs under streamlink:"),
+        (stream("hls-live-edge: 2"), "streams.a.hls-live-edge: belongs under streamlink:"),
+        (engine("threads: 2"), "options.streamlink.threads: belongs beside streamlink:"),
+        (stream("groups: [x]"), "streams.a.groups: unknown key: did you mean group?"),
+        (stream("name: x"), "streams.a.name: unknown key: did you mean title?"),
+        (f"playlists: {{p: {{url: '{URL}', name: x}}}}", "playlists.p.name: unknown key"),
+    ],
+)
+def test_misplaced_key_is_reported_with_its_place(text: str, mistake: str) -> None:
+    assert mistakes(text) == [f"test.yml:1: {mistake}"]
+
+
+BESIDE = "this is an option: write it below the {}'s name, beside url:"
+
+
+@pytest.mark.parametrize(
+    ("text", "mistake"),
+    [
+        ("playlists: {max_upstreams: 2}", f"playlists.max_upstreams: {BESIDE.format('list')}"),
+        ("playlists: {groups: [UK]}", f"playlists.groups: {BESIDE.format('list')}"),
+        ("playlists: {refresh: 60}", f"playlists.refresh: {BESIDE.format('list')}"),
+        ("playlists: {threads: 2}", f"playlists.threads: {BESIDE.format('list')}"),
+        ("playlists: {port: 80}", "playlists.port: this is an option: it belongs under server:"),
+        ("streams: {quality: best}", f"streams.quality: {BESIDE.format('stream')}"),
+        ("streams: {hide: true}", f"streams.hide: {BESIDE.format('stream')}"),
+        ("streams: {user_agent: a/1.0}", f"streams.user_agent: {BESIDE.format('stream')}"),
+        ("streams: {token: x}", "streams.token: this is an option: it belongs under server:"),
+    ],
+)
+def test_option_in_place_of_an_entry_is_reported(text: str, mistake: str) -> None:
+    assert mistakes(text) == [f"test.yml:1: {mistake}"]
+
+
+def test_entry_may_be_called_like_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADDRESS", URL)
+    text = (
+        "playlists: {films: FILMS.M3U, groups: {url: http://panel.example/}}\n"
+        f"streams: {{quality: '{URL}', title: ['{URL}'], group: '${{ADDRESS}}', "
+        f"films: {{url: '{URL}'}}}}"
+    )
+    config = read(text)
+    assert list(config.playlists) == ["films", "groups"]
+    assert list(config.streams) == ["quality", "title", "group", "films"]
 
 
 NUMBER_BOUNDS = [
@@ -1123,7 +1189,7 @@ QUOTE = "this quoted text has no closing quote"
             id="bracket closed by another",
         ),
         pytest.param(
-            "streams:\n  a: [u\n", "3: invalid YAML: expected ',' or ']', but got '<stream end>'",
+            "streams:\n  a: [u\n", "2: invalid YAML: expected ',' or ']', but got '<stream end>'",
             id="bracket never closed",
         ),
         pytest.param(

@@ -198,6 +198,28 @@ def test_override_without_a_stream_is_logged_once(
 #### Until the first load ####
 
 
+def test_page_says_that_a_list_is_being_loaded(origin: Origin, serve: Serve) -> None:
+    address = add_list(origin, listing(origin, "One"))
+    thinking = origin.fault(LIST, StallHeaders())
+    site = serve({}, playlists={"tv": address})
+    thinking.wait_held()
+    shown = page(site)
+    assert "<p>The list tv is being loaded: reload this page in a moment.</p>" in shown
+    assert "No streams are configured" not in shown
+    thinking.release()
+    loaded(site, "one")
+    assert "being loaded" not in page(site)
+
+
+def test_page_says_why_a_list_could_not_be_loaded(tmp_path: Path, serve: Serve) -> None:
+    site = serve({}, playlists={"tv": str(tmp_path / "none.m3u")})
+    eventually(lambda: status(site)["last_error"], "the failure is shown")
+    reason = "the file cannot be read: No such file or directory"
+    shown = page(site)
+    assert f"<p>The list tv could not be loaded: {reason}.</p>" in shown
+    assert "No streams are configured" not in shown
+
+
 def test_players_wait_for_the_first_load(origin: Origin, serve: Serve) -> None:
     add_channels(origin, "own")
     address = add_list(origin, listing(origin, "One"))
