@@ -1314,7 +1314,10 @@ def load_config(path: Path, engine: EngineOptions) -> Config:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        advice = f"copy config.example.yml to {path} and edit it, or try: python pipe.py --demo"
+        advice = (
+            "write one as in README's Quick start (config.example.yml has every option), "
+            "or run: python pipe.py --demo"
+        )
         for other in (path.with_suffix(".yaml"), path.with_name(f"{path.name}.txt")):
             if other.is_file():
                 advice = f"rename {other} to {path.name}, or name it with -c"
@@ -13779,6 +13782,7 @@ def demo_origin() -> Iterator[str]:
 # Command line
 # --------------------------------------------------------------------------------------------------
 
+DEFAULT_FILE = Path("config.yml")  # in the working directory
 DRAIN_TIME = 1.0  # seconds for which a stopping server still answers a balancer at /health
 LOG_LINES = 10_000  # log lines that may wait while nothing reads the log
 LOG_BYTES = 16 * MIB  # bytes of those lines; at debug level, one may contain a path of 64 KiB
@@ -13851,6 +13855,7 @@ def _port(value: str) -> int:
 JUDGE_TIME = 5.0  # seconds to find out whether an address that ends in .m3u8 is a list
 JUDGED_AT_ONCE = 8  # how many such addresses are loaded at the same time
 NAMELESS = "stream"  # the name of a stream whose address yields none
+_NEVER_IN_NAMES = re.compile(r"[/:?&.]")  # characters of addresses
 
 
 @dataclass(frozen=True)
@@ -13869,6 +13874,7 @@ def read_words(words: Sequence[str], is_check: bool) -> Given:
         has get.php, or ends in .m3u                 of a channel list
         ends in .m3u8                                of a list if its first load shows one
         otherwise                                    of a stream
+      has `/`, `:`, `?`, `&` or `.`                  a mistake: an address without `http://`
       anything else                                  a stream's name, for --check alone
 
     Blocks while the addresses that end in .m3u8 are loaded: for at most JUDGE_TIME per
@@ -13885,11 +13891,8 @@ def read_words(words: Sequence[str], is_check: bool) -> Given:
             try:
                 _check_word(name, address)
             except ValueError as error:
-                label = "ADDRESS"
-                if name is not None:
-                    label = name
-                mistakes.append(f"{label}: {error}")
-        elif is_check:
+                mistakes.append(f"{_label_of(name, address)}: {error}")
+        elif is_check and not _NEVER_IN_NAMES.search(word):
             names.append(word)
         else:
             mistakes.append(f"{word}: this is not an address: {NO_SCHEME}")
@@ -13943,7 +13946,7 @@ def _new_name(address: str, taken: Collection[str]) -> str:
 def _split_word(word: str) -> tuple[str | None, str] | None:
     """Split an argument into its name, or None, and its address; None if it has no address."""
     name, equals, address = word.partition("=")
-    if equals and not re.search(r"[/:?&.]", name):  # or the "=" is that of an address's query
+    if equals and not _NEVER_IN_NAMES.search(name):  # or the "=" is that of an address's query
         if not address:
             return None
         if not name:
@@ -13952,6 +13955,19 @@ def _split_word(word: str) -> tuple[str | None, str] | None:
     if "://" in word or word.lower().endswith(".m3u"):
         return None, word
     return None
+
+
+def _label_of(name: str | None, address: str) -> str:
+    """The beginning of a message about an argument.
+
+    It names a local file without its folders, because the argument may be a mistyped address with
+    a password: `http:/tv.example/user/password/tv.m3u`.
+    """
+    if name is not None:
+        return name
+    if "://" in address:
+        return "ADDRESS"
+    return Path(address).name
 
 
 def _check_word(name: str | None, address: str) -> None:
@@ -13999,17 +14015,36 @@ def _is_list(address: str) -> bool:
     return True
 
 
+def _file_to_read(arguments: argparse.Namespace, given: Given) -> Path | None:
+    """The path of the configuration; None if the command line needs no file and names none."""
+    if arguments.config is not None:
+        return Path(arguments.config)
+    if arguments.demo or given.addresses or given.lists:
+        return None
+    return DEFAULT_FILE
+
+
+def warn_of_unread_file(arguments: argparse.Namespace, given: Given) -> None:
+    """Log that the default file is not read, if there is one: its token might be relied on."""
+    if _file_to_read(arguments, given) is not None or not DEFAULT_FILE.is_file():
+        return
+    reason = "an address was given"
+    if arguments.demo:
+        reason = "--demo was given"
+    log.warning(
+        "%s is not read, because %s: add -c %s to use both", DEFAULT_FILE, reason, DEFAULT_FILE
+    )
+
+
 def read_settings(arguments: argparse.Namespace, given: Given, demo: str | None) -> Config:
     """Return the file's configuration, overridden and extended by the command line.
 
     `demo` is the address of the demo's stream.  Raises ConfigError.
     """
     config = Config()
-    has_streams = bool(arguments.demo or given.addresses or given.lists)
-    if arguments.config is not None:
-        config = load_config(arguments.config, engine_options())
-    elif not has_streams:
-        config = load_config(Path("config.yml"), engine_options())
+    path = _file_to_read(arguments, given)
+    if path is not None:
+        config = load_config(path, engine_options())
     server = config.server
     if arguments.host is not None:
         server = replace(server, host=arguments.host)
@@ -14569,6 +14604,7 @@ def check_or_serve(
 
     read()
     learn(config)
+    warn_of_unread_file(arguments, given)
     warm_up()
     raise_file_limit()
     if arguments.check:

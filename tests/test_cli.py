@@ -557,8 +557,8 @@ def test_missing_default_file_is_reported_with_the_next_steps(run: Run) -> None:
     program = run()
     assert program.wait() == 2
     assert program.errors() == [
-        "config.yml: no such file; copy config.example.yml to config.yml and edit it, "
-        "or try: python pipe.py --demo"
+        "config.yml: no such file; write one as in README's Quick start "
+        "(config.example.yml has every option), or run: python pipe.py --demo"
     ]
 
 

@@ -104,6 +104,42 @@ def test_addresses_are_added_to_a_file(tmp_path: Path, origin: Origin, run: Run)
 
 
 @pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["news=http://127.0.0.1:9/"], "an address was given"),
+        (["http://127.0.0.1:9/tv.m3u"], "an address was given"),
+        (["--demo"], "--demo was given"),
+    ],
+)
+def test_default_file_that_is_not_read_is_logged(
+    tmp_path: Path, run: Run, words: list[str], reason: str
+) -> None:
+    """Otherwise an operator would believe that its token protects the server."""
+    tree = {"server": {"token": SECRET}}
+    (tmp_path / "config.yml").write_text(json.dumps(tree), encoding="utf-8")
+    program = run(*HERE, *words)
+    program.listening_port()
+    program.close()
+    (line,) = [line for line in program.errors() if "config.yml" in line]
+    expected = f"config.yml is not read, because {reason}: add -c config.yml to use both"
+    assert line.endswith(f" warning {expected}")
+
+
+@pytest.mark.parametrize("words", [["news=http://127.0.0.1:9/"], ["--demo"]])
+def test_default_file_that_is_named_or_missing_is_not_logged(
+    tmp_path: Path, run: Run, words: list[str]
+) -> None:
+    missing = run(*HERE, *words)
+    missing.listening_port()
+    (tmp_path / "config.yml").write_text("server: {name: TV}", encoding="utf-8")
+    named = run(*HERE, "-c", "config.yml", *words)
+    named.listening_port()
+    for program in (missing, named):
+        program.close()
+        assert [line for line in program.errors() if "config.yml" in line] == []
+
+
+@pytest.mark.parametrize(
     ("words", "mistake"),
     [
         (["news"], "news: this is not an address: begin the address with http:// or https://"),
@@ -116,7 +152,9 @@ def test_addresses_are_added_to_a_file(tmp_path: Path, origin: Origin, run: Run)
         (["http://h.example:188100/x"], "ADDRESS: the address has an invalid port"),
         (["News=http://h.example/"], "News: a stream name may only contain a-z, 0-9 and -"),
         (["health=http://h.example/"], "health: this name is reserved"),
-        (["missing.m3u"], "ADDRESS: there is no such file"),
+        (["present.m3u", "missing.m3u"], "missing.m3u: there is no such file"),
+        (["http:/h.example/u/hunter2/tv.m3u"], "tv.m3u: there is no such file"),
+        (["tv=missing.m3u"], "tv: there is no such file"),
         (["a=http://h.example/", "a=http://i.example/"], "a: two addresses have this name"),
         (["-c", "mine.yml", "news=http://h.example/"], "streams.news: the command line adds"),
         (["-c", "mine.yml", "tv=http://h.example/get.php"], "playlists.tv: the command line adds"),
@@ -130,6 +168,7 @@ def test_mistake_is_reported_in_one_line(
         "playlists": {"tv": {"url": "http://h.example/tv.m3u"}},
     }
     (tmp_path / "mine.yml").write_text(json.dumps(tree), encoding="utf-8")
+    (tmp_path / "present.m3u").write_text("#EXTM3U\n", encoding="utf-8")
     program = run(*words)
     assert program.wait() == 2
     (line,) = program.errors()
@@ -203,6 +242,21 @@ def test_check_of_an_unknown_name_is_an_error(tmp_path: Path, run: Run) -> None:
     program = run("--check", "sport")
     assert program.wait() == 2
     assert program.errors() == ["sport: there is no stream of this name"]
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+@pytest.mark.parametrize(
+    "word", ["localhost:8080/x", "h.example/news.m3u8", "news.m3u8", "localhost:8080"]
+)
+def test_check_of_an_address_without_a_scheme_is_an_error(
+    tmp_path: Path, run: Run, word: str, has_file: bool
+) -> None:
+    if has_file:
+        (tmp_path / "config.yml").write_text("server: {name: TV}", encoding="utf-8")
+    program = run("--check", word)
+    assert program.wait() == 2
+    advice = "begin the address with http:// or https://"
+    assert program.errors() == [f"{word}: this is not an address: {advice}"]
 
 
 def test_check_that_crashes_is_reported(

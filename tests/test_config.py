@@ -1394,7 +1394,8 @@ def test_missing_file_is_reported_with_the_next_step(tmp_path: Path) -> None:
     with pytest.raises(pipe.ConfigError) as caught:
         pipe.load_config(path, ENGINE)
     (mistake,) = caught.value.mistakes
-    assert mistake.startswith(f"{path}: no such file; copy config.example.yml to ")
+    assert mistake.startswith(f"{path}: no such file; write one as in README's Quick start ")
+    assert "config.example.yml" in mistake
 
 
 def test_unreadable_file_is_reported_in_one_line(tmp_path: Path) -> None:
