@@ -13972,10 +13972,8 @@ def _label_of(name: str | None, address: str) -> str:
 
 def _check_word(name: str | None, address: str) -> None:
     """Raise ValueError if the address, or the name if there is one, cannot be used."""
-    if name is not None and not STREAM_NAME.fullmatch(name):
-        raise ValueError("a stream name may only contain a-z, 0-9 and -")
-    if name in RESERVED_NAMES:
-        raise ValueError("this name is reserved: choose another")
+    if name is not None:
+        _check_name(name, "a stream name may only contain a-z, 0-9 and -")
     if "://" in address:
         stream_address(address)
     elif not address.lower().endswith((".m3u", ".m3u8")):
