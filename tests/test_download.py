@@ -13,7 +13,6 @@ import gc
 import itertools
 import os
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -66,7 +65,7 @@ from tests.origin import (
     master,
 )
 from tests.server import TIMEOUT, Site
-from tests.threads import Task
+from tests.threads import Task, refuse_threads
 
 KEY, IV = bytes(range(16)), bytes(range(16, 32))
 MIB = 1 << 20
@@ -1070,20 +1069,6 @@ def test_closing_at_any_moment_leaves_nothing_behind(origin: Origin) -> None:
 
 
 #### Threads that cannot be started ####
-
-
-def refuse_threads(patch: pytest.MonkeyPatch, pattern: str, allowed: int = 0) -> list[str]:
-    """Let only `allowed` threads with matching names start; returns the names of the others."""
-    start, refused, count = threading.Thread.start, list[str](), itertools.count()
-
-    def limited(thread: threading.Thread) -> None:
-        if re.search(pattern, thread.name) and next(count) >= allowed:
-            refused.append(thread.name)
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    patch.setattr(threading.Thread, "start", limited)
-    return refused
 
 
 def plain_address(origin: Origin) -> str:

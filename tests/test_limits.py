@@ -32,7 +32,7 @@ from tests.origin import Origin, Playlist, Segment, Stall
 from tests.program import Service, eventually
 from tests.server import TIMEOUT, Answer, Site, Watch
 from tests.test_sharing import paced
-from tests.threads import Task
+from tests.threads import Task, refuse_threads
 
 # Without this mark, `python -m pytest` would take more than three minutes.
 pytestmark = pytest.mark.long
@@ -260,15 +260,8 @@ def test_health_answers_while_the_server_is_full(four_connections: Site) -> None
 def test_server_recovers_from_a_lack_of_threads(
     four_connections: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = threading.Thread.start
-
-    def fail(thread: threading.Thread) -> None:
-        if thread.name.startswith("viewer-"):
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", fail)
+        refuse_threads(patch, "^viewer-")
         for _ in range(6):
             assert refusal(four_connections.port).startswith(b"HTTP/1.1 503 ")
     assert four_connections.get("/health").status == 200, "each refusal must free its connection"

@@ -39,6 +39,7 @@ from tests.program import Service, eventually
 from tests.server import Site
 from tests.test_cli import Program
 from tests.test_pages import metric
+from tests.threads import refuse_threads
 
 Serve = Callable[..., Site]
 
@@ -535,15 +536,8 @@ def test_list_without_a_thread_is_loaded_by_the_next_reload(
     """Neither the start nor a reload fails, and the other list is loaded each time."""
     first = add_list(origin, listing(origin, "One"))
     second = origin.add_file("/second.m3u", listing(origin, "Two"))
-    start = threading.Thread.start
-
-    def fail(thread: threading.Thread) -> None:
-        if thread.name == "list-b-0":
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", fail)
+        refuse_threads(patch, "^list-b-0$")
         site = serve({}, playlists={"a": first, "b": second})
         loaded(site, "one")
         reload(site)
@@ -562,15 +556,8 @@ def test_list_without_a_thread_is_loaded_by_the_next_reload(
 def test_server_without_a_thread_for_its_list_can_be_closed(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = threading.Thread.start
-
-    def fail(thread: threading.Thread) -> None:
-        if thread.name == "list-tv-0":
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", fail)
+        refuse_threads(patch, "^list-tv-0$")
         site = serve({}, playlists={"tv": add_list(origin, listing(origin, "One"))})
     assert site.server.lists.stop(5.0)
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import re
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from tests import media
 from tests.origin import Origin, Playlist
 from tests.program import Service, eventually
 from tests.server import Site, Watch
+from tests.threads import refuse_threads
 
 Serve = Callable[..., Site]
 
@@ -98,17 +97,11 @@ Fail = Callable[[str], contextlib.AbstractContextManager[None]]
 @pytest.fixture
 def no_thread(monkeypatch: pytest.MonkeyPatch) -> Fail:
     """Within `no_thread("^feed-")`, threads whose names match cannot be started."""
-    start = threading.Thread.start
 
     @contextlib.contextmanager
     def failing(pattern: str) -> Iterator[None]:
-        def fail(thread: threading.Thread) -> None:
-            if re.search(pattern, thread.name):
-                raise RuntimeError("can't start new thread")
-            start(thread)
-
         with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", fail)
+            refuse_threads(patch, pattern)
             yield
 
     return failing

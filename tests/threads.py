@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import re
 import socketserver
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 from unittest import mock
+
+import pytest
 
 TIMEOUT = 10.0  # seconds; longer than any event that a test waits for
 
@@ -46,6 +50,22 @@ class Task(Generic[T]):
         if self._error:
             raise self._error
         return self._values[0]
+
+
+def refuse_threads(patch: pytest.MonkeyPatch, pattern: str, allowed: int = 0) -> list[str]:
+    """Let only `allowed` threads with matching names start; returns the names of the others."""
+    start = threading.Thread.start
+    refused: list[str] = []
+    count = itertools.count()
+
+    def limited(thread: threading.Thread) -> None:
+        if re.search(pattern, thread.name) and next(count) >= allowed:
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    patch.setattr(threading.Thread, "start", limited)
+    return refused
 
 
 @contextlib.contextmanager
