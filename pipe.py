@@ -460,6 +460,7 @@ CUT_SEGMENT = "decryption failed: the segment is incomplete"
 EMPTY_ANSWER = "the origin sent an empty answer"
 BROKEN_ANSWER = "the origin's answer broke off"
 NO_MEDIA = "the origin sent no media"
+SHORTER_FILM = "the origin's playlist no longer lists the rest of the film"
 NO_DATA = "the origin sends no data"
 NO_MORE_SEGMENTS = "the origin sends no more segments"
 NOT_BACK = "the origin did not recover in time"
@@ -2932,9 +2933,11 @@ class TsFramer(Framer):
         if not self._handed_on:
             return
         self._may_jump = True
-        self._is_jump = not self._newest
-        self._before = ()
-        if not self._is_jump:
+        has_counters = bool(self._newest)
+        self._is_jump = is_certain or not has_counters
+        if self._is_jump:
+            self._before = ()
+        else:
             tables = self._shown if self._is_shut else self.tables
             self._before = (tables.packets, *self._newest)
         self._seen = {NULL_PID}
@@ -3682,7 +3685,7 @@ class SegmentEvent:
     kind: EventKind
     number: int  # media sequence number
     is_discontinuous: bool = False  # EXT-X-DISCONTINUITY precedes it
-    duration: float = 0.0  # seconds, from the playlist; 0: unknown
+    duration: float | None = None  # seconds, from the playlist; None: it states none
 
 
 class ReaderBuffer:
@@ -4039,9 +4042,10 @@ class Window:
     ) -> None:
         # Set before the first viewer takes anything, and never changed after that.
         self.byte_limit = byte_limit
-        self.paused_after = paused_after  # seconds without a byte; math.inf: no viewer is paused
+        self.paused_after = paused_after  # seconds without a byte until a viewer counts as paused
         self.growth_factor = growth_factor  # times `byte_limit`, to keep enough segments
         self.live_edge = live_edge  # segments that a new viewer gets at once, with the open one
+        self.is_private = False  # it has one viewer, which may pause for as long as it likes
         self.can_skip = True  # a viewer that falls behind may continue at a later place
 
         # _lock guards everything below.
@@ -4090,7 +4094,7 @@ class Window:
         """
         self.byte_limit = min(byte_limit, self.byte_limit)
         self.growth_factor = 1
-        self.paused_after = math.inf
+        self.is_private = True
 
     def offer_hls(self, container: Container, numbering: Numbering, target_duration: float) -> None:
         """Number and list complete segments from now on.
@@ -4105,11 +4109,11 @@ class Window:
             self._numbering = numbering
             self.target_duration = max(1, round(target_duration))
 
-    def begin(self, duration: float = 0.0, *, is_apart: bool = False) -> None:
+    def begin(self, duration: float | None = None, *, is_apart: bool = False) -> None:
         """Open a segment from the origin that starts with the next block.
 
-        `duration`: seconds, or 0 if the origin states none.  `is_apart`: it does not continue the
-        last segment.
+        `duration`: seconds, or None if the origin states none.  `is_apart`: the segment does not
+        continue the last one.
         """
         with self._lock:
             if self._open:
@@ -4119,9 +4123,7 @@ class Window:
             if is_apart:
                 self._is_apart = True
             self._next_joins.clear()
-            self._open = Segment(self._next)
-            if duration > 0:
-                self._open.duration = duration
+            self._open = Segment(self._next, duration)
             self._segments.append(self._open)
             self._update_needed()
 
@@ -4465,7 +4467,7 @@ class Window:
         """Return the seconds to wait until a viewer takes the oldest block; 0 or less: evict it.
 
         1. There are no viewers, or all wait for a join point: do not wait.
-        2. All are paused (no byte for `paused_after` seconds): do not wait; they skip later.
+        2. All are paused: do not wait; they skip later.
         3. Some have caught up with the newest block once: wait for the foremost of these; those
            behind it must keep up.  A late viewer, which starts further ahead, is not one of these
            until it has caught up, so no other viewer loses bytes because of it.
@@ -4476,22 +4478,29 @@ class Window:
         foremost = self._foremost(now)
         if foremost is None or _position(foremost) > self._first:
             return 0
+        if self.is_private:
+            return FEEDER_TICK  # then the window asks again
         if foremost.is_waiting:
             return self.paused_after
         return foremost.moved + self.paused_after - now
 
     def _foremost(self, now: float) -> Viewer | None:
         """Return the viewer of _foremost_wait()'s case 3 or 4; None in cases 1 and 2."""
-        paused_since = now - self.paused_after
-        taking = [
-            viewer
-            for viewer in self._viewers
-            if viewer.next is not None and (viewer.is_waiting or viewer.moved > paused_since)
-        ]
+        taking = []
+        for viewer in self._viewers:
+            waits_for_join = viewer.next is None
+            if not waits_for_join and not self._is_paused(viewer, now):
+                taking.append(viewer)
         caught_up = [viewer for viewer in taking if viewer.has_caught_up]
         if caught_up:
             return max(caught_up, key=_position)
         return taking[0] if taking else None
+
+    def _is_paused(self, viewer: Viewer, now: float) -> bool:
+        """Whether the viewer has taken no byte for `paused_after` seconds, although it could."""
+        if self.is_private or viewer.is_waiting:
+            return False
+        return now - viewer.moved >= self.paused_after
 
     def _evict(self) -> None:
         """Evict the oldest block, and every join point and listed segment that began with it."""
@@ -5303,6 +5312,7 @@ class Session:
         self._streams: Mapping[str, Any] = {}
         self._copies: Mapping[str, Sequence[Any]] = {}  # by name: copies of a master's variant
         self._raw: Opened | None = None  # a body that no plugin handles and that is not a playlist
+        self.is_film = False  # this opening continues a film
         self.allowed_lag = 0  # how many segments a playlist may lag behind the first segment wanted
 
     def resolve(self, address: str) -> None:
@@ -5336,6 +5346,7 @@ class Session:
         self,
         name: str,
         first: int | None = None,
+        is_film: bool = False,
         is_other_address: bool = False,
         tracks: Sequence[int] = (),
         copy: int = 0,
@@ -5345,11 +5356,13 @@ class Session:
 
         The upstream begins with segment `first` if that is listed.  If ffmpeg joins tracks, each
         track begins with its number in `tracks`.
+        `is_film`: the source is finite, and viewers have what is before `first`.
         `is_other_address`: the numbers are those of another address, so the playlist may lag a
         little behind them.
         `left_out`: the tracks that were left out at the channel's start; None at its start.
         """
         upstream: Upstream | None = None
+        self.is_film = is_film
         self.allowed_lag = STALE_NUMBERS if is_other_address else 0
         deadline = Deadline(self.http, self._ends - time.monotonic())
         try:
@@ -6361,7 +6374,9 @@ def use_own_reader(stream: Any, session: Session, track: str = "", **reading: An
     """
     stream.name = session.name + track  # part of the names of its threads, and so of log lines
     reader = _own_reader(type(stream).__reader__)
-    stream.__reader__ = functools.partial(reader, allowed_lag=session.allowed_lag, **reading)
+    stream.__reader__ = functools.partial(
+        reader, is_film=session.is_film, allowed_lag=session.allowed_lag, **reading
+    )
     stream.__parser__ = _own_parser(type(stream).__parser__)
 
 
@@ -6696,10 +6711,12 @@ class SegmentReader(HLSStreamReader):
         name: str | None,
         buffer: ReaderBuffer,
         first: int | None,
+        is_film: bool,
         allowed_lag: int,
         fail: weakref.WeakMethod[Callable[[str], None]] | None,
     ) -> None:
         self.first = first  # number of the segment to begin with, if the playlist lists it
+        self.is_film = is_film  # viewers have all that is before `first`
         self.allowed_lag = allowed_lag  # how many segments the playlist may lag behind `first`
         self.is_track = fail is not None
         self._fail_upstream = fail  # a track's: a weak reference to ProcessUpstream._fail
@@ -6848,6 +6865,9 @@ class WatchedWorker(HLSStreamWorker):
         first, last = playlist.segments[0].num, playlist.segments[-1].num
         is_start = self.sequence < 0
         if is_start and self.reader.first is not None:
+            if self._lacks_the_rest(last):
+                self.reader.fail(SHORTER_FILM)
+                return
             self._continue_another_opening(first, last)
         elif last < self.sequence - 1:
             playlist.is_endlist = False  # it is not the end of this stream
@@ -6865,6 +6885,15 @@ class WatchedWorker(HLSStreamWorker):
         has_news = last >= self.sequence
         super().process_segments(playlist)
         self._reload_time = self._interval(playlist, has_news)
+
+    def _lacks_the_rest(self, last: int) -> bool:
+        """Whether the playlist of a film ends before the segment with which it continues.
+
+        A live stream would continue with the segments that are listed.  In a film, viewers have
+        these already.
+        """
+        next_number = last + 1
+        return self.reader.is_film and self.reader.first > next_number + self.reader.allowed_lag
 
     def _continue_another_opening(self, first: int, last: int) -> None:
         """Start at the number that another opening reached, if it fits this playlist.
@@ -7338,9 +7367,8 @@ class DownloadingWriter(HLSStreamWriter):
                 yield SegmentEvent(EventKind.INIT, segment.num, segment.discontinuity)
                 yield from self._init(segment, init)
                 self._forget(init)
-            yield SegmentEvent(
-                EventKind.START, segment.num, segment.discontinuity, segment.duration
-            )
+            duration = segment.duration if segment.duration > 0 else None
+            yield SegmentEvent(EventKind.START, segment.num, segment.discontinuity, duration)
             for piece in self._media(segment, download):
                 self.is_start = False
                 if not self.reader.start:
@@ -8096,7 +8124,7 @@ class Splicer:
             return None
         return init_section
 
-    def _open_segment(self, duration: float, is_apart: bool) -> None:
+    def _open_segment(self, duration: float | None, is_apart: bool) -> None:
         self._window.append(self._framer.flush())
         self._window.begin(duration, is_apart=is_apart)
         self._window.append(self._framer.start_segment())
@@ -8224,12 +8252,11 @@ class Bitrate:
             return 0
         return round(rate)
 
-    def start_segment(self, duration: float) -> None:
-        """Begin a segment.  `duration`: seconds, from its playlist; 0 if that states none."""
-        if not duration:
-            self._duration = None
-            return
+    def start_segment(self, duration: float | None) -> None:
+        """Begin a segment.  `duration`: seconds, from its playlist; None if that states none."""
         self._duration = duration
+        if duration is None:
+            return
         self._size = 0
         self._burst_began = None
 
@@ -8970,6 +8997,7 @@ class Channel:
             return session.open(
                 name,
                 first=self._splicer.number,
+                is_film=self._has_end,
                 is_other_address=self._splicer.place != self._place,
                 tracks=self._tracks,
                 copy=self._copy,
@@ -9209,12 +9237,14 @@ class Channel:
         self._count_skipped(self._losses.skipped - known.skipped, upstream)
         self._count_gaps(self._losses.gaps - known.gaps)
 
-    def _count_skipped(self, segments: int, upstream: Upstream, duration: float = 0.0) -> None:
+    def _count_skipped(
+        self, segments: int, upstream: Upstream, duration: float | None = None
+    ) -> None:
         """Count segments that are lost because no load of the playlist listed them.
 
         If there are more than can have passed in the meantime, they are not counted: the origin has
         restarted its numbering.  `duration` is that of the next segment in seconds, as the playlist
-        lists it; 0: not listed.
+        lists it; None: not listed.
         """
         if segments <= 0:
             return
@@ -12206,7 +12236,15 @@ ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
         "nothing is broadcast there at the moment: try again later, or use another address",
     ),
     (
-        (EMPTY_ANSWER, BROKEN_ANSWER, NO_MEDIA, NO_DATA, NO_MORE_SEGMENTS, NOT_BACK),
+        (
+            EMPTY_ANSWER,
+            BROKEN_ANSWER,
+            NO_MEDIA,
+            NO_DATA,
+            NO_MORE_SEGMENTS,
+            SHORTER_FILM,
+            NOT_BACK,
+        ),
         "the origin has a problem: try again later, or configure a second address as a backup",
     ),
     (

@@ -183,6 +183,25 @@ def test_film_continues_after_its_addresses_expired(
     assert origin.count(playlist.path) == 2
 
 
+@pytest.mark.parametrize("listed", [1, 3])
+def test_film_that_became_shorter_does_not_begin_again(
+    origin: Origin, serve: Serve, listed: int
+) -> None:
+    """It continues once its playlist lists the rest again."""
+    playlist = origin.add(film(3 * MIB))
+    playlist.renew_tokens()
+    site = serve({"film": playlist.url}, timeout=2, ringbuffer_size=262_144)
+    viewer = paused_viewer(origin, site)
+    playlist.renew_tokens()
+    origin.add(Playlist("film", media.ts_segments(SEGMENTS)[:listed]))
+    loads = origin.count(playlist.path)
+    playing = Task(viewer.read_all)
+    origin.wait_for(playlist.path, loads + 2)
+    origin.add(playlist)
+    assert playing.result() == (playlist.plain(0, SEGMENTS), True)
+    assert site.channels.record("film").counts["gaps"] == 0
+
+
 @pytest.mark.parametrize("missing", [(3,), (9,), (4, 5)], ids=["one", "last", "two"])
 def test_missing_segments_among_others_are_gaps(
     origin: Origin, serve: Serve, missing: tuple[int, ...]
