@@ -585,13 +585,20 @@ def _many(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
+def _joined(texts: Sequence[str], most: int) -> str:
+    """At least one text in words: `A`, `A and B`, or `A, B and 7 more` if there are many."""
+    shown = list(texts[:most])
+    if len(texts) > most:
+        shown.append(f"{len(texts) - most} more")
+    *others, last = shown
+    if not others:
+        return last
+    return f"{', '.join(others)} and {last}"
+
+
 def _unique(texts: Iterable[str]) -> list[str]:
     """The texts without repeats, in the order in which each first occurs."""
-    found: list[str] = []
-    for text in texts:
-        if text not in found:
-            found.append(text)
-    return found
+    return list(dict.fromkeys(texts))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1665,7 +1672,8 @@ NO_HEADERS: Mapping[str, str] = {}  # shared by all entries without headers
 NOT_A_LIST = "the provider sent a web page, not a list of channels"
 A_STREAM = "this is a single stream, not a list of channels: put it under streams:"
 NO_CHANNELS = "the list has no channels"
-NONE_WANTED = "the list has none of the wanted channels: check groups: and films:"
+ONLY_FILMS = "the list has only films and series: add films: true to get them"
+GROUPS_TOLD = 10  # groups named if a list has none of the wanted ones
 
 
 class ListError(PipeError):
@@ -1778,8 +1786,10 @@ class ListParser:
         """Why no entry of the list became a channel."""
         if not self._has_titles:
             return NO_CHANNELS
-        if self._omitted["films"] or self._omitted["in other groups"]:
-            return NONE_WANTED
+        if self._omitted["in other groups"]:
+            return f"the list has none of the wanted groups, but {self._groups.in_words()}"
+        if self._omitted["films"]:
+            return ONLY_FILMS
         return f"the list has no usable channels: {_counts(self._omitted)}"
 
     def _read_line(self, line: bytes) -> None:
@@ -2085,12 +2095,16 @@ class GroupFilter:
         Returns None if the entry is not wanted, and an empty text if it has no group.
         """
         if text not in self._chosen:
-            names = [clean_text(name) for name in text.split(";")]
-            groups = [name for name in names if name]
-            if not groups:
-                groups = [""]  # patterns such as "*" match entries without a group, too
-            self._chosen[text] = self._choose(groups)
+            self._chosen[text] = self._choose(_group_names(text))
         return self._chosen[text]
+
+    def in_words(self) -> str:
+        """The groups of the entries seen so far, at least one: `"News", "Sport" and 7 more`."""
+        groups = []
+        for text in self._chosen:
+            groups += _group_names(text)
+        quoted = [f'"{group}"' for group in _unique(groups)]
+        return _joined(quoted, GROUPS_TOLD)
 
     def _choose(self, groups: Sequence[str]) -> str | None:
         for matches in self._unwanted:
@@ -2102,6 +2116,18 @@ class GroupFilter:
             if any(matches(group) for matches in self._wanted):
                 return group
         return None
+
+
+def _group_names(text: str) -> list[str]:
+    """The groups that a `group-title` names; an empty name if it names none.
+
+    So patterns such as "*" match entries without a group, too.
+    """
+    names = [clean_text(name) for name in text.split(";")]
+    groups = [name for name in names if name]
+    if not groups:
+        return [""]
+    return groups
 
 
 def _matcher(pattern: str) -> Callable[[str], bool]:
@@ -10120,14 +10146,9 @@ def _surplus(holders: Sequence[Channel], limit: int) -> list[Channel] | None:
 def _account_is_full(limit: int, sharing: Collection[Channel]) -> str:
     """Why a start is refused: `this account allows 1 connection: BBC One is playing`."""
     titles = _unique(channel.stream.title for channel in sharing if channel.viewers)
-    shown = titles[:TITLES_TOLD]
-    if len(titles) > len(shown):
-        shown.append(f"{len(titles) - len(shown)} more")
-    playing = shown[-1]
-    if len(shown) > 1:
-        playing = f"{', '.join(shown[:-1])} and {playing}"
     verb = "is" if len(titles) == 1 else "are"
-    return f"this account allows {_many(limit, 'connection')}: {playing} {verb} playing"
+    playing = f"{_joined(titles, TITLES_TOLD)} {verb} playing"
+    return f"this account allows {_many(limit, 'connection')}: {playing}"
 
 
 def _addresses_of(channels: Iterable[Channel]) -> set[str]:
@@ -10170,7 +10191,12 @@ def load_list(settings: PlaylistSettings, fetch: Fetch) -> ChannelList:
     else:
         parts = _parts_of_file(Path(settings.url).expanduser())
     parser = ListParser(settings)
+    start = b""  # the first bytes
     for part in parts:
+        if len(start) < SNIFF_LIMIT:
+            start += part
+            if _container_that_begins(start, (MPEG_TS, FMP4, MATROSKA, *PACKED_AUDIO)):
+                raise ListError(A_STREAM)  # it might not end within the time for a list
         parser.feed(part)
     return parser.finish()
 

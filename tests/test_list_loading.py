@@ -146,6 +146,16 @@ def test_device_file_is_not_read(tmp_path: Path, serve: Serve) -> None:
     eventually(lambda: status(site)["last_error"] == "the path is not a file", "it is refused")
 
 
+@pytest.mark.parametrize("data", [SEGMENTS[0], media.fmp4()[0], media.aac_segments(1)[0]])
+def test_channel_in_place_of_a_list_is_noticed_at_once(
+    origin: Origin, serve: Serve, data: bytes
+) -> None:
+    """Its bytes would never end."""
+    address = origin.add_endless("/live.ts", lambda: itertools.repeat(data))
+    site = serve({}, playlists={"tv": address})
+    eventually(lambda: status(site)["last_error"] == pipe.A_STREAM, "it is refused")
+
+
 def test_list_may_be_redirected_and_compressed(origin: Origin, serve: Serve) -> None:
     """All requests have the playlist's headers and user agent; the answer may take its time."""
     origin.add_file("/real.m3u", listing(origin, "One"))

@@ -572,7 +572,7 @@ def test_wanted_group_is_shown() -> None:
         ("\x00\x01\x02" * 100, pipe.NO_CHANNELS),
         ("#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4.0,\n1.ts\n", pipe.A_STREAM),
         ("#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\nlow.m3u8\n", pipe.A_STREAM),
-        (f"#EXTINF:-1,Film\n{PANEL}/movie/1.mkv\n", pipe.NONE_WANTED),
+        (f"#EXTINF:-1,Film\n{PANEL}/movie/1.mkv\n", pipe.ONLY_FILMS),
         (
             "#EXTINF:-1,Multicast\nudp://@239.0.0.1:5000\n#EXTINF:-1,A\n",
             "the list has no usable channels: 1 with another kind of address, 1 without an address",
@@ -583,6 +583,26 @@ def test_text_that_is_not_a_list_is_refused(text: str, reason: str) -> None:
     with pytest.raises(pipe.ListError) as caught:
         parsed(text)
     assert str(caught.value) == reason
+
+
+@pytest.mark.parametrize(
+    ("titles", "words"),
+    [
+        (["News"], '"News"'),
+        (["News; UK", "Sport", "News", ""], '"News", "UK", "Sport" and ""'),
+        (
+            [f"Group {number:,}" for number in range(3000)],
+            ", ".join(f'"Group {number}"' for number in range(10)) + " and 2990 more",
+        ),
+    ],
+)
+def test_list_without_the_wanted_groups_names_its_groups(titles: list[str], words: str) -> None:
+    lines = ["#EXTM3U", f'#EXTINF:-1 group-title="News",Film\n{PANEL}/movie/1.mkv']
+    for number, title in enumerate(titles):
+        lines.append(f'#EXTINF:-1 group-title="{title}",A\n{PANEL}/live/{number}.ts')
+    with pytest.raises(pipe.ListError) as caught:
+        parsed("\n".join(lines), groups=("Sprot",))
+    assert str(caught.value) == f"the list has none of the wanted groups, but {words}"
 
 
 def test_list_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
