@@ -11960,7 +11960,10 @@ def player_of(agent: str) -> str:
 
 
 def _no_streams_hint(board: Board) -> str:
-    """Return the reasons why the page has no streams: lists that are not loaded, or none at all."""
+    """Return the reasons why the page has no streams.
+
+    Lists are not loaded yet, or all streams are hidden, or none are configured.
+    """
     reasons = []
     for report in board.lists:
         if report["loaded_seconds"] is not None:
@@ -11972,9 +11975,11 @@ def _no_streams_hint(board: Board) -> str:
         else:
             reason = f"The list {name} could not be loaded: {trouble}"
         reasons.append(f"<p>{html.escape(reason)}.</p>")
-    if reasons:
-        return "\n".join(reasons)
-    return f"<p>{NO_STREAMS.capitalize()}.</p>"
+    if not reasons and board.site.config.streams:
+        reasons.append("<p>All streams are hidden: change hide: in the file to show some.</p>")
+    if not reasons:
+        reasons.append(f"<p>{NO_STREAMS.capitalize()}.</p>")
+    return "\n".join(reasons)
 
 
 def _lists(board: Board) -> str:
@@ -12423,6 +12428,10 @@ NO_TOKEN = (
     "a token is required: add ?token=... to the address, or enter it as the password, leaving the "
     "user name empty"
 )
+WRONG_TOKEN = (
+    "the token is wrong: add the right one to the address as ?token=..., or enter it as the "
+    "password, leaving the user name empty"
+)
 TOO_LARGE = "its segments are larger than the window: set a larger ringbuffer_size"
 
 
@@ -12563,7 +12572,8 @@ class Handler(BaseHTTPRequestHandler):
         self.has_token = self._is_token_among(offered)
         trusted = self.server.config.server.trusted
         self.is_trusted = self.has_token or is_in(self.address, trusted)
-        if any(offered) and not self.is_trusted:  # even on open paths, where no guess is refused
+        is_wrong = any(offered) and not self.is_trusted
+        if is_wrong:  # even on open paths, where no guess is refused
             self.server.note_wrong_token(self.address)
         # A page's script requests searches, too, but without a browser's headers for a page.
         is_page = self.is_person or "q" in self.query
@@ -12571,7 +12581,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer_health()
         elif not self.is_trusted:
             headers = {"WWW-Authenticate": 'Basic realm="StreamPipe", charset="UTF-8"'}
-            self.answer_error(HTTPStatus.UNAUTHORIZED, NO_TOKEN, headers)
+            reason = WRONG_TOKEN if is_wrong else NO_TOKEN
+            self.answer_error(HTTPStatus.UNAUTHORIZED, reason, headers)
         else:
             self._answer_path(path)
 

@@ -1475,6 +1475,12 @@ def test_page_without_streams_says_so(serve: Serve) -> None:
     assert "No streams are configured" in page(serve({})).text
 
 
+def test_page_whose_streams_are_all_hidden_says_so(serve: Serve) -> None:
+    shown = page(serve({"news": {"url": NOWHERE, "hide": True}})).text
+    assert "All streams are hidden" in shown
+    assert "configured" not in shown
+
+
 #### HEAD ####
 
 

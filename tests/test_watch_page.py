@@ -334,19 +334,18 @@ def test_page_of_a_temporary_error_retries(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/news", "/nobody", "/status", "/playlist.m3u"])
-@pytest.mark.parametrize("query", ["", "?token=wrong"])
-def test_missing_token_is_an_error_page(serve: Serve, path: str, query: str) -> None:
+@pytest.mark.parametrize(
+    ("query", "start"),
+    [("", "a token is required: add "), ("?token=wrong", "the token is wrong: add the right one ")],
+)
+def test_missing_token_is_an_error_page(serve: Serve, path: str, query: str, start: str) -> None:
     site = serve({"news": NOWHERE}, server={"token": TOKEN})
     answer = site.ask("GET", path + query, **HTML)
     assert answer.headers["WWW-Authenticate"].startswith("Basic realm=")
-    words = (
-        "a token is required: add ?token=... to the address, or enter it as the password, leaving "
-        "the user name empty"
-    )
-    found = error_page(answer, 401, words)
+    found = error_page(answer, 401, start)
     assert found.links() == [], "links would lead to the same error"
     if path != "/":
-        assert site.ask("GET", path + query).json == {"error": words}
+        assert site.ask("GET", path + query).json["error"].startswith(start)
 
 
 @pytest.mark.parametrize(
