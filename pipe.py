@@ -1702,12 +1702,15 @@ class ChannelList:
     entries: Sequence[Entry]
     guide: str | None  # the address of its XMLTV guide
     omitted: Counter[str]  # the number of omissions by kind, as shown to people
+    unmatched: Sequence[str]  # the patterns in `groups:` that match no group
 
     def summary(self) -> str:
-        """One line for the log and the page: the number of channels, and of omissions by kind."""
+        """One line for the log: the number of channels, omissions, and mistakes in `groups:`."""
         text = _many(len(self.entries), "channel")
         if self.omitted:
             text += f"; left out: {_counts(self.omitted)}"
+        if self.unmatched:
+            text += f"; no group matches {', '.join(self.unmatched)}"
         return text
 
 
@@ -1780,7 +1783,7 @@ class ListParser:
         self._drop_unfinished()
         if not self._entries:
             raise ListError(self._lack())
-        return ChannelList(self._entries, self._guide, self._omitted)
+        return ChannelList(self._entries, self._guide, self._omitted, self._groups.unmatched())
 
     def _lack(self) -> str:
         """Why no entry of the list became a channel."""
@@ -2085,8 +2088,14 @@ class GroupFilter:
     """The `groups:` of a playlist: names or patterns; "!" in front of one excludes its groups."""
 
     def __init__(self, patterns: Sequence[str]) -> None:
-        self._wanted = [_matcher(p) for p in patterns if not p.startswith("!")]
-        self._unwanted = [_matcher(p[1:]) for p in patterns if p.startswith("!")]
+        # Tests of groups, by pattern.
+        self._wanted: dict[str, Callable[[str], bool]] = {}
+        self._unwanted: dict[str, Callable[[str], bool]] = {}
+        for pattern in patterns:
+            if pattern.startswith("!"):
+                self._unwanted[pattern] = _matcher(pattern[1:])
+            else:
+                self._wanted[pattern] = _matcher(pattern)
         self._chosen: dict[str, str | None] = {}  # a cache: lists repeat few groups many times
 
     def choose(self, text: str) -> str | None:
@@ -2100,20 +2109,32 @@ class GroupFilter:
 
     def in_words(self) -> str:
         """The groups of the entries seen so far, at least one: `"News", "Sport" and 7 more`."""
-        groups = []
-        for text in self._chosen:
-            groups += _group_names(text)
-        quoted = [f'"{group}"' for group in _unique(groups)]
+        quoted = [f'"{group}"' for group in self._all_groups()]
         return _joined(quoted, GROUPS_TOLD)
 
+    def unmatched(self) -> list[str]:
+        """The patterns that match no group of the entries seen so far."""
+        groups = self._all_groups()
+        found = []
+        for pattern, matches in (self._wanted | self._unwanted).items():
+            if not any(matches(group) for group in groups):
+                found.append(pattern)
+        return found
+
+    def _all_groups(self) -> list[str]:
+        groups: list[str] = []
+        for text in self._chosen:
+            groups += _group_names(text)
+        return _unique(groups)
+
     def _choose(self, groups: Sequence[str]) -> str | None:
-        for matches in self._unwanted:
+        for matches in self._unwanted.values():
             if any(matches(group) for group in groups):
                 return None
         if not self._wanted:
             return groups[0]
         for group in groups:
-            if any(matches(group) for matches in self._wanted):
+            if any(matches(group) for matches in self._wanted.values()):
                 return group
         return None
 

@@ -557,6 +557,14 @@ def test_wanted_group_is_shown() -> None:
     assert found.group == "Sports"
 
 
+def test_summary_names_patterns_that_match_no_group() -> None:
+    found = parsed(GROUPS, groups=("news", "Sprots", "UK*", "!Adult*", "!XXX"))
+    assert (
+        found.summary() == "2 channels; left out: 4 in other groups; no group matches Sprots, !XXX"
+    )
+    assert "no group" not in parsed(GROUPS, groups=("news", "!adult*")).summary()
+
+
 #### Texts that are not lists ####
 
 
