@@ -5014,6 +5014,7 @@ class Download:
         self.tries = Tries()
         self._pace = Pace()  # of the newest try
         self._slow_time = SLOW_TIME  # seconds of waiting after which a slow try is ended
+        self._is_hurried = False  # the newest try has less time than the others, as the last one
         self._validator: str | None = None  # for If-Range; None: the rest cannot be requested
         # Bytes of the whole resource; None until a partial response states them.
         self._resource_size: int | None = None
@@ -5066,7 +5067,12 @@ class Download:
                 raise DownloadError("closed")
 
     def _note_failed_try(self, reason: str, pause: float) -> None:
-        """Note a failed try; raises DownloadError if another one after this pause is useless."""
+        """Note a failed try; raises DownloadError if another one after this pause is useless.
+
+        If a try had too little time, the failure before it still counts.
+        """
+        if reason == TIMED_OUT and self._is_hurried and self.tries.failure:
+            reason = self.tries.failure
         self.tries = self.tries.fail(reason)
         is_late = time.monotonic() + pause - self._moved > self._patience()
         if is_late or self.is_hopeless():
@@ -5117,6 +5123,7 @@ class Download:
         # One request may take half of the patience, so that another one can follow.
         patience = self._patience()
         left = self._moved + patience - time.monotonic()
+        self._is_hurried = left < patience / 2
         timeout = max(LEAST_TIMEOUT, min(patience / 2, left))
         response = self._request(headers, timeout)
         return response, b""
@@ -6939,8 +6946,9 @@ class WatchedWorker(HLSStreamWorker):
         A live stream would continue with the segments that are listed.  In a film, viewers have
         these already.
         """
-        next_number = last + 1
-        return self.reader.is_film and self.reader.first > next_number + self.reader.allowed_lag
+        wanted: int = self.reader.first
+        latest: int = last + 1 + self.reader.allowed_lag
+        return self.reader.is_film and wanted > latest
 
     def _continue_another_opening(self, first: int, last: int) -> None:
         """Start at the number that another opening reached, if it fits this playlist.
