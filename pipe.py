@@ -1653,7 +1653,11 @@ _GUIDE_SEPARATOR = re.compile(r",|;(?=\s*https?://)", re.I)  # an address may co
 _RULE = r"(?:[#=*~_+<>•·●■▬━═─—\u2013★☆►◄-]{2,}|\|{3,})"
 _HEADING = re.compile(rf"{_RULE}.*{_RULE}|[^\w]*_*[^\w]*")
 _FILM = re.compile(r"https?://[^?#]*?/(?:movie|series)/", re.I)
-_VLC_HEADERS = {
+# HTML entities that generators of lists write by mistake, always with a semicolon.
+_ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][\dA-Fa-f]{1,6}|amp|quot|apos|lt|gt|nbsp);")
+# By the name of an attribute of #EXTINF, or of an option in #EXTVLCOPT.
+_LIST_HEADERS = {
+    "user-agent": "User-Agent",
     "http-user-agent": "User-Agent",
     "http-referrer": "Referer",
     "http-referer": "Referer",
@@ -1826,8 +1830,10 @@ class ListParser:
             self._read_group(value)
         elif tag == "#EXTVLCOPT":
             option, _, wanted = value.partition("=")
-            if header := _VLC_HEADERS.get(option.strip().lower()):
+            if header := _LIST_HEADERS.get(option.strip().lower()):
                 self._add_header(header, wanted.strip())
+        elif tag == "#EXTHTTP":
+            self._read_json_headers(value)
         elif tag == "#KODIPROP":
             option, _, wanted = value.partition("=")
             if option.strip().lower() in _KODI_HEADERS:
@@ -1854,6 +1860,9 @@ class ListParser:
         self._title = clean_text(title)
         if not self._title:
             self._title = clean_text(self._attributes.get("tvg-name", ""))
+        for attribute, header in _LIST_HEADERS.items():
+            if value := self._attributes.get(attribute):
+                self._add_header(header, value)
 
     def _read_group(self, value: str) -> None:
         """Read an #EXTGRP line.
@@ -1959,6 +1968,18 @@ class ListParser:
                 return number
         return None
 
+    def _read_json_headers(self, text: str) -> None:
+        """Keep the headers of an #EXTHTTP line: `{"User-Agent": "...", "Cookie": "..."}`."""
+        try:
+            headers = json.loads(text)
+        except (ValueError, RecursionError):
+            headers = None
+        if not isinstance(headers, dict):
+            self._omitted["unusable headers"] += 1
+            return
+        for name, value in headers.items():
+            self._add_header(name.strip(), str(value).strip())
+
     def _add_headers(self, text: str) -> None:
         """Keep headers written in Kodi's way: `User-Agent=a%2Fb&Referer=...`."""
         for pair in text.split("&"):
@@ -1966,7 +1987,9 @@ class ListParser:
             self._add_header(name.strip(), unquote(value.strip()))
 
     def _add_header(self, name: str, value: str) -> None:
-        """Keep a header of the entry, or count it as omitted."""
+        """Keep a header of the entry without quotes around it, or count it as omitted."""
+        if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+            value = value[1:-1].strip()
         if name.lower() == "referrer":
             name = "Referer"
         if _is_usable_header(name, value):
@@ -1998,7 +2021,7 @@ def read_attributes(text: str) -> tuple[dict[str, str], str]:
     """The attributes of an #EXTINF or #EXTM3U by their names in lower case, and the title.
 
     Values may lack quotes, and may contain quotes (escaped by a backslash or not) and commas.  If a
-    name is repeated, its first value that is not empty counts.
+    name is repeated, its first value that is not empty counts.  HTML entities are replaced.
     """
     found: dict[str, str] = {}
     end = 0  # of the attributes
@@ -2010,17 +2033,23 @@ def read_attributes(text: str) -> tuple[dict[str, str], str]:
         value = _attribute_value(text, start.end(), next_start)
         name = start[1].lower()
         if not found.get(name):
-            found[name] = value.text
+            found[name] = _without_entities(value.text)
         end = value.end
         if value.is_last:
             break
     before, comma, title = text[end:].partition(",")
-    if comma:
-        return found, title.strip()
-    if found:
-        return found, before.strip()
-    without_duration = re.sub(r"^\s*-?[\d.]*", "", before)
-    return found, without_duration.strip()
+    if not comma:
+        title = before
+        if not found:
+            title = re.sub(r"^\s*-?[\d.]*", "", before)  # without the duration
+    return found, _without_entities(title).strip()
+
+
+def _without_entities(text: str) -> str:
+    """A text in which characters replace the HTML entities: `A & E` for `A &amp; E`."""
+    if "&" not in text:
+        return text
+    return _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
 
 
 def _attribute_value(text: str, start: int, next_start: int | None) -> AttributeValue:

@@ -378,6 +378,48 @@ def test_header_lines_for_kodi_are_parsed() -> None:
     }
 
 
+def test_header_lines_in_json_are_parsed() -> None:
+    """As lists for TiviMate and OTT Navigator have them."""
+    found = entry("#EXTINF:-1,T", '#EXTHTTP:{"User-Agent": "O/1", "cookie": "a=b; c=d", "X-N": 7}')
+    assert found.headers == {"User-Agent": "O/1", "cookie": "a=b; c=d", "X-N": "7"}
+
+
+@pytest.mark.parametrize("line", ['{"A":', "[1]", "", '{"Host": "a"}', '{"A": null, ', "[" * 9999])
+def test_header_lines_that_are_not_usable_are_counted(line: str) -> None:
+    found = parsed(f"#EXTINF:-1,T\n#EXTHTTP:{line}\n{PANEL}/a\n")
+    assert found.entries[0].headers == {}
+    assert found.omitted == {"unusable headers": 1}
+
+
+def test_headers_in_attributes_are_parsed() -> None:
+    """As the lists of iptv-org have them; a header in a line of its own counts more."""
+    line = '#EXTINF:-1 user-agent="A/1" http-referrer="https://a.example/" tvg-id="t",T'
+    expected = {"User-Agent": "A/1", "Referer": "https://a.example/"}
+    assert entry(line).headers == expected
+    assert entry(line.replace("user-agent", "http-user-agent")).headers == expected
+    found = entry(line, "#EXTVLCOPT:http-user-agent=B/2")
+    assert found.headers == expected | {"User-Agent": "B/2"}
+
+
+@pytest.mark.parametrize(
+    "line", ['#EXTVLCOPT:http-user-agent="A/1 (b)"', '#EXTHTTP:{"User-Agent": "\'A/1 (b)\'"}']
+)
+def test_quotes_around_a_header_are_not_part_of_it(line: str) -> None:
+    assert entry("#EXTINF:-1,T", line).headers == {"User-Agent": "A/1 (b)"}
+    found = entry("#EXTINF:-1,T", address=f'{PANEL}/a|user-agent="A/1 (b)"&X="')
+    assert found.headers == {"user-agent": "A/1 (b)", "X": '"'}
+
+
+def test_html_entities_are_replaced() -> None:
+    found = entry(
+        '#EXTINF:-1 tvg-id="A&amp;E.us" tvg-logo="http://l.example/a?b&amp;c" '
+        'group-title="Law &amp; Order;UK",A&amp;E &#39;one&#39; &#x41; R&B &copy; &quot;two&quot;'
+    )
+    assert found.title == "A&E 'one' A R&B &copy; \"two\""
+    assert (found.tvg_id, found.group) == ("A&E.us", "Law & Order")
+    assert found.logo == "http://l.example/a?b&c"
+
+
 def test_headers_apply_to_one_entry() -> None:
     text = f"#EXTINF:-1,A\n#EXTVLCOPT:http-user-agent=x\n{PANEL}/a\n#EXTINF:-1,B\n{PANEL}/b\n"
     assert [found.headers for found in parsed(text).entries] == [{"User-Agent": "x"}, {}]
