@@ -6460,7 +6460,9 @@ def use_own_reader(stream: Any, session: Session, track: str = "", **reading: An
     stream.__reader__ = functools.partial(
         reader, is_film=session.is_film, allowed_lag=session.allowed_lag, **reading
     )
-    stream.__parser__ = _own_parser(type(stream).__parser__)
+    parser = _own_parser(type(stream).__parser__)
+    variables = getattr(stream.multivariant, "variables", {})  # a plugin's own master has none
+    stream.__parser__ = functools.partial(parser, imported=variables)
 
 
 @functools.cache
@@ -6522,6 +6524,8 @@ _BLANK_LIKE = re.compile("[\0\v\f\x1c-\x1e\x85\u2028\u2029]")
 # A name, then a quoted text or everything up to the next name, because some packagers do not quote
 # a list of codecs.
 _ATTRIBUTE = re.compile(r'(?:^|,)\s*([A-Z0-9-]+)\s*=\s*("[^"]*"\s*|.*?)(?=,\s*[A-Z0-9-]+\s*=|$)')
+# A reference to a variable that an EXT-X-DEFINE has defined (RFC 8216bis, 4.3).
+_REFERENCE = re.compile(r"\{\$([\w-]+)\}", re.ASCII)
 _BYTE_RANGE = re.compile(r"[1-9]\d{0,17}(@\d{1,18})?")
 # The attributes of a variant that must be numbers.
 _VARIANT_NUMBERS = {
@@ -6542,14 +6546,17 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
     """A mixin that makes streamlink's playlist parser, or a plugin's, tolerant of errors.
 
     It ignores a tag that it cannot read.  If playing without that tag would be wrong, it raises
-    BadPlaylist.
+    BadPlaylist.  It replaces variables by their values; `imported` has those of the master
+    playlist.
     """
 
     _map: Any
     _streaminf: dict[str, str] | None
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, *arguments: Any, imported: Mapping[str, str] = {}) -> None:
         super().__init__(*arguments)
+        self._imported = imported
+        self.variables: dict[str, str] = {}
         self.is_gap = False  # of the next segment
         self.is_media = False  # a tag has shown that the playlist lists segments
         self.has_negative_length = False
@@ -6561,11 +6568,14 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
         lines = [line.strip() for line in _LINE_ENDS.split(text)]
         filled_lines = [line for line in lines if line]
         playlist = super().parse("\n".join(filled_lines))
+        playlist.variables = self.variables
         if self.has_negative_length and not self.is_media:
             raise BadPlaylist(CHANNEL_LIST)
         return _with_true_lengths(playlist)
 
     def parse_line(self, line: str) -> None:
+        if self.variables:
+            line = _REFERENCE.sub(self._value_of, line)
         if not line.startswith("#"):
             # Each address in a media playlist is a segment (RFC 8216, 4.1).
             if self.is_media and not self._expect_playlist:
@@ -6587,6 +6597,8 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
     def _parse_tag(self, tag: str, value: str, line: str) -> None:
         if tag == "EXT-X-I-FRAME-STREAM-INF" and self._expect_playlist:
             return  # streamlink would give it the attributes of the variant whose address follows
+        if tag == "EXT-X-DEFINE":
+            self._define(self.parse_attributes(value))
         section = self._map
         super().parse_line(self._readable(tag, value, line))
         if tag == "EXTINF":
@@ -6603,6 +6615,25 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
             self.m3u8.targetduration = None
         elif tag in _NEEDED_TAGS:
             self._check_needed(tag, self.parse_attributes(value))
+
+    def _define(self, attributes: Mapping[str, str]) -> None:
+        """Define a variable: with its value, with that of a parameter of this playlist's address,
+        or with that of the master playlist's variable (RFC 8216bis, 4.4.2.3).
+        """
+        if "NAME" in attributes:
+            self.variables[attributes["NAME"]] = attributes.get("VALUE", "")
+        elif "QUERYPARAM" in attributes:
+            name = attributes["QUERYPARAM"]
+            values = parse_qs(urlsplit(self.m3u8.uri or "").query, keep_blank_values=True)
+            if name in values:
+                self.variables[name] = values[name][0]
+        elif attributes.get("IMPORT") in self._imported:
+            name = attributes["IMPORT"]
+            self.variables[name] = self._imported[name]
+
+    def _value_of(self, reference: re.Match[str]) -> str:
+        """The text for a reference to a variable: its value, or itself if there is no such one."""
+        return self.variables.get(reference[1], reference[0])
 
     def _readable(self, tag: str, value: str, line: str) -> str:
         """A tag's line as streamlink can read it."""

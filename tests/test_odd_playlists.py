@@ -82,6 +82,27 @@ def test_attributes_of_a_key_without_encryption_are_ignored(
     assert body == b"".join(SEGMENTS[:4])
 
 
+def test_variables_are_replaced(origin: Origin, serve: Serve) -> None:
+    """EXT-X-DEFINE, with a value, a parameter of the address and the master playlist's variable."""
+    film = origin.add(Playlist("film", SEGMENTS, aes_key=b"k" * 16))
+    define = '#EXT-X-DEFINE:QUERYPARAM="auth"\n#EXT-X-DEFINE:IMPORT="folder"\n'
+    define += '#EXT-X-DEFINE:NAME="key-name",VALUE="{$folder}/key"\n#EXT-X-DEFINE:IMPORT="none"\n'
+    with_variables = (
+        Edit("(#EXT-X-TARGETDURATION)", define + r"\1"),
+        Edit(r'URI="[^"]*key"', 'URI="/{$key-name}"'),
+        Edit(r"^(\d+)\.ts$", r"/{$folder}/\1.ts?auth={$auth}&x={$none}"),
+    )
+    origin.fault(film.path, *with_variables, times=None)
+    lines = [
+        '#EXTM3U\n#EXT-X-DEFINE:NAME="folder",VALUE="film"\n#EXT-X-DEFINE:QUERYPARAM="auth"',
+        f"#EXT-X-STREAM-INF:BANDWIDTH=1\n/{{$folder}}/{film.path.rpartition('/')[2]}?auth={{$auth}}",
+    ]
+    master = origin.add_file("/master.m3u8", "\n".join(lines).encode())
+    body, is_complete = serve({"film": f"{master}?auth=a.b"}).watch("/film").read_all()
+    assert (body, is_complete) == (film.plain(0, 6), True)
+    assert origin.count("/film/0.ts?auth=a.b&x=%7B$none%7D") == 1
+
+
 def test_iv_may_lack_its_prefix(origin: Origin, serve: Serve) -> None:
     film = origin.add(Playlist("film", SEGMENTS, aes_key=b"k" * 16, aes_iv=bytes(range(16))))
     origin.fault(film.path, Edit("IV=0x", "IV="), times=None)
