@@ -6582,11 +6582,12 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
                 self._expect_segment = True
             super().parse_line(line)
             return
-        tag, _, value = line[1:].partition(":")
+        name, _, value = line[1:].partition(":")
+        tag = name.strip()
         if tag in _MEDIA_TAGS:
             self.is_media = True
         try:
-            self._parse_tag(tag, value.strip(), line)
+            self._parse_tag(tag, value.strip())
         except (ValueError, OverflowError) as error:
             if tag in _NEEDED_TAGS and not isinstance(error, BadPlaylist):
                 raise BadPlaylist(explain(error)) from error
@@ -6594,13 +6595,14 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
                 raise
             log.debug("cannot read the tag %s", tag, exc_info=True)
 
-    def _parse_tag(self, tag: str, value: str, line: str) -> None:
+    def _parse_tag(self, tag: str, value: str) -> None:
         if tag == "EXT-X-I-FRAME-STREAM-INF" and self._expect_playlist:
             return  # streamlink would give it the attributes of the variant whose address follows
         if tag == "EXT-X-DEFINE":
             self._define(self.parse_attributes(value))
         section = self._map
-        super().parse_line(self._readable(tag, value, line))
+        value = self._readable(tag, value)
+        super().parse_line(f"#{tag}:{value}" if value else f"#{tag}")
         if tag == "EXTINF":
             if value.startswith("-"):
                 self.has_negative_length = True
@@ -6635,15 +6637,19 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
         """The text for a reference to a variable: its value, or itself if there is no such one."""
         return self.variables.get(reference[1], reference[0])
 
-    def _readable(self, tag: str, value: str, line: str) -> str:
-        """A tag's line as streamlink can read it."""
+    def _readable(self, tag: str, value: str) -> str:
+        """A tag's value as streamlink can read it."""
         if tag == "EXT-X-MEDIA":
-            return line + _missing_name(self.parse_attributes(value))
+            return value + _missing_name(self.parse_attributes(value))
         if tag == "EXT-X-KEY":
             method = self.parse_attributes(value).get("METHOD", "")
             if method.upper() == "NONE":
-                return "#EXT-X-KEY:METHOD=NONE"  # the rest does not matter (RFC 8216, 4.3.2.4)
-        return line
+                return "METHOD=NONE"  # the rest does not matter (RFC 8216, 4.3.2.4)
+        if tag == "EXT-X-MEDIA-SEQUENCE":
+            number = re.match(r"-?\d+", value)  # some packagers write 12.0
+            if number:
+                return number[0]
+        return value
 
     def _check_needed(self, tag: str, attributes: Mapping[str, str]) -> None:
         """Raise BadPlaylist if streamlink could not read one of _NEEDED_TAGS."""
@@ -6666,6 +6672,7 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
 
     @classmethod
     def parse_byterange(cls, value: str) -> Any:
+        value = "".join(value.split())
         if value and not _BYTE_RANGE.fullmatch(value):
             raise BadPlaylist(INVALID_TAG)
         return super().parse_byterange(value)

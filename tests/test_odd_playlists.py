@@ -55,10 +55,18 @@ def test_event_with_a_negative_duration_is_not_a_channel_list(origin: Origin, se
     assert viewer.read(len(event.plain(1, 4))) == event.plain(1, 4)
 
 
-def test_live_playlist_with_negative_numbers_plays(origin: Origin, serve: Serve) -> None:
+@pytest.mark.parametrize(
+    "edit",
+    [
+        Edit(r"(SEQUENCE:)(\d+)", lambda match: f"{match[1]}{int(match[2]) - 20}"),
+        Edit(r"(SEQUENCE:\d+)", r"\1.0"),
+        Edit(r"(SEQUENCE):", r"\1 : "),
+    ],
+    ids=["negative", "with a fraction", "with blanks"],
+)
+def test_live_playlist_with_odd_numbers_plays(origin: Origin, serve: Serve, edit: Edit) -> None:
     live = origin.add(Playlist("news", SEGMENTS, mode="live", window=3, first_sequence=6))
-    minus = Edit(r"(SEQUENCE:)(\d+)", lambda match: f"{match[1]}{int(match[2]) - 20}")
-    origin.fault(live.path, minus, times=None)
+    origin.fault(live.path, edit, times=None)
     viewer = serve({"news": live.url}).watch("/news")
     assert viewer.read(len(live.plain(6, 9))) == live.plain(6, 9)
     live.advance()
