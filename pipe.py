@@ -718,7 +718,7 @@ YAML_SLIPS = (
 def text_of(node: yaml.Node) -> str:
     """The text of a single value as written; empty for `null` or `~`.
 
-    Raises ValueError for any other node, and for a text in curly quotes.
+    Raises ValueError for any other node, for a text in curly quotes, and for half a character.
     """
     if not isinstance(node, yaml.ScalarNode):
         raise ValueError(f"expected a single value, got {NODE_KINDS[type(node)]}")
@@ -726,7 +726,20 @@ def text_of(node: yaml.Node) -> str:
         return ""
     if node.style is None and _IN_CURLY_QUOTES.fullmatch(node.value):
         raise ValueError(CURLY_QUOTES)
-    return str(node.value)
+    return _with_whole_characters(str(node.value))
+
+
+def _with_whole_characters(text: str) -> str:
+    """A text in which each pair of surrogates is the character that it stands for.
+
+    JSON writes an emoji as such a pair, and the YAML library reads that as two characters.  Raises
+    ValueError for a surrogate without its partner.
+    """
+    pairs = text.encode("utf-16", "surrogatepass")
+    try:
+        return pairs.decode("utf-16")
+    except UnicodeDecodeError:
+        raise ValueError("found half of a character (a lone surrogate)") from None
 
 
 def with_environment(text: str) -> str:
@@ -876,6 +889,10 @@ def stream_address(text: str) -> str:
     if not address.isprintable():
         raise ValueError("the address contains a control character")
     check_port(address)
+    try:
+        urlsplit(without_prefixes(address))
+    except ValueError:  # brackets that do not enclose an IPv6 address
+        raise ValueError("the address has an invalid host: remove its brackets") from None
     return address
 
 
@@ -2530,15 +2547,19 @@ def account_name_of(config: Config, stream: StreamSettings, address: str) -> str
     return playlist.name
 
 
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
 def _is_of_account(address: str, list_address: str) -> bool:
     """Whether an address has the same host, port and user as a list's address."""
-    ours = urlsplit(without_prefixes(address))
-    theirs = urlsplit(list_address)
     try:
-        is_same_host = (ours.hostname, ours.port) == (theirs.hostname, theirs.port)
-    except ValueError:  # the port is not a valid number
+        ours = urlsplit(without_prefixes(address))
+        theirs = urlsplit(list_address)
+        our_port = ours.port or DEFAULT_PORTS.get(ours.scheme)
+        their_port = theirs.port or DEFAULT_PORTS.get(theirs.scheme)
+    except ValueError:  # the host or the port is not valid
         return False
-    if not is_same_host or theirs.hostname is None:
+    if theirs.hostname is None or ours.hostname != theirs.hostname or our_port != their_port:
         return False
     user = _user_of(list_address)
     if user is None:
@@ -10385,7 +10406,8 @@ class Lists:
         # order.  Taken before _changed, which is not held during apply().
         self._applying = threading.Lock()
         # Guarded by _applying.
-        self._names: dict[Identity, str] = {}
+        self._names: Mapping[Identity, str] = {}  # those that players may have stored
+        self._newest_names: Mapping[Identity, str] = {}  # those of the newest configuration
         self._applied = config
         self._missed: set[str] = set()  # overrides without a stream, as last logged
         # Guards everything below.  Notified when a list becomes due earlier, or is over.
@@ -10404,6 +10426,7 @@ class Lists:
     def reload(self, config: Config) -> None:
         """Apply another configuration with the lists loaded so far, and load all lists again."""
         with self._changed:
+            was_waiting = self._is_waiting()
             known = self._lists
             self._lists = {}
             for name, settings in config.playlists.items():
@@ -10421,7 +10444,7 @@ class Lists:
                     self._end_request(each)
             self._config = config
             self._changed.notify_all()
-        self._publish(is_reload=True)
+        self._publish(was_waiting=was_waiting, is_reload=True)
 
     def stop(self, timeout: float) -> bool:
         """End all threads; False if one still runs after `timeout` seconds."""
@@ -10533,9 +10556,10 @@ class Lists:
             if each.settings is not settings:  # a reload changed them meanwhile
                 each.due = time.monotonic()
                 return
+            was_waiting = self._is_waiting()
             is_accepted = self._accept_or_refuse(each, outcome)
         if is_accepted:
-            self._publish()
+            self._publish(was_waiting=was_waiting)
 
     def _accept_or_refuse(self, each: LoadingList, outcome: ChannelList | str) -> bool:
         """Accept or refuse the outcome of a load, and return whether it was accepted.
@@ -10591,20 +10615,23 @@ class Lists:
 
     # Any thread
 
-    def _publish(self, *, is_reload: bool = False) -> None:
+    def _publish(self, *, was_waiting: bool, is_reload: bool = False) -> None:
         """Build the configuration with the streams of all lists, and apply it if it has changed.
 
-        A reload applies it in any case, because its caller waits for that.
+        `was_waiting`: until now, players were told to wait, so they do not know the newest names.
+        A reload applies the configuration in any case, because its caller waits for that.
         """
         with self._applying:
+            if not was_waiting:
+                self._names = self._newest_names
             with self._changed:
                 config = self._config
                 is_waiting = self._is_waiting()
                 lists = {name: each.list for name, each in self._lists.items() if each.list}
                 is_complete = len(lists) == len(self._lists)
-            config, names = with_lists(config, lists, self._names)
+            config, self._newest_names = with_lists(config, lists, self._names)
             if not is_waiting:  # until then, a list configured earlier may still claim its names
-                self._names = names
+                self._names = self._newest_names
             if is_reload or config != self._applied:
                 self._apply(config)
                 self._applied = config
@@ -10767,7 +10794,11 @@ def whole_guide(parts: Iterator[bytes]) -> Iterator[bytes]:
         start += part
         if len(start) >= GUIDE_START:
             break
-    if HTML_START.match(start):
+    text = start
+    if start.startswith(GZIP_START):
+        with contextlib.suppress(zlib.error):
+            text = zlib.decompressobj(GZIP_FORMAT).decompress(start, GUIDE_START)
+    if HTML_START.match(text):
         raise UpstreamError("the origin sent a web page, not a guide")
     yield start
     yield from parts
@@ -10809,7 +10840,7 @@ def _quoted(address: str | None) -> str:
 
 
 GUIDE_PATH = re.compile(r"/epg/([a-z0-9-]+)\.xml")
-GUIDE_START = 256  # bytes of a guide that suffice to show its format
+GUIDE_START = 1 * KIB  # bytes of a guide that suffice to show its format, also if compressed
 # `<html` or `<!DOCTYPE html`, perhaps after a byte order mark and an XML declaration.
 HTML_START = re.compile(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?<(!doctype\s+)?html", re.IGNORECASE)
 GZIP_START = b"\x1f\x8b"  # RFC 1952, 2.3.1
@@ -11801,8 +11832,12 @@ def status_page(site: Site) -> Page:
     """Return the page with all streams, for a phone, a desktop or a television."""
     name = html.escape(site.config.server.name)
     words = site.wants("q")
-    choice = Choice(_folded(words).split(), site.wants("group"))
     board = Board(site, site.streams)
+    group = site.wants("group")
+    groups = {_group_of(stream) for stream in board.streams}
+    if group not in groups:  # a bookmark may have a group that no longer exists
+        group = ""
+    choice = Choice(_folded(words).split(), group)
     count = len(board.streams)
 
     about = {"status": site.local("status", active="1", html="1")}
@@ -11839,7 +11874,6 @@ def status_page(site: Site) -> Page:
     kinds = []
     if count > ALL_OPEN:
         kinds.append("many")
-    groups = {_group_of(stream) for stream in board.streams}
     if len(groups) > FEW_GROUPS:
         kinds.append("vast")
     return _document(name, body, " ".join(kinds), about)
@@ -13795,9 +13829,13 @@ def load_for_check(config: Config) -> tuple[Config, dict[str, str]]:
 def run_check(config: Config, names: Sequence[str] = ()) -> int:
     """Check all streams, or only those named, and print a line for each.
 
-    Returns the exit status.  Raises ConfigError if a name is not that of a stream.
+    Lists are loaded unless the file has all streams named.  Returns the exit status.  Raises
+    ConfigError if a name is not that of a stream.
     """
-    config, failures = load_for_check(config)
+    failures: Mapping[str, str] = {}
+    has_all_named = bool(names) and all(name in config.streams for name in names)
+    if not has_all_named:
+        config, failures = load_for_check(config)
     for name, reason in failures.items():
         print(f"{name}  failed  {reason}")  # noqa: T201
 
@@ -14066,7 +14104,7 @@ def read_words(words: Sequence[str], is_check: bool) -> Given:
         elif is_check and not _NEVER_IN_NAMES.search(word):
             names.append(word)
         else:
-            mistakes.append(f"{word}: this is not an address: {NO_SCHEME}")
+            mistakes.append(f"{_shown(word)}: this is not an address: {NO_SCHEME}")
     if mistakes:
         raise ConfigError(mistakes)
 
@@ -14139,6 +14177,14 @@ def _label_of(name: str | None, address: str) -> str:
     if "://" in address:
         return "ADDRESS"
     return Path(address).name
+
+
+def _shown(word: str) -> str:
+    """An argument that is no address, or `ADDRESS` if it may be one with a user or a password."""
+    has_folders = word.count("/") > 1
+    if has_folders or re.search("[?&@]", word):
+        return "ADDRESS"
+    return word
 
 
 def _check_word(name: str | None, address: str) -> None:

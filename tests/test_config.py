@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -1473,6 +1474,25 @@ LIST = "http://panel.example/get.php?username=u&password=hunter2"
 
 def read_playlist(keys: str) -> pipe.PlaylistSettings:
     return read(f'playlists: {{p: {{url: "{LIST}", {keys}}}}}').playlists["p"]
+
+
+@pytest.mark.parametrize("title", ["\N{TELEVISION} News", "N\u00e9ws"])
+def test_characters_of_a_json_file_are_read(title: str) -> None:
+    """JSON writes an emoji as two halves."""
+    text = json.dumps({"streams": {"a": {"url": URL, "title": title}}})
+    assert read(text).streams["a"].title == title
+
+
+@pytest.mark.parametrize("half", ["ud83d", "udcfa"])
+def test_half_of_a_character_is_a_mistake(half: str) -> None:
+    (mistake,) = mistakes(stream(f'title: "a\\{half}b"'))
+    assert mistake.startswith("test.yml:1: streams.a.title: found half of a character")
+
+
+@pytest.mark.parametrize("address", ["http://[::1/x", "http://u:hunter2[a@h/x", "hls://http://[1/"])
+def test_address_with_a_bracket_too_many_is_a_mistake(address: str) -> None:
+    (mistake,) = mistakes(f"streams: {{a: '{address}'}}")
+    assert mistake == "test.yml:1: streams.a: the address has an invalid host: remove its brackets"
 
 
 def test_playlist_with_only_an_address_has_the_defaults() -> None:

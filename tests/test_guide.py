@@ -218,6 +218,18 @@ def test_interrupted_guide_is_incomplete(origin: Origin, serve: Serve, is_packed
     assert TEXT.startswith(answer.body)
 
 
+@pytest.mark.parametrize("accepted", ["gzip", "identity"])
+@pytest.mark.parametrize("size", [0, 100_000])
+def test_compressed_web_page_is_no_guide(
+    origin: Origin, serve: Serve, accepted: str, size: int
+) -> None:
+    noise = random.Random(1).randbytes(size)
+    site = serve({}, server={"epg": add_guide(origin, gzip.compress(WEB_PAGE + noise))})
+    answer = site.get("/epg.xml", **{"Accept-Encoding": accepted})
+    assert answer.status == 502
+    assert answer.json == {"error": "the origin sent a web page, not a guide"}
+
+
 def test_corrupt_gzip_file_is_incomplete(origin: Origin, serve: Serve) -> None:
     packed = bytearray(gzip.compress(TEXT))
     packed[50_000:50_100] = bytes(100)

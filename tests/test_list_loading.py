@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import html
 import itertools
@@ -144,6 +145,33 @@ def test_device_file_is_not_read(tmp_path: Path, serve: Serve) -> None:
     link.symlink_to("/dev/zero")
     site = serve({}, playlists={"tv": str(link)})
     eventually(lambda: status(site)["last_error"] == "the path is not a file", "it is refused")
+
+
+def test_names_stay_once_players_know_them(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list that is loaded late gets other names, even if it is configured before the others."""
+    monkeypatch.setattr(pipe, "FIRST_LIST_TIME", 0.5)
+    late = origin.add_file("/late.m3u", listing(origin, "News"))
+    other = origin.add_file("/other.m3u", listing(origin, "News", "Two"))
+    waiting = origin.fault("/late.m3u", StallHeaders())
+    site = serve({}, playlists={"late": late, "other": other})
+    eventually(lambda: site.get("/playlist.m3u").status == 200, "the playlist is served")
+    waiting.release()
+    loaded(site, "news-2", "news", "two")
+    assert site.server.config.streams["news"].playlist == "other"
+
+
+def test_check_of_the_files_own_streams_loads_no_list(tmp_path: Path, origin: Origin) -> None:
+    add_channels(origin, "own")
+    text = f"streams: {{own: '{origin.url}/own/index.m3u8'}}\n"
+    text += f"playlists: {{bad: '{origin.url}/none.m3u'}}\n"
+    (tmp_path / "config.yml").write_text(text)
+    with contextlib.closing(Program("--check", "own", cwd=tmp_path)) as program:
+        assert program.wait() == 0
+        (line,) = program.output().splitlines()
+    assert line.startswith("own  ok")
+    assert origin.count("/none.m3u") == 0
 
 
 @pytest.mark.parametrize("data", [SEGMENTS[0], media.fmp4()[0], media.aac_segments(1)[0]])

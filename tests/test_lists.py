@@ -661,6 +661,29 @@ def test_list_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         parsed(b"#" * (3 << 20))
 
 
+#### Accounts ####
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "is_theirs"),
+    [
+        ("http://p.example:80", "http://p.example", True),
+        ("http://p.example", "http://p.example:80", True),
+        ("https://p.example:443", "https://p.example", True),
+        ("hls://http://p.example:80", "http://p.example", True),
+        ("http://p.example:8080", "http://p.example", False),
+        ("http://p.example:443", "https://p.example:80", False),
+        ("http://[::1", "http://p.example", False),
+    ],
+)
+def test_default_port_of_an_account_may_be_written(ours: str, theirs: str, is_theirs: bool) -> None:
+    tv = pipe.PlaylistSettings("tv", f"{theirs}/get.php?username=ada&password=hunter2")
+    stream = pipe.StreamSettings("own", (f"{ours}/live/ada/hunter2/1.ts",))
+    config = pipe.Config(streams={"own": stream}, playlists={"tv": tv})
+    expected = "tv" if is_theirs else None
+    assert pipe.account_name_of(config, stream, stream.urls[0]) == expected
+
+
 #### Names ####
 
 

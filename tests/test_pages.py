@@ -1287,6 +1287,14 @@ def opened(found: Document) -> list[str]:
     return [have["id"] for have in found.all("details", **{"class": "group"}) if "open" in have]
 
 
+@pytest.mark.parametrize("groups", ["AB", "AA"])
+def test_group_that_no_longer_exists_hides_nothing(serve: Serve, groups: str) -> None:
+    streams = {f"s{n}": {"url": NOWHERE, "group": group} for n, group in enumerate(groups)}
+    found = page(serve(streams), "?group=Gone")
+    assert opened(found) == [f":{group}" for group in dict.fromkeys(groups)]
+    assert [have for have in found.all("details", **{"class": "group"}) if "hidden" in have] == []
+
+
 @pytest.mark.parametrize("count", [60, 61, 500, 501])
 def test_page_opens_groups_by_the_number_of_streams(serve: Serve, count: int) -> None:
     streams = {f"s{n}": {"url": NOWHERE, "group": "AB"[n % 2]} for n in range(count)}
