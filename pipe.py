@@ -3977,7 +3977,8 @@ class Viewer:
     address: str = ""
     agent: str = ""
     is_gone: Callable[[], bool] = lambda: False  # disconnected or silent; never blocks
-    wanted: str = ""  # the quality requested; guarded by channels.changed
+    wanted: str = ""  # the quality requested; guarded by channels.changed, like the next field
+    variant: str | None = None  # its channel's, if that was known when it was attached
     since: float = field(default_factory=time.monotonic)
     sent: int = 0  # bytes of media
     moved: float = field(default_factory=time.monotonic)  # when it last took a byte or polled
@@ -8750,9 +8751,13 @@ class Channel:
     def suits(self, viewer: Viewer) -> bool:
         """Whether this start has, or may have, the variant that a waiting viewer wants.
 
-        Until the variants are known, it suits every viewer.  The caller holds channels.changed.
+        Until the variants are known, it suits every viewer.  It also suits those that were attached
+        because of its variant: their quality may mean another one at this start's address.  The
+        caller holds channels.changed.
         """
         if self.variants is None or viewer.wanted == self.wanted:
+            return True
+        if viewer.variant is not None and viewer.variant == self.variant:
             return True
         return self.variant == variant_of(viewer.wanted, self.variants)
 
@@ -8874,8 +8879,9 @@ class Channel:
         """Try each address once, all within `timeout`, until one has media.
 
         If none has, the last address that refused because of too many connections is tried again
-        while it may still count one that StreamPipe has closed.  Returns if an address failed after
-        it had media; raises StreamError if none had any.
+        while it may still count one that StreamPipe has closed, or while a client that waits still
+        holds its slot.  Returns if an address failed after it had media; raises StreamError if none
+        had any.
         """
         order = deque(self._order)
         timeout = self.stream.options.timeout / len(order)
@@ -8890,13 +8896,15 @@ class Channel:
                 self._note_trouble(refusal.reason)
             if self._splicer:
                 return
-            if failure.reason in BUSY:
+            is_zapping = self.channels.is_refused_to_itself(self, failure)
+            if is_zapping or failure.reason in BUSY:
                 busy = self._address
             if order or busy is None:
                 continue
             address = self.stream.urls[busy]
             self.channels.close_idle_beside(self, address)
-            if self.channels.was_just_closed(self, address):
+            may_be_free_soon = is_zapping and time.monotonic() - self.since < ZAPPING_TIME
+            if may_be_free_soon or self.channels.was_just_closed(self, address):
                 order.append(busy)
                 self._wait(ZAPPING_PAUSE)
         raise failure
@@ -9155,7 +9163,7 @@ class Channel:
 
     def _choose(self, offered: Collection[str]) -> str | None:
         """The running variant if it is offered, or else the first wanted name that is, or None."""
-        if self.variant in offered:
+        if self._splicer and self.variant in offered:
             return self.variant
         for name in names_in(self.wanted):
             if name in offered:
@@ -9781,9 +9789,13 @@ class Channels:
         wanted = quality or stream.quality
         viewer.wanted = wanted
 
+        viewer.variant = None
+
         channel = None
         if not is_reserved:
             channel = self._find(stream, wanted)
+        if channel is not None:
+            viewer.variant = channel.variant
         if channel is None:
             self._recall(stream, wanted)
         if channel is None and not is_reserved:
@@ -9976,8 +9988,8 @@ class Channels:
     def _await_start(self, channel: Channel, viewer: Viewer, deadline: float) -> bool:
         """Wait until the channel has media for this viewer; False if the viewer must start over.
 
-        Raises StreamError if the start failed, or has no media by the viewer's own deadline, and
-        ViewerGone if the viewer left.
+        Raises StreamError if the start failed, or has no media by the viewer's own deadline, NoHls
+        for a polling client that the start cannot serve, and ViewerGone if the viewer left.
         """
         if channel.is_running:
             return True
@@ -9992,7 +10004,10 @@ class Channels:
 
         suits = channel.suits(viewer)
         if suits and channel.had_media:
-            return viewer in channel.viewers  # go_live() detaches all but one of a private channel
+            is_attached = viewer in channel.viewers  # go_live() leaves a private channel just one
+            if viewer.polls and not is_attached and channel.state is State.PRIVATE:
+                raise NoHls(channel.stream)
+            return is_attached
         self._detach(channel, viewer)
         if suits and channel.error:
             raise channel.error.copy()
@@ -10062,19 +10077,34 @@ class Channels:
         The channel gives back its slot of another account.  Raises LimitReached if none is free.
         """
         with self.changed:
-            self._free_slots(channel.stream, address, channel.viewers, channel)
+            newcomers: Collection[Viewer] = ()
+            if channel.state is State.STARTING:  # viewers of a running channel may have left it
+                newcomers = channel.viewers
+            self._free_slots(channel.stream, address, newcomers, channel)
             channel.address = address
             channel.account = self._account_of(channel.stream, address)
+
+    def is_refused_to_itself(self, channel: Channel, failure: StreamError) -> bool:
+        """Whether a start has no slot because a client that waits for it holds one.
+
+        That client is probably zapping, and will leave the other channel.
+        """
+        if not isinstance(failure, LimitReached):
+            return False
+        with self.changed:
+            return any(viewer.address in failure.held_by for viewer in channel.viewers)
 
     def note_variants(
         self, channel: Channel, canonical: Mapping[str, str], variant: str | None
     ) -> None:
         """Record the variants that a start found; `variant` is None if the wanted one is missing.
 
-        Viewers that wait for the start but want another variant start over.  Raises Stop if another
-        channel has this variant: the start must end, and its viewers attach there.
+        Viewers that wait for the start but want another variant start over.  Raises Stop if the
+        start was closed, or if another channel has this variant: its viewers attach there.
         """
         with self.changed:
+            if channel.state is State.CLOSED:  # these variants may be those of an old address
+                raise Stop
             channel.variants = canonical
             channel.variant = variant
             channel.record.variants = canonical
@@ -10101,10 +10131,17 @@ class Channels:
             channel.had_media = True
             channel.has_hls = has_hls
             if is_private:
-                suited = [viewer for viewer in channel.viewers if channel.suits(viewer)]
-                for viewer in suited[1:]:
-                    self._detach(channel, viewer)
+                self._leave_one(channel)
             self.changed.notify_all()
+
+    def _leave_one(self, channel: Channel) -> None:
+        """Detach all suited viewers of a private channel but one; polling clients cannot use it."""
+        suited = [viewer for viewer in channel.viewers if channel.suits(viewer)]
+        streaming = [viewer for viewer in suited if not viewer.polls]
+        kept = (streaming or suited)[:1]
+        for viewer in suited:
+            if viewer not in kept:
+                self._detach(channel, viewer)
 
     def end(self, channel: Channel, is_complete: bool, error: StreamError | None) -> None:
         """Record that a channel's thread ends, and how; called once for each channel."""
@@ -10142,7 +10179,7 @@ class Channels:
             self._detach_departed(newcomer.viewers)
             for channel in tuple(self._channels):
                 is_counted = not counted.isdisjoint(_counted_by(channel.address, channel.account))
-                if channel.is_running and not channel.viewers and is_counted:
+                if not (channel.viewers or channel.is_over) and is_counted:
                     self._close(channel)
 
     def was_just_closed(self, newcomer: Channel, address: str) -> bool:

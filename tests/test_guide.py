@@ -225,7 +225,7 @@ def test_compressed_web_page_is_no_guide(
 ) -> None:
     noise = random.Random(1).randbytes(size)
     site = serve({}, server={"epg": add_guide(origin, gzip.compress(WEB_PAGE + noise))})
-    answer = site.get("/epg.xml", **{"Accept-Encoding": accepted})
+    answer = get(site, {"Accept-Encoding": accepted})
     assert answer.status == 502
     assert answer.json == {"error": "the origin sent a web page, not a guide"}
 

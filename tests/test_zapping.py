@@ -354,6 +354,82 @@ def two_qualities(origin: Origin, name: str) -> Multivariant:
     return origin.add(master(name, {"360p": small, "720p": large}))
 
 
+def live(name: str) -> Playlist:
+    return Playlist(name, media.ts_segments(), mode="live", clock=True)
+
+
+def test_addresses_with_different_qualities_do_not_stop_the_server(
+    origin: Origin, serve: Serve
+) -> None:
+    """The default quality means another one at the second address, where a start has it already."""
+    one = origin.add(master("one", {"720p": live("one-720"), "1080p": live("one-1080")}))
+    two = origin.add(master("two", {"480p": live("two-480"), "720p": live("two-720")}))
+    stalled = origin.fault("/one-720/*.ts", StallHeaders(), times=None)
+    site = serve({"news": {"url": [one.url, two.url]}})
+    with Player(site, "/news?quality=720p") as first:
+        stalled.wait_held()
+        origin.fault(one.path, Status(458))
+        with Player(site, "/news") as second:
+            origin.wait_for(two.path)
+            health = Task(lambda: site.get("/health").status)
+            assert health.result() == 200
+            stalled.clear()
+            stalled.release()
+            first.read_media()
+            second.read_media()
+
+
+@other_addresses
+def test_start_at_a_backup_chooses_the_quality_anew(origin: Origin, serve: Serve) -> None:
+    """So viewers share the channel, as if the first address did not exist."""
+    dead = live("one-1080")
+    one = origin.add(master("one", {"1080p": dead}))
+    two = origin.add(master("two", {"720p": live("two-720"), "1080p": live("two-1080")}))
+    origin.fault(dead.path, Status(404), times=None)
+    news = {"url": [one.url, two.url], "quality": "720p,best"}
+    site = serve({"news": news}, server={"max_upstreams": 1})
+    with Player(site, "/news", SOURCES[0]) as first, Player(site, "/news", SOURCES[1]) as second:
+        first.read_media()
+        second.read_media()
+        with Player(site, "/news", SOURCES[1]) as late:
+            late.read_media()
+        (channel,) = site.get("/status").json["streams"][0]["channels"]
+        assert channel["variant"] == "720p"
+
+
+def test_connection_of_an_abandoned_start_closes_before_the_next_one_opens(
+    origin: Origin, serve: Serve
+) -> None:
+    """The origin allows one connection, and sends the first byte late."""
+    site = household(origin, serve, relay)
+    for name in ("a", "b"):
+        origin.habit(f"/{name}", OneAtATime(origin, 458, "/[ab]"))
+    hanging = origin.fault("/a", StallHeaders())
+    with Player(site, "/a"):
+        hanging.wait_held()
+    eventually(lambda: viewers(site) == 0, "the player has left")
+    with Player(site, "/b") as player:
+        origin.wait_until(lambda: any(r.status == 458 for r in origin.requests), "it is refused")
+        eventually(lambda: upstreams(site) == 1, "the abandoned start is closed")
+        hanging.release()
+        player.read_media()
+
+
+def test_film_goes_to_the_viewer_that_can_play_it(origin: Origin, serve: Serve) -> None:
+    """A page requests its playlist first, and a film has none."""
+    film = origin.add(Playlist("film", media.ts_segments()))
+    hanging = origin.fault(film.path, StallHeaders())
+    site = serve({"film": film.url}, server={"max_upstreams": 1})
+    page = Task(lambda: site.get("/film.m3u8").status)
+    hanging.wait_held()
+    with Player(site, "/film") as player:
+        eventually(lambda: viewers(site) == 2, "both wait")
+        hanging.release()
+        player.read_media()
+        assert page.result() == 404
+    assert origin.count(film.segment_path(0)) == 1
+
+
 def test_unknown_quality_of_a_running_channel_causes_no_request(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
