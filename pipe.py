@@ -5849,6 +5849,13 @@ class Http(HTTPSession):
                 _shut(sock)
         return sock
 
+    def let_bodies_pause(self, seconds: float) -> None:
+        """Let each read of an open body take this long, but not those of later requests."""
+        with self._lock:
+            for sock in self._sockets:
+                with contextlib.suppress(OSError):  # it was closed, or became a TLS socket
+                    sock.settimeout(seconds)
+
     def cut(self) -> None:
         """End every request, refuse further ones and keep no playlist.  Any thread may call it."""
         with self._lock:
@@ -7075,6 +7082,7 @@ class WatchedWorker(HLSStreamWorker):
         return max(seconds / self._interval_divisor, LEAST_INTERVAL)
 
 
+MISSING = frozenset(answered(status) for status in (404, 410))
 REFUSALS = EXPIRED | NOT_MEDIA  # some panels send their error message with status 200
 REFUSAL_TIME = 1.0  # seconds of refusals after which the address of a finite stream has expired
 START_MISSING = 3  # missing segments after which a start fails
@@ -7102,6 +7110,7 @@ class SegmentDownload(Download):
       the origin is gone, and nothing else was answered     ends
       start: it is the third one missing, or the newest     ends
       finite: a connection failed                           ends, once for this segment
+      finite: missing, and nothing else was answered        ends, once for this segment
       finite: nothing else was answered, others fail alike  ends
       finite: refused, and nothing else was answered        ends, once for this segment
       finite: nothing else was answered, others wait        ends, once for this segment
@@ -7181,6 +7190,10 @@ class SegmentDownload(Download):
             return True
         if failure is None or not nothing_else_answers:
             return False
+
+        # Several segments in a row may be missing, so it proves nothing that others are, too.
+        if failure in MISSING:
+            return self._may_have_expired
 
         others = [other.tries for other in self._others]
         if any(other.failure == failure for other in others):
@@ -7678,14 +7691,18 @@ class RawUpstream(Upstream):
 
     def _items(self) -> Items:
         if not self.is_finite:
+            # The channel judges silence.  The request's time-out was that of the opening, which may
+            # have had only a part of `timeout`.
+            timeout = self.session.engine.get_option("stream-segment-timeout")
+            self.session.http.let_bodies_pause(timeout + 2 * JUDGE_GRACE)
             response, start = self._opened
             yield from parts_of(response, self.session.read_size, start)
             raise UpstreamError(CONNECTION_CLOSED)
 
         def patience() -> float:
             # A stalled body is noticed after `timeout`; the rest is for one retry.
-            timeout: float = self.session.engine.get_option("stream-segment-timeout")
-            return timeout + JUDGE_GRACE / 2
+            segment_timeout: float = self.session.engine.get_option("stream-segment-timeout")
+            return segment_timeout + JUDGE_GRACE / 2
 
         ask = functools.partial(self.session.http.ask, self._arguments)
         download = Download(ask, self.session.closed, patience, opened=self._opened)
@@ -8944,6 +8961,8 @@ class Channel:
             pause = 0.0
             if self._place in tried:
                 pause = next(waits)
+            elif deadline <= time.monotonic():  # the failure was noticed late: try it nevertheless
+                deadline = time.monotonic() + self.stream.options.timeout
             tried.add(self._place)
             self._wait(pause, deadline)
 
@@ -9208,12 +9227,22 @@ class Channel:
                 self._note_trouble(trouble)  # a request that stop() cut is no trouble
             if is_all:
                 self._finish(upstream)
-            if any(_is_sign_of_life(item) for item in items):
+            if any(self._is_sign_of_life(item) for item in items):
                 alive = time.monotonic()
             if has_begun:
                 self._judge(upstream, alive, None)
             else:
                 self._judge(upstream, alive, deadline)
+
+    def _is_sign_of_life(self, item: bytes | SegmentEvent) -> bool:
+        """Whether an item shows that its upstream works.
+
+        Bytes do, and a segment that was left out on purpose.  So does a gap in a film, each of
+        which may take `timeout`: several segments in a row may be missing.
+        """
+        if isinstance(item, bytes) or item.kind is EventKind.FILTERED:
+            return True
+        return self._has_end and item.kind is EventKind.GAP
 
     def _read(self, upstream: Upstream) -> tuple[list[bytes | SegmentEvent], bool]:
         """The next items, and whether the source has ended; raises UpstreamError if it broke off.
@@ -9447,11 +9476,6 @@ def _reopen_pauses() -> Iterator[float]:
     """Seconds between tries, with jitter so that a thousand channels do not retry in step."""
     for pause in pauses(REOPEN_PAUSES):
         yield pause * random.uniform(0.8, 1.2)
-
-
-def _is_sign_of_life(item: bytes | SegmentEvent) -> bool:
-    """Whether an item shows that its upstream works: bytes, or a segment left out on purpose."""
-    return isinstance(item, bytes) or item.kind is EventKind.FILTERED
 
 
 def switched_to(container: Container) -> str:

@@ -805,6 +805,42 @@ def test_each_failure_moves_to_the_next_address(
     assert counts == [[0, 0, 1], [1, 0, 0], [0, 1, 0]]
 
 
+def test_backup_is_tried_even_if_a_failure_is_noticed_late(
+    origin: Origin, serve: Serve, backup: Origin
+) -> None:
+    """Two target durations of a playlist that does not change are longer than `reconnect`."""
+    live = origin.add(news(target_duration=3))
+    spare = backup.add(news(target_duration=3))
+    site = serve({"news": {"url": [live.url, spare.url]}}, timeout=2, reconnect=4)
+    viewer = site.watch("/news")
+    assert viewer.read(len(live.plain(2, 5))) == live.plain(2, 5)
+    spare.advance()
+    assert viewer.read(len(segment(5))) == segment(5)
+
+
+def test_relay_may_pause_although_the_addresses_shared_the_time_of_the_start(
+    origin: Origin, serve: Serve, backup: Origin
+) -> None:
+    """A panel that makes a relay of HLS sends a burst for each segment."""
+    may_continue = threading.Event()
+
+    def bursts() -> Iterator[bytes]:
+        yield segments(0, 4)
+        may_continue.wait(TIMEOUT)
+        yield segments(4, 6)
+
+    relay = origin.add_endless("/relay", bursts)
+    spare = add_relay(backup, "/relay", segments(0, 6))
+    site = serve({"news": {"url": [relay, *[f"{spare}?{n}" for n in range(9)]]}}, timeout=5)
+    viewer = site.watch("/news")
+    assert viewer.read(len(segments(0, 4))) == segments(0, 4)
+    with pytest.raises(AssertionError):
+        backup.wait_for("/relay*", timeout=1.5)  # three times the time of an address
+    may_continue.set()
+    assert viewer.read(len(segments(4, 6))) == segments(4, 6)
+    assert backup.requests == ()
+
+
 def test_backup_is_tried_without_a_pause(
     origin: Origin, serve: Serve, backup: Origin, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -207,6 +207,24 @@ def test_film_that_became_shorter_does_not_begin_again(
     assert is_complete
 
 
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("missing", [(8, 9), (3, 4), (3, 4, 5, 6)], ids=["last", "two", "four"])
+def test_run_of_missing_segments_does_not_hold_up_a_film(
+    origin: Origin, serve: Serve, missing: tuple[int, ...], threads: int
+) -> None:
+    playlist = origin.add(Playlist("film", media.ts_segments(SEGMENTS)))
+    for number in missing:
+        origin.fault(playlist.segment_path(number), Status(404), times=None)
+    site = serve({"film": playlist.url}, timeout=2, reconnect=30, threads=threads)
+    answer = site.get("/film")
+    rest = playlist.plain(0, missing[0])
+    if missing[-1] < SEGMENTS - 1:
+        rest = media.spliced(rest, playlist.plain(missing[-1] + 1, SEGMENTS))
+    assert answer.body.replace(pipe.NULL_PACKET, b"") == rest
+    assert answer.is_complete
+    assert site.channels.record("film").counts["gaps"] == len(missing)
+
+
 @pytest.mark.parametrize("missing", [(3,), (9,), (4, 5)], ids=["one", "last", "two"])
 def test_missing_segments_among_others_are_gaps(
     origin: Origin, serve: Serve, missing: tuple[int, ...]
