@@ -2701,6 +2701,7 @@ SHORTEST_SECTION = 12  # bytes of a PAT without entries (2.4.4.3); a PMT has mor
 SECTION_PACKETS = 8  # packets kept of an incomplete section, which has 1,024 bytes at most
 # Stream types of video: those of table 2-34, and those of AVS, Dirac and VC-1.
 VIDEO_TYPES = frozenset({0x01, 0x02, 0x10, 0x1B, 0x20, 0x24, 0x33, 0x42, 0xD1, 0xEA})
+SOUND_TYPES = frozenset({0x03, 0x04, 0x0F, 0x11, 0x81, 0x87})  # MPEG audio, AAC, AC-3, E-AC-3
 _UNIT_START = re.compile(rb"[\x40-\x7f\xc0-\xff]")  # second bytes with starts_unit()'s flag
 _ANY_BYTE = re.compile(rb".", re.DOTALL)
 # A sync byte.  If there is a byte one packet later, it must be a sync byte, too.
@@ -2812,6 +2813,7 @@ class ProgramTables:
         self.clock_pid = NULL_PID  # of the PCR; NULL_PID: none (2.4.4.9)
         self.unplayed: Sequence[str] = ()  # codecs of the streams that no browser plays
         self.lacks_video = False  # the video that the PMT names does not arrive
+        self.sound_pid: int | None = None  # of the first sound that arrived with a timestamp
         self._packets: dict[int, bytes] = {}  # by PID: PAT and PMT as received
         self.parts: dict[int, bytes] = {}  # by PID: sections that continue in a later packet
 
@@ -2822,10 +2824,18 @@ class ProgramTables:
 
     @property
     def main_pid(self) -> int | None:
-        """The PID of the video, or of an audio stream if there is no video; None if unknown."""
+        """The PID of the video, or of the sound if there is no video; None if unknown."""
         if self.video_pid is not None:
             return self.video_pid
-        return min(self.streams.keys() - {self.named_video_pid}, default=None)
+        return self.sound_pid
+
+    def may_be_sound(self, pid: int) -> bool:
+        """Whether a stream is sound.  Only if the PMT names no other sound, it may be any stream.
+
+        A PMT also lists sections, timed tags and sounds that never arrive.
+        """
+        has_sound = any(kind in SOUND_TYPES for kind in self.streams.values())
+        return self.streams[pid] in SOUND_TYPES or not has_sound
 
     @property
     def program_pid(self) -> int | None:
@@ -2918,6 +2928,8 @@ class ProgramTables:
                 codecs.add(kind)
 
         self.streams = streams
+        if self.sound_pid not in streams:
+            self.sound_pid = None
         self.named_video_pid = None
         for pid, kind in streams.items():
             if kind in VIDEO_TYPES:
@@ -2990,7 +3002,8 @@ class TsFramer(Framer):
         self._key_frame_time: float | None = None  # when the newest key frame arrived
         self._awaits_start = False  # the open segment has no join point yet
         self._has_unit = False  # the open segment has a picture, or audio if there is no video
-        self._has_tables = False  # the open segment has PAT and PMT
+        self._has_pat = False  # the open segment has a PAT
+        self._has_tables = False  # the open segment has a PMT after it
         self._has_join = False  # this feed() has found a join point
         self._newest: deque[Block] = deque()  # the newest packets handed on; empty after a jump
         # Since the newest place where the stream may jump:
@@ -3010,6 +3023,7 @@ class TsFramer(Framer):
         self._in_segments = True
         self._awaits_start = True
         self._has_unit = False
+        self._has_pat = False
         self._has_tables = False
         return []
 
@@ -3177,7 +3191,9 @@ class TsFramer(Framer):
 
     def _take_table(self, pid: int, packet: bytes) -> None:
         self.tables.add(pid, packet)
-        if pid == self.tables.program_pid:
+        if pid == 0:
+            self._has_pat = True
+        elif pid == self.tables.program_pid and self._has_pat:  # demuxers ignore a PMT before it
             self._has_tables = True
         self.preamble = self.tables.packets
         self.unplayed = self.tables.unplayed
@@ -3315,6 +3331,10 @@ class TsFramer(Framer):
             silence = (dts - first_sound) % TIMESTAMP_MODULUS
             if VIDEO_PATIENCE < silence < TIMESTAMP_MODULUS // 2:  # above that, the clock went back
                 self.tables.lacks_video = True
+
+        is_other = pid != named_video_pid and self.tables.sound_pid is None
+        if is_other and dts is not None and self.tables.may_be_sound(pid):
+            self.tables.sound_pid = pid
         return dts if pid == self.tables.main_pid else None
 
     def _is_key_frame(self, packet: bytes) -> bool:
@@ -4019,8 +4039,8 @@ LEAST_LISTED, MOST_LISTED = 3, 8  # segments; Chromium fails on a first playlist
 LISTED_SECONDS = 24.0  # a playlist's least duration, if MOST_LISTED segments last that long
 EPOCH = 1_735_689_600  # 2025-01-01, in Unix time
 # The limits in seconds of a segment cut from a source without segments.  If more seem to have
-# passed, the clock was reset: a segment of that duration would raise the target duration for good,
-# and clients would then reload the playlist too rarely.
+# passed, but did not, the clock was reset: a segment of that duration would raise the target
+# duration for good, and clients would then reload the playlist too rarely.
 SHORTEST_CUT, LONGEST_CUT = 2.0, 12.0
 
 
@@ -4404,8 +4424,12 @@ class Window:
 
     def _can_end_at(self, segment: Segment, join: Join, seconds: float) -> bool:
         """Whether a segment that lasts this long starts and ends at join points of one kind."""
-        if segment.start is None or seconds >= LONGEST_CUT:
+        if segment.start is None:
             return False
+        if seconds >= LONGEST_CUT:
+            passed = join.time - segment.start.time
+            if seconds > KEY_FRAME_LIFE or passed < seconds / 2:
+                return False
         return segment.start.is_key_frame is join.is_key_frame
 
     def _complete_cut(self, segment: Segment, end: int, seconds: float) -> None:
@@ -4565,7 +4589,8 @@ class Window:
         """Return the seconds to wait until a viewer takes the oldest block; 0 or less: evict it.
 
         1. There are no viewers, or all wait for a join point: do not wait.
-        2. All are paused: do not wait; they skip later.
+        2. All are paused, or behind everything that polling clients may request from the playlist:
+           do not wait; they skip later.
         3. Some have caught up with the newest block once: wait for the foremost of these; those
            behind it must keep up.  A late viewer, which starts further ahead, is not one of these
            until it has caught up, so no other viewer loses bytes because of it.
@@ -4584,10 +4609,14 @@ class Window:
 
     def _foremost(self, now: float) -> Viewer | None:
         """Return the viewer of _foremost_wait()'s case 3 or 4; None in cases 1 and 2."""
+        needed_from = 0
+        if self._playlist and self._is_polled:  # a slow viewer must not delay the polling clients
+            needed_from = self._playlist[0].first
         taking = []
         for viewer in self._viewers:
-            waits_for_join = viewer.next is None
-            if not waits_for_join and not self._is_paused(viewer, now):
+            if viewer.next is None or viewer.next < needed_from:
+                continue
+            if not self._is_paused(viewer, now):
                 taking.append(viewer)
         caught_up = [viewer for viewer in taking if viewer.has_caught_up]
         if caught_up:
@@ -8341,6 +8370,9 @@ class Splicer:
             self._window.leave_segments()
         if not is_clean:
             self._framer.shut(is_backlog=is_relay)
+        if self._init_section and self._framer.is_shut and not is_relay:
+            # It may have the only PAT and PMT, which a framer that was shut has forgotten.
+            self._window.append(self._framer.feed_init_section(self._init_section))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1843,6 +1843,22 @@ def shut_framer(last: int | None) -> pipe.TsFramer:
     return framer
 
 
+@pytest.mark.parametrize("again", [50, 5])
+def test_tables_of_an_unchanged_section_open_the_framer(again: int) -> None:
+    """PAT and PMT are only in EXT-X-MAP, and the source is opened again at another segment."""
+    tables = segment(5)[: 2 * media.PACKET]
+
+    def bare(number: int) -> bytes:
+        return segment(number)[2 * media.PACKET :]
+
+    passed = Passed()
+    passed.pass_on(event("INIT", 5), tables, event("START", 5), bare(5)[: 9 * media.PACKET])
+    passed.resume()
+    passed.pass_on(event("INIT", again), tables, event("START", again), bare(6))
+    passed.pass_on(event("END", again), event("START", again + 1), bare(7))
+    assert bare(7) in media.without_notices(passed.body)
+
+
 def test_dropped_packets_do_not_count_as_passed_on() -> None:
     """This also holds at a second seam while the framer is shut."""
     framer = shut_framer(first_dts(segment(5)))

@@ -754,6 +754,30 @@ def wait_closed(site: Site) -> None:
     )
 
 
+def cut_at(seconds: int, pause: float) -> list[float]:
+    """The durations that are listed of a source whose key frames are this far apart.
+
+    `pause`: the seconds between their arrivals.
+    """
+    window = pipe.Window(1 << 20, growth_factor=8)
+    window.offer_hls(pipe.MPEG_TS, pipe.Numbering(number=1), 1.0)
+    for number in range(6):
+        dts = number * seconds * 90_000
+        window.append([pipe.Join(b"", True, dts, time=number * pause), b"group"])
+    try:
+        return [segment.duration for segment in window.listed().segments]
+    except pipe.WindowEnded:
+        return []
+
+
+def test_source_without_segments_is_cut_at_rare_key_frames() -> None:
+    """Some cameras send a key frame every 16 s; but a clock may jump as far."""
+    assert cut_at(11, 0.0) == [11.0] * 3
+    assert cut_at(16, 16.0) == [16.0] * 3
+    assert cut_at(16, 2.0) == []
+    assert cut_at(31, 31.0) == []
+
+
 #### Over seams, closings and restarts ####
 
 

@@ -601,6 +601,34 @@ def test_segment_that_begins_with_tables_joins_at_its_first_byte(
         decodes_from(join, b"".join(segments))
 
 
+def test_pat_precedes_a_segment_that_has_only_a_pmt() -> None:
+    first, second = media.ts_segments(4)[:2]
+    framer = Fed(pipe.TsFramer())
+    feed_segments(framer, [first, second[PACKET:]])
+    _, preamble, _ = framer.joins[1]
+    assert [media.pid(packet) for packet in media.packets(preamble)] == [0, 0x1000]
+
+
+def with_other_stream(data: bytes, kind: int) -> bytes:
+    """MPEG-TS whose PMT also lists a stream of this type, with a lower PID, that never arrives."""
+    entry = bytes([kind, 0xE0, 0x50, 0xF0, 0])
+    packets = []
+    for packet in media.packets(data):
+        if media.pid(packet) == 0x1000:
+            end = 8 + (int.from_bytes(packet[6:8], "big") & 0xFFF) - 4
+            body = packet[13:15] + b"\xf0\0" + entry + packet[17:end]
+            packet = packet[:4] + make_test_card.section(2, body).ljust(PACKET - 4, b"\xff")
+        packets.append(packet)
+    return b"".join(packets)
+
+
+@pytest.mark.parametrize("kind", [0x05, 0x0B, 0x15, 0x0F, 0x86])
+def test_clock_of_radio_is_that_of_the_sound_that_arrives(kind: int) -> None:
+    framer = pipe.TsFramer()
+    framer.feed(with_other_stream(b"".join(media.audio_only_segments(4)), kind))
+    assert framer.last_dts is not None
+
+
 @pytest.mark.parametrize("make", [media.ts_segments, media.audio_only_segments])
 def test_tables_precede_a_segment_that_has_none(
     make: Callable[[int], tuple[bytes, ...]],

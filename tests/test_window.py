@@ -596,6 +596,18 @@ def test_foremost_viewer_loses_nothing_when_another_one_joins() -> None:
     assert got[second] == b"<0>" + text(0, 8)
 
 
+def test_slow_viewer_does_not_delay_polling_clients() -> None:
+    window = Window(4 * SIZE, paused_after=LONG, growth_factor=8)
+    window.offer_hls(pipe.MPEG_TS, pipe.Numbering(number=1), 1.0)
+    slow = enter(window)
+    segments(window, 0, 6)
+    take(window, slow)  # from now on, it takes less than arrives
+    for number in range(6, 100, 2):
+        window.await_listed(None, 0)
+        segments(window, number, number + 2)
+        slow.moved = time.monotonic()
+
+
 #### Private windows ####
 
 
