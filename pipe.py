@@ -6641,7 +6641,7 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
             super().parse_line(line)
             return
         name, _, value = line[1:].partition(":")
-        tag = name.strip()
+        tag = name.rstrip()
         if tag in _MEDIA_TAGS:
             self.is_media = True
         try:
@@ -6677,8 +6677,10 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
             self._check_needed(tag, self.parse_attributes(value))
 
     def _define(self, attributes: Mapping[str, str]) -> None:
-        """Define a variable: with its value, with that of a parameter of this playlist's address,
-        or with that of the master playlist's variable (RFC 8216bis, 4.4.2.3).
+        """Define a variable (RFC 8216bis, 4.4.2.3).
+
+        The tag has its value, or names a parameter of this playlist's address, or a variable of the
+        master playlist.
         """
         if "NAME" in attributes:
             self.variables[attributes["NAME"]] = attributes.get("VALUE", "")
@@ -9844,7 +9846,6 @@ class Channels:
             raise StreamError(HTTPStatus.NOT_FOUND, "there is no such stream")
         wanted = quality or stream.quality
         viewer.wanted = wanted
-
         viewer.variant = None
 
         channel = None

@@ -755,6 +755,7 @@ ODD_PLAYLISTS: Mapping[str, Edit] = {
     "zeros": Edit(r"(EXT-X-ENDLIST)", "\\1\n" + "\0" * 5000),
     "odd-line-ends": Edit(r"(EXTINF:.*)", "\\1title\u2028of two lines"),
     "key-of-no-method": Edit(r"(#EXTINF)", '#EXT-X-KEY:METHOD=none,URI="",IV=\n\\1'),
+    "commented-tag": Edit(r"(#EXTINF)", "# EXT-X-ENDLIST\n# EXT-X-GAP\n\\1"),
     "blanks-around-colons": Edit(r"^(#EXT[A-Z-]*):", r"\1 : "),
     "range-with-blanks": Edit(r"BYTERANGE:(\d+)@(\d+)", r"BYTERANGE: \1 @ \2"),
     "range-without-offset": Edit(r"(BYTERANGE:\d+)@\d+", "\\1"),
