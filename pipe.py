@@ -891,8 +891,8 @@ def stream_address(text: str) -> str:
     check_port(address)
     try:
         urlsplit(without_prefixes(address))
-    except ValueError:  # brackets that do not enclose an IPv6 address
-        raise ValueError("the address has an invalid host: remove its brackets") from None
+    except ValueError:  # brackets that do not enclose an IPv6 address, for example
+        raise ValueError("the address has an invalid host") from None
     return address
 
 
@@ -2430,8 +2430,8 @@ def with_lists(
 ) -> tuple[Config, dict[Identity, str]]:
     """The configuration with the streams and guides of these lists, and the names of all entries.
 
-    `lists` has the loaded lists by the name of their playlist, and `known` the names that the last
-    call returned.
+    `lists` has the loaded lists by the name of their playlist, and `known` the names that an
+    earlier call returned.
     """
     found = merge_entries(config.playlists, lists)
     names = name_entries(found, known)
@@ -2559,7 +2559,8 @@ def _is_of_account(address: str, list_address: str) -> bool:
         their_port = theirs.port or DEFAULT_PORTS.get(theirs.scheme)
     except ValueError:  # the host or the port is not valid
         return False
-    if theirs.hostname is None or ours.hostname != theirs.hostname or our_port != their_port:
+    is_same_port = ours.port == theirs.port or our_port == their_port
+    if theirs.hostname is None or ours.hostname != theirs.hostname or not is_same_port:
         return False
     user = _user_of(list_address)
     if user is None:
@@ -4038,9 +4039,10 @@ PLAYLIST_TYPE = "application/vnd.apple.mpegurl"
 LEAST_LISTED, MOST_LISTED = 3, 8  # segments; Chromium fails on a first playlist with two
 LISTED_SECONDS = 24.0  # a playlist's least duration, if MOST_LISTED segments last that long
 EPOCH = 1_735_689_600  # 2025-01-01, in Unix time
-# The limits in seconds of a segment cut from a source without segments.  If more seem to have
-# passed, but did not, the clock was reset: a segment of that duration would raise the target
-# duration for good, and clients would then reload the playlist too rarely.
+# The limits in seconds of a segment cut from a source without segments.  A longer one is listed
+# only if the source always has such segments.  Otherwise the clock was reset, or media is missing:
+# the segment would raise the target duration for good, and clients would then reload the playlist
+# too rarely.
 SHORTEST_CUT, LONGEST_CUT = 2.0, 12.0
 
 
@@ -4427,8 +4429,9 @@ class Window:
         if segment.start is None:
             return False
         if seconds >= LONGEST_CUT:
+            is_odd = bool(self._playlist) and seconds > 2 * self.target_duration
             passed = join.time - segment.start.time
-            if seconds > KEY_FRAME_LIFE or passed < seconds / 2:
+            if is_odd or seconds > KEY_FRAME_LIFE or passed < seconds / 2:
                 return False
         return segment.start.is_key_frame is join.is_key_frame
 
@@ -6584,6 +6587,8 @@ _BLANK_LIKE = re.compile("[\0\v\f\x1c-\x1e\x85\u2028\u2029]")
 _ATTRIBUTE = re.compile(r'(?:^|,)\s*([A-Z0-9-]+)\s*=\s*("[^"]*"\s*|.*?)(?=,\s*[A-Z0-9-]+\s*=|$)')
 # A reference to a variable that an EXT-X-DEFINE has defined (RFC 8216bis, 4.3).
 _REFERENCE = re.compile(r"\{\$([\w-]+)\}", re.ASCII)
+VARIABLE_LIMIT = 4 * KIB  # characters of a variable's value: values may contain variables
+MOST_REFERENCES = 16  # replaced in one line
 _BYTE_RANGE = re.compile(r"[1-9]\d{0,17}(@\d{1,18})?")
 # The attributes of a variant that must be numbers.
 _VARIANT_NUMBERS = {
@@ -6615,6 +6620,7 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
         super().__init__(*arguments)
         self._imported = imported
         self.variables: dict[str, str] = {}
+        self._size = 0  # characters of the lines whose variables were replaced
         self.is_gap = False  # of the next segment
         self.is_media = False  # a tag has shown that the playlist lists segments
         self.has_negative_length = False
@@ -6633,7 +6639,10 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
 
     def parse_line(self, line: str) -> None:
         if self.variables:
-            line = _REFERENCE.sub(self._value_of, line)
+            line = _REFERENCE.sub(self._value_of, line, count=MOST_REFERENCES)
+            self._size += len(line)
+            if self._size > PLAYLIST_LIMIT:
+                raise BadPlaylist(TOO_LARGE_PLAYLIST)
         if not line.startswith("#"):
             # Each address in a media playlist is a segment (RFC 8216, 4.1).
             if self.is_media and not self._expect_playlist:
@@ -6682,16 +6691,19 @@ class PlaylistParser(_ParserBase):  # type: ignore[misc]
         The tag has its value, or names a parameter of this playlist's address, or a variable of the
         master playlist.
         """
+        value: str | None = None
         if "NAME" in attributes:
-            self.variables[attributes["NAME"]] = attributes.get("VALUE", "")
+            name = attributes["NAME"]
+            value = attributes.get("VALUE", "")
         elif "QUERYPARAM" in attributes:
             name = attributes["QUERYPARAM"]
-            values = parse_qs(urlsplit(self.m3u8.uri or "").query, keep_blank_values=True)
-            if name in values:
-                self.variables[name] = values[name][0]
-        elif attributes.get("IMPORT") in self._imported:
-            name = attributes["IMPORT"]
-            self.variables[name] = self._imported[name]
+            parameters = parse_qs(urlsplit(self.m3u8.uri or "").query, keep_blank_values=True)
+            value = parameters.get(name, [None])[0]
+        else:
+            name = attributes.get("IMPORT", "")
+            value = self._imported.get(name)
+        if value is not None and len(value) <= VARIABLE_LIMIT:
+            self.variables[name] = value
 
     def _value_of(self, reference: re.Match[str]) -> str:
         """The text for a reference to a variable: its value, or itself if there is no such one."""
@@ -7141,7 +7153,7 @@ class SegmentDownload(Download):
       the origin is gone, and nothing else was answered     ends
       start: it is the third one missing, or the newest     ends
       finite: a connection failed                           ends, once for this segment
-      finite: missing, and nothing else was answered        ends, once for this segment
+      finite: missing in a plain stream, none was answered  ends, once for this segment
       finite: nothing else was answered, others fail alike  ends
       finite: refused, and nothing else was answered        ends, once for this segment
       finite: nothing else was answered, others wait        ends, once for this segment
@@ -7222,8 +7234,9 @@ class SegmentDownload(Download):
         if failure is None or not nothing_else_answers:
             return False
 
-        # Several segments in a row may be missing, so it proves nothing that others are, too.
-        if failure in MISSING:
+        # Several segments in a row may be missing, so it proves nothing that others are, too.  A
+        # track could not tell that from addresses that have expired.
+        if failure in MISSING and not writer.reader.is_track:
             return self._may_have_expired
 
         others = [other.tries for other in self._others]
@@ -8979,14 +8992,16 @@ class Channel:
     def _keep_going(self) -> NoReturn:
         """Reopen the failed upstream again and again; never returns.
 
-        Raises UpstreamError after `reconnect` seconds without media, SourceEnded at the end of the
-        source, and Stop if the channel must end.
+        Raises UpstreamError after `reconnect` seconds without media, or `timeout` seconds later if
+        the outage was noticed so late and there is a backup; SourceEnded at the end of the source;
+        and Stop if the channel must end.
         """
         if self.state is State.PRIVATE and not self._has_end:
             raise UpstreamError(
                 "the stream broke off, and cannot be resumed because its length is unknown"
             )
         tried = {self._place}  # since media last arrived
+        extended = self._extended_deadline()
         self._first_copy = self._copy
         waits = _reopen_pauses()
         while True:
@@ -8995,8 +9010,8 @@ class Channel:
             pause = 0.0
             if self._place in tried:
                 pause = next(waits)
-            elif deadline <= time.monotonic():  # the failure was noticed late: try it nevertheless
-                deadline = time.monotonic() + self.stream.options.timeout
+            else:
+                deadline = max(deadline, extended)
             tried.add(self._place)
             self._wait(pause, deadline)
 
@@ -9011,9 +9026,21 @@ class Channel:
 
             if self._last_byte > began:
                 tried = {self._place}
+                extended = self._extended_deadline()
                 self._first_copy = self._copy
             if self._last_byte - began > HEALTHY_TIME:
                 waits = _reopen_pauses()
+
+    def _extended_deadline(self) -> float:
+        """When the backups must have media, if an outage was noticed after `reconnect` seconds.
+
+        Two target durations may be longer than that.  Otherwise 0.
+        """
+        now = time.monotonic()
+        reconnect = self.stream.options.reconnect
+        if 0 < reconnect <= now - self._last_byte:
+            return now + self.stream.options.timeout
+        return 0.0
 
     @property
     def _place(self) -> Place:
@@ -9271,12 +9298,13 @@ class Channel:
     def _is_sign_of_life(self, item: bytes | SegmentEvent) -> bool:
         """Whether an item shows that its upstream works.
 
-        Bytes do, and a segment that was left out on purpose.  So does a gap in a film, each of
-        which may take `timeout`: several segments in a row may be missing.
+        Bytes do, and a segment that was left out on purpose.  For `reconnect` seconds, so does a
+        gap in a film, each of which may take `timeout`: several segments in a row may be missing.
         """
         if isinstance(item, bytes) or item.kind is EventKind.FILTERED:
             return True
-        return self._has_end and item.kind is EventKind.GAP
+        is_recent = time.monotonic() - self._last_byte < self.stream.options.reconnect
+        return self._has_end and item.kind is EventKind.GAP and is_recent
 
     def _read(self, upstream: Upstream) -> tuple[list[bytes | SegmentEvent], bool]:
         """The next items, and whether the source has ended; raises UpstreamError if it broke off.

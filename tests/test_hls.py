@@ -754,16 +754,15 @@ def wait_closed(site: Site) -> None:
     )
 
 
-def cut_at(seconds: int, pause: float) -> list[float]:
-    """The durations that are listed of a source whose key frames are this far apart.
+def cut_at(*seconds: int, share: float = 1.0) -> list[float]:
+    """The durations that are listed of a source with key frames this far apart.
 
-    `pause`: the seconds between their arrivals.
+    `share`: the part of that time that passes between their arrivals.
     """
     window = pipe.Window(1 << 20, growth_factor=8)
     window.offer_hls(pipe.MPEG_TS, pipe.Numbering(number=1), 1.0)
-    for number in range(6):
-        dts = number * seconds * 90_000
-        window.append([pipe.Join(b"", True, dts, time=number * pause), b"group"])
+    for at in itertools.accumulate(seconds, initial=0):
+        window.append([pipe.Join(b"", True, at * 90_000, time=at * share), b"group"])
     try:
         return [segment.duration for segment in window.listed().segments]
     except pipe.WindowEnded:
@@ -771,11 +770,12 @@ def cut_at(seconds: int, pause: float) -> list[float]:
 
 
 def test_source_without_segments_is_cut_at_rare_key_frames() -> None:
-    """Some cameras send a key frame every 16 s; but a clock may jump as far."""
-    assert cut_at(11, 0.0) == [11.0] * 3
-    assert cut_at(16, 16.0) == [16.0] * 3
-    assert cut_at(16, 2.0) == []
-    assert cut_at(31, 31.0) == []
+    """Some cameras send a key frame every 16 s; but a clock may jump as far, or media may lack."""
+    assert cut_at(11, 11, 11, 11, 11, share=0.0) == [11.0] * 3
+    assert cut_at(16, 16, 16, 16, 16) == [16.0] * 3
+    assert cut_at(16, 16, 16, 16, 16, share=0.1) == []
+    assert cut_at(31, 31, 31, 31) == []
+    assert cut_at(2, 2, 2, 18, 2) == [2.0] * 4
 
 
 #### Over seams, closings and restarts ####

@@ -673,6 +673,7 @@ def test_list_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         ("hls://http://p.example:80", "http://p.example", True),
         ("http://p.example:8080", "http://p.example", False),
         ("http://p.example:443", "https://p.example:80", False),
+        ("https://p.example", "http://p.example", True),
         ("http://[::1", "http://p.example", False),
     ],
 )

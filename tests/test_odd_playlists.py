@@ -111,6 +111,19 @@ def test_variables_are_replaced(origin: Origin, serve: Serve) -> None:
     assert origin.count("/film/0.ts?auth=a.b&x=%7B$none%7D") == 1
 
 
+def test_variables_do_not_fill_the_memory(origin: Origin, serve: Serve) -> None:
+    """Each variable would have ten times the length of the one before."""
+    film = origin.add(Playlist("film", SEGMENTS))
+    lines = ['#EXT-X-DEFINE:NAME="v0",VALUE="' + "x" * 1000 + '"']
+    for number in range(1, 12):
+        value = f"{{$v{number - 1}}}" * 10
+        lines.append(f'#EXT-X-DEFINE:NAME="v{number}",VALUE="{value}"')
+    define = "\n".join(lines)
+    origin.fault(film.path, Edit("(#EXT-X-TARGETDURATION)", define + r"\n\1"), times=None)
+    body, is_complete = serve({"film": film.url}).watch("/film").read_all()
+    assert (body, is_complete) == (film.plain(0, 6), True)
+
+
 def test_iv_may_lack_its_prefix(origin: Origin, serve: Serve) -> None:
     film = origin.add(Playlist("film", SEGMENTS, aes_key=b"k" * 16, aes_iv=bytes(range(16))))
     origin.fault(film.path, Edit("IV=0x", "IV="), times=None)
