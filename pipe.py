@@ -202,6 +202,7 @@ import random
 import re
 import select
 import selectors
+import shutil
 import signal
 import socket
 import socketserver
@@ -5426,6 +5427,19 @@ def engine_options() -> EngineOptions:
     return options
 
 
+def has_ffmpeg(engine: Streamlink) -> bool:
+    """Whether ffmpeg can be used.  Blocks for a few seconds at most, the first time.
+
+    streamlink remembers the answer for good, even if ffmpeg only took too long to start.  So the
+    next opening asks again if ffmpeg cannot be used.
+    """
+    is_usable = bool(FFMPEGMuxer.is_usable(engine))
+    if not is_usable and shutil.which("ffmpeg"):
+        with contextlib.suppress(AttributeError):  # another streamlink may remember nothing
+            FFMPEGMuxer._resolve_command.cache_clear()
+    return is_usable
+
+
 class Session:
     """Streamlink for one opening of a channel's upstream; openings share nothing.
 
@@ -5443,6 +5457,8 @@ class Session:
         for settings in (_own_options(stream, timeout), stream.options.streamlink, SAFETY_OPTIONS):
             for option, value in settings.items():
                 self.engine.set_option(option, value)
+        # Seconds for a request once the stream is open.
+        self._timeout = stream.options.streamlink.get("http-timeout", stream.options.timeout)
         # The results of resolve():
         self.qualities: list[str] = []  # the names that are not aliases, in streamlink's order
         self.canonical: dict[str, str] = {}  # by name, alias or not: the name in `qualities`
@@ -5507,6 +5523,9 @@ class Session:
                 copies = self._copies_of(name)
                 stream = self._follow(copies[copy % len(copies)])
                 upstream = self._upstream_of(stream, first, tracks, left_out)
+            # From now on, a request may take longer than this opening, which may have had only a
+            # part of `timeout`.
+            self.engine.set_option("http-timeout", self._timeout)
             upstream.missing = self._what_is_missing(stream)
             upstream.start()
         except Exception as error:
@@ -5540,7 +5559,7 @@ class Session:
         for variant in stream.multivariant.playlists:
             if variant.uri == stream.url:
                 has_separate_sound = any(m.type == "AUDIO" and m.uri for m in variant.media)
-                if has_separate_sound and not FFMPEGMuxer.is_usable(self.engine):
+                if has_separate_sound and not has_ffmpeg(self.engine):
                     return "no sound: install ffmpeg"
                 break
         return None
@@ -5568,7 +5587,7 @@ class Session:
 
     def _check_muxing(self) -> None:
         """Raise UpstreamError if ffmpeg or a folder for the FIFOs that it reads is missing."""
-        if not FFMPEGMuxer.is_usable(self.engine):
+        if not has_ffmpeg(self.engine):
             raise UpstreamError(NO_FFMPEG)
         try:
             tempfile.TemporaryFile().close()
@@ -5760,6 +5779,22 @@ class Http(HTTPSession):
         self.closed = threading.Event()  # no more requests may be sent; set under _lock
         super().__init__()
         self.hooks["response"].append(cast(Any, self._bound))
+
+    def rebuild_auth(self, prepared_request: Any, response: requests.Response) -> None:
+        """Send a configured Cookie header again after a redirect, unless it leads to another host.
+
+        requests drops the header, and keeps only cookies that the origin has set.
+        """
+        super().rebuild_auth(prepared_request, response)  # type: ignore[no-untyped-call]
+        configured: Any = self.headers.get("Cookie")
+        session: Any = self
+        is_other_host = session.should_strip_auth(response.request.url, prepared_request.url)
+        if not configured or is_other_host:
+            return
+        from_origin = prepared_request.headers.get("Cookie")
+        if from_origin:
+            configured = f"{configured}; {from_origin}"
+        prepared_request.headers["Cookie"] = configured
 
     @contextlib.contextmanager
     def timed(self, seconds: float) -> Iterator[None]:
@@ -5981,14 +6016,15 @@ _answered_lock = threading.Lock()
 def connect_fastest(connection: Any, http_session: Http) -> socket.socket:
     """Connect to a host at the address that answers first (RFC 8305), and return the socket.
 
-    Blocks for the connection's time-out at most, or until the name look-up ends if that is later.
+    Blocks for the connection's time-out at most, after the name look-up, which has a limit of its
+    own: the system may wait 5 s for a dead name server, which is longer than many segments last.
     The socket's time-out is the remaining time, for the next step, such as a TLS handshake.  Raises
     urllib3's errors.
     """
     name, port = connection._dns_host.strip("[]"), connection.port
-    ends = time.monotonic() + connection.timeout
     try:
         found = in_turn(look_up(name, port), name, port)
+        ends = time.monotonic() + connection.timeout
         patience = functools.partial(http_session.time_left, ends)
         sock, address = first_to_answer(
             found, patience, connection.source_address, connection.socket_options
@@ -12675,6 +12711,7 @@ GUIDE_HEADERS = {"Content-Type": "application/xml", "Cache-Control": "no-cache"}
 GUIDE_TIME = 3600.0  # seconds that relaying a guide may take in all; some guides have 500 MB
 GUIDE_SEND_TIME = 60.0  # seconds without progress after which a guide's client is disconnected
 RELOAD_WAIT = 5.0  # seconds that a playlist request may wait for a new segment
+ANSWER_PART = 64 * KIB  # bytes of a short answer that have HEAD_TIMEOUT seconds to be sent
 COMPRESSED_SIZE = 1 * KIB  # bytes of the smallest page worth compressing
 NO_TOKEN = (
     "a token is required: add ?token=... to the address, or enter it as the password, leaving the "
@@ -13037,7 +13074,9 @@ class Handler(BaseHTTPRequestHandler):
         about.update(headers)
         self._send_head(status, about)
         if self.command != "HEAD":
-            self.wfile.write(body)
+            # A write's time-out is for all of its bytes, and a large list takes its time.
+            for at in range(0, len(body), ANSWER_PART):
+                self.wfile.write(body[at : at + ANSWER_PART])
 
     def answer_error(
         self, status: HTTPStatus, reason: str, headers: Mapping[str, str] = {}
@@ -13533,7 +13572,8 @@ def tune(sock: socket.socket, viewer_timeout: float) -> None:
         (socket.IPPROTO_TCP, "TCP_KEEPIDLE", idle),
         (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 10),
         (socket.IPPROTO_TCP, "TCP_KEEPCNT", 6),
-        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", int(max(60, viewer_timeout) * 1000)),
+        # Later than our own decision: the kernel counts while a paused player answers probes, too.
+        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", int((viewer_timeout + 60) * 1000)),
     ]
     for level, name, value in options:
         with contextlib.suppress(OSError, AttributeError):  # some platforms lack some of them

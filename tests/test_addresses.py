@@ -17,7 +17,7 @@ import pytest
 
 import pipe
 from tests import media
-from tests.origin import SILENT, Origin, Playlist, Status, silent
+from tests.origin import SILENT, Demand, Origin, Playlist, Redirect, Status, silent
 from tests.program import eventually
 from tests.server import Site
 
@@ -95,6 +95,40 @@ def test_dead_addresses_cost_little_time(
     logged = [record for record in caplog.records if "does not answer" in record.getMessage()]
     assert bool(logged) == (addresses[0] != GOOD)
     assert len(logged) <= 8  # only by the first connections, which start together
+
+
+def test_slow_look_up_costs_no_segments(
+    origin: Origin, serve: Serve, names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dead name server costs more time than a segment lasts."""
+    names[HOST] = [GOOD]
+    fast = socket.getaddrinfo
+
+    def slow(host: Any, *more: Any, **named: Any) -> Any:
+        if host == HOST:
+            threading.Event().wait(1.5)
+        return fast(host, *more, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    live = origin.add(Playlist("news", SEGMENTS, mode="live", window=6))
+    viewer = serve({"news": at_host(live.url)}, timeout=20).watch("/news")
+    assert viewer.read(len(live.plain(3, 6))) == live.plain(3, 6)
+
+
+@pytest.mark.parametrize("is_other", [False, True], ids=["same host", "other host"])
+def test_configured_cookie_survives_a_redirect_on_its_host(
+    origin: Origin, serve: Serve, names: Names, is_other: bool
+) -> None:
+    names[HOST] = [GOOD]
+    stream = film(origin)
+    target = at_host(stream.url) if is_other else stream.url
+    origin.fault("/login", Redirect(target), times=None)
+    if not is_other:
+        origin.fault(stream.path, Demand({"cookie": "a=b; c=d"}), times=None)
+    login = {"url": f"{origin.url}/login", "headers": {"Cookie": "a=b; c=d"}}
+    assert serve({"film": login}).get("/film").body == stream.plain(0, 12)
+    redirected = next(each for each in origin.requests if each.path == stream.path)
+    assert ("cookie" in redirected.headers) is not is_other
 
 
 def test_address_that_answered_is_tried_first(

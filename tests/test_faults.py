@@ -47,6 +47,7 @@ from tests.origin import (
     Stall,
     StallHeaders,
     Status,
+    Think,
     WrongLength,
     master,
 )
@@ -838,6 +839,19 @@ def test_relay_may_pause_although_the_addresses_shared_the_time_of_the_start(
         backup.wait_for("/relay*", timeout=1.5)  # three times the time of an address
     may_continue.set()
     assert viewer.read(len(segments(4, 6))) == segments(4, 6)
+    assert backup.requests == ()
+
+
+def test_playlist_may_be_slow_although_the_addresses_shared_the_time_of_the_start(
+    origin: Origin, serve: Serve, backup: Origin
+) -> None:
+    live, spare = origin.add(news()), backup.add(news())
+    addresses = [live.url, *[f"{spare.url}?{n}" for n in range(9)]]
+    viewer = serve({"news": {"url": addresses}}, timeout=5).watch("/news")
+    assert viewer.read(len(live.plain(2, 5))) == live.plain(2, 5)
+    origin.fault(live.path, Think(1.0), times=None)  # twice the time of an address
+    live.advance()
+    assert viewer.read(len(segment(5))) == segment(5)
     assert backup.requests == ()
 
 

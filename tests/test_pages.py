@@ -18,6 +18,7 @@ import os
 import pty
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -1477,6 +1478,24 @@ def test_page_shows_the_address_for_televisions(serve: Serve, token: str | None)
     query = f"?token={QUOTED_TOKEN}" if token else ""
     text = page(serve({"a": NOWHERE}, server=server), query).text
     assert f"For TVs and players, enter https://tv.example/sub/playlist.m3u{query}" in text
+
+
+def test_large_list_reaches_a_client_that_reads_slowly(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time limit is for a client that reads nothing, not for the whole answer."""
+    monkeypatch.setattr(pipe, "HEAD_TIMEOUT", 0.5)
+    site = serve({f"s{n}": {"url": NOWHERE, "title": "t" * 2000} for n in range(3000)})
+    answer = b""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        sock.connect(("127.0.0.1", site.port))
+        sock.sendall(b"GET /playlist.m3u HTTP/1.0\r\n\r\n")
+        while data := sock.recv(1 << 16):
+            answer += data
+            threading.Event().wait(0.005)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert f"Content-Length: {len(body)}\r\n".encode() in head + b"\r\n"
 
 
 def test_page_without_streams_says_so(serve: Serve) -> None:
