@@ -4011,6 +4011,7 @@ class Viewer:
     skips: int = 0  # how often it fell behind
     has_torn_segment: bool = False  # it got the start of a segment whose rest cannot follow
     polls: bool = False  # it is a polling client (HLS), which is in no window
+    has_page: bool = False  # a polling client that requested the page; guarded by channels.changed
     listed: int | None = None  # number of the newest segment in the last playlist it got
 
     @property
@@ -9769,10 +9770,12 @@ class Channels:
                 if viewer.key in candidate.pollers and not (has_ended and anew):
                     channel = candidate
                     break
+            viewer.has_page = anew
             if channel is None:
                 channel = self.watch(stream, quality, viewer)
                 self._add_poller(channel, viewer)
             known = channel.pollers[viewer.key]
+            known.has_page = known.has_page or anew
             known.moved = time.monotonic()
         return channel, known
 
@@ -10037,10 +10040,10 @@ class Channels:
 
         A polling client has left its channel if it is among the newcomers to another.
         """
-        keys = {viewer.key for viewer in newcomers if viewer.polls}
+        polling = [newcomer for newcomer in newcomers if newcomer.polls]
         for channel in tuple(self._channels):
             for viewer in tuple(channel.viewers):
-                is_elsewhere = viewer.polls and viewer.key in keys and viewer not in newcomers
+                is_elsewhere = viewer not in newcomers and _has_moved(viewer, polling)
                 if is_elsewhere or viewer.is_gone():
                     self._detach(channel, viewer)
 
@@ -10424,6 +10427,30 @@ def _account_is_full(limit: int, sharing: Collection[Channel]) -> str:
     verb = "is" if len(titles) == 1 else "are"
     playing = f"{_joined(titles, TITLES_TOLD)} {verb} playing"
     return f"this account allows {_many(limit, 'connection')}: {playing}"
+
+
+def _has_moved(viewer: Viewer, newcomers: Iterable[Viewer]) -> bool:
+    """Whether a polling client is among the polling newcomers to another channel.
+
+    A page that a person requests counts more than the playlist of a page that is still open in
+    another tab: otherwise, two tabs would take one slot from each other again and again.
+    """
+    if not viewer.polls:
+        return False
+    for newcomer in newcomers:
+        is_media_of_page = newcomer.has_page and _plays_for(viewer.agent, newcomer.agent)
+        is_same_agent = viewer.agent == newcomer.agent or is_media_of_page
+        is_same_client = viewer.address == newcomer.address and is_same_agent
+        if is_same_client and (newcomer.has_page or not viewer.has_page):
+            return True
+    return False
+
+
+def _plays_for(agent: str, browser: str) -> bool:
+    """Whether this agent requests the media of a browser's pages. on Apple's devices"""
+    is_apples = "AppleWebKit/" in browser and "Safari/" in browser
+    is_another = "Chrome/" in browser or "Android" in browser
+    return agent.startswith("AppleCoreMedia/") and is_apples and not is_another
 
 
 def _addresses_of(channels: Iterable[Channel]) -> set[str]:

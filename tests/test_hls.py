@@ -974,6 +974,46 @@ def test_numbers_grow_after_a_channel_or_the_server_restarts(origin: Origin, ser
 #### A polling client is a viewer ####
 
 
+SAFARI = (
+    "Mozilla/5.0 (iPhone; CPU iPhone OS 17_5 like Mac OS X) AppleWebKit/605.1.15 "
+    "(KHTML, like Gecko) Version/17.5 Mobile/15E148 Safari/604.1"
+)
+APPLES_PLAYER = "AppleCoreMedia/1.0.0.21F79 (iPhone; U; CPU OS 17_5 like Mac OS X; en_us)"
+
+
+def two_channels(origin: Origin, serve: Callable[..., Site]) -> Site:
+    """Two channels, one of which may be open at once."""
+    addresses = {}
+    for name in ("news", "sport"):
+        playlist = Playlist(name, media.ts_segments(), mode="live", clock=True, window=6)
+        addresses[name] = origin.add(playlist).url
+    return serve(addresses, server={"max_upstreams": 1}, linger=60)
+
+
+def test_apples_device_changes_channels_from_page_to_page(
+    origin: Origin, serve: Callable[..., Site]
+) -> None:
+    """Its pages and its media have different user agents."""
+    site = two_channels(origin, serve)
+    for name in ("news", "sport", "news"):
+        page = {"Accept": BROWSER, "User-Agent": SAFARI}
+        assert site.ask("GET", f"/{name}", **page).status == 200
+        playlist = site.ask("GET", f"/{name}.m3u8", **{"User-Agent": APPLES_PLAYER})
+        assert playlist.status == 200
+
+
+def test_tab_that_is_still_open_does_not_take_the_slot_back(
+    origin: Origin, serve: Callable[..., Site]
+) -> None:
+    site = two_channels(origin, serve)
+    for name in ("news", "sport"):
+        assert site.ask("GET", f"/{name}", Accept=BROWSER).status == 200
+        assert site.ask("GET", f"/{name}.m3u8").status == 200
+    assert site.ask("GET", "/news.m3u8").status == 503
+    assert site.ask("GET", "/sport.m3u8").status == 200
+    assert site.ask("GET", "/news", Accept=BROWSER).status == 200
+
+
 def viewers_of(site: Site, stream: int = 0) -> list[dict[str, object]]:
     channels = site.get("/status").json["streams"][stream]["channels"]
     return [viewer for channel in channels for viewer in channel["viewers"]]
