@@ -146,7 +146,8 @@ How long may this take?
     a segment             two target durations (a film: `timeout`) without a byte:
                           Download._note_failed_try
     a silent source       `timeout` or two target durations: Channel._judge
-    an outage             `reconnect` since the last byte: Channel._keep_going
+    an outage             `reconnect` since the last byte; if it was noticed later, backups have
+                          another `timeout` once: Channel._keep_going
     an idle channel       `linger`: Channels.close_if_abandoned; no time at all if it is PRIVATE, or
                           in a pause of an outage: Channels.close_if_unwatched
     a paused viewer       `viewer_timeout`: Handler._send_pieces; it holds up the feeder for
