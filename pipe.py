@@ -7124,8 +7124,12 @@ class WatchedWorker(HLSStreamWorker):
         these already.
         """
         wanted: int = self.reader.first
+        return self.reader.is_film and wanted > self._latest_start(last)
+
+    def _latest_start(self, last: int) -> int:
+        """The highest number at which a playlist that ends with `last` may be continued."""
         latest: int = last + 1 + self.reader.allowed_lag
-        return self.reader.is_film and wanted > latest
+        return latest
 
     def _continue_another_opening(self, first: int, last: int) -> None:
         """Start at the number that another opening reached, if it fits this playlist.
@@ -7133,7 +7137,7 @@ class WatchedWorker(HLSStreamWorker):
         `first` and `last` are the numbers that the playlist lists.
         """
         self.duration_offset_start = 0.0
-        if first <= self.reader.first <= last + 1 + self.reader.allowed_lag:
+        if first <= self.reader.first <= self._latest_start(last):
             self.sequence = self.reader.first
 
     def _measure(self, newest: int, is_skipping: bool) -> None:
@@ -7191,7 +7195,7 @@ class SegmentDownload(Download):
       the origin is gone, and nothing else was answered     ends
       start: it is the third one missing, or the newest     ends
       finite: a connection failed                           ends, once for this segment
-      finite: missing in a plain stream, none was answered  ends, once for this segment
+      finite: 404 or 410, not a track, no other answered    ends, once for this segment
       finite: nothing else was answered, others fail alike  ends
       finite: refused, and nothing else was answered        ends, once for this segment
       finite: nothing else was answered, others wait        ends, once for this segment
@@ -10448,7 +10452,10 @@ def _has_moved(viewer: Viewer, newcomers: Iterable[Viewer]) -> bool:
 
 
 def _plays_for(agent: str, browser: str) -> bool:
-    """Whether this agent requests the media of a browser's pages. on Apple's devices"""
+    """Whether this agent requests the media for a browser's page.
+
+    On Apple's devices, the system's own player does, and it names another agent than the browser.
+    """
     is_apples = "AppleWebKit/" in browser and "Safari/" in browser
     is_another = "Chrome/" in browser or "Android" in browser
     return agent.startswith("AppleCoreMedia/") and is_apples and not is_another

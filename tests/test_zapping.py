@@ -97,8 +97,12 @@ def relay(origin: Origin, name: str) -> str:
     return origin.add_endless(f"/{name}", lambda: itertools.cycle(media.ts_segments()))
 
 
+def live(name: str) -> Playlist:
+    return Playlist(name, media.ts_segments(), mode="live", clock=True)
+
+
 def segmented(origin: Origin, name: str) -> str:
-    return origin.add(Playlist(name, media.ts_segments(), mode="live", clock=True)).url
+    return origin.add(live(name)).url
 
 
 def household(
@@ -347,15 +351,7 @@ ONLY_TWO = "no such quality; available: 360p, 720p"
 
 
 def two_qualities(origin: Origin, name: str) -> Multivariant:
-    small, large = (
-        Playlist(f"{name}-{height}", media.ts_segments(), mode="live", clock=True)
-        for height in (360, 720)
-    )
-    return origin.add(master(name, {"360p": small, "720p": large}))
-
-
-def live(name: str) -> Playlist:
-    return Playlist(name, media.ts_segments(), mode="live", clock=True)
+    return origin.add(master(name, {"360p": live(f"{name}-360"), "720p": live(f"{name}-720")}))
 
 
 def test_addresses_with_different_qualities_do_not_stop_the_server(
