@@ -1555,6 +1555,7 @@ def test_viewers_survive_forty_random_faults(origin: Origin, serve: Serve, tmp_p
     recorders = [Recorder(site.watch("/news"), tmp_path / f"{n}.ts") for n in range(3)]
     chance = random.Random(SEED)
     memory = []
+    snapshots = []  # after ten faults and at the end
     faulthandler.cancel_dump_traceback_later()  # this test takes longer than its time limit
     tracemalloc.start()
     try:
@@ -1568,6 +1569,8 @@ def test_viewers_survive_forty_random_faults(origin: Origin, serve: Serve, tmp_p
             # until the garbage collector runs.
             gc.collect()
             memory.append(tracemalloc.get_traced_memory()[0])
+            if len(memory) in (10, RANDOM_FAULTS):
+                snapshots.append(tracemalloc.take_snapshot())
     finally:
         tracemalloc.stop()
     live.end()
@@ -1575,7 +1578,8 @@ def test_viewers_survive_forty_random_faults(origin: Origin, serve: Serve, tmp_p
     assert all(is_complete for _, is_complete in bodies), "no viewer was dropped"
     for body, _ in bodies:
         assert_pieces_of_segments(body)
-    assert sorted(memory[-10:])[5] < sorted(memory[:10])[5] + (1 << 20)
+    growth = snapshots[1].compare_to(snapshots[0], "lineno")[:8]
+    assert sorted(memory[-10:])[5] < sorted(memory[:10])[5] + (1 << 20), "\n".join(map(str, growth))
 
 
 def assert_pieces_of_segments(body: bytes) -> None:
