@@ -5360,7 +5360,9 @@ READ_SIZE = 64 * KIB  # bytes of one read of any body except a segment; at least
 TURN_LIMIT = 1 * MIB  # bytes that a feeder takes from its buffer at once: more would delay viewers
 PLAYLIST_LIMIT = 8 * MIB  # bytes of a playlist, key or page; a larger one is an attack or a mistake
 ANSWER_TIME = 120.0  # seconds that a panel may take before it begins to send a large list
-STALE_NUMBERS = 2  # segments that a backup's playlist may lag behind and still continue the stream
+# Segments that the playlist of another opening may lag behind and still continue the stream: a
+# backup may be that late, and each cache of a CDN may have another playlist.
+STALE_NUMBERS = 2
 TRACK_LEAD = 10  # segments; ffmpeg never reads one track that far ahead of another
 MUXER_LAG = 0.5  # seconds that ffmpeg may need to write everything it has read
 
@@ -5468,7 +5470,6 @@ class Session:
         self._copies: Mapping[str, Sequence[Any]] = {}  # by name: copies of a master's variant
         self._raw: Opened | None = None  # a body that no plugin handles and that is not a playlist
         self.is_film = False  # this opening continues a film
-        self.allowed_lag = 0  # how many segments a playlist may lag behind the first segment wanted
 
     def resolve(self, address: str) -> None:
         """Find the streams at an address; raises UpstreamError.
@@ -5502,7 +5503,6 @@ class Session:
         name: str,
         first: int | None = None,
         is_film: bool = False,
-        is_other_address: bool = False,
         tracks: Sequence[int] = (),
         copy: int = 0,
         left_out: Collection[int] | None = None,
@@ -5512,13 +5512,10 @@ class Session:
         The upstream begins with segment `first` if that is listed.  If ffmpeg joins tracks, each
         track begins with its number in `tracks`.
         `is_film`: the source is finite, and viewers have what is before `first`.
-        `is_other_address`: the numbers are those of another address, so the playlist may lag a
-        little behind them.
         `left_out`: the tracks that were left out at the channel's start; None at its start.
         """
         upstream: Upstream | None = None
         self.is_film = is_film
-        self.allowed_lag = STALE_NUMBERS if is_other_address else 0
         deadline = Deadline(self.http, self._ends - time.monotonic())
         try:
             with deadline:
@@ -6556,9 +6553,7 @@ def use_own_reader(stream: Any, session: Session, track: str = "", **reading: An
     """
     stream.name = session.name + track  # part of the names of its threads, and so of log lines
     reader = _own_reader(type(stream).__reader__)
-    stream.__reader__ = functools.partial(
-        reader, is_film=session.is_film, allowed_lag=session.allowed_lag, **reading
-    )
+    stream.__reader__ = functools.partial(reader, is_film=session.is_film, **reading)
     parser = _own_parser(type(stream).__parser__)
     variables = getattr(stream.multivariant, "variables", {})  # a plugin's own master has none
     stream.__parser__ = functools.partial(parser, imported=variables)
@@ -6943,12 +6938,10 @@ class SegmentReader(HLSStreamReader):
         buffer: ReaderBuffer,
         first: int | None,
         is_film: bool,
-        allowed_lag: int,
         fail: weakref.WeakMethod[Callable[[str], None]] | None,
     ) -> None:
         self.first = first  # number of the segment to begin with, if the playlist lists it
         self.is_film = is_film  # viewers have all that is before `first`
-        self.allowed_lag = allowed_lag  # how many segments the playlist may lag behind `first`
         self.is_track = fail is not None
         self._fail_upstream = fail  # a track's: a weak reference to ProcessUpstream._fail
         self.start = b""  # the first bytes of media; empty until the writer's thread has some
@@ -7042,7 +7035,7 @@ class SegmentReader(HLSStreamReader):
 
 LEAST_INTERVAL = 0.5  # seconds; the minimum between two loads of a playlist
 SHORT_PLAYLIST = 3  # segments; a playlist with fewer is loaded twice as often
-# Successive playlists that end below the last number queued, after which the origin must have
+# Successive playlists that end below the highest number seen, after which the origin must have
 # restarted its numbering.  Fewer prove nothing: caches serve playlists a number or two old.
 LOWER_PLAYLISTS = 3
 
@@ -7058,7 +7051,8 @@ class WatchedWorker(HLSStreamWorker):
     trouble: str | None = None  # why the newest playlist could not be loaded or used
     _is_loaded = False  # the first playlist has been loaded
     _is_empty = True  # the newest playlist lists no segments
-    _lower_playlists = 0  # successive playlists that end below the last number queued
+    _newest = -1  # the highest number that a playlist has listed
+    _lower_playlists = 0  # successive playlists that end below that number
     _interval_divisor = 1  # of the interval between two loads; doubled whenever segments were lost
     segment_time: float | None = None  # measured seconds from one segment to the next
     # A time, and the newest number that the playlist listed then: where measuring began.
@@ -7100,7 +7094,7 @@ class WatchedWorker(HLSStreamWorker):
                 self.reader.fail(SHORTER_FILM)
                 return
             self._continue_another_opening(first, last)
-        elif last < self.sequence - 1:
+        elif last < self._newest:
             playlist.is_endlist = False  # it is not the end of this stream
             self._lower_playlists += 1
             if self._lower_playlists == LOWER_PLAYLISTS or self.trouble:
@@ -7109,6 +7103,7 @@ class WatchedWorker(HLSStreamWorker):
         else:
             self._lower_playlists = 0
 
+        self._newest = max(self._newest, last)
         is_skipping = 0 <= self.sequence < first
         if is_skipping and not self.trouble:  # losses in an outage are no reason to load more often
             self._interval_divisor *= 2
@@ -7124,20 +7119,16 @@ class WatchedWorker(HLSStreamWorker):
         these already.
         """
         wanted: int = self.reader.first
-        return self.reader.is_film and wanted > self._latest_start(last)
-
-    def _latest_start(self, last: int) -> int:
-        """The highest number at which a playlist that ends with `last` may be continued."""
-        latest: int = last + 1 + self.reader.allowed_lag
-        return latest
+        return self.reader.is_film and wanted > last + 1
 
     def _continue_another_opening(self, first: int, last: int) -> None:
         """Start at the number that another opening reached, if it fits this playlist.
 
-        `first` and `last` are the numbers that the playlist lists.
+        `first` and `last` are the numbers that the playlist lists.  If it lags behind a little, the
+        worker waits for the segment.
         """
         self.duration_offset_start = 0.0
-        if first <= self.reader.first <= self._latest_start(last):
+        if first <= self.reader.first <= last + 1 + STALE_NUMBERS:
             self.sequence = self.reader.first
 
     def _measure(self, newest: int, is_skipping: bool) -> None:
@@ -8027,9 +8018,6 @@ class ProcessUpstream(Upstream):
 # --------------------------------------------------------------------------------------------------
 
 
-Place = tuple[int, int]  # the positions of an address and of a copy of its variant
-
-
 class InsertFilter:
     """Leaves out inserts: segments in a container other than the channel's.  Each becomes a gap.
 
@@ -8218,10 +8206,9 @@ class Splicer:
     containers pass.  If bytes arrive in a new opening before any segment, its source is a relay.
     """
 
-    def __init__(self, window: Window, container: Container, place: object) -> None:
+    def __init__(self, window: Window, container: Container) -> None:
         self._window = window
         self._container = container
-        self.place = place  # the Place whose playlist gave the numbers
         self.number: int | None = None  # of the wanted or open segment; None without segments
         self._is_clean = False  # a decoder can start with the first byte of the newest opening
         self._framer = container.framer()
@@ -8249,13 +8236,12 @@ class Splicer:
         """Whether the end of the newest segment was not passed on, because it was other media."""
         return self._state is SpliceState.SKIPPING
 
-    def resume(self, place: object, is_clean: bool = False) -> None:
+    def resume(self, is_clean: bool = False) -> None:
         """Prepare for the items of a new opening.
 
         `is_clean`: a decoder can start with its first byte.  It has a clock of its own, so its DTS
         cannot show which media viewers already have.
         """
-        self.place = place
         self._is_clean = is_clean
         self._filter = InsertFilter(self._container)
         self._new_init_section = None
@@ -8731,6 +8717,8 @@ PRIVATE_WINDOW = 1 * MIB  # bytes; a finite upstream's downloads already read ah
 ZAPPING_PAUSE = 0.5  # seconds between a start's tries while the origin counts a closed connection
 REOPEN_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # seconds between tries; the last one repeats
 HEALTHY_TIME = 60.0  # seconds of media after which the pauses start over
+
+Place = tuple[int, int]  # the positions of an address and of a copy of its variant
 
 
 class State(enum.Enum):
@@ -9271,7 +9259,6 @@ class Channel:
                 name,
                 first=self._splicer.number,
                 is_film=self._has_end,
-                is_other_address=self._splicer.place != self._place,
                 tracks=self._tracks,
                 copy=self._copy,
                 left_out=self._left_out,
@@ -9427,7 +9414,7 @@ class Channel:
             raise UpstreamError(switched_to(container))
         self.restarts += 1
         self.record.add("restarts")
-        self._splicer.resume(self._place, upstream.is_clean)
+        self._splicer.resume(upstream.is_clean)
         return True
 
     def _go_live(self, upstream: Upstream, container: Container, has_segments: bool) -> None:
@@ -9453,7 +9440,7 @@ class Channel:
             numbering = self.record.numbering(self.variant)
             window.offer_hls(container, numbering, upstream.target_duration)
 
-        self._splicer = Splicer(window, container, self._place)
+        self._splicer = Splicer(window, container)
         self.channels.go_live(self, container, has_hls, is_private)
 
         kind = "live"

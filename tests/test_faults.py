@@ -769,6 +769,31 @@ def test_backup_that_is_slightly_behind_repeats_nothing(
     audience.expect_end()
 
 
+@pytest.mark.parametrize("behind", [1, 2])
+def test_stale_playlist_after_an_outage_repeats_nothing(
+    origin: Origin, serve: Serve, journal: Journal, behind: int
+) -> None:
+    """Behind one address, each cache of a CDN may have another playlist."""
+    live = origin.add(news(window=4))
+    audience = Audience(serve(both(live.url), **{**QUICK, "timeout": 20}))
+    audience.expect(live.plain(1, 4))
+    stale = live.find(live.path)
+    assert stale
+    live.advance(behind)
+    audience.expect(live.plain(4, 4 + behind))
+    for name in NAMES:
+        address = f"{live.path}?{name}"
+        origin.fault(address, Status(404))
+        # More loads than LOWER_PLAYLISTS: an old playlist is not a restart either.
+        origin.fault(address, Body(stale.body), times=4)
+    journal.wait_failed()
+    live.advance()
+    audience.expect(live.plain(4 + behind, 5 + behind))
+    live.end()
+    audience.expect_end()
+    assert journal.failures() == len(NAMES)
+
+
 @pytest.mark.parametrize("first", [1000, 0], ids=["higher", "lower"])
 def test_backup_with_unrelated_numbers_continues_at_its_live_edge(
     origin: Origin, serve: Serve, backup: Origin, first: int
@@ -1745,7 +1770,7 @@ class Passed:
         self._window = pipe.Window(1 << 24)
         self._viewer = pipe.Viewer()
         self._window.enter(self._viewer)
-        self.splicer = pipe.Splicer(self._window, container, 0)
+        self.splicer = pipe.Splicer(self._window, container)
 
     def pass_on(self, *items: bytes | pipe.SegmentEvent) -> None:
         for item in items:
@@ -1755,7 +1780,7 @@ class Passed:
                 self.splicer.pass_bytes(item)
 
     def resume(self) -> None:
-        self.splicer.resume(0)
+        self.splicer.resume()
 
     @property
     def body(self) -> bytes:

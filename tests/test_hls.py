@@ -168,7 +168,7 @@ class Feed:
     def open(self) -> None:
         self.window = pipe.Window(self.limit, growth_factor=8)
         self.window.offer_hls(self.container, self.numbering, 2.0)
-        self.splicer = pipe.Splicer(self.window, self.container, 0)
+        self.splicer = pipe.Splicer(self.window, self.container)
         if self.container is pipe.FMP4:
             self.pass_init()
 
@@ -205,7 +205,7 @@ class Feed:
 
     def act(self, action: str, duration: float) -> None:
         if action == "seam":
-            self.splicer.resume(0)
+            self.splicer.resume()
             next(self.numbers)
             if self.container is pipe.FMP4:
                 self.pass_init()

@@ -42,7 +42,7 @@ class Spliced:
     """A splicer of MPEG-TS, and methods that cause each state and each arrival."""
 
     def __init__(self) -> None:
-        self.splicer = pipe.Splicer(pipe.Window(1 << 24), pipe.MPEG_TS, 0)
+        self.splicer = pipe.Splicer(pipe.Window(1 << 24), pipe.MPEG_TS)
 
     @property
     def state(self) -> SpliceState:
@@ -73,7 +73,7 @@ class Spliced:
         if state is SpliceState.BETWEEN:
             self.event(EventKind.END, 5)
         if state is not SpliceState.PASSING:
-            self.splicer.resume(0)
+            self.splicer.resume()
         if state is SpliceState.LOST:
             self.event(EventKind.GAP, 5)
         if state in (SpliceState.COMPARING, SpliceState.SKIPPING):
@@ -87,10 +87,10 @@ class Spliced:
         if self.state is SpliceState.PASSING and arrival is not Arrival.OPENING_WITHIN:
             self.event(EventKind.END, self.number)
         if self.state is SpliceState.PASSING and arrival is Arrival.OPENING_SHUT:
-            self.splicer.resume(0)
+            self.splicer.resume()
             self.start(50)
             assert self.is_shut
-        self.splicer.resume(0)
+        self.splicer.resume()
 
     def bring(self, arrival: Arrival) -> None:
         number = self.number
@@ -156,4 +156,4 @@ def test_every_order_of_arrivals_has_a_step(calls: list[object]) -> None:
         elif isinstance(call, int):
             spliced.splicer.pass_bytes(SEGMENTS[call][:HAD])
         else:
-            spliced.splicer.resume(0)
+            spliced.splicer.resume()
