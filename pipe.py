@@ -13,8 +13,9 @@ Data flow
     Up to `threads` Downloads fetch segments at once; the bytes of the oldest one are passed on as
     they arrive.  A ReaderBuffer hands bytes and segment events (a segment starts, ends or is
     missing) from one thread to another.  HLS passes through two: each Download has its own, and the
-    writer moves their bytes, in order, to the upstream's.  A live raw body has no Download.  The
-    Splicer joins several openings of the upstream into one stream that repeats nothing at the
+    writer moves their bytes, in order, to the upstream's.  Each track that ffmpeg joins has one
+    between these.  A live raw body has no Download.
+    The Splicer joins several openings of the upstream into one stream that repeats nothing at the
     seams.  The framer cuts MPEG-TS into whole packets, removes ID3 tags and marks the join points.
     The Window keeps the newest blocks and segments of a live channel, knows each Viewer's place in
     them, and lists the segments for clients that poll (HLS) instead of streaming.
@@ -23,9 +24,12 @@ Data flow
 
 A byte's path, live HLS in MPEG-TS, thread by thread
     executor   Http.request, Download.parts, fill, ReaderBuffer.write of the download's buffer
-    writer     DownloadingWriter._items, fill, ReaderBuffer.write of the upstream's buffer
-    feeder     Upstream.read, Channel._move, Splicer.pass_bytes, TsFramer.feed, Window.append
-    viewer     Window.take, Handler._send_body, send_some; for HLS, Handler.answer_segment
+    writer     ReaderBuffer.take, DownloadingWriter._items, fill, ReaderBuffer.write of the
+               upstream's buffer
+    feeder     Upstream.read, Channel._move, InsertFilter.pass_on, Splicer.pass_bytes,
+               TsFramer.feed, Window.append
+    viewer     Window.take, Handler._send_body, send_some; for HLS, Handler.answer_segment and
+               Window.find
 
 Words
     source         the media that an address offers: live, or finite (a film, a recording)
@@ -39,10 +43,11 @@ Words
     slot           the permission for an upstream, of the server and of an account (max_upstreams)
     insert         segments of another container among those of a stream
     seam           a place where the next bytes do not continue those that viewers have
-    wanted         the segment with which viewers have to continue
-    block          whole packets in MPEG-TS, any bytes otherwise; a window keeps and evicts blocks
+    wanted segment the one with which viewers have to continue
+    block          packets in MPEG-TS, any bytes otherwise; a window keeps and evicts whole blocks
     join point     a block with which a decoder can start; a makeshift one has no key frame
-    preamble       bytes that go before a join point: PAT and PMT, or an initialization section
+    preamble       bytes that go before a join point: PAT and PMT, an initialization section, or
+                   ID3 tags
     apart          of a segment: it does not continue the one before it (EXT-X-DISCONTINUITY)
     feeder         the thread of a channel
     polling client a player that requests the channel as HLS
@@ -102,23 +107,24 @@ Where it is decided
     sharing of an upstream           Channels._find, _find_start; the states stand above State
     refusing and giving way          Channels._attach; the cases stand above Channels
     holders of a slot                Channels._holding and _room_at, for the server and each account
-    a source has ended               the table above Upstream; Channel._read and _finish
-    an upstream has failed           Channel._judge; within a segment Download._note_failed_try
+    a source has ended               the table above Upstream; Channel._read, _begin and _finish
+    an upstream has failed           Channel._judge; within a segment Download._note_failed_try and
+                                     SegmentDownload.is_fatal
     words for a failure, and advice  explain() and its table _SIGNS; Pages: ADVICE
     the next try, and its time       Channel._open_first and _keep_going
     a seam, as viewers see it        Splicer; its docstring has the table of its states
     segments of HLS                  Window.begin and finish; without segments: Window._cut_at
     length of a playlist             Window._trim_list; its text: media_playlist
     a viewer leaves, a channel ends  the tables above Channels list all ways
-    a polling client has left        Channels.remove_pollers
+    a polling client has left        Viewer.is_gone, which Channels.poll sets; _has_moved
     end of a playlist                Channel._see_pollers_off; clients that get it: Channels.poll
     an answer                        Handler._route, _answer_path, _answer_stream; documents: Pages
     update of an open page           update_page; in the browser, PAGE_SCRIPT
     threads that may call a method   the class's docstring, or a comment above its methods
 
 What to change for
-    a container           its constant and `sniff`; a Framer if it has units; media_in and
-                          UnitCounter, which prove that a key was right; Window._media_of and
+    a container           its constant, `sniff` and load_list; a Framer if it has units; media_in
+                          and UnitCounter, which prove that a key was right; Window._media_of and
                           media_playlist, if HLS can carry it
     a page                a function from Site to Page, and PAGES; RESERVED_NAMES if a stream could
                           have the same path; Handler._route if it needs no token
@@ -131,7 +137,7 @@ What to change for
 Is it over?
     the server            Server.stopping: nobody new is served; Channels.stop sets it
     a channel             Channel.is_over: it is CLOSED, or ENDED: then its thread has ended, or
-                          only sees polling clients off.  Channel.stopped wakes its thread
+                          only sees polling clients off.  Channel.stop wakes its thread
     an opening            Session.closed, which its Http, its Upstream and its raw body share
     a track of it         its writer's `closing`, which is streamlink's own
     a handed-over source  ReaderBuffer.closed; is_exhausted once everything was taken
@@ -140,8 +146,10 @@ Is it over?
 
 How long may this take?
     a request head        HEAD_TIMEOUT in all
-    a start               `timeout` in all, shared by addresses and copies: Channel._open_first
-    an opening            its part of that: the Deadline of Session.resolve() and open()
+    a start               `timeout` in all, shared by addresses and copies: Channel._open_first; an
+                          address that is busy has its share again
+    an opening            its part of that: the Deadline of Session.resolve() and open(); tracks
+                          for ffmpeg: ProcessUpstream._open_tracks
     a request             its time-out is for each wait, not for the whole of it
     a segment             two target durations (a film: `timeout`) without a byte:
                           Download._note_failed_try
@@ -149,9 +157,10 @@ How long may this take?
     an outage             `reconnect` since the last byte; if it was noticed later, backups have
                           another `timeout` once: Channel._keep_going
     an idle channel       `linger`: Channels.close_if_abandoned; no time at all if it is PRIVATE, or
-                          in a pause of an outage: Channels.close_if_unwatched
-    a paused viewer       `viewer_timeout`: Handler._send_pieces; it holds up the feeder for
-                          FOREMOST_PATIENCE
+                          in a pause between two tries: Channels.close_if_unwatched.  A start is
+                          not idle
+    a paused viewer       `viewer_timeout`: Handler._send_pieces; it holds up the feeder of a live
+                          channel for FOREMOST_PATIENCE
     a list, a guide       LIST_TIME, GUIDE_TIME: the Deadline of Fetch
     a key                 as a segment, all tries together: DownloadingWriter._decryptor
     a silent HLS client   three target durations or `linger`, the longer: Channel.poll_patience
@@ -3848,7 +3857,7 @@ class ReaderBuffer:
         """Whether take() need not wait."""
         return bool(self._items) or self.closed or self._is_woken
 
-    # The writing thread
+    # The writing thread; wait_free: streamlink's worker
 
     def write(self, data: bytes) -> None:
         """Append data; blocks without a limit while the buffer is full.  Drops data if closed."""
@@ -6321,10 +6330,12 @@ def read_bounded(response: requests.Response, start: bytes = b"") -> None:
 # returns everything received until then, and then raises SourceEnded (complete) or UpstreamError
 # (failure).
 #
-#   HLS            complete  writer   all up to EXT-X-ENDLIST was passed on, filtered or a gap
+#   HLS            complete  writer   all up to EXT-X-ENDLIST was passed on, filtered or a gap; the
+#                                     worker ignores the tag in a playlist that is older than others
 #                  failure   writer   no key; no initialization section; a failed segment that is
 #                                     fatal (see SegmentDownload); segments stop without an end
-#                            worker   no first playlist; an expired address; restarted numbering
+#                            worker   no first playlist; an expired address; restarted numbering; a
+#                                     film lists no segment from the wanted one on
 #   raw body       complete  pump     its whole length was received
 #                  failure   pump     it broke off; it had no length and ended
 #   ffmpeg, files  complete  pump     the data ended, and every track is finite
@@ -9641,6 +9652,8 @@ def no_quality_error(qualities: Iterable[str]) -> StreamError:
 #   it polls, and the source ended      Channel._see_pollers_off   left                 -
 #   it polls, and the channel failed    end                        left                 drop_reason
 #   its start has no media for it       _await_start               a line of the start  -
+#   it attached, and had no media       _first_blocks              the answer is a 504  -
+#     within `timeout`
 #
 # How a channel ends.  _close() makes it CLOSED; end() makes it ENDED when its thread ends.
 #   cause                               decided by                 first   log
@@ -12905,7 +12918,7 @@ class Handler(BaseHTTPRequestHandler):
         found = STREAM_PATH.fullmatch(path)
         wait = self.server.lists.wait_time()  # read before the streams: loading may end in between
         streams = self.server.config.streams
-        if found and found[1] in streams:
+        if found and found[1] in streams:  # a stream called `lineup` has its own /lineup.m3u
             self._answer_stream(streams[found[1]], found)
         elif wait and (path in M3U_LISTS or path == "/lineup.json"):
             raise StreamError(HTTPStatus.SERVICE_UNAVAILABLE, LISTS_LOAD, wait)
