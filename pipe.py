@@ -4051,10 +4051,10 @@ PLAYLIST_TYPE = "application/vnd.apple.mpegurl"
 LEAST_LISTED, MOST_LISTED = 3, 8  # segments; Chromium fails on a first playlist with two
 LISTED_SECONDS = 24.0  # a playlist's least duration, if MOST_LISTED segments last that long
 EPOCH = 1_735_689_600  # 2025-01-01, in Unix time
-# The limits in seconds of a segment cut from a source without segments.  A longer one is listed
-# only if the source always has such segments.  Otherwise the clock was reset, or media is missing:
-# the segment would raise the target duration for good, and clients would then reload the playlist
-# too rarely.
+# The limits in seconds of a segment cut from a source without segments.  A longer one among shorter
+# ones is listed only if it is the second in a row: a camera may send key frames more rarely at
+# night.  A single one shows that the clock was reset, or that media is missing: it would raise the
+# target duration for good, and clients would then reload the playlist too rarely.
 SHORTEST_CUT, LONGEST_CUT = 2.0, 12.0
 
 
@@ -4210,6 +4210,7 @@ class Window:
         self._newest_map: NumberedPreamble | None = None
         self._clock = 0.0  # seconds of all numbered segments
         self._lacks_room = False  # for a segment, or for LEAST_LISTED of them
+        self._is_last_odd = False  # the newest cut segment was far longer than those listed
 
     def __repr__(self) -> str:
         held = f"{self._first}+{len(self._blocks)} blocks, {self._size} bytes"
@@ -4426,12 +4427,17 @@ class Window:
             return
         segment = self._open
         seconds = self._seconds_to(join.dts)
-        if segment and seconds is not None and self._can_end_at(segment, join, seconds):
+        was_odd = self._is_last_odd
+        is_odd = seconds is not None and self._is_odd(seconds)
+        if is_odd and not was_odd:
+            self._is_apart = True
+        elif segment and seconds is not None and self._can_end_at(segment, join, seconds):
             if seconds < SHORTEST_CUT:
                 return
             self._complete_cut(segment, join.block, seconds)
         else:
             self._is_apart = True
+        self._is_last_odd = is_odd
         self._open = Segment(join.block, is_cut_here=True, start=join)
         self._segments.append(self._open)
         self._update_needed()
@@ -4441,11 +4447,15 @@ class Window:
         if segment.start is None:
             return False
         if seconds >= LONGEST_CUT:
-            is_odd = bool(self._playlist) and seconds > 2 * self.target_duration
             passed = join.time - segment.start.time
-            if is_odd or seconds > KEY_FRAME_LIFE or passed < seconds / 2:
+            if seconds > KEY_FRAME_LIFE or passed < seconds / 2:
                 return False
         return segment.start.is_key_frame is join.is_key_frame
+
+    def _is_odd(self, seconds: float) -> bool:
+        """Whether a segment of this length is far longer than those that are listed."""
+        is_long = seconds >= LONGEST_CUT and seconds > 2 * self.target_duration
+        return is_long and bool(self._playlist)
 
     def _complete_cut(self, segment: Segment, end: int, seconds: float) -> None:
         preamble = segment.start.preamble if segment.start else b""

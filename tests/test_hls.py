@@ -776,6 +776,8 @@ def test_source_without_segments_is_cut_at_rare_key_frames() -> None:
     assert cut_at(16, 16, 16, 16, 16, share=0.1) == []
     assert cut_at(31, 31, 31, 31) == []
     assert cut_at(2, 2, 2, 18, 2) == [2.0] * 4
+    assert cut_at(2, 2, 2, 18, 2, 18, 2) == [2.0] * 5
+    assert cut_at(4, 4, 4, 16, 16, 16)[-2:] == [16.0] * 2, "a scene without motion"
 
 
 #### Over seams, closings and restarts ####
