@@ -5776,6 +5776,18 @@ def _own_options(stream: StreamSettings, timeout: float) -> dict[str, Any]:
     return found
 
 
+def _cookies_in(header: str | bytes | None) -> dict[str, str]:
+    """The values of a Cookie header by name; empty without one."""
+    if isinstance(header, bytes):
+        header = header.decode("latin-1")
+    cookies = {}
+    for pair in (header or "").split(";"):
+        name, _, value = pair.strip().partition("=")
+        if name:
+            cookies[name] = value
+    return cookies
+
+
 class Http(HTTPSession):
     """Sends requests, all of which another thread can end at once.
 
@@ -5799,20 +5811,24 @@ class Http(HTTPSession):
         self.hooks["response"].append(cast(Any, self._bound))
 
     def rebuild_auth(self, prepared_request: Any, response: requests.Response) -> None:
-        """Send a configured Cookie header again after a redirect, unless it leads to another host.
+        """Send configured cookies again after a redirect, unless it leads to another host.
 
-        requests drops the header, and keeps only cookies that the origin has set.
+        requests drops the header, and keeps only cookies that the origin has set.  An origin's
+        cookie replaces the configured one of the same name.
         """
         super().rebuild_auth(prepared_request, response)  # type: ignore[no-untyped-call]
-        configured: Any = self.headers.get("Cookie")
-        session: Any = self
-        is_other_host = session.should_strip_auth(response.request.url, prepared_request.url)
-        if not configured or is_other_host:
+        configured = _cookies_in(cast(Any, self.headers.get("Cookie")))
+        sent = _cookies_in(response.request.headers.get("Cookie"))
+        if not configured.keys() & sent.keys():  # an earlier redirect led to another host
             return
-        from_origin = prepared_request.headers.get("Cookie")
-        if from_origin:
-            configured = f"{configured}; {from_origin}"
-        prepared_request.headers["Cookie"] = configured
+        old = urlsplit(response.request.url or "")
+        new = urlsplit(prepared_request.url)
+        is_downgrade = old.scheme == "https" and new.scheme != "https"
+        if old.hostname != new.hostname or is_downgrade:  # the port is no matter: RFC 6265, 8.5
+            return
+        cookies = configured | _cookies_in(prepared_request.headers.get("Cookie"))
+        pairs = [f"{name}={value}" for name, value in cookies.items()]
+        prepared_request.headers["Cookie"] = "; ".join(pairs)
 
     @contextlib.contextmanager
     def timed(self, seconds: float) -> Iterator[None]:

@@ -17,7 +17,7 @@ import pytest
 
 import pipe
 from tests import media
-from tests.origin import SILENT, Demand, Origin, Playlist, Redirect, Status, silent
+from tests.origin import SILENT, Fault, Origin, Playlist, Redirect, Status, silent
 from tests.program import eventually
 from tests.server import Site
 
@@ -115,20 +115,54 @@ def test_slow_look_up_costs_no_segments(
     assert viewer.read(len(live.plain(3, 6))) == live.plain(3, 6)
 
 
-@pytest.mark.parametrize("is_other", [False, True], ids=["same host", "other host"])
-def test_configured_cookie_survives_a_redirect_on_its_host(
-    origin: Origin, serve: Serve, names: Names, is_other: bool
+LOGIN_COOKIE = "a=b; c=d"
+
+
+def cookie_after(
+    origin: Origin, serve: Serve, *redirects: Fault, target: Origin | None = None
+) -> str | None:
+    """The cookies that a film's playlist is requested with after these redirects.
+
+    The first is at /login, the others at the paths that follow: /1, /2.
+    """
+    stream = film(target or origin)
+    for path, redirect in zip(("/login", "/1", "/2"), redirects, strict=False):
+        origin.fault(path, redirect, times=None)
+    login = {"url": f"{origin.url}/login", "headers": {"Cookie": LOGIN_COOKIE}}
+    assert serve({"film": login}).get("/film").body == stream.plain(0, 12)
+    asked = (target or origin).requests
+    return next(each for each in asked if each.path == stream.path).headers.get("cookie")
+
+
+FILM = "/film/index.m3u8"
+
+
+def test_configured_cookie_survives_a_redirect_on_its_host(origin: Origin, serve: Serve) -> None:
+    assert cookie_after(origin, serve, Redirect(FILM)) == LOGIN_COOKIE
+
+
+def test_configured_cookie_survives_a_redirect_to_another_port(
+    origin: Origin, serve: Serve
+) -> None:
+    with Origin() as other:
+        assert cookie_after(origin, serve, Redirect(other.url + FILM), target=other) == LOGIN_COOKIE
+
+
+@pytest.mark.parametrize("hops", [1, 2])
+def test_configured_cookie_is_not_sent_to_another_host(
+    origin: Origin, serve: Serve, names: Names, hops: int
 ) -> None:
     names[HOST] = [GOOD]
-    stream = film(origin)
-    target = at_host(stream.url) if is_other else stream.url
-    origin.fault("/login", Redirect(target), times=None)
-    if not is_other:
-        origin.fault(stream.path, Demand({"cookie": "a=b; c=d"}), times=None)
-    login = {"url": f"{origin.url}/login", "headers": {"Cookie": "a=b; c=d"}}
-    assert serve({"film": login}).get("/film").body == stream.plain(0, 12)
-    redirected = next(each for each in origin.requests if each.path == stream.path)
-    assert ("cookie" in redirected.headers) is not is_other
+    redirects = [Redirect(at_host(f"{origin.url}/1")), Redirect(FILM)]
+    if hops == 1:
+        redirects = [Redirect(at_host(origin.url + FILM))]
+    assert cookie_after(origin, serve, *redirects) is None
+
+
+def test_cookie_of_the_origin_replaces_the_configured_one(origin: Origin, serve: Serve) -> None:
+    """PHP uses the first cookie of a name, so an expired session would be redirected for ever."""
+    renewed = Status(302, headers=(("Location", FILM), ("Set-Cookie", "a=new; Path=/")))
+    assert cookie_after(origin, serve, renewed) == "a=new; c=d"
 
 
 def test_address_that_answered_is_tried_first(
