@@ -4021,7 +4021,8 @@ class Viewer:
     skips: int = 0  # how often it fell behind
     has_torn_segment: bool = False  # it got the start of a segment whose rest cannot follow
     polls: bool = False  # it is a polling client (HLS), which is in no window
-    has_page: bool = False  # a polling client that requested the page; guarded by channels.changed
+    # A polling client that requested the page, or plays its media; guarded by channels.changed.
+    has_page: bool = False
     listed: int | None = None  # number of the newest segment in the last playlist it got
 
     @property
@@ -9806,7 +9807,7 @@ class Channels:
                 channel = self.watch(stream, quality, viewer)
                 self._add_poller(channel, viewer)
             known = channel.pollers[viewer.key]
-            known.has_page = known.has_page or anew
+            known.has_page = known.has_page or anew or _plays_for_a_page(channel, known)
             known.moved = time.monotonic()
         return channel, known
 
@@ -10477,14 +10478,32 @@ def _has_moved(viewer: Viewer, newcomers: Iterable[Viewer]) -> bool:
     return False
 
 
+def _plays_for_a_page(channel: Channel, player: Viewer) -> bool:
+    """Whether this client of a channel plays the media of a page that another client requested."""
+    for viewer in channel.pollers.values():
+        is_same_person = viewer.has_page and viewer.address == player.address
+        if is_same_person and _plays_for(player.agent, viewer.agent):
+            return True
+    return False
+
+
 def _plays_for(agent: str, browser: str) -> bool:
     """Whether this agent requests the media for a browser's page.
 
     On Apple's devices, the system's own player does, and it names another agent than the browser.
+    Both name the device, but Safari on an iPad may say that it is a Mac.
     """
     is_apples = "AppleWebKit/" in browser and "Safari/" in browser
     is_another = "Chrome/" in browser or "Android" in browser
-    return agent.startswith("AppleCoreMedia/") and is_apples and not is_another
+    if not agent.startswith("AppleCoreMedia/") or not is_apples or is_another:
+        return False
+    device, page_device = _device_in(agent), _device_in(browser)
+    return device == page_device or (device, page_device) == ("iPad", "Macintosh")
+
+
+def _device_in(agent: str) -> str:
+    """The device that an agent names: the first word within its first parentheses."""
+    return agent.partition("(")[2].partition(";")[0]
 
 
 def _addresses_of(channels: Iterable[Channel]) -> set[str]:

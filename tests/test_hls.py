@@ -981,27 +981,67 @@ SAFARI = (
     "(KHTML, like Gecko) Version/17.5 Mobile/15E148 Safari/604.1"
 )
 APPLES_PLAYER = "AppleCoreMedia/1.0.0.21F79 (iPhone; U; CPU OS 17_5 like Mac OS X; en_us)"
+IPADS_PLAYER = APPLES_PLAYER.replace("iPhone", "iPad")
+APPLE_TV = "AppleCoreMedia/1.0.0.21L580 (Apple TV; U; CPU OS 17_5 like Mac OS X; en_us)"
+MACS_SAFARI = (
+    "Mozilla/5.0 (Macintosh; Intel Mac OS X 10_15_7) AppleWebKit/605.1.15 "
+    "(KHTML, like Gecko) Version/17.5 Safari/605.1.15"
+)
 
 
-def two_channels(origin: Origin, serve: Callable[..., Site]) -> Site:
+def two_channels(origin: Origin, serve: Callable[..., Site], linger: float = 60) -> Site:
     """Two channels, one of which may be open at once."""
     addresses = {}
     for name in ("news", "sport"):
         playlist = Playlist(name, media.ts_segments(), mode="live", clock=True, window=6)
         addresses[name] = origin.add(playlist).url
-    return serve(addresses, server={"max_upstreams": 1}, linger=60)
+    return serve(addresses, server={"max_upstreams": 1}, linger=linger)
 
 
+@pytest.mark.parametrize(
+    ("browser", "player"),
+    [(SAFARI, APPLES_PLAYER), (MACS_SAFARI, IPADS_PLAYER)],
+    ids=["iPhone", "iPad"],
+)
 def test_apples_device_changes_channels_from_page_to_page(
-    origin: Origin, serve: Callable[..., Site]
+    origin: Origin, serve: Callable[..., Site], browser: str, player: str
 ) -> None:
     """Its pages and its media have different user agents."""
     site = two_channels(origin, serve)
     for name in ("news", "sport", "news"):
-        page = {"Accept": BROWSER, "User-Agent": SAFARI}
+        page = {"Accept": BROWSER, "User-Agent": browser}
         assert site.ask("GET", f"/{name}", **page).status == 200
-        playlist = site.ask("GET", f"/{name}.m3u8", **{"User-Agent": APPLES_PLAYER})
+        playlist = site.ask("GET", f"/{name}.m3u8", **{"User-Agent": player})
         assert playlist.status == 200
+
+
+def test_page_takes_no_slot_from_another_of_apples_devices(
+    origin: Origin, serve: Callable[..., Site]
+) -> None:
+    site = two_channels(origin, serve)
+    assert site.ask("GET", "/news.m3u8", **{"User-Agent": APPLE_TV}).status == 200
+    page = {"Accept": BROWSER, "User-Agent": MACS_SAFARI}
+    assert site.ask("GET", "/sport", **page).status == 503
+    assert site.ask("GET", "/news.m3u8", **{"User-Agent": APPLE_TV}).status == 200
+
+
+def test_apples_page_that_is_still_open_does_not_take_the_slot_back(
+    origin: Origin, serve: Callable[..., Site]
+) -> None:
+    """Its browser requests the page once; after that, only the system's player polls."""
+    site = two_channels(origin, serve, linger=5)
+    media_of = {"User-Agent": APPLES_PLAYER}
+    for name in ("news", "sport"):
+        assert site.ask("GET", f"/{name}", Accept=BROWSER, **{"User-Agent": SAFARI}).status == 200
+        assert site.ask("GET", f"/{name}.m3u8", **media_of).status == 200
+
+    def has_only_media() -> bool:
+        assert site.ask("GET", "/sport.m3u8", **media_of).status == 200
+        return len(viewers_of(site, stream=1)) == 1
+
+    eventually(has_only_media, "the browser counts no more")
+    assert site.ask("GET", "/news.m3u8", **media_of).status == 503
+    assert site.ask("GET", "/sport.m3u8", **media_of).status == 200
 
 
 def test_tab_that_is_still_open_does_not_take_the_slot_back(
