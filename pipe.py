@@ -7225,6 +7225,7 @@ class SegmentDownload(Download):
       start: it is the third one missing, or the newest     ends
       finite: a connection failed                           ends, once for this segment
       finite: 404 or 410, not a track, no other answered    ends, once for this segment
+      finite: 404 or 410, a track, others fail alike        ends, not near the start or the end
       finite: nothing else was answered, others fail alike  ends
       finite: refused, and nothing else was answered        ends, once for this segment
       finite: nothing else was answered, others wait        ends, once for this segment
@@ -7296,22 +7297,25 @@ class SegmentDownload(Download):
         if not writer.is_listed(self._segment):  # a live stream, even if it has ended since
             return False
         is_finite = writer.reader.worker.playlist_end is not None
-        if not is_finite:
-            return False
+        return is_finite and self._is_fatal_to_a_film(failure, nothing_else_answers)
 
+    def _is_fatal_to_a_film(self, failure: str | None, nothing_else_answers: bool) -> bool:
+        """The rows of the table for a finite source."""
+        writer = self._writer
         # A server that stops may still answer on open connections while it refuses new ones.
         if failure in NO_SERVER and self._can_resolve_again:
             return True
         if failure is None or not nothing_else_answers:
             return False
 
-        # Several segments in a row may be missing, so it proves nothing that others are, too.  A
-        # track could not tell that from addresses that have expired.
-        if failure in MISSING and not writer.reader.is_track:
-            return self._may_have_expired
-
         others = [other.tries for other in self._others]
-        if any(other.failure == failure for other in others):
+        fail_alike = any(other.failure == failure for other in others)
+        if failure in MISSING:
+            # Several segments in a row may be missing, so it proves nothing that others are, too.
+            if writer.reader.is_track:
+                return fail_alike and not self._is_near_start_or_end
+            return self._may_have_expired
+        if fail_alike:
             return True
 
         # If only this segment is refused, although its address was just resolved for it, the
@@ -7320,7 +7324,8 @@ class SegmentDownload(Download):
         # another one had not begun before the newest try of this one.
         if failure in REFUSALS:
             return self._may_have_expired
-        has_waiting = any(not other.has_begun or other.began >= tries.asked for other in others)
+        asked = self.tries.asked
+        has_waiting = any(not other.has_begun or other.began >= asked for other in others)
         return self._can_resolve_again and has_waiting
 
     @property
@@ -7329,6 +7334,22 @@ class SegmentDownload(Download):
         reader = self._writer.reader
         is_first = self._segment.num == reader.first
         return not is_first and not reader.is_track
+
+    @property
+    def _is_near_start_or_end(self) -> bool:
+        """Whether a reopening would not help this segment of a finite track.
+
+        Near the start of an opening, its address has just been resolved.  All tracks begin where
+        the one that is furthest behind was.  If the last segment is being fetched as well, another
+        opening might find no media for this track at all, and ffmpeg needs media of every track.
+        """
+        reader = self._writer.reader
+        first = reader.first
+        if first is None:
+            first = reader.worker.playlist_segments[0].num
+        is_end_fetched = any(download._is_newest for download in (self, *self._others))
+        is_near_start: bool = self._segment.num <= first + TRACK_LEAD
+        return is_near_start or is_end_fetched
 
     @property
     def _may_have_expired(self) -> bool:

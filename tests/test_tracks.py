@@ -200,6 +200,42 @@ def test_dash_film_is_complete_after_its_sound_stalled(origin: Origin, serve: Se
     assert times(body, "audio")[-1] == pytest.approx(times(body, "video")[-1], abs=0.1)
 
 
+@pytest.mark.parametrize(
+    "missing",
+    [(4, 5, 6, 7), (30, 31, 32, 33), (38, 39)],
+    ids=["at-the-start", "in-the-middle", "at-the-end"],
+)
+def test_film_plays_on_after_segments_of_its_sound_are_missing(
+    origin: Origin, serve: Serve, missing: tuple[int, ...]
+) -> None:
+    apart = film(origin, 40)
+    for number in missing:
+        origin.fault(f"/sound/{number}.ts", Status(404), times=None)
+    site = serve({"news": apart.url}, timeout=5, reconnect=10)
+    body, is_complete = Task(site.watch("/news").read_all).result(LONG)
+    assert is_complete
+    found = count(body)
+    assert 0 <= found["video"] - 40 * media.FPS <= 1  # a seam may repeat one picture
+    sent = apart.sent(0, 40)["audio"]
+    assert found["audio"] >= sent * (40 - len(missing)) // 40 - 2
+
+
+def test_film_resumes_after_the_addresses_of_its_sound_expired(
+    origin: Origin, serve: Serve
+) -> None:
+    """Some panels answer an expired address with 404."""
+    apart = film(origin, 40)
+    expired = origin.fault("/sound/2?.ts", Status(404), times=None)
+    reading = Task(serve({"news": apart.url}, timeout=5, reconnect=10).watch("/news").read_all)
+    origin.wait_for("/apart/master.m3u8", 2)
+    expired.clear()
+    body, is_complete = reading.result(LONG)
+    assert is_complete
+    found, sent = count(body), apart.sent(0, 40)
+    assert 0 <= found["video"] - sent["video"] <= 1  # a seam may repeat one picture
+    assert abs(found["audio"] - sent["audio"]) <= 3
+
+
 #### Encrypted tracks, each with its own key ####
 
 PICTURE_KEY, SOUND_KEY = bytes(range(16)), bytes(range(100, 116))
