@@ -9099,8 +9099,9 @@ class Channel:
             pause = 0.0
             if self._place in tried:
                 pause = next(waits)
-            else:
-                deadline = max(deadline, extended)
+            elif extended > deadline:  # the addresses that are left share the time
+                now = time.monotonic()
+                deadline = now + (extended - now) / self._count_untried(tried)
             tried.add(self._place)
             self._wait(pause, deadline)
 
@@ -9130,6 +9131,12 @@ class Channel:
         if 0 < reconnect <= now - self._last_byte:
             return now + self.stream.options.timeout
         return 0.0
+
+    def _count_untried(self, tried: Collection[Place]) -> int:
+        """The number of addresses that are left after those tried, with the one in use."""
+        tried_addresses = {address for address, _ in tried}
+        tried_addresses.discard(self._address)
+        return len(self.stream.urls) - len(tried_addresses)
 
     @property
     def _place(self) -> Place:

@@ -844,6 +844,20 @@ def test_backup_is_tried_even_if_a_failure_is_noticed_late(
     assert viewer.read(len(segment(5))) == segment(5)
 
 
+def test_hanging_backup_leaves_time_for_the_next_one(
+    origin: Origin, serve: Serve, backup: Origin
+) -> None:
+    """The failure of the first address is noticed late."""
+    live, spare = origin.add(news(target_duration=3)), backup.add(news(target_duration=3))
+    hanging = f"{backup.url}/hanging.m3u8"
+    backup.fault("/hanging.m3u8", StallHeaders(), times=None)
+    site = serve({"news": {"url": [live.url, hanging, spare.url]}}, timeout=4, reconnect=4)
+    viewer = site.watch("/news")
+    assert viewer.read(len(live.plain(2, 5))) == live.plain(2, 5)
+    spare.advance()
+    assert viewer.read(len(segment(5))) == segment(5)
+
+
 def test_relay_may_pause_although_the_addresses_shared_the_time_of_the_start(
     origin: Origin, serve: Serve, backup: Origin
 ) -> None:
