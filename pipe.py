@@ -5381,7 +5381,8 @@ TURN_LIMIT = 1 * MIB  # bytes that a feeder takes from its buffer at once: more 
 PLAYLIST_LIMIT = 8 * MIB  # bytes of a playlist, key or page; a larger one is an attack or a mistake
 ANSWER_TIME = 120.0  # seconds that a panel may take before it begins to send a large list
 # Segments that the playlist of another opening may lag behind and still continue the stream: a
-# backup may be that late, and each cache of a CDN may have another playlist.
+# backup may be that late, and each cache of a CDN may have another playlist.  Numbers that begin
+# again so close to the wanted one look the same: viewers then miss as many segments.
 STALE_NUMBERS = 2
 TRACK_LEAD = 10  # segments; ffmpeg never reads one track that far ahead of another
 MUXER_LAG = 0.5  # seconds that ffmpeg may need to write everything it has read
@@ -5458,7 +5459,7 @@ def has_ffmpeg(engine: Streamlink) -> bool:
     next opening asks again if ffmpeg cannot be used.
     """
     is_usable = bool(FFMPEGMuxer.is_usable(engine))
-    if not is_usable and shutil.which("ffmpeg"):
+    if not is_usable and shutil.which(engine.get_option("ffmpeg-ffmpeg") or "ffmpeg"):
         with contextlib.suppress(AttributeError):  # another streamlink may remember nothing
             FFMPEGMuxer._resolve_command.cache_clear()
     return is_usable
@@ -5526,6 +5527,7 @@ class Session:
         tracks: Sequence[int] = (),
         copy: int = 0,
         left_out: Collection[int] | None = None,
+        without_ffmpeg: bool = False,
     ) -> Upstream:
         """Open a copy of a quality; raises UpstreamError.
 
@@ -5533,6 +5535,7 @@ class Session:
         track begins with its number in `tracks`.
         `is_film`: the source is finite, and viewers have what is before `first`.
         `left_out`: the tracks that were left out at the channel's start; None at its start.
+        `without_ffmpeg`: at its start, there was no ffmpeg, so viewers have the picture alone.
         """
         upstream: Upstream | None = None
         self.is_film = is_film
@@ -5541,11 +5544,15 @@ class Session:
             with deadline:
                 copies = self._copies_of(name)
                 stream = self._follow(copies[copy % len(copies)])
+                if without_ffmpeg and isinstance(stream, MuxedStream):
+                    stream = stream.substreams[0]
                 upstream = self._upstream_of(stream, first, tracks, left_out)
             # From now on, a request may take longer than this opening, which may have had only a
             # part of `timeout`.
             self.engine.set_option("http-timeout", self._timeout)
-            upstream.missing = self._what_is_missing(stream)
+            upstream.lacks_ffmpeg = self._lacks_ffmpeg(stream)
+            if upstream.lacks_ffmpeg:
+                upstream.missing = "no sound: install ffmpeg"
             upstream.start()
         except Exception as error:
             log.debug("cannot open", exc_info=True)
@@ -5571,17 +5578,15 @@ class Session:
         """The streams of a quality: one for each of its addresses."""
         return self._copies.get(self.canonical[name], [self._streams[name]])
 
-    def _what_is_missing(self, stream: Any) -> str | None:
-        """A note on what this stream lacks and why; None if it is complete."""
+    def _lacks_ffmpeg(self, stream: Any) -> bool:
+        """Whether the sound is in a playlist of its own, and ffmpeg is missing to join them."""
         if not isinstance(stream, HLSStream) or stream.multivariant is None:
-            return None
+            return False
         for variant in stream.multivariant.playlists:
             if variant.uri == stream.url:
                 has_separate_sound = any(m.type == "AUDIO" and m.uri for m in variant.media)
-                if has_separate_sound and not has_ffmpeg(self.engine):
-                    return "no sound: install ffmpeg"
-                break
-        return None
+                return has_separate_sound and not has_ffmpeg(self.engine)
+        return False
 
     def _upstream_of(
         self,
@@ -6387,6 +6392,7 @@ class Upstream:
         self.is_clean = False
         self.missing: str | None = None  # a note on what the stream lacks; None: nothing
         self.left_out: Collection[int] = ()  # the positions of the tracks that were left out
+        self.lacks_ffmpeg = False  # so its sound is missing
         self._unused: list[Any] = []  # the files of these tracks
 
     def __repr__(self) -> str:
@@ -8839,6 +8845,7 @@ class Channel:
         self._has_end = False  # its source is finite; known when the first media has arrived
         self._tracks: Sequence[int] = ()  # numbers of the segments at which its tracks continue
         self._left_out: Collection[int] = ()  # positions of the tracks that the start left out
+        self._lacked_ffmpeg = False  # the start found no ffmpeg, so viewers have the picture alone
         self._order = order
         self._address = order[0]  # position of the address in use
         self._copy = 0  # position of the copy of its variant in use
@@ -9328,10 +9335,12 @@ class Channel:
                 tracks=self._tracks,
                 copy=self._copy,
                 left_out=self._left_out,
+                without_ffmpeg=self._lacked_ffmpeg,
             )
         upstream = session.open(name, copy=self._copy)
         self.note = upstream.missing
         self._left_out = upstream.left_out
+        self._lacked_ffmpeg = upstream.lacks_ffmpeg
         if self.note:
             log.warning("%s: %s", self.stream.name, self.note)
         return upstream

@@ -10,6 +10,7 @@ import gc
 import io
 import json
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -323,6 +324,26 @@ def test_reopened_channel_stays_without_its_sound(origin: Origin, serve: Serve) 
     body, is_complete = reading.result(LONG)
     assert is_complete
     assert set(count(body)) == {"video"}
+
+
+def test_reopened_channel_stays_without_sound_if_ffmpeg_was_installed_meanwhile(
+    origin: Origin, serve: Serve, tmp_path: Path
+) -> None:
+    installed = shutil.which("ffmpeg")
+    assert installed
+    for path in ("/picture/[89].ts", "/picture/1?.ts"):
+        origin.fault(path, Status(403), times=None)
+    ffmpeg = tmp_path / "ffmpeg"
+    stream = {"url": film(origin).url, "streamlink": {"ffmpeg-ffmpeg": str(ffmpeg)}}
+    site = serve({"news": stream}, timeout=2, reconnect=30)
+    reading = Task(site.watch("/news").read_all)
+    origin.wait_for("/picture/8.ts")
+    ffmpeg.symlink_to(installed)
+    origin.wait_for("/apart/master.m3u8", 2)
+    origin.clear_faults()
+    body, is_complete = reading.result(LONG)
+    assert is_complete
+    assert count(body) == Counter(video=12 * media.FPS)
 
 
 def test_sound_may_be_missing_from_a_master_within_a_master(origin: Origin, serve: Serve) -> None:
