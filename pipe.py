@@ -4054,8 +4054,8 @@ LISTED_SECONDS = 24.0  # a playlist's least duration, if MOST_LISTED segments la
 EPOCH = 1_735_689_600  # 2025-01-01, in Unix time
 # The limits in seconds of a segment cut from a source without segments.  A longer one among shorter
 # ones is listed only if it is the second in a row: a camera may send key frames more rarely at
-# night.  A single one shows that the clock was reset, or that media is missing: it would raise the
-# target duration for good, and clients would then reload the playlist too rarely.
+# night.  If it is the only one, the clock was probably reset, or media is missing: it would raise
+# the target duration for good, and clients would then reload the playlist too rarely.
 SHORTEST_CUT, LONGEST_CUT = 2.0, 12.0
 
 
@@ -5382,7 +5382,7 @@ PLAYLIST_LIMIT = 8 * MIB  # bytes of a playlist, key or page; a larger one is an
 ANSWER_TIME = 120.0  # seconds that a panel may take before it begins to send a large list
 # Segments that the playlist of another opening may lag behind and still continue the stream: a
 # backup may be that late, and each cache of a CDN may have another playlist.  Numbers that begin
-# again so close to the wanted one look the same: viewers then miss as many segments.
+# again so close to the wanted one look the same: viewers then miss the segments up to it.
 STALE_NUMBERS = 2
 TRACK_LEAD = 10  # segments; ffmpeg never reads one track that far ahead of another
 MUXER_LAG = 0.5  # seconds that ffmpeg may need to write everything it has read
@@ -5455,8 +5455,8 @@ def engine_options() -> EngineOptions:
 def has_ffmpeg(engine: Streamlink) -> bool:
     """Whether ffmpeg can be used.  Blocks for a few seconds at most, the first time.
 
-    streamlink remembers the answer for good, even if ffmpeg only took too long to start.  So the
-    next opening asks again if ffmpeg cannot be used.
+    streamlink remembers the answer for good, even if ffmpeg only took too long to start.  So if
+    there is an ffmpeg, and it cannot be used, the next opening asks again.
     """
     is_usable = bool(FFMPEGMuxer.is_usable(engine))
     if not is_usable and shutil.which(engine.get_option("ffmpeg-ffmpeg") or "ffmpeg"):
@@ -5782,12 +5782,12 @@ def _own_options(stream: StreamSettings, timeout: float) -> dict[str, Any]:
     return found
 
 
-def _cookies_in(header: str | bytes | None) -> dict[str, str]:
-    """The values of a Cookie header by name; empty without one."""
+def _cookies_in(header: str | bytes) -> dict[str, str]:
+    """The values of a Cookie header by name."""
     if isinstance(header, bytes):
         header = header.decode("latin-1")
     cookies = {}
-    for pair in (header or "").split(";"):
+    for pair in header.split(";"):
         name, _, value = pair.strip().partition("=")
         if name:
             cookies[name] = value
@@ -5806,7 +5806,9 @@ class Http(HTTPSession):
     def __init__(self) -> None:
         self.is_resolving = True  # playlists loaded now are kept for the worker's first request
         self._kept: dict[str, requests.Response] = {}  # playlists, by address
-        self._thread = threading.local()  # its `timeout`, if timed() sets it, overrides a request's
+        # Of each thread: `timeout`, if timed() sets it, overrides a request's; `first_address` is
+        # that of its request before any redirect.
+        self._thread = threading.local()
         self.ends: float | None = None  # the Deadline's end by time.monotonic(), while one runs
         # _lock guards these two.
         self._lock = threading.Lock()
@@ -5816,25 +5818,32 @@ class Http(HTTPSession):
         super().__init__()
         self.hooks["response"].append(cast(Any, self._bound))
 
+    def resolve_redirects(self, resp: Any, req: Any, *more: Any, **named: Any) -> Any:
+        """Follow redirects; rebuild_auth() needs the address that was requested first."""
+        if not named.get("yield_requests"):  # otherwise it is called for one of these redirects
+            self._thread.first_address = req.url
+        return super().resolve_redirects(resp, req, *more, **named)
+
     def rebuild_auth(self, prepared_request: Any, response: requests.Response) -> None:
-        """Send configured cookies again after a redirect, unless it leads to another host.
+        """Send configured cookies again after a redirect on the same host.
 
         requests drops the header, and keeps only cookies that the origin has set.  An origin's
-        cookie replaces the configured one of the same name.
+        cookie replaces the configured one of the same name.  Another host gets none, and neither
+        does an unencrypted request after an encrypted one.
         """
         super().rebuild_auth(prepared_request, response)  # type: ignore[no-untyped-call]
-        configured = _cookies_in(cast(Any, self.headers.get("Cookie")))
-        sent = _cookies_in(response.request.headers.get("Cookie"))
-        if not configured.keys() & sent.keys():  # an earlier redirect led to another host
-            return
-        old = urlsplit(response.request.url or "")
+        configured: Any = self.headers.get("Cookie")
+        old = urlsplit(self._thread.first_address)
         new = urlsplit(prepared_request.url)
         is_downgrade = old.scheme == "https" and new.scheme != "https"
-        if old.hostname != new.hostname or is_downgrade:  # the port is no matter: RFC 6265, 8.5
+        is_other_host = old.hostname != new.hostname  # the port is no matter: RFC 6265, 8.5
+        if not configured or is_other_host or is_downgrade:
             return
-        cookies = configured | _cookies_in(prepared_request.headers.get("Cookie"))
-        pairs = [f"{name}={value}" for name, value in cookies.items()]
-        prepared_request.headers["Cookie"] = "; ".join(pairs)
+        from_origin = prepared_request.headers.get("Cookie")
+        if from_origin:
+            cookies = _cookies_in(configured) | _cookies_in(from_origin)
+            configured = "; ".join(f"{name}={value}" for name, value in cookies.items())
+        prepared_request.headers["Cookie"] = configured
 
     @contextlib.contextmanager
     def timed(self, seconds: float) -> Iterator[None]:
@@ -6983,10 +6992,13 @@ class SegmentReader(HLSStreamReader):
         first: int | None,
         is_film: bool,
         fail: weakref.WeakMethod[Callable[[str], None]] | None,
+        is_picture: bool = False,
     ) -> None:
+        self.opened = time.monotonic()
         self.first = first  # number of the segment to begin with, if the playlist lists it
         self.is_film = is_film  # viewers have all that is before `first`
         self.is_track = fail is not None
+        self.is_picture = is_picture  # the first track
         self._fail_upstream = fail  # a track's: a weak reference to ProcessUpstream._fail
         self.start = b""  # the first bytes of media; empty until the writer's thread has some
         # Of a track.  The thread that reads it replaces these values; other threads read them.
@@ -7205,6 +7217,7 @@ class WatchedWorker(HLSStreamWorker):
 MISSING = frozenset(answered(status) for status in (404, 410))
 REFUSALS = EXPIRED | NOT_MEDIA  # some panels send their error message with status 200
 REFUSAL_TIME = 1.0  # seconds of refusals after which the address of a finite stream has expired
+FRESH_TIME = 60.0  # seconds after an opening in which no address expires
 START_MISSING = 3  # missing segments after which a start fails
 
 
@@ -7231,7 +7244,7 @@ class SegmentDownload(Download):
       start: it is the third one missing, or the newest     ends
       finite: a connection failed                           ends, once for this segment
       finite: 404 or 410, not a track, no other answered    ends, once for this segment
-      finite: 404 or 410, a track, others fail alike        ends, not near the start or the end
+      finite: 404 or 410, a track, others fail alike        ends, unless _needs_gap
       finite: nothing else was answered, others fail alike  ends
       finite: refused, and nothing else was answered        ends, once for this segment
       finite: nothing else was answered, others wait        ends, once for this segment
@@ -7319,7 +7332,7 @@ class SegmentDownload(Download):
         if failure in MISSING:
             # Several segments in a row may be missing, so it proves nothing that others are, too.
             if writer.reader.is_track:
-                return fail_alike and not self._is_near_start_or_end
+                return fail_alike and not self._needs_gap
             return self._may_have_expired
         if fail_alike:
             return True
@@ -7342,20 +7355,17 @@ class SegmentDownload(Download):
         return not is_first and not reader.is_track
 
     @property
-    def _is_near_start_or_end(self) -> bool:
-        """Whether a reopening would not help this segment of a finite track.
+    def _needs_gap(self) -> bool:
+        """Whether a reopening would not help if this segment of a track is missing.
 
-        Near the start of an opening, its address has just been resolved.  All tracks begin where
-        the one that is furthest behind was.  If the last segment is being fetched as well, another
-        opening might find no media for this track at all, and ffmpeg needs media of every track.
+        Soon after an opening, addresses have not expired yet.  If the last segment of the sound or
+        of subtitles is being fetched as well, all that is left may be missing, and another opening
+        would fail: ffmpeg needs media of every track.
         """
         reader = self._writer.reader
-        first = reader.first
-        if first is None:
-            first = reader.worker.playlist_segments[0].num
-        is_end_fetched = any(download._is_newest for download in (self, *self._others))
-        is_near_start: bool = self._segment.num <= first + TRACK_LEAD
-        return is_near_start or is_end_fetched
+        is_fresh = time.monotonic() - reader.opened < FRESH_TIME
+        is_last_fetched = any(download._is_newest for download in (self, *self._others))
+        return is_fresh or (is_last_fetched and not reader.is_picture)
 
     @property
     def _may_have_expired(self) -> bool:
@@ -7970,7 +7980,13 @@ class ProcessUpstream(Upstream):
                 buffer = ReaderBuffer(self.buffer.limit)
                 fail = weakref.WeakMethod(self._fail)
                 use_own_reader(
-                    track, self.session, f"--{index}", buffer=buffer, first=first, fail=fail
+                    track,
+                    self.session,
+                    f"--{index}",
+                    buffer=buffer,
+                    first=first,
+                    fail=fail,
+                    is_picture=index == 0,
                 )
             self._remember(track)
 
@@ -9762,6 +9778,7 @@ def no_quality_error(qualities: Iterable[str]) -> StreamError:
 
 FAILURE_MEMORY = 2.0  # seconds; VLC repeats a request at once if the first answer is an error
 ZAPPING_TIME = 2.0  # seconds that a client which changes channels waits for its previous slot
+APPLES_PLAYER = "AppleCoreMedia/"  # begins the agent of the player that Apple's systems have
 ZAPPING_TICK = 0.05  # seconds between two checks of whether that slot is free
 TITLES_TOLD = 3  # titles named in the refusal of a full account
 STATES_SHOWN = (*PLAYING, "waiting", "starting")  # best first: a stream shows its channels' best
@@ -10517,6 +10534,8 @@ def _has_moved(viewer: Viewer, newcomers: Iterable[Viewer]) -> bool:
 
 def _plays_for_a_page(channel: Channel, player: Viewer) -> bool:
     """Whether this client of a channel plays the media of a page that another client requested."""
+    if not player.agent.startswith(APPLES_PLAYER):
+        return False
     for viewer in channel.pollers.values():
         is_same_person = viewer.has_page and viewer.address == player.address
         if is_same_person and _plays_for(player.agent, viewer.agent):
@@ -10532,7 +10551,7 @@ def _plays_for(agent: str, browser: str) -> bool:
     """
     is_apples = "AppleWebKit/" in browser and "Safari/" in browser
     is_another = "Chrome/" in browser or "Android" in browser
-    if not agent.startswith("AppleCoreMedia/") or not is_apples or is_another:
+    if not agent.startswith(APPLES_PLAYER) or not is_apples or is_another:
         return False
     device, page_device = _device_in(agent), _device_in(browser)
     return device == page_device or (device, page_device) == ("iPad", "Macintosh")

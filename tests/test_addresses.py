@@ -152,11 +152,22 @@ def test_configured_cookie_survives_a_redirect_to_another_port(
 def test_configured_cookie_is_not_sent_to_another_host(
     origin: Origin, serve: Serve, names: Names, hops: int
 ) -> None:
+    """Not even if that host sets a cookie of the same name."""
     names[HOST] = [GOOD]
-    redirects = [Redirect(at_host(f"{origin.url}/1")), Redirect(FILM)]
+    first = Redirect(at_host(f"{origin.url}/1"))
+    second = Status(302, headers=(("Location", FILM), ("Set-Cookie", "a=other; Path=/")))
     if hops == 1:
-        redirects = [Redirect(at_host(origin.url + FILM))]
-    assert cookie_after(origin, serve, *redirects) is None
+        cookies = cookie_after(origin, serve, Redirect(at_host(origin.url + FILM)))
+        assert cookies is None
+    else:
+        assert cookie_after(origin, serve, first, second) == "a=other"
+
+
+def test_configured_cookie_returns_to_its_host(origin: Origin, serve: Serve, names: Names) -> None:
+    """A single sign-on on another host."""
+    names[HOST] = [GOOD]
+    redirects = Redirect(at_host(f"{origin.url}/1")), Redirect(origin.url + FILM)
+    assert cookie_after(origin, serve, *redirects) == LOGIN_COOKIE
 
 
 def test_cookie_of_the_origin_replaces_the_configured_one(origin: Origin, serve: Serve) -> None:
