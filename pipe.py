@@ -471,13 +471,15 @@ CUT_SEGMENT = "decryption failed: the segment is incomplete"
 EMPTY_ANSWER = "the origin sent an empty answer"
 BROKEN_ANSWER = "the origin's answer broke off"
 NO_MEDIA = "the origin sent no media"
-SHORTER_FILM = "the origin's playlist no longer lists the rest of the film"
+ENDED_BEFORE = "the origin's playlist has ended before the part that comes next"
 NO_DATA = "the origin sends no data"
 NO_MORE_SEGMENTS = "the origin sends no more segments"
 NOT_BACK = "the origin did not recover in time"
+OTHER_FILE = "the origin sent another file than before"
 JUST_ENDED = "the stream has just ended"
 OTHER_FAILURE = "the origin's stream cannot be opened"
 
+UNREADABLE_COOKIES = "a file of http-cookies-files cannot be read"
 NO_FFMPEG = "audio and video are separate: install ffmpeg"
 FFMPEG_NOT_STARTED = "ffmpeg cannot be started"
 FFMPEG_FAILED = "ffmpeg failed"
@@ -1656,6 +1658,7 @@ def _yaml_mistake(error: yaml.YAMLError, text: str) -> tuple[int, str]:
 
 LIST_LIMIT = 256 * MIB  # bytes of a list
 LINE_LIMIT = 64 * KIB  # bytes of a line; no useful line is that long
+MOST_HEADERS = 50  # headers of an entry; more would take long, and no provider needs them
 CHANNEL_LIMIT = 20_000  # entries of a list that become streams
 TEXT_LIMIT = 200  # characters of a title, a group or an id
 NAME_LIMIT = 60  # characters of a name, without its prefix and number
@@ -2020,7 +2023,7 @@ class ListParser:
             value = value[1:-1].strip()
         if name.lower() == "referrer":
             name = "Referer"
-        if _is_usable_header(name, value):
+        if len(self._headers) < MOST_HEADERS and _is_usable_header(name, value):
             self._headers = merged_headers(self._headers, {name: header_value(value)})
         else:
             self._omitted["unusable headers"] += 1
@@ -3159,8 +3162,10 @@ class TsFramer(Framer):
         video_pid = self.tables.video_pid
         if video_pid is not None and not (pid == video_pid and self._is_key_frame(packet)):
             return False
-        if self._backlog_end is None or self._dropped_dts is None:
+        if self._backlog_end is None:
             return True
+        if self._dropped_dts is None:  # a section, or a unit without timestamps, tells nothing
+            return False
         ahead = (self._dropped_dts - self._backlog_end) % TIMESTAMP_MODULUS
         return 0 < ahead < TIMESTAMP_MODULUS - NEW_CLOCK_TICKS
 
@@ -5088,7 +5093,8 @@ class Download:
 
     `request` sends a request with additional headers and a time-out in seconds.  No try begins once
     `closing` is set.  `patience` returns the seconds without a new byte after which the download is
-    abandoned.
+    abandoned.  `trusts_length`: a resource of the same length is the same one, so the rest can be
+    requested although the origin sends no validator, as panels do for films.
     """
 
     # For how many seconds an empty body is requested again; None: the body may be empty.
@@ -5102,6 +5108,7 @@ class Download:
         patience: Callable[[], float],
         byte_range: Any = None,  # streamlink's
         opened: Opened | None = None,
+        trusts_length: bool = False,
     ) -> None:
         self._request = request
         self._closing = closing
@@ -5121,7 +5128,9 @@ class Download:
         self._pace = Pace()  # of the newest try
         self._slow_time = SLOW_TIME  # seconds of waiting after which a slow try is ended
         self._is_hurried = False  # the newest try has less time than the others, as the last one
-        self._validator: str | None = None  # for If-Range; None: the rest cannot be requested
+        self._validator: str | None = None  # for If-Range; None: the origin sent none
+        self._trusts_length = trusts_length
+        self._length: str | None = None  # of the whole resource, if it is trusted
         # Bytes of the whole resource; None until a partial response states them.
         self._resource_size: int | None = None
 
@@ -5163,7 +5172,7 @@ class Download:
                 reason = explain(error)
                 refusal = range_refusal(error)
                 if refusal is not None:
-                    self._validator = None
+                    self._must_begin_again()
                     if self._has_all(refusal):
                         if not self._is_cut_off:
                             return
@@ -5199,13 +5208,18 @@ class Download:
         end = self._first + self.size
         return refusal.headers.get("Content-Range") == f"bytes */{end}"
 
+    def _must_begin_again(self) -> None:
+        """Request the whole body from now on."""
+        self._validator = None
+        self._length = None
+
     @property
     def _next_position(self) -> int:
         """The position in the resource of the first byte to request.
 
-        Without a validator, the rest might belong to a different body.
+        Without a validator or a length, the rest might belong to a different body.
         """
-        if self._validator:
+        if self._validator or self._length:
             return self._first + self.size
         return self._first
 
@@ -5251,8 +5265,10 @@ class Download:
                 position = int(match[1])
             if match and match[2] != "*" and self._range_size is None:
                 self._resource_size = int(match[2])
+            if match and self._length and match[2] != self._length:
+                position = None
         if position is None or position not in (0, self._next_position):
-            self._validator = None
+            self._must_begin_again()
             raise PipeError("the origin sent a different range than requested")
 
         if self.size == 0 and not is_coded:
@@ -5262,6 +5278,8 @@ class Download:
                 self._validator = etag
             else:
                 self._validator = response.headers.get("Last-Modified")
+            if self._trusts_length and position == 0:
+                self._length = response.headers.get("Content-Length")
         return position - self._first
 
     def _new_parts(self, response: requests.Response, start: bytes) -> Iterator[bytes]:
@@ -5465,10 +5483,23 @@ def has_ffmpeg(engine: Streamlink) -> bool:
     return is_usable
 
 
+@dataclass(frozen=True)
+class Resumption:
+    """What another opening of a channel's upstream continues."""
+
+    number: int | None  # of the segment to begin with, if it is listed
+    is_film: bool  # the source is finite, and viewers have what is before that segment
+    tracks: Sequence[int]  # the segment with which each track that ffmpeg joins begins
+    left_out: Collection[int]  # the positions of the tracks that the start left out
+    lacked_ffmpeg: bool  # the start found no ffmpeg, so viewers have the picture alone
+    length: str | None  # the Content-Length of a raw body
+
+
 class Session:
     """Streamlink for one opening of a channel's upstream; openings share nothing.
 
-    One thread uses it, a channel's feeder or that of a Fetch; any thread may call http.cut().
+    Raises UpstreamError if a file of cookies cannot be read.  One thread uses it, a channel's
+    feeder or that of a Fetch; any thread may call http.cut().
     """
 
     def __init__(self, stream: StreamSettings, timeout: float) -> None:
@@ -5481,7 +5512,7 @@ class Session:
         self.closed = self.http.closed  # everything that belongs to this opening shares the event
         for settings in (_own_options(stream, timeout), stream.options.streamlink, SAFETY_OPTIONS):
             for option, value in settings.items():
-                self.engine.set_option(option, value)
+                self._set_option(option, value)
         # Seconds for a request once the stream is open.
         self._timeout = stream.options.streamlink.get("http-timeout", stream.options.timeout)
         # The results of resolve():
@@ -5490,7 +5521,13 @@ class Session:
         self._streams: Mapping[str, Any] = {}
         self._copies: Mapping[str, Sequence[Any]] = {}  # by name: copies of a master's variant
         self._raw: Opened | None = None  # a body that no plugin handles and that is not a playlist
-        self.is_film = False  # this opening continues a film
+
+    def _set_option(self, option: str, value: object) -> None:
+        """Set one of streamlink's options; raises UpstreamError if its file cannot be read."""
+        try:
+            self.engine.set_option(option, value)
+        except (OSError, UnicodeError) as error:  # another program may be writing it
+            raise UpstreamError(UNREADABLE_COOKIES) from error
 
     def resolve(self, address: str) -> None:
         """Find the streams at an address; raises UpstreamError.
@@ -5519,34 +5556,18 @@ class Session:
             name: first_names.get(id(stream), name) for name, stream in streams.items()
         }
 
-    def open(
-        self,
-        name: str,
-        first: int | None = None,
-        is_film: bool = False,
-        tracks: Sequence[int] = (),
-        copy: int = 0,
-        left_out: Collection[int] | None = None,
-        without_ffmpeg: bool = False,
-    ) -> Upstream:
+    def open(self, name: str, copy: int = 0, resumption: Resumption | None = None) -> Upstream:
         """Open a copy of a quality; raises UpstreamError.
 
-        The upstream begins with segment `first` if that is listed.  If ffmpeg joins tracks, each
-        track begins with its number in `tracks`.
-        `is_film`: the source is finite, and viewers have what is before `first`.
-        `left_out`: the tracks that were left out at the channel's start; None at its start.
-        `without_ffmpeg`: at its start, there was no ffmpeg, so viewers have the picture alone.
+        `resumption` is None at the channel's start.
         """
         upstream: Upstream | None = None
-        self.is_film = is_film
         deadline = Deadline(self.http, self._ends - time.monotonic())
         try:
             with deadline:
                 copies = self._copies_of(name)
                 stream = self._follow(copies[copy % len(copies)])
-                if without_ffmpeg and isinstance(stream, MuxedStream):
-                    stream = stream.substreams[0]
-                upstream = self._upstream_of(stream, first, tracks, left_out)
+                upstream = self._upstream_of(stream, resumption)
             # From now on, a request may take longer than this opening, which may have had only a
             # part of `timeout`.
             self.engine.set_option("http-timeout", self._timeout)
@@ -5588,26 +5609,22 @@ class Session:
                 return has_separate_sound and not has_ffmpeg(self.engine)
         return False
 
-    def _upstream_of(
-        self,
-        stream: Any,
-        first: int | None,
-        tracks: Sequence[int],
-        left_out: Collection[int] | None,
-    ) -> Upstream:
+    def _upstream_of(self, stream: Any, resumption: Resumption | None) -> Upstream:
+        if resumption and resumption.lacked_ffmpeg and isinstance(stream, MuxedStream):
+            stream = stream.substreams[0]
         if isinstance(stream, HLSStream):
-            return SegmentedUpstream(self, stream, first)
+            return SegmentedUpstream(self, stream, resumption)
         if isinstance(stream, HTTPStream):
             opened = self._raw
             if opened is None:
                 opened = self._open_raw(stream.args)
-            return RawUpstream(self, stream.args, opened)
+            return RawUpstream(self, stream.args, opened, resumption)
         needs_muxing = isinstance(stream, MuxedStream)
         if isinstance(stream, DASHStream):
             needs_muxing = bool(stream.video_representation and stream.audio_representation)
         if needs_muxing:
             self._check_muxing()
-        return ProcessUpstream(self, stream, tracks, left_out)
+        return ProcessUpstream(self, stream, resumption)
 
     def _check_muxing(self) -> None:
         """Raise UpstreamError if ffmpeg or a folder for the FIFOs that it reads is missing."""
@@ -6375,8 +6392,8 @@ def read_bounded(response: requests.Response, start: bytes = b"") -> None:
 #                                     worker ignores the tag in a playlist that is older than others
 #                  failure   writer   no key; no initialization section; a failed segment that is
 #                                     fatal (see SegmentDownload); segments stop without an end
-#                            worker   no first playlist; an expired address; restarted numbering; a
-#                                     film lists no segment from the wanted one on
+#                            worker   no first playlist; an expired address; restarted numbering; it
+#                                     ended before the wanted segment
 #   raw body       complete  pump     its whole length was received
 #                  failure   pump     it broke off; it had no length and ended
 #   ffmpeg, files  complete  pump     the data ended, and every track is finite
@@ -6419,6 +6436,11 @@ class Upstream:
     def media_type(self) -> str:
         """The Content-Type of a raw source; empty for any other."""
         return ""
+
+    @property
+    def length(self) -> str | None:
+        """The Content-Length of a raw source; None for any other, and for a live one."""
+        return None
 
     @property
     def tracks(self) -> Sequence[int]:
@@ -6589,10 +6611,17 @@ def end_muxer(muxer: Any) -> None:
 class SegmentedUpstream(Upstream):
     """An HLS stream: streamlink's worker and writer with our downloads and our ReaderBuffer."""
 
-    def __init__(self, session: Session, stream: HLSStream, first: int | None = None) -> None:
+    def __init__(
+        self, session: Session, stream: HLSStream, resumption: Resumption | None = None
+    ) -> None:
         super().__init__(session)
         self._stream = stream
-        use_own_reader(stream, session, buffer=self.buffer, first=first, fail=None)
+        first = None
+        is_film = False
+        if resumption:
+            first = resumption.number
+            is_film = resumption.is_film
+        use_own_reader(stream, session, buffer=self.buffer, first=first, is_film=is_film, fail=None)
         self._remember(stream)
 
     def start(self) -> None:
@@ -6606,7 +6635,7 @@ def use_own_reader(stream: Any, session: Session, track: str = "", **reading: An
     """
     stream.name = session.name + track  # part of the names of its threads, and so of log lines
     reader = _own_reader(type(stream).__reader__)
-    stream.__reader__ = functools.partial(reader, is_film=session.is_film, **reading)
+    stream.__reader__ = functools.partial(reader, **reading)
     parser = _own_parser(type(stream).__parser__)
     variables = getattr(stream.multivariant, "variables", {})  # a plugin's own master has none
     stream.__parser__ = functools.partial(parser, imported=variables)
@@ -6637,6 +6666,9 @@ def _with_true_lengths(playlist: Any) -> Any:
     """
     segments = playlist.segments
     if not segments:
+        target = playlist.targetduration
+        if target is not None and target > LISTED_TIME:
+            playlist.targetduration = LISTED_TIME
         return playlist
     most = LONGEST_SEGMENT if playlist.is_endlist else LISTED_TIME
 
@@ -7090,6 +7122,7 @@ class SegmentReader(HLSStreamReader):
 
 
 LEAST_INTERVAL = 0.5  # seconds; the minimum between two loads of a playlist
+MOST_LOADS = 64  # loads of a playlist while a segment plays
 SHORT_PLAYLIST = 3  # segments; a playlist with fewer is loaded twice as often
 # Successive playlists that end below the highest number seen, after which the origin must have
 # restarted its numbering.  Fewer prove nothing: caches serve playlists a number or two old.
@@ -7124,7 +7157,10 @@ class WatchedWorker(HLSStreamWorker):
     def reload(self) -> None:
         try:
             self._is_empty = True
+            known = self.playlist_targetduration, self._reload_time
             super().reload()  # type: ignore[no-untyped-call]
+            if self._is_empty and self._newest >= 0:  # such a list has no durations to go by
+                self.playlist_targetduration, self._reload_time = known
             self._is_loaded = True
             self.trouble = EMPTY_PLAYLIST if self._is_empty else None
         except Exception as error:
@@ -7146,8 +7182,8 @@ class WatchedWorker(HLSStreamWorker):
         first, last = playlist.segments[0].num, playlist.segments[-1].num
         is_start = self.sequence < 0
         if is_start and self.reader.first is not None:
-            if self._lacks_the_rest(last):
-                self.reader.fail(SHORTER_FILM)
+            if self._lacks_the_rest(last, playlist.is_endlist):
+                self.reader.fail(ENDED_BEFORE)
                 return
             self._continue_another_opening(first, last)
         elif last < self._newest:
@@ -7162,20 +7198,22 @@ class WatchedWorker(HLSStreamWorker):
         self._newest = max(self._newest, last)
         is_skipping = 0 <= self.sequence < first
         if is_skipping and not self.trouble:  # losses in an outage are no reason to load more often
-            self._interval_divisor *= 2
+            self._interval_divisor = min(2 * self._interval_divisor, MOST_LOADS)
         self._measure(last, is_skipping)
         has_news = last >= self.sequence
         super().process_segments(playlist)
         self._reload_time = self._interval(playlist, has_news)
 
-    def _lacks_the_rest(self, last: int) -> bool:
-        """Whether the playlist of a film ends before the segment with which it continues.
+    def _lacks_the_rest(self, last: int, is_endlist: bool) -> bool:
+        """Whether the playlist is complete, and ends before the segment that is wanted.
 
-        A live stream would continue with the segments that are listed.  In a film, viewers have
-        these already.
+        In a film, viewers have all that is listed.  In a live stream, it is a recording that a
+        provider shows while the channel is down.
         """
         wanted: int = self.reader.first
-        return self.reader.is_film and wanted > last + 1
+        if self.reader.is_film:
+            return wanted > last + 1
+        return is_endlist and wanted > last + 1 + STALE_NUMBERS
 
     def _continue_another_opening(self, first: int, last: int) -> None:
         """Start at the number that another opening reached, if it fits this playlist.
@@ -7826,16 +7864,29 @@ class RawUpstream(Upstream):
     without one it is live.
     """
 
-    def __init__(self, session: Session, arguments: Mapping[str, Any], opened: Opened) -> None:
+    def __init__(
+        self,
+        session: Session,
+        arguments: Mapping[str, Any],
+        opened: Opened,
+        resumption: Resumption | None,
+    ) -> None:
         super().__init__(session)
         self._arguments = arguments  # of the request
         self._opened = opened
         self._response, _ = opened
         self._files.append(self._response)
+        is_other_body = resumption and resumption.is_film and resumption.length != self.length
+        if is_other_body:
+            raise UpstreamError(OTHER_FILE)
 
     @property
     def is_finite(self) -> bool:
-        return "Content-Length" in self._response.headers
+        return self.length is not None
+
+    @property
+    def length(self) -> str | None:
+        return self._response.headers.get("Content-Length")
 
     @property
     def media_type(self) -> str:
@@ -7857,7 +7908,9 @@ class RawUpstream(Upstream):
             return segment_timeout + JUDGE_GRACE / 2
 
         ask = functools.partial(self.session.http.ask, self._arguments)
-        download = Download(ask, self.session.closed, patience, opened=self._opened)
+        download = Download(
+            ask, self.session.closed, patience, opened=self._opened, trusts_length=True
+        )
         yield SegmentEvent(EventKind.START, 0)
         yield from download.parts()
         yield SegmentEvent(EventKind.END, 0)
@@ -7904,16 +7957,18 @@ class ProcessUpstream(Upstream):
         self,
         session: Session,
         stream: Any,
-        first: Sequence[int],
-        left_out: Collection[int] | None,
+        resumption: Resumption | None,
     ) -> None:
         super().__init__(session)
         self._stream = stream
-        self._is_start = left_out is None
-        if left_out is not None:
-            self.left_out = left_out
+        self._is_start = resumption is None
+        self._is_film = False
+        self._first: Sequence[int] = ()  # the number of the segment with which each track begins
+        if resumption:
+            self._is_film = resumption.is_film
+            self._first = resumption.tracks
+            self.left_out = resumption.left_out
         self._file: Any = None
-        self._first = first  # the number of the segment with which each track begins
         self._failure: str | None = None  # of a track
         self._first_failure = threading.Lock()  # the first track that fails takes and keeps it
 
@@ -7985,6 +8040,7 @@ class ProcessUpstream(Upstream):
                     f"--{index}",
                     buffer=buffer,
                     first=first,
+                    is_film=self._is_film,
                     fail=fail,
                     is_picture=index == 0,
                 )
@@ -8695,6 +8751,8 @@ class StreamRecord:
         """Forget failures that no longer count, because the upstream's settings changed."""
         with self._lock:
             self.start_errors.clear()
+            self.failure_times.clear()
+            self._good_copy = None
             self.resolved = None
             self.has_failed = False
 
@@ -8862,6 +8920,7 @@ class Channel:
         self._tracks: Sequence[int] = ()  # numbers of the segments at which its tracks continue
         self._left_out: Collection[int] = ()  # positions of the tracks that the start left out
         self._lacked_ffmpeg = False  # the start found no ffmpeg, so viewers have the picture alone
+        self._length: str | None = None  # the Content-Length of a film that is a raw body
         self._order = order
         self._address = order[0]  # position of the address in use
         self._copy = 0  # position of the copy of its variant in use
@@ -9344,19 +9403,20 @@ class Channel:
 
     def _open(self, session: Session, name: str) -> Upstream:
         if self._splicer:
-            return session.open(
-                name,
-                first=self._splicer.number,
+            resumption = Resumption(
+                number=self._splicer.number,
                 is_film=self._has_end,
                 tracks=self._tracks,
-                copy=self._copy,
                 left_out=self._left_out,
-                without_ffmpeg=self._lacked_ffmpeg,
+                lacked_ffmpeg=self._lacked_ffmpeg,
+                length=self._length,
             )
-        upstream = session.open(name, copy=self._copy)
+            return session.open(name, self._copy, resumption)
+        upstream = session.open(name, self._copy)
         self.note = upstream.missing
         self._left_out = upstream.left_out
         self._lacked_ffmpeg = upstream.lacks_ffmpeg
+        self._length = upstream.length
         if self.note:
             log.warning("%s: %s", self.stream.name, self.note)
         return upstream
@@ -9501,7 +9561,9 @@ class Channel:
         if self._splicer is None:
             self._go_live(upstream, container, has_segments)
             return True
-        if container is not self.container:
+        # An insert, which _judge limits.  A live channel with a backup does not wait for its end.
+        may_be_insert = has_segments and (self._has_end or not self._has_backup)
+        if container is not self.container and not may_be_insert:
             raise UpstreamError(switched_to(container))
         self.restarts += 1
         self.record.add("restarts")
@@ -10519,11 +10581,14 @@ def _has_moved(viewer: Viewer, newcomers: Iterable[Viewer]) -> bool:
     """Whether a polling client is among the polling newcomers to another channel.
 
     A page that a person requests counts more than the playlist of a page that is still open in
-    another tab: otherwise, two tabs would take one slot from each other again and again.
+    another tab: otherwise, two tabs would take one slot from each other again and again.  For the
+    same reason, only the later of two requests can have moved.
     """
     if not viewer.polls:
         return False
     for newcomer in newcomers:
+        if newcomer.since < viewer.since:
+            continue
         is_media_of_page = newcomer.has_page and _plays_for(viewer.agent, newcomer.agent)
         is_same_agent = viewer.agent == newcomer.agent or is_media_of_page
         is_same_client = viewer.address == newcomer.address and is_same_agent
@@ -10828,20 +10893,18 @@ class Lists:
             settings = each.settings
             each.due = None
 
-        fetch = fetch_for(settings, settings.url, LIST_TIME)
-        with self._changed:
-            each.fetch = fetch
-            if each.is_over or each.settings is not settings:
-                fetch.close()
-
         outcome: ChannelList | str  # the list, or why it cannot be loaded
         try:
-            outcome = load_list(settings, fetch)
+            fetch = fetch_for(settings, settings.url, LIST_TIME)
+            with self._changed:
+                each.fetch = fetch
+                if each.is_over or each.settings is not settings:
+                    fetch.close()
+            with contextlib.closing(fetch):
+                outcome = load_list(settings, fetch)
         except Exception as error:
             log.debug("%s: cannot load the list", settings.name, exc_info=True)
             outcome = explain(error)
-        finally:
-            fetch.close()
 
         with self._changed:
             each.fetch = None
@@ -11650,9 +11713,9 @@ document.onkeydown = event => {
   event.preventDefault()
 }
 
-// The list of channels
+// The list
 
-let newest, typing  // request for a list; timer of the next
+let newest, typing  // request; timer of the next
 
 async function listAt({search}) {
   const answer = await fetch(about.list + search.replace("?", "&"))
@@ -11661,15 +11724,16 @@ async function listAt({search}) {
 
 const searchFor = words => new URL(about.list + encodeURIComponent(words), location)
 
-// Shows a group or what a search found.
+// Shows a group or a search.
 async function showList(address, enter = "replaceState") {
   clearTimeout(typing)
   newest = address
   const page = await listAt(address), links = all("nav a", page)
   if (newest !== address) return
+  search.value = one("[type=search]", page).value  // not an error's
   one("#List").replaceWith(one("#List", page))
-  all("nav a").forEach((link, n) => { link.ariaCurrent = links[n].ariaCurrent })
-  search.value = one("[type=search]", page).value
+  for (const link of all("nav a"))
+    link.ariaCurrent = links.find(({href}) => href === link.href)?.ariaCurrent
   history[enter](null, "", address.href)
 }
 
@@ -11678,7 +11742,7 @@ async function enterList(address, enter) {
   goTo(one("#Found a, .group[open] a"))
 }
 
-// Back from a channel, the focus is on its card.
+// Back from a channel: its card.
 async function focusLast(name) {
   const shown = () => all(".cards a").find(each =>
     each.offsetParent && each.pathname.endsWith("/" + name))
@@ -12697,7 +12761,8 @@ ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
             NO_MEDIA,
             NO_DATA,
             NO_MORE_SEGMENTS,
-            SHORTER_FILM,
+            ENDED_BEFORE,
+            OTHER_FILE,
             NOT_BACK,
         ),
         "the origin has a problem: try again later, or configure a second address as a backup",
@@ -12730,6 +12795,11 @@ ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         (NO_FFMPEG, FFMPEG_NOT_STARTED, FFMPEG_FAILED),
         "install ffmpeg, and restart StreamPipe; if ffmpeg is installed, see the log",
+    ),
+    (
+        (UNREADABLE_COOKIES,),
+        "write the file under another name, then move it to its place; it must be a cookies.txt in "
+        "Netscape format that StreamPipe may read",
     ),
     (
         (TOO_MANY_FILES, TOO_MANY_THREADS),
@@ -12821,7 +12891,7 @@ EMPTY_LINE = re.compile(rb"\r?\n\r?\n")  # ends a head
 HTTP_VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")  # RFC 9112, 2.3
 HEAD_TIMEOUT = 10.0  # seconds for a whole request head: slow clients occupy threads
 HEAD_LIMIT = 64 * KIB  # bytes of a request head, which is kept in memory
-RAW_BYTES = re.compile("[\x80-\xff]")  # as the library decodes them: a request line is Latin-1
+RAW_BYTES = re.compile(rb"[\x80-\xff]+")
 # A name, IPv4, or IPv6 in brackets, perhaps with a port.
 HOST = re.compile(r"[\w.-]+(:\d+)?|\[[0-9a-fA-F:.]+\](:\d+)?", re.ASCII)
 EVERYWHERE = "0.0.0.0", "::"  # hosts that listen on every address of the machine
@@ -12860,15 +12930,6 @@ WRONG_TOKEN = (
 TOO_LARGE = "its segments are larger than the window: set a larger ringbuffer_size"
 
 
-def _read_query(text: str) -> dict[str, list[str]]:
-    """Return the parameters of a request's query.
-
-    Kodi sends an address as typed, so raw bytes are read as if they were percent-encoded.
-    """
-    encoded = RAW_BYTES.sub(lambda found: f"%{ord(found[0]):02X}", text)
-    return parse_qs(encoded, keep_blank_values=True)
-
-
 def _credentials_text(pair: bytes) -> str:
     """Decode the user and password of Basic authentication.
 
@@ -12905,7 +12966,9 @@ class Handler(BaseHTTPRequestHandler):
         try:
             head = self._receive_head()
             self.rfile = io.BytesIO(head)  # parse_request() must not wait for the socket
-            self.raw_requestline = self.rfile.readline()
+            # Kodi sends an address as typed.  The library would take some bytes for blanks.
+            line = self.rfile.readline()
+            self.raw_requestline = RAW_BYTES.sub(lambda found: quote(found[0]).encode(), line)
             if self.parse_request():
                 self.address = self._viewers_address()
                 self._answer_request()
@@ -12960,7 +13023,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             target = urlsplit(self.path)
             path = unquote(target.path, errors="strict")
-            self.query = _read_query(target.query)
+            self.query = parse_qs(target.query, keep_blank_values=True)
             self.target_host = target.netloc
         except ValueError:
             path = ""  # matches no stream and no page
@@ -13027,14 +13090,14 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(PAGES[path](self.site()))
         elif guide := guide_at(self.server.config, path):
             self.answer_guide(*guide)
-        elif wait and (found or path == "/epg.xml" or GUIDE_PATH.fullmatch(path)):
+        elif wait and (tuned or may_be_loaded(path)):
             raise StreamError(HTTPStatus.SERVICE_UNAVAILABLE, LISTS_LOAD, wait)
         else:
             self._redirect(path)
 
     def _tuned_path(self, number: int) -> str:
         """Return the path of the stream with this guide number; empty if there is none."""
-        for name, each in guide_numbers(self.server.config.streams.values()).items():
+        for name, each in guide_numbers(self.site().streams).items():
             if each == number:
                 return f"/{name}.ts"
         return ""
@@ -13172,7 +13235,7 @@ class Handler(BaseHTTPRequestHandler):
         offered = list(self.query.get("token", []))
         if offered:  # a "+" in a query means a space, but people type tokens unencoded
             typed = urlsplit(self.path).query.replace("+", "%2B")
-            offered += _read_query(typed)["token"]
+            offered += parse_qs(typed, keep_blank_values=True)["token"]
         scheme, _, credentials = self.headers.get("Authorization", "").partition(" ")
         if scheme.lower() == "bearer":  # the library decodes heads as Latin-1
             offered.append(credentials.strip().encode("latin-1").decode(errors="replace"))
@@ -13206,7 +13269,8 @@ class Handler(BaseHTTPRequestHandler):
         about["Content-Length"] = str(len(body))
         about["X-Content-Type-Options"] = "nosniff"
         if page.kind == HTML:
-            about.update(policy_headers(self.server.config))
+            config = self.server.config if self.is_trusted else Config()
+            about.update(policy_headers(config))
         about.update(headers)
         self._send_head(status, about)
         if self.command != "HEAD":
@@ -13627,6 +13691,12 @@ def is_for_players(path: str) -> bool:
     if found is None:
         return False
     return found[1] not in RESERVED_NAMES
+
+
+def may_be_loaded(path: str) -> bool:
+    """Whether this path may exist once the channel lists are loaded."""
+    is_stream = STREAM_PATH.fullmatch(_plain(path)) is not None
+    return is_stream or path == "/epg.xml" or GUIDE_PATH.fullmatch(path) is not None
 
 
 def _plain(path: str) -> str:

@@ -508,6 +508,21 @@ def test_stale_playlist_of_a_cache_is_not_a_restart(
     assert journal.failures() == 0
 
 
+def test_recording_in_place_of_a_live_stream_is_an_outage(origin: Origin, serve: Serve) -> None:
+    """Some providers show one while a channel is down."""
+    live = origin.add(news(first_sequence=496))
+    recording = origin.add(Playlist("recording", other_media(), mode="vod"))
+    audience = Audience(serve(both(live.url), **QUICK))
+    audience.expect(live.plain(498, 501))
+    for name in NAMES:
+        # So many loads in the running channel, and two more when it is opened again.
+        loads = pipe.LOWER_PLAYLISTS + 2
+        shown = origin.fault(f"{live.path}?{name}", Redirect(recording.url), times=loads)
+        shown.wait(loads)
+    live.advance()
+    audience.expect(live.plain(501, 502))
+
+
 def test_stream_continues_within_a_segment_after_the_origin_restarted(
     origin: Origin, serve: Serve
 ) -> None:

@@ -20,7 +20,18 @@ import pytest
 
 import pipe
 from tests import media
-from tests.origin import Break, Close, Origin, Playlist, Status, Think
+from tests.origin import (
+    Body,
+    Break,
+    Close,
+    Fault,
+    Origin,
+    Playlist,
+    Redirect,
+    Status,
+    Think,
+    Validators,
+)
 from tests.program import eventually
 from tests.server import Site, Watch
 from tests.test_download import Outcome, download, opened
@@ -205,6 +216,65 @@ def test_film_that_became_shorter_does_not_begin_again(
     body, is_complete = playing.result()
     assert body.replace(pipe.NULL_PACKET, b"") == playlist.plain(0, SEGMENTS)
     assert is_complete
+
+
+FILE = b"".join(media.ts_segments(SEGMENTS))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(Body(b"", "video/mp2t"), id="empty"),
+        pytest.param(Body(FILE[: len(FILE) // 4], "video/mp2t"), id="a clip"),
+        pytest.param(Redirect("/stream"), id="without a length"),
+    ],
+)
+def test_file_that_is_opened_again_continues_only_with_the_same_file(
+    origin: Origin, serve: Serve, answer: Fault
+) -> None:
+    origin.add_endless("/stream", lambda: [FILE])
+    address = origin.add_file("/film.ts", FILE)
+    outage = origin.fault("/film.ts", Break(len(FILE) // 2))
+    refused = origin.fault("/film.ts", Status(403), times=None)
+    playing = Task(serve({"film": address}, timeout=1, reconnect=30).watch("/film").read_all)
+    outage.wait()
+    origin.wait_for("/film.ts", 6)
+    other = origin.fault("/film.ts", answer, times=2)
+    refused.clear()
+    other.wait(2)
+    body, is_complete = playing.result()
+    assert body.replace(pipe.NULL_PACKET, b"") == FILE
+    assert is_complete
+
+
+def test_rest_of_a_file_is_requested_although_the_panel_sends_no_validator(
+    origin: Origin, serve: Serve
+) -> None:
+    """Xtream panels answer like this for films."""
+    address = origin.add_file("/film.ts", FILE)
+    half = len(FILE) // 2
+    origin.habit("/film.ts", Validators("none", dated=False))
+    origin.fault("/film.ts", Break(half))
+    assert serve({"film": address}).watch("/film").read_all() == (FILE, True)
+    _, second = origin.requests
+    assert second.headers["range"] == f"bytes={half}-"
+    assert "if-range" not in second.headers
+
+
+def test_file_of_another_length_is_fetched_from_its_beginning(origin: Origin, serve: Serve) -> None:
+    address = origin.add_file("/film.ts", FILE)
+    origin.habit("/film.ts", Validators("none", dated=False))
+    origin.fault("/film.ts", Break(len(FILE) // 2))
+    refused = origin.fault("/film.ts", Status(503), times=None)
+    playing = Task(serve({"film": address}).watch("/film").read_all)
+    refused.wait()
+    longer = FILE + FILE[: media.PACKET]
+    origin.add_file("/film.ts", longer)
+    refused.clear()
+    assert playing.result() == (longer, True)
+    *_, rest, whole = origin.requests
+    assert "range" in rest.headers
+    assert "range" not in whole.headers
 
 
 @pytest.mark.parametrize("threads", [1, 4])

@@ -265,7 +265,10 @@ def test_players_wait_for_the_first_load(origin: Origin, serve: Serve) -> None:
     thinking = origin.fault(LIST, StallHeaders())
     site = serve({"own": f"{origin.url}/own/index.m3u8"}, playlists={"tv": address})
     thinking.wait_held()
-    for path in ("/playlist.m3u", "/lineup.json", "/one", "/one.m3u8", "/one.m3u", "/nothing"):
+    for path in (
+        *("/playlist.m3u", "/lineup.json", "/one", "/one.m3u8", "/one.m3u", "/nothing"),
+        *("/One", "/one/", "/auto/v7"),
+    ):
         answer = site.get(path)
         assert answer.status == 503, path
         assert answer.headers["Retry-After"] == "5"
@@ -389,6 +392,31 @@ def test_changed_address_starts_with_a_clean_record(
         "tv: the list is not used: the origin answered 404",
         f"tv: the list is not used: {pipe.NOT_A_LIST}",
     ]
+
+
+def test_list_survives_cookies_that_cannot_be_read_for_a_moment(
+    tmp_path: Path, origin: Origin, serve: Serve
+) -> None:
+    """Another program empties the file before it writes the file anew."""
+    add_channels(origin, "one")
+    cookies = tmp_path / "cookies.txt"
+    valid = "# Netscape HTTP Cookie File\n"
+    cookies.write_text(valid)
+    address = add_list(origin, listing(origin, "One"))
+    streamlink = {"http-cookies-files": (str(cookies),)}
+    site = serve({}, playlists={"tv": {"url": address, "streamlink": streamlink}})
+    reason = "a file of http-cookies-files cannot be read"
+    loaded(site, "one")
+
+    def trouble() -> object:
+        return site.get("/status").json["playlists"][0]["last_error"]
+
+    cookies.write_text("")
+    reload(site)
+    eventually(lambda: trouble() == reason, "the list has failed")
+    cookies.write_text(valid)
+    reload(site)
+    eventually(lambda: trouble() is None, "the list is loaded again")
 
 
 def test_failed_lists_are_counted_in_metrics(origin: Origin, serve: Serve) -> None:

@@ -391,6 +391,15 @@ def test_header_lines_that_are_not_usable_are_counted(line: str) -> None:
     assert found.omitted == {"unusable headers": 1}
 
 
+def test_headers_above_fifty_are_counted_as_unusable() -> None:
+    """Each took time that grew with their number, so a list could occupy a core for hours."""
+    headers = "&".join(f"X-{number}={number}" for number in range(60))
+    option = f"#KODIPROP:inputstream.adaptive.stream_headers={headers}"
+    found = parsed(f"#EXTINF:-1,T\n{option}\n{PANEL}/a\n")
+    assert len(found.entries[0].headers) == 50
+    assert found.omitted == {"unusable headers": 10}
+
+
 def test_headers_in_attributes_are_parsed() -> None:
     """As the lists of iptv-org have them; a header in a line of its own counts more."""
     line = '#EXTINF:-1 user-agent="A/1" http-referrer="https://a.example/" tvg-id="t",T'

@@ -629,6 +629,22 @@ def test_clock_of_radio_is_that_of_the_sound_that_arrives(kind: int) -> None:
     assert framer.last_dts is not None
 
 
+def test_section_of_a_radio_station_does_not_repeat_a_backlog() -> None:
+    """DVB radio has sections for HbbTV, which have no timestamps."""
+    parts = [with_other_stream(data, 0x05) for data in media.audio_only_segments(8)]
+    framer = pipe.TsFramer()
+    framer.feed(b"".join(parts[:6]))
+    framer.shut(is_backlog=True)
+    tables, backlog = parts[2][: 2 * PACKET], parts[2][2 * PACKET :] + b"".join(parts[3:])
+    section = bytes([0x47, 0x40, 0x50, 0x10]).ljust(PACKET, b"\xff")
+    items = framer.feed(tables + section + backlog)
+    passed = b"".join(item for item in items if not isinstance(item, pipe.Join))
+    sound = [packet for packet in media.packets(passed) if media.pid(packet) == 0x100]
+    new = [p for p in media.packets(parts[6] + parts[7]) if media.pid(p) == 0x100]
+    assert new
+    assert len(sound) == pytest.approx(len(new), abs=2)
+
+
 @pytest.mark.parametrize("make", [media.ts_segments, media.audio_only_segments])
 def test_tables_precede_a_segment_that_has_none(
     make: Callable[[int], tuple[bytes, ...]],

@@ -476,6 +476,15 @@ def test_tuner_plays_a_channel_by_its_number(origin: Origin, serve: Serve) -> No
         assert site.get(path).status == 404
 
 
+def test_hidden_channel_does_not_shift_the_numbers_of_the_tuner(
+    origin: Origin, serve: Serve
+) -> None:
+    """The numbers that are made from these two names collide."""
+    site = serve({"ch-1522": {"url": NOWHERE, "hide": True}, "ch-34": live(origin).url})
+    number = guide_numbers(site)["ch-34"]
+    assert site.watch(f"/auto/v{number}").read(188)[:1] == b"G"
+
+
 def test_tuner_requires_the_token(serve: Serve) -> None:
     assert closed(serve).get(f"/auto/v{number_of('news')}").status == 401
 
@@ -1011,6 +1020,15 @@ def test_policy_allows_only_the_hosts_of_logos(serve: Serve, logo: str, allowed:
     site = serve({"a": {"url": NOWHERE, "logo": logo}, "b": {"url": NOWHERE, "logo": logo}})
     assert policy(site.ask("GET", "/", **HTML))["img-src"].split() == ["data:", *allowed.split()]
     assert page(site).all("img")[0]["src"] == logo
+
+
+def test_policy_names_no_hosts_to_clients_without_the_token(serve: Serve) -> None:
+    """The host of a logo may be that of the panel."""
+    site = serve({"a": {"url": NOWHERE, "logo": "http://panel.example:8080/l.png"}},
+                 server={"token": "secret"})  # fmt: skip
+    answer = site.ask("GET", "/", **HTML)
+    assert answer.status == 401
+    assert policy(answer)["img-src"].split() == ["data:"]
 
 
 @pytest.mark.parametrize("path", ["/", "/s7", "/nobody"], ids=["status", "watch", "error"])
