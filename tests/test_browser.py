@@ -9,12 +9,14 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from playwright.sync_api import Browser, Page, Request, Response, sync_playwright
 
+import pipe
 from tests import media
 from tests.origin import Origin, Playlist, StallHeaders, Status
 from tests.server import Site
@@ -445,6 +447,29 @@ def test_search_results_are_in_view_despite_many_groups(serve: Serve, look: Look
     found = visit.page.locator("#s123").bounding_box()
     assert found
     assert 0 < found["y"] < 400
+
+
+def test_search_works_again_after_a_proxy_answered_for_the_server(serve: Serve, look: Look) -> None:
+    visit = look(serve(three_hundred()).url)
+    bad = {"status": 502, "content_type": "text/html", "body": "<html>Bad gateway</html>"}
+    visit.page.route("**/*q=*", lambda route: route.fulfill(**bad))
+    with visit.page.expect_response("**/*q=*"):
+        visit.page.locator("[type=search]").fill("zurich")
+    visit.page.unroute("**/*q=*")
+    visit.page.locator("[type=search]").fill("zurich 217")
+    visit.page.locator("#s217").wait_for()
+    assert shown_cards(visit) == 1
+
+
+def test_chosen_group_is_marked_although_the_list_has_changed(serve: Serve, look: Look) -> None:
+    site = serve(three_hundred())
+    visit = look(site.url)
+    extra = pipe.StreamSettings("x", (NOWHERE,), group="A new group")
+    site.server.reload(replace(site.config, streams={"x": extra, **site.config.streams}))
+    visit.page.locator("nav a", has_text="Group 8").click()
+    visit.page.wait_for_url(re.compile("group=Group%208"))
+    (marked,) = visit.page.locator("nav a[aria-current]").all_inner_texts()
+    assert "Group 8" in marked
 
 
 def test_group_chosen_just_after_typing_is_shown(serve: Serve, look: Look) -> None:

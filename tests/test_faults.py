@@ -859,6 +859,40 @@ def test_backup_is_tried_even_if_a_failure_is_noticed_late(
     assert viewer.read(len(segment(5))) == segment(5)
 
 
+def test_two_empty_playlists_are_no_reason_for_the_backup(
+    origin: Origin, serve: Serve, backup: Origin
+) -> None:
+    live, spare = origin.add(news(target_duration=3)), backup.add(news(target_duration=3))
+    site = serve({"news": {"url": [live.url, spare.url]}}, timeout=20)
+    viewer = site.watch("/news")
+    assert viewer.read(len(live.plain(2, 5))) == live.plain(2, 5)
+    empty = origin.fault(live.path, Body(b"#EXTM3U\n"), times=2)
+    empty.wait(2)
+    live.advance()
+    assert viewer.read(len(segment(5))) == segment(5)
+    assert backup.requests == ()
+
+
+def test_channel_survives_cookies_that_cannot_be_read_for_a_moment(
+    origin: Origin, serve: Serve, journal: Journal, tmp_path: Path
+) -> None:
+    """Another program empties the file before it writes the file anew."""
+    live = origin.add(news())
+    cookies, valid = tmp_path / "cookies.txt", "# Netscape HTTP Cookie File\n"
+    cookies.write_text(valid)
+    streamlink = {"http-cookies-files": [str(cookies)]}
+    audience = Audience(serve(both(live.url, streamlink=streamlink), **QUICK))
+    audience.expect(live.plain(2, 5))
+    cookies.write_text("")
+    for name in NAMES:
+        origin.fault(f"{live.path}?{name}", Status(404))
+    for name in NAMES:
+        journal.wait_for(f"^{name}: .*: a file of http-cookies-files cannot be read")
+    cookies.write_text(valid)
+    live.advance()
+    audience.expect(live.plain(5, 6))
+
+
 def test_hanging_backup_leaves_time_for_the_next_one(
     origin: Origin, serve: Serve, backup: Origin
 ) -> None:

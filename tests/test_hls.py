@@ -1044,6 +1044,22 @@ def test_apples_page_that_is_still_open_does_not_take_the_slot_back(
     assert site.ask("GET", "/sport.m3u8", **media_of).status == 200
 
 
+def test_two_starts_of_one_client_do_not_take_the_slot_from_each_other(
+    origin: Origin, serve: Callable[..., Site]
+) -> None:
+    """As two equal televisions behind one address: the later start counts."""
+    hanging = origin.fault("*/index.m3u8", StallHeaders(), times=None)
+    site = two_channels(origin, serve)
+    first = Task(lambda: site.ask("GET", "/news.m3u8").status)
+    hanging.wait_held(1)
+    second = Task(lambda: site.ask("GET", "/sport.m3u8").status)
+    assert first.result() == 503
+    hanging.clear()
+    hanging.release()
+    assert second.result() == 200
+    assert origin.count("/news/index.m3u8") == 1
+
+
 def test_tab_that_is_still_open_does_not_take_the_slot_back(
     origin: Origin, serve: Callable[..., Site]
 ) -> None:

@@ -100,6 +100,27 @@ def test_film_with_an_insert_ends_with_its_final_chunk(origin: Origin, serve: Se
     assert gaps(site) == 2
 
 
+@pytest.mark.parametrize("insert", ["aac", "fmp4"])
+def test_outage_during_an_insert_ends_with_the_insert_at_the_latest(
+    origin: Origin, serve: Serve, insert: str
+) -> None:
+    news = inserted(origin, "ts", insert, listed=3, window=8)
+    site = serve({"news": news.url})
+    viewer = site.watch("/news")
+    first = b"".join(SEGMENTS[:3])
+    assert viewer.read(len(first)) == first
+    news.advance(1)
+    eventually(lambda: gaps(site) == 1, "the insert has begun")
+    origin.fault(news.path, Status(403))
+    restarts = origin.count(news.path)
+    origin.wait_for(news.path, restarts + 2)
+    news.advance(1)
+    eventually(lambda: gaps(site) == 2, "the rest of the insert is counted")
+    news.advance(3)
+    rest = media.spliced(first, b"".join(SEGMENTS[3:6]))[len(first) :]
+    assert viewer.read(len(rest)) == rest
+
+
 def test_channel_ends_if_the_container_does_not_return(origin: Origin, serve: Serve) -> None:
     media_list = [*SEGMENTS[:3], *media.aac_segments()]
     news = live(origin, segments=media_list, window=3, clock=True)

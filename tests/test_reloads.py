@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import pipe
 from tests import media
 from tests.origin import Origin, Playlist, Segment, misstated
 from tests.server import Site
@@ -113,6 +114,16 @@ def test_skip_in_a_running_channel_is_counted_and_logged(
     assert gaps(site) == 4
     assert "news: 4 segments lost between two loads of the playlist" in caplog.messages
     assert site.get("/status").json["streams"][0]["state"] == "live"
+
+
+def test_losses_without_end_do_not_stop_the_loads(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each loss doubles the divisor of the interval, which once became too large for a float."""
+    monkeypatch.setattr(pipe.WatchedWorker, "_interval_divisor", 2**1023)
+    site = skip_seven(serve, origin.add(Playlist("news", SEGMENTS, mode="live", window=3, keep=0)))
+    stream = site.get("/status").json["streams"][0]
+    assert (stream["state"], stream["last_error"]) == ("live", None)
 
 
 def test_segments_lost_before_a_marked_gap_are_counted(

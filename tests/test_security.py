@@ -205,7 +205,10 @@ def test_token_may_have_any_characters(origin: Origin, serve: Serve, token: str)
     assert site.ask("HEAD", "/news", **bearer(as_sent)).status == 200
 
 
-@pytest.mark.parametrize("token", ["t\u00f6ken-\u20ac", "a+b", "a+b c+d"])
+@pytest.mark.parametrize(
+    "token",
+    ["t\u00f6ken-\u20ac", "a+b", "a+b c+d", "\u00c5lesund", "\u0445\u043e\u0440", "voil\u00e0"],
+)
 def test_token_may_be_sent_unencoded(origin: Origin, serve: Serve, token: str) -> None:
     """Kodi does not encode a token, and people type a plus, which means a space in a query."""
     site = serve({"news": live(origin).url}, server={"token": token})

@@ -683,6 +683,19 @@ def test_address_that_a_reload_interrupted_does_not_count_as_failed(
     hanging.release()
 
 
+def test_reload_forgets_that_an_address_failed(origin: Origin, serve: Serve) -> None:
+    """The reload may be what repairs it."""
+    urls = [relay(origin, "first"), relay(origin, "second")]
+    origin.fault("/first", Status(403))
+    site = serve({"news": {"url": urls}})
+    with Player(site, "/news") as player:
+        player.read_media()
+    reload(site, {"url": urls, "headers": {"X-New": "yes"}})
+    with Player(site, "/news") as player:
+        player.read_media()
+    assert [request.path for request in origin.requests] == ["/first", "/second", "/first"]
+
+
 def test_new_qualities_are_available_at_once_after_a_reload(
     origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
