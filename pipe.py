@@ -5212,6 +5212,7 @@ class Download:
         """Request the whole body from now on."""
         self._validator = None
         self._length = None
+        self._resource_size = None
 
     @property
     def _next_position(self) -> int:
@@ -5263,10 +5264,10 @@ class Download:
             # A part of a compressed body is useless: our positions count decompressed bytes.
             if match and not is_coded:
                 position = int(match[1])
-            if match and match[2] != "*" and self._range_size is None:
-                self._resource_size = int(match[2])
             if match and self._length and match[2] != self._length:
                 position = None
+            if match and match[2] != "*" and self._range_size is None:
+                self._resource_size = int(match[2])
         if position is None or position not in (0, self._next_position):
             self._must_begin_again()
             raise PipeError("the origin sent a different range than requested")
@@ -5492,7 +5493,7 @@ class Resumption:
     tracks: Sequence[int]  # the segment with which each track that ffmpeg joins begins
     left_out: Collection[int]  # the positions of the tracks that the start left out
     lacked_ffmpeg: bool  # the start found no ffmpeg, so viewers have the picture alone
-    length: str | None  # the Content-Length of a raw body
+    length: int | None  # bytes of a raw body; None: it is not one
 
 
 class Session:
@@ -5526,7 +5527,10 @@ class Session:
         """Set one of streamlink's options; raises UpstreamError if its file cannot be read."""
         try:
             self.engine.set_option(option, value)
-        except (OSError, UnicodeError) as error:  # another program may be writing it
+        except (OSError, UnicodeError) as error:
+            if option != "http-cookies-files":
+                raise
+            # Another program may be writing the file.
             raise UpstreamError(UNREADABLE_COOKIES) from error
 
     def resolve(self, address: str) -> None:
@@ -5612,6 +5616,11 @@ class Session:
     def _upstream_of(self, stream: Any, resumption: Resumption | None) -> Upstream:
         if resumption and resumption.lacked_ffmpeg and isinstance(stream, MuxedStream):
             stream = stream.substreams[0]
+        if resumption and resumption.is_film:
+            is_raw = isinstance(stream, HTTPStream) and not isinstance(stream, HLSStream)
+            was_raw = resumption.length is not None
+            if is_raw != was_raw:
+                raise UpstreamError(OTHER_FILE)
         if isinstance(stream, HLSStream):
             return SegmentedUpstream(self, stream, resumption)
         if isinstance(stream, HTTPStream):
@@ -5824,7 +5833,7 @@ class Http(HTTPSession):
         self.is_resolving = True  # playlists loaded now are kept for the worker's first request
         self._kept: dict[str, requests.Response] = {}  # playlists, by address
         # Of each thread: `timeout`, if timed() sets it, overrides a request's; `first_address` is
-        # that of its request before any redirect.
+        # that of its request before any redirect, while it follows redirects.
         self._thread = threading.local()
         self.ends: float | None = None  # the Deadline's end by time.monotonic(), while one runs
         # _lock guards these two.
@@ -5837,9 +5846,14 @@ class Http(HTTPSession):
 
     def resolve_redirects(self, resp: Any, req: Any, *more: Any, **named: Any) -> Any:
         """Follow redirects; rebuild_auth() needs the address that was requested first."""
-        if not named.get("yield_requests"):  # otherwise it is called for one of these redirects
+        is_chain = not named.get("yield_requests")  # otherwise only the next redirect is wanted
+        if is_chain:
             self._thread.first_address = req.url
-        return super().resolve_redirects(resp, req, *more, **named)
+        try:
+            yield from super().resolve_redirects(resp, req, *more, **named)
+        finally:
+            if is_chain:
+                self._thread.first_address = None
 
     def rebuild_auth(self, prepared_request: Any, response: requests.Response) -> None:
         """Send configured cookies again after a redirect on the same host.
@@ -5850,7 +5864,8 @@ class Http(HTTPSession):
         """
         super().rebuild_auth(prepared_request, response)  # type: ignore[no-untyped-call]
         configured: Any = self.headers.get("Cookie")
-        old = urlsplit(self._thread.first_address)
+        first_address = getattr(self._thread, "first_address", None)
+        old = urlsplit(first_address or response.request.url or "")
         new = urlsplit(prepared_request.url)
         is_downgrade = old.scheme == "https" and new.scheme != "https"
         is_other_host = old.hostname != new.hostname  # the port is no matter: RFC 6265, 8.5
@@ -6438,8 +6453,8 @@ class Upstream:
         return ""
 
     @property
-    def length(self) -> str | None:
-        """The Content-Length of a raw source; None for any other, and for a live one."""
+    def length(self) -> int | None:
+        """The bytes of a raw body; None for any other source, and for a live one."""
         return None
 
     @property
@@ -7024,13 +7039,11 @@ class SegmentReader(HLSStreamReader):
         first: int | None,
         is_film: bool,
         fail: weakref.WeakMethod[Callable[[str], None]] | None,
-        is_picture: bool = False,
     ) -> None:
         self.opened = time.monotonic()
         self.first = first  # number of the segment to begin with, if the playlist lists it
         self.is_film = is_film  # viewers have all that is before `first`
         self.is_track = fail is not None
-        self.is_picture = is_picture  # the first track
         self._fail_upstream = fail  # a track's: a weak reference to ProcessUpstream._fail
         self.start = b""  # the first bytes of media; empty until the writer's thread has some
         # Of a track.  The thread that reads it replaces these values; other threads read them.
@@ -7255,7 +7268,7 @@ class WatchedWorker(HLSStreamWorker):
 MISSING = frozenset(answered(status) for status in (404, 410))
 REFUSALS = EXPIRED | NOT_MEDIA  # some panels send their error message with status 200
 REFUSAL_TIME = 1.0  # seconds of refusals after which the address of a finite stream has expired
-FRESH_TIME = 60.0  # seconds after an opening in which no address expires
+FRESH_TIME = 60.0  # seconds after an opening in which a missing segment counts as not expired
 START_MISSING = 3  # missing segments after which a start fails
 
 
@@ -7396,14 +7409,14 @@ class SegmentDownload(Download):
     def _needs_gap(self) -> bool:
         """Whether a reopening would not help if this segment of a track is missing.
 
-        Soon after an opening, addresses have not expired yet.  If the last segment of the sound or
-        of subtitles is being fetched as well, all that is left may be missing, and another opening
-        would fail: ffmpeg needs media of every track.
+        Soon after an opening, addresses have probably not expired yet.  If the last segment is
+        being fetched as well, all that is left may be missing, and another opening would fail:
+        ffmpeg needs media of every track.
         """
         reader = self._writer.reader
         is_fresh = time.monotonic() - reader.opened < FRESH_TIME
         is_last_fetched = any(download._is_newest for download in (self, *self._others))
-        return is_fresh or (is_last_fetched and not reader.is_picture)
+        return is_fresh or is_last_fetched
 
     @property
     def _may_have_expired(self) -> bool:
@@ -7876,8 +7889,10 @@ class RawUpstream(Upstream):
         self._opened = opened
         self._response, _ = opened
         self._files.append(self._response)
-        is_other_body = resumption and resumption.is_film and resumption.length != self.length
-        if is_other_body:
+        least = 0  # bytes; a recording that is still being made may be longer than before
+        if resumption and resumption.is_film and resumption.length:
+            least = resumption.length
+        if (self.length or 0) < least:
             raise UpstreamError(OTHER_FILE)
 
     @property
@@ -7885,8 +7900,13 @@ class RawUpstream(Upstream):
         return self.length is not None
 
     @property
-    def length(self) -> str | None:
-        return self._response.headers.get("Content-Length")
+    def length(self) -> int | None:
+        length: str | None = self._response.headers.get("Content-Length")
+        if length is None:
+            return None
+        if not length.isdecimal():  # it is finite, but its length is unknown
+            return 0
+        return int(length)
 
     @property
     def media_type(self) -> str:
@@ -8042,7 +8062,6 @@ class ProcessUpstream(Upstream):
                     first=first,
                     is_film=self._is_film,
                     fail=fail,
-                    is_picture=index == 0,
                 )
             self._remember(track)
 
@@ -8920,7 +8939,7 @@ class Channel:
         self._tracks: Sequence[int] = ()  # numbers of the segments at which its tracks continue
         self._left_out: Collection[int] = ()  # positions of the tracks that the start left out
         self._lacked_ffmpeg = False  # the start found no ffmpeg, so viewers have the picture alone
-        self._length: str | None = None  # the Content-Length of a film that is a raw body
+        self._length: int | None = None  # bytes of a film that is a raw body
         self._order = order
         self._address = order[0]  # position of the address in use
         self._copy = 0  # position of the copy of its variant in use
@@ -9561,14 +9580,26 @@ class Channel:
         if self._splicer is None:
             self._go_live(upstream, container, has_segments)
             return True
-        # An insert, which _judge limits.  A live channel with a backup does not wait for its end.
-        may_be_insert = has_segments and (self._has_end or not self._has_backup)
-        if container is not self.container and not may_be_insert:
+        if container is not self.container and not self._may_be_insert(start):
             raise UpstreamError(switched_to(container))
         self.restarts += 1
         self.record.add("restarts")
         self._splicer.resume(upstream.is_clean)
         return True
+
+    def _may_be_insert(self, start: Sequence[bytes | SegmentEvent]) -> bool:
+        """Whether another container at a reopening may be that of an insert, which _judge limits.
+
+        Then it begins with the wanted segment.  A live channel with a backup does not wait for the
+        end of an insert.
+        """
+        assert self._splicer
+        if self._has_backup and not self._has_end:
+            return False
+        for item in start:
+            if isinstance(item, SegmentEvent):
+                return item.number == self._splicer.number
+        return False
 
     def _go_live(self, upstream: Upstream, container: Container, has_segments: bool) -> None:
         """Make the channel LIVE or PRIVATE with its first media, which waiting viewers then get.
@@ -10587,7 +10618,7 @@ def _has_moved(viewer: Viewer, newcomers: Iterable[Viewer]) -> bool:
     if not viewer.polls:
         return False
     for newcomer in newcomers:
-        if newcomer.since < viewer.since:
+        if newcomer.moved < viewer.moved:
             continue
         is_media_of_page = newcomer.has_page and _plays_for(viewer.agent, newcomer.agent)
         is_same_agent = viewer.agent == newcomer.agent or is_media_of_page
@@ -13090,10 +13121,17 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(PAGES[path](self.site()))
         elif guide := guide_at(self.server.config, path):
             self.answer_guide(*guide)
-        elif wait and (tuned or may_be_loaded(path)):
+        elif wait and (tuned or self._may_be_loaded(path)):
             raise StreamError(HTTPStatus.SERVICE_UNAVAILABLE, LISTS_LOAD, wait)
         else:
             self._redirect(path)
+
+    def _may_be_loaded(self, path: str) -> bool:
+        """Whether this path may exist once the channel lists are loaded, but does not exist now."""
+        typed = STREAM_PATH.fullmatch(_plain(path))
+        if typed:
+            return typed[1] not in self.server.config.streams and typed[1] not in RESERVED_NAMES
+        return path == "/epg.xml" or GUIDE_PATH.fullmatch(path) is not None
 
     def _tuned_path(self, number: int) -> str:
         """Return the path of the stream with this guide number; empty if there is none."""
@@ -13691,12 +13729,6 @@ def is_for_players(path: str) -> bool:
     if found is None:
         return False
     return found[1] not in RESERVED_NAMES
-
-
-def may_be_loaded(path: str) -> bool:
-    """Whether this path may exist once the channel lists are loaded."""
-    is_stream = STREAM_PATH.fullmatch(_plain(path)) is not None
-    return is_stream or path == "/epg.xml" or GUIDE_PATH.fullmatch(path) is not None
 
 
 def _plain(path: str) -> str:

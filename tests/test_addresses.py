@@ -170,6 +170,15 @@ def test_configured_cookie_returns_to_its_host(origin: Origin, serve: Serve, nam
     assert cookie_after(origin, serve, *redirects) == LOGIN_COOKIE
 
 
+def test_redirected_head_of_a_plugin_has_its_cookie(origin: Origin) -> None:
+    """Some plugins send HEAD to learn where an address leads."""
+    origin.fault("/login", Redirect("/film"), times=None)
+    session = pipe.Http()
+    session.headers["Cookie"] = LOGIN_COOKIE
+    assert session.head(f"{origin.url}/login").headers["Location"].endswith("/film")
+    session.cut()
+
+
 def test_cookie_of_the_origin_replaces_the_configured_one(origin: Origin, serve: Serve) -> None:
     """PHP uses the first cookie of a name, so an expired session would be redirected for ever."""
     renewed = Status(302, headers=(("Location", FILM), ("Set-Cookie", "a=new; Path=/")))

@@ -261,6 +261,48 @@ def test_rest_of_a_file_is_requested_although_the_panel_sends_no_validator(
     assert "if-range" not in second.headers
 
 
+def test_recording_that_grows_continues_when_it_is_opened_again(
+    origin: Origin, serve: Serve
+) -> None:
+    """The recording is still being made."""
+    half = len(FILE) // 2 // media.PACKET * media.PACKET
+    address = origin.add_file("/film.ts", FILE[:half])
+    origin.fault("/film.ts", Break(half // 2))
+    refused = origin.fault("/film.ts", Status(403), times=None)
+    playing = Task(serve({"film": address}, timeout=1, reconnect=30).watch("/film").read_all)
+    origin.wait_for("/film.ts", 6)
+    origin.add_file("/film.ts", FILE)
+    refused.clear()
+    body, is_complete = playing.result()
+    assert body.replace(pipe.NULL_PACKET, b"") == FILE
+    assert is_complete
+
+
+def test_slate_in_segments_does_not_continue_a_file(origin: Origin, serve: Serve) -> None:
+    address = origin.add_file("/film.ts", FILE)
+    slate = origin.add(Playlist("slate", media.ts_segments(3)))
+    origin.fault("/film.ts", Break(len(FILE) // 2))
+    refused = origin.fault("/film.ts", Status(403), times=None)
+    playing = Task(serve({"film": address}, timeout=1, reconnect=30).watch("/film").read_all)
+    origin.wait_for("/film.ts", 6)
+    shown = origin.fault("/film.ts", Redirect(slate.url), times=2)
+    refused.clear()
+    shown.wait(2)
+    body, is_complete = playing.result()
+    assert body.replace(pipe.NULL_PACKET, b"") == FILE
+    assert is_complete
+
+
+def test_wrong_total_of_a_range_costs_one_more_request(origin: Origin, serve: Serve) -> None:
+    address = origin.add_file("/film.ts", FILE)
+    origin.habit("/film.ts", Validators("none", dated=False))
+    origin.fault("/film.ts", Break(len(FILE) // 2))
+    wrong = ("Content-Range", f"bytes {len(FILE) // 2}-{len(FILE) - 1}/{len(FILE) + 1}")
+    origin.fault("/film.ts", Status(206, headers=(wrong,)))
+    assert serve({"film": address}).watch("/film").read_all() == (FILE, True)
+    assert origin.count("/film.ts") == 3
+
+
 def test_file_of_another_length_is_fetched_from_its_beginning(origin: Origin, serve: Serve) -> None:
     address = origin.add_file("/film.ts", FILE)
     origin.habit("/film.ts", Validators("none", dated=False))

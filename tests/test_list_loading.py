@@ -274,6 +274,7 @@ def test_players_wait_for_the_first_load(origin: Origin, serve: Serve) -> None:
         assert answer.headers["Retry-After"] == "5"
         assert answer.json == {"error": "the list of channels is being loaded"}
     assert site.ask("HEAD", "/one").status == 503
+    assert site.get("/Own.m3u").status == 302
     assert site.get("/health").status == 200
     assert site.get("/own.m3u").status == 200
     assert "List tv: not loaded yet" in page(site)

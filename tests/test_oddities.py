@@ -19,6 +19,7 @@ from tests.origin import (
     Origin,
     Playlist,
     Preface,
+    Redirect,
     Segment,
     Stall,
     StallHeaders,
@@ -118,6 +119,22 @@ def test_outage_during_an_insert_ends_with_the_insert_at_the_latest(
     eventually(lambda: gaps(site) == 2, "the rest of the insert is counted")
     news.advance(3)
     rest = media.spliced(first, b"".join(SEGMENTS[3:6]))[len(first) :]
+    assert viewer.read(len(rest)) == rest
+
+
+def test_slate_in_another_container_is_an_outage(origin: Origin, serve: Serve) -> None:
+    """Some panels redirect to one while they count the last connection."""
+    news = live(origin, first_sequence=480)
+    slate = origin.add(Playlist("slate", FRAGMENTS, mode="live", init=INIT, extension=".m4s"))
+    site = serve({"news": news.url}, reconnect=30)
+    viewer = site.watch("/news")
+    first = news.plain(news.newest - 2, news.newest + 1)
+    assert viewer.read(len(first)) == first
+    origin.fault(news.path, Status(403))
+    shown = origin.fault(news.path, Redirect(slate.url))
+    shown.wait()
+    news.advance()
+    rest = news.plain(news.newest, news.newest + 1)
     assert viewer.read(len(rest)) == rest
 
 
