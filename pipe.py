@@ -43,7 +43,7 @@ Words
     slot           the permission for an upstream, of the server and of an account (max_upstreams)
     insert         segments of another container among those of a stream
     seam           a place where the next bytes do not continue those that viewers have
-    wanted segment the one with which viewers have to continue
+    wanted segment the segment that viewers need next
     block          packets in MPEG-TS, any bytes otherwise; a window keeps and evicts whole blocks
     join point     a block with which a decoder can start; a makeshift one has no key frame
     preamble       bytes that go before a join point: PAT and PMT, an initialization section, or
@@ -116,7 +116,7 @@ Where it is decided
     segments of HLS                  Window.begin and finish; without segments: Window._cut_at
     length of a playlist             Window._trim_list; its text: media_playlist
     a viewer leaves, a channel ends  the tables above Channels list all ways
-    a polling client has left        Viewer.is_gone, which Channels.poll sets; _has_moved
+    a polling client has left        Viewer.is_gone, which Channels._add_poller sets; _has_moved
     end of a playlist                Channel._see_pollers_off; clients that get it: Channels.poll
     an answer                        Handler._route, _answer_path, _answer_stream; documents: Pages
     update of an open page           update_page; in the browser, PAGE_SCRIPT
@@ -146,8 +146,8 @@ Is it over?
 
 How long may this take?
     a request head        HEAD_TIMEOUT in all
-    a start               `timeout` in all, shared by addresses and copies: Channel._open_first; an
-                          address that is busy has its share again
+    a start               `timeout` in all, shared by addresses and copies: Channel._open_first; a
+                          busy address may get a second share
     an opening            its part of that: the Deadline of Session.resolve() and open(); tracks
                           for ffmpeg: ProcessUpstream._open_tracks
     a request             its time-out is for each wait, not for the whole of it
@@ -471,15 +471,15 @@ CUT_SEGMENT = "decryption failed: the segment is incomplete"
 EMPTY_ANSWER = "the origin sent an empty answer"
 BROKEN_ANSWER = "the origin's answer broke off"
 NO_MEDIA = "the origin sent no media"
-ENDED_BEFORE = "the origin's playlist has ended before the part that comes next"
+ENDED_BEFORE = "the origin's playlist ends before the next segment"
 NO_DATA = "the origin sends no data"
 NO_MORE_SEGMENTS = "the origin sends no more segments"
 NOT_BACK = "the origin did not recover in time"
-OTHER_FILE = "the origin sent another file than before"
+OTHER_FILE = "the origin sent a different file"
 JUST_ENDED = "the stream has just ended"
 OTHER_FAILURE = "the origin's stream cannot be opened"
 
-UNREADABLE_COOKIES = "a file of http-cookies-files cannot be read"
+UNREADABLE_COOKIES = "a file in http-cookies-files cannot be read"
 NO_FFMPEG = "audio and video are separate: install ffmpeg"
 FFMPEG_NOT_STARTED = "ffmpeg cannot be started"
 FFMPEG_FAILED = "ffmpeg failed"
@@ -1658,7 +1658,7 @@ def _yaml_mistake(error: yaml.YAMLError, text: str) -> tuple[int, str]:
 
 LIST_LIMIT = 256 * MIB  # bytes of a list
 LINE_LIMIT = 64 * KIB  # bytes of a line; no useful line is that long
-MOST_HEADERS = 50  # headers of an entry; more would take long, and no provider needs them
+MOST_HEADERS = 50  # headers of an entry; each takes longer to add than the one before it
 CHANNEL_LIMIT = 20_000  # entries of a list that become streams
 TEXT_LIMIT = 200  # characters of a title, a group or an id
 NAME_LIMIT = 60  # characters of a name, without its prefix and number
@@ -3164,7 +3164,7 @@ class TsFramer(Framer):
             return False
         if self._backlog_end is None:
             return True
-        if self._dropped_dts is None:  # a section, or a unit without timestamps, tells nothing
+        if self._dropped_dts is None:  # so far only sections, or units without timestamps
             return False
         ahead = (self._dropped_dts - self._backlog_end) % TIMESTAMP_MODULUS
         return 0 < ahead < TIMESTAMP_MODULUS - NEW_CLOCK_TICKS
@@ -3862,7 +3862,7 @@ class ReaderBuffer:
         """Whether take() need not wait."""
         return bool(self._items) or self.closed or self._is_woken
 
-    # The writing thread; wait_free: streamlink's worker
+    # The writing thread; streamlink's worker calls wait_free
 
     def write(self, data: bytes) -> None:
         """Append data; blocks without a limit while the buffer is full.  Drops data if closed."""
@@ -4057,10 +4057,11 @@ PLAYLIST_TYPE = "application/vnd.apple.mpegurl"
 LEAST_LISTED, MOST_LISTED = 3, 8  # segments; Chromium fails on a first playlist with two
 LISTED_SECONDS = 24.0  # a playlist's least duration, if MOST_LISTED segments last that long
 EPOCH = 1_735_689_600  # 2025-01-01, in Unix time
-# The limits in seconds of a segment cut from a source without segments.  A longer one among shorter
-# ones is listed only if it is the second in a row: a camera may send key frames more rarely at
-# night.  If it is the only one, the clock was probably reset, or media is missing: it would raise
-# the target duration for good, and clients would then reload the playlist too rarely.
+# The limits in seconds of a segment cut from a source without segments.  A segment far
+# longer than those listed is left out, unless the one before it was left out for the same reason: a
+# camera may send key frames more rarely at night.  A single one usually means that the clock was
+# reset, or that media is missing; it would raise the target duration for good, and clients would
+# reload the playlist too rarely.
 SHORTEST_CUT, LONGEST_CUT = 2.0, 12.0
 
 
@@ -5093,8 +5094,8 @@ class Download:
 
     `request` sends a request with additional headers and a time-out in seconds.  No try begins once
     `closing` is set.  `patience` returns the seconds without a new byte after which the download is
-    abandoned.  `trusts_length`: a resource of the same length is the same one, so the rest can be
-    requested although the origin sends no validator, as panels do for films.
+    abandoned.  `trusts_length`: if the length is the same, the resource counts as unchanged, so the
+    rest can be requested even without a validator.  Panels send none for films.
     """
 
     # For how many seconds an empty body is requested again; None: the body may be empty.
@@ -5128,7 +5129,7 @@ class Download:
         self._pace = Pace()  # of the newest try
         self._slow_time = SLOW_TIME  # seconds of waiting after which a slow try is ended
         self._is_hurried = False  # the newest try has less time than the others, as the last one
-        self._validator: str | None = None  # for If-Range; None: the origin sent none
+        self._validator: str | None = None  # for If-Range; None: there is none, or it is not used
         self._trusts_length = trusts_length
         self._length: str | None = None  # of the whole resource, if it is trusted
         # Bytes of the whole resource; None until a partial response states them.
@@ -5400,8 +5401,8 @@ TURN_LIMIT = 1 * MIB  # bytes that a feeder takes from its buffer at once: more 
 PLAYLIST_LIMIT = 8 * MIB  # bytes of a playlist, key or page; a larger one is an attack or a mistake
 ANSWER_TIME = 120.0  # seconds that a panel may take before it begins to send a large list
 # Segments that the playlist of another opening may lag behind and still continue the stream: a
-# backup may be that late, and each cache of a CDN may have another playlist.  Numbers that begin
-# again so close to the wanted one look the same: viewers then miss the segments up to it.
+# backup or another cache of a CDN may be that late.  A numbering that restarts just below the
+# wanted number looks the same: viewers then miss the segments up to that number.
 STALE_NUMBERS = 2
 TRACK_LEAD = 10  # segments; ffmpeg never reads one track that far ahead of another
 MUXER_LAG = 0.5  # seconds that ffmpeg may need to write everything it has read
@@ -5486,10 +5487,10 @@ def has_ffmpeg(engine: Streamlink) -> bool:
 
 @dataclass(frozen=True)
 class Resumption:
-    """What another opening of a channel's upstream continues."""
+    """The state from which another opening continues a channel's upstream."""
 
     number: int | None  # of the segment to begin with, if it is listed
-    is_film: bool  # the source is finite, and viewers have what is before that segment
+    is_film: bool  # the source is finite, and viewers have all media before that segment
     tracks: Sequence[int]  # the segment with which each track that ffmpeg joins begins
     left_out: Collection[int]  # the positions of the tracks that the start left out
     lacked_ffmpeg: bool  # the start found no ffmpeg, so viewers have the picture alone
@@ -5604,7 +5605,7 @@ class Session:
         return self._copies.get(self.canonical[name], [self._streams[name]])
 
     def _lacks_ffmpeg(self, stream: Any) -> bool:
-        """Whether the sound is in a playlist of its own, and ffmpeg is missing to join them."""
+        """Whether the sound has its own playlist, and there is no ffmpeg to add it."""
         if not isinstance(stream, HLSStream) or stream.multivariant is None:
             return False
         for variant in stream.multivariant.playlists:
@@ -5832,8 +5833,8 @@ class Http(HTTPSession):
     def __init__(self) -> None:
         self.is_resolving = True  # playlists loaded now are kept for the worker's first request
         self._kept: dict[str, requests.Response] = {}  # playlists, by address
-        # Of each thread: `timeout`, if timed() sets it, overrides a request's; `first_address` is
-        # that of its request before any redirect, while it follows redirects.
+        # Per thread: `timeout`, which timed() sets, replaces a request's; `first_address` is the
+        # address that was requested first, while redirects are followed.
         self._thread = threading.local()
         self.ends: float | None = None  # the Deadline's end by time.monotonic(), while one runs
         # _lock guards these two.
@@ -5868,7 +5869,7 @@ class Http(HTTPSession):
         old = urlsplit(first_address or response.request.url or "")
         new = urlsplit(prepared_request.url)
         is_downgrade = old.scheme == "https" and new.scheme != "https"
-        is_other_host = old.hostname != new.hostname  # the port is no matter: RFC 6265, 8.5
+        is_other_host = old.hostname != new.hostname  # cookies ignore ports: RFC 6265, 8.5
         if not configured or is_other_host or is_downgrade:
             return
         from_origin = prepared_request.headers.get("Cookie")
@@ -6404,11 +6405,11 @@ def read_bounded(response: requests.Response, start: bytes = b"") -> None:
 # (failure).
 #
 #   HLS            complete  writer   all up to EXT-X-ENDLIST was passed on, filtered or a gap; the
-#                                     worker ignores the tag in a playlist that is older than others
+#                                     worker ignores the tag in a stale playlist
 #                  failure   writer   no key; no initialization section; a failed segment that is
 #                                     fatal (see SegmentDownload); segments stop without an end
-#                            worker   no first playlist; an expired address; restarted numbering; it
-#                                     ended before the wanted segment
+#                            worker   no first playlist; an expired address; restarted numbering; a
+#                                     playlist that ends before the wanted segment
 #   raw body       complete  pump     its whole length was received
 #                  failure   pump     it broke off; it had no length and ended
 #   ffmpeg, files  complete  pump     the data ended, and every track is finite
@@ -6454,7 +6455,7 @@ class Upstream:
 
     @property
     def length(self) -> int | None:
-        """The bytes of a raw body; None for any other source, and for a live one."""
+        """The size of a raw body in bytes; 0 if unknown; None if it is live, or not a raw body."""
         return None
 
     @property
@@ -7172,7 +7173,7 @@ class WatchedWorker(HLSStreamWorker):
             self._is_empty = True
             known = self.playlist_targetduration, self._reload_time
             super().reload()  # type: ignore[no-untyped-call]
-            if self._is_empty and self._newest >= 0:  # such a list has no durations to go by
+            if self._is_empty and self._newest >= 0:  # an empty playlist states no durations
                 self.playlist_targetduration, self._reload_time = known
             self._is_loaded = True
             self.trouble = EMPTY_PLAYLIST if self._is_empty else None
@@ -7218,10 +7219,10 @@ class WatchedWorker(HLSStreamWorker):
         self._reload_time = self._interval(playlist, has_news)
 
     def _lacks_the_rest(self, last: int, is_endlist: bool) -> bool:
-        """Whether the playlist is complete, and ends before the segment that is wanted.
+        """Whether the playlist ends before the wanted segment, and will not continue.
 
-        In a film, viewers have all that is listed.  In a live stream, it is a recording that a
-        provider shows while the channel is down.
+        A film's viewers already have everything that it lists.  A complete playlist of a live
+        stream is a recording that a provider shows while the channel is down.
         """
         wanted: int = self.reader.first
         if self.reader.is_film:
@@ -7268,7 +7269,7 @@ class WatchedWorker(HLSStreamWorker):
 MISSING = frozenset(answered(status) for status in (404, 410))
 REFUSALS = EXPIRED | NOT_MEDIA  # some panels send their error message with status 200
 REFUSAL_TIME = 1.0  # seconds of refusals after which the address of a finite stream has expired
-FRESH_TIME = 60.0  # seconds after an opening in which a missing segment counts as not expired
+FRESH_TIME = 60.0  # seconds after an opening in which its addresses count as valid
 START_MISSING = 3  # missing segments after which a start fails
 
 
@@ -7295,7 +7296,7 @@ class SegmentDownload(Download):
       start: it is the third one missing, or the newest     ends
       finite: a connection failed                           ends, once for this segment
       finite: 404 or 410, not a track, no other answered    ends, once for this segment
-      finite: 404 or 410, a track, others fail alike        ends, unless _needs_gap
+      finite: the same, but a track, and others fail alike  ends, unless _needs_gap
       finite: nothing else was answered, others fail alike  ends
       finite: refused, and nothing else was answered        ends, once for this segment
       finite: nothing else was answered, others wait        ends, once for this segment
@@ -7370,7 +7371,7 @@ class SegmentDownload(Download):
         return is_finite and self._is_fatal_to_a_film(failure, nothing_else_answers)
 
     def _is_fatal_to_a_film(self, failure: str | None, nothing_else_answers: bool) -> bool:
-        """The rows of the table for a finite source."""
+        """Whether a finite source's upstream must end: the table's rows for "finite"."""
         writer = self._writer
         # A server that stops may still answer on open connections while it refuses new ones.
         if failure in NO_SERVER and self._can_resolve_again:
@@ -7381,9 +7382,9 @@ class SegmentDownload(Download):
         others = [other.tries for other in self._others]
         fail_alike = any(other.failure == failure for other in others)
         if failure in MISSING:
-            # Several segments in a row may be missing, so it proves nothing that others are, too.
             if writer.reader.is_track:
                 return fail_alike and not self._needs_gap
+            # Several segments in a row may be missing, so other failures prove nothing.
             return self._may_have_expired
         if fail_alike:
             return True
@@ -7407,11 +7408,11 @@ class SegmentDownload(Download):
 
     @property
     def _needs_gap(self) -> bool:
-        """Whether a reopening would not help if this segment of a track is missing.
+        """Whether a track skips this missing segment, because a reopening would not help.
 
-        Soon after an opening, addresses have probably not expired yet.  If the last segment is
-        being fetched as well, all that is left may be missing, and another opening would fail:
-        ffmpeg needs media of every track.
+        Soon after an opening, addresses have probably not expired.  If the last segment is being
+        fetched, all remaining ones may be missing.  Another opening would then fail: ffmpeg needs
+        media of every track.
         """
         reader = self._writer.reader
         is_fresh = time.monotonic() - reader.opened < FRESH_TIME
@@ -9234,7 +9235,7 @@ class Channel:
         return 0.0
 
     def _count_untried(self, tried: Collection[Place]) -> int:
-        """The number of addresses that are left after those tried, with the one in use."""
+        """The number of untried addresses, including the one in use."""
         tried_addresses = {address for address, _ in tried}
         tried_addresses.discard(self._address)
         return len(self.stream.urls) - len(tried_addresses)
@@ -9588,10 +9589,10 @@ class Channel:
         return True
 
     def _may_be_insert(self, start: Sequence[bytes | SegmentEvent]) -> bool:
-        """Whether another container at a reopening may be that of an insert, which _judge limits.
+        """Whether another container at a reopening may belong to an insert.
 
-        Then it begins with the wanted segment.  A live channel with a backup does not wait for the
-        end of an insert.
+        Such an insert begins with the wanted segment, and _judge limits its time.  A live channel
+        with a backup does not wait for an insert to end.
         """
         assert self._splicer
         if self._has_backup and not self._has_end:
@@ -9871,7 +9872,7 @@ def no_quality_error(qualities: Iterable[str]) -> StreamError:
 
 FAILURE_MEMORY = 2.0  # seconds; VLC repeats a request at once if the first answer is an error
 ZAPPING_TIME = 2.0  # seconds that a client which changes channels waits for its previous slot
-APPLES_PLAYER = "AppleCoreMedia/"  # begins the agent of the player that Apple's systems have
+APPLES_PLAYER = "AppleCoreMedia/"  # starts the user agent of Apple's system player
 ZAPPING_TICK = 0.05  # seconds between two checks of whether that slot is free
 TITLES_TOLD = 3  # titles named in the refusal of a full account
 STATES_SHOWN = (*PLAYING, "waiting", "starting")  # best first: a stream shows its channels' best
@@ -10613,7 +10614,7 @@ def _has_moved(viewer: Viewer, newcomers: Iterable[Viewer]) -> bool:
 
     A page that a person requests counts more than the playlist of a page that is still open in
     another tab: otherwise, two tabs would take one slot from each other again and again.  For the
-    same reason, only the later of two requests can have moved.
+    same reason, a newcomer counts only if its request is not the earlier one.
     """
     if not viewer.polls:
         return False
@@ -10654,7 +10655,7 @@ def _plays_for(agent: str, browser: str) -> bool:
 
 
 def _device_in(agent: str) -> str:
-    """The device that an agent names: the first word within its first parentheses."""
+    """The device that an agent names: all up to the first ";" in its first parentheses."""
     return agent.partition("(")[2].partition(";")[0]
 
 
@@ -11755,13 +11756,13 @@ async function listAt({search}) {
 
 const searchFor = words => new URL(about.list + encodeURIComponent(words), location)
 
-// Shows a group or a search.
+// Shows a group or a search
 async function showList(address, enter = "replaceState") {
   clearTimeout(typing)
   newest = address
   const page = await listAt(address), links = all("nav a", page)
   if (newest !== address) return
-  search.value = one("[type=search]", page).value  // not an error's
+  search.value = one("[type=search]", page).value  // or an error
   one("#List").replaceWith(one("#List", page))
   for (const link of all("nav a"))
     link.ariaCurrent = links.find(({href}) => href === link.href)?.ariaCurrent
@@ -11773,7 +11774,7 @@ async function enterList(address, enter) {
   goTo(one("#Found a, .group[open] a"))
 }
 
-// Back from a channel: its card.
+// Focuses the last channel.
 async function focusLast(name) {
   const shown = () => all(".cards a").find(each =>
     each.offsetParent && each.pathname.endsWith("/" + name))
@@ -12829,8 +12830,8 @@ ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         (UNREADABLE_COOKIES,),
-        "write the file under another name, then move it to its place; it must be a cookies.txt in "
-        "Netscape format that StreamPipe may read",
+        "check that StreamPipe may read the file, and that it is in Netscape format "
+        "(cookies.txt); a program that updates it should write a new file and rename it",
     ),
     (
         (TOO_MANY_FILES, TOO_MANY_THREADS),
@@ -12997,7 +12998,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             head = self._receive_head()
             self.rfile = io.BytesIO(head)  # parse_request() must not wait for the socket
-            # Kodi sends an address as typed.  The library would take some bytes for blanks.
+            # Kodi does not encode addresses.  The library would read bytes 85 and A0 as spaces.
             line = self.rfile.readline()
             self.raw_requestline = RAW_BYTES.sub(lambda found: quote(found[0]).encode(), line)
             if self.parse_request():

@@ -164,7 +164,7 @@ def test_configured_cookie_is_not_sent_to_another_host(
 
 
 def test_configured_cookie_returns_to_its_host(origin: Origin, serve: Serve, names: Names) -> None:
-    """A single sign-on on another host."""
+    """A single sign-on redirects through another host and back."""
     names[HOST] = [GOOD]
     redirects = Redirect(at_host(f"{origin.url}/1")), Redirect(origin.url + FILM)
     assert cookie_after(origin, serve, *redirects) == LOGIN_COOKIE

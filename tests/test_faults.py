@@ -515,7 +515,7 @@ def test_recording_in_place_of_a_live_stream_is_an_outage(origin: Origin, serve:
     audience = Audience(serve(both(live.url), **QUICK))
     audience.expect(live.plain(498, 501))
     for name in NAMES:
-        # So many loads in the running channel, and two more when it is opened again.
+        # The running channel loads it LOWER_PLAYLISTS times; the reopened one, twice.
         loads = pipe.LOWER_PLAYLISTS + 2
         shown = origin.fault(f"{live.path}?{name}", Redirect(recording.url), times=loads)
         shown.wait(loads)
@@ -887,7 +887,7 @@ def test_channel_survives_cookies_that_cannot_be_read_for_a_moment(
     for name in NAMES:
         origin.fault(f"{live.path}?{name}", Status(404))
     for name in NAMES:
-        journal.wait_for(f"^{name}: .*: a file of http-cookies-files cannot be read")
+        journal.wait_for(f"^{name}: .*: a file in http-cookies-files cannot be read")
     cookies.write_text(valid)
     live.advance()
     audience.expect(live.plain(5, 6))

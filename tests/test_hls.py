@@ -1039,7 +1039,7 @@ def test_apples_page_that_is_still_open_does_not_take_the_slot_back(
         assert site.ask("GET", "/sport.m3u8", **media_of).status == 200
         return len(viewers_of(site, stream=1)) == 1
 
-    eventually(has_only_media, "the browser counts no more")
+    eventually(has_only_media, "the browser is no longer counted")
     assert site.ask("GET", "/news.m3u8", **media_of).status == 503
     assert site.ask("GET", "/sport.m3u8", **media_of).status == 200
 
@@ -1047,7 +1047,7 @@ def test_apples_page_that_is_still_open_does_not_take_the_slot_back(
 def test_two_starts_of_one_client_do_not_take_the_slot_from_each_other(
     origin: Origin, serve: Callable[..., Site]
 ) -> None:
-    """As two equal televisions behind one address: the later start counts."""
+    """Two televisions of one model behind one address look alike: the later start wins."""
     hanging = origin.fault("*/index.m3u8", StallHeaders(), times=None)
     site = two_channels(origin, serve)
     first = Task(lambda: site.ask("GET", "/news.m3u8").status)

@@ -406,7 +406,7 @@ def test_list_survives_cookies_that_cannot_be_read_for_a_moment(
     address = add_list(origin, listing(origin, "One"))
     streamlink = {"http-cookies-files": (str(cookies),)}
     site = serve({}, playlists={"tv": {"url": address, "streamlink": streamlink}})
-    reason = "a file of http-cookies-files cannot be read"
+    reason = "a file in http-cookies-files cannot be read"
     loaded(site, "one")
 
     def trouble() -> object:

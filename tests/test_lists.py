@@ -392,7 +392,7 @@ def test_header_lines_that_are_not_usable_are_counted(line: str) -> None:
 
 
 def test_headers_above_fifty_are_counted_as_unusable() -> None:
-    """Each took time that grew with their number, so a list could occupy a core for hours."""
+    """Each took longer to add than the one before; a list could occupy a core for hours."""
     headers = "&".join(f"X-{number}={number}" for number in range(60))
     option = f"#KODIPROP:inputstream.adaptive.stream_headers={headers}"
     found = parsed(f"#EXTINF:-1,T\n{option}\n{PANEL}/a\n")

@@ -123,7 +123,7 @@ def test_outage_during_an_insert_ends_with_the_insert_at_the_latest(
 
 
 def test_slate_in_another_container_is_an_outage(origin: Origin, serve: Serve) -> None:
-    """Some panels redirect to one while they count the last connection."""
+    """Some panels redirect to a slate while they still count the previous connection."""
     news = live(origin, first_sequence=480)
     slate = origin.add(Playlist("slate", FRAGMENTS, mode="live", init=INIT, extension=".m4s"))
     site = serve({"news": news.url}, reconnect=30)

@@ -684,7 +684,7 @@ def test_address_that_a_reload_interrupted_does_not_count_as_failed(
 
 
 def test_reload_forgets_that_an_address_failed(origin: Origin, serve: Serve) -> None:
-    """The reload may be what repairs it."""
+    """The reload may have repaired the address."""
     urls = [relay(origin, "first"), relay(origin, "second")]
     origin.fault("/first", Status(403))
     site = serve({"news": {"url": urls}})
