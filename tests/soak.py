@@ -168,7 +168,8 @@ def troubles(service: Service) -> list[str]:
 
 def soak(minutes: float, seed: int, folder: Path) -> bool:
     """Whether the process passes a soak of this many minutes, including the warm-up."""
-    options = {"linger": 1, "timeout": 5, "reconnect": 5}
+    # Small windows are full after a minute; with larger ones, memory would grow for ten minutes.
+    options = {"linger": 1, "timeout": 5, "reconnect": 5, "ringbuffer_size": 1 << 20}
     with (
         origin_process(seed) as streams,
         Service(folder, streams, options=options) as service,
