@@ -4057,11 +4057,11 @@ PLAYLIST_TYPE = "application/vnd.apple.mpegurl"
 LEAST_LISTED, MOST_LISTED = 3, 8  # segments; Chromium fails on a first playlist with two
 LISTED_SECONDS = 24.0  # a playlist's least duration, if MOST_LISTED segments last that long
 EPOCH = 1_735_689_600  # 2025-01-01, in Unix time
-# The limits in seconds of a segment cut from a source without segments.  A segment far
-# longer than those listed is left out, unless the one before it was left out for the same reason: a
-# camera may send key frames more rarely at night.  A single one usually means that the clock was
-# reset, or that media is missing; it would raise the target duration for good, and clients would
-# reload the playlist too rarely.
+# The limits in seconds of a segment cut from a source without segments.  A segment far longer than
+# those listed is left out, unless the one before it was left out for the same reason: a camera may
+# send key frames more rarely at night.  A single one usually means that the clock was reset, or
+# that media is missing.  It would raise the target duration for good, and clients would reload the
+# playlist too rarely.
 SHORTEST_CUT, LONGEST_CUT = 2.0, 12.0
 
 
@@ -9872,8 +9872,8 @@ def no_quality_error(qualities: Iterable[str]) -> StreamError:
 
 FAILURE_MEMORY = 2.0  # seconds; VLC repeats a request at once if the first answer is an error
 ZAPPING_TIME = 2.0  # seconds that a client which changes channels waits for its previous slot
-APPLES_PLAYER = "AppleCoreMedia/"  # starts the user agent of Apple's system player
 ZAPPING_TICK = 0.05  # seconds between two checks of whether that slot is free
+APPLES_PLAYER = "AppleCoreMedia/"  # starts the user agent of Apple's system player
 TITLES_TOLD = 3  # titles named in the refusal of a full account
 STATES_SHOWN = (*PLAYING, "waiting", "starting")  # best first: a stream shows its channels' best
 
@@ -10614,7 +10614,7 @@ def _has_moved(viewer: Viewer, newcomers: Iterable[Viewer]) -> bool:
 
     A page that a person requests counts more than the playlist of a page that is still open in
     another tab: otherwise, two tabs would take one slot from each other again and again.  For the
-    same reason, a newcomer counts only if its request is not the earlier one.
+    same reason, an earlier request takes no slot from a later one.
     """
     if not viewer.polls:
         return False
@@ -11762,7 +11762,7 @@ async function showList(address, enter = "replaceState") {
   newest = address
   const page = await listAt(address), links = all("nav a", page)
   if (newest !== address) return
-  search.value = one("[type=search]", page).value  // or an error
+  search.value = one("[type=search]", page).value  // fails on others
   one("#List").replaceWith(one("#List", page))
   for (const link of all("nav a"))
     link.ariaCurrent = links.find(({href}) => href === link.href)?.ariaCurrent
