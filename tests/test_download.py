@@ -41,6 +41,7 @@ from streamlink.stream.hls.segment import HLSSegment
 
 import pipe
 from tests import media
+from tests.memory import traced_memory
 from tests.origin import (
     Body,
     Break,
@@ -878,19 +879,20 @@ def test_closing_frees_memory_without_garbage_collection(
     before = set(threading.enumerate())
     gc.collect()
     gc.disable()
-    tracemalloc.start()
     try:
-        with opened(address, threads=4, ringbuffer_size=4 * MIB) as upstream:
-            buffer = upstream.buffer
-            with buffer._lock:
-                full = buffer._not_empty.wait_for(lambda: buffer.length >= buffer.limit, TIMEOUT)
-            assert full
-            assert tracemalloc.get_traced_memory()[0] > 2 * MIB
-        join_all(before)
-        origin.clear_requests()
-        assert tracemalloc.get_traced_memory()[0] < MIB
+        with traced_memory():
+            with opened(address, threads=4, ringbuffer_size=4 * MIB) as upstream:
+                buffer = upstream.buffer
+                with buffer._lock:
+                    full = buffer._not_empty.wait_for(
+                        lambda: buffer.length >= buffer.limit, TIMEOUT
+                    )
+                assert full
+                assert tracemalloc.get_traced_memory()[0] > 2 * MIB
+            join_all(before)
+            origin.clear_requests()
+            assert tracemalloc.get_traced_memory()[0] < MIB
     finally:
-        tracemalloc.stop()
         gc.enable()
     assert upstream.buffer.is_exhausted
 
@@ -906,8 +908,7 @@ def test_thousand_segments_leave_nothing_behind(origin: Origin, serve: Serve) ->
     viewer = site.watch("/news")
     sizes: list[int] = []
     threads: list[set[str]] = []
-    tracemalloc.start()
-    try:
+    with traced_memory():
         for number, segment in enumerate(segments, 1):
             assert viewer.read(len(segment)) == segment
             if number in (200, 400, 600, 800):
@@ -915,8 +916,6 @@ def test_thousand_segments_leave_nothing_behind(origin: Origin, serve: Serve) ->
                 gc.collect()
                 sizes.append(tracemalloc.get_traced_memory()[0])
                 threads.append({thread.name for thread in channel_threads(set())})
-    finally:
-        tracemalloc.stop()
     assert viewer.read_all() == (b"", True)
     assert max(sizes[1:]) < sizes[0] + MIB // 2
     assert len(threads[-1]) <= len(threads[0])

@@ -35,6 +35,7 @@ from streamlink.stream.hls.m3u8 import parse_m3u8
 
 import pipe
 from tests import media
+from tests.memory import traced_memory
 from tests.origin import (
     Body,
     Break,
@@ -1645,8 +1646,7 @@ def test_viewers_survive_forty_random_faults(origin: Origin, serve: Serve, tmp_p
     memory = []
     snapshots = []  # after ten faults and at the end
     faulthandler.cancel_dump_traceback_later()  # this test takes longer than its time limit
-    tracemalloc.start()
-    try:
+    with traced_memory():
         for _ in range(RANDOM_FAULTS):
             chance.choice(MISHAPS)(origin, live, chance.randint(1, 3))
             origin.clear_faults()
@@ -1659,8 +1659,6 @@ def test_viewers_survive_forty_random_faults(origin: Origin, serve: Serve, tmp_p
             memory.append(tracemalloc.get_traced_memory()[0])
             if len(memory) in (10, RANDOM_FAULTS):
                 snapshots.append(tracemalloc.take_snapshot())
-    finally:
-        tracemalloc.stop()
     live.end()
     bodies = [recorder.result() for recorder in recorders]
     assert all(is_complete for _, is_complete in bodies), "no viewer was dropped"

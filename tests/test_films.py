@@ -20,6 +20,7 @@ import pytest
 
 import pipe
 from tests import media
+from tests.memory import traced_memory
 from tests.origin import (
     Body,
     Break,
@@ -385,17 +386,13 @@ def test_compressed_film_does_not_fill_the_memory(origin: Origin, kind: str) -> 
     origin.fault("/film", encoding, times=None)
     address = {"segment": f"{origin.url}/one.m3u8", "file": f"httpstream://{origin.url}/film"}
     gc.collect()
-    tracemalloc.start()
-    try:
-        with opened(address[kind], ringbuffer_size=MIB) as upstream:
-            buffer = upstream.buffer
-            with buffer._lock:
-                assert buffer._not_empty.wait_for(lambda: buffer.length >= buffer.limit, 10)
-            with pytest.raises(AssertionError):
-                origin.wait_for("/film", 2, timeout=1.0)
-            assert tracemalloc.get_traced_memory()[1] < pipe.BODY_LIMIT + 8 * MIB
-    finally:
-        tracemalloc.stop()
+    with traced_memory(), opened(address[kind], ringbuffer_size=MIB) as upstream:
+        buffer = upstream.buffer
+        with buffer._lock:
+            assert buffer._not_empty.wait_for(lambda: buffer.length >= buffer.limit, 10)
+        with pytest.raises(AssertionError):
+            origin.wait_for("/film", 2, timeout=1.0)
+        assert tracemalloc.get_traced_memory()[1] < pipe.BODY_LIMIT + 8 * MIB
 
 
 #### Other answers of origins ####

@@ -19,6 +19,7 @@ from streamlink.session.session import Streamlink
 from streamlink.stream.ffmpegmux import FFMPEGMuxer
 
 from tests import media
+from tests.memory import traced_memory
 from tests.origin import Break, Origin, Playlist, Segment, Status, master
 from tests.server import TIMEOUT, Site
 
@@ -380,14 +381,11 @@ def test_endless_body_is_kept_within_the_window(origin: Origin, serve: Serve) ->
     site = serve({"relay": address}, ringbuffer_size=262_144, linger=0)
     viewer = site.watch("/relay")
     assert viewer.read(len(piece)) == piece
-    tracemalloc.start()
-    try:
+    with traced_memory():
         for at in itertools.islice(itertools.cycle(range(0, len(piece), 47 * 188)), 6000):
             wanted = piece[at : at + 47 * 188]
             assert viewer.read(len(wanted)) == wanted
         _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
     assert peak < 3 * MIB
 
 
