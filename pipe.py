@@ -476,6 +476,7 @@ NO_DATA = "the origin sends no data"
 NO_MORE_SEGMENTS = "the origin sends no more segments"
 NOT_BACK = "the origin did not recover in time"
 OTHER_FILE = "the origin sent a different file"
+NOT_RESUMABLE = "a film of separate files cannot continue in the middle"
 JUST_ENDED = "the stream has just ended"
 OTHER_FAILURE = "the origin's stream cannot be opened"
 
@@ -5573,6 +5574,7 @@ class Session:
                 copies = self._copies_of(name)
                 stream = self._follow(copies[copy % len(copies)])
                 upstream = self._upstream_of(stream, resumption)
+                upstream.open_bodies()
             # From now on, a request may take longer than this opening, which may have had only a
             # part of `timeout`.
             self.engine.set_option("http-timeout", self._timeout)
@@ -5618,16 +5620,15 @@ class Session:
         if resumption and resumption.lacked_ffmpeg and isinstance(stream, MuxedStream):
             stream = stream.substreams[0]
         if resumption and resumption.is_film:
-            is_raw = isinstance(stream, HTTPStream) and not isinstance(stream, HLSStream)
             was_raw = resumption.length is not None
-            if is_raw != was_raw:
+            if is_body(stream) != was_raw:
                 raise UpstreamError(OTHER_FILE)
         if isinstance(stream, HLSStream):
             return SegmentedUpstream(self, stream, resumption)
-        if isinstance(stream, HTTPStream):
+        if is_body(stream):
             opened = self._raw
             if opened is None:
-                opened = self._open_raw(stream.args)
+                opened = self.open_raw(stream.args)
             return RawUpstream(self, stream.args, opened, resumption)
         needs_muxing = isinstance(stream, MuxedStream)
         if isinstance(stream, DASHStream):
@@ -5654,7 +5655,7 @@ class Session:
             scheme = address.partition("://")[0]
             if scheme.lower() not in ("http", "https"):
                 raise UpstreamError(f"{scheme}:// {UNSUPPORTED_SCHEME}")
-            response, start = self._open_raw({"url": address})
+            response, start = self.open_raw({"url": address})
             if not is_playlist(start):
                 self._raw = response, start
                 raw_stream = HTTPStream(self.engine, address)
@@ -5730,7 +5731,7 @@ class Session:
         self.http.is_resolving = False
         return stream
 
-    def _open_raw(self, arguments: Mapping[str, Any]) -> Opened:
+    def open_raw(self, arguments: Mapping[str, Any]) -> Opened:
         """Request a body, and read enough of it to detect its kind; raises UpstreamError."""
         response = self.http.ask(arguments, {}, self.http.timeout)
         try:
@@ -6414,7 +6415,7 @@ def read_bounded(response: requests.Response, start: bytes = b"") -> None:
 #                  failure   pump     it broke off; it had no length and ended
 #   ffmpeg, files  complete  pump     the data ended, and every track is finite
 #                  failure   pump     the data ended otherwise
-#                            a track  as for HLS
+#                            a track  as for HLS, or for a raw body
 #   any            failure   all      a bug in a plugin or in this program
 #
 # Silence ends none of them: the channel notices silence and closes the upstream.
@@ -6504,6 +6505,12 @@ class Upstream:
     def workers(self) -> list[Any]:
         """The workers, each of which loads the playlist of a track."""
         return [file.worker for file in self._files if isinstance(file, SegmentedStreamReader)]
+
+    def open_bodies(self) -> None:
+        """Request the HTTP bodies among the tracks; the caller limits the time.
+
+        May raise any exception; the caller must call close() in any case.
+        """
 
     def start(self) -> None:
         """Open the source.  May raise any exception; the caller must call close() in any case."""
@@ -7871,6 +7878,44 @@ class DownloadingWriter(HLSStreamWriter):
         super().close()
 
 
+def is_body(stream: Any) -> bool:
+    """Whether a stream is one HTTP body: neither a playlist nor a manifest leads to its media."""
+    return isinstance(stream, HTTPStream) and not isinstance(stream, HLSStream)
+
+
+def length_of(response: requests.Response) -> int | None:
+    """The size of a body in bytes; 0 if it is finite, but its size is unknown; None if live."""
+    length: str | None = response.headers.get("Content-Length")
+    if length is None:
+        return None
+    if not length.isdecimal():
+        return 0
+    return int(length)
+
+
+def body_parts(session: Session, arguments: Mapping[str, Any], opened: Opened) -> Iterator[bytes]:
+    """Yield a body as it arrives; a finite one is resumed if it breaks off.
+
+    `arguments` are those of its request.  Raises DownloadError if a finite body cannot be resumed,
+    and at the end of a live body UpstreamError, or any error of reading.
+    """
+    # The request's time-out was that of the opening, which may have had only a part of `timeout`.
+    timeout: float = session.engine.get_option("stream-segment-timeout")
+    response, start = opened
+    if length_of(response) is None:
+        session.http.let_bodies_pause(timeout + 2 * JUDGE_GRACE)  # the channel judges silence
+        yield from parts_of(response, session.read_size, start)
+        raise UpstreamError(CONNECTION_CLOSED)
+
+    def patience() -> float:
+        # A stalled body is noticed after `timeout`; the rest is for one retry.
+        return timeout + JUDGE_GRACE / 2
+
+    ask = functools.partial(session.http.ask, arguments)
+    download = Download(ask, session.closed, patience, opened=opened, trusts_length=True)
+    yield from download.parts()
+
+
 class RawUpstream(Upstream):
     """A plain HTTP body.
 
@@ -7886,10 +7931,9 @@ class RawUpstream(Upstream):
         resumption: Resumption | None,
     ) -> None:
         super().__init__(session)
-        self._arguments = arguments  # of the request
-        self._opened = opened
         self._response, _ = opened
         self._files.append(self._response)
+        self._parts = body_parts(session, arguments, opened)
         least = 0  # bytes; a recording that is still being made may be longer than before
         if resumption and resumption.is_film and resumption.length:
             least = resumption.length
@@ -7902,12 +7946,7 @@ class RawUpstream(Upstream):
 
     @property
     def length(self) -> int | None:
-        length: str | None = self._response.headers.get("Content-Length")
-        if length is None:
-            return None
-        if not length.isdecimal():  # it is finite, but its length is unknown
-            return 0
-        return int(length)
+        return length_of(self._response)
 
     @property
     def media_type(self) -> str:
@@ -7915,26 +7954,51 @@ class RawUpstream(Upstream):
 
     def _items(self) -> Items:
         if not self.is_finite:
-            # The channel judges silence.  The request's time-out was that of the opening, which may
-            # have had only a part of `timeout`.
-            timeout = self.session.engine.get_option("stream-segment-timeout")
-            self.session.http.let_bodies_pause(timeout + 2 * JUDGE_GRACE)
-            response, start = self._opened
-            yield from parts_of(response, self.session.read_size, start)
-            raise UpstreamError(CONNECTION_CLOSED)
-
-        def patience() -> float:
-            # A stalled body is noticed after `timeout`; the rest is for one retry.
-            segment_timeout: float = self.session.engine.get_option("stream-segment-timeout")
-            return segment_timeout + JUDGE_GRACE / 2
-
-        ask = functools.partial(self.session.http.ask, self._arguments)
-        download = Download(
-            ask, self.session.closed, patience, opened=self._opened, trusts_length=True
-        )
+            yield from self._parts
+            return
         yield SegmentEvent(EventKind.START, 0)
-        yield from download.parts()
+        yield from self._parts
         yield SegmentEvent(EventKind.END, 0)
+
+
+class BodyReader(io.IOBase):
+    """Reads one HTTP body as a track.  A thread of streamlink's muxer calls read()."""
+
+    def __init__(
+        self,
+        session: Session,
+        arguments: Mapping[str, Any],
+        opened: Opened,
+        fail: weakref.WeakMethod[Callable[[str], None]],
+    ) -> None:
+        self._response, _ = opened
+        self._parts = body_parts(session, arguments, opened)
+        self._fail_upstream = fail  # a weak reference to ProcessUpstream._fail
+
+    @property
+    def is_finite(self) -> bool:
+        return length_of(self._response) is not None
+
+    def open(self) -> BodyReader:
+        """Take the place of a stream's open(); the body was requested before."""
+        return self
+
+    def read(self, size: int) -> bytes:
+        """Return the next bytes, of any number; empty only after the end of the track.
+
+        Blocks until some arrive.  Reports a failure before it returns empty bytes.
+        """
+        try:
+            return next(self._parts, b"")
+        except Exception as error:  # of the download, requests, urllib3 or the system
+            fail = self._fail_upstream()
+            if fail is not None:  # otherwise the upstream was closed, and nothing refers to it
+                fail(explain(error))
+            return b""
+
+    def close(self) -> None:
+        self._response.close()
+        super().close()
 
 
 def leave_out(stream: Any, places: Collection[int]) -> None:
@@ -7990,8 +8054,36 @@ class ProcessUpstream(Upstream):
             self._first = resumption.tracks
             self.left_out = resumption.left_out
         self._file: Any = None
+        self._bodies: list[BodyReader] = []
         self._failure: str | None = None  # of a track
         self._first_failure = threading.Lock()  # the first track that fails takes and keeps it
+
+    @property
+    def is_finite(self) -> bool:
+        if not all(body.is_finite for body in self._bodies):
+            return False
+        if self._bodies and not self.workers:
+            return True
+        return super().is_finite
+
+    def open_bodies(self) -> None:
+        """Request the tracks that are HTTP bodies, except subtitles, which are not media.
+
+        Raises UpstreamError also for a film that viewers have already begun: ffmpeg's output
+        cannot continue within a body.
+        """
+        if not isinstance(self._stream, MuxedStream):
+            return
+        for track in self._stream.substreams:
+            if not is_body(track):
+                continue
+            if self._is_film:
+                raise UpstreamError(NOT_RESUMABLE)
+            opened = self.session.open_raw(track.args)
+            body = BodyReader(self.session, track.args, opened, weakref.WeakMethod(self._fail))
+            self._files.append(body)
+            self._bodies.append(body)
+            track.open = body.open
 
     def start(self) -> None:
         stream = self._stream
@@ -8049,6 +8141,8 @@ class ProcessUpstream(Upstream):
     def _prepare_tracks(self, stream: Any) -> None:
         tracks = (*stream.substreams, *stream.subtitles.values())
         for index, track in enumerate(tracks):
+            if is_body(track) and track in stream.substreams:
+                continue  # open_bodies() has noted its file
             if isinstance(track, HLSStream):
                 first = None
                 if index < len(self._first):
@@ -12795,6 +12889,7 @@ ADVICE: tuple[tuple[tuple[str, ...], str], ...] = (
             NO_MORE_SEGMENTS,
             ENDED_BEFORE,
             OTHER_FILE,
+            NOT_RESUMABLE,
             NOT_BACK,
         ),
         "the origin has a problem: try again later, or configure a second address as a backup",
