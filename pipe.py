@@ -151,6 +151,8 @@ How long may this take?
     an opening            its part of that: the Deadline of Session.resolve() and open(); tracks
                           for ffmpeg: ProcessUpstream._open_tracks
     a request             its time-out is for each wait, not for the whole of it
+    a reload              one target duration, at least LEAST_PLAYLIST_TIME; up to `timeout` after one
+                          that was too late: WatchedWorker._request_playlist
     a segment             two target durations (a film: `timeout`) without a byte:
                           Download._note_failed_try
     a silent source       `timeout` or two target durations: Channel._judge
@@ -6134,17 +6136,24 @@ def connect_fastest(connection: Any, http_session: Http) -> socket.socket:
     return sock
 
 
+# A look-up that fails after so many seconds found no name server that answers.  One for each family
+# would take as long again, which is time for backups.
+DEAD_RESOLVER_TIME = 4.0
+
+
 def look_up(name: str, port: int) -> list[Any]:
     """A host's addresses, or those of one family if the look-up of both together fails.
 
     Blocks for as long as the system's resolver does.  Raises socket.gaierror, UnicodeError.
     """
     name.encode("idna")
+    began = time.monotonic()
     family = urllib3.util.connection.allowed_gai_family()
     try:
         return list(socket.getaddrinfo(name, port, family, socket.SOCK_STREAM))
     except socket.gaierror as error:
-        if family != socket.AF_UNSPEC:
+        is_dead = time.monotonic() - began > DEAD_RESOLVER_TIME
+        if is_dead or family != socket.AF_UNSPEC:
             raise
         for one in (socket.AF_INET, socket.AF_INET6):
             with contextlib.suppress(socket.gaierror):
@@ -7143,6 +7152,7 @@ class SegmentReader(HLSStreamReader):
 
 
 LEAST_INTERVAL = 0.5  # seconds; the minimum between two loads of a playlist
+LEAST_PLAYLIST_TIME = 4.0  # seconds that a load of a playlist may take
 MOST_LOADS = 64  # loads of a playlist while a segment plays
 SHORT_PLAYLIST = 3  # segments; a playlist with fewer is loaded twice as often
 # Successive playlists that end below the highest number seen, after which the origin must have
@@ -7163,6 +7173,7 @@ class WatchedWorker(HLSStreamWorker):
     _is_empty = True  # the newest playlist lists no segments
     _newest = -1  # the highest number that a playlist has listed
     _lower_playlists = 0  # successive playlists that end below that number
+    _patience = 0.0  # seconds for the next load; the least time applies if it is longer
     _interval_divisor = 1  # of the interval between two loads; doubled whenever segments were lost
     segment_time: float | None = None  # measured seconds from one segment to the next
     # A time, and the newest number that the playlist listed then: where measuring began.
@@ -7192,9 +7203,32 @@ class WatchedWorker(HLSStreamWorker):
             raise
 
     def _fetch_playlist(self) -> requests.Response:
-        response = super()._fetch_playlist()
+        response = self._request_playlist()
         if is_short_text(response.content):
             raise EngineStreamError(SHORT_TEXT) from text_error(response.content)
+        return response
+
+    def _request_playlist(self) -> requests.Response:
+        """Request the playlist, with little patience if an earlier load was fast.
+
+        An origin that never answers one request answers the next one at once.  A slow origin must
+        get its time: each request that was too late doubles the time for the next one.
+        """
+        if not self._is_loaded:
+            return super()._fetch_playlist()
+        target = float(self.playlist_targetduration or DEFAULT_TARGET)
+        least = max(LEAST_PLAYLIST_TIME, target)
+        patience = max(self._patience, least)
+        began = time.monotonic()
+        try:
+            with cast(Http, self.session.http).timed(min(patience, self.session.http.timeout)):
+                response = super()._fetch_playlist()
+        except Exception as error:
+            if explain(error) == TIMED_OUT:
+                self._patience = 2 * patience
+            raise
+        if time.monotonic() - began < least:
+            self._patience = 0.0
         return response
 
     def process_segments(self, playlist: Any) -> None:
@@ -8970,6 +9004,7 @@ PRIVATE_WINDOW = 1 * MIB  # bytes; a finite upstream's downloads already read ah
 ZAPPING_PAUSE = 0.5  # seconds between a start's tries while the origin counts a closed connection
 REOPEN_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # seconds between tries; the last one repeats
 HEALTHY_TIME = 60.0  # seconds of media after which the pauses start over
+HEALTHY_RATIO = 10  # so do they after media for so many times the last pause
 
 Place = tuple[int, int]  # the positions of an address and of a copy of its variant
 
@@ -9314,7 +9349,11 @@ class Channel:
                 tried = {self._place}
                 extended = self._extended_deadline()
                 self._first_copy = self._copy
-            if self._last_byte - began > HEALTHY_TIME:
+            # An address that is valid for less than a minute must not cost ever longer pauses.
+            healthy_time = HEALTHY_TIME
+            if pause:
+                healthy_time = min(HEALTHY_TIME, HEALTHY_RATIO * pause)
+            if self._last_byte - began > healthy_time:
                 waits = _reopen_pauses()
 
     def _extended_deadline(self) -> float:

@@ -18,10 +18,22 @@ import pytest
 import pipe
 from tests import media
 from tests.make_test_card import crc32
-from tests.origin import Body, Close, Origin, Playlist, Status, master, misstated
+from tests.origin import (
+    Answer,
+    Body,
+    Close,
+    Edit,
+    Origin,
+    Playlist,
+    StallHeaders,
+    Status,
+    Think,
+    master,
+    misstated,
+)
 from tests.program import eventually
 from tests.server import BROWSER, Site, Watch
-from tests.test_faults import delayed
+from tests.test_faults import delayed, without_nulls
 
 Serve = Callable[..., Site]
 SEGMENTS = 12  # of one timeline, a second each
@@ -414,3 +426,66 @@ def test_late_viewer_can_join_after_packed_audio_failed_over_to_a_relay(
     with site.watch("/radio") as late:
         assert late.status == 200
         assert late.read(5_000) in 2 * b"".join(sound)
+
+
+#### Requests that are never answered, and addresses that expire soon ####
+
+
+@pytest.mark.long
+def test_playlist_request_that_is_never_answered_costs_nothing(
+    origin: Origin, serve: Serve
+) -> None:
+    """`timeout` is 20 s, which is longer than the origin lists a segment."""
+    news = origin.add(Playlist("news", media.ts_segments(30), mode="live", window=8, clock=True))
+    site = serve({"news": news.url}, timeout=20)
+    viewer = site.watch("/news")
+    assert viewer.read(len(news.plain(5, 8))) == news.plain(5, 8)
+    origin.fault(news.path, StallHeaders()).wait_held()
+    wanted = news.plain(8, 20)
+    assert without_nulls(viewer, len(wanted)) == wanted
+
+
+@pytest.mark.long
+def test_slow_playlists_are_awaited(origin: Origin, serve: Serve) -> None:
+    """Each takes longer than a request's first time-out."""
+    news = origin.add(Playlist("news", media.ts_segments(40), mode="live", window=16, clock=True))
+    site = serve({"news": news.url}, timeout=20)
+    viewer = site.watch("/news")
+    assert viewer.read(len(news.plain(13, 16))) == news.plain(13, 16)
+    origin.habit(news.path, Think(pipe.LEAST_PLAYLIST_TIME + 1))
+    wanted = news.plain(16, 36)
+    assert without_nulls(viewer, len(wanted)) == wanted
+    assert site.get("/status").json["streams"][0]["restarts"] == 0
+
+
+class Sessions:
+    """A master playlist names a new address each time, which is valid for some seconds."""
+
+    def __init__(self, origin: Origin, seconds: float, playlist: Playlist) -> None:
+        self._seconds = seconds
+        self._begun: list[float] = []
+        self.master = origin.add(master("all", {"720p": origin.add(playlist)}))
+        origin.habit(self.master.path, self)
+        origin.habit(playlist.path, self)
+
+    def apply(self, answer: Answer) -> None:
+        path, _, number = answer.path.partition("?s=")
+        if path == self.master.path:
+            Edit(r"index\.m3u8", f"index.m3u8?s={len(self._begun)}").apply(answer)
+            self._begun.append(time.monotonic())
+        elif time.monotonic() - self._begun[int(number)] > self._seconds:
+            Status(403).apply(answer)
+
+
+@pytest.mark.long
+def test_addresses_that_expire_soon_do_not_lengthen_the_pauses(
+    origin: Origin, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipe, "REOPEN_PAUSES", (0.3, 3600.0))
+    news = Playlist("news", media.ts_segments(30), mode="live", window=6, clock=True)
+    sessions = Sessions(origin, 6.0, news)
+    site = serve({"news": sessions.master.url})
+    viewer = site.watch("/news")
+    wanted = news.plain(3, 22)
+    assert viewer.read(len(wanted)) == wanted
+    assert origin.count(sessions.master.path) >= 3
