@@ -151,7 +151,7 @@ How long may this take?
     an opening            its part of that: the Deadline of Session.resolve() and open(); tracks
                           for ffmpeg: ProcessUpstream._open_tracks
     a request             its time-out is for each wait, not for the whole of it
-    a reload              one target duration, at least LEAST_PLAYLIST_TIME; up to `timeout` after one
+    a reload              one target duration, at least LEAST_PLAYLIST_TIME, and more after one
                           that was too late: WatchedWorker._request_playlist
     a segment             two target durations (a film: `timeout`) without a byte:
                           Download._note_failed_try
