@@ -151,7 +151,7 @@ How long may this take?
     an opening            its part of that: the Deadline of Session.resolve() and open(); tracks
                           for ffmpeg: ProcessUpstream._open_tracks
     a request             its time-out is for each wait, not for the whole of it
-    a reload              one target duration, at least LEAST_PLAYLIST_TIME, and more after one
+    a reload              1.5 target durations, at least LEAST_PLAYLIST_TIME, and more after one
                           that was too late: WatchedWorker._request_playlist
     a segment             two target durations (a film: `timeout`) without a byte:
                           Download._note_failed_try
@@ -7209,15 +7209,16 @@ class WatchedWorker(HLSStreamWorker):
         return response
 
     def _request_playlist(self) -> requests.Response:
-        """Request the playlist, with little patience if an earlier load was fast.
+        """Request the playlist; a reload has less than `timeout`.
 
         An origin that never answers one request answers the next one at once.  A slow origin must
-        get its time: each request that was too late doubles the time for the next one.
+        get its time: each request that was too late doubles the time for the next one.  Some
+        origins answer only when they have a new segment, so a target duration is not enough.
         """
         if not self._is_loaded:
             return super()._fetch_playlist()
         target = float(self.playlist_targetduration or DEFAULT_TARGET)
-        least = max(LEAST_PLAYLIST_TIME, target)
+        least = max(LEAST_PLAYLIST_TIME, 1.5 * target)
         patience = max(self._patience, least)
         began = time.monotonic()
         try:
