@@ -151,8 +151,8 @@ How long may this take?
     an opening            its part of that: the Deadline of Session.resolve() and open(); tracks
                           for ffmpeg: ProcessUpstream._open_tracks
     a request             its time-out is for each wait, not for the whole of it
-    a reload              1.5 target durations, at least LEAST_PLAYLIST_TIME, and more after one
-                          that was too late: WatchedWorker._request_playlist
+    a reload              `timeout` for each wait; it is requested twice in that time:
+                          WatchedWorker._request_playlist
     a segment             two target durations (a film: `timeout`) without a byte:
                           Download._note_failed_try
     a silent source       `timeout` or two target durations: Channel._judge
@@ -6136,24 +6136,17 @@ def connect_fastest(connection: Any, http_session: Http) -> socket.socket:
     return sock
 
 
-# A look-up that fails after so many seconds found no name server that answers.  One for each family
-# would take as long again, which is time for backups.
-DEAD_RESOLVER_TIME = 4.0
-
-
 def look_up(name: str, port: int) -> list[Any]:
     """A host's addresses, or those of one family if the look-up of both together fails.
 
     Blocks for as long as the system's resolver does.  Raises socket.gaierror, UnicodeError.
     """
     name.encode("idna")
-    began = time.monotonic()
     family = urllib3.util.connection.allowed_gai_family()
     try:
         return list(socket.getaddrinfo(name, port, family, socket.SOCK_STREAM))
     except socket.gaierror as error:
-        is_dead = time.monotonic() - began > DEAD_RESOLVER_TIME
-        if is_dead or family != socket.AF_UNSPEC:
+        if family != socket.AF_UNSPEC:
             raise
         for one in (socket.AF_INET, socket.AF_INET6):
             with contextlib.suppress(socket.gaierror):
@@ -7152,7 +7145,7 @@ class SegmentReader(HLSStreamReader):
 
 
 LEAST_INTERVAL = 0.5  # seconds; the minimum between two loads of a playlist
-LEAST_PLAYLIST_TIME = 4.0  # seconds that a load of a playlist may take
+LEAST_PLAYLIST_TIME = 4.0  # seconds after which an unanswered reload is requested again
 MOST_LOADS = 64  # loads of a playlist while a segment plays
 SHORT_PLAYLIST = 3  # segments; a playlist with fewer is loaded twice as often
 # Successive playlists that end below the highest number seen, after which the origin must have
@@ -7173,7 +7166,7 @@ class WatchedWorker(HLSStreamWorker):
     _is_empty = True  # the newest playlist lists no segments
     _newest = -1  # the highest number that a playlist has listed
     _lower_playlists = 0  # successive playlists that end below that number
-    _patience = 0.0  # seconds for the next load; the least time applies if it is longer
+    _patience = 0.0  # seconds for the next reload, unless the least time is longer
     _interval_divisor = 1  # of the interval between two loads; doubled whenever segments were lost
     segment_time: float | None = None  # measured seconds from one segment to the next
     # A time, and the newest number that the playlist listed then: where measuring began.
@@ -7209,28 +7202,34 @@ class WatchedWorker(HLSStreamWorker):
         return response
 
     def _request_playlist(self) -> requests.Response:
-        """Request the playlist; a reload has less than `timeout`.
+        """Request the playlist; a reload that is not answered soon is requested once more.
 
-        An origin that never answers one request answers the next one at once.  A slow origin must
-        get its time: each request that was too late doubles the time for the next one.  Some
-        origins answer only when they have a new segment, so a target duration is not enough.
+        An origin that leaves one request unanswered often answers the next one at once.  Both
+        requests share `timeout`, so this is no trouble yet.  A slow origin must get the time that
+        it needs, so each time-out doubles the time for the first request.  Some origins answer only
+        when they have a new segment, so a target duration is not enough.
         """
-        if not self._is_loaded:
-            return super()._fetch_playlist()
+        http = cast(Http, self.session.http)
         target = float(self.playlist_targetduration or DEFAULT_TARGET)
         least = max(LEAST_PLAYLIST_TIME, 1.5 * target)
         patience = max(self._patience, least)
+        if not self._is_loaded or patience >= http.timeout:
+            return super()._fetch_playlist()
         began = time.monotonic()
         try:
-            with cast(Http, self.session.http).timed(min(patience, self.session.http.timeout)):
+            with http.timed(patience):
                 response = super()._fetch_playlist()
         except Exception as error:
-            if explain(error) == TIMED_OUT:
-                self._patience = 2 * patience
-            raise
-        if time.monotonic() - began < least:
-            self._patience = 0.0
-        return response
+            if self.closed or explain(error) != TIMED_OUT:
+                raise
+        else:
+            if time.monotonic() - began < least:
+                self._patience = 0.0
+            return response
+        self._patience = 2 * patience
+        left = began + http.timeout - time.monotonic()
+        with http.timed(max(LEAST_TIMEOUT, left)):
+            return super()._fetch_playlist()
 
     def process_segments(self, playlist: Any) -> None:
         """Use a playlist that lists segments, and decide when to load the next one."""

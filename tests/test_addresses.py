@@ -115,28 +115,6 @@ def test_slow_look_up_costs_no_segments(
     assert viewer.read(len(live.plain(3, 6))) == live.plain(3, 6)
 
 
-def test_dead_name_servers_leave_time_for_the_backup(
-    origin: Origin, serve: Serve, names: Names, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The look-up of the first host fails late, as it does without any name server."""
-    names[HOST] = ["!AF_INET", "!AF_INET6"]
-    fast = socket.getaddrinfo
-    asked = []
-
-    def dead(host: Any, *more: Any, **named: Any) -> Any:
-        if host == HOST:
-            asked.append(host)
-            threading.Event().wait(2)
-        return fast(host, *more, **named)
-
-    monkeypatch.setattr(socket, "getaddrinfo", dead)
-    monkeypatch.setattr(pipe, "DEAD_RESOLVER_TIME", 1.0)
-    stream = film(origin)
-    site = serve({"film": [at_host(stream.url), stream.url]}, timeout=20)
-    assert site.get("/film").body == stream.plain(0, 12)
-    assert len(asked) == 1
-
-
 LOGIN_COOKIE = "a=b; c=d"
 
 
