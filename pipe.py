@@ -7931,7 +7931,7 @@ def body_parts(session: Session, arguments: Mapping[str, Any], opened: Opened) -
     """Yield a body as it arrives; a finite one is resumed if it breaks off.
 
     `arguments` are those of its request.  Raises DownloadError if a finite body cannot be resumed,
-    and at the end of a live body UpstreamError, or any error of reading.
+    UpstreamError when a live body ends, and any error of reading a live body.
     """
     # The request's time-out was that of the opening, which may have had only a part of `timeout`.
     timeout: float = session.engine.get_option("stream-segment-timeout")
@@ -8103,8 +8103,8 @@ class ProcessUpstream(Upstream):
     def open_bodies(self) -> None:
         """Request the tracks that are HTTP bodies, except subtitles, which are not media.
 
-        Raises UpstreamError also for a film that viewers have already begun: ffmpeg's output
-        cannot continue within a body.
+        Also raises UpstreamError if viewers have a part of the film, because ffmpeg's output cannot
+        continue within a body.
         """
         if not isinstance(self._stream, MuxedStream):
             return
@@ -9004,7 +9004,7 @@ PRIVATE_WINDOW = 1 * MIB  # bytes; a finite upstream's downloads already read ah
 ZAPPING_PAUSE = 0.5  # seconds between a start's tries while the origin counts a closed connection
 REOPEN_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 10.0)  # seconds between tries; the last one repeats
 HEALTHY_TIME = 60.0  # seconds of media after which the pauses start over
-HEALTHY_RATIO = 10  # so do they after media for so many times the last pause
+HEALTHY_RATIO = 10  # they also start over after this many times the last pause
 
 Place = tuple[int, int]  # the positions of an address and of a copy of its variant
 
@@ -9349,7 +9349,7 @@ class Channel:
                 tried = {self._place}
                 extended = self._extended_deadline()
                 self._first_copy = self._copy
-            # An address that is valid for less than a minute must not cost ever longer pauses.
+            # An address may be valid for less than a minute, which is no reason for long pauses.
             healthy_time = HEALTHY_TIME
             if pause:
                 healthy_time = min(HEALTHY_TIME, HEALTHY_RATIO * pause)

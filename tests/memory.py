@@ -17,8 +17,8 @@ def traced_memory() -> Iterator[None]:
     """Trace the allocations inside the block with `tracemalloc`.
 
     Python keeps all interned strings (names, parts of paths) in one table. When the table is full,
-    Python replaces it in one step, and after a long run of tests the new one takes 3.8 MB. So the
-    table is made to be replaced first: then it has room for as many strings again as it holds.
+    Python replaces it in one step, and after a long run of tests the new one takes 3.8 MB. So force
+    that replacement first: the new table has room for as many strings again.
     """
     replace_table_of_strings()
     tracemalloc.start()

@@ -435,7 +435,7 @@ def test_late_viewer_can_join_after_packed_audio_failed_over_to_a_relay(
 def test_playlist_request_that_is_never_answered_costs_nothing(
     origin: Origin, serve: Serve
 ) -> None:
-    """`timeout` is 20 s, which is longer than the origin lists a segment."""
+    """`timeout` is 20 s, which is longer than the origin keeps a segment listed."""
     news = origin.add(Playlist("news", media.ts_segments(30), mode="live", window=8, clock=True))
     site = serve({"news": news.url}, timeout=20)
     viewer = site.watch("/news")
@@ -447,7 +447,7 @@ def test_playlist_request_that_is_never_answered_costs_nothing(
 
 @pytest.mark.long
 def test_slow_playlists_are_awaited(origin: Origin, serve: Serve) -> None:
-    """Each takes longer than a request's first time-out."""
+    """Each answer takes longer than a reload's first time-out."""
     news = origin.add(Playlist("news", media.ts_segments(40), mode="live", window=16, clock=True))
     site = serve({"news": news.url}, timeout=20)
     viewer = site.watch("/news")

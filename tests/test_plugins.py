@@ -109,7 +109,7 @@ def test_page_is_read_again_when_the_stream_address_expires(origin: Origin, serv
 
 
 def assert_is_the_film(body: bytes) -> None:
-    """It has all pictures and all sound of the film, once."""
+    """`body` has every picture and all the sound of the film, once."""
     film = media.decode(b"".join(media.ts_segments()))
     decoded = media.decode(body)
     assert len(decoded.video) == len(film.video)
@@ -138,7 +138,7 @@ def test_film_of_two_files_survives_a_break(origin: Origin, serve: Serve, path: 
 def test_film_of_two_files_does_not_begin_again(
     origin: Origin, serve: Serve, path: str, size: int
 ) -> None:
-    """The rest of a file is gone: viewers have the beginning, and not a second time."""
+    """The rest of a file is gone: viewers get the beginning only once."""
     site = serve({"film": page_of_bodies(origin)}, timeout=2, reconnect=3)
     origin.fault(path, Break(size))
     origin.fault(path, Status(404), times=None)
